@@ -1,0 +1,30 @@
+"""bionemo_esm: pretrain ESM-1nv and ESM-1b protein language models, and use them.
+
+Importing this package is cheap. `bionemo_esm.ESM1nvModel` brings in NeMo and Megatron when it is first named.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["ESM1nvModel", "__version__", "config_directory"]
+
+if TYPE_CHECKING:
+    from bionemo_esm.model.esm1nv import ESM1nvModel
+
+
+def config_directory() -> Path:
+    """Where the Hydra configurations lie: `conf/` of a checkout, or their copy inside an installed package."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ESM1nvModel":
+        from bionemo_esm.model.esm1nv import ESM1nvModel
+
+        return ESM1nvModel
+    raise AttributeError(f"module 'bionemo_esm' has no attribute {name!r}")

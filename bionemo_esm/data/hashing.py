@@ -1,0 +1,50 @@
+"""Stateless random numbers: 64-bit hashes of counters under a key.
+
+Order, crop and corruption draw from here, so each is a pure function of (seed, epoch, sample): nothing to store, nothing
+to advance, the same on every rank and worker. The mixer is splitmix64's finaliser (Steele, Lea and Flood, "Fast
+splittable pseudorandom number generators", OOPSLA 2014), vectorised; arithmetic is modulo 2**64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+UInt64Array = NDArray[np.uint64]
+
+_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+
+
+def mix(values: UInt64Array) -> UInt64Array:
+    """A bijection of 64-bit words that scatters them; values uint64 [n] -> uint64 [n]."""
+    mixed = values + _INCREMENT
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= _MULTIPLIER_1
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= _MULTIPLIER_2
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
+
+
+def derive_key(*parts: ArrayLike) -> UInt64Array:
+    """One 64-bit key from integers or integer arrays that broadcast: uint64, of their common shape (at least 1-D).
+
+    Every part counts, and so does its place: `derive_key(1, 2)` and `derive_key(2, 1)` have nothing in common.
+    """
+    key = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        key = mix(key ^ mix(np.atleast_1d(np.asarray(part)).astype(np.uint64)))
+    return key
+
+
+def threshold(probability: float) -> np.uint64:
+    """The bound below which a uniform 64-bit word falls with this probability (1.0 is short by 2**-64)."""
+    return np.uint64(min(int(probability * 2.0**64), 2**64 - 1))
+
+
+def uniform_integers(words: UInt64Array, bounds: ArrayLike) -> NDArray[np.int64]:
+    """Integers in [0, bound) from uniform words, int64 [n]: the high 32 bits times the bound (bias under bound / 2**32)."""
+    high = words >> np.uint64(32)
+    return ((high * np.asarray(bounds).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)

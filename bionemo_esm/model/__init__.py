@@ -1,0 +1,1 @@
+"""The encoder, its NeMo model, and the archive it travels in."""

@@ -1,0 +1,123 @@
+"""The shape of an encoder and the settings of its optimizer, checked where they are written down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from bionemo_esm.alphabet import padded_vocabulary_size
+from bionemo_esm.errors import UserError
+
+SHORTEST_SEQ_LENGTH = 8  # <cls>, <eos> and a few residues to tell from each other
+
+
+class ConfigError(UserError):
+    """A configuration that cannot work; the message names the key and what to change."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A pre-norm BERT encoder over proteins; the defaults are ESM-1nv.
+
+    Sizes: the ESM-1nv model card (6 layers, 12 heads, hidden 768); FFN width, initialisation and dropout: NVIDIA's public
+    ESM-1nv configuration. Raises `ConfigError` when the sizes do not fit together.
+    """
+
+    num_layers: int = 6
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    ffn_hidden_size: int = 3072
+    seq_length: int = 512  # tokens of the longest sequence, <cls> and <eos> counted; rows of the position table
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    layernorm_epsilon: float = 1e-5
+    init_method_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"model.hidden_size ({self.hidden_size}) is not divisible by model.num_attention_heads "
+                f"({self.num_attention_heads}); make hidden_size a multiple of it"
+            )
+        if self.seq_length < SHORTEST_SEQ_LENGTH:
+            raise ConfigError(
+                f"model.seq_length is {self.seq_length} tokens; with <cls> and <eos> counted it must be at least "
+                f"{SHORTEST_SEQ_LENGTH}"
+            )
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must lie in [0, 1), not {getattr(self, name)}")
+        for name in ("layernorm_epsilon", "init_method_std"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"model.{name} must be positive, not {getattr(self, name)}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> EncoderConfig:
+        """From parsed YAML; raises `ConfigError` for an unknown key or a value that is not a number."""
+        known = {field.name: field for field in fields(cls)}
+        unknown = sorted(set(map(str, values)) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown key model.{unknown[0]}; known are: {', '.join(known)}")
+        return cls(**{name: _number(name, value, str(known[name].type)) for name, value in values.items()})
+
+    def to_dict(self) -> dict[str, int | float]:
+        return asdict(self)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters, tied output embedding counted once (43.6M for ESM-1nv)."""
+        hidden, ffn, vocabulary = self.hidden_size, self.ffn_hidden_size, padded_vocabulary_size()
+        norm = 2 * hidden
+        attention = 4 * hidden * hidden + 4 * hidden
+        mlp = 2 * hidden * ffn + ffn + hidden
+        head = hidden * hidden + hidden + norm + vocabulary
+        return (vocabulary + self.seq_length) * hidden + self.num_layers * (attention + mlp + 2 * norm) + norm + head
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam with decoupled weight decay and a cosine schedule; the defaults are ESM-1nv's, rates per step.
+
+    The rate climbs linearly over `warmup_steps`, falls along a cosine to `min_lr` and stays there for the last
+    `constant_steps` of `max_steps` (NeMo's `CosineAnnealing`). Raises `ConfigError` for a schedule that cannot be.
+    """
+
+    lr: float = 2e-4
+    min_lr: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 500
+    constant_steps: int = 50_000
+    max_steps: int = 957_610
+    gradient_clip_val: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_lr < self.lr:
+            raise ConfigError(f"optim.sched.min_lr ({self.min_lr}) must lie in [0, optim.lr = {self.lr})")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas must be two numbers in [0, 1), not {list(self.betas)}")
+        for key, value in (
+            ("optim.eps", self.eps),
+            ("optim.weight_decay", self.weight_decay),
+            ("trainer.gradient_clip_val", self.gradient_clip_val),
+            ("optim.sched.warmup_steps", self.warmup_steps),
+            ("optim.sched.constant_steps", self.constant_steps),
+        ):
+            if value < 0:
+                raise ConfigError(f"{key} must not be negative, but is {value}")
+        if self.warmup_steps + self.constant_steps >= self.max_steps:
+            raise ConfigError(
+                f"optim.sched: warmup_steps ({self.warmup_steps}) and constant_steps ({self.constant_steps}) leave no "
+                f"step for the cosine in max_steps ({self.max_steps}); shorten them or raise optim.sched.max_steps"
+            )
+
+
+def _number(name: str, value: Any, kind: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or (kind == "int" and value != int(value)):
+        raise ConfigError(f"model.{name} must be {'an integer' if kind == 'int' else 'a number'}, not {value!r}")
+    return int(value) if kind == "int" else float(value)

@@ -1,0 +1,279 @@
+"""ESM-1nv as a NeMo model: the encoder, its loss, one optimizer step, and what a checkpoint holds.
+
+Shape suffixes: T tokens of a packed row, H hidden size, M masked positions, V tokens of the alphabet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from nemo.core.classes import ModelPT
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from bionemo_esm.data.hashing import derive_key
+from bionemo_esm.data.packing import PackedBatch
+from bionemo_esm.data.pretraining import StepShare, TrainingStream, ValidationBatches, training_loader, validation_loader
+from bionemo_esm.model.archive import read_archive
+from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter_dtype
+from bionemo_esm.model.config import ConfigError, EncoderConfig
+from bionemo_esm.model.connector import ESMSaveRestoreConnector, load_weights, register_model
+from bionemo_esm.model.encoder import ESMEncoder
+from bionemo_esm.model.optimization import MasterWeights, OptimConfig, build_optimizer, build_schedule
+from bionemo_esm.model.parallel import data_parallel_sum, ensure_groups
+
+_DROPOUT_STREAM = 6  # keeps dropout's seeds apart from the keys of order and corruption
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did, over all ranks."""
+
+    loss: float  # nats a masked residue
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    residues: int  # shown to the model in this step
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Masked-residue prediction with every chosen residue shown as `<mask>`."""
+
+    loss: float  # nats a masked residue
+    accuracy: float  # fraction of masked residues whose likeliest token is right
+    residues: int  # masked residues scored
+
+    @property
+    def perplexity(self) -> float:
+        return float(torch.tensor(self.loss, dtype=torch.float64).exp())
+
+
+@register_model
+class ESM1nvModel(ModelPT):
+    """A BERT-style protein language model, pretrained with one packed row a micro batch.
+
+    `cfg`: `encoder` (the fields of `EncoderConfig`), `precision` ("32", "bf16" or "auto") and `seed`. With a trainer the
+    encoder is built when the trainer has brought the process groups up; without one it is built at once.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
+        self.encoder_config = EncoderConfig.from_mapping(OmegaConf.to_container(cfg.encoder))  # type: ignore[arg-type]
+        super().__init__(OmegaConf.create(OmegaConf.to_container(cfg)), trainer=trainer)
+        self._save_restore_connector = ESMSaveRestoreConnector()
+        self.automatic_optimization = False  # a batch is a whole optimizer step: see training_step
+        self.strict_loading = False  # on_load_checkpoint loads, and accounts for every tensor
+        self.seed = int(cfg.get("seed", 0))
+        self.encoder: ESMEncoder | None = None
+        self.backends: FusedBackends | None = None
+        self.masters: MasterWeights | None = None
+        self.optim_config = OptimConfig()
+        self.initial_weights: Path | None = None
+        self.provenance: dict[str, Any] = {}
+        self.consumed_samples = 0
+        self.last_step: StepReport | None = None
+        self.last_evaluation: Evaluation | None = None
+        self._resumed_masters: dict[str, Tensor] | None = None
+        self._sums: Tensor | None = None  # float64 [3]: loss, right answers, targets of the validation under way
+        if trainer is None:
+            ensure_groups()
+            self.configure_model()
+
+    def configure_model(self) -> None:
+        """Build the encoder, with weights that depend on the seed alone, or those of `initial_weights`."""
+        if self.encoder is not None:
+            return
+        device_type = self._trainer.strategy.root_device.type if self._trainer else "cpu"
+        if self._trainer is None and torch.cuda.is_available():
+            device_type = "cuda"
+        dtype = parameter_dtype(str(self.cfg.get("precision", "32")), device_type)
+        self.backends = choose_backends(device_type, dtype, self.encoder_config.attention_dropout)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.encoder = ESMEncoder(self.encoder_config, dtype, self.backends)
+        if self.initial_weights is not None:
+            load_weights(self, dict(read_archive(self.initial_weights).weights), str(self.initial_weights))
+
+    # --- forward and loss -------------------------------------------------------------------------------------------
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Logits float32 [M, V] at the batch's masked positions."""
+        assert self.encoder is not None
+        return self.encoder(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.target_index)
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Final hidden states [T, H] of every token of the row."""
+        assert self.encoder is not None
+        return self.encoder.hidden_states(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """Logits float32 [T, V] at every token of the row."""
+        assert self.encoder is not None
+        return self.encoder.logits(self.hidden_states(batch))
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, share: StepShare, batch_idx: int) -> None:
+        """One optimizer step over this rank's share of a global batch.
+
+        The loss is the sum of cross-entropies over the masked positions of the whole global batch, all ranks and all
+        micro batches, divided by their number; so it does not depend on how the batch was dealt.
+        """
+        assert self.masters is not None and self.encoder is not None
+        self._seed_dropout()
+        counts = torch.tensor([[len(b.targets), b.residues] for b in share], device=self.device).sum(0)
+        targets, residues = data_parallel_sum(counts).tolist()
+        self.masters.zero_gradients()
+        loss = torch.zeros((), device=self.device)
+        for batch in share:
+            part = cross_entropy(self(batch), batch.targets, reduction="sum") / max(targets, 1)
+            self.manual_backward(part)
+            loss += part.detach()
+        data_parallel_sum(self.masters.gradients)
+        norm = self.masters.clip_gradients(self.optim_config.gradient_clip_val)
+
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
+        optimizer.step()  # type: ignore[union-attr]
+        schedule.step()  # type: ignore[union-attr, call-arg]
+        self.masters.write_back()
+        self.consumed_samples += self._stream.plan.global_batch_size
+        self.last_step = StepReport(float(data_parallel_sum(loss)), float(norm), rate, residues)
+        self._log_step(self.last_step)
+
+    @property
+    def epoch(self) -> float:
+        """How often training has gone through its data."""
+        return self.consumed_samples / self._stream.order.size
+
+    def _seed_dropout(self) -> None:
+        """Dropout depends on (seed, consumed samples, rank): an interrupted run needs no generator state to go on."""
+        key = derive_key(self.seed, _DROPOUT_STREAM, self.consumed_samples, self.global_rank)
+        torch.manual_seed(int(key[0] >> 1))
+
+    def _log_step(self, report: StepReport) -> None:
+        self.log_dict(
+            {
+                "train_loss": report.loss,
+                "lr": report.learning_rate,
+                "gradient_norm": report.gradient_norm,
+                "consumed_samples": float(self.consumed_samples),
+                "epoch": self.epoch,
+            },
+            batch_size=1,
+        )
+
+    # --- validation -------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        assert self._sums is not None
+        self._sums += self.score(batch)
+
+    def on_validation_epoch_end(self) -> None:  # type: ignore[override]
+        assert self._sums is not None
+        self.last_evaluation = self.evaluation(data_parallel_sum(self._sums))
+        self.log_dict(
+            {
+                "val_loss": self.last_evaluation.loss,
+                "val_perplexity": self.last_evaluation.perplexity,
+                "val_masked_accuracy": self.last_evaluation.accuracy,
+            },
+            batch_size=1,
+        )
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch) -> Tensor:
+        """float64 [3]: summed cross-entropy in nats, right answers, and number of the batch's masked positions."""
+        logits_MV = self(batch)
+        loss = cross_entropy(logits_MV, batch.targets, reduction="none").double().sum()
+        right = (logits_MV.argmax(dim=-1) == batch.targets).sum()
+        return torch.stack([loss, right.double(), torch.tensor(len(batch.targets), device=loss.device).double()])
+
+    def evaluate(self, batches: ValidationBatches) -> Evaluation:
+        """Score validation batches outside a trainer, on the model's device."""
+        device = next(self.parameters()).device
+        return self.evaluation(sum((self.score(batches[i].to(device)) for i in range(len(batches))), torch.zeros(3).double()))
+
+    @staticmethod
+    def evaluation(sums: Tensor) -> Evaluation:
+        """From summed `score`s. Raises `ConfigError` when nothing was masked."""
+        loss, right, count = sums.tolist()
+        if count == 0:
+            raise ConfigError("the validation set has no masked residue; give it more sequences")
+        return Evaluation(loss / count, right / count, int(count))
+
+    # --- optimizer and data, as NeMo and Lightning ask for them -----------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        assert self.encoder is not None and self.backends is not None
+        self.masters = MasterWeights(self.named_parameters())
+        if self._resumed_masters is not None:
+            self.masters.load_state_dict(self._resumed_masters)
+            self._resumed_masters = None
+        optimizer = build_optimizer(self.masters, self.optim_config, self.backends)
+        return [optimizer], [{"scheduler": build_schedule(optimizer, self.optim_config), "interval": "step"}]
+
+    def setup_training_data(self, train_data_config: TrainingStream, num_workers: int = 0) -> None:
+        """Train on this stream (dealt to the ranks there are), from `consumed_samples` on."""
+        self._stream, self._num_workers = train_data_config, num_workers
+
+    def setup_validation_data(self, val_data_config: ValidationBatches) -> None:
+        """Validate on these batches (dealt to the ranks there are)."""
+        self._validation = val_data_config
+
+    def train_dataloader(self) -> DataLoader[StepShare]:
+        return training_loader(self._stream.on_rank(self.global_rank), self.consumed_samples, self._num_workers, self._pinned)
+
+    def val_dataloader(self) -> DataLoader[PackedBatch]:
+        batches = self._validation.on_rank(self.global_rank, self.trainer.world_size)
+        return validation_loader(batches, 0, self._pinned)
+
+    @property
+    def _pinned(self) -> bool:
+        return self.device.type == "cuda"
+
+    @classmethod
+    def list_available_models(cls) -> list[Any]:
+        """None: weights are files that people bring; nothing is fetched from a catalogue."""
+        return []
+
+    # --- what is saved ----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The float32 masters are the weights; with them and `consumed_samples`, the next step is determined."""
+        assert self.masters is not None
+        checkpoint["state_dict"] = {name: tensor.cpu() for name, tensor in self.masters.state_dict().items()}
+        checkpoint["consumed_samples"] = self.consumed_samples
+        checkpoint["hyper_parameters"] = {"cfg": OmegaConf.to_container(self.cfg)}
+        checkpoint.pop("hparams_type", None)  # a class, which a safe loader refuses
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["hyper_parameters"]["cfg"]["encoder"]
+        if saved != self.encoder_config.to_dict():
+            wrong = sorted(key for key in saved if saved[key] != self.encoder_config.to_dict().get(key))
+            raise ConfigError(f"the checkpoint was written by another model: model.{', model.'.join(wrong)} differ")
+        self._resumed_masters = checkpoint["state_dict"]
+        load_weights(self, checkpoint["state_dict"], "checkpoint")
+        self.consumed_samples = int(checkpoint["consumed_samples"])
+
+    def archive_config(self) -> Mapping[str, Any]:
+        """What `.nemo` says of the model: its sizes, its seed, and the precision of the weights beside it."""
+        weights_dtype = next(iter(self.archive_weights().values())).dtype
+        return {
+            "encoder": self.encoder_config.to_dict(),
+            "precision": "bf16" if weights_dtype == torch.bfloat16 else "32",
+            "seed": self.seed,
+        }
+
+    def archive_weights(self) -> dict[str, Tensor]:
+        """The float32 masters where there are, else the parameters as they are."""
+        return self.masters.state_dict() if self.masters else {n: p.detach() for n, p in self.named_parameters()}

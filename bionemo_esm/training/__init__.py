@@ -1,0 +1,1 @@
+"""A pretraining run: its recipe, its process groups, what it writes and what it shows."""

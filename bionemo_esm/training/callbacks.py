@@ -1,0 +1,132 @@
+"""Watching a run: its history on disk, and its progress before a person's eyes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.training.screen import Screen, duration
+
+_SECONDS_BETWEEN_LINES = 15.0  # of progress, where output is no terminal
+_SECONDS_BETWEEN_REWRITES = 0.5
+
+
+class History(Callback):
+    """Appends what happened to `metrics.jsonl`: a line every n steps, and one for each validation.
+
+    A run that goes on from a checkpoint drops the lines past it first, so the file reads like that of an unbroken run.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int) -> None:
+        self.path, self.every_n_steps = path, every_n_steps
+        self.seconds = 0.0  # of training so far, sessions before this one included
+        self.residues_per_second = 0.0
+        self._mark = 0.0
+        self._residues, self._busy_seconds = 0, 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            kept = [line for line in read_history(self.path) if line["step"] <= trainer.global_step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self._mark = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, ESM1nvModel) and pl_module.last_step is not None
+        report = pl_module.last_step
+        self._busy_seconds += self._lap()
+        self._residues += report.residues
+        if trainer.global_step % self.every_n_steps:
+            return
+        self.residues_per_second = self._residues / self._busy_seconds
+        self._residues, self._busy_seconds = 0, 0.0
+        self._append(
+            trainer,
+            kind="train",
+            consumed_samples=pl_module.consumed_samples,
+            epoch=round(pl_module.epoch, 4),
+            loss=report.loss,
+            learning_rate=report.learning_rate,
+            gradient_norm=report.gradient_norm,
+            residues=report.residues,
+            residues_per_second=round(self.residues_per_second, 1),
+        )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, ESM1nvModel) and pl_module.last_evaluation is not None
+        result = pl_module.last_evaluation
+        self._lap()
+        self._append(
+            trainer,
+            kind="validation",
+            loss=result.loss,
+            perplexity=result.perplexity,
+            accuracy=result.accuracy,
+            residues=result.residues,
+        )
+
+    def _lap(self) -> float:
+        """Seconds since the last lap; the whole training time adds them up."""
+        now = time.monotonic()
+        lap, self._mark = now - self._mark, now
+        self.seconds += lap
+        return lap
+
+    def _append(self, trainer: Trainer, **values: Any) -> None:
+        if trainer.is_global_zero:
+            with open(self.path, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": trainer.global_step, "seconds": round(self.seconds, 3), **values}) + "\n")
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line that an interruption cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Progress(Callback):
+    """One line: how far, the loss, the rate, and the time left; and a line that stays for each validation."""
+
+    def __init__(self, screen: Screen, history: History, unigram_perplexity: float) -> None:
+        self.screen, self.history, self.unigram_perplexity = screen, history, unigram_perplexity
+        self._started = self._shown = 0.0
+        self._first_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = self._shown = time.monotonic()
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        now = time.monotonic()
+        pause = _SECONDS_BETWEEN_REWRITES if self.screen.is_terminal else _SECONDS_BETWEEN_LINES
+        last = trainer.global_step == trainer.max_steps
+        if now - self._shown < pause and not last:
+            return
+        self._shown = now
+        assert isinstance(pl_module, ESM1nvModel) and pl_module.last_step is not None
+        step, report = trainer.global_step, pl_module.last_step
+        left = (now - self._started) / (step - self._first_step) * (trainer.max_steps - step)
+        self.screen.progress(
+            f"  step {step:,}/{trainer.max_steps:,} {_bar(step / trainer.max_steps)} loss {report.loss:.3f}  "
+            f"lr {report.learning_rate:.1e}  {self.history.residues_per_second:,.0f} residues/s  {duration(left)} left"
+        )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, ESM1nvModel) and pl_module.last_evaluation is not None
+        result = pl_module.last_evaluation
+        self.screen.say(
+            f"  step {trainer.global_step:,}  validation perplexity {result.perplexity:.2f} "
+            f"(residue frequencies alone: {self.unigram_perplexity:.2f}), {result.accuracy:.1%} of masked residues right"
+        )
+
+
+def _bar(fraction: float, width: int = 20) -> str:
+    filled = int(fraction * width)
+    return "[" + "#" * filled + "-" * (width - filled) + "]"

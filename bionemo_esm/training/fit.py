@@ -1,0 +1,143 @@
+"""The training itself: model, strategy, callbacks and NeMo's exp_manager under a Lightning trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from nemo.utils import logging as nemo_logging
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import OmegaConf
+
+from bionemo_esm.data.pretraining import TrainingStream, ValidationBatches
+from bionemo_esm.model.backends import choose_backends, parameter_dtype
+from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.training.callbacks import History, Progress
+from bionemo_esm.training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint
+from bionemo_esm.training.recipe import Recipe, TrainerConfig
+from bionemo_esm.training.screen import Screen
+from bionemo_esm.training.strategy import MegatronStrategy
+
+PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16 with float32 masters"}
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What came of the training."""
+
+    model: ESM1nvModel
+    steps: int
+    stopped_by: Signals | None  # the signal that ended it before its last step
+    seconds: float  # of training and validation, earlier sessions of the run included
+    residues_per_second: float  # over the last logging interval
+    resumed_from_step: int
+    backends: str
+    precision: str
+
+
+def fit(
+    recipe: Recipe,
+    folder: Path,
+    stream: TrainingStream,
+    validation: ValidationBatches,
+    unigram_perplexity: float,
+    screen: Screen,
+    describe: Callable[[str, str, int], str],
+) -> FitResult:
+    """Train the recipe's model to its last step, from the newest checkpoint in `folder` that can be read.
+
+    `describe(backends, precision, resumed_from_step)` gives the text of the opening screen.
+    """
+    _send_nemo_messages_to_the_log()
+    checkpoint, complaints = newest_checkpoint(folder / "checkpoints")
+    for complaint in complaints:
+        screen.say(f"warning: {complaint}; going back to {checkpoint.name if checkpoint else 'the start'}")
+    resumed_from_step = int(checkpoint.stem.removeprefix("step=")) if checkpoint else 0
+
+    history = History(folder / "metrics.jsonl", recipe.trainer.log_every_n_steps)
+    checkpoints = Checkpoints(folder / "checkpoints", recipe.exp_manager.checkpoints)
+    trainer = _trainer(recipe.trainer, [history, Progress(screen, history, unigram_perplexity), checkpoints])
+    _start_experiment(trainer, recipe, folder)
+
+    model = _model(recipe, trainer)
+    model.setup_training_data(stream, recipe.data.num_workers)
+    model.setup_validation_data(validation)
+    dtype = parameter_dtype(recipe.trainer.precision, trainer.strategy.root_device.type)
+    backends = choose_backends(trainer.strategy.root_device.type, dtype, recipe.model.attention_dropout).describe()
+    screen.say(describe(backends, PRECISION_NAMES[dtype], resumed_from_step))
+
+    trainer.fit(model, ckpt_path=checkpoint)
+    return FitResult(
+        model=model,
+        steps=trainer.global_step,
+        stopped_by=checkpoints.stopped_by if trainer.global_step < recipe.trainer.max_steps else None,
+        seconds=history.seconds,
+        residues_per_second=history.residues_per_second,
+        resumed_from_step=resumed_from_step,
+        backends=backends,
+        precision=PRECISION_NAMES[dtype],
+    )
+
+
+def _model(recipe: Recipe, trainer: Trainer) -> ESM1nvModel:
+    settings = {"encoder": recipe.model.to_dict(), "precision": recipe.trainer.precision, "seed": recipe.seed}
+    model = ESM1nvModel(OmegaConf.create(settings), trainer)
+    model.optim_config = recipe.optim
+    model.initial_weights = recipe.restore_from_path
+    return model
+
+
+def _trainer(config: TrainerConfig, callbacks: list[Callback]) -> Trainer:
+    """A Lightning trainer whose batches are optimizer steps: accumulation and clipping happen in the model's step."""
+    return Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=MegatronStrategy(),
+        plugins=[SafeCheckpointIO()],
+        callbacks=callbacks,
+        max_epochs=-1,
+        max_steps=config.max_steps,
+        val_check_interval=config.val_check_interval,
+        check_val_every_n_epoch=None,
+        limit_val_batches=config.limit_val_batches,
+        log_every_n_steps=config.log_every_n_steps,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _start_experiment(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
+    """NeMo's exp_manager: loggers, and a record of command and commit. Checkpoints and preemption are ours."""
+    settings = recipe.exp_manager
+    exp_manager(
+        trainer,
+        {
+            "explicit_log_dir": str(folder / "logs"),
+            "name": recipe.name,
+            "create_tensorboard_logger": settings.create_tensorboard_logger,
+            "create_wandb_logger": settings.create_wandb_logger,
+            "wandb_logger_kwargs": dict(settings.wandb_logger_kwargs) or None,
+            "create_checkpoint_callback": False,
+            "create_preemption_callback": False,
+            "log_step_timing": False,
+            "log_tflops_per_sec_per_gpu": False,
+            "disable_validation_on_resume": False,
+            "seconds_to_sleep": 0,
+        },
+    )
+
+
+def _send_nemo_messages_to_the_log() -> None:
+    """NeMo and Lightning hold on to the terminal's stream from their import; point them at ours, which is the log."""
+    nemo_logging.remove_stream_handlers()
+    logging.captureWarnings(True)

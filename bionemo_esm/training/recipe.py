@@ -1,0 +1,264 @@
+"""A recipe: the whole configuration of a run as frozen dataclasses, and its arithmetic.
+
+The Hydra configuration enters here once and is checked as it does; nothing further down sees a DictConfig. This file
+imports neither NeMo nor torch's heavier parts, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from bionemo_esm.data.masking import MaskingPolicy
+from bionemo_esm.data.pretraining import BatchPlan
+from bionemo_esm.model.config import ConfigError, EncoderConfig, OptimConfig
+
+ACCELERATORS = ("cpu", "gpu")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where proteins come from, and how many go into a batch."""
+
+    fasta: Path | None = None  # a FASTA file to build a store from
+    store: Path | None = None  # a store built before; neither: the sample that ships with the package
+    max_residues: int = 1024  # longer sequences are cut to this when a store is built
+    validation_sequences: int | None = None  # of `fasta`; null: 5%
+    test_sequences: int | None = None
+    micro_batch_size: int = 370  # sequences a device sees at a time
+    global_batch_size: int | None = None  # sequences an optimizer step; null: micro batch x ranks x accumulation
+    num_workers: int = 1  # loader processes a rank
+    masking: MaskingPolicy = field(default_factory=MaskingPolicy)
+
+    def __post_init__(self) -> None:
+        if self.fasta is not None and self.store is not None:
+            raise ConfigError("data.fasta and data.store are both set; give one of them, and null for the other")
+        for name in ("max_residues", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("validation_sequences", "test_sequences", "num_workers"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"data.{name} must not be negative, but is {getattr(self, name)}")
+        if self.global_batch_size is not None and self.global_batch_size < 1:
+            raise ConfigError(f"data.global_batch_size must be at least 1, not {self.global_batch_size}")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The machine and the length of a run, in Lightning's names; intervals are counted in optimizer steps."""
+
+    accelerator: str = "gpu"
+    devices: int = 8  # a node
+    num_nodes: int = 1
+    precision: str = "bf16"
+    max_steps: int = 349_500
+    accumulate_grad_batches: int = 1  # micro batches a device runs for each step, where global_batch_size is null
+    gradient_clip_val: float = 1.0
+    val_check_interval: int = 1_000
+    limit_val_batches: int | None = None  # of each rank; null: all
+    log_every_n_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.accelerator not in ACCELERATORS:
+            raise ConfigError(f"trainer.accelerator must be one of {', '.join(ACCELERATORS)}, not {self.accelerator!r}")
+        for name in ("devices", "num_nodes", "max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"trainer.{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.num_nodes
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often the state of a run is written, and how many of the last ones stay."""
+
+    every_n_train_steps: int = 1_000
+    keep_last: int = 3
+
+    def __post_init__(self) -> None:
+        if self.every_n_train_steps < 1 or self.keep_last < 1:
+            raise ConfigError("exp_manager.checkpoints: every_n_train_steps and keep_last must be at least 1")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Where results go and who is told: the part of NeMo's exp_manager that a pretraining run uses."""
+
+    exp_dir: Path = Path("runs")
+    name: str | None = None  # folder of the run; null: the recipe's name and a hash of what it computes
+    create_tensorboard_logger: bool = True
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a pretraining run is told."""
+
+    name: str
+    seed: int
+    restore_from_path: Path | None
+    model: EncoderConfig
+    data: DataConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    exp_manager: ExperimentConfig
+
+    def __post_init__(self) -> None:
+        self.batch_plan()  # refuses what cannot be dealt evenly
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences an optimizer step."""
+        if self.data.global_batch_size is not None:
+            return self.data.global_batch_size
+        return self.data.micro_batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def batch_plan(self, rank: int = 0) -> BatchPlan:
+        """How this rank takes part in each global batch. Raises `ConfigError` when it cannot be dealt evenly."""
+        try:
+            return BatchPlan(self.global_batch_size, self.data.micro_batch_size, rank, self.trainer.world_size)
+        except ValueError as error:
+            raise ConfigError(f"data.global_batch_size: {error}") from error
+
+    def epochs(self, train_sequences: int) -> float:
+        """How often the run goes through the training set."""
+        return self.trainer.max_steps * self.global_batch_size / train_sequences
+
+    @property
+    def run_folder(self) -> Path:
+        """`exp_dir/name`. Without a name the same computation finds the same folder, and another one another."""
+        name = self.exp_manager.name or f"{self.name}-{self.fingerprint}"
+        return self.exp_manager.exp_dir / name
+
+    @property
+    def fingerprint(self) -> str:
+        """Eight hex digits of all that decides the result; not of the machine, logging or intervals."""
+        science = {
+            "seed": self.seed,
+            "restore_from_path": self.restore_from_path,
+            "model": self.model.to_dict(),
+            "data": asdict(replace(self.data, num_workers=0, micro_batch_size=1)),
+            "global_batch_size": self.global_batch_size,
+            "optim": asdict(self.optim),
+            "precision": self.trainer.precision,
+            "max_steps": self.trainer.max_steps,
+        }
+        return hashlib.sha256(json.dumps(science, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def load_recipe(cfg: DictConfig) -> Recipe:
+    """The recipe in a composed Hydra configuration.
+
+    Raises `ConfigError`, naming the key, for one that is unknown or missing, a value of the wrong kind, or values that
+    cannot work together.
+    """
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except Exception as error:  # OmegaConf's errors share no base but name the key
+        raise ConfigError(f"configuration: {error}") from error
+    assert isinstance(values, dict)
+    top = _known("", values, {"name", "seed", "restore_from_path", "model", "data", "optim", "trainer", "exp_manager"})
+    trainer = TrainerConfig(**_typed("trainer", top["trainer"], TrainerConfig))
+    return Recipe(
+        name=str(top["name"]),
+        seed=_integer("seed", top["seed"]),
+        restore_from_path=_path("restore_from_path", top.get("restore_from_path")),
+        model=EncoderConfig.from_mapping(top["model"]),
+        data=_data(top["data"]),
+        optim=_optim(top["optim"], trainer),
+        trainer=trainer,
+        exp_manager=_experiment(top["exp_manager"]),
+    )
+
+
+def _data(values: dict[str, Any]) -> DataConfig:
+    masking = _typed("data.masking", values.get("masking") or {}, MaskingPolicy)
+    try:
+        policy = MaskingPolicy(**masking)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return DataConfig(**_typed("data", {k: v for k, v in values.items() if k != "masking"}, DataConfig), masking=policy)
+
+
+def _optim(values: dict[str, Any], trainer: TrainerConfig) -> OptimConfig:
+    values = _known("optim", values, {"name", "lr", "betas", "eps", "weight_decay", "sched"})
+    if values.get("name", "fused_adam") != "fused_adam":
+        raise ConfigError(f"optim.name must be fused_adam, not {values['name']!r}")
+    schedule = _known("optim.sched", values["sched"], {"name", "warmup_steps", "constant_steps", "min_lr", "max_steps"})
+    if schedule.get("name", "CosineAnnealing") != "CosineAnnealing":
+        raise ConfigError(f"optim.sched.name must be CosineAnnealing, not {schedule['name']!r}")
+    flat = {key: value for key, value in (values | schedule).items() if key not in ("name", "sched")}
+    flat["max_steps"] = flat.get("max_steps") or trainer.max_steps
+    return OptimConfig(**_typed("optim", flat, OptimConfig), gradient_clip_val=trainer.gradient_clip_val)
+
+
+def _experiment(values: dict[str, Any]) -> ExperimentConfig:
+    checkpoints = CheckpointConfig(**_typed("exp_manager.checkpoints", values.get("checkpoints") or {}, CheckpointConfig))
+    rest = {key: value for key, value in values.items() if key != "checkpoints"}
+    return ExperimentConfig(**_typed("exp_manager", rest, ExperimentConfig), checkpoints=checkpoints)
+
+
+def _known(section: str, values: Any, names: set[str]) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{section} must be a mapping, not {values!r}")
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"unknown key {section}{'.' if section else ''}{key}; known are: {', '.join(sorted(names))}")
+    return values
+
+
+def _typed(section: str, values: Any, kind: Any) -> dict[str, Any]:
+    """The values of a section, each turned into the type that the dataclass declares for it."""
+    declared = {item.name: str(item.type) for item in fields(kind)}
+    checked = {}
+    for name, value in _known(section, values, set(declared)).items():
+        checked[name] = _convert(f"{section}.{name}", value, declared[name])
+    return checked
+
+
+def _convert(key: str, value: Any, declared: str) -> Any:
+    if value is None and declared.endswith("| None"):
+        return None
+    kind = declared.removesuffix(" | None")
+    converters = {"int": _integer, "float": _float, "bool": _boolean, "Path": _path, "str": lambda _, text: str(text)}
+    if kind == "tuple[float, float]":
+        if not isinstance(value, list) or len(value) != 2:
+            raise ConfigError(f"{key} must be two numbers, not {value!r}")
+        return tuple(_float(key, item) for item in value)
+    return converters[kind](key, value) if kind in converters else value
+
+
+def _integer(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise ConfigError(f"{key} must be an integer, not {value!r}")
+    return int(value)
+
+
+def _float(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{key} must be a number, not {value!r}")
+    return float(value)
+
+
+def _boolean(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} must be true or false, not {value!r}")
+    return value
+
+
+def _path(key: str, value: Any) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{key} must be a path, not {value!r}")
+    return Path(value).expanduser()

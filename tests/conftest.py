@@ -1,0 +1,41 @@
+"""What several test files share: stores built once a session from the shipped sample of real proteins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bionemo_esm.alphabet import encode
+from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit, StoreWriter
+from bionemo_esm.data.uniref50 import BuildPolicy, build_store_from_splits
+
+SAMPLE = Path(__file__).resolve().parent.parent / "bionemo_esm" / "data" / "sample"
+TINY_LENGTHS = (1, 2, 3, 77, 509, 510, 511, 512, 700, 1000)
+"""Residues of the first proteins of `tiny_split`: the shortest, those around ESM-1nv's 512 tokens, and long ones."""
+TINY_SEQUENCES = 37  # a prime, so that no batch size divides it
+
+
+@pytest.fixture(scope="session")
+def sample_store(tmp_path_factory: pytest.TempPathFactory) -> ProteinStore:
+    """The shipped sample as a store: train, validation and test, built as `bionemo-esm` builds it."""
+    parts = (SAMPLE / f"{name}.fasta.gz" for name in SPLITS)
+    return build_store_from_splits(*parts, tmp_path_factory.mktemp("sample") / "store", BuildPolicy())
+
+
+@pytest.fixture(scope="session")
+def tiny_split(tmp_path_factory: pytest.TempPathFactory, sample_store: ProteinStore) -> SequenceSplit:
+    """37 real proteins: ten cut to `TINY_LENGTHS`, one with every rare letter in it, the others whole, under 400."""
+    train = sample_store.split("train")
+    long_ones = np.flatnonzero(train.lengths >= max(TINY_LENGTHS))
+    short_ones = np.flatnonzero(train.lengths < 400)
+    folder = tmp_path_factory.mktemp("tiny") / "store"
+    with StoreWriter(folder) as writer:
+        for protein, length in zip(long_ones[: len(TINY_LENGTHS)], TINY_LENGTHS, strict=True):
+            writer.add("train", train[int(protein)][:length])
+        writer.add("train", np.concatenate([encode("XBUZOX"), train[int(short_ones[0])], encode("OZUBX")]))
+        for protein in short_ones[1 : TINY_SEQUENCES - len(TINY_LENGTHS)]:
+            writer.add("train", train[int(protein)])
+        writer.finish({"source": "tests/conftest.py"})
+    return ProteinStore.open(folder).split("train")
