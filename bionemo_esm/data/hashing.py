@@ -1,7 +1,7 @@
 """Stateless random numbers: 64-bit hashes of counters under a key.
 
-Order, crop and corruption draw from here, so each is a pure function of (seed, epoch, sample): nothing to store, nothing
-to advance, the same on every rank and worker. The mixer is splitmix64's finaliser (Steele, Lea and Flood, "Fast
+Order, crop and corruption draw from here, so each is a pure function of (seed, epoch, sample): nothing to store,
+nothing to advance, the same on every rank and worker. The mixer is splitmix64's finaliser (Steele, Lea and Flood, "Fast
 splittable pseudorandom number generators", OOPSLA 2014), vectorised; arithmetic is modulo 2**64.
 """
 
@@ -45,6 +45,6 @@ def threshold(probability: float) -> np.uint64:
 
 
 def uniform_integers(words: UInt64Array, bounds: ArrayLike) -> NDArray[np.int64]:
-    """Integers in [0, bound) from uniform words, int64 [n]: the high 32 bits times the bound (bias under bound / 2**32)."""
+    """Integers in [0, bound) from uniform words, int64 [n]: the high 32 bits times the bound, over 2**32."""
     high = words >> np.uint64(32)
     return ((high * np.asarray(bounds).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)

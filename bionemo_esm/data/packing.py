@@ -61,7 +61,7 @@ def pack(residues: NDArray[np.uint8], lengths: NDArray[np.int64], corruption: Co
     lengths = np.asarray(lengths, dtype=np.int64)
     boundaries = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths + SPECIAL_TOKENS_PER_SEQUENCE, out=boundaries[1:])
-    # Residue r of the concatenation moves right by the specials before it: one <cls>, and two for each earlier sequence.
+    # A residue moves right by the specials before it: one <cls>, and two for each earlier sequence.
     shift = SPECIAL_TOKENS_PER_SEQUENCE * np.arange(len(lengths)) + 1
     places = np.arange(len(residues)) + np.repeat(shift, lengths)
 
@@ -81,6 +81,6 @@ def pack(residues: NDArray[np.uint8], lengths: NDArray[np.int64], corruption: Co
 
 
 def unpack(row_T: Tensor, cu_seqlens: Tensor, padding: float = PAD_ID) -> Tensor:
-    """A padded batch [S, longest, ...] from a packed row [T, ...]: for inspection and for tests against padded models."""
+    """A padded batch [S, longest, ...] from a packed row [T, ...]: to inspect, and to compare with padded models."""
     pieces = row_T.split(torch.diff(cu_seqlens).tolist())
     return torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True, padding_value=padding)

@@ -1,7 +1,7 @@
 """Batches for pretraining: from the number of consumed samples to this rank's share of the next optimizer step.
 
-`TrainingStream[n]` is a pure function of n, the samples consumed before the step. So any number of loader workers gives
-the same batches, a resume is a matter of starting at another n, and another number of ranks deals the same global batch.
+`TrainingStream[n]` is a pure function of n, the samples consumed before the step. So any number of loader workers
+gives the same batches, a resume starts at another n, and another number of ranks deals the same global batch.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class BatchPlan:
     def __post_init__(self) -> None:
         if self.global_batch_size % (self.micro_batch_size * self.world_size):
             raise ValueError(
-                f"a global batch of {self.global_batch_size} sequences cannot be dealt evenly to {self.world_size} ranks "
-                f"in micro batches of {self.micro_batch_size}; make it a multiple of "
+                f"a global batch of {self.global_batch_size} sequences cannot be dealt evenly to {self.world_size} "
+                f"ranks in micro batches of {self.micro_batch_size}; make it a multiple of "
                 f"{self.micro_batch_size * self.world_size}"
             )
 

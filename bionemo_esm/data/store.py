@@ -20,10 +20,9 @@ import shutil
 import struct
 from array import array
 from collections.abc import Mapping
-from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -94,7 +93,7 @@ class SequenceSplit:
         index_path = self.prefix.with_name(f"{prefix.name}.idx")
         index = _map(index_path, _index_bytes(sequences))
         self._tokens = _map(self.prefix.with_name(f"{prefix.name}.bin"), residues)
-        self._token_bytes = memoryview(self._tokens)
+        self._token_bytes = self._tokens.data
         _check_header(index_path, index, sequences)
         after_lengths = _INDEX_HEADER.size + 4 * sequences
         self.lengths: NDArray[np.int32] = index[_INDEX_HEADER.size : after_lengths].view("<i4")
@@ -245,7 +244,7 @@ class _SplitWriter:
         self._residues = 0
 
     def add_many(self, flat_ids: NDArray[np.uint8], lengths: NDArray[np.int64]) -> None:
-        content = memoryview(np.ascontiguousarray(flat_ids))
+        content = np.ascontiguousarray(flat_ids).data
         self.stream.write(content)
         self._sha256.update(content)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
@@ -353,7 +352,7 @@ class StoreWriter:
         return self.folder
 
 
-def _sync_and_close(stream: BufferedWriter) -> None:
+def _sync_and_close(stream: IO[bytes]) -> None:
     stream.flush()
     os.fsync(stream.fileno())
     stream.close()

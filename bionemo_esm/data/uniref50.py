@@ -1,10 +1,10 @@
 """From FASTA to a token store: clean each record, drop duplicates, split at random or as given.
 
-Two passes. The first cleans and encodes the records one by one into a scratch file and keeps 20 bytes of each in memory:
-its length and a 16-byte digest of its tokens under the seed. Sorting the digests (about 30 bytes a record more, so some
-50 MB per million records in all, 2.6 GB for UniRef50) shows the duplicates and, as a digest is as good as a random
-number, deals the split: it depends on the seed and the set of sequences, not on their order in the file. The second
-pass copies the scratch file into the splits. The disk holds every token twice meanwhile.
+Two passes. The first cleans and encodes the records one by one into a scratch file and keeps 20 bytes of each in
+memory: its length and a 16-byte digest of its tokens under the seed. Sorting the digests shows the duplicates and, as a
+digest is as good as a random number, deals the split: it depends on the seed and the set of sequences, not on their
+order in the file. The second pass copies the scratch file into the splits; the disk holds every token twice meanwhile.
+Memory is some 60 MB per million records while sorting, 3 GB for the 52 million of UniRef50.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +103,7 @@ class _Cleaner:
     """The first pass: cleaned token ids go to `scratch`; lengths, digests and counts stay here."""
 
     policy: BuildPolicy
-    scratch: BinaryIO
+    scratch: IO[bytes]
     counts: BuildCounts = field(default_factory=BuildCounts)
     lengths: array[int] = field(default_factory=lambda: array("i"))
     digests: bytearray = field(default_factory=bytearray)
@@ -137,8 +137,9 @@ class _Cleaner:
         """Token ids of one record, cut to the policy's length; b'' when it is dropped."""
         tokens = sequence.translate(_CLEANING_TABLE, _GAPS)
         self.counts.gap_symbols_removed += len(sequence) - len(tokens)
-        known_x = sequence.count(b"X") + sequence.count(b"x")
-        self.counts.residues_replaced_by_x += tokens.count(_X_ID) - known_x
+        if _X_ID in tokens:
+            as_given = sequence.count(b"X") + sequence.count(b"x")
+            self.counts.residues_replaced_by_x += tokens.count(_X_ID) - as_given
         if _STOP in tokens:
             stripped = tokens.rstrip(bytes([_STOP]))
             self.counts.trailing_stops_stripped += len(stripped) < len(tokens)

@@ -48,7 +48,8 @@ class Archive:
 def write_archive(path: Path, archive: Archive) -> Path:
     """Write under a temporary name, sync, then rename: the final name never holds half an archive."""
     config = yaml.safe_dump(dict(archive.config), sort_keys=True).encode()
-    weights = save_safetensors({name: archive.weights[name].detach().cpu().contiguous() for name in sorted(archive.weights)})
+    tensors = {name: archive.weights[name].detach().cpu().contiguous() for name in sorted(archive.weights)}
+    weights = save_safetensors(tensors)
     manifest = {
         "format_version": FORMAT_VERSION,
         "model_class": archive.model_class,
@@ -63,8 +64,8 @@ def write_archive(path: Path, archive: Archive) -> Path:
             _write_tar(stream, members)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -106,7 +107,7 @@ def read_archive(path: Path, with_weights: bool = True) -> Archive:
     except (ValueError, yaml.YAMLError) as error:
         raise ArchiveError(f"{path}: {MANIFEST} or {CONFIG} cannot be parsed: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
-        raise ArchiveError(f"{path}: {MANIFEST} is not of format version {FORMAT_VERSION}; was it written by a later release?")
+        raise ArchiveError(f"{path}: {MANIFEST} is not of format {FORMAT_VERSION}; it may be of a later release")
     if not isinstance(config, dict) or not isinstance(manifest.get("files"), dict):
         raise ArchiveError(f"{path}: {CONFIG} or `files` in {MANIFEST} is not a mapping")
     for name in members:

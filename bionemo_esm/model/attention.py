@@ -18,36 +18,45 @@ from torch.nn.functional import scaled_dot_product_attention
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, PackedSeqParams, float], Tensor]
 
 
-def attention_by_sequence(query_TND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float) -> Tensor:
-    """PyTorch's scaled dot product attention, one sequence after another: exact, on any device, memory of the longest."""
+def attention_by_sequence(
+    query_TND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float
+) -> Tensor:
+    """PyTorch's scaled dot product attention, one sequence after another: on any device."""
     lengths = torch.diff(layout.cu_seqlens_q).tolist()
     pieces = zip(*(tensor.split(lengths) for tensor in (query_TND, key_TND, value_TND)), strict=True)
-    outputs = [
-        scaled_dot_product_attention(*(part.transpose(0, 1).unsqueeze(0) for part in piece), dropout_p=dropout)
-        for piece in pieces
-    ]
+    outputs = []
+    for piece in pieces:
+        query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in piece)
+        outputs.append(scaled_dot_product_attention(query, key, value, dropout_p=dropout))
     return torch.cat([output.squeeze(0).transpose(0, 1) for output in outputs])
 
 
-def varlen_flash_attention(query_TND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float) -> Tensor:
+def varlen_flash_attention(
+    query_TND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float
+) -> Tensor:
     """One variable-length flash kernel for the whole row (`torch.nn.attention.varlen`); it knows no dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
     assert dropout == 0
     bounds, longest = layout.cu_seqlens_q, layout.max_seqlen_q
-    return varlen_attn(query_TND, key_TND, value_TND, bounds, bounds, longest, longest)
+    context_TND = varlen_attn(query_TND, key_TND, value_TND, bounds, bounds, longest, longest)
+    assert isinstance(context_TND, Tensor)
+    return context_TND
 
 
-def nested_attention(query_TND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float) -> Tensor:
-    """The fused kernels behind jagged nested tensors, which take dropout (and, in float32, memory-efficient attention)."""
+def nested_attention(
+    query_TND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float
+) -> Tensor:
+    """The fused kernels behind jagged nested tensors, which take dropout and float32."""
 
-    def nested_SNjD(row_TND: Tensor) -> Tensor:
+    def nested(row_TND: Tensor) -> Tensor:
         bounds = layout.cu_seqlens_q.long()
         jagged = torch.nested.nested_tensor_from_jagged(row_TND, bounds, min_seqlen=1, max_seqlen=layout.max_seqlen_q)
         return jagged.transpose(1, 2)
 
-    output = scaled_dot_product_attention(*map(nested_SNjD, (query_TND, key_TND, value_TND)), dropout_p=dropout)
-    return output.transpose(1, 2).values()
+    output = scaled_dot_product_attention(nested(query_TND), nested(key_TND), nested(value_TND), dropout_p=dropout)
+    context_TND: Tensor = output.transpose(1, 2).values()
+    return context_TND
 
 
 ATTENTION: dict[str, AttentionFunction] = {
@@ -60,8 +69,8 @@ ATTENTION: dict[str, AttentionFunction] = {
 class PackedAttention(MegatronModule):
     """The `core_attention` of a Megatron layer spec, over packed rows; Megatron's own calls CUDA even on a CPU."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, backend: str = "sdpa-by-sequence", **_: Any) -> None:
-        """`backend` is a key of `ATTENTION`; Megatron passes more (mask type, process groups) that packing has no use for."""
+    def __init__(self, config: TransformerConfig, layer_number: int, backend: str, **_: Any) -> None:
+        """`backend` is a key of `ATTENTION`; Megatron passes more that packing has no use for."""
         super().__init__(config=config)
         self.layer_number = layer_number
         self.attend = ATTENTION[backend]
@@ -75,6 +84,6 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams,
         **_: Any,
     ) -> Tensor:
-        """query, key, value [T, N, D] -> context [T, N, D]; who sees whom is in `packed_seq_params`, never in a mask."""
+        """query, key, value [T, N, D] -> context [T, N, D]; who sees whom is in `packed_seq_params`, not in a mask."""
         dropout = self.config.attention_dropout if self.training else 0.0
         return self.attend(query, key, value, packed_seq_params, dropout)

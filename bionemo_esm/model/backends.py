@@ -54,8 +54,8 @@ def parameter_dtype(precision: str, device_type: str) -> torch.dtype:
 def _multiplies_bf16(device_type: str) -> bool:
     """Whether bf16 products run in hardware; emulated on a CPU they are several times slower than float32."""
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _importable(module: str) -> Any | None:
@@ -68,9 +68,8 @@ def _importable(module: str) -> Any | None:
 
 def _choose_layer_norm(device_type: str) -> tuple[str, Any]:
     if device_type == "cuda":
-        if engine := _importable("megatron.core.extensions.transformer_engine"):
-            if getattr(engine, "HAVE_TE", False):
-                return "Transformer Engine", engine.TENorm
+        if _importable("transformer_engine.pytorch"):
+            return "Transformer Engine", importlib.import_module("megatron.core.extensions.transformer_engine").TENorm
         if _importable("apex.normalization.fused_layer_norm"):
             return "Apex", importlib.import_module("megatron.core.fusions.fused_layer_norm").FusedLayerNorm
     return "PyTorch fused", importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
@@ -80,9 +79,9 @@ def _choose_adam(device_type: str) -> tuple[str, Any]:
     if device_type == "cuda":
         if engine := _importable("transformer_engine.pytorch.optimizers"):
             return "Transformer Engine FusedAdam", engine.FusedAdam
-        if apex := _importable("apex.optimizers"):
-            if hasattr(apex, "FusedAdam"):  # the package named apex on PyPI is another project
-                return "Apex FusedAdam", apex.FusedAdam
+        apex = _importable("apex.optimizers")
+        if apex and hasattr(apex, "FusedAdam"):  # the package named apex on PyPI is another project
+            return "Apex FusedAdam", apex.FusedAdam
 
     def fused_adamw(groups: Any, **options: Any) -> torch.optim.AdamW:
         return torch.optim.AdamW(groups, fused=True, **options)

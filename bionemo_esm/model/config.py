@@ -20,8 +20,8 @@ class ConfigError(UserError):
 class EncoderConfig:
     """A pre-norm BERT encoder over proteins; the defaults are ESM-1nv.
 
-    Sizes: the ESM-1nv model card (6 layers, 12 heads, hidden 768); FFN width, initialisation and dropout: NVIDIA's public
-    ESM-1nv configuration. Raises `ConfigError` when the sizes do not fit together.
+    Sizes: the ESM-1nv model card (6 layers, 12 heads, hidden 768); FFN width, initialisation and dropout: NVIDIA's
+    public ESM-1nv configuration. Raises `ConfigError` when the sizes do not fit together.
     """
 
     num_layers: int = 6
@@ -62,7 +62,8 @@ class EncoderConfig:
         unknown = sorted(set(map(str, values)) - set(known))
         if unknown:
             raise ConfigError(f"unknown key model.{unknown[0]}; known are: {', '.join(known)}")
-        return cls(**{name: _number(name, value, str(known[name].type)) for name, value in values.items()})
+        checked: dict[str, Any] = {name: _number(name, value, str(known[name].type)) for name, value in values.items()}
+        return cls(**checked)
 
     def to_dict(self) -> dict[str, int | float]:
         return asdict(self)

@@ -39,7 +39,8 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     """
     parameters = dict(module.named_parameters())
     for name in sorted(parameters.keys() ^ weights.keys()):
-        raise ArchiveError(f"{source}: tensor {name!r} is {'missing' if name in parameters else 'not part of this model'}")
+        fault = "missing" if name in parameters else "not part of this model"
+        raise ArchiveError(f"{source}: tensor {name!r} is {fault}")
     for name, parameter in parameters.items():
         if parameter.shape != weights[name].shape:
             raise ArchiveError(
@@ -60,9 +61,8 @@ class ESMSaveRestoreConnector(SaveRestoreConnector):
         elif is_global_rank_zero():
             versions = {package: version(package) for package in _RECORDED_PACKAGES}
             provenance = {"package_versions": versions, **model.provenance}
-            write_archive(
-                Path(save_path), Archive(type(model).__name__, model.archive_config(), model.archive_weights(), provenance)
-            )
+            config, weights = model.archive_config(), model.archive_weights()
+            write_archive(Path(save_path), Archive(type(model).__name__, config, weights, provenance))
 
     def restore_from(
         self,

@@ -6,6 +6,7 @@ Shape suffixes: T tokens of the row, S sequences, H hidden size, M selected posi
 from __future__ import annotations
 
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -16,7 +17,6 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from torch import Tensor
 from torch.nn.functional import gelu
 
@@ -66,7 +66,7 @@ def layer_spec(backends: FusedBackends) -> ModuleSpec:
             k_layernorm=IdentityOp,
         ),
     )
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    mlp_parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -74,7 +74,7 @@ def layer_spec(backends: FusedBackends) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backends.layer_norm,
-            mlp=mlp,
+            mlp=ModuleSpec(module=MLP, submodules=mlp_parts),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -112,13 +112,15 @@ class ESMEncoder(BertModel):
         )
         embedded_T1H = self.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
         hidden_T1H = self.encoder(hidden_states=embedded_T1H, attention_mask=None, packed_seq_params=layout)
-        return hidden_T1H.squeeze(1)
+        hidden_TH: Tensor = hidden_T1H.squeeze(1)
+        return hidden_TH
 
     def logits(self, hidden_MH: Tensor) -> Tensor:
         """Scores of the 33 tokens for hidden states, float32 [M, V]; the padding rows of the table do not appear."""
         transformed_M1H = self.lm_head(hidden_MH.unsqueeze(1))
         logits_M1V, _ = self.output_layer(transformed_M1H, weight=self.shared_embedding_or_output_weight())
-        return logits_M1V.squeeze(1)[:, :VOCABULARY_SIZE].float()
+        logits_MV: Tensor = logits_M1V.squeeze(1)[:, :VOCABULARY_SIZE].float()
+        return logits_MV
 
     def forward(
         self,

@@ -20,13 +20,19 @@ from torch.utils.data import DataLoader
 
 from bionemo_esm.data.hashing import derive_key
 from bionemo_esm.data.packing import PackedBatch
-from bionemo_esm.data.pretraining import StepShare, TrainingStream, ValidationBatches, training_loader, validation_loader
+from bionemo_esm.data.pretraining import (
+    StepShare,
+    TrainingStream,
+    ValidationBatches,
+    training_loader,
+    validation_loader,
+)
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter_dtype
-from bionemo_esm.model.config import ConfigError, EncoderConfig
+from bionemo_esm.model.config import ConfigError, EncoderConfig, OptimConfig
 from bionemo_esm.model.connector import ESMSaveRestoreConnector, load_weights, register_model
 from bionemo_esm.model.encoder import ESMEncoder
-from bionemo_esm.model.optimization import MasterWeights, OptimConfig, build_optimizer, build_schedule
+from bionemo_esm.model.optimization import MasterWeights, build_optimizer, build_schedule
 from bionemo_esm.model.parallel import data_parallel_sum, ensure_groups
 
 _DROPOUT_STREAM = 6  # keeps dropout's seeds apart from the keys of order and corruption
@@ -59,8 +65,8 @@ class Evaluation:
 class ESM1nvModel(ModelPT):
     """A BERT-style protein language model, pretrained with one packed row a micro batch.
 
-    `cfg`: `encoder` (the fields of `EncoderConfig`), `precision` ("32", "bf16" or "auto") and `seed`. With a trainer the
-    encoder is built when the trainer has brought the process groups up; without one it is built at once.
+    `cfg`: `encoder` (the fields of `EncoderConfig`), `precision` ("32", "bf16" or "auto") and `seed`. With a trainer
+    the encoder is built when the trainer has brought the process groups up; without one it is built at once.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
@@ -105,7 +111,10 @@ class ESM1nvModel(ModelPT):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits float32 [M, V] at the batch's masked positions."""
         assert self.encoder is not None
-        return self.encoder(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.target_index)
+        logits_MV: Tensor = self.encoder(
+            batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.target_index
+        )
+        return logits_MV
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Final hidden states [T, H] of every token of the row."""
@@ -201,7 +210,8 @@ class ESM1nvModel(ModelPT):
     def evaluate(self, batches: ValidationBatches) -> Evaluation:
         """Score validation batches outside a trainer, on the model's device."""
         device = next(self.parameters()).device
-        return self.evaluation(sum((self.score(batches[i].to(device)) for i in range(len(batches))), torch.zeros(3).double()))
+        scores = [self.score(batches[index].to(device)) for index in range(len(batches))]
+        return self.evaluation(torch.stack(scores).sum(0))
 
     @staticmethod
     def evaluation(sums: Tensor) -> Evaluation:
@@ -231,7 +241,8 @@ class ESM1nvModel(ModelPT):
         self._validation = val_data_config
 
     def train_dataloader(self) -> DataLoader[StepShare]:
-        return training_loader(self._stream.on_rank(self.global_rank), self.consumed_samples, self._num_workers, self._pinned)
+        stream = self._stream.on_rank(self.global_rank)
+        return training_loader(stream, self.consumed_samples, self._num_workers, self._pinned)
 
     def val_dataloader(self) -> DataLoader[PackedBatch]:
         batches = self._validation.on_rank(self.global_rank, self.trainer.world_size)
@@ -239,7 +250,7 @@ class ESM1nvModel(ModelPT):
 
     @property
     def _pinned(self) -> bool:
-        return self.device.type == "cuda"
+        return bool(self.device.type == "cuda")
 
     @classmethod
     def list_available_models(cls) -> list[Any]:

@@ -64,7 +64,7 @@ class MasterWeights:
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale gradients down to a total L2 norm of `max_norm` (0: leave them); returns the norm before."""
-        norm = torch.linalg.vector_norm(self.gradients)
+        norm: Tensor = torch.linalg.vector_norm(self.gradients)
         if max_norm > 0:
             self.gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm

@@ -79,8 +79,9 @@ class History(Callback):
 
     def _append(self, trainer: Trainer, **values: Any) -> None:
         if trainer.is_global_zero:
+            line = {"step": trainer.global_step, "seconds": round(self.seconds, 3), **values}
             with open(self.path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": trainer.global_step, "seconds": round(self.seconds, 3), **values}) + "\n")
+                stream.write(json.dumps(line) + "\n")
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
@@ -123,7 +124,7 @@ class Progress(Callback):
         result = pl_module.last_evaluation
         self.screen.say(
             f"  step {trainer.global_step:,}  validation perplexity {result.perplexity:.2f} "
-            f"(residue frequencies alone: {self.unigram_perplexity:.2f}), {result.accuracy:.1%} of masked residues right"
+            f"(residue frequencies: {self.unigram_perplexity:.2f}), {result.accuracy:.1%} of masked residues right"
         )
 
 

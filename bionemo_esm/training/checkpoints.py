@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: written whole or not at all, read without unpickling, deleted only when a newer one is safe.
+"""Checkpoints to go on from: written whole or not at all, read without unpickling, deleted when a newer one is safe.
 
 NeMo's checkpoint callback keeps state in file names, unpickles what it reads, and heeds preemption on GPUs only; this
 one takes its place.
@@ -62,8 +62,8 @@ class SafeCheckpointIO(CheckpointIO):
 class Checkpoints(Callback):
     """Writes `step=….ckpt` every n steps, at the end, and when SIGINT or SIGTERM asks the run to stop.
 
-    A signal to any rank lets the step under way finish, then saves and ends training on all of them; `stopped_by` tells.
-    A second SIGINT interrupts at once; the checkpoints on disk stay whole.
+    A signal to any rank lets the step under way finish, then saves and ends training on all ranks; `stopped_by` tells
+    which it was. A second SIGINT interrupts at once; the checkpoints on disk stay whole.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:

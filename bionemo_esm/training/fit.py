@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -14,11 +13,11 @@ from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
-from bionemo_esm.data.pretraining import TrainingStream, ValidationBatches
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.training.callbacks import History, Progress
 from bionemo_esm.training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint
+from bionemo_esm.training.prepared import PreparedRun
 from bionemo_esm.training.recipe import Recipe, TrainerConfig
 from bionemo_esm.training.screen import Screen
 from bionemo_esm.training.strategy import MegatronStrategy
@@ -40,19 +39,9 @@ class FitResult:
     precision: str
 
 
-def fit(
-    recipe: Recipe,
-    folder: Path,
-    stream: TrainingStream,
-    validation: ValidationBatches,
-    unigram_perplexity: float,
-    screen: Screen,
-    describe: Callable[[str, str, int], str],
-) -> FitResult:
-    """Train the recipe's model to its last step, from the newest checkpoint in `folder` that can be read.
-
-    `describe(backends, precision, resumed_from_step)` gives the text of the opening screen.
-    """
+def fit(run: PreparedRun, screen: Screen) -> FitResult:
+    """Train to the recipe's last step, from the newest checkpoint in the run's folder that can be read."""
+    recipe, folder = run.recipe, run.folder
     _send_nemo_messages_to_the_log()
     checkpoint, complaints = newest_checkpoint(folder / "checkpoints")
     for complaint in complaints:
@@ -61,15 +50,15 @@ def fit(
 
     history = History(folder / "metrics.jsonl", recipe.trainer.log_every_n_steps)
     checkpoints = Checkpoints(folder / "checkpoints", recipe.exp_manager.checkpoints)
-    trainer = _trainer(recipe.trainer, [history, Progress(screen, history, unigram_perplexity), checkpoints])
+    trainer = _trainer(recipe.trainer, [history, Progress(screen, history, run.unigram_perplexity), checkpoints])
     _start_experiment(trainer, recipe, folder)
 
     model = _model(recipe, trainer)
-    model.setup_training_data(stream, recipe.data.num_workers)
-    model.setup_validation_data(validation)
+    model.setup_training_data(run.stream, recipe.data.num_workers)
+    model.setup_validation_data(run.validation)
     dtype = parameter_dtype(recipe.trainer.precision, trainer.strategy.root_device.type)
     backends = choose_backends(trainer.strategy.root_device.type, dtype, recipe.model.attention_dropout).describe()
-    screen.say(describe(backends, PRECISION_NAMES[dtype], resumed_from_step))
+    screen.say(run.opening_screen(backends, PRECISION_NAMES[dtype], resumed_from_step))
 
     trainer.fit(model, ckpt_path=checkpoint)
     return FitResult(

@@ -49,8 +49,8 @@ def _build(recipe: Recipe, folder: Path, screen: Screen) -> None:
         screen.say(f"Building a store from {recipe.data.fasta} ...")
         build_store(recipe.data.fasta, folder, policy, progress=_BuildProgress(screen))
     else:
-        parts = {part: SAMPLE_FOLDER / f"{part}.fasta.gz" for part in ("train", "validation", "test")}
-        build_store_from_splits(**parts, output=folder, policy=policy, licence="CC BY 4.0")
+        train, validation, test = (SAMPLE_FOLDER / f"{part}.fasta.gz" for part in ("train", "validation", "test"))
+        build_store_from_splits(train, validation, test, folder, policy, licence="CC BY 4.0")
 
 
 class _BuildProgress:
@@ -64,10 +64,9 @@ class _BuildProgress:
         now = time.monotonic()
         if now - self._shown >= _SECONDS_BETWEEN_LINES:
             self._shown = now
-            seconds = now - self._started
-            self.screen.progress(
-                f"  {records:,} records, {bytes_read / 1e6:,.0f} MB at {bytes_read / 1e6 / seconds:,.0f} MB/s, {duration(seconds)}"
-            )
+            seconds, megabytes = now - self._started, bytes_read / 1e6
+            rate = megabytes / seconds
+            self.screen.progress(f"  {records:,} records, {megabytes:,.0f} MB, {rate:,.0f} MB/s, {duration(seconds)}")
 
 
 def _wait_for(folder: Path, limit_seconds: float = 24 * 3600) -> None:

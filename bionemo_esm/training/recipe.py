@@ -20,6 +20,7 @@ from bionemo_esm.data.pretraining import BatchPlan
 from bionemo_esm.model.config import ConfigError, EncoderConfig, OptimConfig
 
 ACCELERATORS = ("cpu", "gpu")
+_SCHEDULE_KEYS = ("name", "warmup_steps", "warmup_ratio", "constant_steps", "min_lr", "max_steps")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.accelerator not in ACCELERATORS:
             raise ConfigError(f"trainer.accelerator must be one of {', '.join(ACCELERATORS)}, not {self.accelerator!r}")
-        for name in ("devices", "num_nodes", "max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps"):
+        for name in (item.name for item in fields(self) if item.type == "int"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name} must be at least 1, not {getattr(self, name)}")
 
@@ -194,18 +195,22 @@ def _optim(values: dict[str, Any], trainer: TrainerConfig) -> OptimConfig:
     values = _known("optim", values, {"name", "lr", "betas", "eps", "weight_decay", "sched"})
     if values.get("name", "fused_adam") != "fused_adam":
         raise ConfigError(f"optim.name must be fused_adam, not {values['name']!r}")
-    schedule = _known("optim.sched", values["sched"], {"name", "warmup_steps", "constant_steps", "min_lr", "max_steps"})
+    schedule = _known("optim.sched", values["sched"], set(_SCHEDULE_KEYS))
     if schedule.get("name", "CosineAnnealing") != "CosineAnnealing":
         raise ConfigError(f"optim.sched.name must be CosineAnnealing, not {schedule['name']!r}")
     flat = {key: value for key, value in (values | schedule).items() if key not in ("name", "sched")}
     flat["max_steps"] = flat.get("max_steps") or trainer.max_steps
+    if (ratio := flat.pop("warmup_ratio", None)) is not None:
+        if flat.get("warmup_steps") is not None:
+            raise ConfigError("optim.sched.warmup_steps and warmup_ratio are both set; set one of them to null")
+        flat["warmup_steps"] = int(_float("optim.sched.warmup_ratio", ratio) * flat["max_steps"])
     return OptimConfig(**_typed("optim", flat, OptimConfig), gradient_clip_val=trainer.gradient_clip_val)
 
 
 def _experiment(values: dict[str, Any]) -> ExperimentConfig:
-    checkpoints = CheckpointConfig(**_typed("exp_manager.checkpoints", values.get("checkpoints") or {}, CheckpointConfig))
+    kept = _typed("exp_manager.checkpoints", values.get("checkpoints") or {}, CheckpointConfig)
     rest = {key: value for key, value in values.items() if key != "checkpoints"}
-    return ExperimentConfig(**_typed("exp_manager", rest, ExperimentConfig), checkpoints=checkpoints)
+    return ExperimentConfig(**_typed("exp_manager", rest, ExperimentConfig), checkpoints=CheckpointConfig(**kept))
 
 
 def _known(section: str, values: Any, names: set[str]) -> dict[str, Any]:
@@ -213,7 +218,8 @@ def _known(section: str, values: Any, names: set[str]) -> dict[str, Any]:
         raise ConfigError(f"{section} must be a mapping, not {values!r}")
     for key in values:
         if key not in names:
-            raise ConfigError(f"unknown key {section}{'.' if section else ''}{key}; known are: {', '.join(sorted(names))}")
+            name = f"{section}.{key}" if section else str(key)
+            raise ConfigError(f"unknown key {name}; known are: {', '.join(sorted(names))}")
     return values
 
 
@@ -230,7 +236,13 @@ def _convert(key: str, value: Any, declared: str) -> Any:
     if value is None and declared.endswith("| None"):
         return None
     kind = declared.removesuffix(" | None")
-    converters = {"int": _integer, "float": _float, "bool": _boolean, "Path": _path, "str": lambda _, text: str(text)}
+    converters: dict[str, Any] = {
+        "int": _integer,
+        "float": _float,
+        "bool": _boolean,
+        "Path": _path,
+        "str": lambda _, text: str(text),
+    }
     if kind == "tuple[float, float]":
         if not isinstance(value, list) or len(value) != 2:
             raise ConfigError(f"{key} must be two numbers, not {value!r}")

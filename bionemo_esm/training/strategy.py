@@ -13,8 +13,8 @@ class MegatronStrategy(DDPStrategy):
     """Data parallelism over Megatron's groups, without a wrapper around the model.
 
     `ESM1nvModel` adds up its gradients in one float32 buffer and reduces that once a step, so Lightning's
-    DistributedDataParallel, which would reduce bfloat16 gradients of every micro batch, is left out. Works over NCCL and
-    gloo, under Lightning's own launcher, torchrun and Slurm.
+    DistributedDataParallel, which would reduce bfloat16 gradients of every micro batch, is left out. Works over NCCL
+    and gloo, under Lightning's own launcher, torchrun and Slurm.
     """
 
     def __init__(self, **kwargs: Any) -> None:

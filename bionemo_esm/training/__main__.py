@@ -1,0 +1,17 @@
+"""`python -m bionemo_esm.training recipe=laptop`: pretraining where there is no checkout, and so no `examples/`."""
+
+from __future__ import annotations
+
+import hydra
+
+from bionemo_esm import config_directory
+from bionemo_esm.training.run import pretrain
+
+
+def main() -> None:
+    """Compose the configuration from the command line and run it."""
+    hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="pretrain_esm1nv")(pretrain)()
+
+
+if __name__ == "__main__":
+    main()

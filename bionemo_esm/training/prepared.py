@@ -1,0 +1,80 @@
+"""A recipe with its proteins at hand, and the screen that introduces it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bionemo_esm.data.pretraining import SampleReader, TrainingStream, ValidationBatches, unigram_perplexity
+from bionemo_esm.data.store import ProteinStore, SequenceSplit
+from bionemo_esm.training.proteins import describe_source
+from bionemo_esm.training.recipe import Recipe
+
+OUTPUT_LOG = "output.log"
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """All that a training needs, and nothing that costs time."""
+
+    recipe: Recipe
+    folder: Path
+    store: ProteinStore
+    stream: TrainingStream
+    validation: ValidationBatches
+    unigram_perplexity: float  # of the validation targets, under the residue frequencies of the training split
+
+    @classmethod
+    def of(cls, recipe: Recipe, folder: Path, store: ProteinStore) -> PreparedRun:
+        """Deal the store's splits into batches as the recipe says."""
+        max_tokens, policy = recipe.model.seq_length, recipe.data.masking
+        reader = SampleReader(store.split("train"), max_tokens, policy, recipe.seed)
+        questions = SampleReader(store.split("validation"), max_tokens, policy.for_evaluation(), recipe.seed)
+        validation = ValidationBatches(questions, recipe.data.micro_batch_size)
+        stream = TrainingStream(reader, recipe.batch_plan())
+        return cls(recipe, folder, store, stream, validation, unigram_perplexity(reader.split, validation))
+
+    @property
+    def train(self) -> SequenceSplit:
+        return self.store.split("train")
+
+    def opening_screen(self, backends: str, precision: str, resumed_from_step: int) -> str:
+        """Model, data, batch, steps, device, fused kernels and where results go."""
+        recipe, trainer, batch = self.recipe, self.recipe.trainer, self.recipe.global_batch_size
+        tokens = batch * self._mean_tokens()
+        lines = {
+            "model": f"{describe_model(recipe)}, {recipe.model.parameters:,} parameters, up to "
+            f"{recipe.model.seq_length} tokens",
+            "data": f"{describe_source(recipe)}: {len(self.train):,} sequences to train on, {self.train.residues:,} "
+            f"residues; {len(self.validation.reader.split):,} to validate on",
+            "batch": f"{batch:,} sequences, about {tokens:,.0f} tokens, packed without padding"
+            + self._dealing(),
+            "steps": f"{trainer.max_steps:,}, {recipe.epochs(len(self.train)):,.1f} epochs, "
+            f"{trainer.max_steps * tokens:,.0f} tokens"
+            + (f"; going on from step {resumed_from_step:,}" if resumed_from_step else ""),
+            "device": f"{trainer.world_size} x {trainer.accelerator}, {precision}",
+            "fused": backends,
+            "results": f"{short(self.folder)} (messages of other libraries: {short(self.folder / OUTPUT_LOG)})",
+        }
+        return "\n".join([f"\n{recipe.name}", *(f"  {key:<8} {text}" for key, text in lines.items()), ""])
+
+    def _dealing(self) -> str:
+        plan = self.stream.plan
+        if plan.world_size == plan.accumulation == 1:
+            return ""
+        return f" ({plan.world_size} ranks x {plan.micro_batch_size} sequences x {plan.accumulation} accumulated)"
+
+    def _mean_tokens(self) -> float:
+        """Tokens of a sequence after cropping, on average over a slice of the training set."""
+        return float((self.train.lengths[:100_000] + 2).clip(max=self.recipe.model.seq_length).mean())
+
+
+def describe_model(recipe: Recipe) -> str:
+    """The sizes of the encoder, for a person."""
+    model = recipe.model
+    return f"ESM-1nv, {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads"
+
+
+def short(path: Path) -> str:
+    """Relative to where the person is, when it lies below."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
