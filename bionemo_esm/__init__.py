@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bionemo_esm import nemo_plugin
+
 __version__ = "0.1.0"
 __all__ = ["ESM1nvModel", "__version__", "config_directory"]
 
@@ -28,3 +30,6 @@ def __getattr__(name: str) -> Any:
 
         return ESM1nvModel
     raise AttributeError(f"module 'bionemo_esm' has no attribute {name!r}")
+
+
+nemo_plugin.announce()

@@ -173,14 +173,14 @@ def test_only_whole_proteins_of_standard_residues_are_read(make_sample: ModuleTy
 
 def test_parts_are_filled_with_whole_clusters(make_sample: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make_sample, "PART_SIZES", {"test": 5, "validation": 5, "train": 20})
-    members = [make_sample.Protein(f"P{i:02}", "", "", "") for i in range(48)]
+    members = [make_sample.Protein(f"P{i:02}", "", "", "") for i in range(42)]
     clusters = {members[i].accession: members[i : i + 3] for i in range(0, 36, 3)}
     clusters |= {p.accession: [p] for p in members[36:]}
-    filled = make_sample.fill_parts(clusters, {"P40"})
+    filled = make_sample.fill_parts(clusters, {"P36"})
     assert {part: len(set(proteins)) for part, proteins in filled.items()} == {"test": 5, "validation": 5, "train": 20}
     part_of = {p.accession: part for part, proteins in filled.items() for p in proteins}
     assert len(part_of) == 30
-    assert "P40" not in part_of
+    assert "P36" not in part_of
     for cluster in clusters.values():
         assert len({part_of[p.accession] for p in cluster if p.accession in part_of}) <= 1
     with pytest.raises(ValueError, match="the input is too small"):

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from bionemo_esm.errors import UserError
+
 MAX_RECORD_BYTES = 64 * 2**20
 """The longest record accepted. The longest of UniRef50 has some 45,000 residues, so a longer one is no protein."""
 
@@ -27,7 +29,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _WHITESPACE = b" \t\n\r\v\f"
 
 
-class FastaError(ValueError):
+class FastaError(UserError):
     """A FASTA file that cannot be read; the message names the file, the record, the byte, and what to do."""
 
 

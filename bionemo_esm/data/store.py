@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bionemo_esm import __version__
 from bionemo_esm.alphabet import VOCABULARY_SIZE
+from bionemo_esm.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 FORMAT_VERSION = 1
@@ -42,7 +43,7 @@ _BLOCK = 2**20  # elements handled at once where a whole array would be large
 _REBUILD = "build the store again"
 
 
-class StoreError(ValueError):
+class StoreError(UserError):
     """A store that cannot be written or must not be read; the message names the file, the key, and what to do."""
 
 
@@ -130,7 +131,7 @@ class SequenceSplit:
         outside = (first < 0) | (count < 0) | (count > self.lengths[chosen] - first)
         if outside.any():
             at = int(outside.argmax())
-            window = f"residues {first[at]}..{first[at] + count[at]} of sequence {chosen[at]}"
+            window = f"{count[at]} residues from {first[at]} of sequence {chosen[at]}"
             raise IndexError(f"{window} of {self.prefix}, which has {self.lengths[chosen[at]]}")
         begins = self._pointers[chosen] + first
         ends = begins + count

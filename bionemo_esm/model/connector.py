@@ -7,6 +7,7 @@ NeMo's; so `ModelPT.restore_from(path)` works for both.
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ class ESMSaveRestoreConnector(SaveRestoreConnector):
         config = OmegaConf.create(dict(archive.config))
         if return_config:
             return config
+        import_module("bionemo_esm.model.esm1nv")  # fills the registry
         model_class = MODEL_CLASSES.get(archive.model_class)
         if model_class is None or not issubclass(model_class, calling_cls):
             raise ArchiveError(f"{path}: holds a model of class {archive.model_class!r}, not a {calling_cls.__name__}")

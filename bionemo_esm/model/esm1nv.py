@@ -102,7 +102,7 @@ class ESM1nvModel(ModelPT):
         self.backends = choose_backends(device_type, dtype, self.encoder_config.attention_dropout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self.encoder = ESMEncoder(self.encoder_config, dtype, self.backends)
+            self.encoder = ESMEncoder(self.encoder_config, dtype, self.backends).to(dtype)  # norms and head, too
         if self.initial_weights is not None:
             load_weights(self, dict(read_archive(self.initial_weights).weights), str(self.initial_weights))
 

@@ -47,8 +47,7 @@ class PreparedRun:
             f"{recipe.model.seq_length} tokens",
             "data": f"{describe_source(recipe)}: {len(self.train):,} sequences to train on, {self.train.residues:,} "
             f"residues; {len(self.validation.reader.split):,} to validate on",
-            "batch": f"{batch:,} sequences, about {tokens:,.0f} tokens, packed without padding"
-            + self._dealing(),
+            "batch": f"{batch:,} sequences, about {tokens:,.0f} tokens, packed without padding" + self._dealing(),
             "steps": f"{trainer.max_steps:,}, {recipe.epochs(len(self.train)):,.1f} epochs, "
             f"{trainer.max_steps * tokens:,.0f} tokens"
             + (f"; going on from step {resumed_from_step:,}" if resumed_from_step else ""),

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from bionemo_esm.errors import UserError
-from bionemo_esm.training.machine import check_machine, is_rank_zero
 from bionemo_esm.training.prepared import OUTPUT_LOG, PreparedRun, describe_model, short
 from bionemo_esm.training.proteins import describe_source, open_proteins
 from bionemo_esm.training.recipe import Recipe, load_recipe
+from bionemo_esm.training.requirements import check_requirements, is_rank_zero
 from bionemo_esm.training.screen import Screen, duration, third_party_output_in
 
 if TYPE_CHECKING:  # NeMo takes seconds to import: a mistake in the configuration is answered before
@@ -44,7 +44,7 @@ def pretrain(cfg: DictConfig) -> None:
 def _pretrain(cfg: DictConfig) -> int:
     started = time.monotonic()
     recipe = load_recipe(cfg)
-    check_machine(recipe)
+    check_requirements(recipe)
     folder = recipe.run_folder.absolute()
     if _already_finished(recipe, folder):
         return 0

@@ -1,0 +1,63 @@
+"""Pretraining runs for tests: composed as the command line composes them, in this process or in one of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from bionemo_esm import config_directory
+from bionemo_esm.training.run import pretrain
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = (
+    "recipe=laptop",
+    "model.num_layers=1",
+    "model.hidden_size=32",
+    "model.num_attention_heads=4",
+    "model.ffn_hidden_size=64",
+    "model.seq_length=128",
+    "model.hidden_dropout=0.1",  # so that determinism is put to the test
+    "data.micro_batch_size=8",
+    "data.global_batch_size=16",
+    "trainer.precision=32",
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=3",
+    "trainer.limit_val_batches=4",
+    "exp_manager.checkpoints.every_n_train_steps=2",
+    "exp_manager.create_tensorboard_logger=false",
+)
+"""Overrides for a model that trains in a second; every test starts from these."""
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        return compose("pretrain_esm1nv", overrides=list(overrides))
+
+
+def run_here(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Train in this process; the run's summary. A stop raises `SystemExit`."""
+    pretrain(composed(*SMALL, f"exp_manager.exp_dir={folder.parent}", f"exp_manager.name={folder.name}", *overrides))
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    """The command line of the same run, for a process of its own."""
+    place = (f"exp_manager.exp_dir={folder.parent}", f"exp_manager.name={folder.name}")
+    return [sys.executable, str(ROOT / "examples" / "pretrain_esm1nv.py"), *SMALL, *place, *overrides]
+
+
+def run_apart(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(folder, *overrides), capture_output=True, text=True, check=False, timeout=300)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Training loss by step, from the run's history."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}

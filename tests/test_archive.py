@@ -1,0 +1,216 @@
+"""The `.nemo` archive: bit-equal restores, equal bytes for equal models, and one clear error for anything else."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import tiny_model
+from nemo.core.classes import ModelPT
+from safetensors.torch import load, save
+
+from bionemo_esm.data.packing import pack
+from bionemo_esm.data.store import SequenceSplit
+from bionemo_esm.model.archive import CONFIG, MANIFEST, WEIGHTS, ArchiveError, read_archive
+from bionemo_esm.model.esm1nv import ESM1nvModel
+
+Members = dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("archive") / "model.nemo"
+    model = tiny_model()
+    model.provenance = {"steps": 7}
+    model.save_to(str(path))
+    return path
+
+
+def unpacked(path: Path) -> Members:
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+
+
+def repacked(members: Members, path: Path, honest: bool = True) -> Path:
+    """Write members as an archive; `honest` ones have a manifest that fits."""
+    if honest:
+        manifest = json.loads(members[MANIFEST])
+        for name in (CONFIG, WEIGHTS):
+            manifest["files"][name] = {
+                "size": len(members[name]),
+                "sha256": hashlib.sha256(members[name]).hexdigest(),
+            }
+        members = members | {MANIFEST: json.dumps(manifest).encode()}
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("restore", [ESM1nvModel.restore_from, ModelPT.restore_from])
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_a_restored_model_is_bit_equal_in_weights_and_outputs(
+    restore: Callable[[str], ESM1nvModel], precision: str, tmp_path: Path, tiny_split: SequenceSplit
+) -> None:
+    model = tiny_model(precision)
+    model.save_to(str(tmp_path / "model.nemo"))
+    restored = restore(str(tmp_path / "model.nemo"))
+    assert type(restored) is ESM1nvModel
+    for (name, ours), theirs in zip(model.named_parameters(), restored.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs), name
+    batch = pack(np.concatenate([tiny_split[3], tiny_split[11]]), np.array([len(tiny_split[3]), len(tiny_split[11])]))
+    assert torch.equal(model.logits(batch), restored.logits(batch))
+
+
+def test_importing_the_package_is_enough_for_nemo_to_know_our_models(archive: Path) -> None:
+    for first, second in (("bionemo_esm", "nemo.core.classes"), ("nemo.core.classes", "bionemo_esm")):
+        code = (
+            f"import {first}, {second}\nfrom nemo.core.classes import ModelPT\n"
+            f"print(type(ModelPT.restore_from({str(archive)!r})).__name__)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.stdout.splitlines()[-1:] == ["ESM1nvModel"], done.stderr
+
+
+def test_equal_models_give_equal_bytes_and_no_date(archive: Path, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.provenance = {"steps": 7}
+    model.save_to(str(tmp_path / "again.nemo"))
+    assert (tmp_path / "again.nemo").read_bytes() == archive.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["again.nemo"]
+
+
+def test_an_archive_holds_its_three_members_and_no_pickle_or_class_path(archive: Path) -> None:
+    members = unpacked(archive)
+    assert list(members) == [CONFIG, MANIFEST, WEIGHTS]
+    assert b"target" not in members[CONFIG]
+    manifest = json.loads(members[MANIFEST])
+    assert manifest["model_class"] == "ESM1nvModel"
+    assert manifest["provenance"]["steps"] == 7
+    assert set(manifest["provenance"]["package_versions"]) == {"bionemo_esm", "torch", "megatron-core", "nemo_toolkit"}
+
+
+def test_the_configuration_is_had_without_the_weights(archive: Path) -> None:
+    config = ESM1nvModel.restore_from(str(archive), return_config=True)
+    assert config.encoder.num_layers == 2
+    assert not read_archive(archive, with_weights=False).weights
+
+
+def test_restoring_leaves_the_working_directory_alone(
+    archive: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ESM1nvModel.restore_from(str(archive))
+    assert Path.cwd() == tmp_path
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_nothing_and_spares_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.nemo"
+    path.write_bytes(b"the one before")
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("bionemo_esm.model.archive._write_tar", full)
+    with pytest.raises(OSError, match="No space"):
+        tiny_model().save_to(str(path))
+    assert path.read_bytes() == b"the one before"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.nemo"]
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.nemo"
+    path.write_bytes(b"not a tar" * 1000)
+    with pytest.raises(ArchiveError, match=r"model\.nemo: not a \.nemo archive, or cut short"):
+        ESM1nvModel.restore_from(str(path))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.9])
+def test_a_truncated_archive_is_refused(archive: Path, tmp_path: Path, fraction: float) -> None:
+    path = tmp_path / "short.nemo"
+    content = archive.read_bytes()
+    path.write_bytes(content[: int(len(content) * fraction)])
+    with pytest.raises(ArchiveError, match=r"short\.nemo: .*(cut short|missing)"):
+        ESM1nvModel.restore_from(str(path))
+
+
+def test_a_flipped_bit_is_found(archive: Path, tmp_path: Path) -> None:
+    members = unpacked(archive)
+    weights = bytearray(members[WEIGHTS])
+    weights[-5] ^= 1
+    path = repacked(members | {WEIGHTS: bytes(weights)}, tmp_path / "bad.nemo", honest=False)
+    with pytest.raises(
+        ArchiveError, match=r"bad\.nemo: model_weights\.safetensors does not match its size and SHA-256"
+    ):
+        ESM1nvModel.restore_from(str(path))
+
+
+def test_unexpected_repeated_and_linked_members_are_refused(archive: Path, tmp_path: Path) -> None:
+    members = unpacked(archive)
+    for name in ("../evil", "/etc/passwd", "./model_config.yaml", "model_weights.ckpt"):
+        path = repacked({**members, name: b"x"}, tmp_path / "extra.nemo")
+        with pytest.raises(ArchiveError, match="unexpected member"):
+            ESM1nvModel.restore_from(str(path))
+    with tarfile.open(repacked(members, tmp_path / "twice.nemo"), "a") as tar:
+        tar.addfile(tarfile.TarInfo(CONFIG), io.BytesIO())
+    with pytest.raises(ArchiveError, match="appears twice"):
+        ESM1nvModel.restore_from(str(tmp_path / "twice.nemo"))
+    with tarfile.open(tmp_path / "link.nemo", "w") as tar:
+        link = tarfile.TarInfo(CONFIG)
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with pytest.raises(ArchiveError, match="unexpected member"):
+        ESM1nvModel.restore_from(str(tmp_path / "link.nemo"))
+    assert {entry.suffix for entry in tmp_path.iterdir()} == {".nemo"}
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(archive: Path, tmp_path: Path) -> None:
+    members, name = unpacked(archive), "encoder.output_layer.bias"
+    tensors = load(members[WEIGHTS])
+    cases = {
+        "is missing": {key: value for key, value in tensors.items() if key != name},
+        "is not part of this model": {**tensors, "encoder.extra": torch.zeros(1)},
+        r"has shape \[3\], the model \[128\]": tensors | {name: torch.zeros(3)},
+    }
+    for message, changed in cases.items():
+        path = repacked(members | {WEIGHTS: save(changed)}, tmp_path / "wrong.nemo")
+        with pytest.raises(ArchiveError, match=f"tensor '.*' {message}"):
+            ESM1nvModel.restore_from(str(path))
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        (b"encoder: &a {num_layers: 2}\nagain: *a\n", "aliases are not allowed"),
+        (b"encoder: !!python/object/apply:os.system ['touch owned']\n", "cannot be parsed"),
+        (b"- a list\n", "is not a mapping"),
+        (b"encoder: {num_layers: 2, _target_: os.system}\n", "unknown key model._target_"),
+    ],
+)
+def test_a_configuration_with_tricks_is_refused(archive: Path, tmp_path: Path, config: bytes, error: str) -> None:
+    path = repacked(unpacked(archive) | {CONFIG: config}, tmp_path / "trick.nemo")
+    with pytest.raises(ValueError, match=error):
+        ESM1nvModel.restore_from(str(path))
+
+
+def test_a_class_outside_our_registry_is_refused(archive: Path, tmp_path: Path) -> None:
+    members = unpacked(archive)
+    manifest = json.loads(members[MANIFEST]) | {"model_class": "os.system"}
+    path = repacked(members | {MANIFEST: json.dumps(manifest).encode()}, tmp_path / "class.nemo", honest=False)
+    with pytest.raises(ArchiveError, match=r"holds a model of class 'os\.system', not a ESM1nvModel"):
+        ESM1nvModel.restore_from(str(path))

@@ -1,0 +1,130 @@
+"""What a user can get wrong: one line that names file and key, exit code 2, nothing trained and nothing left behind."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from models import tiny_model
+
+from bionemo_esm.training.run import pretrain
+from runs import SMALL, composed
+
+
+def complaint(capfd: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """What the run prints on standard error when it refuses."""
+    with pytest.raises(SystemExit) as stop:
+        pretrain(composed(*overrides))
+    assert stop.value.code == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[str]:
+    return [*SMALL, f"exp_manager.exp_dir={tmp_path}/runs"]
+
+
+def test_the_default_recipe_says_all_that_is_missing_and_names_the_laptop(capfd: pytest.CaptureFixture[str]) -> None:
+    error = complaint(capfd)
+    assert "trainer.devices asks for 8 GPUs a node; this machine has 0" in error
+    assert "data.store: data/uniref50_2022_05 is not a store" in error
+    assert "python examples/pretrain_esm1nv.py recipe=laptop" in error
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.hidden_size=33", "model.hidden_size (33) is not divisible by model.num_attention_heads (4)"),
+        ("model.seq_length=5", "model.seq_length is 5 tokens"),
+        ("model.num_layers=two", "model.num_layers must be an integer, not 'two'"),
+        ("data.global_batch_size=12", "data.global_batch_size: a global batch of 12 sequences cannot be dealt evenly"),
+        ("data.masking.masked=0.95", "data.masking.masked (0.95)"),
+        ("data.fasta=/nowhere/x.fasta", "data.fasta: /nowhere/x.fasta is not a file"),
+        ("restore_from_path=/nowhere/x.nemo", "restore_from_path: /nowhere/x.nemo is not a file"),
+        ("data.store=/nowhere", "data.store: /nowhere is not a store"),
+        ("trainer.precision=16", "trainer.precision must be one of auto, 32, bf16"),
+        ("trainer.accelerator=tpu", "trainer.accelerator must be one of cpu, gpu"),
+        ("trainer.max_steps=0", "trainer.max_steps must be at least 1"),
+        ("optim.lr=fast", "optim.lr must be a number, not 'fast'"),
+        ("optim.lr=1e-6", "optim.sched.min_lr (0.0001) must lie in [0, optim.lr = 1e-06)"),
+        ("optim.sched.constant_steps=100", "leave no step for the cosine in max_steps (6)"),
+        ("optim.sched.name=Noam", "optim.sched.name must be CosineAnnealing"),
+        ("+trainer.max_step=5", "unknown key trainer.max_step; known are: accelerator"),
+        ("+speed=5", "unknown key speed"),
+        ("+model._target_=os.system", "unknown key model._target_"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused_by_key(
+    override: str, message: str, small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert message in complaint(capfd, *small, override)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b"MKTAYIAKQR\n", "'>'"),
+        (b">a\n\n>b\n*\n", "0 of 2"),
+        (b">a\nMKTAYIAKQR\n", "data.validation_sequences"),
+        (gzip.compress(b">a\nMKTAYIAKQR\n" * 9)[:-9], "ends before its end mark"),
+        (b">a\nACGTACGTACGTTTGACA\n" * 99, "DNA"),
+    ],
+)
+def test_a_fasta_file_that_cannot_be_used_is_named(
+    content: bytes, message: str, small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fasta = tmp_path / "proteins.fasta"
+    fasta.write_bytes(content)
+    error = complaint(capfd, *small, f"data.fasta={fasta}")
+    assert str(fasta) in error or "data." in error
+    assert message.lower() in error.lower()
+    assert not list((tmp_path / "runs").rglob("store*"))
+
+
+def test_fasta_and_store_together_are_refused(small: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert "data.fasta and data.store are both set" in complaint(capfd, *small, "data.fasta=a", "data.store=b")
+
+
+def test_a_store_that_does_not_match_its_manifest_is_refused(
+    small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], sample_store: object
+) -> None:
+    import shutil
+
+    folder = tmp_path / "store"
+    shutil.copytree(sample_store.folder, folder)  # type: ignore[attr-defined]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"]["residues"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    error = complaint(capfd, *small, f"data.store={folder}")
+    assert str(folder) in error
+    assert "train" in error
+
+
+def test_an_archive_of_another_size_or_cut_short_is_refused(
+    small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model().save_to(str(tmp_path / "other.nemo"))
+    error = complaint(capfd, *small, f"restore_from_path={tmp_path}/other.nemo")
+    assert "other.nemo has num_layers = 2, the recipe model.num_layers = 1" in error
+    (tmp_path / "cut.nemo").write_bytes((tmp_path / "other.nemo").read_bytes()[:9000])
+    assert "cut.nemo: not a .nemo archive, or cut short" in complaint(
+        capfd, *small, f"restore_from_path={tmp_path}/cut.nemo"
+    )
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    named = [*small, "exp_manager.name=same", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    pretrain(composed(*named))
+    (tmp_path / "runs" / "same" / "summary.json").unlink()
+    capfd.readouterr()
+    error = complaint(capfd, *named, "model.num_layers=2", "trainer.max_steps=4")
+    assert "written by another model: model.num_layers differ" in error

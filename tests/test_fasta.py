@@ -1,0 +1,198 @@
+"""The FASTA reader: what it takes, and what it refuses with a reason."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from bionemo_esm.data import fasta
+from bionemo_esm.data.fasta import FastaError, FastaRecord, read_fasta
+
+UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
+CRAMBIN = "TTCCPSIVARSNFNVCRLPGTPEALCATYTGCIIIPGATCPGDYAN"
+GB1 = "MTYKLILNGKTLKGETTTEAVDAATAEKVFKQYANDNGVDGEWTYDDATKTFTVTE"
+THREE = f">sp|P0CG48|UBC_HUMAN Ubiquitin\n{UBIQUITIN}\n>1CRN\n{CRAMBIN}\n>1PGA GB1\n{GB1}\n".encode()
+
+
+def read(tmp_path: Path, content: bytes) -> list[FastaRecord]:
+    path = tmp_path / "proteins.fasta"
+    path.write_bytes(content)
+    return list(read_fasta(path))
+
+
+def sequences(records: list[FastaRecord]) -> list[str]:
+    return [record.sequence.decode() for record in records]
+
+
+def test_records_come_in_order_with_header_number_and_offset(tmp_path: Path) -> None:
+    records = read(tmp_path, THREE)
+    assert [record.header for record in records] == ["sp|P0CG48|UBC_HUMAN Ubiquitin", "1CRN", "1PGA GB1"]
+    assert [record.id for record in records] == ["sp|P0CG48|UBC_HUMAN", "1CRN", "1PGA"]
+    assert sequences(records) == [UBIQUITIN, CRAMBIN, GB1]
+    assert [record.number for record in records] == [1, 2, 3]
+    assert [record.offset for record in records] == [0, THREE.find(b">1CRN"), THREE.find(b">1PGA")]
+
+
+def wrapped(text: bytes, width: int) -> bytes:
+    lines = text.splitlines()
+    pieces = [
+        [line] if line[:1] == b">" else [line[i : i + width] for i in range(0, len(line), width)] for line in lines
+    ]
+    return b"\n".join(piece for group in pieces for piece in group) + b"\n"
+
+
+LAYOUTS = {
+    "wrapped": wrapped(THREE, 60),
+    "a residue a line": wrapped(THREE, 1),
+    "crlf": wrapped(THREE, 60).replace(b"\n", b"\r\n"),
+    "no final newline": THREE.rstrip(b"\n"),
+    "blank lines between records": THREE.replace(b"\n>", b"\n\n\n>"),
+    "blank lines after all lines": THREE.replace(b"\n", b"\n\n"),
+    "blank lines first": b"\n \r\n" + THREE,
+    "blank lines last": THREE + b"\n\r\n  \n",
+    "padded lines": THREE.replace(b"\n>", b" \t\n>").replace(b"\nM", b"\n  M"),
+}
+
+
+@pytest.mark.parametrize("content", LAYOUTS.values(), ids=LAYOUTS)
+def test_layout_does_not_matter(tmp_path: Path, content: bytes) -> None:
+    records = read(tmp_path, content)
+    assert sequences(records) == [UBIQUITIN, CRAMBIN, GB1]
+    assert [record.header for record in records] == ["sp|P0CG48|UBC_HUMAN Ubiquitin", "1CRN", "1PGA GB1"]
+    assert all(content[record.offset : record.offset + 1] == b">" for record in records)
+
+
+def test_gzip_of_one_member_or_many_reads_as_plain(tmp_path: Path) -> None:
+    plain = read(tmp_path, THREE)
+    middle = len(THREE) // 2
+    assert read(tmp_path, gzip.compress(THREE)) == plain
+    assert read(tmp_path, gzip.compress(THREE[:middle]) + gzip.compress(b"") + gzip.compress(THREE[middle:])) == plain
+    assert (
+        read(tmp_path, gzip.compress(THREE[:middle]) + b"\0" * 7 + gzip.compress(THREE[middle:]) + b"\0" * 512) == plain
+    )
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzip"])
+def test_block_boundaries_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool) -> None:
+    whole = read(tmp_path, THREE)
+    content = gzip.compress(THREE) if compressed else THREE
+    monkeypatch.setattr(fasta, "_GZIP_READ_BYTES", 3)
+    for size in range(1, 90):
+        monkeypatch.setattr(fasta, "_BLOCK_BYTES", size)
+        assert read(tmp_path, content) == whole
+
+
+def test_a_record_longer_than_any_known_protein_is_read(tmp_path: Path) -> None:
+    giant = "".join(random.Random(0).choices("LAGVSERTIDPKQNFYMHWC", k=2_500_000))
+    content = f">giant\n{giant}\n>1CRN\n{CRAMBIN}\n".encode()
+    assert sequences(read(tmp_path, wrapped(content, 60))) == [giant, CRAMBIN]
+    assert sequences(read(tmp_path, gzip.compress(content, 1))) == [giant, CRAMBIN]
+
+
+def test_empty_headers_and_empty_sequences_are_records(tmp_path: Path) -> None:
+    records = read(tmp_path, b">\n>  \nMK\n>only a header\n\n>last")
+    assert [(record.header, record.id, record.sequence) for record in records] == [
+        ("", "", b""),
+        ("", "", b"MK"),
+        ("only a header", "only", b""),
+        ("last", "last", b""),
+    ]
+
+
+def test_case_and_symbols_are_left_to_the_caller(tmp_path: Path) -> None:
+    assert sequences(read(tmp_path, b">a\nmkT-.*j\n")) == ["mkT-.*j"]
+
+
+def test_header_bytes_that_are_not_utf8_are_replaced(tmp_path: Path) -> None:
+    records = read(tmp_path, b">prot\xe9ine \xce\xb1-synuclein > fragment\nMDVF\n")
+    assert records[0].header == "prot\ufffdine \u03b1-synuclein > fragment"
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzip"])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, compressed: bool) -> None:
+    path = tmp_path / "large.fasta"
+    long_records = b"".join(b">%d\n%s\n" % (number, CRAMBIN.encode() * 200) for number in range(5000))
+    path.write_bytes(gzip.compress(long_records, 1) if compressed else long_records)
+    assert len(long_records) > 40 * 2**20
+    del long_records
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_fasta(path)) == 5000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"\n \r\n", "the file is empty"),
+        (gzip.compress(b""), "the file is empty"),
+        (
+            UBIQUITIN.encode() + b"\n" + THREE,
+            r"record 1, byte 0: text before the first '>' \('MQIFV.*begin each record",
+        ),
+        (b"\n\nid,sequence\n1,MK\n", r"byte 2: text before the first '>' \('id,sequence'\)"),
+        (b"\xef\xbb\xbf" + THREE, "byte order mark"),
+        (THREE.decode().encode("utf-16"), "NUL byte: binary or UTF-16"),
+        (b">a\nMK\n>b\nM\0K\n", "record 2, byte 10: a NUL byte"),
+        (b">a\nMK >b\nMV\n", "record 1, byte 6: a '>' amid a sequence line"),
+        (b">a\rMK\r>b\rMV\r", "record 1, byte 0: lines end in a lone CR"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "compressed with zstd; decompress it first with `zstd -d`"),
+        (b"BZh91AY", "compressed with bzip2; decompress it first"),
+        (b"\xfd7zXZ\x00\x00", "compressed with xz; decompress it first"),
+    ],
+)
+def test_an_unreadable_file_is_refused_with_place_and_advice(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(FastaError, match=message) as caught:
+        read(tmp_path, content)
+    assert str(tmp_path / "proteins.fasta") in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FastaError, match=r"absent\.fasta: no such file; check the path"):
+        next(read_fasta(tmp_path / "absent.fasta"))
+    with pytest.raises(FastaError, match="is a folder; name one FASTA file"):
+        next(read_fasta(tmp_path))
+
+
+def test_a_truncated_gzip_gives_its_whole_records_then_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fasta, "_BLOCK_BYTES", 16)
+    path = tmp_path / "cut.fasta.gz"
+    path.write_bytes(gzip.compress(THREE)[:-9])
+    reader = read_fasta(path)
+    first = [next(reader), next(reader)]
+    assert sequences(first) == [UBIQUITIN, CRAMBIN]
+    with pytest.raises(
+        FastaError, match=rf"record 3, byte {THREE.find(b'>1PGA')}: the gzip stream is damaged.*gzip -t"
+    ):
+        list(reader)
+
+
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.99])
+def test_a_flipped_bit_in_a_gzip_is_found(tmp_path: Path, where: float) -> None:
+    damaged = bytearray(gzip.compress(THREE))
+    damaged[int(len(damaged) * where)] ^= 0x10
+    with pytest.raises(FastaError, match="the gzip stream is damaged"):
+        read(tmp_path, bytes(damaged))
+
+
+def test_text_after_the_gzip_stream_is_damage(tmp_path: Path) -> None:
+    with pytest.raises(FastaError, match="the gzip stream is damaged"):
+        read(tmp_path, gzip.compress(THREE) + b">late\nMK\n")
+
+
+def test_a_record_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fasta.MAX_RECORD_BYTES == 64 * 2**20
+    monkeypatch.setattr(fasta, "MAX_RECORD_BYTES", 2 * 2**20)
+    content = b">1CRN\n" + CRAMBIN.encode() + b"\n>chromosome\n" + b"ACGT" * 2**20
+    with pytest.raises(FastaError, match=rf"record 2, byte {content.find(b'>chr')}: the record is longer than 2 MiB"):
+        read(tmp_path, content)

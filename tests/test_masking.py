@@ -1,0 +1,360 @@
+"""Crop and corruption: the policy's fractions on a million real residues, and that nothing around a sample matters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from bionemo_esm.alphabet import (
+    CLS_ID,
+    EOS_ID,
+    FIRST_RESIDUE_ID,
+    MASK_ID,
+    NUM_STANDARD_RESIDUES,
+    TOKEN_IDS,
+    decode,
+    encode,
+)
+from bionemo_esm.data.hashing import UInt64Array
+from bionemo_esm.data.masking import Corruption, MaskingPolicy, corrupt, crop_windows, sample_keys
+from bionemo_esm.data.packing import pack
+from bionemo_esm.data.pretraining import SampleReader
+from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit
+
+UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"  # UniProt P0CG48, 1-76
+STANDARD_IDS = np.arange(FIRST_RESIDUE_ID, FIRST_RESIDUE_ID + NUM_STANDARD_RESIDUES)
+ALWAYS_REPLACED = MaskingPolicy(chosen=1.0, masked=0.0, replaced=1.0)
+
+
+class Proteins(NamedTuple):
+    """Concatenated sequences: residues uint8 [residues], lengths int64 [n], keys uint64 [n]."""
+
+    residues: NDArray[np.uint8]
+    lengths: NDArray[np.int64]
+    keys: UInt64Array
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        return np.cumsum(self.lengths) - self.lengths
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """Place of each residue in its protein, int64 [residues]."""
+        return np.arange(len(self.residues)) - np.repeat(self.starts, self.lengths)
+
+
+def keys_for(count: int, seed: int = 1, epoch: int = 0) -> UInt64Array:
+    return sample_keys(seed, np.full(count, epoch), np.arange(count))
+
+
+@pytest.fixture(scope="module")
+def proteins(sample_store: ProteinStore) -> Proteins:
+    """All of the sample: 3,000 proteins, about a million residues."""
+    splits = [sample_store.split(name) for name in SPLITS]
+    lengths = np.concatenate([split.lengths for split in splits]).astype(np.int64)
+    residues = np.concatenate([split[i] for split in splits for i in range(len(split))])
+    assert len(residues) > 1_000_000
+    return Proteins(residues, lengths, keys_for(len(lengths)))
+
+
+@pytest.fixture(scope="module")
+def corrupted(proteins: Proteins) -> Corruption:
+    """The sample under the model cards' policy."""
+    return corrupt(*proteins, MaskingPolicy())
+
+
+def assert_binomial(count: int, trials: int, probability: float) -> None:
+    """Within five standard deviations."""
+    deviation = np.sqrt(trials * probability * (1 - probability))
+    assert abs(count - trials * probability) < 5 * deviation + 1e-9, f"{count} of {trials}, expected {probability}"
+
+
+def assert_uniform(counts: NDArray[np.int64]) -> None:
+    """Chi-square within five standard deviations of its degrees of freedom: neither uneven nor too even."""
+    expected, degrees = counts.sum() / counts.size, counts.size - 1
+    assert expected >= 5, "too few draws for chi-square"
+    assert abs(((counts - expected) ** 2 / expected).sum() - degrees) < 5 * np.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize(
+    "policy", [MaskingPolicy(), MaskingPolicy(0.4, 0.5, 0.3), MaskingPolicy(0.15, 0.0, 0.0)], ids=str
+)
+def test_residues_are_chosen_and_shown_in_the_fractions_of_the_policy(
+    proteins: Proteins, policy: MaskingPolicy
+) -> None:
+    tokens, chosen = corrupt(*proteins, policy)
+    assert tokens.dtype == np.uint8
+    shown, true = tokens[chosen], proteins.residues[chosen]
+    assert_binomial(chosen.sum(), chosen.size, policy.chosen)
+    assert_binomial((shown == MASK_ID).sum(), shown.size, policy.masked)
+    assert_binomial(((shown != MASK_ID) & (shown != true)).sum(), shown.size, policy.replaced)
+    assert_binomial((shown == true).sum(), shown.size, 1 - policy.masked - policy.replaced)
+    np.testing.assert_array_equal(tokens[~chosen], proteins.residues[~chosen])
+
+
+def test_the_default_policy_is_that_of_the_model_cards() -> None:
+    assert MaskingPolicy() == MaskingPolicy(chosen=0.15, masked=0.80, replaced=0.10)
+
+
+def test_a_replaced_residue_becomes_any_other_of_the_standard_20_with_equal_chance(proteins: Proteins) -> None:
+    tokens, chosen = corrupt(*proteins, ALWAYS_REPLACED)
+    assert chosen.all()
+    assert not (tokens == proteins.residues).any()
+    pairs = np.zeros((256, 256), dtype=np.int64)
+    np.add.at(pairs, (proteins.residues, tokens), 1)
+    standard = pairs[np.ix_(STANDARD_IDS, STANDARD_IDS)]
+    assert standard.sum() == len(tokens)
+    others = standard[~np.eye(NUM_STANDARD_RESIDUES, dtype=bool)].reshape(NUM_STANDARD_RESIDUES, -1)
+    for counts in others:
+        assert_uniform(counts)
+
+
+@pytest.mark.parametrize(
+    "letter",
+    [
+        *"XBUZO",
+        pytest.param("<unk>", marks=pytest.mark.xfail(strict=True, reason="_another_residue never draws C for <unk>")),
+    ],
+)
+def test_a_rare_letter_is_chosen_like_any_and_replaced_by_the_standard_20(letter: str) -> None:
+    lengths = np.full(100, 400)
+    residues = np.full(lengths.sum(), TOKEN_IDS[letter], dtype=np.uint8)
+    tokens, _ = corrupt(residues, lengths, keys_for(100), ALWAYS_REPLACED)
+    counts = np.bincount(tokens, minlength=256)
+    assert counts[STANDARD_IDS].sum() == len(tokens)
+    assert_uniform(counts[STANDARD_IDS])
+    _, chosen = corrupt(residues, lengths, keys_for(100), MaskingPolicy())
+    assert_binomial(chosen.sum(), chosen.size, 0.15)
+
+
+def test_a_sample_is_corrupted_the_same_alone_and_among_any_others(proteins: Proteins, corrupted: Corruption) -> None:
+    """One by one, and all in another order."""
+    pieces = [slice(start, start + length) for start, length in zip(proteins.starts, proteins.lengths, strict=True)]
+    for i in range(0, len(pieces), 10):
+        alone = corrupt(proteins.residues[pieces[i]], proteins.lengths[[i]], proteins.keys[[i]], MaskingPolicy())
+        np.testing.assert_array_equal(alone.tokens, corrupted.tokens[pieces[i]])
+        np.testing.assert_array_equal(alone.chosen, corrupted.chosen[pieces[i]])
+    order = np.random.default_rng(0).permutation(len(pieces))
+    residues = np.concatenate([proteins.residues[pieces[i]] for i in order])
+    other = corrupt(residues, proteins.lengths[order], proteins.keys[order], MaskingPolicy())
+    np.testing.assert_array_equal(other.tokens, np.concatenate([corrupted.tokens[pieces[i]] for i in order]))
+    np.testing.assert_array_equal(other.chosen, np.concatenate([corrupted.chosen[pieces[i]] for i in order]))
+
+
+@pytest.mark.parametrize("changed", ["seed", "epoch", "sample"])
+def test_another_seed_epoch_or_sample_is_corrupted_independently(
+    proteins: Proteins, corrupted: Corruption, changed: str
+) -> None:
+    """Chosen in both as often as by chance: 15% of 15%. Of those, both masked 64% of the time, both another 1%."""
+    count = len(proteins.lengths)
+    keys = {
+        "seed": keys_for(count, seed=2),
+        "epoch": keys_for(count, epoch=1),
+        "sample": sample_keys(1, np.zeros(count, dtype=np.int64), np.arange(count) + 1),
+    }[changed]
+    tokens, chosen = corrupt(proteins.residues, proteins.lengths, keys, MaskingPolicy())
+    both = chosen & corrupted.chosen
+    assert_binomial(both.sum(), both.size, 0.15**2)
+    assert_binomial((both & (tokens == MASK_ID) & (corrupted.tokens == MASK_ID)).sum(), both.sum(), 0.8**2)
+    replaced = [both & (t != MASK_ID) & (t != proteins.residues) for t in (tokens, corrupted.tokens)]
+    assert_binomial((replaced[0] & replaced[1]).sum(), both.sum(), 0.1**2)
+
+
+def test_the_same_seed_epoch_and_sample_are_corrupted_the_same(proteins: Proteins, corrupted: Corruption) -> None:
+    again = corrupt(proteins.residues, proteins.lengths, keys_for(len(proteins.lengths)), MaskingPolicy())
+    np.testing.assert_array_equal(again.tokens, corrupted.tokens)
+    np.testing.assert_array_equal(again.chosen, corrupted.chosen)
+
+
+def test_equal_proteins_get_masks_of_their_own() -> None:
+    """Ubiquitin 5,000 times: each place is chosen and masked as often as any other, and no two masks are alike."""
+    residues = np.tile(encode(UBIQUITIN), 5000)
+    tokens, chosen = corrupt(residues, np.full(5000, 76), keys_for(5000), MaskingPolicy())
+    assert_uniform(chosen.reshape(5000, 76).sum(axis=0))
+    assert_uniform((tokens == MASK_ID).reshape(5000, 76).sum(axis=0))
+    assert len(np.unique(chosen.reshape(5000, 76), axis=0)) == 5000
+
+
+def test_the_residues_given_are_left_as_they_are(proteins: Proteins) -> None:
+    before = proteins.residues.copy()
+    corrupt(*proteins, ALWAYS_REPLACED)
+    np.testing.assert_array_equal(proteins.residues, before)
+
+
+def test_a_read_only_view_of_the_store_can_be_corrupted(sample_store: ProteinStore) -> None:
+    protein = sample_store.split("test")[0]
+    assert not protein.flags.writeable
+    tokens, _ = corrupt(protein, np.array([len(protein)]), keys_for(1), ALWAYS_REPLACED)
+    assert (tokens != protein).all()
+
+
+def test_evaluation_chooses_the_same_residues_and_shows_all_of_them_as_mask(
+    proteins: Proteins, corrupted: Corruption
+) -> None:
+    tokens, chosen = corrupt(*proteins, MaskingPolicy().for_evaluation())
+    np.testing.assert_array_equal(chosen, corrupted.chosen)
+    assert (tokens[chosen] == MASK_ID).all()
+    np.testing.assert_array_equal(tokens[~chosen], proteins.residues[~chosen])
+    assert MaskingPolicy(0.3, 0.1, 0.5).for_evaluation().chosen == 0.3
+
+
+def test_neighbours_are_chosen_independently(proteins: Proteins, corrupted: Corruption) -> None:
+    for lag in (1, 2, 3, 4, 8, 64):
+        inside = proteins.places[lag:] >= lag  # pairs within one protein
+        left, right = corrupted.chosen[:-lag][inside], corrupted.chosen[lag:][inside]
+        assert abs(np.corrcoef(left, right)[0, 1]) < 5 / np.sqrt(len(left))
+
+
+def test_every_place_and_every_letter_is_chosen_alike(proteins: Proteins, corrupted: Corruption) -> None:
+    """No favoured place, first and last included; no favoured letter; per protein a binomial number."""
+    for place in (*range(8), 15, 16, 63, 64, 127, 128, 255, 256):
+        at = proteins.places == place
+        assert_binomial(corrupted.chosen[at].sum(), at.sum(), 0.15)
+    last = corrupted.chosen[np.cumsum(proteins.lengths) - 1]
+    assert_binomial(last.sum(), last.size, 0.15)
+    for letter in STANDARD_IDS:
+        at = proteins.residues == letter
+        assert_binomial(corrupted.chosen[at].sum(), at.sum(), 0.15)
+    per_protein = np.add.reduceat(corrupted.chosen.astype(np.int64), proteins.starts)
+    dispersion = ((per_protein - 0.15 * proteins.lengths) ** 2 / (0.15 * 0.85 * proteins.lengths)).mean()
+    assert abs(dispersion - 1) < 5 * np.sqrt(2 / len(per_protein))
+
+
+def test_every_window_of_a_long_protein_is_equally_likely() -> None:
+    keys = keys_for(60_000)
+    starts, kept = crop_windows(np.full(60_000, 1000), 700, keys)
+    assert (kept == 700).all()
+    assert starts.min() == 0
+    assert starts.max() == 300  # the last window that fits
+    assert_uniform(np.bincount(starts, minlength=301))
+    _, chosen = corrupt(np.tile(encode("M"), 60_000), np.ones(60_000, dtype=np.int64), keys, MaskingPolicy())
+    assert abs(np.corrcoef(starts, chosen)[0, 1]) < 5 / np.sqrt(60_000)  # crop and mask are drawn apart
+
+
+def test_a_protein_within_the_limit_is_kept_whole() -> None:
+    lengths = np.arange(1, 1025)
+    starts, kept = crop_windows(lengths, 510, keys_for(1024))
+    assert (starts[:510] == 0).all()
+    np.testing.assert_array_equal(kept, np.minimum(lengths, 510))
+    assert (starts >= 0).all()
+    assert (starts + kept <= lengths).all()
+    assert (starts[510:] > 0).mean() > 0.8
+
+
+def test_a_window_differs_between_epochs_and_does_not_depend_on_its_neighbours() -> None:
+    lengths = np.random.default_rng(0).integers(600, 1024, 500)
+    starts, _ = crop_windows(lengths, 510, keys_for(500))
+    for i in range(0, 500, 50):
+        assert crop_windows(lengths[[i]], 510, keys_for(500)[[i]])[0] == starts[i]
+    next_epoch, _ = crop_windows(lengths, 510, keys_for(500, epoch=1))
+    assert (next_epoch == starts).mean() < 0.05
+
+
+def test_the_reader_counts_specials_in_the_limit(tiny_split: SequenceSplit) -> None:
+    samples = np.arange(len(tiny_split))
+    batch = SampleReader(tiny_split, 512, MaskingPolicy(), seed=1).packed(np.zeros_like(samples), samples)
+    expected = np.minimum(tiny_split.lengths, 510) + 2
+    assert set(tiny_split.lengths[:10]) > {509, 510, 511, 512, 1000}
+    assert np.diff(batch.cu_seqlens.numpy()).tolist() == expected.tolist()
+    assert batch.max_seqlen == 512
+
+
+def test_the_reader_crops_first_and_masks_the_window(sample_store: ProteinStore) -> None:
+    """The mask is drawn over places of the window: as if the window were the whole protein."""
+    train = sample_store.split("train")
+    samples = np.flatnonzero(train.lengths > 400)
+    epochs = np.full_like(samples, 3)
+    batch = SampleReader(train, 258, MaskingPolicy(), seed=7).packed(epochs, samples)
+    assert_binomial(len(batch.targets), batch.residues, 0.15)
+    rows = [row.numpy() for row in batch.tokens.split(np.diff(batch.cu_seqlens.numpy()).tolist())]
+    for row, sample, key in zip(rows, samples, sample_keys(7, epochs, samples), strict=True):
+        start, kept = (int(value[0]) for value in crop_windows(train.lengths[[sample]], 256, key[None]))
+        window = train[int(sample)][start : start + kept]
+        expected = corrupt(window, np.array([256]), key[None], MaskingPolicy()).tokens
+        np.testing.assert_array_equal(row, [CLS_ID, *expected, EOS_ID])
+
+
+@pytest.mark.parametrize(
+    ("fractions", "keys"),
+    [
+        ({"chosen": 0.0}, ["data.masking.chosen"]),
+        ({"chosen": -0.1}, ["data.masking.chosen"]),
+        ({"chosen": 15}, ["data.masking.chosen"]),
+        ({"chosen": float("nan")}, ["data.masking.chosen"]),
+        ({"masked": -0.1}, ["data.masking.masked"]),
+        ({"replaced": -0.1}, ["data.masking.replaced"]),
+        ({"masked": 1.1, "replaced": 0.0}, ["data.masking.masked"]),
+        ({"masked": 0.8, "replaced": 0.3}, ["data.masking.masked", "data.masking.replaced"]),
+    ],
+    ids=str,
+)
+def test_a_fraction_out_of_range_is_refused_by_its_key(fractions: dict[str, float], keys: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"data\.masking") as error:
+        MaskingPolicy(**fractions)
+    for key in (*keys, *map(str, fractions.values())):
+        assert key in str(error.value)
+
+
+def test_fractions_that_add_up_to_one_are_allowed() -> None:
+    assert MaskingPolicy(chosen=1.0, masked=0.7, replaced=0.3)  # 0.7 + 0.3 in floating point
+    assert MaskingPolicy(masked=0.1 + 0.2, replaced=0.7)  # a little over 1
+
+
+def test_no_residues_at_all_or_none_in_one_sequence_work() -> None:
+    nothing = np.zeros(0, dtype=np.int64)
+    tokens, chosen = corrupt(nothing.astype(np.uint8), nothing, keys_for(0), MaskingPolicy())
+    assert tokens.shape == chosen.shape == (0,)
+    residues = encode("MKT" + "AV")
+    with_gaps = corrupt(residues, np.array([0, 3, 0, 0, 2]), keys_for(5), ALWAYS_REPLACED)
+    without = corrupt(residues, np.array([3, 2]), keys_for(5)[[1, 4]], ALWAYS_REPLACED)
+    np.testing.assert_array_equal(with_gaps.tokens, without.tokens)
+
+
+def test_special_tokens_are_never_chosen(proteins: Proteins) -> None:
+    everything = corrupt(*proteins, MaskingPolicy(chosen=1.0))
+    batch = pack(proteins.residues, proteins.lengths, everything)
+    boundaries = batch.cu_seqlens.numpy()
+    assert (batch.tokens[boundaries[:-1]] == CLS_ID).all()
+    assert (batch.tokens[boundaries[1:] - 1] == EOS_ID).all()
+    assert not np.isin(batch.target_index, np.concatenate([boundaries[:-1], boundaries[1:] - 1])).any()
+    assert len(batch.targets) == len(proteins.residues)
+    assert batch.targets.min() >= FIRST_RESIDUE_ID
+
+
+def test_a_release_never_changes_crop_or_corruption_silently() -> None:
+    """Frozen: a change here breaks every run that resumes. If it has to be, say so in the release notes."""
+    keys = sample_keys(1, np.array([0, 419]), np.array([5, 51_999_999]))
+    starts, _ = crop_windows(np.array([1000, 1000]), 510, keys)
+    tokens, chosen = corrupt(np.tile(encode(UBIQUITIN), 2), np.array([76, 76]), keys, MaskingPolicy())
+    shown = decode(tokens).replace("<mask>", "_")
+    assert starts.tolist() == [71, 255]
+    assert [shown[:76], shown[76:]] == [
+        "MQIF_KTLTGKTITLEVEPGDTI_NV_AKIQDKEGI_P_QQRLI_AGKQLEDGRT_SDYN_QKESTLHLVLRLR_G",
+        "MQI__KTLTGKT_TLEVEPSDTIENVKAKIQDK_GIPPDQ__LIFAGKQLEDG_TL_DY_IQKESTLHLVLRLRGG",
+    ]
+    assert np.flatnonzero(chosen).tolist() == [
+        4,
+        14,
+        19,
+        23,
+        26,
+        36,
+        38,
+        44,
+        55,
+        60,
+        74,
+        79,
+        80,
+        88,
+        109,
+        116,
+        117,
+        129,
+        132,
+        135,
+        142,
+    ]

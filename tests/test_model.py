@@ -1,0 +1,188 @@
+"""The encoder: its size, its loss against a padded model written by others, and that sequences do not mix."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from models import padded_twin, tiny_model
+from omegaconf import OmegaConf
+from torch.nn.functional import cross_entropy
+
+from bionemo_esm.alphabet import PAD_ID, VOCABULARY_SIZE
+from bionemo_esm.data.masking import MaskingPolicy
+from bionemo_esm.data.packing import PackedBatch, pack, unpack
+from bionemo_esm.data.pretraining import SampleReader
+from bionemo_esm.data.store import SequenceSplit
+from bionemo_esm.model.attention import ATTENTION
+from bionemo_esm.model.backends import choose_backends, parameter_dtype
+from bionemo_esm.model.config import ConfigError, EncoderConfig
+from bionemo_esm.model.esm1nv import ESM1nvModel
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_split: SequenceSplit) -> PackedBatch:
+    """All 37 proteins, of 1 to 510 residues, masked and packed."""
+    reader = SampleReader(tiny_split, 512, MaskingPolicy(), seed=5)
+    return reader.packed(np.zeros(len(tiny_split), dtype=np.int64), np.arange(len(tiny_split)))
+
+
+def test_esm1nv_has_43_6_million_parameters() -> None:
+    model = ESM1nvModel(OmegaConf.create({"encoder": {}, "precision": "32"}))
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    assert counted == EncoderConfig().parameters == 43_612_544
+
+
+def test_parameter_formula_counts_other_shapes_too() -> None:
+    model = tiny_model(num_layers=3, hidden_size=40, ffn_hidden_size=72, seq_length=99)
+    assert sum(parameter.numel() for parameter in model.parameters()) == model.encoder_config.parameters
+
+
+def test_packed_and_padded_agree_on_logits_loss_and_gradients(batch: PackedBatch) -> None:
+    model = tiny_model()
+    twin = padded_twin(model)
+
+    packed_logits = model.logits(batch)
+    packed_loss = cross_entropy(model(batch), batch.targets)
+    packed_loss.backward()
+
+    padded_tokens = unpack(batch.tokens, batch.cu_seqlens)
+    attention_mask = padded_tokens != PAD_ID
+    padded_logits = twin(padded_tokens, attention_mask=attention_mask.long()).logits[attention_mask]
+    padded_loss = cross_entropy(padded_logits[batch.target_index], batch.targets)
+    padded_loss.backward()
+
+    torch.testing.assert_close(packed_logits, padded_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(packed_loss, padded_loss, atol=1e-5, rtol=1e-5)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    embedding = gradients["encoder.embedding.word_embeddings.weight"]
+    assert embedding is not None
+    torch.testing.assert_close(
+        embedding[:VOCABULARY_SIZE], twin.esm.embeddings.word_embeddings.weight.grad, atol=1e-5, rtol=1e-3
+    )
+    for number, layer in enumerate(twin.esm.encoder.layer):
+        torch.testing.assert_close(
+            gradients[f"encoder.encoder.layers.{number}.mlp.linear_fc1.weight"],
+            layer.intermediate.dense.weight.grad,
+            atol=1e-5,
+            rtol=1e-3,
+        )
+
+
+def test_a_protein_gets_the_same_states_alone_and_among_others(batch: PackedBatch) -> None:
+    model = tiny_model()
+    together = model.hidden_states(batch)
+    bounds = batch.cu_seqlens.tolist()
+    for first, last in pairwise(bounds):
+        alone = pack(batch.tokens[first + 1 : last - 1].numpy().astype(np.uint8), np.array([last - first - 2]))
+        torch.testing.assert_close(model.hidden_states(alone), together[first:last], atol=2e-5, rtol=1e-4)
+
+
+def test_changing_one_protein_leaves_its_neighbours_alone(batch: PackedBatch) -> None:
+    model = tiny_model()
+    changed = replace(batch, tokens=batch.tokens.clone())
+    first, last = batch.cu_seqlens[5].item(), batch.cu_seqlens[6].item()
+    changed.tokens[first + 1 : last - 1] = 20
+    difference = (model.hidden_states(changed) - model.hidden_states(batch)).abs().amax(1)
+    assert difference[first:last].max() > 1e-2
+    assert difference[:first].max() == 0
+    assert difference[last:].max() == 0
+
+
+@pytest.mark.parametrize("backend", sorted(set(ATTENTION) - {"varlen-flash"}))  # that one runs on GPUs only
+def test_attention_backends_agree_with_plain_softmax(backend: str) -> None:
+    lengths = [5, 1, 130, 64]
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    query, key, value = (torch.randn(sum(lengths), 3, 16, dtype=torch.float64) for _ in range(3))
+    layout = type("Layout", (), {"cu_seqlens_q": bounds, "max_seqlen_q": max(lengths)})
+    expected = torch.cat(
+        [
+            torch.einsum("nqk,knd->qnd", torch.softmax(torch.einsum("qnd,knd->nqk", q, k) / 4, dim=-1), v)
+            for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        ]
+    )
+    torch.testing.assert_close(ATTENTION[backend](query, key, value, layout, 0.0), expected, atol=1e-9, rtol=1e-9)
+
+
+def test_logits_cover_the_alphabet_and_not_the_padding_rows(batch: PackedBatch) -> None:
+    assert tiny_model()(batch).shape == (len(batch.targets), VOCABULARY_SIZE)
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(100)
+    first = tiny_model(seed=3)
+    torch.manual_seed(200)
+    again, other = tiny_model(seed=3), tiny_model(seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+
+def test_initial_weights_have_the_standard_deviation_of_the_recipe() -> None:
+    model = ESM1nvModel(OmegaConf.create({"encoder": {"num_layers": 2, "hidden_size": 192}, "seed": 0}))
+    weights = dict(model.named_parameters())
+    assert weights["encoder.embedding.word_embeddings.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    # Megatron scales what is added to the residual stream by 1 / sqrt(2 layers).
+    assert weights["encoder.encoder.layers.0.mlp.linear_fc2.weight"].std().item() == pytest.approx(0.01, rel=0.02)
+    assert weights["encoder.output_layer.bias"].abs().max() == 0
+
+
+def test_dropout_acts_in_training_and_never_in_evaluation(batch: PackedBatch) -> None:
+    model = tiny_model(hidden_dropout=0.3, attention_dropout=0.3)
+    assert torch.equal(model(batch), model(batch))
+    model.train()
+    assert not torch.equal(model(batch), model(batch))
+
+
+def test_bf16_loss_is_that_of_float32_to_its_rounding(batch: PackedBatch) -> None:
+    in_bf16, in_float32 = tiny_model("bf16", init_method_std=0.05), tiny_model("32", init_method_std=0.05)
+    assert {parameter.dtype for parameter in in_bf16.parameters()} == {torch.bfloat16}
+    losses = [cross_entropy(model(batch), batch.targets).item() for model in (in_bf16, in_float32)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_every_scored_token_counts_towards_the_evaluation(batch: PackedBatch) -> None:
+    model = tiny_model()
+    logits = model(batch).double()
+    result = model.evaluation(model.score(batch) + model.score(batch))
+    assert result.loss == pytest.approx(cross_entropy(logits, batch.targets).item(), rel=1e-6)
+    assert result.perplexity == pytest.approx(np.exp(result.loss), rel=1e-9)
+    assert result.accuracy == pytest.approx((logits.argmax(1) == batch.targets).double().mean().item())
+    assert result.residues == 2 * len(batch.targets)
+
+
+def test_backends_on_cpu_are_pytorchs_and_say_so() -> None:
+    backends = choose_backends("cpu", torch.float32, 0.1)
+    assert backends.describe() == "layer norm: PyTorch fused; Adam: PyTorch AdamW(fused); attention: sdpa-by-sequence"
+
+
+def test_gpu_attention_is_chosen_by_what_the_kernel_can_do() -> None:
+    assert choose_backends("cuda", torch.bfloat16, 0.0).attention == "varlen-flash"
+    assert choose_backends("cuda", torch.bfloat16, 0.1).attention == "nested"
+    assert choose_backends("cuda", torch.float32, 0.0).attention == "nested"
+
+
+def test_precision_words() -> None:
+    assert parameter_dtype("32", "cpu") == torch.float32
+    assert parameter_dtype("bf16", "cpu") == torch.bfloat16
+    with pytest.raises(ConfigError, match=r"trainer\.precision must be one of auto, 32, bf16, not '16'"):
+        parameter_dtype("16", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": 100}, r"model\.hidden_size \(100\) is not divisible by model\.num_attention_heads \(12\)"),
+        ({"seq_length": 4}, r"model\.seq_length is 4 tokens; .* at least 8"),
+        ({"num_layers": 0}, r"model\.num_layers must be at least 1"),
+        ({"num_layers": 2.5}, r"model\.num_layers must be an integer, not 2\.5"),
+        ({"hidden_size": "wide"}, r"model\.hidden_size must be an integer, not 'wide'"),
+        ({"hidden_dropout": 1.0}, r"model\.hidden_dropout must lie in \[0, 1\)"),
+        ({"layers": 6}, r"unknown key model\.layers; known are: num_layers"),
+    ],
+)
+def test_an_impossible_shape_is_refused_by_name(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EncoderConfig.from_mapping(values)

@@ -1,0 +1,386 @@
+"""The token store: round trip, agreement with Megatron, and every way in which a store can be wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import ArrayLike, NDArray
+
+from bionemo_esm import __version__
+from bionemo_esm.alphabet import TOKEN_IDS, decode, encode
+from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit, StoreError, StoreWriter
+
+PROTEINS = {
+    "train": [
+        "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG",  # ubiquitin
+        "TTCCPSIVARSNFNVCRLPGTPEALCATYTGCIIIPGATCPGDYAN",  # crambin
+        "MTYKLILNGKTLKGETTTEAVDAATAEKVFKQYANDNGVDGEWTYDDATKTFTVTE",  # protein G, B1
+        "RPDFCLEPPYTGPCKARIIRYFYNAKAGLCQTFVYGGCRAKRNNFKSAEDCMRTCGGA",  # BPTI
+        "NLYIQWLKDGGPSSGRPPPS",  # Trp-cage
+    ],
+    "validation": ["LSDEDFKAVFGMTRSAFANLPLWKQQNLKKEKGLF", "GIGAVLKVLTTGLPALISWIKRKRQQ"],  # villin HP35, melittin
+    "test": [],
+}
+
+
+def write(folder: Path) -> Path:
+    with StoreWriter(folder) as writer:
+        for split, sequences in PROTEINS.items():
+            for sequence in sequences:
+                writer.add(split, encode(sequence))
+        return writer.finish({"source": "inline", "seed": 7})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "store")
+
+
+def edit_manifest(folder: Path, *keys: str, value: object) -> None:
+    """Set (or, given None, remove) one key of a manifest."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    entry = manifest
+    for key in keys[:-1]:
+        entry = entry[key]
+    if value is None:
+        del entry[keys[-1]]
+    else:
+        entry[keys[-1]] = value
+    path.write_text(json.dumps(manifest))
+
+
+def flip_bit(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_was_written_is_read(folder: Path) -> None:
+    store = ProteinStore.open(folder)
+    for name, sequences in PROTEINS.items():
+        split = store.split(name)
+        assert len(split) == len(sequences)
+        assert [decode(split[i]) for i in range(len(split))] == sequences
+        assert split.lengths.dtype == np.int32
+        assert split.lengths.tolist() == [len(sequence) for sequence in sequences]
+        assert split.residues == sum(map(len, sequences))
+    store.verify()
+
+
+def test_the_manifest_says_what_is_in_the_store(folder: Path) -> None:
+    manifest = ProteinStore.open(folder).manifest
+    assert manifest["format_version"] == 1
+    assert manifest["package_version"] == __version__
+    assert (manifest["source"], manifest["seed"]) == ("inline", 7)
+    summary = manifest["splits"]["train"]
+    assert (summary["sequences"], summary["residues"], summary["longest"]) == (5, 256, 76)
+    assert manifest["splits"]["test"]["longest"] == 0
+
+
+def test_megatron_reads_the_same_sequences(folder: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    for name in ("train", "validation"):  # Megatron cannot map an empty file
+        theirs = IndexedDataset(str(folder / name))
+        ours = ProteinStore.open(folder).split(name)
+        assert len(theirs) == len(ours)
+        assert all(np.array_equal(theirs[i], ours[i]) for i in range(len(ours)))
+        assert theirs[0].dtype == ours[0].dtype == np.uint8
+        assert theirs.document_indices.tolist() == list(range(len(ours) + 1))
+
+
+def test_we_read_what_megatron_writes(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "train.bin"), dtype=np.uint8)
+    for sequence in PROTEINS["train"]:
+        builder.add_document(encode(sequence), [len(sequence)])
+    builder.finalize(str(tmp_path / "train.idx"))
+    split = SequenceSplit(tmp_path / "train", sequences=5, residues=256)
+    assert [decode(split[i]) for i in range(5)] == PROTEINS["train"]
+
+
+def test_an_index_longer_than_one_block_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_block = write(tmp_path / "one")
+    monkeypatch.setattr("bionemo_esm.data.store._BLOCK", 2)
+    many_blocks = write(tmp_path / "many")
+    assert (one_block / "train.idx").read_bytes() == (many_blocks / "train.idx").read_bytes()
+
+
+def test_adding_many_is_adding_one_after_another(tmp_path: Path, folder: Path) -> None:
+    with StoreWriter(tmp_path / "many") as writer:
+        for split, sequences in PROTEINS.items():
+            writer.add_many(split, encode("".join(sequences)), [len(sequence) for sequence in sequences])
+        writer.finish({"source": "inline", "seed": 7})
+    for file in sorted(folder.iterdir()):
+        assert (tmp_path / "many" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_gather_joins_windows_in_the_order_asked(folder: Path) -> None:
+    train = PROTEINS["train"]
+    split = ProteinStore.open(folder).split("train")
+    windows = [(3, 0, 58), (0, 10, 5), (4, 20, 0), (3, 57, 1), (0, 10, 5)]
+    gathered = split.gather(*(np.array(column) for column in zip(*windows, strict=True)))
+    assert decode(gathered) == "".join(train[i][start : start + length] for i, start, length in windows)
+    assert gathered.dtype == np.uint8
+    assert gathered.flags.writeable
+    assert split.gather([], [], []).size == 0
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        ((5, 0, 1), "which has 5"),
+        ((-1, 0, 1), "which has 5"),
+        ((4, 0, 21), r"21 residues from 0 of sequence 4 of .*train, which has 20"),
+        ((4, 20, 1), "1 residues from 20 of"),
+        ((4, -1, 1), "1 residues from -1 of"),
+        ((4, 2, -1), "-1 residues from 2 of"),
+        ((4, 2**63 - 1, 1), "of sequence 4"),
+    ],
+)
+def test_gather_refuses_windows_outside_their_sequence(
+    folder: Path, window: tuple[int, int, int], message: str
+) -> None:
+    split = ProteinStore.open(folder).split("train")
+    sequences, starts, lengths = (np.array([0, value]) for value in window)
+    lengths[0] = 5
+    with pytest.raises(IndexError, match=message):
+        split.gather(sequences, starts, lengths)
+
+
+@pytest.mark.parametrize("arrays", [([0, 1], [0], [5]), ([[0, 1]], [[0, 0]], [[5, 5]]), (0, 0, 5)])
+def test_gather_refuses_arrays_of_other_shapes(folder: Path, arrays: tuple[ArrayLike, ArrayLike, ArrayLike]) -> None:
+    with pytest.raises(ValueError, match="three 1-D arrays alike"):
+        ProteinStore.open(folder).split("train").gather(*arrays)
+
+
+def test_an_empty_split_can_be_used(folder: Path) -> None:
+    split = ProteinStore.open(folder).split("test")
+    assert (len(split), split.residues, split.lengths.size) == (0, 0, 0)
+    assert split.gather([], [], []).size == 0
+    assert split.residue_counts().tolist() == [0] * 33
+    with pytest.raises(IndexError):
+        split[0]
+
+
+def test_indices_outside_the_split_are_refused(folder: Path) -> None:
+    split = ProteinStore.open(folder).split("validation")
+    assert decode(split[-1]) == PROTEINS["validation"][-1]
+    for index in (2, -3):
+        with pytest.raises(IndexError, match="which has 2"):
+            split[index]
+
+
+def test_sequences_and_lengths_are_read_only(folder: Path) -> None:
+    split = ProteinStore.open(folder).split("train")
+    for view in (split[0], split.lengths):
+        with pytest.raises(ValueError, match="read-only"):
+            view[0] = 1
+
+
+@pytest.mark.parametrize("block", [2**20, 7])
+def test_residue_counts_are_those_of_the_sequences(folder: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr("bionemo_esm.data.store._BLOCK", block)
+    counts = ProteinStore.open(folder).split("train").residue_counts()
+    text = "".join(PROTEINS["train"])
+    assert counts.dtype == np.int64
+    assert counts.tolist() == [text.count(token) for token in TOKEN_IDS]
+
+
+def test_a_pickled_split_maps_its_files_again(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(folder.parent)
+    contents = [
+        pickle.dumps(ProteinStore.open("store").split("train")),
+        pickle.dumps(SequenceSplit(Path("store/train"), sequences=5, residues=256)),
+    ]
+    monkeypatch.chdir(tmp_path.parent)  # a worker may run elsewhere
+    for content in contents:
+        assert len(content) < 500
+        assert decode(pickle.loads(content)[1]) == PROTEINS["train"][1]
+
+
+# Stores that are wrong
+
+
+def test_a_missing_folder_or_manifest_is_named(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(StoreError, match=r"absent: no such folder; build a store"):
+        ProteinStore.open(tmp_path / "absent")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(StoreError, match=r"manifest\.json: no manifest, so this is no finished store"):
+        ProteinStore.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "holds a JSON list"), ("\xff", "is not JSON"), ("{}", "format_version is None")],
+)
+def test_a_manifest_that_is_no_manifest_is_refused(folder: Path, text: str, message: str) -> None:
+    (folder / "manifest.json").write_text(text, encoding="latin-1")
+    with pytest.raises(StoreError, match=rf"manifest\.json: {message}"):
+        ProteinStore.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("format_version",), 2, "format_version is 2, this release reads 1"),
+        (("splits",), None, r"splits\.train is missing"),
+        (("splits", "test"), None, r"splits\.test is missing"),
+        (("splits", "train", "sequences"), "5", r"splits\.train\.sequences is '5'"),
+        (("splits", "train", "residues"), -1, r"splits\.train\.residues is -1"),
+        (("splits", "train", "longest"), True, r"splits\.train\.longest is True"),
+        (("splits", "train", "idx_sha256"), None, r"splits\.train\.idx_sha256 is None"),
+        (("splits", "train", "sequences"), 6, r"train\.idx: has 142 bytes, by the manifest 162"),
+        (("splits", "train", "residues"), 255, r"train\.bin: has 256 bytes, by the manifest 255"),
+        (("splits", "train", "sequences"), 2**70, r"train\.idx: has 142 bytes"),
+    ],
+)
+def test_an_edited_manifest_is_refused(folder: Path, keys: tuple[str, ...], value: object, message: str) -> None:
+    edit_manifest(folder, *keys, value=value)
+    with pytest.raises(StoreError, match=message):
+        ProteinStore.open(folder)
+
+
+@pytest.mark.parametrize("file", [f"{name}.{suffix}" for name in SPLITS for suffix in ("bin", "idx")])
+def test_a_missing_file_is_named(folder: Path, file: str) -> None:
+    (folder / file).unlink()
+    with pytest.raises(StoreError, match=rf"{file}: the file is missing"):
+        ProteinStore.open(folder)
+
+
+@pytest.mark.parametrize("file", ["train.bin", "train.idx", "test.idx"])
+def test_a_truncated_file_is_refused_on_opening(folder: Path, file: str) -> None:
+    path = folder / file
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StoreError, match=rf"{file}: has \d+ bytes, by the manifest \d+"):
+        ProteinStore.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        (0, "begins with b'LMIDIDX"),
+        (9, "index version 0"),
+        (17, "dtype code 0"),
+        (18, "holds 4 sequences"),
+        (26, "in 6 documents"),
+        (54 + 4 * 8, "last sequence does not end where"),  # the lowest byte of the last offset
+    ],
+)
+def test_a_wrong_index_header_is_refused_on_opening(folder: Path, at: int, message: str) -> None:
+    flip_bit(folder / "train.idx", at)
+    with pytest.raises(StoreError, match=message):
+        ProteinStore.open(folder)
+
+
+@pytest.mark.parametrize(("file", "at"), [("train.bin", 100), ("train.idx", 34), ("validation.idx", -1)])
+def test_verify_finds_a_flipped_bit(folder: Path, file: str, at: int) -> None:
+    flip_bit(folder / file, at)
+    store = ProteinStore.open(folder)
+    with pytest.raises(StoreError, match=rf"{file}: does not match splits\.\w+\.\w+_sha256"):
+        store.verify()
+
+
+def test_an_offset_beyond_the_file_is_never_followed(folder: Path) -> None:
+    flip_bit(folder / "train.idx", 54 + 1)  # moves the first sequence by 256 residues, which is all there are
+    with pytest.raises(StoreError, match="lies outside"):
+        ProteinStore.open(folder).split("train").gather([0], [0], [76])
+
+
+def test_token_ids_beyond_the_alphabet_are_refused_in_counting(folder: Path) -> None:
+    content = bytearray((folder / "train.bin").read_bytes())
+    content[3] = 200
+    (folder / "train.bin").write_bytes(content)
+    with pytest.raises(StoreError, match="token id 200"):
+        ProteinStore.open(folder).split("train").residue_counts()
+
+
+def test_another_split_name_is_refused(folder: Path) -> None:
+    with pytest.raises(StoreError, match="no split 'valid'; choose one of train, validation, test"):
+        ProteinStore.open(folder).split("valid")
+
+
+# Writing
+
+
+def test_nothing_remains_of_a_build_that_fails(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with StoreWriter(tmp_path / "store") as writer:
+            writer.add("train", encode(PROTEINS["train"][0]))
+            assert writer.partial.is_dir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_remains_of_a_build_that_is_not_finished(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store") as writer:
+        writer.add("train", encode(PROTEINS["train"][0]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_half_written_store_is_not_opened(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store") as writer:
+        writer.add("train", encode(PROTEINS["train"][0]))
+        as_after_a_power_failure = shutil.copytree(writer.partial, tmp_path / "store")
+    with pytest.raises(StoreError, match="no finished store"):
+        ProteinStore.open(as_after_a_power_failure)
+
+
+def test_an_existing_store_is_not_overwritten(folder: Path) -> None:
+    before = (folder / "train.bin").read_bytes()
+    with pytest.raises(StoreError, match="store: exists already; open it, remove it, or choose another"):
+        write(folder)
+    assert (folder / "train.bin").read_bytes() == before
+
+
+def test_of_two_builders_one_wins_and_the_other_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with StoreWriter(folder) as first, StoreWriter(folder) as second:
+        first.add("train", encode(PROTEINS["train"][0]))
+        second.add("train", encode(PROTEINS["train"][1]))
+        first.finish({})
+        with pytest.raises(StoreError, match="another builder finished it first"):
+            second.finish({})
+    store = ProteinStore.open(folder)
+    store.verify()
+    assert decode(store.split("train")[0]) == PROTEINS["train"][0]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_store_is_as_readable_as_any_new_folder(folder: Path, tmp_path: Path) -> None:
+    ordinary = tmp_path / "ordinary"
+    ordinary.mkdir()
+    assert folder.stat().st_mode == ordinary.stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("split", "token_ids", "lengths", "message"),
+    [
+        ("valid", encode("MK"), [2], "no split 'valid'"),
+        ("train", encode("MK").astype(np.int64), [2], "1-D uint8"),
+        ("train", encode("MK").reshape(1, 2), [2], "1-D uint8"),
+        ("train", encode("MK"), [1], "the lengths sum to 1, but there are 2"),
+        ("train", encode("MK"), [2, 0], "at least one residue"),
+        ("train", np.array([20, 33], dtype=np.uint8), [2], r"0\.\.32, got 33"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused(
+    tmp_path: Path, split: str, token_ids: NDArray[np.uint8], lengths: list[int], message: str
+) -> None:
+    with StoreWriter(tmp_path / "store") as writer, pytest.raises(ValueError, match=message):
+        writer.add_many(split, token_ids, lengths)
+
+
+def test_fields_that_the_manifest_sets_itself_are_refused(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store") as writer, pytest.raises(ValueError, match="sets splits itself"):
+        writer.finish({"splits": {}})

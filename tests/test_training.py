@@ -1,0 +1,194 @@
+"""Whole runs: what they write, that they repeat, go on and scale out, on real proteins and real process groups."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bionemo_esm.data.masking import MaskingPolicy
+from bionemo_esm.data.pretraining import SampleReader, ValidationBatches
+from bionemo_esm.data.store import ProteinStore
+from bionemo_esm.model.archive import read_archive
+from bionemo_esm.model.esm1nv import ESM1nvModel
+from runs import ROOT, command, losses, run_apart, run_here
+
+SUMMARY_KEYS = {
+    "parameters", "consumed_samples", "steps", "validation_perplexity", "unigram_perplexity", "masked_accuracy", "nemo",
+    "seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of six steps."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    run_here(folder)
+    return folder
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(read_archive(folder / "laptop.nemo").weights)
+
+
+def test_a_run_leaves_summary_report_history_configuration_checkpoints_and_archive(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY_KEYS
+    assert (summary["steps"], summary["consumed_samples"]) == (6, 96)
+    assert 17 < summary["unigram_perplexity"] < 19
+    for name in ("report.html", "report.png", "config.yaml", "metrics.jsonl", "output.log", "store/manifest.json"):
+        assert (finished / name).stat().st_size > 0, name
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == [
+        "step=000000004.ckpt",
+        "step=000000006.ckpt",
+    ]
+    assert not list(finished.rglob("*.partial"))
+
+
+def test_the_archive_gives_the_perplexity_that_the_summary_says(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    store = ProteinStore.open(finished / "store")
+    reader = SampleReader(store.split("validation"), 128, MaskingPolicy().for_evaluation(), seed=42)
+    result = ESM1nvModel.restore_from(summary["nemo"]).evaluate(ValidationBatches(reader, micro_batch_size=8))
+    assert result.perplexity == pytest.approx(summary["validation_perplexity"], rel=1e-6)
+    assert result.accuracy == summary["masked_accuracy"]
+
+
+def test_a_finished_run_is_not_run_again(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    run_here(finished)
+    assert "finished already (6 steps)" in capfd.readouterr().out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_same_seed_gives_the_same_run_at_any_number_of_workers(finished: Path, tmp_path: Path) -> None:
+    run_here(tmp_path / "workers", "data.num_workers=2")
+    assert losses(tmp_path / "workers") == losses(finished)
+    expected = weights_of(finished)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(tmp_path / "workers").items())
+
+
+def test_another_seed_gives_another_run(finished: Path, tmp_path: Path) -> None:
+    run_here(tmp_path / "seed", "seed=43")
+    assert losses(tmp_path / "seed") != losses(finished)
+
+
+def test_accumulation_does_not_change_the_optimisation(tmp_path: Path) -> None:
+    run_here(tmp_path / "whole", "model.hidden_dropout=0", "data.micro_batch_size=16", "model.attention_dropout=0")
+    run_here(tmp_path / "parts", "model.hidden_dropout=0", "data.micro_batch_size=4", "model.attention_dropout=0")
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_a_run_that_was_cut_short_goes_on_bit_for_bit(tmp_path: Path, precision: str) -> None:
+    """A kill after step 4: what is on disk then is the checkpoint of step 4 and a history that may reach further."""
+    unbroken, cut = tmp_path / "unbroken", tmp_path / "cut"
+    run_here(unbroken, f"trainer.precision={precision}", "exp_manager.checkpoints.keep_last=9")
+    cut.mkdir()
+    for name in ("store", "config.yaml", "metrics.jsonl"):
+        source = unbroken / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, cut / name)
+    (cut / "checkpoints").mkdir()
+    shutil.copy(unbroken / "checkpoints" / "step=000000004.ckpt", cut / "checkpoints")
+
+    summary = run_here(cut, f"trainer.precision={precision}")
+    assert summary["resumed_from_step"] == 4
+    assert summary["consumed_samples"] == 96
+    assert losses(cut) == losses(unbroken)
+    expected = weights_of(unbroken)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(cut).items())
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(
+    tmp_path: Path, finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(finished, folder)
+    (folder / "summary.json").unlink()
+    newest = folder / "checkpoints" / "step=000000006.ckpt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    summary = run_here(folder)
+    assert summary["resumed_from_step"] == 4
+    assert "step=000000006.ckpt: cannot be read" in capfd.readouterr().out
+    assert losses(folder) == losses(finished)
+
+
+def test_training_starts_from_the_weights_of_an_archive(finished: Path, tmp_path: Path) -> None:
+    archive = finished / "laptop.nemo"
+    run_here(
+        tmp_path / "more",
+        f"restore_from_path={archive}",
+        "trainer.max_steps=2",
+        "optim.lr=1e-9",
+        "optim.sched.min_lr=0",
+    )
+    before, after = weights_of(finished), weights_of(tmp_path / "more")
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name], atol=1e-7, rtol=0)
+    manifest = read_archive(tmp_path / "more" / "laptop.nemo").provenance
+    assert manifest["restored_from"] == str(archive)
+
+
+def test_an_own_fasta_is_trained_on_in_one_step(tmp_path: Path) -> None:
+    fasta = ROOT / "bionemo_esm" / "data" / "sample" / "validation.fasta.gz"
+    summary = run_here(tmp_path / "own", f"data.fasta={fasta}", "trainer.max_steps=2", "trainer.val_check_interval=2")
+    assert summary["data"] == str(fasta)
+    assert (summary["train_sequences"], summary["validation_sequences"]) == (180, 10)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_saves_and_goes_on_by_the_same_command(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "interrupted"
+    process = subprocess.Popen(command(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 130, output + error
+    assert "Stopped by SIGINT at step" in output
+    assert error == ""
+    done = run_apart(folder)
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == losses(finished)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_and_one_goes_on_after_two(tmp_path: Path) -> None:
+    dry = ("model.hidden_dropout=0", "model.attention_dropout=0")  # dropout differs between ranks, and may
+    run_here(tmp_path / "one", *dry)
+    done = run_apart(tmp_path / "two", *dry, "trainer.devices=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+    mixed = tmp_path / "mixed"
+    shutil.copytree(tmp_path / "two", mixed)
+    (mixed / "summary.json").unlink()
+    (mixed / "checkpoints" / "step=000000006.ckpt").unlink()
+    assert run_here(mixed, *dry)["resumed_from_step"] == 4
+    assert losses(mixed) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_screen_shows_our_lines_and_nobody_elses(tmp_path: Path) -> None:
+    done = run_apart(tmp_path / "screen")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    assert lines[0] == "laptop"
+    for word in ("model", "data", "batch", "steps", "device", "fused", "results"):
+        assert any(line.startswith(f"  {word} ") for line in lines), word
+    assert len(lines) < 20, done.stdout
+
+
+@pytest.mark.slow
+def test_the_whole_esm1nv_takes_a_step_on_a_cpu(tmp_path: Path) -> None:
+    sizes = ("num_layers=6", "hidden_size=768", "num_attention_heads=12", "ffn_hidden_size=3072", "seq_length=512")
+    overrides = [f"model.{size}" for size in sizes] + ["data.micro_batch_size=4", "data.global_batch_size=4"]
+    summary = run_here(tmp_path / "full", *overrides, "trainer.max_steps=1", "trainer.val_check_interval=1")
+    assert summary["parameters"] == 43_612_544
