@@ -159,7 +159,7 @@ def test_the_picture_is_a_png_of_the_readmes_width(tmp_path: Path) -> None:
 def test_equal_inputs_give_equal_bytes_whatever_the_user_set_matplotlib_to(tmp_path: Path) -> None:
     first, second = put(tmp_path / "first", curve()), put(tmp_path / "second", curve())
     write_report(first)
-    with matplotlib.rc_context({"lines.linewidth": 9, "axes.facecolor": "red", "savefig.transparent": True}):
+    with matplotlib.rc_context({"axes.labelsize": 30, "xtick.major.size": 20, "savefig.transparent": True}):
         before = dict(matplotlib.rcParams)
         write_report(second)
         assert dict(matplotlib.rcParams) == before

@@ -39,16 +39,17 @@ class MasterWeights:
     def __init__(self, named_parameters: Iterable[tuple[str, Parameter]]) -> None:
         self.parameters = dict(named_parameters)
         device = next(iter(self.parameters.values())).device
-        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters.values()), device=device)
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        self.gradients = torch.zeros(sum(sizes), device=device)
+        self._views = self.gradients.split(sizes)
         self.masters: dict[str, Parameter] = {}
-        views = self.gradients.split([p.numel() for p in self.parameters.values()])
-        for (name, parameter), view in zip(self.parameters.items(), views, strict=True):
+        for (name, parameter), view in zip(self.parameters.items(), self._views, strict=True):
             master = parameter
             if parameter.dtype != torch.float32:
                 master = Parameter(parameter.detach().float())
                 parameter.register_post_accumulate_grad_hook(self._add_to(view))
-            master.grad = view.view_as(master)
             self.masters[name] = master
+        self.zero_gradients()
 
     @staticmethod
     def _add_to(view: Tensor) -> Any:
@@ -60,7 +61,10 @@ class MasterWeights:
         return add_and_release
 
     def zero_gradients(self) -> None:
+        """Start a step: nothing in the buffer, and every master's gradient a view of it (Lightning drops them)."""
         self.gradients.zero_()
+        for master, view in zip(self.masters.values(), self._views, strict=True):
+            master.grad = view.view_as(master)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale gradients down to a total L2 norm of `max_norm` (0: leave them); returns the norm before."""

@@ -50,7 +50,7 @@ def fit(run: PreparedRun, screen: Screen) -> FitResult:
 
     history = History(folder / "metrics.jsonl", recipe.trainer.log_every_n_steps)
     checkpoints = Checkpoints(folder / "checkpoints", recipe.exp_manager.checkpoints)
-    trainer = _trainer(recipe.trainer, [history, Progress(screen, history, run.unigram_perplexity), checkpoints])
+    trainer = _trainer(recipe.trainer, [checkpoints, history, Progress(screen, history, run.unigram_perplexity)])
     _start_experiment(trainer, recipe, folder)
 
     model = _model(recipe, trainer)
@@ -60,7 +60,7 @@ def fit(run: PreparedRun, screen: Screen) -> FitResult:
     backends = choose_backends(trainer.strategy.root_device.type, dtype, recipe.model.attention_dropout).describe()
     screen.say(run.opening_screen(backends, PRECISION_NAMES[dtype], resumed_from_step))
 
-    trainer.fit(model, ckpt_path=checkpoint)
+    _fit_or_be_interrupted(trainer, model, checkpoint)
     return FitResult(
         model=model,
         steps=trainer.global_step,
@@ -71,6 +71,16 @@ def fit(run: PreparedRun, screen: Screen) -> FitResult:
         backends=backends,
         precision=PRECISION_NAMES[dtype],
     )
+
+
+def _fit_or_be_interrupted(trainer: Trainer, model: ESM1nvModel, checkpoint: Path | None) -> None:
+    """Fit; an interruption that our handlers did not turn into an orderly stop stays what it is."""
+    try:
+        trainer.fit(model, ckpt_path=checkpoint)
+    except SystemExit:  # what Lightning makes of KeyboardInterrupt
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _model(recipe: Recipe, trainer: Trainer) -> ESM1nvModel:

@@ -82,7 +82,7 @@ def _check_source(recipe: Recipe, store: ProteinStore, folder: Path) -> None:
     """A FASTA file that changed after its store was built would silently not be what is trained on."""
     if recipe.data.fasta is None:
         return
-    built_from = {source["size"] for source in store.manifest["source"]}
+    built_from = {source["bytes"] for source in store.manifest["source"]}
     if recipe.data.fasta.stat().st_size not in built_from:
         raise StoreError(
             f"{folder} was built from another version of {recipe.data.fasta} (its size has changed since); "

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # NeMo takes seconds to import: a mistake in the configuratio
     from bionemo_esm.training.fit import FitResult
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def pretrain(cfg: DictConfig) -> None:
@@ -37,6 +38,9 @@ def pretrain(cfg: DictConfig) -> None:
         if is_rank_zero():
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         exit_code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on from the last checkpoint, if there is one.", file=sys.stderr)  # noqa: T201
+        exit_code = EXIT_INTERRUPTED
     if exit_code:
         raise SystemExit(exit_code)
 

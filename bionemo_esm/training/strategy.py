@@ -21,8 +21,17 @@ class MegatronStrategy(DDPStrategy):
         super().__init__(**kwargs)
         self._owns_groups = False
 
+    @property
+    def _works_alone(self) -> bool:
+        return bool(self.num_processes * self.num_nodes == 1)
+
+    def _configure_launcher(self) -> None:
+        """Alone, nothing is launched, and no rendezvous is left behind in the environment."""
+        if not self._works_alone:
+            super()._configure_launcher()
+
     def setup_distributed(self) -> None:
-        if self.num_processes * self.num_nodes == 1:
+        if self._works_alone:
             self.set_world_ranks()
         else:
             super().setup_distributed()
