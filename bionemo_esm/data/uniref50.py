@@ -59,7 +59,7 @@ class BuildPolicy:
     """How a store is built. Longer sequences keep their first `max_residues`.
 
     `validation_sequences` and `test_sequences` are counts; None takes one in twenty, at least one. They belong to
-    `build_store`: where the splits are given they must be None. Raises `ValueError` for a value out of range.
+    `build_store`: where the splits are given they must be None. Raises `StoreError` for a value out of range.
     """
 
     max_residues: int = 1024
@@ -69,13 +69,13 @@ class BuildPolicy:
 
     def __post_init__(self) -> None:
         if self.max_residues < 1:
-            raise ValueError(f"data.max_residues is {self.max_residues}; it must be at least 1")
+            raise StoreError(f"data.max_residues is {self.max_residues}; it must be at least 1")
         if not 0 <= self.seed < 2**64:
-            raise ValueError(f"data.seed is {self.seed}; it must lie in 0..2**64-1")
+            raise StoreError(f"seed is {self.seed}; it must lie in 0..2**64-1")
         for key in ("validation_sequences", "test_sequences"):
             count = getattr(self, key)
             if count is not None and count < 0:
-                raise ValueError(f"data.{key} is {count}; give a count of 0 or more, or null for one in {_PROPORTION}")
+                raise StoreError(f"data.{key} is {count}; give a count of 0 or more, or null for one in {_PROPORTION}")
 
 
 @dataclass
@@ -224,12 +224,12 @@ def build_store_from_splits(
     A sequence of train that is in validation or test too is dropped from train, one of validation that is in test from
     validation; both are counted as `dropped_in_other_split`. Repeats within a file are dropped as duplicates.
 
-    Raises `ValueError` when the policy asks for counts, and otherwise as `build_store` does; also when nothing is left
+    Raises `StoreError` when the policy asks for counts, and otherwise as `build_store` does; also when nothing is left
     of a split.
     """
     for key in ("validation_sequences", "test_sequences"):
         if getattr(policy, key) is not None:
-            raise ValueError(f"data.{key} is {getattr(policy, key)}, but the splits are given as files; set it to null")
+            raise StoreError(f"data.{key} is {getattr(policy, key)}, but the splits are given as files; set it to null")
     # Read in the order of precedence: of equal sequences the first one read is kept.
     paths = {_TEST: Path(test), _VALIDATION: Path(validation), _TRAIN: Path(train)}
     with StoreWriter(output) as writer, tempfile.TemporaryFile(dir=writer.partial, buffering=_BUFFER_BYTES) as scratch:

@@ -115,6 +115,8 @@ class Recipe:
     exp_manager: ExperimentConfig
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must lie in 0..2**63 - 1, not {self.seed}")
         self.batch_plan()  # refuses what cannot be dealt evenly
 
     @property

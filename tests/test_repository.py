@@ -1,0 +1,118 @@
+"""The repository keeps its word: layers, safety rules, the README's commands, and a wheel that finds its parts."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from runs import ROOT, composed
+
+from bionemo_esm.training.recipe import load_recipe
+
+PACKAGE = ROOT / "bionemo_esm"
+FLOORS = ("alphabet", "errors", "data", "model", "training")  # from the ground up
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+README = (ROOT / "README.md").read_text()
+
+
+def floor_of(module: str) -> int | None:
+    parts = module.split(".")
+    return FLOORS.index(parts[1]) if len(parts) > 1 and parts[0] == "bionemo_esm" and parts[1] in FLOORS else None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way_down(path: Path) -> None:
+    floor = floor_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if floor is None:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        for name in names:
+            assert (floor_of(name) or 0) <= floor, f"{path} reaches up to {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_unpickled_evaluated_or_instantiated_by_name(path: Path) -> None:
+    text = path.read_text()
+    for forbidden in ("pickle.load", "weights_only=False", "allow_pickle", "extractall", "hydra.utils", " eval(", " exec("):
+        assert forbidden not in text
+    assert len(text.splitlines()) <= 400
+
+
+def test_the_data_path_imports_without_nemo_megatron_or_lightning() -> None:
+    code = (
+        "import sys, bionemo_esm, bionemo_esm.alphabet, bionemo_esm.data.uniref50, bionemo_esm.data.pretraining\n"
+        "print([name for name in ('nemo', 'megatron', 'lightning', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_command_of_the_readme_is_one_that_works() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    commands = [line.split("  #")[0] for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+    targets = [words[1] for words in map(shlex.split, commands) if words[:1] == ["make"]]
+    assert targets == ["pretrain", "test"]
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+    runs = [shlex.split(command)[2:] for command in commands if "pretrain" in command and not command.startswith("make")]
+    assert len(runs) >= 5
+    for overrides in runs:
+        load_recipe(composed(*overrides))
+
+
+def test_every_setting_in_the_readmes_table_is_a_key() -> None:
+    settings = re.findall(r"^\| [^|`]+ \| `(.+)` \|$", README, re.M)
+    assert len(settings) >= 4
+    for setting in settings:
+        load_recipe(composed("recipe=laptop", *shlex.split(setting)))
+
+
+def test_links_and_pictures_of_the_documents_exist() -> None:
+    for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_python_of_the_readme_names_what_exists() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        lines = [line for line in block.splitlines() if line.startswith(("from ", "import "))]
+        done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_key_of_the_configuration_is_commented() -> None:
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        if path.parent.name == "recipe":
+            continue  # a recipe sets keys that their groups comment
+        for line in path.read_text().splitlines():
+            if re.match(r"^ *[a-z_]+: ?\S", line) and not re.match(r"^ *(defaults|hydra|run|dir|- )", line):
+                own = "defaults:" not in path.read_text()
+                assert "#" in line or not own or line.split(":")[0].strip() in PLAIN, f"{path.name}: {line}"
+
+
+PLAIN = {"num_layers", "hidden_size", "layernorm_epsilon", "betas", "eps", "exp_dir", "num_nodes", "create_tensorboard_logger"}
+"""Keys whose name says it all."""
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_configurations_and_sample_and_runs_from_anywhere(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    command = [sys.executable, "-m", "bionemo_esm", "pretrain", "recipe=laptop", "--cfg", "job"]
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "name: laptop" in done.stdout
+    assert (site / "bionemo_esm" / "data" / "sample" / "train.fasta.gz").stat().st_size > 500_000
