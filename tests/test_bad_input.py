@@ -56,6 +56,8 @@ def test_the_default_recipe_says_all_that_is_missing_and_names_the_laptop(capfd:
         ("optim.sched.name=Noam", "optim.sched.name must be CosineAnnealing"),
         ("+trainer.max_step=5", "unknown key trainer.max_step; known are: accelerator"),
         ("+speed=5", "unknown key speed"),
+        ("seed=-1", "seed must lie in 0..2**63 - 1, not -1"),
+        ("exp_manager.create_wandb_logger=true", "Weights & Biases needs name and project"),
         ("+model._target_=os.system", "unknown key model._target_"),
     ],
 )

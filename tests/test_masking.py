@@ -99,35 +99,35 @@ def test_the_default_policy_is_that_of_the_model_cards() -> None:
     assert MaskingPolicy() == MaskingPolicy(chosen=0.15, masked=0.80, replaced=0.10)
 
 
-def test_a_replaced_residue_becomes_any_other_of_the_standard_20_with_equal_chance(proteins: Proteins) -> None:
-    tokens, chosen = corrupt(*proteins, ALWAYS_REPLACED)
-    assert chosen.all()
-    assert not (tokens == proteins.residues).any()
+@pytest.mark.parametrize("policy", [ALWAYS_REPLACED, MaskingPolicy()], ids=["always", "default"])
+def test_a_replaced_residue_becomes_any_other_of_the_standard_20_with_equal_chance(
+    proteins: Proteins, policy: MaskingPolicy
+) -> None:
+    """By the default policy too: which letter it becomes must not depend on the draws by which it got there."""
+    tokens, chosen = corrupt(*proteins, policy)
+    replaced = chosen & (tokens != MASK_ID) & (tokens != proteins.residues)
+    assert_binomial(replaced.sum(), chosen.sum(), policy.replaced)
     pairs = np.zeros((256, 256), dtype=np.int64)
-    np.add.at(pairs, (proteins.residues, tokens), 1)
+    np.add.at(pairs, (proteins.residues[replaced], tokens[replaced]), 1)
     standard = pairs[np.ix_(STANDARD_IDS, STANDARD_IDS)]
-    assert standard.sum() == len(tokens)
+    assert standard.sum() == replaced.sum()
     others = standard[~np.eye(NUM_STANDARD_RESIDUES, dtype=bool)].reshape(NUM_STANDARD_RESIDUES, -1)
     for counts in others:
         assert_uniform(counts)
 
 
-@pytest.mark.parametrize(
-    "letter",
-    [
-        *"XBUZO",
-        pytest.param("<unk>", marks=pytest.mark.xfail(strict=True, reason="_another_residue never draws C for <unk>")),
-    ],
-)
-def test_a_rare_letter_is_chosen_like_any_and_replaced_by_the_standard_20(letter: str) -> None:
-    lengths = np.full(100, 400)
+@pytest.mark.parametrize("policy", [ALWAYS_REPLACED, MaskingPolicy()], ids=["always", "default"])
+@pytest.mark.parametrize("letter", [*"XBUZO", "<unk>"])
+def test_a_rare_letter_is_chosen_like_any_and_replaced_by_the_standard_20(letter: str, policy: MaskingPolicy) -> None:
+    lengths = np.full(1000, 400)
     residues = np.full(lengths.sum(), TOKEN_IDS[letter], dtype=np.uint8)
-    tokens, _ = corrupt(residues, lengths, keys_for(100), ALWAYS_REPLACED)
-    counts = np.bincount(tokens, minlength=256)
-    assert counts[STANDARD_IDS].sum() == len(tokens)
+    tokens, chosen = corrupt(residues, lengths, keys_for(1000), policy)
+    assert_binomial(chosen.sum(), chosen.size, policy.chosen)
+    replaced = tokens[(tokens != residues) & (tokens != MASK_ID)]
+    assert_binomial(len(replaced), chosen.sum(), policy.replaced)
+    counts = np.bincount(replaced, minlength=256)
+    assert counts[STANDARD_IDS].sum() == len(replaced)
     assert_uniform(counts[STANDARD_IDS])
-    _, chosen = corrupt(residues, lengths, keys_for(100), MaskingPolicy())
-    assert_binomial(chosen.sum(), chosen.size, 0.15)
 
 
 def test_a_sample_is_corrupted_the_same_alone_and_among_any_others(proteins: Proteins, corrupted: Corruption) -> None:

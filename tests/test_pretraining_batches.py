@@ -253,3 +253,22 @@ def test_unigram_perplexity_stays_finite_for_letters_that_training_never_shows(
     perplexity = unigram_perplexity(train, batches)
     expected = reference_perplexity([train[i].tobytes() for i in range(len(train))], [batches[0]])
     assert perplexity == pytest.approx(expected, rel=1e-12)
+
+
+def test_validation_refuses_a_reader_that_shows_answers(tiny_split: SequenceSplit) -> None:
+    with pytest.raises(ValueError, match="validation must hide every chosen residue"):
+        ValidationBatches(SampleReader(tiny_split, 128, MaskingPolicy(), seed=1), 5)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ((0, 1), "global_batch_size must be at least 1"),
+        ((4, 0), "micro_batch_size must be at least 1"),
+        ((4, 1, 0, 0), "world_size must be at least 1"),
+        ((4, 1, 2, 2), "rank 2 is not one of 2"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(plan: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BatchPlan(*plan)

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import composed
 
 from bionemo_esm.model.config import ConfigError
 from bionemo_esm.training.recipe import Recipe, load_recipe
 from bionemo_esm.training.screen import duration
+from runs import composed
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -54,8 +54,20 @@ def test_warm_up_may_be_a_share_of_the_steps_but_not_both() -> None:
 
 def test_the_run_folder_follows_from_what_is_computed_and_from_nothing_else() -> None:
     laptop = recipe("recipe=laptop")
-    same = ("data.num_workers=3", "trainer.log_every_n_steps=7", "trainer.val_check_interval=9", "data.micro_batch_size=4")
-    other = ("seed=1", "model.num_layers=1", "optim.lr=1e-4", "trainer.max_steps=9", "data.fasta=x", "trainer.precision=32")
+    same = (
+        "data.num_workers=3",
+        "trainer.log_every_n_steps=7",
+        "trainer.val_check_interval=9",
+        "data.micro_batch_size=4",
+    )
+    other = (
+        "seed=1",
+        "model.num_layers=1",
+        "optim.lr=1e-3",
+        "trainer.max_steps=9",
+        "data.fasta=x",
+        "trainer.precision=32",
+    )
     assert laptop.run_folder == Path("runs") / f"laptop-{laptop.fingerprint}"
     for override in same:
         assert recipe("recipe=laptop", override).run_folder == laptop.run_folder, override

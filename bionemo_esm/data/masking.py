@@ -32,9 +32,9 @@ class MaskingPolicy:
     replaced: float = 0.10
 
     def __post_init__(self) -> None:
-        if not 0 < self.chosen <= 1:
+        if not 0 < self.chosen <= 1:  # false for NaN, too
             raise ValueError(f"data.masking.chosen must lie in (0, 1], not {self.chosen}")
-        if min(self.masked, self.replaced) < 0 or self.masked + self.replaced > 1 + 1e-9:
+        if not (self.masked >= 0 and self.replaced >= 0 and self.masked + self.replaced <= 1 + 1e-9):
             raise ValueError(
                 f"data.masking.masked ({self.masked}) and data.masking.replaced ({self.replaced}) "
                 "must not be negative, and add up to at most 1; the rest is shown unchanged"
@@ -97,7 +97,7 @@ def corrupt(
 def _another_residue(originals: NDArray[np.uint8], draws: UInt64Array) -> NDArray[np.uint8]:
     """A standard amino acid other than the original, each equally likely: uint8 [n] -> uint8 [n]."""
     letters = originals.astype(np.int64) - FIRST_RESIDUE_ID
-    standard = letters < NUM_STANDARD_RESIDUES
+    standard = (letters >= 0) & (letters < NUM_STANDARD_RESIDUES)
     steps = uniform_integers(derive_key(draws, _LETTER_STREAM), np.where(standard, NUM_STANDARD_RESIDUES - 1, 20))
     shifted = np.where(standard, letters + 1 + steps, steps)  # 1..19 places on: never back on the original
     return (shifted % NUM_STANDARD_RESIDUES + FIRST_RESIDUE_ID).astype(np.uint8)

@@ -54,6 +54,11 @@ class BatchPlan:
     world_size: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("global_batch_size", "micro_batch_size", "world_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not one of {self.world_size}")
         if self.global_batch_size % (self.micro_batch_size * self.world_size):
             raise ValueError(
                 f"a global batch of {self.global_batch_size} sequences cannot be dealt evenly to {self.world_size} "
@@ -94,15 +99,19 @@ class TrainingStream(Dataset[StepShare]):
 
 @dataclass(frozen=True)
 class ValidationBatches(Dataset[PackedBatch]):
-    """A split in its stored order, the same crop and mask each time, every chosen residue shown as `<mask>`.
+    """A split in its stored order, the same crop and mask each time; ranks take batches in turn.
 
-    Ranks take batches in turn, so that a batch is the same at any world size.
+    Raises `ValueError` for a reader that would show some of the answers: every chosen residue must be `<mask>`.
     """
 
     reader: SampleReader
     micro_batch_size: int
     rank: int = 0
     world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.reader.policy.masked != 1:
+            raise ValueError("validation must hide every chosen residue: give the reader policy.for_evaluation()")
 
     def on_rank(self, rank: int, world_size: int) -> ValidationBatches:
         """The same batches, dealt to one of several ranks."""

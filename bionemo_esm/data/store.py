@@ -49,8 +49,11 @@ class StoreError(UserError):
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _index_bytes(sequences: int) -> int:
@@ -343,7 +346,7 @@ class StoreWriter:
             _sync_and_close(stream)
         _sync_folder(self.partial)
         try:
-            os.rename(self.partial, self.folder)
+            self.partial.rename(self.folder)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise

@@ -17,6 +17,7 @@ from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.training.callbacks import History, Progress
 from bionemo_esm.training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint
+from bionemo_esm.training.memory import keep_freed_memory
 from bionemo_esm.training.prepared import PreparedRun
 from bionemo_esm.training.recipe import Recipe, TrainerConfig
 from bionemo_esm.training.screen import Screen
@@ -43,6 +44,8 @@ def fit(run: PreparedRun, screen: Screen) -> FitResult:
     """Train to the recipe's last step, from the newest checkpoint in the run's folder that can be read."""
     recipe, folder = run.recipe, run.folder
     _send_nemo_messages_to_the_log()
+    if recipe.trainer.accelerator == "cpu":
+        keep_freed_memory()
     checkpoint, complaints = newest_checkpoint(folder / "checkpoints")
     for complaint in complaints:
         screen.say(f"warning: {complaint}; going back to {checkpoint.name if checkpoint else 'the start'}")
@@ -125,7 +128,7 @@ def _start_experiment(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
             "name": recipe.name,
             "create_tensorboard_logger": settings.create_tensorboard_logger,
             "create_wandb_logger": settings.create_wandb_logger,
-            "wandb_logger_kwargs": dict(settings.wandb_logger_kwargs) or None,
+            "wandb_logger_kwargs": dict(settings.wandb_logger_kwargs) if settings.create_wandb_logger else None,
             "create_checkpoint_callback": False,
             "create_preemption_callback": False,
             "log_step_timing": False,

@@ -100,6 +100,12 @@ class ExperimentConfig:
     wandb_logger_kwargs: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    def __post_init__(self) -> None:
+        given = {key for key, value in self.wandb_logger_kwargs.items() if value is not None}
+        missing = sorted({"name", "project"} - given)
+        if self.create_wandb_logger and missing:
+            raise ConfigError(f"exp_manager.wandb_logger_kwargs: Weights & Biases needs {' and '.join(missing)}")
+
 
 @dataclass(frozen=True)
 class Recipe:

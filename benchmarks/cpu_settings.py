@@ -1,0 +1,92 @@
+"""What the two CPU settings of a run are worth here: bf16 against float32, and keeping freed memory.
+
+    python benchmarks/cpu_settings.py
+
+Each row is a ratio from alternated repeats on the same batches (median, with the range); each measurement runs in a
+process of its own. Nothing else should run meanwhile. Takes about three minutes and prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPEATS = 5
+STEPS = 12
+
+
+def seconds_per_step(dtype_name: str, keep: bool) -> float:
+    """Median seconds of a forward and backward pass of ESM-1nv's 2M form over 8 packed proteins of the sample."""
+    import torch
+    from omegaconf import OmegaConf
+    from torch.nn.functional import cross_entropy
+
+    from bionemo_esm.data.masking import MaskingPolicy
+    from bionemo_esm.data.pretraining import BatchPlan, SampleReader, TrainingStream
+    from bionemo_esm.data.store import ProteinStore
+    from bionemo_esm.model.esm1nv import ESM1nvModel
+    from bionemo_esm.training.memory import keep_freed_memory
+
+    if keep:
+        keep_freed_memory()
+    sizes = {"num_layers": 4, "hidden_size": 192, "num_attention_heads": 6, "ffn_hidden_size": 768}
+    encoder = {**sizes, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    model = ESM1nvModel(OmegaConf.create({"encoder": encoder, "precision": dtype_name}))
+    store = ProteinStore.open(_sample_store())
+    stream = TrainingStream(SampleReader(store.split("train"), 512, MaskingPolicy(), 0), BatchPlan(8, 8))
+    times = []
+    for step in range(STEPS):
+        (batch,) = stream[8 * step]
+        started = time.perf_counter()
+        cross_entropy(model(batch), batch.targets).backward()
+        times.append(time.perf_counter() - started)
+    assert torch.get_num_threads() >= 1
+    return statistics.median(times[2:])
+
+
+def _sample_store() -> Path:
+    """The shipped sample as a store, built once beside this script's results (ignored by git)."""
+    from bionemo_esm.data.uniref50 import BuildPolicy, build_store_from_splits
+
+    folder = Path(__file__).parent / "results" / ".sample-store"
+    if not folder.is_dir():
+        sample = Path(__file__).parents[1] / "bionemo_esm" / "data" / "sample"
+        parts = (sample / f"{part}.fasta.gz" for part in ("train", "validation", "test"))
+        build_store_from_splits(*parts, folder, BuildPolicy())
+    return folder
+
+
+def measure(dtype_name: str, keep: bool) -> float:
+    """`seconds_per_step` in a fresh process."""
+    command = [sys.executable, __file__, dtype_name, json.dumps(keep)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    import torch
+
+    _sample_store()
+    settings = {"float32": ("32", True), "bf16": ("bf16", True), "float32, memory given back": ("32", False)}
+    seconds: dict[str, list[float]] = {name: [] for name in settings}
+    for _ in range(REPEATS):
+        for name, setting in settings.items():
+            seconds[name].append(measure(*setting))
+    cpu = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"torch {torch.__version__}, {cpu}, Python {platform.python_version()}\n")
+    print("| setting | seconds a step, median (range) | times as long as float32 |\n|---|---|---|")
+    for name, values in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(values, seconds["float32"], strict=True))
+        print(f"| {name} | {statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f}) | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        print(seconds_per_step(sys.argv[1], json.loads(sys.argv[2])))
+    else:
+        main()
