@@ -29,5 +29,5 @@ clean:
 .venv/.ready: pyproject.toml constraints.txt
 	@echo "Setting up .venv (once; a few minutes, about 2 GB) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0 --editable '.[test]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt torch==2.13.0 --editable '.[test]'
 	@touch $@

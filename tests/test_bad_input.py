@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from models import tiny_model
 
 from bionemo_esm.training.run import pretrain
-from runs import SMALL, composed
+from runs import ROOT, SMALL, composed
 
 
 def complaint(capfd: pytest.CaptureFixture[str], *overrides: str) -> str:
@@ -97,8 +98,6 @@ def test_fasta_and_store_together_are_refused(small: list[str], capfd: pytest.Ca
 def test_a_store_that_does_not_match_its_manifest_is_refused(
     small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], sample_store: object
 ) -> None:
-    import shutil
-
     folder = tmp_path / "store"
     shutil.copytree(sample_store.folder, folder)  # type: ignore[attr-defined]
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -130,3 +129,9 @@ def test_a_checkpoint_of_another_model_is_refused(
     capfd.readouterr()
     error = complaint(capfd, *named, "model.num_layers=2", "trainer.max_steps=4")
     assert "written by another model: model.num_layers differ" in error
+    error = complaint(capfd, *named, "seed=43", "trainer.max_steps=4")
+    assert "the checkpoint was written with seed = 42, this run has 43" in error
+    fasta = ROOT / "bionemo_esm" / "data" / "sample" / "test.fasta.gz"
+    shutil.rmtree(tmp_path / "runs" / "same" / "store")
+    error = complaint(capfd, *named, f"data.fasta={fasta}", "trainer.max_steps=4")
+    assert "sequences to train on = 2600, this run has 180" in error

@@ -79,6 +79,10 @@ def test_every_command_of_the_readme_is_one_that_works() -> None:
         load_recipe(composed(*overrides))
 
 
+def test_the_readme_names_the_folder_that_make_pretrain_fills() -> None:
+    assert str(load_recipe(composed("recipe=laptop")).run_folder) in README
+
+
 def test_every_setting_in_the_readmes_table_is_a_key() -> None:
     settings = re.findall(r"^\| [^|`]+ \| `(.+)` \|$", README, re.M)
     assert len(settings) >= 4

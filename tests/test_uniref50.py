@@ -362,5 +362,5 @@ def test_an_existing_output_is_refused_before_anything_is_read(tmp_path: Path) -
     [("max_residues", 0), ("validation_sequences", -1), ("test_sequences", -1), ("seed", -1), ("seed", 2**64)],
 )
 def test_a_policy_out_of_range_is_refused_by_its_key(key: str, value: int) -> None:
-    with pytest.raises(ValueError, match=rf"data\.{key} is {value}"):
+    with pytest.raises(StoreError, match=rf"{key} is {value}"):
         BuildPolicy(**{key: value})

@@ -35,6 +35,7 @@ from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.optimization import MasterWeights, build_optimizer, build_schedule
 from bionemo_esm.model.parallel import data_parallel_sum, ensure_groups
 
+_ANOTHER_RUN = "give this run another exp_manager.name, or remove the run's folder"
 _DROPOUT_STREAM = 6  # keeps dropout's seeds apart from the keys of order and corruption
 
 
@@ -82,6 +83,7 @@ class ESM1nvModel(ModelPT):
         self.optim_config = OptimConfig()
         self.initial_weights: Path | None = None
         self.provenance: dict[str, Any] = {}
+        self.identity: dict[str, Any] = {}  # what a checkpoint must share with the run that goes on from it
         self.consumed_samples = 0
         self.last_step: StepReport | None = None
         self.last_evaluation: Evaluation | None = None
@@ -264,6 +266,7 @@ class ESM1nvModel(ModelPT):
         assert self.masters is not None
         checkpoint["state_dict"] = {name: tensor.cpu() for name, tensor in self.masters.state_dict().items()}
         checkpoint["consumed_samples"] = self.consumed_samples
+        checkpoint["identity"] = self.identity
         checkpoint["hyper_parameters"] = {"cfg": OmegaConf.to_container(self.cfg)}
         checkpoint.pop("hparams_type", None)  # a class, which a safe loader refuses
 
@@ -271,7 +274,14 @@ class ESM1nvModel(ModelPT):
         saved = checkpoint["hyper_parameters"]["cfg"]["encoder"]
         if saved != self.encoder_config.to_dict():
             wrong = sorted(key for key in saved if saved[key] != self.encoder_config.to_dict().get(key))
-            raise ConfigError(f"the checkpoint was written by another model: model.{', model.'.join(wrong)} differ")
+            names = ", ".join(f"model.{key}" for key in wrong)
+            raise ConfigError(f"the checkpoint was written by another model: {names} differ; {_ANOTHER_RUN}")
+        for key, ours in self.identity.items():
+            theirs = checkpoint["identity"].get(key)
+            if theirs != ours:
+                raise ConfigError(
+                    f"the checkpoint was written with {key} = {theirs}, this run has {ours}; {_ANOTHER_RUN}"
+                )
         self._resumed_masters = checkpoint["state_dict"]
         load_weights(self, checkpoint["state_dict"], "checkpoint")
         self.consumed_samples = int(checkpoint["consumed_samples"])

@@ -57,6 +57,7 @@ def fit(run: PreparedRun, screen: Screen) -> FitResult:
     _start_experiment(trainer, recipe, folder)
 
     model = _model(recipe, trainer)
+    model.identity = run.identity
     model.setup_training_data(run.stream, recipe.data.num_workers)
     model.setup_validation_data(run.validation)
     dtype = parameter_dtype(recipe.trainer.precision, trainer.strategy.root_device.type)

@@ -38,6 +38,12 @@ class PreparedRun:
     def train(self) -> SequenceSplit:
         return self.store.split("train")
 
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What decides the stream of samples: a run goes on only in the stream that it began in."""
+        train = self.store.manifest["splits"]["train"]
+        return {"seed": self.recipe.seed, "sequences to train on": len(self.train), "train.bin": train["bin_sha256"]}
+
     def opening_screen(self, backends: str, precision: str, resumed_from_step: int) -> str:
         """Model, data, batch, steps, device, fused kernels and where results go."""
         recipe, trainer, batch = self.recipe, self.recipe.trainer, self.recipe.global_batch_size
