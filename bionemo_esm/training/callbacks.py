@@ -24,7 +24,7 @@ class History(Callback):
 
     def __init__(self, path: Path, every_n_steps: int) -> None:
         self.path, self.every_n_steps = path, every_n_steps
-        self.seconds = 0.0  # of training so far, sessions before this one included
+        self.seconds = _seconds_of(read_history(path))  # of training so far, sessions before this one included
         self.residues_per_second = 0.0
         self._mark = 0.0
         self._residues, self._busy_seconds = 0, 0.0
@@ -32,8 +32,10 @@ class History(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             kept = [line for line in read_history(self.path) if line["step"] <= trainer.global_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            self.seconds = kept[-1]["seconds"] if kept else 0.0
+            temporary = self.path.with_name(f".{self.path.name}.partial")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(self.path)
+            self.seconds = _seconds_of(kept)
         self._mark = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -41,9 +43,9 @@ class History(Callback):
         report = pl_module.last_step
         self._busy_seconds += self._lap()
         self._residues += report.residues
+        self.residues_per_second = self._residues / self._busy_seconds
         if trainer.global_step % self.every_n_steps:
             return
-        self.residues_per_second = self._residues / self._busy_seconds
         self._residues, self._busy_seconds = 0, 0.0
         self._append(
             trainer,
@@ -82,6 +84,10 @@ class History(Callback):
             line = {"step": trainer.global_step, "seconds": round(self.seconds, 3), **values}
             with open(self.path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
+
+
+def _seconds_of(lines: list[dict[str, Any]]) -> float:
+    return float(lines[-1]["seconds"]) if lines else 0.0
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

@@ -106,10 +106,12 @@ class Checkpoints(Callback):
         self.stopped_by = signal.Signals(number)
 
     def _any_rank_was_asked_to_stop(self, pl_module: LightningModule) -> bool:
+        """The same answer on every rank: a signal that comes while they agree counts from the next step."""
         flag = torch.tensor(int(self.stopped_by or 0), device=pl_module.device)
-        if data_parallel_sum(flag).item() and self.stopped_by is None:
+        asked = bool(data_parallel_sum(flag).item())
+        if asked and self.stopped_by is None:
             self.stopped_by = signal.SIGTERM  # another rank was asked
-        return self.stopped_by is not None
+        return asked
 
     def _restore_handlers(self) -> None:
         for number, handler in self._previous_handlers.items():

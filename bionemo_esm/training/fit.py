@@ -17,7 +17,6 @@ from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.training.callbacks import History, Progress
 from bionemo_esm.training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint
-from bionemo_esm.training.memory import keep_freed_memory
 from bionemo_esm.training.prepared import PreparedRun
 from bionemo_esm.training.recipe import Recipe, TrainerConfig
 from bionemo_esm.training.screen import Screen
@@ -44,8 +43,6 @@ def fit(run: PreparedRun, screen: Screen) -> FitResult:
     """Train to the recipe's last step, from the newest checkpoint in the run's folder that can be read."""
     recipe, folder = run.recipe, run.folder
     _send_nemo_messages_to_the_log()
-    if recipe.trainer.accelerator == "cpu":
-        keep_freed_memory()
     checkpoint, complaints = newest_checkpoint(folder / "checkpoints")
     for complaint in complaints:
         screen.say(f"warning: {complaint}; going back to {checkpoint.name if checkpoint else 'the start'}")

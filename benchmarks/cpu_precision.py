@@ -1,14 +1,13 @@
-"""What the two CPU settings of a run are worth here: bf16 against float32, and keeping freed memory.
+"""bf16 against float32 on this CPU: what `trainer.precision=auto` should choose here.
 
-    python benchmarks/cpu_settings.py
+    python benchmarks/cpu_precision.py
 
-Each row is a ratio from alternated repeats on the same batches (median, with the range); each measurement runs in a
-process of its own. Nothing else should run meanwhile. Takes about three minutes and prints a Markdown table.
+The ratio is from alternated repeats on the same batches (median, with the range); each measurement runs in a
+process of its own. Nothing else should run meanwhile. Takes about four minutes and prints a Markdown table.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import subprocess
@@ -16,13 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-REPEATS = 5
+REPEATS = 3
 STEPS = 12
 
 
-def seconds_per_step(dtype_name: str, keep: bool) -> float:
+def seconds_per_step(precision: str) -> float:
     """Median seconds of a forward and backward pass of ESM-1nv's 2M form over 8 packed proteins of the sample."""
-    import torch
     from omegaconf import OmegaConf
     from torch.nn.functional import cross_entropy
 
@@ -30,13 +28,10 @@ def seconds_per_step(dtype_name: str, keep: bool) -> float:
     from bionemo_esm.data.pretraining import BatchPlan, SampleReader, TrainingStream
     from bionemo_esm.data.store import ProteinStore
     from bionemo_esm.model.esm1nv import ESM1nvModel
-    from bionemo_esm.training.memory import keep_freed_memory
 
-    if keep:
-        keep_freed_memory()
     sizes = {"num_layers": 4, "hidden_size": 192, "num_attention_heads": 6, "ffn_hidden_size": 768}
     encoder = {**sizes, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-    model = ESM1nvModel(OmegaConf.create({"encoder": encoder, "precision": dtype_name}))
+    model = ESM1nvModel(OmegaConf.create({"encoder": encoder, "precision": precision}))
     store = ProteinStore.open(_sample_store())
     stream = TrainingStream(SampleReader(store.split("train"), 512, MaskingPolicy(), 0), BatchPlan(8, 8))
     times = []
@@ -45,7 +40,6 @@ def seconds_per_step(dtype_name: str, keep: bool) -> float:
         started = time.perf_counter()
         cross_entropy(model(batch), batch.targets).backward()
         times.append(time.perf_counter() - started)
-    assert torch.get_num_threads() >= 1
     return statistics.median(times[2:])
 
 
@@ -61,9 +55,9 @@ def _sample_store() -> Path:
     return folder
 
 
-def measure(dtype_name: str, keep: bool) -> float:
+def measure(precision: str) -> float:
     """`seconds_per_step` in a fresh process."""
-    command = [sys.executable, __file__, dtype_name, json.dumps(keep)]
+    command = [sys.executable, __file__, precision]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
@@ -72,11 +66,11 @@ def main() -> None:
     import torch
 
     _sample_store()
-    settings = {"float32": ("32", True), "bf16": ("bf16", True), "float32, memory given back": ("32", False)}
+    settings = {"float32": "32", "bf16": "bf16"}
     seconds: dict[str, list[float]] = {name: [] for name in settings}
     for _ in range(REPEATS):
         for name, setting in settings.items():
-            seconds[name].append(measure(*setting))
+            seconds[name].append(measure(setting))
     cpu = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     print(f"torch {torch.__version__}, {cpu}, Python {platform.python_version()}\n")
     print("| setting | seconds a step, median (range) | times as long as float32 |\n|---|---|---|")
@@ -86,7 +80,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        print(seconds_per_step(sys.argv[1], json.loads(sys.argv[2])))
+    if len(sys.argv) == 2:
+        print(seconds_per_step(sys.argv[1]))
     else:
         main()
