@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -124,27 +125,20 @@ PLAIN |= {"create_tensorboard_logger"}
 
 @pytest.mark.slow
 def test_a_wheel_carries_configurations_and_sample_and_runs_from_anywhere(tmp_path: Path) -> None:
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(ROOT),
-    ]
-    subprocess.run(build, check=True, capture_output=True)
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()  # a copy, as building leaves a folder behind
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("bionemo_esm", "conf"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     command = [sys.executable, "-m", "bionemo_esm", "pretrain", "recipe=laptop", "--cfg", "job"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True, check=False
-    )
+    environment = {"PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "name: laptop" in done.stdout
     assert (site / "bionemo_esm" / "data" / "sample" / "train.fasta.gz").stat().st_size > 500_000
