@@ -132,6 +132,27 @@ def test_a_checkpoint_of_another_model_is_refused(
     error = complaint(capfd, *named, "seed=43", "trainer.max_steps=4")
     assert "the checkpoint was written with seed = 42, this run has 43" in error
     fasta = ROOT / "bionemo_esm" / "data" / "sample" / "test.fasta.gz"
+    error = complaint(capfd, *named, f"data.fasta={fasta}", "trainer.max_steps=4")
+    assert "was built from other files (train.fasta.gz, validation.fasta.gz, test.fasta.gz)" in error
     shutil.rmtree(tmp_path / "runs" / "same" / "store")
     error = complaint(capfd, *named, f"data.fasta={fasta}", "trainer.max_steps=4")
     assert "sequences to train on = 2600, this run has 180" in error
+    shutil.rmtree(tmp_path / "runs" / "same" / "store")
+    assert "written with optim = " in complaint(capfd, *named, "optim.lr=1e-2")
+
+
+def test_a_finished_run_of_another_configuration_is_not_passed_off_as_this_one(
+    small: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    named = [*small, "exp_manager.name=same", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    pretrain(composed(*named))
+    capfd.readouterr()
+    assert "holds a finished run of another configuration" in complaint(capfd, *named, "optim.lr=1e-2")
+
+
+def test_a_validation_set_that_asks_nothing_is_refused_before_training(
+    small: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    fasta = ROOT / "bionemo_esm" / "data" / "sample" / "test.fasta.gz"
+    error = complaint(capfd, *small, f"data.fasta={fasta}", "data.validation_sequences=0")
+    assert "data.validation_sequences: 0 validation sequences cannot be dealt to 1 ranks" in error

@@ -156,6 +156,8 @@ def test_an_interrupted_run_saves_and_goes_on_by_the_same_command(finished: Path
     done = run_apart(folder)
     assert done.returncode == 0, done.stderr
     assert losses(folder) == losses(finished)
+    kinds = [[json.loads(line)["kind"] for line in (run / "metrics.jsonl").open()] for run in (folder, finished)]
+    assert kinds[0] == kinds[1], "a stop must not validate on its way out"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ gives the same batches, a resume starts at another n, and another number of rank
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -164,11 +165,13 @@ def unigram_perplexity(train: SequenceSplit, validation: ValidationBatches) -> f
     """Perplexity of the validation targets under the residue frequencies of the training split.
 
     What a model reaches that knows how common each residue is and nothing else. One is added to every count, so that
-    a letter that training never shows does not make it infinite.
+    a letter that training never shows does not make it infinite. NaN where nothing is masked.
     """
     counts = train.residue_counts().astype(np.float64) + 1.0
     log_frequency = np.log(counts / counts.sum())
     targets = np.zeros(VOCABULARY_SIZE)
     for index in range(len(validation)):
         targets += np.bincount(validation[index].targets.numpy(), minlength=VOCABULARY_SIZE)
+    if not targets.any():
+        return math.nan
     return float(np.exp(-(targets * log_frequency).sum() / targets.sum()))

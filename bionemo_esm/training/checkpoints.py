@@ -82,6 +82,7 @@ class Checkpoints(Callback):
         if stop or trainer.global_step % self.config.every_n_train_steps == 0:
             self._save(trainer)
         if stop:
+            trainer.limit_val_batches = 0  # Lightning would validate before it stops; a scheduler does not wait
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -54,10 +54,10 @@ def fit(run: PreparedRun, screen: Screen) -> FitResult:
     _start_experiment(trainer, recipe, folder)
 
     model = _model(recipe, trainer)
-    model.identity = run.identity
     model.setup_training_data(run.stream, recipe.data.num_workers)
     model.setup_validation_data(run.validation)
     dtype = parameter_dtype(recipe.trainer.precision, trainer.strategy.root_device.type)
+    model.identity = {**run.identity, "precision": PRECISION_NAMES[dtype]}
     backends = choose_backends(trainer.strategy.root_device.type, dtype, recipe.model.attention_dropout).describe()
     screen.say(run.opening_screen(backends, PRECISION_NAMES[dtype], resumed_from_step))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from bionemo_esm.data.pretraining import SampleReader, TrainingStream, ValidationBatches, unigram_perplexity
 from bionemo_esm.data.store import ProteinStore, SequenceSplit
+from bionemo_esm.model.config import ConfigError
 from bionemo_esm.training.proteins import describe_source
 from bionemo_esm.training.recipe import Recipe
 
@@ -30,9 +32,12 @@ class PreparedRun:
         max_tokens, policy = recipe.model.seq_length, recipe.data.masking
         reader = SampleReader(store.split("train"), max_tokens, policy, recipe.seed)
         questions = SampleReader(store.split("validation"), max_tokens, policy.for_evaluation(), recipe.seed)
-        validation = ValidationBatches(questions, recipe.data.micro_batch_size)
+        validation = ValidationBatches(questions, _validation_batch_size(recipe, len(questions.split)))
         stream = TrainingStream(reader, recipe.batch_plan())
-        return cls(recipe, folder, store, stream, validation, unigram_perplexity(reader.split, validation))
+        unigram = unigram_perplexity(reader.split, validation)
+        if math.isnan(unigram):
+            raise ConfigError("no residue of the validation set is masked; raise data.validation_sequences")
+        return cls(recipe, folder, store, stream, validation, unigram)
 
     @property
     def train(self) -> SequenceSplit:
@@ -40,9 +45,16 @@ class PreparedRun:
 
     @property
     def identity(self) -> dict[str, str | int]:
-        """What decides the stream of samples: a run goes on only in the stream that it began in."""
+        """What a run must not change while it goes on: the stream of samples, and how the optimizer answers it."""
         train = self.store.manifest["splits"]["train"]
-        return {"seed": self.recipe.seed, "sequences to train on": len(self.train), "train.bin": train["bin_sha256"]}
+        return {
+            "seed": self.recipe.seed,
+            "sequences to train on": len(self.train),
+            "train.bin": train["bin_sha256"],
+            "data.masking": str(self.recipe.data.masking),
+            "data.global_batch_size": self.recipe.global_batch_size,
+            "optim": str(self.recipe.optim),
+        }
 
     def opening_screen(self, backends: str, precision: str, resumed_from_step: int) -> str:
         """Model, data, batch, steps, device, fused kernels and where results go."""
@@ -72,6 +84,17 @@ class PreparedRun:
     def _mean_tokens(self) -> float:
         """Tokens of a sequence after cropping, on average over a slice of the training set."""
         return float((self.train.lengths[:100_000] + 2).clip(max=self.recipe.model.seq_length).mean())
+
+
+def _validation_batch_size(recipe: Recipe, sequences: int) -> int:
+    """The micro batch, or less where it would leave a rank without a batch."""
+    world_size = recipe.trainer.world_size
+    if sequences < world_size:
+        raise ConfigError(
+            f"data.validation_sequences: {sequences} validation sequences cannot be dealt to {world_size} ranks; "
+            "give at least one for each"
+        )
+    return min(recipe.data.micro_batch_size, sequences // world_size)
 
 
 def describe_model(recipe: Recipe) -> str:

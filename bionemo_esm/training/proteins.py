@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
-from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore, StoreError
+from bionemo_esm.data.store import MANIFEST_NAME, SPLITS, ProteinStore, StoreError
 from bionemo_esm.data.uniref50 import BuildPolicy, build_store, build_store_from_splits
 from bionemo_esm.training.recipe import Recipe
 from bionemo_esm.training.screen import Screen, duration
 
 SAMPLE_FOLDER = Path(__file__).resolve().parents[1] / "data" / "sample"
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_RANKS = 60.0  # by which ranks of one start may come after each other
+_FAILURE = "build-failed.txt"  # beside the store: why rank 0 could not build it
 
 
 def open_proteins(recipe: Recipe, run_folder: Path, screen: Screen, is_rank_zero: bool) -> ProteinStore:
@@ -37,20 +40,36 @@ def describe_source(recipe: Recipe) -> str:
     return str(recipe.data.fasta) if recipe.data.fasta else "the shipped sample (UniProt, CC BY 4.0)"
 
 
-def _build(recipe: Recipe, folder: Path, screen: Screen) -> None:
-    policy = BuildPolicy(
+def _policy(recipe: Recipe) -> BuildPolicy:
+    return BuildPolicy(
         max_residues=recipe.data.max_residues,
         validation_sequences=recipe.data.validation_sequences,
         test_sequences=recipe.data.test_sequences,
-        seed=recipe.seed,
+        seed=recipe.seed if recipe.data.fasta is not None else 0,  # the sample comes split
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _sources(recipe: Recipe) -> list[Path]:
+    """The FASTA files that a store is built from: one to be split, or train, validation and test."""
     if recipe.data.fasta is not None:
-        screen.say(f"Building a store from {recipe.data.fasta} ...")
-        build_store(recipe.data.fasta, folder, policy, progress=_BuildProgress(screen))
-    else:
-        train, validation, test = (SAMPLE_FOLDER / f"{part}.fasta.gz" for part in ("train", "validation", "test"))
-        build_store_from_splits(train, validation, test, folder, policy, licence="CC BY 4.0")
+        return [recipe.data.fasta]
+    return [SAMPLE_FOLDER / f"{part}.fasta.gz" for part in SPLITS]
+
+
+def _build(recipe: Recipe, folder: Path, screen: Screen) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    failure = folder.with_name(_FAILURE)
+    failure.unlink(missing_ok=True)
+    try:
+        if recipe.data.fasta is not None:
+            screen.say(f"Building a store from {recipe.data.fasta} ...")
+            build_store(recipe.data.fasta, folder, _policy(recipe), progress=_BuildProgress(screen))
+        else:
+            train, validation, test = _sources(recipe)
+            build_store_from_splits(train, validation, test, folder, _policy(recipe), licence="CC BY 4.0")
+    except BaseException as error:
+        failure.write_text(f"{error}\n", encoding="utf-8")  # for the ranks that wait
+        raise
 
 
 class _BuildProgress:
@@ -69,22 +88,24 @@ class _BuildProgress:
             self.screen.progress(f"  {records:,} records, {megabytes:,.0f} MB, {rate:,.0f} MB/s, {duration(seconds)}")
 
 
-def _wait_for(folder: Path, limit_seconds: float = 24 * 3600) -> None:
-    """Until rank 0 has renamed the store into place (a store never exists half-written)."""
-    deadline = time.monotonic() + limit_seconds
+def _wait_for(folder: Path) -> None:
+    """Until rank 0 has renamed the store into place (a store never exists half-written), or has failed to build it."""
+    started, failure = time.time(), folder.with_name(_FAILURE)
     while not (folder / MANIFEST_NAME).is_file():
-        if time.monotonic() > deadline:
-            raise StoreError(f"{folder}: rank 0 has not built the store within {duration(limit_seconds)}")
+        if failure.is_file() and failure.stat().st_mtime > started - _SECONDS_BETWEEN_RANKS:
+            raise StoreError(f"{folder}: rank 0 could not build it: {failure.read_text(encoding='utf-8').strip()}")
         time.sleep(0.5)
 
 
 def _check_source(recipe: Recipe, store: ProteinStore, folder: Path) -> None:
-    """A FASTA file that changed after its store was built would silently not be what is trained on."""
-    if recipe.data.fasta is None:
+    """A store that this recipe would have built otherwise must not pass for it."""
+    if recipe.data.store is not None:
         return
-    built_from = {source["bytes"] for source in store.manifest["source"]}
-    if recipe.data.fasta.stat().st_size not in built_from:
+    wanted = [(path.name, path.stat().st_size) for path in _sources(recipe)]
+    found = [(source["file"], source["bytes"]) for source in store.manifest["source"]]
+    if found != wanted or store.manifest["policy"] != asdict(_policy(recipe)):
+        names = ", ".join(name for name, _ in found)
         raise StoreError(
-            f"{folder} was built from another version of {recipe.data.fasta} (its size has changed since); "
-            "remove the run's folder to start anew, or give the run another exp_manager.name"
+            f"{folder} was built from other files ({names}), another version of them, or with other data.* settings; "
+            "give this run another exp_manager.name, or remove the run's folder"
         )

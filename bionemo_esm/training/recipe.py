@@ -151,12 +151,13 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """Eight hex digits of all that decides the result; not of the machine, logging or intervals."""
+        """Eight hex digits of what the configuration says of the result; not of machine, logging or intervals."""
         science = {
             "seed": self.seed,
             "restore_from_path": self.restore_from_path,
             "model": self.model.to_dict(),
             "data": asdict(replace(self.data, num_workers=0, micro_batch_size=1)),
+            "fasta_bytes": fasta.stat().st_size if (fasta := self.data.fasta) and fasta.is_file() else None,
             "global_batch_size": self.global_batch_size,
             "optim": asdict(self.optim),
             "precision": self.trainer.precision,

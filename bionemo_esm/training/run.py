@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from bionemo_esm.errors import UserError
+from bionemo_esm.model.config import ConfigError
 from bionemo_esm.training.prepared import OUTPUT_LOG, PreparedRun, describe_model, short
 from bionemo_esm.training.proteins import describe_source, open_proteins
 from bionemo_esm.training.recipe import Recipe, load_recipe
@@ -102,6 +103,7 @@ def _summary(run: PreparedRun, result: FitResult, restored: ESM1nvModel, archive
     score = restored.evaluate(run.validation)
     return {
         "name": recipe.name,
+        "fingerprint": recipe.fingerprint,
         "model": describe_model(recipe),
         "parameters": sum(parameter.numel() for parameter in restored.parameters()),
         "data": describe_source(recipe),
@@ -149,6 +151,11 @@ def _already_finished(recipe: Recipe, folder: Path) -> bool:
     summary = json.loads(path.read_text(encoding="utf-8"))
     if summary["steps"] < recipe.trainer.max_steps:
         return False
+    if summary["fingerprint"] != recipe.fingerprint:
+        raise ConfigError(
+            f"{short(folder)} holds a finished run of another configuration ({short(folder / 'config.yaml')}); "
+            "give this one another exp_manager.name"
+        )
     if is_rank_zero():
         report = short(folder / "report.html")
         print(  # noqa: T201
