@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bionemo_esm.model.config import ConfigError
+from bionemo_esm.training.prepared import validation_batch_size
 from bionemo_esm.training.recipe import Recipe, load_recipe
 from bionemo_esm.training.screen import duration
 from runs import composed
@@ -30,6 +31,15 @@ def test_the_default_recipe_on_22_nodes_is_the_model_cards_phase_1() -> None:
     assert (card.model.hidden_dropout, card.optim.gradient_clip_val) == (0.1, 1.0)
     assert card.model.parameters == 43_612_544
     assert card.data.max_residues == 1024
+
+
+@pytest.mark.parametrize("sequences", [176, 177, 5_000, 1_000_000])
+def test_validation_is_dealt_so_that_none_of_176_ranks_goes_without(sequences: int) -> None:
+    card = recipe("trainer.num_nodes=22")
+    batches = -(-sequences // validation_batch_size(card, sequences))
+    assert batches >= 176
+    with pytest.raises(ConfigError, match="175 validation sequences cannot be dealt to 176 ranks"):
+        validation_batch_size(card, 175)
 
 
 def test_accumulation_takes_the_place_of_nodes() -> None:

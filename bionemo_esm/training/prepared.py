@@ -17,7 +17,7 @@ OUTPUT_LOG = "output.log"
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """All that a training needs, and nothing that costs time."""
+    """All that a training needs: batches to learn from, batches to be asked, and what to hold the answers against."""
 
     recipe: Recipe
     folder: Path
@@ -32,7 +32,7 @@ class PreparedRun:
         max_tokens, policy = recipe.model.seq_length, recipe.data.masking
         reader = SampleReader(store.split("train"), max_tokens, policy, recipe.seed)
         questions = SampleReader(store.split("validation"), max_tokens, policy.for_evaluation(), recipe.seed)
-        validation = ValidationBatches(questions, _validation_batch_size(recipe, len(questions.split)))
+        validation = ValidationBatches(questions, validation_batch_size(recipe, len(questions.split)))
         stream = TrainingStream(reader, recipe.batch_plan())
         unigram = unigram_perplexity(reader.split, validation)
         if math.isnan(unigram):
@@ -86,7 +86,7 @@ class PreparedRun:
         return float((self.train.lengths[:100_000] + 2).clip(max=self.recipe.model.seq_length).mean())
 
 
-def _validation_batch_size(recipe: Recipe, sequences: int) -> int:
+def validation_batch_size(recipe: Recipe, sequences: int) -> int:
     """The micro batch, or less where it would leave a rank without a batch."""
     world_size = recipe.trainer.world_size
     if sequences < world_size:

@@ -54,7 +54,7 @@ def _pretrain(cfg: DictConfig) -> int:
     if _already_finished(recipe, folder):
         return 0
     folder.mkdir(parents=True, exist_ok=True)
-    if is_rank_zero():
+    if is_rank_zero() and not (folder / "config.yaml").exists():  # a run that is refused must not replace it
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     with third_party_output_in(folder / OUTPUT_LOG, silent=not is_rank_zero()) as screen:
         run = PreparedRun.of(recipe, folder, open_proteins(recipe, folder, screen, is_rank_zero()))
