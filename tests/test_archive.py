@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import tiny_model
 from nemo.core.classes import ModelPT
 from safetensors.torch import load, save
 
@@ -22,6 +21,7 @@ from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.model.archive import CONFIG, MANIFEST, WEIGHTS, ArchiveError, read_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
+from models import tiny_model
 
 Members = dict[str, bytes]
 

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from models import tiny_model
 
 from bionemo_esm.training.run import pretrain
+from models import tiny_model
 from runs import ROOT, SMALL, composed
 
 

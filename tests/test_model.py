@@ -8,7 +8,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from models import padded_twin, tiny_model
 from omegaconf import OmegaConf
 from torch.nn.functional import cross_entropy
 
@@ -21,6 +20,7 @@ from bionemo_esm.model.attention import ATTENTION
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.config import ConfigError, EncoderConfig
 from bionemo_esm.model.esm1nv import ESM1nvModel
+from models import padded_twin, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from models import tiny_model
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
 
@@ -16,6 +15,7 @@ from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model.backends import choose_backends
 from bionemo_esm.model.config import ConfigError, OptimConfig
 from bionemo_esm.model.optimization import MasterWeights, build_optimizer, build_schedule
+from models import tiny_model
 
 EPS = 1e-4  # above the rounding of gradients that are zero in exact arithmetic, such as those of key biases
 SETTINGS = OptimConfig(lr=1e-2, min_lr=1e-3, eps=EPS, weight_decay=0.1, warmup_steps=2, constant_steps=3, max_steps=10)
