@@ -8,3 +8,7 @@ class UserError(ValueError):
 
     Commands print it in one line, without a traceback; any other exception is a bug of ours and keeps its traceback.
     """
+
+
+class ConfigError(UserError):
+    """A configuration that cannot work; the message names the key and what to change."""

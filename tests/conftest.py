@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from bionemo_esm.alphabet import encode
-from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit, StoreWriter
+from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit
 from bionemo_esm.data.uniref50 import BuildPolicy, build_store_from_splits
+from bionemo_esm.data.writing import StoreWriter
 
 SAMPLE = Path(__file__).resolve().parent.parent / "bionemo_esm" / "data" / "sample"
 TINY_LENGTHS = (1, 2, 3, 77, 509, 510, 511, 512, 700, 1000)

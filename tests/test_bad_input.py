@@ -75,7 +75,7 @@ def test_a_configuration_that_cannot_work_is_refused_by_key(
         (b"", "empty"),
         (b"MKTAYIAKQR\n", "'>'"),
         (b">a\n\n>b\n*\n", "0 of 2"),
-        (b">a\nMKTAYIAKQR\n", "data.validation_sequences"),
+        (b">a\nMKTAYIAKQR\n", "1 distinct sequences are too few for 1 in validation"),
         (gzip.compress(b">a\nMKTAYIAKQR\n" * 9)[:-9], "ends before its end mark"),
         (b">a\nACGTACGTACGTTTGACA\n" * 99, "DNA"),
     ],
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert "was built from other files (train.fasta.gz, validation.fasta.gz, test.fasta.gz)" in error
     shutil.rmtree(tmp_path / "runs" / "same" / "store")
     error = complaint(capfd, *named, f"data.fasta={fasta}", "trainer.max_steps=4")
-    assert "sequences to train on = 2600, this run has 180" in error
+    assert "samples of an epoch = 2600, this run has 180" in error
     shutil.rmtree(tmp_path / "runs" / "same" / "store")
     assert "written with optim = " in complaint(capfd, *named, "optim.lr=1e-2")
 

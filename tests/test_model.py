@@ -16,9 +16,10 @@ from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.packing import PackedBatch, pack, unpack
 from bionemo_esm.data.pretraining import SampleReader
 from bionemo_esm.data.store import SequenceSplit
+from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.attention import ATTENTION
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
-from bionemo_esm.model.config import ConfigError, EncoderConfig
+from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from models import padded_twin, tiny_model
 

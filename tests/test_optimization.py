@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.pretraining import BatchPlan, SampleReader, TrainingStream
 from bionemo_esm.data.store import ProteinStore
+from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.backends import choose_backends
-from bionemo_esm.model.config import ConfigError, OptimConfig
+from bionemo_esm.model.config import OptimConfig
 from bionemo_esm.model.optimization import MasterWeights, build_optimizer, build_schedule
 from models import tiny_model
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bionemo_esm.training.screen import third_party_output_in
+from bionemo_esm.screen import third_party_output_in
 
 PROGRAM = """
 import os, sys, warnings
 from pathlib import Path
-from bionemo_esm.training.screen import third_party_output_in
+from bionemo_esm.screen import third_party_output_in
 print("before")
 with third_party_output_in(Path(sys.argv[1])) as screen:
     print("a library prints")

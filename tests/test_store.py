@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from bionemo_esm import __version__
 from bionemo_esm.alphabet import TOKEN_IDS, decode, encode
-from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit, StoreError, StoreWriter
+from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit, SplitSummary, StoreError
+from bionemo_esm.data.writing import StoreWriter
 
 PROTEINS = {
     "train": [
@@ -26,6 +29,10 @@ PROTEINS = {
     "validation": ["LSDEDFKAVFGMTRSAFANLPLWKQQNLKKEKGLF", "GIGAVLKVLTTGLPALISWIKRKRQQ"],  # villin HP35, melittin
     "test": [],
 }
+
+
+TRAIN_COUNTS = ["".join(PROTEINS["train"]).count(token) for token in TOKEN_IDS]
+SUMMARY = SplitSummary(5, 5, 256, 76, TRAIN_COUNTS, "", "")
 
 
 def write(folder: Path) -> Path:
@@ -75,7 +82,7 @@ def test_what_was_written_is_read(folder: Path) -> None:
 
 def test_the_manifest_says_what_is_in_the_store(folder: Path) -> None:
     manifest = ProteinStore.open(folder).manifest
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["package_version"] == __version__
     assert (manifest["source"], manifest["seed"]) == ("inline", 7)
     summary = manifest["splits"]["train"]
@@ -102,13 +109,13 @@ def test_we_read_what_megatron_writes(tmp_path: Path) -> None:
     for sequence in PROTEINS["train"]:
         builder.add_document(encode(sequence), [len(sequence)])
     builder.finalize(str(tmp_path / "train.idx"))
-    split = SequenceSplit(tmp_path / "train", sequences=5, residues=256)
+    split = SequenceSplit(tmp_path / "train", SUMMARY)
     assert [decode(split[i]) for i in range(5)] == PROTEINS["train"]
 
 
 def test_an_index_longer_than_one_block_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_block = write(tmp_path / "one")
-    monkeypatch.setattr("bionemo_esm.data.store._BLOCK", 2)
+    monkeypatch.setattr("bionemo_esm.data.writing._BLOCK", 2)
     many_blocks = write(tmp_path / "many")
     assert (one_block / "train.idx").read_bytes() == (many_blocks / "train.idx").read_bytes()
 
@@ -185,9 +192,7 @@ def test_sequences_and_lengths_are_read_only(folder: Path) -> None:
             view[0] = 1
 
 
-@pytest.mark.parametrize("block", [2**20, 7])
-def test_residue_counts_are_those_of_the_sequences(folder: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr("bionemo_esm.data.store._BLOCK", block)
+def test_residue_counts_are_those_of_the_sequences(folder: Path) -> None:
     counts = ProteinStore.open(folder).split("train").residue_counts()
     text = "".join(PROTEINS["train"])
     assert counts.dtype == np.int64
@@ -198,7 +203,7 @@ def test_a_pickled_split_maps_its_files_again(folder: Path, monkeypatch: pytest.
     monkeypatch.chdir(folder.parent)
     contents = [
         pickle.dumps(ProteinStore.open("store").split("train")),
-        pickle.dumps(SequenceSplit(Path("store/train"), sequences=5, residues=256)),
+        pickle.dumps(SequenceSplit(Path("store/train"), SUMMARY)),
     ]
     monkeypatch.chdir(tmp_path.parent)  # a worker may run elsewhere
     for content in contents:
@@ -230,14 +235,16 @@ def test_a_manifest_that_is_no_manifest_is_refused(folder: Path, text: str, mess
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (("format_version",), 2, "format_version is 2, this release reads 1"),
+        (("format_version",), 1, "format_version is 1, this release reads 2"),
         (("splits",), None, r"splits\.train is missing"),
         (("splits", "test"), None, r"splits\.test is missing"),
         (("splits", "train", "sequences"), "5", r"splits\.train\.sequences is '5'"),
         (("splits", "train", "residues"), -1, r"splits\.train\.residues is -1"),
         (("splits", "train", "longest"), True, r"splits\.train\.longest is True"),
+        (("splits", "train", "residue_counts"), [1, 2], r"splits\.train\.residue_counts is \[1, 2\]"),
+        (("splits", "train", "clusters"), 4, r"train\.idx: has 142 bytes, by the manifest 134"),
         (("splits", "train", "idx_sha256"), None, r"splits\.train\.idx_sha256 is None"),
-        (("splits", "train", "sequences"), 6, r"train\.idx: has 142 bytes, by the manifest 162"),
+        (("splits", "train", "sequences"), 6, r"train\.idx: has 142 bytes, by the manifest 154"),
         (("splits", "train", "residues"), 255, r"train\.bin: has 256 bytes, by the manifest 255"),
         (("splits", "train", "sequences"), 2**70, r"train\.idx: has 142 bytes"),
     ],
@@ -272,6 +279,7 @@ def test_a_truncated_file_is_refused_on_opening(folder: Path, file: str) -> None
         (18, "holds 4 sequences"),
         (26, "in 6 documents"),
         (54 + 4 * 8, "last sequence does not end where"),  # the lowest byte of the last offset
+        (54 + 5 * 8 + 5 * 8, "last cluster does not end with"),
     ],
 )
 def test_a_wrong_index_header_is_refused_on_opening(folder: Path, at: int, message: str) -> None:
@@ -280,7 +288,7 @@ def test_a_wrong_index_header_is_refused_on_opening(folder: Path, at: int, messa
         ProteinStore.open(folder)
 
 
-@pytest.mark.parametrize(("file", "at"), [("train.bin", 100), ("train.idx", 34), ("validation.idx", -1)])
+@pytest.mark.parametrize(("file", "at"), [("train.bin", 100), ("train.idx", 34), ("validation.idx", 60)])
 def test_verify_finds_a_flipped_bit(folder: Path, file: str, at: int) -> None:
     flip_bit(folder / file, at)
     store = ProteinStore.open(folder)
@@ -294,12 +302,12 @@ def test_an_offset_beyond_the_file_is_never_followed(folder: Path) -> None:
         ProteinStore.open(folder).split("train").gather([0], [0], [76])
 
 
-def test_token_ids_beyond_the_alphabet_are_refused_in_counting(folder: Path) -> None:
+def test_token_ids_beyond_the_alphabet_are_never_handed_out(folder: Path) -> None:
     content = bytearray((folder / "train.bin").read_bytes())
     content[3] = 200
     (folder / "train.bin").write_bytes(content)
     with pytest.raises(StoreError, match="token id 200"):
-        ProteinStore.open(folder).split("train").residue_counts()
+        ProteinStore.open(folder).split("train").gather([0], [0], [76])
 
 
 def test_another_split_name_is_refused(folder: Path) -> None:
@@ -343,18 +351,63 @@ def test_an_existing_store_is_not_overwritten(folder: Path) -> None:
     assert (folder / "train.bin").read_bytes() == before
 
 
-def test_of_two_builders_one_wins_and_the_other_is_told(tmp_path: Path) -> None:
+def test_of_two_builders_one_wins_and_the_other_is_told_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "store"
-    with StoreWriter(folder) as first, StoreWriter(folder) as second:
+    with StoreWriter(folder) as first:
         first.add("train", encode(PROTEINS["train"][0]))
-        second.add("train", encode(PROTEINS["train"][1]))
+        with pytest.raises(StoreError, match=r"store: another process is building it.*wait for it"):
+            write(folder)
         first.finish({})
-        with pytest.raises(StoreError, match="another builder finished it first"):
-            second.finish({})
+        with pytest.raises(StoreError, match="exists already"):
+            write(folder)
     store = ProteinStore.open(folder)
     store.verify()
     assert decode(store.split("train")[0]) == PROTEINS["train"][0]
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_store_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with StoreWriter(folder) as writer:
+        shutil.copytree(write(tmp_path / "copied"), folder)
+        with pytest.raises(StoreError, match="another builder finished it first"):
+            writer.finish({})
+    ProteinStore.open(folder).verify()
+
+
+def test_what_a_killed_builder_left_is_taken_over(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from bionemo_esm.alphabet import encode; from bionemo_esm.data.writing import StoreWriter\n"
+        "with StoreWriter(sys.argv[1]) as writer:\n"
+        "    writer.add('train', encode('MKV')); os.kill(os.getpid(), 9)"
+    )
+    folder = tmp_path / "store"
+    assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == -9
+    assert [path.name for path in tmp_path.iterdir()] == [".store.partial"]
+    ProteinStore.open(write(folder)).verify()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_clusters_are_documents_to_megatron(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    with StoreWriter(tmp_path / "store") as writer:
+        lengths = [len(sequence) for sequence in PROTEINS["train"]]
+        writer.add_many("train", encode("".join(PROTEINS["train"])), lengths, cluster_sizes=[2, 3])
+        split = ProteinStore.open(writer.finish({})).split("train")
+    assert IndexedDataset(str(split.prefix)).document_indices.tolist() == [0, 2, 5]
+    assert (len(split), split.num_clusters) == (5, 2)
+    words = (np.arange(12, dtype=np.uint64) * np.uint64(2**64 // 12)) + np.uint64(2**60)  # uniform, off the bounds
+    assert split.draw_members(np.zeros(12, dtype=np.int64), words).tolist() == [0] * 6 + [1] * 6
+    assert split.draw_members(np.ones(12, dtype=np.int64), words).tolist() == [2] * 4 + [3] * 4 + [4] * 4
+    with pytest.raises(IndexError, match=r"clusters 1\.\.2 of .*, which has 2"):
+        split.draw_members([1, 2], words[:2])
+
+
+def test_in_a_plain_split_each_sequence_is_its_own_cluster(folder: Path) -> None:
+    split = ProteinStore.open(folder).split("train")
+    assert split.draw_members([4, 0], np.array([1, 2], dtype=np.uint64)).tolist() == [4, 0]
+    assert split.num_clusters == len(split) == 5
 
 
 def test_a_store_is_as_readable_as_any_new_folder(folder: Path, tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ import gzip
 import hashlib
 import random
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from bionemo_esm.alphabet import decode
-from bionemo_esm.data import uniref50
+from bionemo_esm.data import fasta, sources, uniref50
 from bionemo_esm.data.fasta import FastaError
+from bionemo_esm.data.sources import SourceError
 from bionemo_esm.data.store import SPLITS, ProteinStore, StoreError
 from bionemo_esm.data.uniref50 import BuildPolicy, build_store, build_store_from_splits
 
@@ -133,7 +135,7 @@ def test_the_split_depends_on_the_seed_and_on_every_sequence(tmp_path: Path) -> 
     assert len(held_out) >= 4  # eight draws of one from 22
 
 
-def test_splits_keep_the_order_of_the_file(tmp_path: Path) -> None:
+def test_splits_of_a_small_file_keep_its_order(tmp_path: Path) -> None:
     sequences = list(PROTEINS.values())
     store = build(tmp_path, sequences, BuildPolicy(validation_sequences=5, test_sequences=3))
     for name in SPLITS:
@@ -141,10 +143,12 @@ def test_splits_keep_the_order_of_the_file(tmp_path: Path) -> None:
         assert positions == sorted(positions)
 
 
-def test_dealing_in_many_blocks_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_and_dealing_in_many_blocks_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = list(PROTEINS.values())
     whole = build(tmp_path / "whole", sequences)
     monkeypatch.setattr(uniref50, "_DEAL_SEQUENCES", 3)
+    monkeypatch.setattr(fasta, "_BATCH_BYTES", 300)
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 100)
     blocks = build(tmp_path / "blocks", sequences)
     assert whole.manifest == blocks.manifest  # hashes included
 
@@ -172,17 +176,17 @@ ALL_TO_TRAIN = BuildPolicy(validation_sequences=0, test_sequences=0)
     [
         ("MKTEWPEL*", ["MKTEWPEL"], {"trailing_stops_stripped": 1}),
         ("MKTEWPEL**", ["MKTEWPEL"], {"trailing_stops_stripped": 1}),
-        ("MKTE*WPEL", [], {"dropped_internal_stop": 1}),
-        ("MKTE*WPEL*", [], {"dropped_internal_stop": 1, "trailing_stops_stripped": 1}),
-        ("--MKTE..WPEL-", ["MKTEWPEL"], {"gap_symbols_removed": 5}),
-        ("MKTEWPEL*--", ["MKTEWPEL"], {"gap_symbols_removed": 2, "trailing_stops_stripped": 1}),
-        ("MKJEW1PEL\xe9", ["MKXEWXPELXX"], {"residues_replaced_by_x": 4}),  # é is two bytes of UTF-8
-        ("MKXxTEJ", ["MKXXTEX"], {"residues_replaced_by_x": 1}),
+        ("MKTE*WPEL", [], {"dropped_internal_stop": 1, "records_with_internal_stop": 1}),
+        ("MKTE*WPEL*", [], {"dropped_internal_stop": 1, "records_with_internal_stop": 1, "trailing_stops_stripped": 1}),
+        ("--MKTE..WPEL-", ["MKTEWPEL"], {"gap_symbols": 5}),
+        ("MKTEWPEL*--", ["MKTEWPEL"], {"gap_symbols": 2, "trailing_stops_stripped": 1}),
+        ("MKJEW1PEL\xe9", ["MKXEWXPELXX"], {"unknown_letters": 4}),  # é is two bytes of UTF-8
+        ("MKXxTEJ", ["MKXXTEX"], {"unknown_letters": 1}),
         ("mktewpel", ["MKTEWPEL"], {}),
         ("MKBUZOX", ["MKBUZOX"], {}),
         ("", [], {"dropped_empty": 1}),
         ("*", [], {"dropped_empty": 1, "trailing_stops_stripped": 1}),
-        ("-.-", [], {"dropped_empty": 1, "gap_symbols_removed": 3}),
+        ("-.-", [], {"dropped_empty": 1, "gap_symbols": 3}),
     ],
 )
 def test_a_record_is_cleaned_and_counted(tmp_path: Path, given: str, stored: list[str], counts: dict[str, int]) -> None:
@@ -231,12 +235,7 @@ def test_the_manifest_names_source_policy_and_licence(tmp_path: Path) -> None:
     sha256 = hashlib.sha256(fasta.read_bytes()).hexdigest()
     assert store.manifest["source"] == [{"file": "uniref50.fasta.gz", "bytes": fasta.stat().st_size, "sha256": sha256}]
     assert (store.manifest["release"], store.manifest["licence"]) == ("2022_02", "CC BY 4.0")
-    assert store.manifest["policy"] == {
-        "max_residues": 1024,
-        "validation_sequences": None,
-        "test_sequences": 2,
-        "seed": 3,
-    }
+    assert store.manifest["policy"] == asdict(policy)
 
 
 def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
@@ -246,13 +245,16 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
     assert len(list(stores[0].folder.iterdir())) == 7  # no scratch file is left in it
 
 
-def test_progress_is_told_records_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uniref50, "_PROGRESS_RECORDS", 10)
-    calls: list[tuple[int, int]] = []
-    fasta = write_fasta(tmp_path / "in.fasta", list(PROTEINS.values()))
-    build_store(fasta, tmp_path / "store", BuildPolicy(), progress=lambda records, read: calls.append((records, read)))
-    content = fasta.read_bytes()
-    assert calls == [(number, content.find(b">protein_%d\n" % (number - 1))) for number in (10, 20, 22)]
+def test_progress_is_told_records_bytes_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fasta, "_BATCH_BYTES", 500)
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 500)
+    calls: list[tuple[int, int, int | None]] = []
+    path = write_fasta(tmp_path / "in.fasta", list(PROTEINS.values()))
+    build_store(path, tmp_path / "store", BuildPolicy(), progress=lambda *told: calls.append(told))
+    size = path.stat().st_size
+    assert len(calls) > 3
+    assert calls == sorted(calls)
+    assert calls[-1] == (22, size, size)
 
 
 # Splits given as files
@@ -288,7 +290,7 @@ def test_a_sequence_held_out_is_dropped_from_train_and_one_of_test_from_validati
     assert texts(store, "test") == [OTHERS[2], in_all]
     assert counts_without_zeros(store) == {
         **{"records_read": 10, "records_kept": 6},
-        **{"dropped_duplicate": 1, "dropped_in_other_split": 3},
+        **{"dropped_duplicate": 1, "dropped_in_other_split": 3, "duplicate_sequences": 4, "duplicate_ids": 5},
     }
 
 
@@ -299,7 +301,7 @@ def test_given_splits_of_which_nothing_is_left_are_refused(tmp_path: Path) -> No
 
 def test_given_splits_and_counts_exclude_each_other(tmp_path: Path) -> None:
     fasta = write_fasta(tmp_path / "in.fasta", GLOBINS)
-    with pytest.raises(ValueError, match=r"data\.test_sequences is 5, but the splits are given.*set it to null"):
+    with pytest.raises(ValueError, match=r"test_sequences is 5, but the splits are given.*set it to null"):
         build_store_from_splits(fasta, fasta, fasta, tmp_path / "store", BuildPolicy(test_sequences=5))
 
 
@@ -309,14 +311,14 @@ def test_given_splits_and_counts_exclude_each_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sequences", "policy", "message"),
     [
-        (["", "MK*M", "*"], BuildPolicy(), r"in\.fasta: 0 of 3 records usable \(2 empty, 1 with a '\*' inside\)"),
+        (["", "MK*M", "*"], BuildPolicy(), r"in\.fasta: 0 of 3 records usable \(2 empty, 1 internal stop\)"),
         (
             GLOBINS[:2],
             BuildPolicy(),
             "2 distinct sequences are too few for 1 in validation, 1 in test and at least one",
         ),
         (GLOBINS * 9, BuildPolicy(validation_sequences=2), "3 distinct sequences are too few for 2 in validation"),
-        (GLOBINS, BuildPolicy(test_sequences=9), r"lower data\.validation_sequences or data\.test_sequences"),
+        (GLOBINS, BuildPolicy(test_sequences=9), "ask for fewer, set both to null"),
         ([HBB_CODING] * 3, BuildPolicy(), r"in\.fasta: looks like DNA or RNA \(100\.0%.*translate it first"),
         ([HBB_CODING.lower().replace("t", "u")] * 3, BuildPolicy(), "looks like DNA or RNA"),
         ([HBB_CODING + "N" * 50 + "RYRY"] * 3, BuildPolicy(), r"looks like DNA or RNA \(97"),
@@ -344,9 +346,9 @@ def test_proteins_after_a_few_genes_are_no_nucleotides(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(FastaError, match="no such file"):
+    with pytest.raises(SourceError, match="no such file"):
         build_store(tmp_path / "absent.fasta", tmp_path / "store", BuildPolicy())
-    with pytest.raises(FastaError, match="is a pipe or device"):
+    with pytest.raises(FastaError, match="the file is empty"):
         build_store("/dev/null", tmp_path / "store", BuildPolicy())
     assert list(tmp_path.iterdir()) == []
 

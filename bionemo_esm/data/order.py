@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bionemo_esm.data.hashing import UInt64Array, derive_key, mix
 
 _ROUNDS = 8  # even, so that unequal halves end where they began
-_ORDER_STREAM = 1  # keeps the order's keys apart from the keys of crop and corruption
+_ORDER_STREAM, _MEMBER_STREAM = 1, 6  # keep the order's keys apart from the keys of crop and corruption
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class EpochOrder:
             values[outside] = _feistel(values[outside], keys[outside], bits)
             outside = outside[values[outside] >= np.uint64(self.size)]
         return values.astype(np.int64)
+
+
+def member_words(keys: UInt64Array) -> UInt64Array:
+    """Uniform words to draw the member of a cluster by, from the keys of samples in their epochs: uint64 [n]."""
+    return derive_key(keys, _MEMBER_STREAM)
 
 
 def _feistel(values: UInt64Array, keys: UInt64Array, bits: int) -> UInt64Array:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bionemo_esm.alphabet import VOCABULARY_SIZE
 from bionemo_esm.data.masking import MaskingPolicy, corrupt, crop_windows, sample_keys
-from bionemo_esm.data.order import EpochOrder
+from bionemo_esm.data.order import EpochOrder, member_words
 from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack
 from bionemo_esm.data.store import SequenceSplit
 
@@ -26,19 +26,28 @@ StepShare = list[PackedBatch]
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Samples of one split, cropped to `max_tokens` (specials counted), corrupted and packed."""
+    """Samples of one split, cropped to `max_tokens` (specials counted), corrupted and packed.
+
+    A sample is a sequence, or in a clustered split a cluster, of which each epoch shows one member, drawn at random.
+    """
 
     split: SequenceSplit
     max_tokens: int
     policy: MaskingPolicy
     seed: int
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return self.split.num_clusters
+
     def packed(self, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> PackedBatch:
         """One micro batch of the given samples (int64 [n]) as they appear in the given epochs (int64 [n])."""
         keys = sample_keys(self.seed, epochs, samples)
-        lengths = self.split.lengths[samples].astype(np.int64)
+        sequences = self.split.draw_members(samples, member_words(keys))
+        lengths = self.split.lengths[sequences].astype(np.int64)
         starts, kept = crop_windows(lengths, self.max_tokens - SPECIAL_TOKENS_PER_SEQUENCE, keys)
-        residues = self.split.gather(samples, starts, kept)
+        residues = self.split.gather(sequences, starts, kept)
         return pack(residues, kept, corrupt(residues, kept, keys, self.policy))
 
 
@@ -88,7 +97,7 @@ class TrainingStream(Dataset[StepShare]):
     order: EpochOrder = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "order", EpochOrder(len(self.reader.split), self.reader.seed))
+        object.__setattr__(self, "order", EpochOrder(self.reader.num_samples, self.reader.seed))
 
     def on_rank(self, rank: int) -> TrainingStream:
         """The same stream, dealt to another rank."""
@@ -119,14 +128,14 @@ class ValidationBatches(Dataset[PackedBatch]):
         return replace(self, rank=rank, world_size=world_size)
 
     def __len__(self) -> int:
-        batches = -(-len(self.reader.split) // self.micro_batch_size)
+        batches = -(-self.reader.num_samples // self.micro_batch_size)
         return len(range(self.rank, batches, self.world_size))
 
     def __getitem__(self, index: int) -> PackedBatch:
         if not 0 <= index < len(self):
             raise IndexError(f"validation batch {index} of {len(self)}")
         first = (self.rank + index * self.world_size) * self.micro_batch_size
-        samples = np.arange(first, min(first + self.micro_batch_size, len(self.reader.split)), dtype=np.int64)
+        samples = np.arange(first, min(first + self.micro_batch_size, self.reader.num_samples), dtype=np.int64)
         return self.reader.packed(np.zeros_like(samples), samples)
 
 

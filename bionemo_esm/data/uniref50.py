@@ -1,222 +1,133 @@
-"""From FASTA to a token store: clean each record, drop duplicates, split at random or as given.
+"""From FASTA to a token store in one pass: clean each record, drop duplicates, split at random or as given.
 
-Two passes. The first cleans and encodes the records one by one into a scratch file and keeps 20 bytes of each in
-memory: its length and a 16-byte digest of its tokens under the seed. Sorting the digests shows the duplicates and, as a
-digest is as good as a random number, deals the split: it depends on the seed and the set of sequences, not on their
-order in the file. The second pass copies the scratch file into the splits; the disk holds every token twice meanwhile.
-Memory is some 60 MB per million records while sorting, 3 GB for the 52 million of UniRef50.
+A random split goes by the sequences' keyed digests, which are as good as random numbers: the smallest ones are
+validation, the next ones test. So it depends on the seed and the set of sequences, not on their order or on how many
+threads read them. Which digests are the smallest is known at the end only; but a digest that is not among the smallest
+of the sequences so far, with a margin, will not be at the end. Those, nearly all, go to train at once. The others wait
+in a scratch file. Memory: 8.4 bytes a sequence for each of two hash sets at 80% load, and 4 for its length.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bionemo_esm.alphabet import ENCODING_TABLE, TOKEN_IDS, UNK_ID
-from bionemo_esm.data.fasta import FastaError, FastaRecord, read_fasta
-from bionemo_esm.data.store import SPLITS, ProteinStore, StoreError, StoreWriter, sha256_of_file
+from bionemo_esm.data.cleaning import (
+    BuildCounts,
+    CleanBlock,
+    CleaningPolicy,
+    Expectation,
+    Intake,
+    Progress,
+    select_sequences,
+)
+from bionemo_esm.data.digests import DigestSet
+from bionemo_esm.data.store import SPLITS, ProteinStore, StoreError
+from bionemo_esm.data.writing import StoreWriter, disk_errors
 
-Progress = Callable[[int, int], None]
-"""Called now and then, and at the end of each file, with the records and decompressed bytes read of it so far."""
+PathLike = str | os.PathLike[str]
 
 _DROPPED = -1  # in arrays of split codes, where 0, 1, 2 index SPLITS
 _TRAIN, _VALIDATION, _TEST = range(len(SPLITS))
 _PROPORTION = 20  # validation and test get one sequence in so many, each, unless counts are given
-_NUCLEOTIDE_SHARE = 0.95
-_NUCLEOTIDE_RECORDS = 1_000
-_PROGRESS_RECORDS = 10_000
-_BUFFER_BYTES = 2**20  # of the scratch file
-_DEAL_SEQUENCES = 2**14  # dealt at once in the second pass: about 5 MB of tokens
-
-_X_ID = TOKEN_IDS["X"]
-_STOP = 0xFF  # what '*' is encoded as, until it is stripped or its record is dropped
-_GAPS = b".-"
-
-
-def _cleaning_table() -> bytes:
-    """The token id of every byte, but X for what the alphabet does not know and `_STOP` for '*'."""
-    table = ENCODING_TABLE.copy()
-    table[table == UNK_ID] = _X_ID
-    table[ord("*")] = _STOP
-    return table.tobytes()
-
-
-_CLEANING_TABLE = _cleaning_table()
-_NUCLEOTIDES = bytes({_CLEANING_TABLE[letter] for letter in b"ACGTUN"})
+_SCRATCH_BUFFER_BYTES = 2**20
+_DEAL_SEQUENCES = 2**14  # dealt at once at the end: about 5 MB of tokens
 
 
 @dataclass(frozen=True)
-class BuildPolicy:
-    """How a store is built. Longer sequences keep their first `max_residues`.
+class BuildPolicy(CleaningPolicy):
+    """How a store is built: how records are cleaned, and how many sequences are held out.
 
     `validation_sequences` and `test_sequences` are counts; None takes one in twenty, at least one. They belong to
     `build_store`: where the splits are given they must be None. Raises `StoreError` for a value out of range.
     """
 
-    max_residues: int = 1024
     validation_sequences: int | None = None
     test_sequences: int | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_residues < 1:
-            raise StoreError(f"data.max_residues is {self.max_residues}; it must be at least 1")
-        if not 0 <= self.seed < 2**64:
-            raise StoreError(f"seed is {self.seed}; it must lie in 0..2**64-1")
+        super().__post_init__()
         for key in ("validation_sequences", "test_sequences"):
             count = getattr(self, key)
-            if count is not None and count < 0:
-                raise StoreError(f"data.{key} is {count}; give a count of 0 or more, or null for one in {_PROPORTION}")
+            if count is not None and not 0 <= count < 2**48:
+                raise StoreError(f"{key} is {count}; give a count of 0 or more, or null for one in {_PROPORTION}")
 
+    def held_out(self, sequences: int) -> tuple[int, int]:
+        """How many of so many distinct sequences go to validation and test; one at least must be left for train."""
+        proportional = max(1, sequences // _PROPORTION)
+        validation = proportional if self.validation_sequences is None else self.validation_sequences
+        test = proportional if self.test_sequences is None else self.test_sequences
+        if validation + test + 1 > sequences:
+            raise StoreError(
+                f"{sequences:,} distinct sequences are too few for {validation:,} in validation, {test:,} in test and "
+                "at least one in train; ask for fewer, set both to null for one in twenty each, or give more sequences"
+            )
+        return validation, test
 
-@dataclass
-class BuildCounts:
-    """What cleaning did; `records_read` is `records_kept` and the dropped ones together."""
+    def held_out_bound(self, seen: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Beyond which share of all digests a sequence surely belongs to train, once so many distinct ones were seen.
 
-    records_read: int = 0
-    records_kept: int = 0
-    dropped_empty: int = 0
-    dropped_internal_stop: int = 0
-    dropped_duplicate: int = 0
-    dropped_in_other_split: int = 0
-    trailing_stops_stripped: int = 0
-    """Records that ended in '*'."""
-    gap_symbols_removed: int = 0
-    """'-' and '.' in all records."""
-    residues_replaced_by_x: int = 0
-    """Letters outside the alphabet and other symbols, in all records."""
-    truncated: int = 0
-    """Records cut to the policy's `max_residues`, before duplicates are dropped."""
-
-
-@dataclass
-class _Cleaner:
-    """The first pass: cleaned token ids go to `scratch`; lengths, digests and counts stay here."""
-
-    policy: BuildPolicy
-    scratch: IO[bytes]
-    counts: BuildCounts = field(default_factory=BuildCounts)
-    lengths: array[int] = field(default_factory=lambda: array("i"))
-    digests: bytearray = field(default_factory=bytearray)
-
-    def read(self, path: Path, progress: Progress | None) -> int:
-        """Clean every record of a file; the number of usable ones. Raises `FastaError` when there is none."""
-        usable_before, read_before = len(self.lengths), self.counts.records_read
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a folder gets its own message from read_fasta
-            raise FastaError(f"{path}: is a pipe or device, but is read twice (once to hash it); save it as a file")
-        key = self.policy.seed.to_bytes(8, "little")
-        record = FastaRecord("", b"", 0, 0)
-        for record in _proteins(path):
-            tokens = self._clean(record.sequence)
-            if tokens:
-                self.scratch.write(tokens)
-                self.lengths.append(len(tokens))
-                self.digests += hashlib.blake2b(tokens, digest_size=16, key=key).digest()
-            if progress and record.number % _PROGRESS_RECORDS == 0:
-                progress(record.number, record.offset)
-        self.counts.records_read += record.number
-        usable = len(self.lengths) - usable_before
-        if usable == 0:
-            read = self.counts.records_read - read_before
-            why = f"{self.counts.dropped_empty} empty, {self.counts.dropped_internal_stop} with a '*' inside"
-            raise FastaError(f"{path}: 0 of {read} records usable ({why}); check that it holds protein sequences")
-        if progress:
-            progress(record.number, record.offset)
-        return usable
-
-    def _clean(self, sequence: bytes) -> bytes:
-        """Token ids of one record, cut to the policy's length; b'' when it is dropped."""
-        tokens = sequence.translate(_CLEANING_TABLE, _GAPS)
-        self.counts.gap_symbols_removed += len(sequence) - len(tokens)
-        if _X_ID in tokens:
-            as_given = sequence.count(b"X") + sequence.count(b"x")
-            self.counts.residues_replaced_by_x += tokens.count(_X_ID) - as_given
-        if _STOP in tokens:
-            stripped = tokens.rstrip(bytes([_STOP]))
-            self.counts.trailing_stops_stripped += len(stripped) < len(tokens)
-            tokens = stripped
-            if _STOP in tokens:
-                self.counts.dropped_internal_stop += 1
-                return b""
-        if not tokens:
-            self.counts.dropped_empty += 1
-        self.counts.truncated += len(tokens) > self.policy.max_residues
-        return tokens[: self.policy.max_residues]
-
-    def sorted_by_digest(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """The records in the order of their digests, int64 [records], and which is the first read of its equals."""
-        high, low = np.frombuffer(self.digests, dtype="<u8").reshape(-1, 2).T
-        order = np.lexsort((low, high))  # stable: equal digests stay in the order they were read
-        first = np.ones(order.size, dtype=np.bool_)
-        first[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
-        return order, first
-
-
-def _proteins(path: Path) -> Iterator[FastaRecord]:
-    """The records of a file; raises `FastaError` after the first thousand, or all, if they look like nucleotides."""
-    nucleotides = residues = 0
-    for record in read_fasta(path):
-        yield record
-        if record.number <= _NUCLEOTIDE_RECORDS:
-            tokens = record.sequence.translate(_CLEANING_TABLE, _GAPS)
-            residues += len(tokens)
-            nucleotides += len(tokens) - len(tokens.translate(None, _NUCLEOTIDES))
-        if record.number == _NUCLEOTIDE_RECORDS:
-            _refuse_nucleotides(path, nucleotides, residues)
-    _refuse_nucleotides(path, nucleotides, residues)
-
-
-def _refuse_nucleotides(path: Path, nucleotides: int, residues: int) -> None:
-    if nucleotides > _NUCLEOTIDE_SHARE * residues:
-        share = f"{nucleotides / residues:.1%} of its letters are A, C, G, T, U or N"
-        raise FastaError(f"{path}: looks like DNA or RNA ({share}); translate it first, or name a protein file")
+        After n sequences, H(n) of them are to be held out, and H(n) / n falls as n grows. The digests below
+        (H + 8 sqrt(H) + 64) / n number H + 8 sqrt(H) + 64 on average, and fewer than H with a probability under 1e-13
+        (Chernoff). So does the bound fall, and a sequence above it now is above it at the end.
+        """
+        given = sum(count for count in (self.validation_sequences, self.test_sequences) if count is not None)
+        proportional = sum(count is None for count in (self.validation_sequences, self.test_sequences))
+        held_out = given + proportional * (seen / _PROPORTION + 1)
+        bound: NDArray[np.float64] = (held_out + 8 * np.sqrt(held_out) + 64) / np.maximum(seen, 1)
+        return bound
 
 
 def build_store(
-    fasta: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    fasta: PathLike | Sequence[PathLike],
+    output: PathLike,
     policy: BuildPolicy,
     *,
     release: str | None = None,
     licence: str | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> ProteinStore:
-    """Build a store at `output` from one FASTA file, its sequences split at random by the policy's seed.
+    """Build a store at `output` from FASTA files, or standard input (`-`), its sequences split at random by the seed.
 
-    Exact duplicates, compared after cleaning and cutting, are dropped, so none straddles two splits. Within a split the
-    order is that of the file. Equal files, of equal names, give equal bytes.
+    Exact duplicates, compared after cleaning and cutting, are dropped, so none straddles two splits. The order within a
+    split follows from the order of the records. Equal records and names give equal bytes at any number of threads
+    (None: as many as there are cores).
 
-    Raises `FastaError` for a file that cannot be read, holds no usable record, or looks like DNA; `StoreError` when
-    `output` exists or the policy asks for more sequences than there are. Nothing is left behind then.
+    Raises `SourceError` or `FastaError` for a file that cannot be read, holds no usable record, or looks like DNA;
+    `StoreError` when `output` exists or is being built, the disk is too small, or the policy asks for more sequences
+    than there are. Nothing is left behind then.
     """
-    path = Path(fasta)
-    with StoreWriter(output) as writer, tempfile.TemporaryFile(dir=writer.partial, buffering=_BUFFER_BYTES) as scratch:
-        cleaner = _Cleaner(policy, scratch)
-        cleaner.read(path, progress)
-        codes = _split_at_random(cleaner)
-        _deal(cleaner, codes, writer)
-        _finish(cleaner, writer, {"source": [_describe(path)], "release": release, "licence": licence})
+    paths = [fasta] if isinstance(fasta, str | os.PathLike) else list(fasta)
+    if not paths:
+        raise StoreError("no FASTA file is named")
+    with StoreWriter(output) as writer, scratch_file(writer) as scratch:
+        intake = Intake(policy, threads or os.cpu_count() or 1, progress)
+        split = _RandomSplit(policy, writer, scratch, intake.counts)
+        for path in paths:
+            intake.read(path, split.add, split.expect)
+        split.finish()
+        _finish(intake, writer, {"source": intake.sources, "release": release, "licence": licence})
     return ProteinStore.open(output)
 
 
 def build_store_from_splits(
-    train: str | os.PathLike[str],
-    validation: str | os.PathLike[str],
-    test: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    train: PathLike,
+    validation: PathLike,
+    test: PathLike,
+    output: PathLike,
     policy: BuildPolicy,
     *,
     release: str | None = None,
     licence: str | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> ProteinStore:
     """Build a store at `output` from three FASTA files, a split each.
@@ -229,79 +140,108 @@ def build_store_from_splits(
     """
     for key in ("validation_sequences", "test_sequences"):
         if getattr(policy, key) is not None:
-            raise StoreError(f"data.{key} is {getattr(policy, key)}, but the splits are given as files; set it to null")
+            raise StoreError(f"{key} is {getattr(policy, key)}, but the splits are given as files; set it to null")
     # Read in the order of precedence: of equal sequences the first one read is kept.
-    paths = {_TEST: Path(test), _VALIDATION: Path(validation), _TRAIN: Path(train)}
-    with StoreWriter(output) as writer, tempfile.TemporaryFile(dir=writer.partial, buffering=_BUFFER_BYTES) as scratch:
-        cleaner = _Cleaner(policy, scratch)
-        usable = [cleaner.read(path, progress) for path in paths.values()]
-        codes = _keep_given_splits(cleaner, np.repeat(np.array(list(paths), dtype=np.int8), usable))
+    paths = {_TEST: test, _VALIDATION: validation, _TRAIN: train}
+    with StoreWriter(output) as writer:
+        intake = Intake(policy, threads or os.cpu_count() or 1, progress)
+        elsewhere = DigestSet()
         for code, path in paths.items():
-            if not (codes == code).any():
-                raise StoreError(f"{path}: every sequence is in another split too; give {SPLITS[code]} its own")
-        _deal(cleaner, codes, writer)
-        source = [{"split": SPLITS[code], **_describe(paths[code])} for code in range(len(SPLITS))]
-        _finish(cleaner, writer, {"source": source, "release": release, "licence": licence})
+            elsewhere.update(_take_split(intake, writer, SPLITS[code], path, elsewhere))
+        named = zip(paths, intake.sources, strict=True)
+        source = [{"split": SPLITS[code], **entry} for code, entry in sorted(named, key=lambda pair: pair[0])]
+        _finish(intake, writer, {"source": source, "release": release, "licence": licence})
     return ProteinStore.open(output)
 
 
-def _split_at_random(cleaner: _Cleaner) -> NDArray[np.int8]:
-    """The split code of each record, int8 [records]: the smallest digests to validation, the next to test."""
-    order, first = cleaner.sorted_by_digest()
-    distinct = order[first]
-    cleaner.counts.dropped_duplicate = order.size - distinct.size
-    validation, test = _held_out(cleaner.policy, distinct.size)
-    codes = np.full(order.size, _DROPPED, dtype=np.int8)
-    codes[distinct] = _TRAIN
-    codes[distinct[:validation]] = _VALIDATION
-    codes[distinct[validation : validation + test]] = _TEST
-    return codes
+def _take_split(intake: Intake, writer: StoreWriter, name: str, path: PathLike, elsewhere: DigestSet) -> DigestSet:
+    """All of one file to one split, but for repeats and for what is elsewhere; the digests of the split."""
+    here, counts, kept_before = DigestSet(), intake.counts, intake.counts.records_kept
+
+    def add(block: CleanBlock) -> None:
+        in_other, repeated = elsewhere.contains(block.digests), ~here.add(block.digests)
+        dropped = in_other | repeated if intake.policy.duplicate_sequences == "drop" else in_other
+        counts.duplicate_sequences += int((repeated | in_other).sum())
+        counts.dropped_in_other_split += int(in_other.sum())
+        counts.dropped_duplicate += int((dropped & ~in_other).sum())
+        counts.records_kept += int((~dropped).sum())
+        chosen = block.select(~dropped)
+        writer.add_many(name, chosen.tokens, chosen.lengths)
+
+    intake.read(path, add, lambda expected: writer.require_space(expected.residues, expected.records))
+    if counts.records_kept == kept_before:
+        raise StoreError(f"{path}: every sequence is in another split too; give {name} its own")
+    return here
 
 
-def _held_out(policy: BuildPolicy, sequences: int) -> tuple[int, int]:
-    """How many sequences go to validation and to test, of so many distinct ones; one at least must be left."""
-    proportional = max(1, sequences // _PROPORTION)
-    validation = proportional if policy.validation_sequences is None else policy.validation_sequences
-    test = proportional if policy.test_sequences is None else policy.test_sequences
-    if validation + test + 1 > sequences:
-        raise StoreError(
-            f"{sequences} distinct sequences are too few for {validation} in validation, {test} in test and at least "
-            "one in train; lower data.validation_sequences or data.test_sequences, or give more sequences"
-        )
-    return validation, test
+class _RandomSplit:
+    """Deals clean blocks: to train at once what surely belongs there, the rest when all have been seen."""
+
+    def __init__(self, policy: BuildPolicy, writer: StoreWriter, scratch: IO[bytes], counts: BuildCounts) -> None:
+        self._policy, self._writer, self._scratch, self._counts = policy, writer, scratch, counts
+        self._seen = DigestSet()
+        self._waiting_lengths = array("i")
+        self._waiting_digests = array("Q")
+
+    def expect(self, expected: Expectation) -> None:
+        """Make room for what a source will bring, in memory and on disk."""
+        self._seen.reserve(len(self._seen) + expected.records)
+        ends = np.array([max(expected.records, 1)])
+        waiting = min(1.0, float(self._policy.held_out_bound(ends)[0]))  # of the last sequences; of the first ones more
+        waiting *= 1 - np.log(waiting)
+        self._writer.require_space(int(expected.residues * (1 + waiting)), expected.records)
+
+    def add(self, block: CleanBlock) -> None:
+        """Deal one block; repeats are dropped, or under the policy `keep` follow their first."""
+        number_before = len(self._seen)
+        is_new = self._seen.add(block.digests)
+        kept = is_new if self._policy.duplicate_sequences == "drop" else np.ones_like(is_new)
+        self._counts.duplicate_sequences += int((~is_new).sum())
+        self._counts.dropped_duplicate += int((~kept).sum())
+        bound = self._policy.held_out_bound(number_before + np.cumsum(is_new))
+        may_be_held_out = kept & (block.digests < bound * 2.0**64)
+        train, waiting = block.select(kept & ~may_be_held_out), block.select(may_be_held_out)
+        self._writer.add_many("train", train.tokens, train.lengths)
+        with disk_errors(self._writer.folder):
+            self._scratch.write(waiting.tokens.data)
+        self._waiting_lengths.frombytes(waiting.lengths.tobytes())
+        self._waiting_digests.frombytes(waiting.digests.tobytes())
+
+    def finish(self) -> None:
+        """Deal the sequences that waited."""
+        lengths, codes = np.frombuffer(self._waiting_lengths, dtype=np.int32), self._codes()
+        self._counts.dropped_duplicate += int((codes == _DROPPED).sum())
+        with disk_errors(self._writer.folder):
+            self._scratch.seek(0)
+        for begin in range(0, codes.size, _DEAL_SEQUENCES):
+            lengths_here = lengths[begin : begin + _DEAL_SEQUENCES]
+            codes_here = codes[begin : begin + _DEAL_SEQUENCES]
+            content = self._scratch.read(int(lengths_here.sum(dtype=np.int64)))
+            tokens = np.frombuffer(content, dtype=np.uint8)
+            for code, name in enumerate(SPLITS):
+                self._writer.add_many(name, *select_sequences(tokens, lengths_here, codes_here == code))
+        self._counts.records_kept = self._counts.records_read - self._counts.dropped
+
+    def _codes(self) -> NDArray[np.int8]:
+        """The split of each sequence that waited, int8 [n]; of equal ones that are held out the first one stays."""
+        digests = np.frombuffer(self._waiting_digests, dtype=np.uint64)
+        validation, test = self._policy.held_out(len(self._seen))
+        distinct, first = np.unique(digests, return_index=True)
+        assert distinct.size >= validation + test
+        codes = np.full(digests.size, _TRAIN, dtype=np.int8)
+        if validation + test:
+            codes[digests <= distinct[validation + test - 1]] = _DROPPED
+        codes[first[:validation]] = _VALIDATION
+        codes[first[validation : validation + test]] = _TEST
+        return codes
 
 
-def _keep_given_splits(cleaner: _Cleaner, given: NDArray[np.int8]) -> NDArray[np.int8]:
-    """The given split codes, int8 [records], with `_DROPPED` for all but the first read of equal sequences."""
-    order, first = cleaner.sorted_by_digest()
-    kept_in = given[order[first]][np.cumsum(first) - 1]  # for each record in `order`, the split that keeps its sequence
-    elsewhere = int((kept_in != given[order]).sum())
-    cleaner.counts.dropped_in_other_split = elsewhere
-    cleaner.counts.dropped_duplicate = int((~first).sum()) - elsewhere
-    codes = given.copy()
-    codes[order[~first]] = _DROPPED
-    return codes
+def scratch_file(writer: StoreWriter) -> IO[bytes]:
+    """A file without a name on the disk of a store that is being written."""
+    with disk_errors(writer.folder):
+        return tempfile.TemporaryFile(dir=writer.partial, buffering=_SCRATCH_BUFFER_BYTES)
 
 
-def _deal(cleaner: _Cleaner, codes: NDArray[np.int8], writer: StoreWriter) -> None:
-    """The second pass: copy each record of the scratch file to the split of its code."""
-    all_lengths = np.frombuffer(cleaner.lengths, dtype=np.int32)
-    cleaner.scratch.seek(0)
-    for begin in range(0, codes.size, _DEAL_SEQUENCES):
-        lengths = all_lengths[begin : begin + _DEAL_SEQUENCES]
-        tokens = np.frombuffer(cleaner.scratch.read(int(lengths.sum(dtype=np.int64))), dtype=np.uint8)
-        codes_here = codes[begin : begin + _DEAL_SEQUENCES]
-        code_of_token = np.repeat(codes_here, lengths)
-        for code, name in enumerate(SPLITS):
-            writer.add_many(name, tokens[code_of_token == code], lengths[codes_here == code])
-    cleaner.counts.records_kept = int((codes != _DROPPED).sum())
-
-
-def _describe(path: Path) -> dict[str, object]:
-    """The manifest's entry for a source file."""
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-
-
-def _finish(cleaner: _Cleaner, writer: StoreWriter, provenance: dict[str, object]) -> None:
+def _finish(intake: Intake, writer: StoreWriter, provenance: dict[str, object]) -> None:
     """Write the manifest; no date in it, so that equal content gives equal bytes."""
-    writer.finish({**provenance, "counts": asdict(cleaner.counts), "policy": asdict(cleaner.policy)})
+    writer.finish({**provenance, "counts": asdict(intake.counts), "policy": asdict(intake.policy)})

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bionemo_esm.model.config import ConfigError
+from bionemo_esm.errors import ConfigError
 
 PRECISIONS = ("auto", "32", "bf16")
 

@@ -7,13 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bionemo_esm.alphabet import padded_vocabulary_size
-from bionemo_esm.errors import UserError
+from bionemo_esm.errors import ConfigError
 
 SHORTEST_SEQ_LENGTH = 8  # <cls>, <eos> and a few residues to tell from each other
-
-
-class ConfigError(UserError):
-    """A configuration that cannot work; the message names the key and what to change."""
 
 
 @dataclass(frozen=True)

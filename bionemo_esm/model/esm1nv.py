@@ -27,9 +27,10 @@ from bionemo_esm.data.pretraining import (
     training_loader,
     validation_loader,
 )
+from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter_dtype
-from bionemo_esm.model.config import ConfigError, EncoderConfig, OptimConfig
+from bionemo_esm.model.config import EncoderConfig, OptimConfig
 from bionemo_esm.model.connector import ESMSaveRestoreConnector, load_weights, register_model
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.optimization import MasterWeights, build_optimizer, build_schedule

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.training.screen import Screen, duration
+from bionemo_esm.screen import Screen, duration
 
 _SECONDS_BETWEEN_LINES = 15.0  # of progress, where output is no terminal
 _SECONDS_BETWEEN_REWRITES = 0.5

@@ -15,11 +15,11 @@ from omegaconf import OmegaConf
 
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.screen import Screen
 from bionemo_esm.training.callbacks import History, Progress
 from bionemo_esm.training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint
 from bionemo_esm.training.prepared import PreparedRun
 from bionemo_esm.training.recipe import Recipe, TrainerConfig
-from bionemo_esm.training.screen import Screen
 from bionemo_esm.training.strategy import MegatronStrategy
 
 PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16 with float32 masters"}

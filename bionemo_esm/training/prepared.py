@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bionemo_esm.data.pretraining import SampleReader, TrainingStream, ValidationBatches, unigram_perplexity
 from bionemo_esm.data.store import ProteinStore, SequenceSplit
-from bionemo_esm.model.config import ConfigError
+from bionemo_esm.errors import ConfigError
 from bionemo_esm.training.proteins import describe_source
 from bionemo_esm.training.recipe import Recipe
 
@@ -32,7 +32,7 @@ class PreparedRun:
         max_tokens, policy = recipe.model.seq_length, recipe.data.masking
         reader = SampleReader(store.split("train"), max_tokens, policy, recipe.seed)
         questions = SampleReader(store.split("validation"), max_tokens, policy.for_evaluation(), recipe.seed)
-        validation = ValidationBatches(questions, validation_batch_size(recipe, len(questions.split)))
+        validation = ValidationBatches(questions, validation_batch_size(recipe, questions.num_samples))
         stream = TrainingStream(reader, recipe.batch_plan())
         unigram = unigram_perplexity(reader.split, validation)
         if math.isnan(unigram):
@@ -49,7 +49,7 @@ class PreparedRun:
         train = self.store.manifest["splits"]["train"]
         return {
             "seed": self.recipe.seed,
-            "sequences to train on": len(self.train),
+            "samples of an epoch": self.train.num_clusters,
             "train.bin": train["bin_sha256"],
             "data.masking": str(self.recipe.data.masking),
             "data.global_batch_size": self.recipe.global_batch_size,
@@ -63,10 +63,10 @@ class PreparedRun:
         lines = {
             "model": f"{describe_model(recipe)}, {recipe.model.parameters:,} parameters, up to "
             f"{recipe.model.seq_length} tokens",
-            "data": f"{describe_source(recipe)}: {len(self.train):,} sequences to train on, {self.train.residues:,} "
+            "data": f"{describe_source(recipe)}: {describe_sequences(self.train)} to train on, {self.train.residues:,} "
             f"residues; {len(self.validation.reader.split):,} to validate on",
             "batch": f"{batch:,} sequences, about {tokens:,.0f} tokens, packed without padding" + self._dealing(),
-            "steps": f"{trainer.max_steps:,}, {recipe.epochs(len(self.train)):,.1f} epochs, "
+            "steps": f"{trainer.max_steps:,}, {recipe.epochs(self.train.num_clusters):,.1f} epochs, "
             f"{trainer.max_steps * tokens:,.0f} tokens"
             + (f"; going on from step {resumed_from_step:,}" if resumed_from_step else ""),
             "device": f"{trainer.world_size} x {trainer.accelerator}, {precision}",
@@ -95,6 +95,12 @@ def validation_batch_size(recipe: Recipe, sequences: int) -> int:
             "give at least one for each"
         )
     return min(recipe.data.micro_batch_size, sequences // world_size)
+
+
+def describe_sequences(split: SequenceSplit) -> str:
+    """How many there are, for a person."""
+    sequences = f"{len(split):,} sequences"
+    return sequences if split.num_clusters == len(split) else f"{sequences} in {split.num_clusters:,} clusters"
 
 
 def describe_model(recipe: Recipe) -> str:

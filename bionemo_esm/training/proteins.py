@@ -8,11 +8,10 @@ from pathlib import Path
 
 from bionemo_esm.data.store import MANIFEST_NAME, SPLITS, ProteinStore, StoreError
 from bionemo_esm.data.uniref50 import BuildPolicy, build_store, build_store_from_splits
+from bionemo_esm.screen import Meter, Screen
 from bionemo_esm.training.recipe import Recipe
-from bionemo_esm.training.screen import Screen, duration
 
 SAMPLE_FOLDER = Path(__file__).resolve().parents[1] / "data" / "sample"
-_SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_RANKS = 60.0  # by which ranks of one start may come after each other
 _FAILURE = "build-failed.txt"  # beside the store: why rank 0 could not build it
 
@@ -63,29 +62,19 @@ def _build(recipe: Recipe, folder: Path, screen: Screen) -> None:
     try:
         if recipe.data.fasta is not None:
             screen.say(f"Building a store from {recipe.data.fasta} ...")
-            build_store(recipe.data.fasta, folder, _policy(recipe), progress=_BuildProgress(screen))
+            meter = Meter(screen, "read")
+            build_store(
+                recipe.data.fasta,
+                folder,
+                _policy(recipe),
+                progress=lambda records, done, total: meter(done, total, f", {records:,} records"),
+            )
         else:
             train, validation, test = _sources(recipe)
             build_store_from_splits(train, validation, test, folder, _policy(recipe), licence="CC BY 4.0")
     except BaseException as error:
         failure.write_text(f"{error}\n", encoding="utf-8")  # for the ranks that wait
         raise
-
-
-class _BuildProgress:
-    """A line now and then while a large FASTA file is read."""
-
-    def __init__(self, screen: Screen) -> None:
-        self.screen = screen
-        self._started = self._shown = time.monotonic()
-
-    def __call__(self, records: int, bytes_read: int) -> None:
-        now = time.monotonic()
-        if now - self._shown >= _SECONDS_BETWEEN_LINES:
-            self._shown = now
-            seconds, megabytes = now - self._started, bytes_read / 1e6
-            rate = megabytes / seconds
-            self.screen.progress(f"  {records:,} records, {megabytes:,.0f} MB, {rate:,.0f} MB/s, {duration(seconds)}")
 
 
 def _wait_for(folder: Path) -> None:

@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.pretraining import BatchPlan
-from bionemo_esm.model.config import ConfigError, EncoderConfig, OptimConfig
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.model.config import EncoderConfig, OptimConfig
+from bionemo_esm.settings import integer, known, number, path, plain_values, typed
 
 ACCELERATORS = ("cpu", "gpu")
 _SCHEDULE_KEYS = ("name", "warmup_steps", "warmup_ratio", "constant_steps", "min_lr", "max_steps")
@@ -172,17 +174,13 @@ def load_recipe(cfg: DictConfig) -> Recipe:
     Raises `ConfigError`, naming the key, for one that is unknown or missing, a value of the wrong kind, or values that
     cannot work together.
     """
-    try:
-        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except Exception as error:  # OmegaConf's errors share no base but name the key
-        raise ConfigError(f"configuration: {error}") from error
-    assert isinstance(values, dict)
-    top = _known("", values, {"name", "seed", "restore_from_path", "model", "data", "optim", "trainer", "exp_manager"})
-    trainer = TrainerConfig(**_typed("trainer", top["trainer"], TrainerConfig))
+    values = plain_values(cfg)
+    top = known("", values, {"name", "seed", "restore_from_path", "model", "data", "optim", "trainer", "exp_manager"})
+    trainer = TrainerConfig(**typed("trainer", top["trainer"], TrainerConfig))
     return Recipe(
         name=str(top["name"]),
-        seed=_integer("seed", top["seed"]),
-        restore_from_path=_path("restore_from_path", top.get("restore_from_path")),
+        seed=integer("seed", top["seed"]),
+        restore_from_path=path("restore_from_path", top.get("restore_from_path")),
         model=EncoderConfig.from_mapping(top["model"]),
         data=_data(top["data"]),
         optim=_optim(top["optim"], trainer),
@@ -192,19 +190,19 @@ def load_recipe(cfg: DictConfig) -> Recipe:
 
 
 def _data(values: dict[str, Any]) -> DataConfig:
-    masking = _typed("data.masking", values.get("masking") or {}, MaskingPolicy)
+    masking = typed("data.masking", values.get("masking") or {}, MaskingPolicy)
     try:
         policy = MaskingPolicy(**masking)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return DataConfig(**_typed("data", {k: v for k, v in values.items() if k != "masking"}, DataConfig), masking=policy)
+    return DataConfig(**typed("data", {k: v for k, v in values.items() if k != "masking"}, DataConfig), masking=policy)
 
 
 def _optim(values: dict[str, Any], trainer: TrainerConfig) -> OptimConfig:
-    values = _known("optim", values, {"name", "lr", "betas", "eps", "weight_decay", "sched"})
+    values = known("optim", values, {"name", "lr", "betas", "eps", "weight_decay", "sched"})
     if values.get("name", "fused_adam") != "fused_adam":
         raise ConfigError(f"optim.name must be fused_adam, not {values['name']!r}")
-    schedule = _known("optim.sched", values["sched"], set(_SCHEDULE_KEYS))
+    schedule = known("optim.sched", values["sched"], set(_SCHEDULE_KEYS))
     if schedule.get("name", "CosineAnnealing") != "CosineAnnealing":
         raise ConfigError(f"optim.sched.name must be CosineAnnealing, not {schedule['name']!r}")
     flat = {key: value for key, value in (values | schedule).items() if key not in ("name", "sched")}
@@ -212,74 +210,11 @@ def _optim(values: dict[str, Any], trainer: TrainerConfig) -> OptimConfig:
     if (ratio := flat.pop("warmup_ratio", None)) is not None:
         if flat.get("warmup_steps") is not None:
             raise ConfigError("optim.sched.warmup_steps and warmup_ratio are both set; set one of them to null")
-        flat["warmup_steps"] = int(_float("optim.sched.warmup_ratio", ratio) * flat["max_steps"])
-    return OptimConfig(**_typed("optim", flat, OptimConfig), gradient_clip_val=trainer.gradient_clip_val)
+        flat["warmup_steps"] = int(number("optim.sched.warmup_ratio", ratio) * flat["max_steps"])
+    return OptimConfig(**typed("optim", flat, OptimConfig), gradient_clip_val=trainer.gradient_clip_val)
 
 
 def _experiment(values: dict[str, Any]) -> ExperimentConfig:
-    kept = _typed("exp_manager.checkpoints", values.get("checkpoints") or {}, CheckpointConfig)
+    kept = typed("exp_manager.checkpoints", values.get("checkpoints") or {}, CheckpointConfig)
     rest = {key: value for key, value in values.items() if key != "checkpoints"}
-    return ExperimentConfig(**_typed("exp_manager", rest, ExperimentConfig), checkpoints=CheckpointConfig(**kept))
-
-
-def _known(section: str, values: Any, names: set[str]) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{section} must be a mapping, not {values!r}")
-    for key in values:
-        if key not in names:
-            name = f"{section}.{key}" if section else str(key)
-            raise ConfigError(f"unknown key {name}; known are: {', '.join(sorted(names))}")
-    return values
-
-
-def _typed(section: str, values: Any, kind: Any) -> dict[str, Any]:
-    """The values of a section, each turned into the type that the dataclass declares for it."""
-    declared = {item.name: str(item.type) for item in fields(kind)}
-    checked = {}
-    for name, value in _known(section, values, set(declared)).items():
-        checked[name] = _convert(f"{section}.{name}", value, declared[name])
-    return checked
-
-
-def _convert(key: str, value: Any, declared: str) -> Any:
-    if value is None and declared.endswith("| None"):
-        return None
-    kind = declared.removesuffix(" | None")
-    converters: dict[str, Any] = {
-        "int": _integer,
-        "float": _float,
-        "bool": _boolean,
-        "Path": _path,
-        "str": lambda _, text: str(text),
-    }
-    if kind == "tuple[float, float]":
-        if not isinstance(value, list) or len(value) != 2:
-            raise ConfigError(f"{key} must be two numbers, not {value!r}")
-        return tuple(_float(key, item) for item in value)
-    return converters[kind](key, value) if kind in converters else value
-
-
-def _integer(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-        raise ConfigError(f"{key} must be an integer, not {value!r}")
-    return int(value)
-
-
-def _float(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key} must be a number, not {value!r}")
-    return float(value)
-
-
-def _boolean(key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{key} must be true or false, not {value!r}")
-    return value
-
-
-def _path(key: str, value: Any) -> Path | None:
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{key} must be a path, not {value!r}")
-    return Path(value).expanduser()
+    return ExperimentConfig(**typed("exp_manager", rest, ExperimentConfig), checkpoints=CheckpointConfig(**kept))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.backends import parameter_dtype
-from bionemo_esm.model.config import ConfigError
 from bionemo_esm.training.recipe import Recipe
 
 

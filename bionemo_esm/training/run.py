@@ -11,20 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bionemo_esm.errors import UserError
-from bionemo_esm.model.config import ConfigError
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.screen import Screen, duration, exit_of, third_party_output_in
 from bionemo_esm.training.prepared import OUTPUT_LOG, PreparedRun, describe_model, short
 from bionemo_esm.training.proteins import describe_source, open_proteins
 from bionemo_esm.training.recipe import Recipe, load_recipe
 from bionemo_esm.training.requirements import check_requirements, is_rank_zero
-from bionemo_esm.training.screen import Screen, duration, third_party_output_in
 
 if TYPE_CHECKING:  # NeMo takes seconds to import: a mistake in the configuration is answered before
     from bionemo_esm.model.esm1nv import ESM1nvModel
     from bionemo_esm.training.fit import FitResult
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def pretrain(cfg: DictConfig) -> None:
@@ -33,17 +29,8 @@ def pretrain(cfg: DictConfig) -> None:
     Exits with 2 after one line for a mistake that the user can mend, and with 130 (SIGINT) or 143 (SIGTERM) after a
     stop on request, its state saved; the same command then goes on.
     """
-    try:
-        exit_code = _pretrain(cfg)
-    except UserError as error:
-        if is_rank_zero():
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        exit_code = EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("\nInterrupted; the same command goes on from the last checkpoint, if there is one.", file=sys.stderr)  # noqa: T201
-        exit_code = EXIT_INTERRUPTED
-    if exit_code:
-        raise SystemExit(exit_code)
+    interrupted = "Interrupted; the same command goes on from the last checkpoint, if there is one."
+    exit_of(lambda: _pretrain(cfg), interrupted, silent=not is_rank_zero())
 
 
 def _pretrain(cfg: DictConfig) -> int:
@@ -112,7 +99,7 @@ def _summary(run: PreparedRun, result: FitResult, restored: ESM1nvModel, archive
         "validation_sequences": len(run.validation.reader.split),
         "global_batch_size": recipe.global_batch_size,
         "steps": result.steps,
-        "epochs": result.model.consumed_samples / len(run.train),
+        "epochs": result.model.consumed_samples / run.train.num_clusters,
         "consumed_samples": result.model.consumed_samples,
         "validation_loss": score.loss,
         "validation_perplexity": score.perplexity,

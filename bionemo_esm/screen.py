@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+from bionemo_esm.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_UPDATES = 0.5  # of a terminal's progress line
 
 
 class Screen:
@@ -69,6 +77,48 @@ def third_party_output_in(log: Path, silent: bool = False) -> Iterator[Screen]:
             os.dup2(saved_error, 2)
             os.close(saved_error)
             sys.stdout, sys.stderr = streams
+
+
+class Meter:
+    """Progress of long work over so many bytes: how far, how fast, how long still."""
+
+    def __init__(self, screen: Screen, what: str) -> None:
+        self.screen, self.what = screen, what
+        self._interval = _SECONDS_BETWEEN_UPDATES if screen.is_terminal else _SECONDS_BETWEEN_LINES
+        self._started = self._shown = time.monotonic()
+        self._first = 0
+
+    def __call__(self, done: int, total: int | None, note: str = "") -> None:
+        """`done` of `total` bytes (None: not known); says so when it is time to."""
+        now = time.monotonic()
+        if self._first == 0:
+            self._first = done  # what an earlier call had done counts for the share, not for the rate
+        if now - self._shown < self._interval:
+            return
+        self._shown = now
+        rate = (done - self._first) / max(now - self._started, 1e-9)
+        text = f"  {self.what}: {done / 1e6:,.0f} MB"
+        if total:
+            text += f" of {total / 1e6:,.0f} ({done / total:.0%})"
+        text += f"{note}, {rate / 1e6:,.0f} MB/s"
+        if total and rate > 0:
+            text += f", {duration((total - done) / rate)} left"
+        self.screen.progress(text)
+
+
+def exit_of(job: Callable[[], int], on_interrupt: str, silent: bool = False) -> None:
+    """Run a job to its exit code; 2 after one line for what a user can mend, 130 after `on_interrupt` on Ctrl-C."""
+    try:
+        code = job()
+    except UserError as error:
+        if not silent:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"\n{on_interrupt}", file=sys.stderr)  # noqa: T201
+        code = EXIT_INTERRUPTED
+    if code:
+        raise SystemExit(code)
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,229 @@
+"""Stores of clusters: the members of each UniRef50 cluster among the UniRef90 sequences, of which an epoch shows one.
+
+ESM-2 was trained so (Lin et al., Science 379, 1123, 2023): draw a UniRef50 cluster, then one of its UniRef90 members.
+Here the order draws the clusters, and a hash of seed, epoch and cluster the member. Clusters are split by the keyed
+hash of their names; of one that is held out only the representative, the first member that the map names, is kept.
+
+Memory: 24 bytes for each member in the map and 20 for each sequence kept.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from array import array
+from dataclasses import asdict
+from typing import IO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bionemo_esm.data import kernels
+from bionemo_esm.data.cleaning import BuildCounts, CleanBlock, Expectation, Intake, Progress
+from bionemo_esm.data.digests import DigestSet
+from bionemo_esm.data.sources import DamageError, Source
+from bionemo_esm.data.store import ProteinStore, StoreError
+from bionemo_esm.data.uniref50 import BuildPolicy, PathLike, scratch_file
+from bionemo_esm.data.writing import StoreWriter, disk_errors
+
+_CLUSTER_PREFIX = b"UniRef50_"
+_WRITTEN_AT_ONCE = 2**14  # sequences, or one cluster where that is larger
+
+
+class ClusterMap(NamedTuple):
+    """Which cluster each member belongs to, by keyed hashes of the names, in the order of the members' hashes."""
+
+    members: NDArray[np.uint64]
+    clusters: NDArray[np.uint64]
+    places: NDArray[np.int64]
+    """Where in the file each member stands, counted in members."""
+    manifest_entry: dict[str, object]
+
+    def look_up(self, members: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.bool_]]:
+        """Cluster and place of each of members uint64 [n], and whether it is in the map: three arrays [n]."""
+        at = np.minimum(np.searchsorted(self.members, members), self.members.size - 1)
+        return self.clusters[at], self.places[at], self.members[at] == members
+
+
+def read_cluster_map(path: PathLike, key: np.uint64) -> ClusterMap:
+    """A table of two columns: `cluster<TAB>member,member,...`, as of MMseqs2 with one member a line, or
+    `member<TAB>cluster`, which is recognised by the second column's `UniRef50_`. Plain, gzip or zstd.
+
+    Raises `SourceError` when it cannot be read, and `StoreError`, naming the line, for one without a tab; also for a
+    member that stands in two clusters, and an empty table.
+    """
+    members, clusters = array("Q"), array("Q")
+    with Source(path) as source:
+        rest, lines, cluster_first = b"", 0, True
+        try:
+            for block in source.blocks():
+                whole, newline, rest = (rest + block).rpartition(b"\n")
+                if whole and not lines:
+                    whole, cluster_first = _without_heading(whole)
+                lines += _add_pairs(source.name, lines, whole + newline, key, cluster_first, members, clusters)
+            if rest:
+                rest, cluster_first = (rest, cluster_first) if lines else _without_heading(rest)
+                _add_pairs(source.name, lines, rest, key, cluster_first, members, clusters)
+        except DamageError as damage:
+            raise StoreError(f"{source.name}: {damage}; download or copy the file again") from None
+    if not members:
+        raise StoreError(f"{path}: names no cluster; give a table of clusters and their members")
+    member_digests, cluster_digests = (np.frombuffer(values, dtype=np.uint64) for values in (members, clusters))
+    order = np.argsort(member_digests, kind="stable")
+    found = ClusterMap(member_digests[order], cluster_digests[order], order, source.manifest_entry)
+    twice = int(((np.diff(found.members) == 0) & (np.diff(found.clusters) != 0)).sum())
+    if twice:
+        raise StoreError(f"{path}: {twice} members stand in more than one cluster; keep one line for each")
+    return found
+
+
+def _without_heading(text: bytes) -> tuple[bytes, bool]:
+    """The table without its line of column names, if it has one, and whether the cluster is the first column."""
+    first, _, others = text.partition(b"\n")
+    second = others.partition(b"\n")[0]
+    is_heading = _CLUSTER_PREFIX not in first and _CLUSTER_PREFIX in second
+    columns = (second if is_heading else first).split(b"\t")
+    member_first = len(columns) > 1 and columns[1].startswith(_CLUSTER_PREFIX) and _CLUSTER_PREFIX not in columns[0]
+    return others if is_heading else text, not member_first
+
+
+def _add_pairs(
+    name: str, lines: int, text: bytes, key: np.uint64, cluster_first: bool, members: array[int], clusters: array[int]
+) -> int:
+    """Append the pairs of some whole lines, which follow on `lines` others; how many lines they are."""
+    pairs = np.empty((2, len(text) // 2 + 1), dtype=np.uint64)
+    content = np.frombuffer(text, dtype=np.uint8)
+    count, bad = kernels.parse_map(content, key, cluster_first, pairs[0], pairs[1])
+    if bad < len(text):
+        line = lines + text.count(b"\n", 0, int(bad)) + 1
+        shown = text[int(bad) : int(bad) + 40].decode(errors="replace").splitlines()[0]
+        raise StoreError(f"{name}, about line {line}: no tab in {shown!r}; give a cluster, a tab and its members")
+    members.frombytes(pairs[0, :count].tobytes())
+    clusters.frombytes(pairs[1, :count].tobytes())
+    return text.count(b"\n")
+
+
+def build_clustered_store(
+    members: PathLike,
+    cluster_map: PathLike,
+    output: PathLike,
+    policy: BuildPolicy,
+    *,
+    release: str | None = None,
+    licence: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ProteinStore:
+    """Build a clustered store at `output` from a FASTA file of members and a table of clusters.
+
+    `validation_sequences` and `test_sequences` count clusters, and so representatives. Members that the map does not
+    name are dropped and counted, and so are clusters of which no sequence was found. Raises as `build_store` does, as
+    `read_cluster_map` does, and `StoreError` when the map names none of the members.
+    """
+    with StoreWriter(output) as writer, scratch_file(writer) as scratch:
+        intake = Intake(policy, threads or os.cpu_count() or 1, progress)
+        by_member = read_cluster_map(cluster_map, policy.key)
+        collected = _Collected(by_member, policy, writer, scratch, intake.counts)
+        intake.read(members, collected.add, collected.expect)
+        if not collected.lengths:
+            advice = "the first word of its headers must be what the map calls a member"
+            raise StoreError(f"{members}: none of its identifiers is in {cluster_map}; {advice}")
+        found = by_member.manifest_entry | collected.write()
+        writer.finish(
+            {
+                "source": intake.sources,
+                "cluster_map": found,
+                "release": release,
+                "licence": licence,
+                "counts": asdict(intake.counts),
+                "policy": asdict(policy),
+            }
+        )
+    return ProteinStore.open(output)
+
+
+class _Collected:
+    """Members as they are read, in a scratch file, until all are known and can be written cluster by cluster."""
+
+    def __init__(
+        self, by_member: ClusterMap, policy: BuildPolicy, writer: StoreWriter, scratch: IO[bytes], counts: BuildCounts
+    ) -> None:
+        self._map, self._policy, self._writer, self._scratch, self._counts = by_member, policy, writer, scratch, counts
+        self._seen = DigestSet()
+        self.lengths, self._clusters, self._places = array("i"), array("Q"), array("q")
+
+    def expect(self, expected: Expectation) -> None:
+        """Make room for what the members' file will bring, in memory and, twice, on disk."""
+        self._seen.reserve(expected.records)
+        self._writer.require_space(2 * expected.residues, expected.records)
+
+    def add(self, block: CleanBlock) -> None:
+        """Take the sequences of a block that are in a cluster and were not met before."""
+        clusters, places, known = self._map.look_up(block.id_digests)
+        kept = known.copy()
+        is_new = self._seen.add(block.digests[known])
+        kept[known] = is_new | (self._policy.duplicate_sequences == "keep")
+        self._counts.dropped_without_cluster += int((~known).sum())
+        self._counts.duplicate_sequences += int((~is_new).sum())
+        self._counts.dropped_duplicate += int((known & ~kept).sum())
+        chosen = block.select(kept)
+        with disk_errors(self._writer.folder):
+            self._scratch.write(chosen.tokens.data)
+        self.lengths.frombytes(chosen.lengths.tobytes())
+        self._clusters.frombytes(clusters[kept].tobytes())
+        self._places.frombytes(places[kept].tobytes())
+
+    def write(self) -> dict[str, int]:
+        """Write the clusters, in the order of their hashes: validation, test, train; the counts of the map."""
+        lengths = np.frombuffer(self.lengths, dtype=np.int32)
+        clusters = np.frombuffer(self._clusters, dtype=np.uint64)
+        order = np.lexsort((np.frombuffer(self._places, dtype=np.int64), clusters))
+        firsts = np.flatnonzero(np.diff(clusters[order], prepend=clusters[order[0]] + np.uint64(1)))
+        sizes = np.diff(firsts, append=order.size)
+        validation, test = self._policy.held_out(firsts.size)
+        held_out = firsts[: validation + test]
+        with disk_errors(self._writer.folder):
+            self._scratch.flush()
+        with mmap.mmap(self._scratch.fileno(), 0, access=mmap.ACCESS_READ) as tokens:
+            pieces = _Pieces(tokens, lengths)
+            self._write_split("validation", pieces, order[held_out[:validation]], None)
+            self._write_split("test", pieces, order[held_out[validation:]], None)
+            train = order[firsts[validation + test] :]
+            self._write_split("train", pieces, train, sizes[validation + test :])
+        self._counts.records_kept = validation + test + train.size
+        self._counts.dropped_held_out_members = order.size - self._counts.records_kept
+        named = np.unique(self._map.clusters).size
+        return {
+            "clusters": named,
+            "clusters_without_sequence": named - firsts.size,
+            "members": self._map.members.size,
+            "members_without_sequence": self._map.members.size - order.size - self._counts.dropped_duplicate,
+        }
+
+    def _write_split(
+        self, name: str, pieces: _Pieces, sequences: NDArray[np.int64], sizes: NDArray[np.int64] | None
+    ) -> None:
+        """Write sequences in this order; `sizes` says how many each cluster has, None that each is its own."""
+        ends = np.cumsum(sizes) if sizes is not None else np.arange(1, sequences.size + 1)
+        begin = cluster = 0
+        while begin < sequences.size:
+            last = max(int(np.searchsorted(ends, begin + _WRITTEN_AT_ONCE, side="right")), cluster + 1)
+            end = int(ends[last - 1])
+            tokens, lengths = pieces.gather(sequences[begin:end])
+            self._writer.add_many(name, tokens, lengths, None if sizes is None else sizes[cluster:last])
+            begin, cluster = end, last
+
+
+class _Pieces:
+    """The sequences of a scratch file."""
+
+    def __init__(self, tokens: mmap.mmap, lengths: NDArray[np.int32]) -> None:
+        self._tokens, self._lengths = tokens, lengths
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+
+    def gather(self, sequences: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+        """Token ids of sequences [n], one after another, and their lengths [n]."""
+        lengths = self._lengths[sequences]
+        ends = self._ends[sequences]
+        spans = zip((ends - lengths).tolist(), ends.tolist(), strict=True)
+        return np.frombuffer(b"".join([self._tokens[begin:end] for begin, end in spans]), dtype=np.uint8), lengths

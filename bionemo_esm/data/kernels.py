@@ -1,0 +1,284 @@
+"""The loops over bytes, compiled by Numba: parse a block of FASTA, look digests up, copy and count tokens.
+
+Everything else in this package leaves loops over residues to NumPy and `bytes`; these run over every byte of
+UniRef50, where a pass more is seconds more. All release Python's lock. Indices are unsigned, as Numba wraps negative
+ones, which doubles the time of a look-up.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from bionemo_esm.alphabet import ENCODING_TABLE, TOKEN_IDS, UNK_ID
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# What a byte of a sequence is: a token id below 128, or one of these.
+BLANK, GAP, STOP, UNKNOWN, FORBIDDEN = range(128, 133)
+
+# Columns of the fields that `parse` fills for each record.
+OFFSET, LENGTH, GIVEN_LENGTH, UNKNOWN_LETTERS, GAPS, INTERNAL_STOPS, ENDS_IN_STOP, SUSPECT = range(8)
+FIELDS = 8
+
+_U = np.uint64
+_NEWLINE, _RETURN, _HEADER, _SPACE, _TAB, _COMMA = (ord(character) for character in "\n\r> \t,")
+_X = TOKEN_IDS["X"]
+_MULTIPLIER = _U(0x9FB21C651E98DF25)
+_MIXER_1, _MIXER_2 = _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
+_BLIND_STRIDE = 32  # residues tried at once where lines are of unequal length
+_PAIR_BASE = 64  # over the largest token id
+
+
+def _byte_classes() -> NDArray[np.uint8]:
+    classes = ENCODING_TABLE.copy()
+    classes[classes == UNK_ID] = UNKNOWN
+    for characters, code in ((b" \t\n\r\v\f", BLANK), (b".-", GAP), (b"*", STOP), (b">\0", FORBIDDEN)):
+        classes[list(characters)] = code
+    return classes
+
+
+BYTE_CLASSES = _byte_classes()
+"""uint8 [256]: the token id of each byte of a sequence, or what it is instead."""
+
+
+def _compiled(function: Function) -> Function:
+    """Machine code, kept on disk where there is a place for it, so that only the first use pays a second or two."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return cast(Function, numba.njit(nogil=True, cache=True)(function))
+        except RuntimeError:  # neither the package's folder nor the user's cache can be written to
+            return cast(Function, numba.njit(nogil=True)(function))
+
+
+@_compiled
+def _digest(content: Any, begin: Any, end: Any, key: Any) -> Any:
+    """64-bit hash of content[begin:end] under a key: a multiply-and-shift chain over 8-byte words, then splitmix64."""
+    state = key ^ (_U(end - begin) * _MULTIPLIER)
+    at = begin
+    while at + _U(8) <= end:
+        word = _U(0)
+        for place in range(8):
+            word |= _U(content[at + _U(place)]) << _U(8 * place)
+        state = (state ^ word) * _MULTIPLIER
+        state ^= state >> _U(32)
+        at += _U(8)
+    word = _U(1)  # so that zeros at the end count
+    while at < end:
+        word = (word << _U(8)) | _U(content[at])
+        at += _U(1)
+    state = (state ^ word) * _MULTIPLIER
+    state ^= state >> _U(30)
+    state *= _MIXER_1
+    state ^= state >> _U(27)
+    state *= _MIXER_2
+    return state ^ (state >> _U(31))
+
+
+@_compiled
+def _encode_run(text: Any, at: Any, count: Any, classes: Any, tokens: Any, end: Any) -> Any:
+    """Encode `count` bytes at once; whether all of them were residues (else what was written does not count)."""
+    seen = np.uint8(0)
+    for place in range(count):
+        code = classes[text[at + _U(place)]]
+        tokens[end + _U(place)] = code
+        seen |= code
+    return seen < BLANK
+
+
+@_compiled
+def parse(text: Any, classes: Any, max_residues: Any, key: Any, tokens: Any, fields: Any, digests: Any) -> Any:  # noqa: C901
+    """Clean and encode whole FASTA records.
+
+    text uint8 [bytes], beginning with '>' and ending where a record ends; classes: `BYTE_CLASSES`; key uint64.
+    Filled: tokens uint8 [at least bytes], the records' token ids one after another, each cut to `max_residues`;
+    fields int32 [at least records, FIELDS], a column for each name above, lengths in residues; digests uint64
+    [at least records, 2], of the tokens and of the identifier (0: it has none). Letters outside the alphabet and stops
+    amid a sequence become X. SUSPECT marks a record that the reference reader must judge. Returns (records, token ids).
+    """
+    size, at, end, record, width = _U(text.size), _U(0), _U(0), _U(0), _U(60)
+    while at < size:
+        row = fields[record]
+        row[:] = 0
+        row[OFFSET] = at
+        # The header; its first word is the identifier.
+        at += _U(1)
+        word = at
+        while at < size and text[at] != _NEWLINE:
+            byte = text[at]
+            if byte >= 128 or byte == 0 or (byte == _RETURN and at + _U(1) < size and text[at + _U(1)] != _NEWLINE):
+                row[SUSPECT] = 1
+            at += _U(1)
+        while word < at and text[word] <= _SPACE:
+            word += _U(1)
+        word_end = word
+        while word_end < at and text[word_end] > _SPACE:
+            word_end += _U(1)
+        digests[record, 1] = _digest(text, word, word_end, key) if word_end > word else _U(0)
+        at += _U(1)
+        # The sequence, line by line; most lines are as wide as the one before and hold nothing but residues.
+        first, line, stops = end, at, 0
+        while at < size:
+            if stops == 0:
+                like_last = line == at and at + width < size and text[at + width] == _NEWLINE
+                if like_last and _encode_run(text, at, width, classes, tokens, end):
+                    at += width + _U(1)
+                    end += width
+                    line = at
+                    continue
+                if at + _U(_BLIND_STRIDE) <= size and _encode_run(text, at, _BLIND_STRIDE, classes, tokens, end):
+                    at += _U(_BLIND_STRIDE)
+                    end += _U(_BLIND_STRIDE)
+                    continue
+            if text[at] == _HEADER and at == line:
+                break
+            stop_at = min(at + _U(_BLIND_STRIDE), size)
+            while at < stop_at:
+                byte = text[at]
+                code = classes[byte]
+                at += _U(1)
+                if byte == _NEWLINE:
+                    if at - line > _U(1):
+                        width = at - line - _U(1)
+                    line = at
+                    break
+                if code == BLANK:
+                    continue
+                if code == STOP:
+                    stops += 1
+                    continue
+                if code == GAP:
+                    row[GAPS] += 1
+                    continue
+                if code == FORBIDDEN:
+                    row[SUSPECT] = 1
+                    continue
+                if code == UNKNOWN:
+                    row[UNKNOWN_LETTERS] += 1
+                    code = np.uint8(_X)
+                row[INTERNAL_STOPS] += stops
+                while stops > 0:
+                    tokens[end] = _X
+                    end += _U(1)
+                    stops -= 1
+                tokens[end] = code
+                end += _U(1)
+        row[ENDS_IN_STOP] = stops > 0
+        row[GIVEN_LENGTH] = end - first
+        end = min(end, first + _U(max_residues))
+        row[LENGTH] = end - first
+        digests[record, 0] = _digest(tokens, first, end, key)
+        record += _U(1)
+    return record, end
+
+
+@_compiled
+def parse_map(text: Any, key: Any, cluster_first: Any, members: Any, clusters: Any) -> Any:  # noqa: C901
+    """Hash the fields of a table of clusters, line by line.
+
+    text uint8 [bytes], whole lines of two columns divided by a tab: a cluster and its members, divided by commas, if
+    `cluster_first`, else a member and its cluster. members, clusters uint64 [at least half the bytes] are filled, a
+    pair for each member. Returns (pairs, offset of the first line without a tab, or the text's size).
+    """
+    size, at, pairs = _U(text.size), _U(0), _U(0)
+    while at < size:
+        begin = at
+        tab = size
+        while at < size and text[at] != _NEWLINE:
+            if text[at] == _TAB and tab == size:
+                tab = at
+            at += _U(1)
+        end = at
+        at += _U(1)
+        while end > begin and text[end - _U(1)] <= _SPACE and end - _U(1) > tab:
+            end -= _U(1)
+        if end == begin or (tab == size and end - begin == _U(1) and text[begin] == _RETURN):
+            continue
+        if tab >= end:
+            return pairs, begin
+        if not cluster_first:
+            members[pairs] = _digest(text, begin, tab, key)
+            clusters[pairs] = _digest(text, tab + _U(1), end, key)
+            pairs += _U(1)
+            continue
+        cluster = _digest(text, begin, tab, key)
+        first = tab + _U(1)
+        while first < end:
+            last = first
+            while last < end and text[last] != _COMMA:
+                last += _U(1)
+            if last > first:
+                members[pairs] = _digest(text, first, last, key)
+                clusters[pairs] = cluster
+                pairs += _U(1)
+            first = last + _U(1)
+    return pairs, size
+
+
+@_compiled
+def insert(slots: Any, digests: Any, is_new: Any) -> Any:
+    """Add digests to a hash set by linear probing.
+
+    slots uint64 [capacity], 0 where free; digests uint64 [n], none 0; is_new bool [n] is filled: whether each was
+    absent. There must be free slots left. Returns how many were.
+    """
+    capacity, added = _U(slots.size), 0
+    for index in range(digests.size):
+        digest = digests[index]
+        slot = ((digest >> _U(32)) * capacity) >> _U(32)
+        while slots[slot] != _U(0) and slots[slot] != digest:
+            slot += _U(1)
+            if slot == capacity:
+                slot = _U(0)
+        is_new[index] = slots[slot] == _U(0)
+        slots[slot] = digest
+        added += is_new[index]
+    return added
+
+
+@_compiled
+def find(slots: Any, digests: Any, is_there: Any) -> Any:
+    """Fill is_there, bool [n], with whether each of digests, uint64 [n], is in the hash set `slots`."""
+    capacity = _U(slots.size)
+    for index in range(digests.size):
+        digest = digests[index]
+        slot = ((digest >> _U(32)) * capacity) >> _U(32)
+        while slots[slot] != _U(0) and slots[slot] != digest:
+            slot += _U(1)
+            if slot == capacity:
+                slot = _U(0)
+        is_there[index] = slots[slot] == digest
+
+
+@_compiled
+def select(tokens: Any, lengths: Any, chosen: Any, selected: Any) -> Any:
+    """Copy the chosen sequences together: tokens uint8, lengths [n], chosen bool [n], selected uint8, filled."""
+    begin, end = _U(0), _U(0)
+    for index in range(lengths.size):
+        length = _U(lengths[index])
+        if chosen[index]:
+            selected[end : end + length] = tokens[begin : begin + length]
+            end += length
+        begin += length
+
+
+@_compiled
+def count_tokens(tokens: Any, counts: Any) -> Any:
+    """Add how often each id occurs in tokens uint8 [n], n < 2**32, to counts int64 [33]; by pairs, which halves it."""
+    pairs = np.zeros(_PAIR_BASE * _PAIR_BASE, dtype=np.uint32)
+    for place in range(tokens.size // 2):
+        first, second = tokens[_U(2 * place)], tokens[_U(2 * place + 1)]
+        pairs[_U(first) * _U(_PAIR_BASE) + _U(second)] += np.uint32(1)
+    for first in range(counts.size):
+        for second in range(counts.size):
+            number = pairs[first * _PAIR_BASE + second]
+            counts[first] += number
+            counts[second] += number
+    if tokens.size % 2:
+        counts[tokens[tokens.size - 1]] += 1
