@@ -180,7 +180,7 @@ class _Collected:
         order = np.lexsort((np.frombuffer(self._places, dtype=np.int64), clusters))
         firsts = np.flatnonzero(np.diff(clusters[order], prepend=clusters[order[0]] + np.uint64(1)))
         sizes = np.diff(firsts, append=order.size)
-        validation, test = self._policy.held_out(firsts.size)
+        validation, test = self._policy.held_out(firsts.size, "the clusters")
         held_out = firsts[: validation + test]
         with disk_errors(self._writer.folder):
             self._scratch.flush()

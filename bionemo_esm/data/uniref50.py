@@ -59,15 +59,15 @@ class BuildPolicy(CleaningPolicy):
             if count is not None and not 0 <= count < 2**48:
                 raise StoreError(f"{key} is {count}; give a count of 0 or more, or null for one in {_PROPORTION}")
 
-    def held_out(self, sequences: int) -> tuple[int, int]:
-        """How many of so many distinct sequences go to validation and test; one at least must be left for train."""
+    def held_out(self, sequences: int, name: str) -> tuple[int, int]:
+        """How many of the distinct sequences of a source go to validation and test; one at least is left for train."""
         proportional = max(1, sequences // _PROPORTION)
         validation = proportional if self.validation_sequences is None else self.validation_sequences
         test = proportional if self.test_sequences is None else self.test_sequences
         if validation + test + 1 > sequences:
             raise StoreError(
-                f"{sequences:,} distinct sequences are too few for {validation:,} in validation, {test:,} in test and "
-                "at least one in train; ask for fewer, set both to null for one in twenty each, or give more sequences"
+                f"{name}: {sequences:,} distinct sequences are too few for {validation:,} in validation, {test:,} in "
+                "test and at least one in train; ask for fewer, set both to null for one in twenty each, or give more"
             )
         return validation, test
 
@@ -110,7 +110,7 @@ def build_store(
         raise StoreError("no FASTA file is named")
     with StoreWriter(output) as writer, scratch_file(writer) as scratch:
         intake = Intake(policy, threads or os.cpu_count() or 1, progress)
-        split = _RandomSplit(policy, writer, scratch, intake.counts)
+        split = _RandomSplit(", ".join(map(str, paths)), policy, writer, scratch, intake.counts)
         for path in paths:
             intake.read(path, split.add, split.expect)
         split.finish()
@@ -177,8 +177,10 @@ def _take_split(intake: Intake, writer: StoreWriter, name: str, path: PathLike, 
 class _RandomSplit:
     """Deals clean blocks: to train at once what surely belongs there, the rest when all have been seen."""
 
-    def __init__(self, policy: BuildPolicy, writer: StoreWriter, scratch: IO[bytes], counts: BuildCounts) -> None:
-        self._policy, self._writer, self._scratch, self._counts = policy, writer, scratch, counts
+    def __init__(
+        self, name: str, policy: BuildPolicy, writer: StoreWriter, scratch: IO[bytes], counts: BuildCounts
+    ) -> None:
+        self._name, self._policy, self._writer, self._scratch, self._counts = name, policy, writer, scratch, counts
         self._seen = DigestSet()
         self._waiting_lengths = array("i")
         self._waiting_digests = array("Q")
@@ -225,7 +227,7 @@ class _RandomSplit:
     def _codes(self) -> NDArray[np.int8]:
         """The split of each sequence that waited, int8 [n]; of equal ones that are held out the first one stays."""
         digests = np.frombuffer(self._waiting_digests, dtype=np.uint64)
-        validation, test = self._policy.held_out(len(self._seen))
+        validation, test = self._policy.held_out(len(self._seen), self._name)
         distinct, first = np.unique(digests, return_index=True)
         assert distinct.size >= validation + test
         codes = np.full(digests.size, _TRAIN, dtype=np.int8)

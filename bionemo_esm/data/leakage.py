@@ -1,0 +1,362 @@
+"""Near-duplicates between the splits of a store, found by MMseqs2.
+
+A model is scored on proteins it has not seen only if nothing in train is nearly the same. Splitting at random drops
+exact copies alone, and even UniRef50 does not promise that any two of its representatives are less than half identical.
+
+How MMseqs2 is called, and why (measured on 11,296 UniRef90 members and 5,001 sequences of UniRef50, to most of
+which they belong):
+
+* `-s 4`: finds every pair that the most sensitive 7.5 finds (11,236), several times as fast; 3 misses seven. Take
+  7.5 where `identity` is far below 0.5.
+* `-e inf`: an E-value grows with the size of train, so a bound would hide the exact copy of a short peptide among
+  50 million proteins. Identity and coverage decide; the E-value is told, to judge short pairs by.
+* `--mask 0 --comp-bias-corr 0`: a copy of a low-complexity sequence is a copy; with both on, 31 pairs are missed.
+* `--max-seqs 1000`, not 300: a protein with many relatives must not push its near-duplicates off the list. They
+  score highest and so come first: what may be cut are pairs of large families, not whether a sequence has a hit.
+* `--alignment-mode 3 -a --seq-id-mode 0`: identity is the share of identical columns of the alignment, gaps among
+  them; `-a`, for without it some identical sequences are aligned with mismatches (MMseqs2 issue 225).
+* `--cov-mode 0 -c`: coverage of both, as in UniRef50, so a shared domain of two long proteins is no duplicate.
+
+Longer sequences are compared by their first 4,000 residues: alignment scores have 16 bits in MMseqs2 14, and copies
+of more than some 5,500 residues overflow and are lost. Copies of under 11 residues have no word to be found by.
+
+Steinegger, M. and Söding, J. MMseqs2 enables sensitive protein sequence searching for the analysis of massive data
+sets. Nature Biotechnology 35, 1026-1028 (2017). doi:10.1038/nbt.3988
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bionemo_esm.alphabet import TOKENS
+from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit
+from bionemo_esm.errors import UserError
+
+THRESHOLDS = (1.0, 0.9, 0.7, 0.5)
+"""Identities, from 0 to 1, at and above which held-out sequences are counted."""
+LONGEST_COMPARED = 4000  # residues
+DEFAULT_SENSITIVITY = 4.0
+
+_SEARCHES = ((("validation", "test"), "train"), (("test",), "validation"))  # query splits, target split
+_COLUMNS = "query,target,nident,alnlen,qcov,tcov,evalue"
+_PAIR = np.dtype(
+    [
+        *(("query_split", "u1"), ("query", "<i8"), ("target_split", "u1"), ("target", "<i8"), ("identity", "<f8")),
+        *(("query_coverage", "<f8"), ("target_coverage", "<f8"), ("e_value", "<f8")),
+    ]
+)
+_PARAMETERS = (
+    *("--dbtype", "1", "--createdb-mode", "1", "--shuffle", "0"),  # index our FASTA where it lies, no second copy
+    *("-e", "inf", "--mask", "0", "--comp-bias-corr", "0", "--max-seqs", "1000"),
+    *("--alignment-mode", "3", "-a", "--seq-id-mode", "0", "--cov-mode", "0"),
+    *("--format-output", _COLUMNS, "-v", "2"),
+)
+_Chosen = Mapping[str, Sequence[int]]  # split -> indices of sequences in it
+_BLOCK = 2**16  # hits parsed at once
+_BYTES_PER_SEQUENCE = 120  # on disk, beside its residues: name, header and index entries
+_LAST_LINES = 4  # of a failed MMseqs2's output
+_WORST = 20  # pairs in the text and the dictionary
+_LETTERS = bytes(ord(token) if len(token) == 1 and token.isalpha() else ord("X") for token in TOKENS).ljust(256, b"X")
+
+
+class LeakageError(UserError):
+    """The search cannot be made: MMseqs2 is missing or failed, the disk is too small, or a parameter out of range."""
+
+
+class Pair(NamedTuple):
+    """Two similar sequences, each named `split:index` as it stands in the store.
+
+    `identity` is that of the aligned columns, gaps among them; a coverage is the aligned share of a sequence.
+    """
+
+    query: str
+    target: str
+    identity: float
+    query_coverage: float
+    target_coverage: float
+    e_value: float
+    query_length: int  # residues in the store
+    target_length: int
+
+    def text(self) -> str:
+        """One line of the report's table."""
+        shares = f"{self.identity:>8.1%}{f'{self.query_coverage:.0%}, {self.target_coverage:.0%}':>18}"
+        lengths = f"{self.query_length:,}, {self.target_length:,}"
+        return f"{self.query:<21}{self.target:<21}{shares}{self.e_value:>11.1e}{lengths:>20}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of one held-out split against another: how many of the searched sequences have a hit, by its identity."""
+
+    query_split: str
+    target_split: str
+    searched: int
+    query_sequences: int  # in its split: more than `searched` where they were sampled
+    target_sequences: int
+    found: dict[float, int]  # lowest identity -> sequences with a hit of at least so much
+
+    @classmethod
+    def of(
+        cls, store: ProteinStore, rows: NDArray[np.void], query: str, target: str, searched: int, identity: float
+    ) -> Comparison:
+        """Count the pairs of one search whose query is of the split `query`."""
+        own = rows[rows["query_split"] == SPLITS.index(query)]
+        found = {t: np.unique(own["query"][own["identity"] >= t]).size for t in _thresholds(identity)}
+        return cls(query, target, searched, len(store.split(query)), len(store.split(target)), found)
+
+
+@dataclass(frozen=True, eq=False)
+class LeakageReport:
+    """What `check_leakage` found. `rows` are all pairs, the most similar first."""
+
+    store: ProteinStore
+    identity: float
+    coverage: float
+    sensitivity: float
+    seed: int
+    mmseqs_version: str
+    comparisons: tuple[Comparison, ...]
+    rows: NDArray[np.void]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pairs(self) -> Iterator[Pair]:
+        """All pairs found: by falling identity, then coverage of both."""
+        lengths = [self.store.split(name).lengths for name in SPLITS]
+        for row in self.rows:
+            q, query, t, target, identity, in_query, in_target, e_value = row.item()
+            sizes = int(lengths[q][query]), int(lengths[t][target])
+            yield Pair(f"{SPLITS[q]}:{query}", f"{SPLITS[t]}:{target}", identity, in_query, in_target, e_value, *sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for machines, JSON-able; of the pairs the 20 most similar, as `pairs` of `num_pairs`."""
+        options = {key: getattr(self, key) for key in ("identity", "coverage", "sensitivity", "seed", "mmseqs_version")}
+        comparisons = [{**vars(c), "found": {f"{t:g}": n for t, n in c.found.items()}} for c in self.comparisons]
+        worst = [pair._asdict() for pair in islice(self.pairs(), _WORST)]
+        return {"store": self.store.folder.name, **options, "longest_compared": LONGEST_COMPARED} | {
+            "comparisons": comparisons,
+            "num_pairs": len(self),
+            "pairs": worst,
+        }
+
+    def text(self) -> str:
+        """The report for people, as plain text without the last line's end."""
+        lines = [
+            f"Near-duplicates between the splits of {self.store.folder.name}",
+            f"Held-out sequences with a hit of at least this identity, over {self.coverage:.0%} or more of both:",
+            "",
+            f"{'':<20}{'searched':>22}" + "".join(f"{100 * t:>17.4g}%" for t in _thresholds(self.identity)),
+        ]
+        for c in self.comparisons:
+            searched = f"{c.searched:,}" + ("" if c.searched == c.query_sequences else f" of {c.query_sequences:,}")
+            cells = [f"{n:,} ({n / c.searched:.2%})" if n else "none" for n in c.found.values()]
+            lines.append(
+                f"{f'{c.query_split} in {c.target_split}':<20}{searched:>22}" + "".join(f"{x:>18}" for x in cells)
+            )
+        if not self.comparisons:
+            lines[1:] = ["There is nothing to compare: fewer than two of its splits hold sequences."]
+        if any(c.searched < c.query_sequences for c in self.comparisons):
+            lines += ["", f"What was searched is a random sample by seed {self.seed}; no other sequence was looked up."]
+        if len(self):
+            head = "query                target               identity  coverage of both    E-value            residues"
+            lines += ["", f"The {min(_WORST, len(self)):,} most similar of {len(self):,} pairs", head]
+            lines += [p.text() for p in islice(self.pairs(), _WORST)]
+        method = f"MMseqs2 {self.mmseqs_version}, sensitivity {self.sensitivity:g}"
+        return "\n".join([*lines, "", f"{method}; sequences compared by their first {LONGEST_COMPARED:,} residues"])
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write all pairs as tab-separated values under a header line, over what is at `path`; the path."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            with temporary.open("w", encoding="ascii", newline="\n") as stream:
+                stream.write("\t".join(Pair._fields) + "\n")
+                for p in self.pairs():
+                    shares = f"{p.identity:.4f}\t{p.query_coverage:.3f}\t{p.target_coverage:.3f}\t{p.e_value:.3e}"
+                    stream.write(f"{p.query}\t{p.target}\t{shares}\t{p.query_length}\t{p.target_length}\n")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+
+def check_leakage(
+    store: ProteinStore,
+    *,
+    identity: float = 0.5,
+    coverage: float = 0.8,
+    sensitivity: float = DEFAULT_SENSITIVITY,
+    threads: int | None = None,
+    max_queries: int | None = None,
+    seed: int = 0,
+    scratch: str | os.PathLike[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> LeakageReport:
+    """Search validation and test in train, and test in validation, with MMseqs2, as the head of this file says.
+
+    A pair counts from `identity` on, over `coverage` of both sequences (0 to 1). `max_queries` searches a random
+    sample, by `seed`, of a held-out split that is larger. `threads` None takes all cores. The FASTA files lie in a
+    temporary folder in `scratch`, by default beside the store: about a byte a residue. `progress` gets a line a step.
+
+    Raises `LeakageError` when mmseqs is not on PATH or fails, when the disk is clearly too small, or for a parameter
+    out of range. Nothing is left behind then, nor after an interruption.
+    """
+    _check_parameters(identity, coverage, sensitivity, threads, max_queries)
+    tell = progress or (lambda line: None)
+    version = _version()
+    queries = {name: _sample(store.split(name), name, max_queries, seed) for name in SPLITS[1:]}
+    options = ["--min-seq-id", f"{identity:g}", "-c", f"{coverage:g}", "-s", f"{sensitivity:g}"]
+    options += ["--threads", str(threads)] if threads else []
+    parent = store.folder.parent if scratch is None else Path(scratch)
+    blocks, comparisons = [np.empty(0, _PAIR)], list[Comparison]()
+    for names, target in _SEARCHES:
+        chosen: _Chosen = {name: queries[name] for name in names if len(queries[name])}
+        targets: _Chosen = {target: range(len(store.split(target)))}
+        if not chosen or not len(store.split(target)):
+            continue
+        what = f"{' and '.join(f'{len(indices):,} of {name}' for name, indices in chosen.items())} in {target}"
+        with _scratch_folder(parent, _bytes_needed(store, chosen) + _bytes_needed(store, targets)) as folder:
+            tell(f"writing out {what} ({len(store.split(target)):,} sequences)")
+            _write_fasta(folder / "query.fasta", store, chosen)
+            _write_fasta(folder / "target.fasta", store, targets)
+            tell(f"searching {what}")
+            _search(folder, options)
+            rows = np.concatenate([np.empty(0, _PAIR), *_read_hits(folder / "hits.tsv")])
+        blocks.append(rows)
+        comparisons += [Comparison.of(store, rows, name, target, len(chosen[name]), identity) for name in chosen]
+    rows = _most_similar_first(np.concatenate(blocks))
+    return LeakageReport(store, identity, coverage, sensitivity, seed, version, tuple(comparisons), rows)
+
+
+def _check_parameters(
+    identity: float, coverage: float, sensitivity: float, threads: int | None, max_queries: int | None
+) -> None:
+    for name, value in (("identity", identity), ("coverage", coverage)):
+        if not 0 < value <= 1:
+            raise LeakageError(f"{name} is {value}; it is a share, over 0 and at most 1")
+    if not 1 <= sensitivity <= 7.5:
+        raise LeakageError(f"sensitivity is {sensitivity}; MMseqs2 takes 1 (fast) to 7.5 (sensitive)")
+    for name, count in (("threads", threads), ("max_queries", max_queries)):
+        if count is not None and count < 1:
+            raise LeakageError(f"{name} is {count}; give at least 1, or None for all")
+
+
+def _version() -> str:
+    """MMseqs2's own word for its version; raises `LeakageError` when it is not there or does not run."""
+    if shutil.which("mmseqs") is None:
+        raise LeakageError("mmseqs is not on PATH: `apt-get install mmseqs2`, or get it from https://mmseqs.com")
+    done = subprocess.run(["mmseqs", "version"], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise LeakageError(f"`mmseqs version` fails ({_last_words(done.stdout + done.stderr)}); install MMseqs2 anew")
+    return done.stdout.strip()
+
+
+def _sample(split: SequenceSplit, name: str, most: int | None, seed: int) -> Sequence[int]:
+    """Indices of the sequences to search, ascending: all, or so many at random."""
+    if most is None or most >= len(split):
+        return range(len(split))
+    generator = np.random.default_rng([seed, SPLITS.index(name)])
+    return cast(list[int], np.sort(generator.choice(len(split), most, replace=False)).tolist())
+
+
+@contextmanager
+def _scratch_folder(parent: Path, needed_bytes: int) -> Iterator[Path]:
+    """A temporary folder that is gone afterwards, with at least the space that the FASTA files will take."""
+    try:
+        free = shutil.disk_usage(parent).free
+        # A search that was killed may write for a moment more: no reason to raise another error than the interruption.
+        folder = tempfile.TemporaryDirectory(prefix=".leakage-", dir=parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise LeakageError(f"{parent}: cannot be written to ({error.strerror}); name another scratch folder") from None
+    with folder as name:
+        if free < needed_bytes:
+            sizes = f"{needed_bytes / 1e9:,.1f} GB are needed at least, {free / 1e9:,.1f} GB are free"
+            raise LeakageError(f"{parent}: {sizes}; free some space, or name another scratch folder")
+        yield Path(name)
+
+
+def _bytes_needed(store: ProteinStore, chosen: _Chosen) -> int:
+    """A lower bound of the disk space for a search, without its results; about right for a sample."""
+    parts = [(store.split(name), len(indices)) for name, indices in chosen.items()]
+    return sum(split.residues * n // len(split) + _BYTES_PER_SEQUENCE * n for split, n in parts)
+
+
+def _write_fasta(path: Path, store: ProteinStore, chosen: _Chosen) -> None:
+    """Sequences of a store as FASTA, each on one line and named `split:index`."""
+    with path.open("wb", buffering=2**20) as stream:
+        for name, indices in chosen.items():
+            split = store.split(name)
+            for index in indices:
+                letters = split[index][:LONGEST_COMPARED].tobytes().translate(_LETTERS)
+                stream.write(b">%s:%d\n%s\n" % (name.encode(), index, letters))
+
+
+def _search(folder: Path, options: list[str]) -> None:
+    """Run MMseqs2 on the folder's two FASTA files; hits.tsv. Kills it when interrupted; `LeakageError` if it fails."""
+    files = ["query.fasta", "target.fasta", "hits.tsv", "tmp"]
+    with (folder / "mmseqs.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["mmseqs", "easy-search", *files, *_PARAMETERS, *options],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # it runs as a shell script with children: to end them is to end the group
+        )
+        try:
+            code = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+    if code:
+        words = _last_words((folder / "mmseqs.log").read_text(errors="replace"))
+        how = f"was ended by signal {-code}" if code < 0 else f"failed with status {code}"
+        advice = "mend that, or give it more memory or disk, or fewer max_queries"
+        raise LeakageError(f"mmseqs easy-search {how} ({words}); {advice}")
+
+
+def _last_words(output: str) -> str:
+    """The last lines of what a program said, in one."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return " | ".join(lines[-_LAST_LINES:]) or "it said nothing"
+
+
+def _read_hits(path: Path) -> Iterator[NDArray[np.void]]:
+    """The hits in blocks, each an array of `_PAIR`."""
+    with path.open(encoding="ascii") as lines:
+        while block := [_parse_hit(line) for line in islice(lines, _BLOCK)]:
+            yield np.array(block, dtype=_PAIR)
+
+
+def _parse_hit(line: str) -> tuple[int | float, ...]:
+    query, target, identical, aligned, query_coverage, target_coverage, e_value = line.split("\t")
+    (q, query_index), (t, target_index) = query.split(":"), target.split(":")
+    where = SPLITS.index(q), int(query_index), SPLITS.index(t), int(target_index)
+    return (*where, int(identical) / int(aligned), float(query_coverage), float(target_coverage), float(e_value))
+
+
+def _thresholds(identity: float) -> list[float]:
+    return sorted({identity, *(t for t in THRESHOLDS if t >= identity)}, reverse=True)
+
+
+def _most_similar_first(rows: NDArray[np.void]) -> NDArray[np.void]:
+    """By falling identity, then coverage of both, then by name: MMseqs2's own order depends on its threads."""
+    covered = np.minimum(rows["query_coverage"], rows["target_coverage"])
+    names = [rows[key] for key in ("target", "target_split", "query", "query_split")]
+    return rows[np.lexsort([*names, -covered, -rows["identity"]])]
