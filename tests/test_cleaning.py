@@ -120,8 +120,8 @@ def test_a_policy_of_another_word_is_refused(key: str) -> None:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 20 kB, so that a small file has many."""
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 20_000)
-    monkeypatch.setattr(fasta, "_BATCH_BYTES", 20_000)
+    monkeypatch.setattr(sources, "_UNPACKED_BYTES", 5_000)
+    monkeypatch.setattr(fasta, "_BLOCK_BYTES", 20_000)
 
 
 def test_threads_and_compression_change_no_byte(tmp_path: Path, small_blocks: None) -> None:

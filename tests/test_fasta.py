@@ -108,8 +108,8 @@ def test_block_boundaries_leave_no_trace(
     monkeypatch.setattr(sources, "_READ_BYTES", 3)
     monkeypatch.setattr(sources, "_ZSTD_READ_BYTES", 3)
     for size in range(1, 90):
-        monkeypatch.setattr(sources, "_BLOCK_BYTES", size)
-        monkeypatch.setattr(fasta, "_BATCH_BYTES", size)
+        monkeypatch.setattr(sources, "_UNPACKED_BYTES", size)
+        monkeypatch.setattr(fasta, "_BLOCK_BYTES", size)
         assert read(tmp_path, content) == whole
 
 
@@ -195,8 +195,8 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_a_truncated_gzip_gives_its_whole_records_then_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 16)
-    monkeypatch.setattr(fasta, "_BATCH_BYTES", 16)
+    monkeypatch.setattr(sources, "_UNPACKED_BYTES", 16)
+    monkeypatch.setattr(fasta, "_BLOCK_BYTES", 16)
     path = tmp_path / "cut.fasta.gz"
     path.write_bytes(gzip.compress(THREE)[:-9])
     reader = read_fasta(path)

@@ -147,8 +147,8 @@ def test_reading_and_dealing_in_many_blocks_changes_nothing(tmp_path: Path, monk
     sequences = list(PROTEINS.values())
     whole = build(tmp_path / "whole", sequences)
     monkeypatch.setattr(uniref50, "_DEAL_SEQUENCES", 3)
-    monkeypatch.setattr(fasta, "_BATCH_BYTES", 300)
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(fasta, "_BLOCK_BYTES", 300)
+    monkeypatch.setattr(sources, "_UNPACKED_BYTES", 100)
     blocks = build(tmp_path / "blocks", sequences)
     assert whole.manifest == blocks.manifest  # hashes included
 
@@ -246,8 +246,8 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_progress_is_told_records_bytes_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fasta, "_BATCH_BYTES", 500)
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 500)
+    monkeypatch.setattr(fasta, "_BLOCK_BYTES", 500)
+    monkeypatch.setattr(sources, "_UNPACKED_BYTES", 500)
     calls: list[tuple[int, int, int | None]] = []
     path = write_fasta(tmp_path / "in.fasta", list(PROTEINS.values()))
     build_store(path, tmp_path / "store", BuildPolicy(), progress=lambda *told: calls.append(told))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -42,7 +43,7 @@ _NUCLEOTIDE_RECORDS = 1_000
 _NUCLEOTIDES = np.zeros(256, dtype=np.bool_)
 _NUCLEOTIDES[[TOKEN_IDS[letter] for letter in "ACGTUN"]] = True
 _DIGEST_STREAM = 7  # keeps the digests' key apart from the keys of order, crop and corruption
-_BLOCKS_AHEAD = 2  # a thread
+_BLOCKS_AHEAD = 2  # a thread; at least two in all, as `Source.fill` asks for
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class BuildCounts:
 
 
 class CleanBlock(NamedTuple):
-    """Clean sequences of one block, in their order."""
+    """Clean sequences of one block, in their order. The arrays serve until the block has been consumed, no longer."""
 
     tokens: NDArray[np.uint8]
     """Token ids of all, one sequence after another, uint8 [sum of lengths]."""
@@ -151,6 +152,35 @@ def select_sequences(
     return selected, chosen_lengths
 
 
+class _Workspace:
+    """Text and the arrays that the kernel fills, used again and again: fresh memory costs more than the parsing."""
+
+    def __init__(self) -> None:
+        self._allocate(0)
+
+    def _allocate(self, size: int) -> None:
+        self._text = bytearray(size)
+        self._tokens = np.empty(size, dtype=np.uint8)
+        self._fields = np.empty((size // 2 + 1, kernels.FIELDS), dtype=np.int32)
+        self._digests = np.empty((size // 2 + 1, 2), dtype=np.uint64)
+
+    def buffer_of(self, size: int) -> bytearray:
+        """At least so many bytes, for the text that `parse` is given next."""
+        if len(self._text) < size:
+            self._allocate(size)
+        return self._text
+
+    def parse(self, block: RecordBlock, bytes_read: int, policy: CleaningPolicy) -> _ParsedBlock:
+        """Run the kernel over a block; the result is overwritten by the next one."""
+        text = np.frombuffer(block.text, dtype=np.uint8)
+        limit = text.size if policy.long_sequences == "keep" else policy.max_residues
+        filled = self._tokens, self._fields, self._digests
+        records, end = kernels.parse(text, kernels.BYTE_CLASSES, limit, policy.key, *filled)
+        return _ParsedBlock(
+            block, self._tokens[:end], self._fields[:records], self._digests[:records], bytes_read, self
+        )
+
+
 class _ParsedBlock(NamedTuple):
     """What the kernel made of a block of records."""
 
@@ -159,6 +189,7 @@ class _ParsedBlock(NamedTuple):
     fields: NDArray[np.int32]
     digests: NDArray[np.uint64]
     bytes_read: int  # of the source, up to the end of the block or somewhat beyond it
+    workspace: _Workspace
 
 
 class Expectation(NamedTuple):
@@ -210,20 +241,20 @@ class Intake:
                 if self.progress:
                     self.progress(self._number, parsed.bytes_read, source.size)
 
-            blocks = ((block, source.bytes_read) for block in record_blocks(source))
-            _in_order(blocks, lambda item: _parse(*item, policy=self.policy), take, self.threads)
+            _in_order(source, self.policy, take, self.threads)
             self.sources.append(source.manifest_entry)
         if not usable:
             raise FastaError(f"{source.name}: {_why_nothing_is_left(before, vars(self.counts))}")
 
     def _clean(self, name: str, parsed: _ParsedBlock) -> CleanBlock:
         """Apply the policy to a block; whatever is wrong with it is raised here, where its place is known."""
-        if parsed.source.problem:
-            raise fasta_error(name, self._number + 1, parsed.source.offset, parsed.source.problem)
         if self._number == 0:
             _refuse_nucleotides(name, parsed)
         for record in np.flatnonzero(parsed.fields[:, kernels.SUSPECT]):
             self._judge(name, parsed, int(record))
+        if parsed.source.problem:
+            where = self._number + len(parsed.fields) + 1, parsed.source.offset + len(parsed.source.text)
+            raise fasta_error(name, *where, parsed.source.problem)
         kept = self._keep(name, parsed)
         lengths = parsed.fields[:, kernels.LENGTH].copy()
         block = CleanBlock(parsed.tokens, lengths, parsed.digests[:, 0], parsed.digests[:, 1])
@@ -274,24 +305,13 @@ class Intake:
         offsets = parsed.fields[:, kernels.OFFSET]
         begin = int(offsets[record])
         end = int(offsets[record + 1]) if record + 1 < len(offsets) else len(parsed.source.text)
-        piece = parsed.source.text[begin + 1 : end]
+        piece = bytes(parsed.source.text[begin + 1 : end]).removesuffix(b"\n")
         parse_record(name, self._number + record + 1, parsed.source.offset + begin, piece)
 
     def _refuse(self, name: str, parsed: _ParsedBlock, record: int, what: str) -> NoReturn:
         offset = parsed.source.offset + int(parsed.fields[record, kernels.OFFSET])
         problem = f"has {what}, which the policy calls an error; mend the record or choose what to do with such ones"
         raise fasta_error(name, self._number + record + 1, offset, problem)
-
-
-def _parse(block: RecordBlock, bytes_read: int, policy: CleaningPolicy) -> _ParsedBlock:
-    """Run the kernel over a block. The arrays suffice for any text of its size; what is not touched costs nothing."""
-    text = np.frombuffer(block.text, dtype=np.uint8)
-    tokens = np.empty(text.size, dtype=np.uint8)
-    fields = np.empty((text.size // 2 + 1, kernels.FIELDS), dtype=np.int32)
-    digests = np.empty((text.size // 2 + 1, 2), dtype=np.uint64)
-    limit = text.size if policy.long_sequences == "keep" else policy.max_residues
-    records, end = kernels.parse(text, kernels.BYTE_CLASSES, limit, policy.key, tokens, fields, digests)
-    return _ParsedBlock(block, tokens[:end], fields[:records], digests[:records], bytes_read)
 
 
 def _refuse_nucleotides(name: str, parsed: _ParsedBlock) -> None:
@@ -314,24 +334,34 @@ def _why_nothing_is_left(before: dict[str, int], after: dict[str, int]) -> str:
     return f"0 of {new['records_read']} records usable ({reasons}); check that it holds protein sequences"
 
 
-def _in_order(
-    items: Iterable[tuple[RecordBlock, int]],
-    parse: Callable[[tuple[RecordBlock, int]], _ParsedBlock],
-    consume: Callable[[_ParsedBlock], None],
-    threads: int,
-) -> None:
-    """Read items here, parse them on `threads` threads, consume them on one more, in order; a few are under way."""
+def _in_order(source: Source, policy: CleaningPolicy, consume: Callable[[_ParsedBlock], None], threads: int) -> None:
+    """Read blocks here, parse them on `threads` threads, consume them on one more, in order; a few are under way."""
     under_way: deque[Future[None]] = deque()
+    idle: SimpleQueue[_Workspace] = SimpleQueue()
+    for _ in range(_BLOCKS_AHEAD * threads):
+        idle.put(_Workspace())
+
+    workspace = idle.get()
+
+    def buffer_of(size: int) -> bytearray:
+        return workspace.buffer_of(size)
+
+    def finish(parsed: Future[_ParsedBlock]) -> None:
+        block = parsed.result()
+        consume(block)
+        idle.put(block.workspace)
+
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="parse") as parsers,
         ThreadPoolExecutor(1, thread_name_prefix="consume") as consumer,
     ):
         try:
-            for item in items:
-                parsed = parsers.submit(parse, item)
-                under_way.append(consumer.submit(lambda future: consume(future.result()), parsed))
-                if len(under_way) > _BLOCKS_AHEAD * threads:
+            for block in record_blocks(source, buffer_of):
+                parsed = parsers.submit(workspace.parse, block, source.bytes_read, policy)
+                under_way.append(consumer.submit(finish, parsed))
+                while idle.empty():
                     under_way.popleft().result()
+                workspace = idle.get()
             while under_way:
                 under_way.popleft().result()
         finally:

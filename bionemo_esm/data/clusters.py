@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from bionemo_esm.data import kernels
 from bionemo_esm.data.cleaning import BuildCounts, CleanBlock, Expectation, Intake, Progress
 from bionemo_esm.data.digests import DigestSet
-from bionemo_esm.data.sources import DamageError, Source
+from bionemo_esm.data.sources import Source
 from bionemo_esm.data.store import ProteinStore, StoreError
 from bionemo_esm.data.uniref50 import BuildPolicy, PathLike, scratch_file
 from bionemo_esm.data.writing import StoreWriter, disk_errors
 
 _CLUSTER_PREFIX = b"UniRef50_"
+_BLOCK_BYTES = 2**22
 _WRITTEN_AT_ONCE = 2**14  # sequences, or one cluster where that is larger
 
 
@@ -54,18 +55,20 @@ def read_cluster_map(path: PathLike, key: np.uint64) -> ClusterMap:
     """
     members, clusters = array("Q"), array("Q")
     with Source(path) as source:
-        rest, lines, cluster_first = b"", 0, True
-        try:
-            for block in source.blocks():
-                whole, newline, rest = (rest + block).rpartition(b"\n")
-                if whole and not lines:
-                    whole, cluster_first = _without_heading(whole)
+        rest, lines, cluster_first, at_end = b"", 0, True, False
+        while not at_end:
+            block = bytearray(_BLOCK_BYTES)
+            filled = source.fill(memoryview(block))
+            at_end = filled < len(block)
+            whole, newline, rest = (rest + block[:filled]).rpartition(b"\n")
+            if at_end:
+                whole, newline, rest = whole + newline + rest, b"", b""
+            if whole and not lines:
+                whole, cluster_first = _without_heading(whole)
+            if whole:
                 lines += _add_pairs(source.name, lines, whole + newline, key, cluster_first, members, clusters)
-            if rest:
-                rest, cluster_first = (rest, cluster_first) if lines else _without_heading(rest)
-                _add_pairs(source.name, lines, rest, key, cluster_first, members, clusters)
-        except DamageError as damage:
-            raise StoreError(f"{source.name}: {damage}; download or copy the file again") from None
+        if source.damage:
+            raise StoreError(f"{source.name}: {source.damage}; download or copy the file again")
     if not members:
         raise StoreError(f"{path}: names no cluster; give a table of clusters and their members")
     member_digests, cluster_digests = (np.frombuffer(values, dtype=np.uint64) for values in (members, clusters))

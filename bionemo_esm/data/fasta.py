@@ -7,18 +7,20 @@ what is wrong with one; `blocks.py` reads many times as fast for the builder of 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from bionemo_esm.data.sources import DamageError, Source, SourceError
+from bionemo_esm.data.sources import Source, SourceError
 
 MAX_RECORD_BYTES = 64 * 2**20
 """The longest record accepted. The longest of UniRef50 has some 45,000 residues, so a longer one is no protein."""
 
-_BATCH_BYTES = 2**22
+_BLOCK_BYTES = 2**22
 _SHOWN_BYTES = 40
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _WHITESPACE = b" \t\n\r\v\f"
+_NOT_BLANK = re.compile(rb"[^ \t\n\r\v\f]")
 
 
 class FastaError(SourceError):
@@ -42,14 +44,14 @@ class FastaRecord(NamedTuple):
 
 
 class RecordBlock(NamedTuple):
-    """Some whole records as they stand in the decompressed text, or what is wrong with the one that comes next."""
+    """Some whole records as they stand in the decompressed text, and what is wrong with the one that follows."""
 
-    text: bytes
-    """Begins with a '>' and ends before the next record's, or at the end of the file."""
+    text: memoryview
+    """Begins with a '>' and ends before the next record's, or at the end of the file; may be empty at a problem."""
     offset: int
     """Byte offset in the decompressed text."""
     problem: str = ""
-    """If not empty, `text` is, and the record at `offset` cannot be read for this reason."""
+    """If not empty, the record after `text` cannot be read for this reason."""
 
 
 def read_fasta(path: str | os.PathLike[str]) -> Iterator[FastaRecord]:
@@ -65,59 +67,51 @@ def read_fasta(path: str | os.PathLike[str]) -> Iterator[FastaRecord]:
     """
     number = 0
     with Source(path) as source:
-        for block in record_blocks(source):
-            if block.problem:
-                raise fasta_error(source.name, number + 1, block.offset, block.problem)
+        for block in record_blocks(source, bytearray):
             offset = block.offset
-            for piece in block.text[1:].split(b"\n>"):
+            for piece in bytes(block.text[1:]).split(b"\n>") if block.text else ():
                 number += 1
                 yield parse_record(source.name, number, offset, piece)
                 offset += len(piece) + 2
+            if block.problem:
+                raise fasta_error(source.name, number + 1, block.offset + len(block.text), block.problem)
 
 
-def record_blocks(source: Source) -> Iterator[RecordBlock]:
-    """An open source cut into blocks of whole records, some 4 MiB each, in order; the last one may tell of a problem.
+def record_blocks(source: Source, buffer_of: Callable[[int], bytearray]) -> Iterator[RecordBlock]:
+    """An open source cut into blocks of whole records, some 4 MiB each, in order.
 
-    Where a block ends depends on how the text arrives, so nothing may be made to depend on it.
-    Raises `FastaError` for a source without any record, or with text before the first.
+    `buffer_of` gives a buffer of at least so many bytes for the next block, whose text is a view into it. Where a block
+    ends depends on the source, so nothing may be made to depend on it. Raises `FastaError` for a source without any
+    record, or with text before the first.
     """
-    offset, text, started = 0, b"", False
-    for batch, problem in _batches(source):
-        text += batch
+    offset, rest, started = 0, b"", False
+    while True:
+        buffer = buffer_of(len(rest) + _BLOCK_BYTES)
+        view = memoryview(buffer)
+        view[: len(rest)] = rest
+        filled = len(rest) + source.fill(view[len(rest) :])
+        begin = 0
         if not started:
-            blank = len(text) - len(text.lstrip(_WHITESPACE))
-            text, offset = text[blank:], offset + blank
-            started = bool(text)
-            _check_start(source.name, offset, text)
-        if end := text.rfind(b"\n>") + 1:
-            yield RecordBlock(text[:end], offset)
-            text, offset = text[end:], offset + end
-        if len(text) > MAX_RECORD_BYTES and not problem:
+            first = _NOT_BLANK.search(buffer, 0, filled)
+            begin = first.start() if first else filled
+            started = first is not None
+            _check_start(source.name, offset + begin, bytes(view[begin : min(begin + _SHOWN_BYTES, filled)]))
+        at_end = filled < len(buffer)
+        end = filled if at_end and not source.damage else buffer.rfind(b"\n>", begin, filled) + 1
+        problem = ""
+        if source.damage:
+            problem = f"{source.damage}; download or copy the file again and test it with `gzip -t` or `zstd -t`"
+        elif filled - max(begin, end) > MAX_RECORD_BYTES:
             limit = f"is longer than {MAX_RECORD_BYTES // 2**20} MiB and cannot be a protein"
             problem = f"the record {limit}; check that it is a protein FASTA file"
-        if problem:
-            yield RecordBlock(b"", offset, problem)
-            return
+        end = max(begin, end)
+        if end > begin or problem:
+            yield RecordBlock(view[begin:end], offset + begin, problem)
+        if at_end or problem:
+            break
+        rest, offset = bytes(view[end:filled]), offset + end
     if not started:
         raise FastaError(f"{source.name}: the file is empty, no record was found; check how it was made or downloaded")
-    yield RecordBlock(text, offset)
-
-
-def _batches(source: Source) -> Iterator[tuple[bytes, str]]:
-    """The text in pieces of at least 4 MiB, but for the last, and with the last what is wrong with the stream."""
-    blocks: list[bytes] = []
-    size = 0
-    try:
-        for block in source.blocks():
-            blocks.append(block)
-            size += len(block)
-            if size >= _BATCH_BYTES:
-                yield b"".join(blocks), ""
-                blocks, size = [], 0
-    except DamageError as damage:
-        yield b"".join(blocks), f"{damage}; download or copy the file again and test it with `gzip -t` or `zstd -t`"
-    else:
-        yield b"".join(blocks), ""
 
 
 def _check_start(name: str, offset: int, text: bytes) -> None:

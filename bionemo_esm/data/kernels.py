@@ -31,7 +31,6 @@ _NEWLINE, _RETURN, _HEADER, _SPACE, _TAB, _COMMA = (ord(character) for character
 _X = TOKEN_IDS["X"]
 _MULTIPLIER = _U(0x9FB21C651E98DF25)
 _MIXER_1, _MIXER_2 = _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
-_BLIND_STRIDE = 32  # residues tried at once where lines are of unequal length
 _PAIR_BASE = 64  # over the largest token id
 
 
@@ -123,30 +122,24 @@ def parse(text: Any, classes: Any, max_residues: Any, key: Any, tokens: Any, fie
         digests[record, 1] = _digest(text, word, word_end, key) if word_end > word else _U(0)
         at += _U(1)
         # The sequence, line by line; most lines are as wide as the one before and hold nothing but residues.
-        first, line, stops = end, at, 0
-        while at < size:
-            if stops == 0:
-                like_last = line == at and at + width < size and text[at + width] == _NEWLINE
-                if like_last and _encode_run(text, at, width, classes, tokens, end):
-                    at += width + _U(1)
-                    end += width
-                    line = at
-                    continue
-                if at + _U(_BLIND_STRIDE) <= size and _encode_run(text, at, _BLIND_STRIDE, classes, tokens, end):
-                    at += _U(_BLIND_STRIDE)
-                    end += _U(_BLIND_STRIDE)
-                    continue
-            if text[at] == _HEADER and at == line:
-                break
-            stop_at = min(at + _U(_BLIND_STRIDE), size)
-            while at < stop_at:
+        first, stops = end, 0
+        while at < size and text[at] != _HEADER:
+            line_end = at + width
+            if line_end >= size or text[line_end] != _NEWLINE:
+                line_end = at
+                while line_end < size and text[line_end] != _NEWLINE:
+                    line_end += _U(1)
+            width = line_end - at
+            count = width - _U(1) if width > _U(0) and text[line_end - _U(1)] == _RETURN else width
+            if stops == 0 and _encode_run(text, at, count, classes, tokens, end):
+                end += count
+                at = line_end + _U(1)
+                continue
+            while at < size:
                 byte = text[at]
                 code = classes[byte]
                 at += _U(1)
                 if byte == _NEWLINE:
-                    if at - line > _U(1):
-                        width = at - line - _U(1)
-                    line = at
                     break
                 if code == BLANK:
                     continue
