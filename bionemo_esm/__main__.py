@@ -8,14 +8,19 @@ from bionemo_esm import __version__
 
 USAGE = f"""bionemo-esm {__version__}: protein language models
 
-  bionemo-esm pretrain recipe=laptop                                a small ESM-1nv on the shipped sample
-  bionemo-esm pretrain recipe=laptop data.fasta=proteins.fasta.gz   the same on your own proteins
-  bionemo-esm pretrain --help                                       every key, with its value
+  bionemo-esm pretrain recipe=laptop                                 a small ESM-1nv on the shipped sample
+  bionemo-esm pretrain recipe=laptop data.fasta=proteins.fasta.gz    the same on your own proteins
+  bionemo-esm preprocess                                             UniRef50, downloaded, into a store
+  bionemo-esm preprocess input=proteins.fasta.gz output=data/store   your own proteins into a store
+  bionemo-esm inspect data/store --verify                            what is in a store, and whether it is intact
+  bionemo-esm check-leakage data/store                               near-duplicates between its splits, by MMseqs2
+
+pretrain and preprocess take key=value, and --help lists every key; the others take --help.
 """
 
 
 def main() -> None:
-    """Run one job; its own arguments are Hydra overrides."""
+    """Run one job with the arguments that follow its name."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("--help", "-h"):
         print(USAGE)  # noqa: T201
@@ -26,6 +31,14 @@ def main() -> None:
 
         sys.argv = [job.__file__, *arguments]  # a file that Lightning can start again for the other ranks of a node
         job.main()
+    elif command in ("preprocess", "inspect", "check-leakage"):
+        from bionemo_esm.data import jobs
+
+        if command == "preprocess":
+            sys.argv = [f"bionemo-esm {command}", *arguments]
+            jobs.main()
+        else:
+            (jobs.inspect if command == "inspect" else jobs.leakage)(arguments)
     else:
         sys.exit(f"error: no command {command!r}\n\n{USAGE}")
 

@@ -87,12 +87,14 @@ class Meter:
         self._interval = _SECONDS_BETWEEN_UPDATES if screen.is_terminal else _SECONDS_BETWEEN_LINES
         self._started = self._shown = time.monotonic()
         self._first = 0
+        self._last: int | None = None
 
     def __call__(self, done: int, total: int | None, note: str = "") -> None:
         """`done` of `total` bytes (None: not known); says so when it is time to."""
         now = time.monotonic()
-        if self._first == 0:
-            self._first = done  # what an earlier call had done counts for the share, not for the rate
+        if self._last is None or done < self._last:  # what an earlier call had done counts for the share, not the rate
+            self._first, self._started = done, now
+        self._last = done
         if now - self._shown < self._interval:
             return
         self._shown = now

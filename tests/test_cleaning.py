@@ -161,7 +161,8 @@ def test_the_streaming_split_is_the_sort_of_all_digests(
     digests = np.empty((2_600, 2), dtype=np.uint64)
     fields, tokens = np.empty((2_600, kernels.FIELDS), dtype=np.int32), np.empty(len(text), dtype=np.uint8)
     content = np.frombuffer(text, dtype=np.uint8)
-    kernels.parse(content, kernels.BYTE_CLASSES, 1024, policy.key, tokens, fields, digests)
+    words = kernels.words_of(content), kernels.words_of(tokens)
+    kernels.parse(content, words[0], kernels.BYTE_CLASSES, 1024, policy.key, tokens, words[1], fields, digests)
     proteins = [record.sequence.decode() for record in read_fasta(SAMPLE / "train.fasta.gz")]
     by_digest = [proteins[record] for record in np.argsort(digests[:, 0])]
     first, second = policy.held_out(2_600, "")

@@ -28,7 +28,17 @@ def parsed(text: bytes, max_residues: int = 1024) -> tuple[np.ndarray, np.ndarra
     fields = np.full((len(text) // 2 + 1, kernels.FIELDS), -7, dtype=np.int32)
     digests = np.zeros((len(text) // 2 + 1, 2), dtype=np.uint64)
     content = np.frombuffer(text, dtype=np.uint8)
-    records, end = kernels.parse(content, kernels.BYTE_CLASSES, max_residues, KEY, tokens, fields, digests)
+    records, end = kernels.parse(
+        content,
+        kernels.words_of(content),
+        kernels.BYTE_CLASSES,
+        max_residues,
+        KEY,
+        tokens,
+        kernels.words_of(tokens),
+        fields,
+        digests,
+    )
     return tokens[:end], fields[:records], digests[:records]
 
 
@@ -128,7 +138,17 @@ def test_another_key_gives_other_digests() -> None:
     text, tokens = np.frombuffer(b">a\nMKV\n", dtype=np.uint8), np.empty(7, dtype=np.uint8)
     fields, digests = np.empty((4, kernels.FIELDS), dtype=np.int32), np.empty((2, 4, 2), dtype=np.uint64)
     for key, filled in enumerate(digests):
-        kernels.parse(text, kernels.BYTE_CLASSES, 9, np.uint64(key), tokens, fields, filled)
+        kernels.parse(
+            text,
+            kernels.words_of(text),
+            kernels.BYTE_CLASSES,
+            9,
+            np.uint64(key),
+            tokens,
+            kernels.words_of(tokens),
+            fields,
+            filled,
+        )
     assert (digests[0, 0] != digests[1, 0]).all()
 
 

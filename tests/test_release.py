@@ -1,500 +1,42 @@
-"""Getting UniRef50: every way in which a server, a network or an archive can fail, against a server on this machine."""
+"""Getting a release of UniRef50: its metalink, its archive, its record, against a server laid out like UniProt's."""
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import hashlib
 import io
 import json
+import random
 import shutil
 import tarfile
-import threading
-from collections.abc import Iterator, Mapping
-from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
-from time import time
-from types import MappingProxyType, SimpleNamespace
-from typing import NamedTuple
+from types import SimpleNamespace
 from xml.sax.saxutils import escape, quoteattr
 
 import pytest
 
-from bionemo_esm.data import release
+from bionemo_esm.data import release_archive
+from bionemo_esm.data.download import ReleaseError
 from bionemo_esm.data.fasta import read_fasta
-from bionemo_esm.data.release import (
-    FetchedRelease,
-    ReleaseError,
-    download,
-    extract_fasta,
-    fetch_release,
-    locate_release,
-)
-
-CONTENT = (Path(release.__file__).parent / "sample" / "train.fasta.gz").read_bytes()  # some 600 KB of real proteins
-MD5 = hashlib.md5(CONTENT).hexdigest()
-DATA = "/uniref50.fasta.gz"
-
-
-class Reply(NamedTuple):
-    """What the server does with one request: by default, what a good one would."""
-
-    status: int = 0  # another than 200 or 206
-    headers: Mapping[str, str] = MappingProxyType({})
-    drop_after: int | None = None  # bytes of the body, before the connection is closed
-    length_told: int | None = None  # Content-Length
-    ranges: bool = True
-    body: bytes | None = None
-
-
-class Server(ThreadingHTTPServer):
-    """Files by path, and for the next requests of a path what is to go wrong with them, in order."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {DATA: CONTENT}
-        self.replies: dict[str, list[Reply]] = {}
-        self.every: Reply = Reply()  # once the list is used up
-        self.etags = True
-        self.seen: list[tuple[str, str | None, int]] = []  # path, Range and status of each request
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def handle_error(self, *_: object) -> None:
-        """A client that goes away is what some tests are about."""
-
-    def fail(self, *replies: Reply, path: str = DATA) -> None:
-        self.replies[path] = list(replies)
-
-    @property
-    def ranges(self) -> list[str | None]:
-        return [asked for _, asked, _ in self.seen]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        waiting = self.server.replies.get(self.path)
-        reply = waiting.pop(0) if waiting else self.server.every
-        content = self.server.files.get(self.path) if reply.body is None else reply.body
-        status = reply.status or (200 if content is not None else 404)
-        etag = f'"{hashlib.md5(content or b"").hexdigest()}"'
-        headers = dict(reply.headers)
-        asked = self.headers["Range"]
-        body = content or b""
-        if status == 200:
-            if self.server.etags:
-                headers.setdefault("ETag", etag)
-            if (
-                asked
-                and reply.ranges
-                and self.headers["If-Range"] in (headers.get("ETag"), headers.get("Last-Modified"))
-            ):
-                begin = int(asked.removeprefix("bytes=").removesuffix("-"))
-                status = 206 if begin < len(body) else 416
-                place = f"{begin}-{len(body) - 1}" if status == 206 else "*"
-                headers.setdefault("Content-Range", f"bytes {place}/{len(body)}")
-                body = body[begin:] if status == 206 else b"nothing there"
-        self.server.seen.append((self.path, asked, status))
-        self.send_response(status)
-        headers.setdefault("Content-Length", str(len(body) if reply.length_told is None else reply.length_told))
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(body[: reply.drop_after])
-        self.close_connection = True
+from bionemo_esm.data.release import FetchedRelease, fetch_release, locate_release
+from bionemo_esm.data.release_archive import extract_fasta
+from release_server import CONTENT, MD5, Reply, Server, names, running_server
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with running_server() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses made between attempts, in seconds; none is waited for."""
     made: list[float] = []
-    monkeypatch.setattr(release, "sleep", made.append)
+    monkeypatch.setattr("bionemo_esm.data.download.sleep", made.append)
     return made
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    return tmp_path / "uniref50.fasta.gz"
-
-
-def fetch(server: Server, target: Path, **options: object) -> Path:
-    settings = {"size": len(CONTENT), "md5": MD5} | options
-    return download(server.url + DATA, target, **settings)  # type: ignore[arg-type]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-# Downloads
-
-
-def test_a_file_arrives_whole_and_alone(server: Server, target: Path) -> None:
-    seen: list[tuple[int, int | None]] = []
-    assert fetch(server, target, progress=lambda *now: seen.append(now)) == target
-    assert target.read_bytes() == CONTENT
-    assert names(target.parent) == [target.name]
-    assert seen[-1] == (len(CONTENT), len(CONTENT))
-    assert seen == sorted(seen)
-    assert len(seen) > 5
-
-
-def test_a_whole_file_is_not_downloaded_again(server: Server, target: Path) -> None:
-    target.write_bytes(CONTENT)
-    fetch(server, target)
-    assert server.seen == []
-
-
-def test_a_file_with_one_bit_changed_is_replaced(server: Server, target: Path) -> None:
-    target.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
-    fetch(server, target)
-    assert target.read_bytes() == CONTENT
-
-
-def test_a_download_goes_on_after_each_lost_connection(server: Server, target: Path, pauses: list[float]) -> None:
-    server.fail(*[Reply(drop_after=100_000)] * 5)
-    fetch(server, target, retries=1)  # as each attempt gains something, one retry is enough for any number of them
-    assert target.read_bytes() == CONTENT
-    begins = [0 if asked is None else int(asked[6:-1]) for asked in server.ranges]
-    assert begins == sorted(set(begins))
-    assert len(begins) == 6
-    assert begins[-1] > 5 * 30_000
-    assert pauses == [1.0] * 5
-
-
-def test_without_any_gain_the_pauses_double_and_the_retries_end(
-    server: Server, target: Path, pauses: list[float]
-) -> None:
-    server.every = Reply(status=503)
-    with pytest.raises(ReleaseError, match=r"HTTP status 503 \(9 attempts in a row\)"):
-        fetch(server, target)
-    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
-    assert names(target.parent) == []
-
-
-def test_a_server_that_is_busy_is_asked_again(server: Server, target: Path, pauses: list[float]) -> None:
-    server.fail(Reply(status=503), Reply(status=500), Reply(status=408))
-    fetch(server, target)
-    assert target.read_bytes() == CONTENT
-    assert pauses == [1, 2, 4]
-
-
-def test_the_pause_a_server_asks_for_is_made(server: Server, target: Path, pauses: list[float]) -> None:
-    later = formatdate(time() + 100, usegmt=True)
-    server.fail(Reply(429, {"Retry-After": "17"}), Reply(503, {"Retry-After": later}), Reply(429, {"Retry-After": "x"}))
-    fetch(server, target)
-    assert pauses[0] == 17
-    assert 90 < pauses[1] < 101
-    assert pauses[2] == 4
-
-
-def test_a_pause_of_hours_is_an_error(server: Server, target: Path, pauses: list[float]) -> None:
-    server.fail(Reply(429, {"Retry-After": "7200"}))
-    with pytest.raises(ReleaseError, match="asks to wait for 7200 s; run it again after that"):
-        fetch(server, target)
-    assert pauses == []
-
-
-@pytest.mark.parametrize("status", [404, 403, 410])
-def test_what_another_attempt_will_not_mend_is_an_error_at_once(server: Server, target: Path, status: int) -> None:
-    server.every = Reply(status=status)
-    with pytest.raises(ReleaseError, match=f"HTTP status {status}; check"):
-        fetch(server, target)
-    assert len(server.seen) == 1
-    assert names(target.parent) == []
-
-
-def test_a_server_without_ranges_sends_the_file_again_from_its_start(server: Server, target: Path) -> None:
-    server.fail(Reply(drop_after=300_000), Reply(ranges=False, drop_after=200_000), Reply(ranges=False))
-    fetch(server, target)
-    assert target.read_bytes() == CONTENT
-    assert [status for *_, status in server.seen] == [200, 200, 200]
-
-
-def test_a_server_without_ranges_that_never_finishes_is_given_up(server: Server, target: Path) -> None:
-    server.every = Reply(ranges=False, drop_after=200_000)
-    with pytest.raises(ReleaseError, match="3 attempts in a row"):
-        fetch(server, target, retries=2)
-    assert len(server.seen) == 3
-
-
-def test_a_body_shorter_than_told_is_continued(server: Server, target: Path) -> None:
-    server.fail(Reply(body=CONTENT[:400_000], length_told=len(CONTENT), headers={"ETag": f'"{MD5}"'}))
-    fetch(server, target)
-    assert target.read_bytes() == CONTENT
-    assert len(server.seen) == 2
-    assert server.ranges[1] is not None
-
-
-@pytest.mark.parametrize("told", [len(CONTENT) + 1, len(CONTENT) - 1])
-def test_a_file_of_another_size_than_expected_is_refused_before_it_is_read(
-    server: Server, target: Path, told: int
-) -> None:
-    server.every = Reply(length_told=told)
-    with pytest.raises(ReleaseError, match=f"has {told} bytes at the server, {len(CONTENT)} expected"):
-        fetch(server, target, progress=lambda *_: pytest.fail("read some of it"))
-    assert names(target.parent) == []
-
-
-def test_a_body_of_no_told_length_that_never_ends_is_cut_off(server: Server, target: Path) -> None:
-    told = {"Content-Length": "unknown"}  # read until the connection closes
-    server.every = Reply(body=CONTENT * 3, headers=told)
-    read: list[int] = []
-    with pytest.raises(ReleaseError, match=f"at the server, {len(CONTENT)} expected"):
-        fetch(server, target, progress=lambda now, _: read.append(now))
-    assert read[-1] <= len(CONTENT)
-    assert names(target.parent) == []
-
-
-def test_a_body_of_no_told_length_that_ends_early_is_continued(server: Server, target: Path) -> None:
-    server.fail(Reply(headers={"Content-Length": "unknown"}, drop_after=300_000))
-    fetch(server, target)
-    assert target.read_bytes() == CONTENT
-    assert [status for *_, status in server.seen] == [200, 206]
-
-
-def test_another_content_of_the_same_size_is_removed(server: Server, target: Path) -> None:
-    server.files[DATA] = CONTENT[::-1]
-    found = hashlib.md5(CONTENT[::-1]).hexdigest()
-    with pytest.raises(ReleaseError, match=f"with MD5 {found}, {MD5} expected"):
-        fetch(server, target)
-    assert names(target.parent) == []
-
-
-def test_a_gzip_file_called_a_gzip_encoding_is_not_decompressed(server: Server, target: Path) -> None:
-    server.every = Reply(headers={"Content-Encoding": "gzip"})
-    fetch(server, target)
-    assert target.read_bytes() == CONTENT
-
-
-def stop_after(length: int) -> release.Progress:
-    def stop(now: int, _: int | None) -> None:
-        if now >= length:
-            raise KeyboardInterrupt
-
-    return stop
-
-
-def test_what_arrived_before_ctrl_c_is_not_downloaded_again(server: Server, target: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        fetch(server, target, progress=stop_after(300_000))
-    part = target.with_name(f"{target.name}.part")
-    kept = part.stat().st_size
-    assert CONTENT[:kept] == part.read_bytes()
-    assert kept >= 300_000
-    assert not target.exists()
-    fetch(server, target)
-    assert [reply[1:] for reply in server.seen] == [(None, 200), (f"bytes={kept}-", 206)]
-    assert target.read_bytes() == CONTENT
-    assert names(target.parent) == [target.name]
-
-
-@pytest.mark.parametrize("etags", [True, False])
-def test_a_file_that_changed_meanwhile_is_not_glued_to_its_old_half(server: Server, target: Path, etags: bool) -> None:
-    server.etags = etags
-    server.every = Reply(headers={"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"})
-    server.files[DATA] = CONTENT[::-1]
-    with pytest.raises(KeyboardInterrupt):
-        download(server.url + DATA, target, progress=stop_after(300_000))
-    server.files[DATA] = CONTENT
-    server.every = Reply(headers={"Last-Modified": "Mon, 01 Jul 2024 00:00:00 GMT"})
-    download(server.url + DATA, target)
-    assert target.read_bytes() == CONTENT
-    assert [status for *_, status in server.seen] == [200, 200]
-
-
-@pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"weak"'}])
-def test_a_part_that_nothing_vouches_for_is_started_over(server: Server, target: Path, headers: dict[str, str]) -> None:
-    server.etags = False
-    server.every = Reply(headers=headers)
-    with pytest.raises(KeyboardInterrupt):
-        fetch(server, target, progress=stop_after(300_000))
-    fetch(server, target)
-    assert server.ranges == [None, None]
-
-
-def test_a_part_from_another_address_is_started_over(server: Server, target: Path) -> None:
-    server.files["/other"] = CONTENT[::-1]
-    with pytest.raises(KeyboardInterrupt):
-        download(f"{server.url}/other", target, progress=stop_after(300_000))
-    fetch(server, target)
-    assert server.ranges == [None, None]
-    assert target.read_bytes() == CONTENT
-
-
-def test_another_part_than_was_asked_for_is_not_used(server: Server, target: Path) -> None:
-    wrong = {"Content-Range": f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"}
-    server.fail(Reply(drop_after=300_000), Reply(headers=wrong))
-    fetch(server, target)
-    assert target.read_bytes() == CONTENT
-    assert [status for *_, status in server.seen] == [200, 206, 200]
-
-
-def test_a_part_that_lacks_nothing_is_finished(server: Server, target: Path) -> None:
-    for options in ({"size": None, "md5": MD5}, {"size": len(CONTENT), "md5": MD5}):
-        server.seen.clear()
-        with pytest.raises(KeyboardInterrupt):
-            fetch(server, target, progress=stop_after(len(CONTENT)), **options)
-        fetch(server, target, **options)
-        assert target.read_bytes() == CONTENT
-        assert [status for *_, status in server.seen] == ([200, 416] if options["size"] is None else [200])
-        target.unlink()
-
-
-def test_a_part_longer_than_the_file_is_started_over(server: Server, target: Path) -> None:
-    part = target.with_name(f"{target.name}.part")
-    part.write_bytes(CONTENT + b"more")
-    part.with_name(f"{part.name}.json").write_text(json.dumps({"url": server.url + DATA, "validator": f'"{MD5}"'}))
-    fetch(server, target, size=None)
-    assert [status for *_, status in server.seen] == [416, 200]
-    assert target.read_bytes() == CONTENT
-
-
-def test_a_damaged_note_beside_a_part_starts_it_over(server: Server, target: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        fetch(server, target, progress=stop_after(300_000))
-    target.with_name(f"{target.name}.part.json").write_text('{"url": ')
-    fetch(server, target)
-    assert server.ranges == [None, None]
-
-
-def test_a_redirect_is_followed(server: Server, target: Path) -> None:
-    server.files["/elsewhere"] = CONTENT
-    server.fail(Reply(302, {"Location": "/elsewhere"}))
-    fetch(server, target)
-    assert [path for path, *_ in server.seen] == [DATA, "/elsewhere"]
-    assert target.read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize("place", ["http://example.org/uniref50.fasta.gz", "ftp://127.0.0.1/uniref50.fasta.gz"])
-def test_a_redirect_to_what_is_not_https_is_refused(server: Server, target: Path, place: str) -> None:
-    server.every = Reply(302, {"Location": place})
-    with pytest.raises(ReleaseError, match=f"^{place}: .*https"):
-        fetch(server, target)
-    assert len(server.seen) == 1
-
-
-def test_a_redirect_in_a_circle_is_an_error(server: Server, target: Path) -> None:
-    server.every = Reply(302, {"Location": DATA})
-    with pytest.raises(ReleaseError, match="redirects"):
-        fetch(server, target)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://ftp.uniprot.org/x",
-        "http://10.0.0.1/x",
-        "ftp://localhost/x",
-        "file:///etc/passwd",
-        "uniref50",
-        "https://",
-    ],
-)
-def test_only_https_is_accepted_from_elsewhere(target: Path, url: str) -> None:
-    with pytest.raises(ReleaseError, match="https"):
-        download(url, target)
-    assert names(target.parent) == []
-
-
-def test_no_answer_at_all_is_an_error(server: Server, target: Path, pauses: list[float]) -> None:
-    server.server_close()
-    with pytest.raises(ReleaseError, match=r"no answer .* check the connection"):
-        fetch(server, target, retries=2)
-    assert pauses == [1, 2]
-
-
-def test_a_server_that_falls_silent_is_asked_again(
-    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = Handler.end_headers
-    silent = threading.Event()
-
-    def end_headers(handler: Handler) -> None:
-        write(handler)
-        if len(server.seen) == 1:
-            silent.wait(5)
-
-    monkeypatch.setattr(Handler, "end_headers", end_headers)
-    fetch(server, target, timeout_seconds=0.2)
-    silent.set()
-    assert len(server.seen) == 2
-    assert target.read_bytes() == CONTENT
-
-
-def test_too_small_a_disk_is_found_before_the_download(
-    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=len(CONTENT) - 1))
-    with pytest.raises(ReleaseError, match=r"GB free, .* needed; choose another folder"):
-        fetch(server, target)
-    assert server.seen == []
-    assert names(target.parent) == []
-
-
-def test_what_has_arrived_needs_no_room_again(server: Server, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        fetch(server, target, progress=stop_after(300_000))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=len(CONTENT) - 300_000))
-    fetch(server, target)
-    assert target.read_bytes() == CONTENT
-
-
-def test_a_folder_that_cannot_be_one_is_an_error(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ReleaseError, match=r"file: .*; choose another folder"):
-        fetch(server, tmp_path / "file" / "uniref50.fasta.gz")
-
-
-def test_a_second_process_at_the_same_target_is_told_so(server: Server, target: Path) -> None:
-    part = target.with_name(f"{target.name}.part")
-    with part.open("wb") as other:
-        other.write(b"theirs")
-        other.flush()
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ReleaseError, match="another process is writing it"):
-            fetch(server, target)
-    assert part.read_bytes() == b"theirs"
-    assert server.seen == []
-
-
-def test_a_part_renamed_before_it_was_locked_is_left_alone(
-    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lock = fcntl.flock
-
-    def finish_first(stream: io.BufferedRandom, how: int) -> None:
-        target.with_name(f"{target.name}.part").replace(target)
-        lock(stream, how)
-
-    monkeypatch.setattr(fcntl, "flock", finish_first)
-    with pytest.raises(ReleaseError, match="another process"):
-        fetch(server, target)
-    assert names(target.parent) == [target.name]
-
-
-# Releases
 
 
 def tar(files: dict[str, bytes], mode: str = "w", kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -552,6 +94,34 @@ def uniref_xml(doctype: str = "", length: int = 0) -> bytes:
     return f"{text}</UniRef50>\n".encode("latin-1")
 
 
+def sample_xml() -> bytes:
+    """The shipped proteins as clusters of one member each, with as much about it as UniRef says."""
+    numbers = random.Random(1)
+    text = "<UniRef50>\n"
+    for record in read_fasta(Path(release_archive.__file__).parent / "sample" / "train.fasta.gz"):
+        residues, name, taxon = record.sequence.decode(), "Uncharacterized protein", "Homo sapiens"
+        accession, checksum = f"A0A{numbers.randbytes(4).hex()[:7].upper()}", numbers.randbytes(8).hex().upper()
+        text += f'<entry id="UniRef50_{accession}" updated="2022-12-14">\n<name>Cluster: {name}</name>\n'
+        for kind, value in (("member count", "1"), ("common taxon", taxon), ("common taxon ID", "9606")):
+            text += f'<property type="{kind}" value="{value}"/>\n'
+        text += f'<representativeMember>\n<dbReference type="UniProtKB ID" id="{accession}_HUMAN">\n'
+        properties = {
+            "UniProtKB accession": accession,
+            "UniParc ID": f"UPI000{numbers.randbytes(4).hex()[:7].upper()}",
+            "UniRef100 ID": f"UniRef100_{accession}",
+            "UniRef90 ID": f"UniRef90_{accession}",
+            "protein name": name,
+            "source organism": taxon,
+            "NCBI taxonomy": "9606",
+            "length": str(len(residues)),
+            "isSeed": "true",
+        }
+        text += "".join(f'<property type="{kind}" value="{value}"/>\n' for kind, value in properties.items())
+        text += f'</dbReference>\n<sequence length="{len(residues)}" checksum="{checksum}">{residues}</sequence>\n'
+        text += "</representativeMember>\n</entry>\n"
+    return f"{text}</UniRef50>\n".encode()
+
+
 XML = gzip.compress(uniref_xml())
 INNER = tar({"README": b"", "uniref50.release_note": b"UniRef50", "uniref50.xml.gz": XML})
 ARCHIVE = tar({"uniref100.tar": b"\0" * 30_000, "uniref90.tar": b"\0" * 20_000, "uniref50.tar": INNER}, "w:gz")
@@ -588,15 +158,28 @@ def test_the_current_release_gets_the_version_its_metalink_says(uniprot: Server,
 
 
 def test_an_archived_release_becomes_fasta_with_the_headers_of_uniref(uniprot: Server, tmp_path: Path) -> None:
-    seen: list[int] = []
-    fetched = fetch_release("2022_05", tmp_path, lambda now, _: seen.append(now), f"{uniprot.url}/")
+    fetched = fetch_release("2022_05", tmp_path, base_url=f"{uniprot.url}/")
     md5 = hashlib.md5(ARCHIVE).hexdigest()
     path = tmp_path / "uniref50_2022_05.fasta.gz"
     assert fetched == FetchedRelease(path, "2022_05", f"{uniprot.url}{OLD}/uniref2022_05.tar.gz", md5, "CC BY 4.0")
     assert read(path) == EXPECTED
     assert max(map(len, gzip.decompress(path.read_bytes()).split(b"\n")[1:3])) == 60
     assert names(tmp_path) == [path.name, "uniref50_2022_05.json"]  # the archive is gone
-    assert seen[-1] == len(ARCHIVE)
+
+
+def test_progress_is_of_the_download_and_then_of_the_archive_read(uniprot: Server, tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    archive = tar({"uniref90.tar": random.Random(1).randbytes(300_000), "uniref50.tar": INNER}, "w:gz")
+    uniprot.files[f"{OLD}/uniref2022_05.tar.gz"] = archive
+    uniprot.files[f"{OLD}/RELEASE.metalink"] = metalink("2022_05", {"uniref2022_05.tar.gz": archive})
+    fetch_release("2022_05", tmp_path, lambda *now: seen.append(now), uniprot.url)
+    assert {total for _, total in seen} == {len(archive)}
+    done = [now for now, _ in seen]
+    again = next(at for at in range(1, len(done)) if done[at] < done[at - 1])
+    for part in (done[:again], done[again:]):
+        assert part == sorted(part)
+        assert part[-1] == len(archive)
+        assert len(part) > 3
 
 
 def test_a_release_that_was_fetched_needs_no_server(uniprot: Server, tmp_path: Path) -> None:
@@ -777,3 +360,83 @@ def test_an_archive_without_uniref50_or_a_damaged_one_leaves_nothing(
     with pytest.raises(ReleaseError, match=f"a.tar: {problem}"):
         extract_fasta(tmp_path / "a.tar", tmp_path, "2022_05")
     assert names(tmp_path) == ["a.tar"]
+
+
+def test_progress_ends_where_uniref50_does(tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    archive = tar({"uniref50.tar": INNER, "uniref90.tar": b"\0" * 1_000_000})
+    (tmp_path / "a.tar").write_bytes(archive)
+    assert read(extract_fasta(tmp_path / "a.tar", tmp_path, "2022_05", lambda *now: seen.append(now))) == EXPECTED
+    assert {total for _, total in seen} == {len(archive)}
+    assert len(INNER) < seen[-1][0] < len(INNER) + 200_000
+
+
+def test_ctrl_c_while_the_archive_is_read_leaves_it_alone(uniprot: Server, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def stop(now: int, _: int | None) -> None:
+        seen.append(now)
+        if len(seen) > 1 and now < seen[-2]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch_release("2022_05", tmp_path, stop, uniprot.url)
+    assert names(tmp_path) == ["uniref2022_05.tar.gz"]
+    uniprot.seen.clear()
+    assert read(fetch_release("2022_05", tmp_path, base_url=uniprot.url).path) == EXPECTED
+    assert [path for path, *_ in uniprot.seen] == [f"{NOW}/RELEASE.metalink", f"{OLD}/RELEASE.metalink"]
+
+
+def test_too_small_a_disk_is_found_before_the_archive_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / "a.tar"
+    with archive.open("wb") as stream:
+        stream.truncate(170 * 10**9)  # a hole, which takes no room
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9 * 10**9))
+    needed = r"has 9\.0 GB free, 10\.0 GB needed for uniref50_2022_05\.fasta\.gz; make room, or choose another folder"
+    with pytest.raises(ReleaseError, match=f"^{tmp_path}: {needed}$"):
+        extract_fasta(archive, tmp_path, "2022_05", lambda *_: pytest.fail("read some of it"))
+    assert names(tmp_path) == ["a.tar"]
+
+
+def test_what_a_killed_process_left_is_room_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tar").write_bytes(tar({"uniref50.fasta.gz": b">"}))
+    (tmp_path / "uniref50_2022_05.fasta.gz.part").write_bytes(bytes(10_240))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    assert extract_fasta(tmp_path / "a.tar", tmp_path, "2022_05").read_bytes() == b">"
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "suffix"),
+    [
+        ("uniref50.fasta.gz", 1.0, ".fasta.gz"),
+        ("uniref50.fasta", 1.0, ".fasta"),
+        ("uniref50.xml.gz", 0.85, ".fasta.gz"),
+        ("uniref50.xml", 0.2, ".fasta.gz"),
+    ],
+)
+def test_a_fasta_too_large_for_the_disk_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, share: float, suffix: str
+) -> None:
+    (tmp_path / "a.tar").write_bytes(tar({"uniref50.tar": tar({name: CONTENT})}))
+    free = int(len(CONTENT) * share)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free - 1))
+    with pytest.raises(ReleaseError, match=f"GB needed for uniref50_2022_05{suffix}; make room"):
+        extract_fasta(tmp_path / "a.tar", tmp_path, "2022_05")
+    assert names(tmp_path) == ["a.tar"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    if "xml" in name:
+        with pytest.raises(ReleaseError, match="cannot be read"):  # there was room, but this is no XML
+            extract_fasta(tmp_path / "a.tar", tmp_path, "2022_05")
+    else:
+        assert extract_fasta(tmp_path / "a.tar", tmp_path, "2022_05").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(("name", "share"), [("uniref50.xml.gz", 0.85), ("uniref50.xml", 0.2)])
+def test_the_room_estimated_for_the_fasta_of_xml_is_enough_for_the_sample(
+    tmp_path: Path, name: str, share: float
+) -> None:
+    xml = sample_xml()
+    content = gzip.compress(xml) if name.endswith("gz") else xml
+    (tmp_path / "a.tar").write_bytes(tar({name: content}))
+    made = extract_fasta(tmp_path / "a.tar", tmp_path, "2022_05").stat().st_size
+    assert 0.8 < made / (len(content) * share) <= 1

@@ -174,8 +174,8 @@ class _Workspace:
         """Run the kernel over a block; the result is overwritten by the next one."""
         text = np.frombuffer(block.text, dtype=np.uint8)
         limit = text.size if policy.long_sequences == "keep" else policy.max_residues
-        filled = self._tokens, self._fields, self._digests
-        records, end = kernels.parse(text, kernels.BYTE_CLASSES, limit, policy.key, *filled)
+        filled = self._tokens, kernels.words_of(self._tokens), self._fields, self._digests
+        records, end = kernels.parse(text, kernels.words_of(text), kernels.BYTE_CLASSES, limit, policy.key, *filled)
         return _ParsedBlock(
             block, self._tokens[:end], self._fields[:records], self._digests[:records], bytes_read, self
         )

@@ -96,7 +96,7 @@ def _add_pairs(
     """Append the pairs of some whole lines, which follow on `lines` others; how many lines they are."""
     pairs = np.empty((2, len(text) // 2 + 1), dtype=np.uint64)
     content = np.frombuffer(text, dtype=np.uint8)
-    count, bad = kernels.parse_map(content, key, cluster_first, pairs[0], pairs[1])
+    count, bad = kernels.parse_map(content, kernels.words_of(content), key, cluster_first, pairs[0], pairs[1])
     if bad < len(text):
         line = lines + text.count(b"\n", 0, int(bad)) + 1
         shown = text[int(bad) : int(bad) + 40].decode(errors="replace").splitlines()[0]

@@ -29,6 +29,7 @@ FIELDS = 8
 _U = np.uint64
 _NEWLINE, _RETURN, _HEADER, _SPACE, _TAB, _COMMA = (ord(character) for character in "\n\r> \t,")
 _X = TOKEN_IDS["X"]
+_ONES, _HIGH_BITS = _U(0x0101010101010101), _U(0x8080808080808080)
 _MULTIPLIER = _U(0x9FB21C651E98DF25)
 _MIXER_1, _MIXER_2 = _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
 _PAIR_BASE = 64  # over the largest token id
@@ -56,28 +57,47 @@ def _compiled(function: Function) -> Function:
             return cast(Function, numba.njit(nogil=True)(function))
 
 
+def words_of(content: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Every eight neighbouring bytes of uint8 [n] as a number: a view, uint64 [n - 7], of overlapping elements."""
+    return np.ndarray((max(content.size - 7, 0),), np.dtype("<u8"), buffer=content.data, strides=(1,))
+
+
 @_compiled
-def _digest(content: Any, begin: Any, end: Any, key: Any) -> Any:
+def _word(content: Any, words: Any, at: Any, count: Any) -> Any:
+    """The next `count` bytes, below eight, as a number, with a one above them so that zeros at the end count."""
+    if at + _U(8) <= content.size:
+        return (words[at] & ((_U(1) << (_U(8) * count)) - _U(1))) | (_U(1) << (_U(8) * count))
+    word = _U(1)
+    for place in range(count):
+        word = (word << _U(8)) | _U(content[at + count - _U(place) - _U(1)])
+    return word
+
+
+@_compiled
+def _digest(content: Any, words: Any, begin: Any, end: Any, key: Any) -> Any:
     """64-bit hash of content[begin:end] under a key: a multiply-and-shift chain over 8-byte words, then splitmix64."""
     state = key ^ (_U(end - begin) * _MULTIPLIER)
     at = begin
     while at + _U(8) <= end:
-        word = _U(0)
-        for place in range(8):
-            word |= _U(content[at + _U(place)]) << _U(8 * place)
-        state = (state ^ word) * _MULTIPLIER
+        state = (state ^ words[at]) * _MULTIPLIER
         state ^= state >> _U(32)
         at += _U(8)
-    word = _U(1)  # so that zeros at the end count
-    while at < end:
-        word = (word << _U(8)) | _U(content[at])
-        at += _U(1)
-    state = (state ^ word) * _MULTIPLIER
+    state = (state ^ _word(content, words, at, end - at)) * _MULTIPLIER
     state ^= state >> _U(30)
     state *= _MIXER_1
     state ^= state >> _U(27)
     state *= _MIXER_2
     return state ^ (state >> _U(31))
+
+
+@_compiled
+def _is_plain(word: Any) -> Any:
+    """Whether none of eight bytes is a line end, a carriage return, NUL, or over 127 (Mycroft's zero-byte test)."""
+    found = word & _HIGH_BITS
+    for pattern in (_U(0), _ONES * _U(_NEWLINE), _ONES * _U(_RETURN)):
+        compared = word ^ pattern
+        found |= (compared - _ONES) & ~compared & _HIGH_BITS
+    return found == _U(0)
 
 
 @_compiled
@@ -92,10 +112,21 @@ def _encode_run(text: Any, at: Any, count: Any, classes: Any, tokens: Any, end: 
 
 
 @_compiled
-def parse(text: Any, classes: Any, max_residues: Any, key: Any, tokens: Any, fields: Any, digests: Any) -> Any:  # noqa: C901
+def parse(  # noqa: C901
+    text: Any,
+    words: Any,
+    classes: Any,
+    max_residues: Any,
+    key: Any,
+    tokens: Any,
+    token_words: Any,
+    fields: Any,
+    digests: Any,
+) -> Any:
     """Clean and encode whole FASTA records.
 
-    text uint8 [bytes], beginning with '>' and ending where a record ends; classes: `BYTE_CLASSES`; key uint64.
+    text uint8 [bytes], beginning with '>' and ending where a record ends; words, token_words: `words_of` text
+    and tokens; classes: `BYTE_CLASSES`; key uint64.
     Filled: tokens uint8 [at least bytes], the records' token ids one after another, each cut to `max_residues`;
     fields int32 [at least records, FIELDS], a column for each name above, lengths in residues; digests uint64
     [at least records, 2], of the tokens and of the identifier (0: it has none). Letters outside the alphabet and stops
@@ -109,7 +140,11 @@ def parse(text: Any, classes: Any, max_residues: Any, key: Any, tokens: Any, fie
         # The header; its first word is the identifier.
         at += _U(1)
         word = at
-        while at < size and text[at] != _NEWLINE:
+        while at < size:
+            while at + _U(8) <= size and _is_plain(words[at]):
+                at += _U(8)
+            if at >= size or text[at] == _NEWLINE:
+                break
             byte = text[at]
             if byte >= 128 or byte == 0 or (byte == _RETURN and at + _U(1) < size and text[at + _U(1)] != _NEWLINE):
                 row[SUSPECT] = 1
@@ -119,7 +154,7 @@ def parse(text: Any, classes: Any, max_residues: Any, key: Any, tokens: Any, fie
         word_end = word
         while word_end < at and text[word_end] > _SPACE:
             word_end += _U(1)
-        digests[record, 1] = _digest(text, word, word_end, key) if word_end > word else _U(0)
+        digests[record, 1] = _digest(text, words, word, word_end, key) if word_end > word else _U(0)
         at += _U(1)
         # The sequence, line by line; most lines are as wide as the one before and hold nothing but residues.
         first, stops = end, 0
@@ -166,13 +201,13 @@ def parse(text: Any, classes: Any, max_residues: Any, key: Any, tokens: Any, fie
         row[GIVEN_LENGTH] = end - first
         end = min(end, first + _U(max_residues))
         row[LENGTH] = end - first
-        digests[record, 0] = _digest(tokens, first, end, key)
+        digests[record, 0] = _digest(tokens, token_words, first, end, key)
         record += _U(1)
     return record, end
 
 
 @_compiled
-def parse_map(text: Any, key: Any, cluster_first: Any, members: Any, clusters: Any) -> Any:  # noqa: C901
+def parse_map(text: Any, words: Any, key: Any, cluster_first: Any, members: Any, clusters: Any) -> Any:  # noqa: C901
     """Hash the fields of a table of clusters, line by line.
 
     text uint8 [bytes], whole lines of two columns divided by a tab: a cluster and its members, divided by commas, if
@@ -196,18 +231,18 @@ def parse_map(text: Any, key: Any, cluster_first: Any, members: Any, clusters: A
         if tab >= end:
             return pairs, begin
         if not cluster_first:
-            members[pairs] = _digest(text, begin, tab, key)
-            clusters[pairs] = _digest(text, tab + _U(1), end, key)
+            members[pairs] = _digest(text, words, begin, tab, key)
+            clusters[pairs] = _digest(text, words, tab + _U(1), end, key)
             pairs += _U(1)
             continue
-        cluster = _digest(text, begin, tab, key)
+        cluster = _digest(text, words, begin, tab, key)
         first = tab + _U(1)
         while first < end:
             last = first
             while last < end and text[last] != _COMMA:
                 last += _U(1)
             if last > first:
-                members[pairs] = _digest(text, first, last, key)
+                members[pairs] = _digest(text, words, first, last, key)
                 clusters[pairs] = cluster
                 pairs += _U(1)
             first = last + _U(1)
@@ -252,13 +287,19 @@ def find(slots: Any, digests: Any, is_there: Any) -> Any:
 @_compiled
 def select(tokens: Any, lengths: Any, chosen: Any, selected: Any) -> Any:
     """Copy the chosen sequences together: tokens uint8, lengths [n], chosen bool [n], selected uint8, filled."""
-    begin, end = _U(0), _U(0)
-    for index in range(lengths.size):
-        length = _U(lengths[index])
-        if chosen[index]:
-            selected[end : end + length] = tokens[begin : begin + length]
-            end += length
-        begin += length
+    begin, end, index = _U(0), _U(0), 0
+    while index < lengths.size:
+        run = _U(0)
+        if chosen[index]:  # neighbours are copied in one go
+            while index < lengths.size and chosen[index]:
+                run += _U(lengths[index])
+                index += 1
+            selected[end : end + run] = tokens[begin : begin + run]
+            end += run
+        else:
+            run = _U(lengths[index])
+            index += 1
+        begin += run
 
 
 @_compiled

@@ -26,7 +26,6 @@ from bionemo_esm.data.cleaning import (
     Expectation,
     Intake,
     Progress,
-    select_sequences,
 )
 from bionemo_esm.data.digests import DigestSet
 from bionemo_esm.data.store import SPLITS, ProteinStore, StoreError
@@ -165,8 +164,7 @@ def _take_split(intake: Intake, writer: StoreWriter, name: str, path: PathLike, 
         counts.dropped_in_other_split += int(in_other.sum())
         counts.dropped_duplicate += int((dropped & ~in_other).sum())
         counts.records_kept += int((~dropped).sum())
-        chosen = block.select(~dropped)
-        writer.add_many(name, chosen.tokens, chosen.lengths)
+        writer.add_many(name, block.tokens, block.lengths, chosen=~dropped)
 
     intake.read(path, add, lambda expected: writer.require_space(expected.residues, expected.records))
     if counts.records_kept == kept_before:
@@ -202,8 +200,8 @@ class _RandomSplit:
         self._counts.dropped_duplicate += int((~kept).sum())
         bound = self._policy.held_out_bound(number_before + np.cumsum(is_new))
         may_be_held_out = kept & (block.digests < bound * 2.0**64)
-        train, waiting = block.select(kept & ~may_be_held_out), block.select(may_be_held_out)
-        self._writer.add_many("train", train.tokens, train.lengths)
+        self._writer.add_many("train", block.tokens, block.lengths, chosen=kept & ~may_be_held_out)
+        waiting = block.select(may_be_held_out)
         with disk_errors(self._writer.folder):
             self._scratch.write(waiting.tokens.data)
         self._waiting_lengths.frombytes(waiting.lengths.tobytes())
@@ -221,7 +219,7 @@ class _RandomSplit:
             content = self._scratch.read(int(lengths_here.sum(dtype=np.int64)))
             tokens = np.frombuffer(content, dtype=np.uint8)
             for code, name in enumerate(SPLITS):
-                self._writer.add_many(name, *select_sequences(tokens, lengths_here, codes_here == code))
+                self._writer.add_many(name, tokens, lengths_here, chosen=codes_here == code)
         self._counts.records_kept = self._counts.records_read - self._counts.dropped
 
     def _codes(self) -> NDArray[np.int8]:

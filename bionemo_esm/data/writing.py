@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 from array import array
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +22,6 @@ from numpy.typing import ArrayLike, NDArray
 from bionemo_esm import __version__
 from bionemo_esm.alphabet import VOCABULARY_SIZE
 from bionemo_esm.data import kernels
-from bionemo_esm.data.sources import BackgroundHash
 from bionemo_esm.data.store import (
     FORMAT_VERSION,
     INDEX_HEADER,
@@ -36,6 +37,8 @@ from bionemo_esm.data.store import (
 )
 
 _BLOCK = 2**20  # elements handled at once where a whole array would be large
+_BUFFER_BYTES = 2**22
+_SYNC_BYTES = 2**27
 _ADVICE = {
     errno.ENOSPC: "free some space or choose another output; nothing of the store was kept",
     errno.EDQUOT: "free some of your quota or choose another output; nothing of the store was kept",
@@ -47,32 +50,87 @@ _ADVICE = {
 }
 
 
+class _TokenFile:
+    """A `.bin` on its way to disk. One buffer is filled while the other is written, hashed and counted on a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("wb", buffering=0)
+        self._sha256 = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
+        self._writing: Future[None] | None = None
+        self._buffers = [np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.uint8)]
+        self._filled = self._unsynced = 0
+        self.counts = np.zeros(VOCABULARY_SIZE, dtype=np.int64)
+
+    def append(self, flat_ids: NDArray[np.uint8], lengths: NDArray[np.int32], chosen: NDArray[np.bool_]) -> int:
+        """Append the chosen ones of some sequences; how many residues they have."""
+        size = int(lengths[chosen].sum(dtype=np.int64))
+        if self._filled + size > self._buffers[0].size:
+            self._flush()
+            if size > self._buffers[0].size:
+                self._buffers[0] = np.empty(max(size, _BUFFER_BYTES), dtype=np.uint8)
+        kernels.select(flat_ids, lengths, chosen, self._buffers[0][self._filled : self._filled + size])
+        self._filled += size
+        return size
+
+    def _flush(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = self._thread.submit(self._write, self._buffers[0][: self._filled])
+        self._buffers.reverse()
+        self._filled = 0
+
+    def _write(self, tokens: NDArray[np.uint8]) -> None:
+        rest = tokens.data
+        while rest:
+            rest = rest[self._stream.write(rest) :]
+        self._unsynced += tokens.size
+        if self._unsynced > _SYNC_BYTES:  # on the way, so that the end need not wait for all of it
+            os.fdatasync(self._stream.fileno())
+            self._unsynced = 0
+        self._sha256.update(tokens.data)
+        kernels.count_tokens(tokens, self.counts)
+
+    def finish(self) -> str:
+        """Write what is left, sync, and close; the SHA-256 of the file."""
+        self._flush()
+        self._flush()  # which waits for the first
+        self._thread.shutdown()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        return self._sha256.hexdigest()
+
+    def abandon(self) -> None:
+        """Close without finishing, or after it."""
+        self._thread.shutdown()
+        self._stream.close()
+
+
 class _SplitWriter:
     """One split on its way to disk: appends to `.bin`, remembers lengths (4 bytes a sequence), writes `.idx` last."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._index_path = folder / f"{name}.idx"
-        self.stream = (folder / f"{name}.bin").open("wb", buffering=_BLOCK)
-        self.hash = BackgroundHash()
+        self.tokens = _TokenFile(folder / f"{name}.bin")
         self._lengths = array("i")
         self._cluster_sizes = array("i")
-        self._counts = np.zeros(VOCABULARY_SIZE, dtype=np.int64)
 
     def add_many(
-        self, flat_ids: NDArray[np.uint8], lengths: NDArray[np.int64], cluster_sizes: ArrayLike | None
+        self,
+        flat_ids: NDArray[np.uint8],
+        lengths: NDArray[np.int32],
+        chosen: NDArray[np.bool_],
+        cluster_sizes: ArrayLike | None,
     ) -> None:
-        content = flat_ids.tobytes()  # a copy, for the hash is taken later
-        self.hash.update(content)
-        self.stream.write(content)
-        kernels.count_tokens(flat_ids, self._counts)
+        self.tokens.append(flat_ids, lengths, chosen)
         clustered = bool(self._cluster_sizes) or not self._lengths
-        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self._lengths.frombytes(lengths[chosen].tobytes())
         if cluster_sizes is not None:
             assert clustered, "either all sequences of a split are in clusters or none"
             self._cluster_sizes.frombytes(np.asarray(cluster_sizes).astype(np.int32).tobytes())
 
     def finish(self) -> SplitSummary:
-        _sync_and_close(self.stream)
+        bin_sha256 = self.tokens.finish()
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         sizes = np.frombuffer(self._cluster_sizes, dtype=np.int32) if self._cluster_sizes else None
         assert sizes is None or int(sizes.sum(dtype=np.int64)) == lengths.size
@@ -80,10 +138,10 @@ class _SplitWriter:
         return SplitSummary(
             sequences=lengths.size,
             clusters=lengths.size if sizes is None else sizes.size,
-            residues=int(self._counts.sum()),
+            residues=int(self.tokens.counts.sum()),
             longest=int(lengths.max(initial=0)),
-            residue_counts=self._counts.tolist(),
-            bin_sha256=self.hash.hexdigest(),
+            residue_counts=self.tokens.counts.tolist(),
+            bin_sha256=bin_sha256,
             idx_sha256=sha256_of_file(self._index_path),
         )
 
@@ -148,9 +206,8 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for split in self._splits.values():
-            split.hash.hexdigest()
-            with suppress(OSError):  # a full disk, which was told of already
-                split.stream.close()
+            with suppress(OSError):  # of a full disk, which was told of already
+                split.tokens.abandon()
         if os.path.lexists(self.partial) and os.path.samestat(os.fstat(self._lock), self.partial.stat()):
             shutil.rmtree(self.partial, ignore_errors=True)  # gone already where `finish` has renamed it
         os.close(self._lock)
@@ -170,30 +227,36 @@ class StoreWriter:
         self.add_many(split, token_ids, [token_ids.size])
 
     def add_many(
-        self, split: str, flat_ids: NDArray[np.uint8], lengths: ArrayLike, cluster_sizes: ArrayLike | None = None
+        self,
+        split: str,
+        flat_ids: NDArray[np.uint8],
+        lengths: ArrayLike,
+        cluster_sizes: ArrayLike | None = None,
+        chosen: NDArray[np.bool_] | None = None,
     ) -> None:
         """Append sequences to a split: their token ids one after another, uint8 [sum of lengths], lengths [sequences].
 
-        In a clustered split the sequences of a cluster stand together, and `cluster_sizes` [clusters] says how many
-        each has. Raises `ValueError` for another dtype, an id over 32, a length below 1, or sizes that do not sum up.
+        Of these only the `chosen`, bool [sequences], where given. In a clustered split the sequences of a cluster stand
+        together, and `cluster_sizes` [clusters] says how many each has. Raises `ValueError` for another dtype, an id
+        over 32, a length below 1, or sizes that do not sum up.
         """
-        counts = np.asarray(lengths, dtype=np.int64)
+        counts = np.asarray(lengths).astype(np.int32, copy=False)
+        total = int(counts.sum(dtype=np.int64))
+        taken = np.ones(counts.size, dtype=np.bool_) if chosen is None else chosen
         if split not in self._splits:
             raise ValueError(f"no split {split!r} is being written; choose one of {', '.join(SPLITS)}")
         if flat_ids.dtype != np.uint8 or flat_ids.ndim != 1:
             raise ValueError(f"token ids must be a 1-D uint8 array, got {flat_ids.ndim}-D {flat_ids.dtype}")
-        if counts.size and counts.min() < 1:
+        if counts.size and counts[taken].min(initial=1) < 1:
             raise ValueError(f"a sequence needs at least one residue, got a length of {counts.min()}")
-        if int(counts.sum()) != flat_ids.size:
-            raise ValueError(f"the lengths sum to {counts.sum()}, but there are {flat_ids.size} token ids")
+        if total != flat_ids.size:
+            raise ValueError(f"the lengths sum to {total}, but there are {flat_ids.size} token ids")
         if flat_ids.size and flat_ids.max() >= VOCABULARY_SIZE:
             raise ValueError(f"token ids lie in 0..{VOCABULARY_SIZE - 1}, got {flat_ids.max()}")
         if cluster_sizes is not None and int(np.sum(cluster_sizes, dtype=np.int64)) != counts.size:
-            raise ValueError(
-                f"the clusters have {np.sum(cluster_sizes)} members, but there are {counts.size} sequences"
-            )
+            raise ValueError(f"the clusters have {np.sum(cluster_sizes)} members, not {counts.size}")
         with disk_errors(self.folder):
-            self._splits[split].add_many(flat_ids, counts, cluster_sizes)
+            self._splits[split].add_many(flat_ids, counts, taken, cluster_sizes)
 
     def finish(self, manifest_fields: Mapping[str, object]) -> Path:
         """Complete the store: sync all files, write the manifest with these further fields, rename; the final folder.
