@@ -41,8 +41,8 @@ def _missing_files(recipe: Recipe) -> list[str]:
     missing = []
     if recipe.data.store is not None and not (recipe.data.store / "manifest.json").is_file():
         missing.append(
-            f"data.store: {recipe.data.store} is not a store (no manifest.json); build one from a FASTA file with "
-            "data.fasta=/path/to/uniref50.fasta.gz data.store=null, or name the folder of one"
+            f"data.store: {recipe.data.store} is not a store (no manifest.json); build it with "
+            f"`python examples/preprocess_uniref50.py output={recipe.data.store}`, or name the folder of one"
         )
     for key, path in (("data.fasta", recipe.data.fasta), ("restore_from_path", recipe.restore_from_path)):
         if path is not None and not path.is_file():
