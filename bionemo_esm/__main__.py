@@ -40,7 +40,8 @@ def main() -> None:
         else:
             (jobs.inspect if command == "inspect" else jobs.leakage)(arguments)
     else:
-        sys.exit(f"error: no command {command!r}\n\n{USAGE}")
+        print(f"error: no command {command!r}\n\n{USAGE}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def exit_of(job: Callable[[], int], on_interrupt: str, silent: bool = False) -> 
         code = job()
     except UserError as error:
         if not silent:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+            clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a progress line may stand there
+            print(f"{clear}error: {error}", file=sys.stderr)  # noqa: T201
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print(f"\n{on_interrupt}", file=sys.stderr)  # noqa: T201

@@ -108,8 +108,8 @@ def test_text_tells_of_every_split_and_where_it_came_from(tmp_path: Path, sample
     text = card.text()
     assert text.startswith("UniRef50 2022_05\n3 proteins, ")
     assert "a.fasta.gz (train), 1,234,567 bytes, SHA-256 0123456789ab…" in text
-    assert "max residues 1,024, seed 0; none or zero: test sequences" in text
-    assert "records read 54,321, dropped duplicate 7; none or zero: dropped empty, truncated" in text
+    assert "max residues 1,024, seed 0, test sequences null" in text
+    assert "records read 54,321, dropped duplicate 7\n" in text
     assert "bionemo-esm data build" in text
     assert str(card.manifest["splits"]["train"]["bin_sha256"])[:12] in text
     assert "CC BY 4.0" in text

@@ -257,13 +257,14 @@ def _source(entry: Any) -> str:
 
 
 def _listed(values: Any) -> str:
-    """`name 12, other name 3`; what is zero, false or null is only named, at the end, but for a seed."""
+    """`name 12, other name 3`; what is zero is left out, but for a seed, and what is null said to be."""
     if not isinstance(values, dict) or not values:
         return _plain(values)
-    told = [f"{key} {item if key == 'seed' else _plain(item)}" for key, item in values.items() if item or key == "seed"]
-    silent = [key for key, item in values.items() if not (item or key == "seed")]
-    text = ", ".join(told) + (f"{'; ' if told else ''}none or zero: {', '.join(silent)}" if silent else "")
-    return text.replace("_", " ")
+    told = {key: item for key, item in values.items() if item or item is None or key == "seed"}
+    words = [
+        f"{key} {'null' if item is None else item if key == 'seed' else _plain(item)}" for key, item in told.items()
+    ]
+    return ", ".join(words).replace("_", " ") or "nothing"
 
 
 def draw_card(card: StoreCard | ProteinStore, path: str | os.PathLike[str]) -> Path:

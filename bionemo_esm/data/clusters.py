@@ -4,7 +4,7 @@ ESM-2 was trained so (Lin et al., Science 379, 1123, 2023): draw a UniRef50 clus
 Here the order draws the clusters, and a hash of seed, epoch and cluster the member. Clusters are split by the keyed
 hash of their names; of one that is held out only the representative, the first member that the map names, is kept.
 
-Memory: 24 bytes for each member in the map and 20 for each sequence kept.
+Memory: 25 bytes for each member in the map and 28 for each sequence; while sorting, some 16 more for either.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from bionemo_esm.data import kernels
 from bionemo_esm.data.cleaning import BuildCounts, CleanBlock, Expectation, Intake, Progress
-from bionemo_esm.data.digests import DigestSet
 from bionemo_esm.data.sources import Source
 from bionemo_esm.data.store import ProteinStore, StoreError
 from bionemo_esm.data.uniref50 import BuildPolicy, PathLike, scratch_file
@@ -40,10 +39,10 @@ class ClusterMap(NamedTuple):
     """Where in the file each member stands, counted in members."""
     manifest_entry: dict[str, object]
 
-    def look_up(self, members: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Cluster and place of each of members uint64 [n], and whether it is in the map: three arrays [n]."""
+    def look_up(self, members: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Where in these arrays each of members uint64 [n] is, and whether it is there: two arrays [n]."""
         at = np.minimum(np.searchsorted(self.members, members), self.members.size - 1)
-        return self.clusters[at], self.places[at], self.members[at] == members
+        return at, self.members[at] == members
 
 
 def read_cluster_map(path: PathLike, key: np.uint64) -> ClusterMap:
@@ -53,31 +52,63 @@ def read_cluster_map(path: PathLike, key: np.uint64) -> ClusterMap:
     Raises `SourceError` when it cannot be read, and `StoreError`, naming the line, for one without a tab; also for a
     member that stands in two clusters, and an empty table.
     """
-    members, clusters = array("Q"), array("Q")
     with Source(path) as source:
-        rest, lines, cluster_first, at_end = b"", 0, True, False
+        table = _Table(source.name, key)
+        rest, at_end = b"", False
         while not at_end:
             block = bytearray(_BLOCK_BYTES)
             filled = source.fill(memoryview(block))
+            if source.damage:
+                raise StoreError(f"{source.name}: {source.damage}; download or copy the file again")
             at_end = filled < len(block)
-            whole, newline, rest = (rest + block[:filled]).rpartition(b"\n")
-            if at_end:
-                whole, newline, rest = whole + newline + rest, b"", b""
-            if whole and not lines:
-                whole, cluster_first = _without_heading(whole)
-            if whole:
-                lines += _add_pairs(source.name, lines, whole + newline, key, cluster_first, members, clusters)
-        if source.damage:
-            raise StoreError(f"{source.name}: {source.damage}; download or copy the file again")
-    if not members:
+            text = rest + block[:filled]
+            end = len(text) if at_end else text.rfind(b"\n") + 1
+            table.add(text[:end])
+            rest = text[end:]
+    if not table.members:
         raise StoreError(f"{path}: names no cluster; give a table of clusters and their members")
-    member_digests, cluster_digests = (np.frombuffer(values, dtype=np.uint64) for values in (members, clusters))
-    order = np.argsort(member_digests, kind="stable")
-    found = ClusterMap(member_digests[order], cluster_digests[order], order, source.manifest_entry)
-    twice = int(((np.diff(found.members) == 0) & (np.diff(found.clusters) != 0)).sum())
-    if twice:
-        raise StoreError(f"{path}: {twice} members stand in more than one cluster; keep one line for each")
-    return found
+    names, cluster_names = (np.frombuffer(values, dtype=np.uint64) for values in (table.members, table.clusters))
+    places = np.argsort(names, kind="stable")
+    names, cluster_names = names[places], cluster_names[places]
+    first = np.ones(names.size, dtype=np.bool_)
+    first[1:] = names[1:] != names[:-1]
+    elsewhere = int((~first[1:] & (cluster_names[1:] != cluster_names[:-1])).sum())
+    if elsewhere:
+        raise StoreError(f"{path}: {elsewhere} members stand in more than one cluster; keep one line for each")
+    return ClusterMap(names[first], cluster_names[first], places[first], source.manifest_entry)
+
+
+class _Table:
+    """The pairs of a table of clusters, hashed as its lines come."""
+
+    def __init__(self, name: str, key: np.uint64) -> None:
+        self.name, self._key = name, key
+        self.members, self.clusters = array("Q"), array("Q")
+        self._lines = 0
+        self._cluster_first: bool | None = None  # not known before the first lines
+
+    def add(self, text: bytes) -> None:
+        """Add whole lines. Raises `StoreError`, naming the line, for one that has not two columns."""
+        if self._cluster_first is None:
+            given = text.count(b"\n")
+            text = text.lstrip(b"\r\n")
+            if not text:
+                self._lines += given
+                return
+            text, self._cluster_first = _without_heading(text)
+            self._lines += given - text.count(b"\n")
+        pairs = np.empty((2, len(text) // 2 + 1), dtype=np.uint64)
+        content = np.frombuffer(text, dtype=np.uint8)
+        words = kernels.words_of(content)
+        count, bad = kernels.parse_map(content, words, self._key, self._cluster_first, pairs[0], pairs[1])
+        if bad < len(text):
+            line = self._lines + text.count(b"\n", 0, int(bad)) + 1
+            shown = text[int(bad) : int(bad) + 40].decode(errors="replace").splitlines()[0]
+            advice = "give a cluster, a tab and its members, divided by commas"
+            raise StoreError(f"{self.name}, line {line}: not two columns in {shown!r}; {advice}")
+        self._lines += text.count(b"\n")
+        self.members.frombytes(pairs[0, :count].tobytes())
+        self.clusters.frombytes(pairs[1, :count].tobytes())
 
 
 def _without_heading(text: bytes) -> tuple[bytes, bool]:
@@ -88,22 +119,6 @@ def _without_heading(text: bytes) -> tuple[bytes, bool]:
     columns = (second if is_heading else first).split(b"\t")
     member_first = len(columns) > 1 and columns[1].startswith(_CLUSTER_PREFIX) and _CLUSTER_PREFIX not in columns[0]
     return others if is_heading else text, not member_first
-
-
-def _add_pairs(
-    name: str, lines: int, text: bytes, key: np.uint64, cluster_first: bool, members: array[int], clusters: array[int]
-) -> int:
-    """Append the pairs of some whole lines, which follow on `lines` others; how many lines they are."""
-    pairs = np.empty((2, len(text) // 2 + 1), dtype=np.uint64)
-    content = np.frombuffer(text, dtype=np.uint8)
-    count, bad = kernels.parse_map(content, kernels.words_of(content), key, cluster_first, pairs[0], pairs[1])
-    if bad < len(text):
-        line = lines + text.count(b"\n", 0, int(bad)) + 1
-        shown = text[int(bad) : int(bad) + 40].decode(errors="replace").splitlines()[0]
-        raise StoreError(f"{name}, about line {line}: no tab in {shown!r}; give a cluster, a tab and its members")
-    members.frombytes(pairs[0, :count].tobytes())
-    clusters.frombytes(pairs[1, :count].tobytes())
-    return text.count(b"\n")
 
 
 def build_clustered_store(
@@ -120,9 +135,12 @@ def build_clustered_store(
     """Build a clustered store at `output` from a FASTA file of members and a table of clusters.
 
     `validation_sequences` and `test_sequences` count clusters, and so representatives. Members that the map does not
-    name are dropped and counted, and so are clusters of which no sequence was found. Raises as `build_store` does, as
-    `read_cluster_map` does, and `StoreError` when the map names none of the members.
+    name are dropped and counted, and so are clusters of which no sequence was found. Of equal sequences one is kept.
+    Raises as `build_store` does, as `read_cluster_map` does, and `StoreError` when the map names none of the members or
+    the policy is to keep duplicates.
     """
+    if policy.duplicate_sequences != "drop":
+        raise StoreError(f"duplicate_sequences is {policy.duplicate_sequences!r}; for clusters it must be drop")
     with StoreWriter(output) as writer, scratch_file(writer) as scratch:
         intake = Intake(policy, threads or os.cpu_count() or 1, progress)
         by_member = read_cluster_map(cluster_map, policy.key)
@@ -152,43 +170,49 @@ class _Collected:
         self, by_member: ClusterMap, policy: BuildPolicy, writer: StoreWriter, scratch: IO[bytes], counts: BuildCounts
     ) -> None:
         self._map, self._policy, self._writer, self._scratch, self._counts = by_member, policy, writer, scratch, counts
-        self._seen = DigestSet()
-        self.lengths, self._clusters, self._places = array("i"), array("Q"), array("q")
+        self._was_met = np.zeros(by_member.members.size, dtype=np.bool_)
+        self.lengths, self._clusters, self._places, self._digests = array("i"), array("Q"), array("q"), array("Q")
 
     def expect(self, expected: Expectation) -> None:
-        """Make room for what the members' file will bring, in memory and, twice, on disk."""
-        self._seen.reserve(expected.records)
+        """Make sure of room on disk for what the members' file will bring, twice."""
         self._writer.require_space(2 * expected.residues, expected.records)
 
     def add(self, block: CleanBlock) -> None:
-        """Take the sequences of a block that are in a cluster and were not met before."""
-        clusters, places, known = self._map.look_up(block.id_digests)
-        kept = known.copy()
-        is_new = self._seen.add(block.digests[known])
-        kept[known] = is_new | (self._policy.duplicate_sequences == "keep")
+        """Take the sequences of a block that are in a cluster."""
+        at, known = self._map.look_up(block.id_digests)
+        self._was_met[at[known]] = True
         self._counts.dropped_without_cluster += int((~known).sum())
-        self._counts.duplicate_sequences += int((~is_new).sum())
-        self._counts.dropped_duplicate += int((known & ~kept).sum())
-        chosen = block.select(kept)
+        chosen = block.select(known)
         with disk_errors(self._writer.folder):
             self._scratch.write(chosen.tokens.data)
         self.lengths.frombytes(chosen.lengths.tobytes())
-        self._clusters.frombytes(clusters[kept].tobytes())
-        self._places.frombytes(places[kept].tobytes())
+        self._digests.frombytes(chosen.digests.tobytes())
+        self._clusters.frombytes(self._map.clusters[at[known]].tobytes())
+        self._places.frombytes(self._map.places[at[known]].tobytes())
+
+    def _ordered(self) -> NDArray[np.int64]:
+        """The sequences by their clusters' hashes, then by the map; of equal ones the first, int64 [n].
+
+        What is held out comes first, so a sequence that is in a held-out cluster is dropped from those of train.
+        """
+        clusters = np.frombuffer(self._clusters, dtype=np.uint64)
+        order = np.lexsort((np.frombuffer(self._places, dtype=np.int64), clusters))
+        _, first = np.unique(np.frombuffer(self._digests, dtype=np.uint64)[order], return_index=True)
+        self._counts.duplicate_sequences = self._counts.dropped_duplicate = order.size - first.size
+        return order[np.sort(first)]
 
     def write(self) -> dict[str, int]:
         """Write the clusters, in the order of their hashes: validation, test, train; the counts of the map."""
-        lengths = np.frombuffer(self.lengths, dtype=np.int32)
-        clusters = np.frombuffer(self._clusters, dtype=np.uint64)
-        order = np.lexsort((np.frombuffer(self._places, dtype=np.int64), clusters))
-        firsts = np.flatnonzero(np.diff(clusters[order], prepend=clusters[order[0]] + np.uint64(1)))
+        order = self._ordered()
+        clusters = np.frombuffer(self._clusters, dtype=np.uint64)[order]
+        firsts = np.flatnonzero(np.diff(clusters, prepend=clusters[0] + np.uint64(1)))
         sizes = np.diff(firsts, append=order.size)
-        validation, test = self._policy.held_out(firsts.size, "the clusters")
+        validation, test = self._policy.held_out(firsts.size, "the clusters, each by its representative")
         held_out = firsts[: validation + test]
         with disk_errors(self._writer.folder):
             self._scratch.flush()
         with mmap.mmap(self._scratch.fileno(), 0, access=mmap.ACCESS_READ) as tokens:
-            pieces = _Pieces(tokens, lengths)
+            pieces = _Pieces(tokens, np.frombuffer(self.lengths, dtype=np.int32))
             self._write_split("validation", pieces, order[held_out[:validation]], None)
             self._write_split("test", pieces, order[held_out[validation:]], None)
             train = order[firsts[validation + test] :]
@@ -200,7 +224,7 @@ class _Collected:
             "clusters": named,
             "clusters_without_sequence": named - firsts.size,
             "members": self._map.members.size,
-            "members_without_sequence": self._map.members.size - order.size - self._counts.dropped_duplicate,
+            "members_without_sequence": int((~self._was_met).sum()),
         }
 
     def _write_split(

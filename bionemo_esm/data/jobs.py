@@ -7,7 +7,8 @@ import glob
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from bionemo_esm.data.clusters import build_clustered_store
 from bionemo_esm.data.leakage import check_leakage
 from bionemo_esm.data.release import fetch_release
 from bionemo_esm.data.sources import STANDARD_INPUT
-from bionemo_esm.data.store import ProteinStore
+from bionemo_esm.data.store import ProteinStore, StoreError
 from bionemo_esm.data.uniref50 import BuildPolicy, build_store
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.screen import Meter, Screen, duration, exit_of
@@ -48,18 +49,22 @@ class Preprocessing:
 
     @classmethod
     def of(cls, cfg: DictConfig) -> Preprocessing:
-        """From a composed configuration. Raises `ConfigError` naming the key, `StoreError` for the policy's values."""
+        """From a composed configuration. Raises `ConfigError` naming the key."""
         values = known("", plain_values(cfg), _KEYS)
         split = known("split", values["split"], {"validation", "test"})
         clusters = known("clusters", values["clusters"], {"map"})
         cluster_map = path("clusters.map", clusters.get("map"))
         policy = typed("policy", values["policy"], CleaningPolicy)
         validation, test = (
-            None if split.get(name) is None else integer(f"split.{name}", split[name]) for name in ("validation", "test")
+            None if split.get(name) is None else integer(f"split.{name}", split[name])
+            for name in ("validation", "test")
         )
         threads = None if values.get("threads") is None else integer("threads", values["threads"])
         if threads is not None and threads < 1:
             raise ConfigError(f"threads must be at least 1, or null for one a core, not {threads}")
+        for name, count in (("validation", validation), ("test", test)):
+            if count is not None and count < 0:
+                raise ConfigError(f"split.{name} is {count}; give a count of 0 or more, or null for one in twenty")
         output, downloads = path("output", values["output"]), path("download_folder", values["download_folder"])
         if output is None or downloads is None:
             raise ConfigError("output and download_folder must each name a folder")
@@ -72,15 +77,17 @@ class Preprocessing:
             download_folder=downloads,
             output=output,
             licence=values.get("licence"),
-            policy=BuildPolicy(
-                **policy,
-                validation_sequences=validation,
-                test_sequences=test,
-                seed=integer("seed", values["seed"]),
-            ),
+            policy=_policy({**policy, "validation_sequences": validation, "test_sequences": test}, values["seed"]),
             cluster_map=cluster_map,
             threads=threads,
         )
+
+
+def _policy(values: dict[str, Any], seed: Any) -> BuildPolicy:
+    try:
+        return BuildPolicy(**values, seed=integer("seed", seed))
+    except StoreError as error:
+        raise ConfigError(f"policy: {error}") from None
 
 
 def _inputs(value: Any) -> tuple[str, ...]:
@@ -89,12 +96,12 @@ def _inputs(value: Any) -> tuple[str, ...]:
     found: list[str] = []
     for pattern in map(str, patterns):
         if not re.search(r"[*?\[]", pattern):
-            found.append(pattern)
+            found.append(pattern if pattern == STANDARD_INPUT else str(Path(pattern).expanduser()))
         elif matches := sorted(glob.glob(str(Path(pattern).expanduser()))):  # noqa: PTH207
             found += matches
         else:
             raise ConfigError(f"input: no file matches {pattern}; check the pattern and the working folder")
-    if len(set(found)) < len(found):
+    if len({Path(name).resolve() for name in found}) < len(found):
         raise ConfigError("input: names a file twice; each is read once")
     return tuple(found)
 
@@ -117,8 +124,7 @@ def preprocess(cfg: DictConfig) -> None:
 def _preprocess(job: Preprocessing) -> int:
     started, screen = time.monotonic(), Screen(sys.stdout)
     if job.output.exists():
-        ProteinStore.open(job.output)  # says what is wrong where it is no store
-        raise ConfigError(f"output: {job.output} is a finished store already; name another, or remove it")
+        raise ConfigError(f"output: {job.output} exists already; name another folder, or remove it")
     inputs, release, licence = job.inputs, job.release, job.licence
     if not inputs:
         release = release or MODEL_CARD_RELEASE
@@ -135,10 +141,11 @@ def _preprocess(job: Preprocessing) -> int:
         store = build_clustered_store(inputs[0], job.cluster_map, job.output, job.policy, **given)
     else:
         store = build_store(inputs, job.output, job.policy, **given)
-    picture = draw_card(store, job.output / PICTURE_NAME)
+    with _written(job.output / PICTURE_NAME) as picture:
+        draw_card(store, picture)
     screen.say(f"\n{StoreCard.of(store).text()}\n\nDone in {duration(time.monotonic() - started)}.")
     screen.say(f"  store    {job.output}\n  picture  {picture}")
-    screen.say(f"  train    python examples/pretrain_esm1nv.py data.store={job.output}")
+    screen.say(f"  train    bionemo-esm pretrain recipe=laptop data.store={job.output}")
     return 0
 
 
@@ -164,7 +171,8 @@ def _inspect(options: argparse.Namespace) -> int:
     card = StoreCard.of(store)
     screen.say(json.dumps(card.to_dict(), indent=2) if options.json else card.text())
     if options.picture:
-        draw_card(card, options.picture)
+        with _written(options.picture) as picture:
+            draw_card(card, picture)
     if options.verify:
         store.verify()
         if not options.json:
@@ -198,8 +206,19 @@ def _leakage(options: argparse.Namespace) -> int:
     )
     screen.say(report.text())
     if options.output:
-        screen.say(f"\nAll pairs: {report.write(options.output)}")
+        with _written(options.output) as table:
+            report.write(table)
+        screen.say(f"\nAll pairs: {options.output}")
     return 0
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[Path]:
+    """Say in one line why a result cannot be written."""
+    try:
+        yield file
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be written ({error.strerror}); choose another file") from None
 
 
 def main() -> None:

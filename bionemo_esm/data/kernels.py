@@ -207,32 +207,38 @@ def parse(  # noqa: C901
 
 
 @_compiled
+def _trimmed(text: Any, begin: Any, end: Any) -> Any:
+    """Where text[begin:end] ends without the blanks at its end."""
+    while end > begin and text[end - _U(1)] <= _SPACE:
+        end -= _U(1)
+    return end
+
+
+@_compiled
 def parse_map(text: Any, words: Any, key: Any, cluster_first: Any, members: Any, clusters: Any) -> Any:  # noqa: C901
     """Hash the fields of a table of clusters, line by line.
 
     text uint8 [bytes], whole lines of two columns divided by a tab: a cluster and its members, divided by commas, if
     `cluster_first`, else a member and its cluster. members, clusters uint64 [at least half the bytes] are filled, a
-    pair for each member. Returns (pairs, offset of the first line without a tab, or the text's size).
+    pair for each member. Returns (pairs, offset of the first line that has not two columns, or the text's size).
     """
     size, at, pairs = _U(text.size), _U(0), _U(0)
     while at < size:
-        begin = at
-        tab = size
+        begin, tab, tabs = at, size, 0
         while at < size and text[at] != _NEWLINE:
-            if text[at] == _TAB and tab == size:
-                tab = at
+            if text[at] == _TAB:
+                tab = at if tabs == 0 else tab
+                tabs += 1
             at += _U(1)
         end = at
         at += _U(1)
-        while end > begin and text[end - _U(1)] <= _SPACE and end - _U(1) > tab:
-            end -= _U(1)
-        if end == begin or (tab == size and end - begin == _U(1) and text[begin] == _RETURN):
+        if _trimmed(text, begin, end) == begin:
             continue
-        if tab >= end:
+        if tabs != 1 or tab == begin or _trimmed(text, tab + _U(1), end) == tab + _U(1):
             return pairs, begin
         if not cluster_first:
             members[pairs] = _digest(text, words, begin, tab, key)
-            clusters[pairs] = _digest(text, words, tab + _U(1), end, key)
+            clusters[pairs] = _digest(text, words, tab + _U(1), _trimmed(text, tab + _U(1), end), key)
             pairs += _U(1)
             continue
         cluster = _digest(text, words, begin, tab, key)
@@ -241,8 +247,10 @@ def parse_map(text: Any, words: Any, key: Any, cluster_first: Any, members: Any,
             last = first
             while last < end and text[last] != _COMMA:
                 last += _U(1)
-            if last > first:
-                members[pairs] = _digest(text, words, first, last, key)
+            while first < last and text[first] <= _SPACE:
+                first += _U(1)
+            if first < last:
+                members[pairs] = _digest(text, words, first, _trimmed(text, first, last), key)
                 clusters[pairs] = cluster
                 pairs += _U(1)
             first = last + _U(1)

@@ -66,7 +66,8 @@ class BuildPolicy(CleaningPolicy):
         if validation + test + 1 > sequences:
             raise StoreError(
                 f"{name}: {sequences:,} distinct sequences are too few for {validation:,} in validation, {test:,} in "
-                "test and at least one in train; ask for fewer, set both to null for one in twenty each, or give more"
+                "test and at least one in train; ask for fewer (split.validation, split.test; in a training run "
+                "data.validation_sequences, data.test_sequences), or set both to null for one in twenty each"
             )
         return validation, test
 
