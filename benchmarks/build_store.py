@@ -63,7 +63,7 @@ def ours(path: Path) -> int:
     from bionemo_esm.data.uniref50 import BuildPolicy, build_store
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        policy = BuildPolicy(validation_sequences=5_000, test_sequences=50_000)
+        policy = BuildPolicy(validation_sequences=5_000, test_sequences=40_000)
         started = time.perf_counter()
         build_store(path, Path(folder) / "store", policy)
         report(started)

@@ -86,7 +86,7 @@ class _TokenFile:
             rest = rest[self._stream.write(rest) :]
         self._unsynced += tokens.size
         if self._unsynced > _SYNC_BYTES:  # on the way, so that the end need not wait for all of it
-            os.fdatasync(self._stream.fileno())
+            os.fsync(self._stream.fileno())
             self._unsynced = 0
         self._sha256.update(tokens.data)
         kernels.count_tokens(tokens, self.counts)
