@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -274,6 +274,13 @@ def test_a_truncated_gzip_is_placed_and_leaves_nothing(tmp_path: Path, small_blo
     with pytest.raises(FastaError, match=r"in\.gz, record \d{4}, byte \d+: the gzip stream is damaged"):
         build_store(tmp_path / "in.gz", tmp_path / "store", BuildPolicy())
     assert [path.name for path in tmp_path.iterdir()] == ["in.gz"]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_damage_before_the_first_record_is_called_damage(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "in").write_bytes(pack(b">a\n" + P1.encode())[:-30])
+    with pytest.raises(FastaError, match="record 1, byte 0: the (gzip|zstd) stream is damaged"):
+        build_store(tmp_path / "in", tmp_path / "store", BuildPolicy())
 
 
 def test_one_endless_line_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

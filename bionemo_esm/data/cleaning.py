@@ -43,7 +43,7 @@ _NUCLEOTIDE_RECORDS = 1_000
 _NUCLEOTIDES = np.zeros(256, dtype=np.bool_)
 _NUCLEOTIDES[[TOKEN_IDS[letter] for letter in "ACGTUN"]] = True
 _DIGEST_STREAM = 7  # keeps the digests' key apart from the keys of order, crop and corruption
-_BLOCKS_AHEAD = 2  # a thread; at least two in all, as `Source.fill` asks for
+_BLOCKS_AHEAD = 2  # a thread
 
 
 @dataclass(frozen=True)

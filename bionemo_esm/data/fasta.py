@@ -107,7 +107,9 @@ def record_blocks(source: Source, buffer_of: Callable[[int], bytearray]) -> Iter
         end = max(begin, end)
         if end > begin or problem:
             yield RecordBlock(view[begin:end], offset + begin, problem)
-        if at_end or problem:
+        if problem:
+            return
+        if at_end:
             break
         rest, offset = bytes(view[end:filled]), offset + end
     if not started:

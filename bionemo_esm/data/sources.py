@@ -53,9 +53,13 @@ class BackgroundHash:
 
     def update(self, content: bytes | memoryview) -> None:
         """Hand over the next bytes; waits until those handed over before have been hashed."""
+        self.wait()
+        self._last = self._thread.submit(self._sha256.update, content)
+
+    def wait(self) -> None:
+        """Until all that was handed over has been hashed."""
         if self._last is not None:
             self._last.result()
-        self._last = self._thread.submit(self._sha256.update, content)
 
     def hexdigest(self) -> str:
         """The hash of all bytes so far, as 64 hexadecimal digits; nothing may be added afterwards."""
@@ -114,8 +118,9 @@ class Source:
     def fill(self, view: memoryview) -> int:
         """Put the next decompressed bytes into a writable view; how many, fewer than it holds at the end only.
 
-        The view may be changed again after the next call but one: by then its bytes have been hashed.
+        The bytes are hashed until the next call: what was filled must not be changed before.
         """
+        self._hash.wait()
         filled = 0
         while filled < len(view):
             read = self._fill_some(view[filled:])
