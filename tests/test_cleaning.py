@@ -279,7 +279,7 @@ def test_a_truncated_gzip_is_placed_and_leaves_nothing(tmp_path: Path, small_blo
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
 def test_damage_before_the_first_record_is_called_damage(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     (tmp_path / "in").write_bytes(pack(b">a\n" + P1.encode())[:-30])
-    with pytest.raises(FastaError, match="record 1, byte 0: the (gzip|zstd) stream is damaged"):
+    with pytest.raises(FastaError, match=r"record 1, byte 0: the (gzip|zstd) stream is damaged"):
         build_store(tmp_path / "in", tmp_path / "store", BuildPolicy())
 
 
