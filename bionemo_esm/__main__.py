@@ -11,7 +11,8 @@ USAGE = f"""bionemo-esm {__version__}: protein language models
   bionemo-esm pretrain recipe=laptop                                 a small ESM-1nv on the shipped sample
   bionemo-esm pretrain recipe=laptop data.fasta=proteins.fasta.gz    the same on your own proteins
   bionemo-esm preprocess                                             UniRef50, downloaded, into a store
-  bionemo-esm preprocess input=proteins.fasta.gz output=data/store   your own proteins into a store
+  bionemo-esm preprocess input=proteins.fasta.gz output=data/store split.validation=null split.test=null
+                                                                     your own proteins, one in twenty held out twice
   bionemo-esm inspect data/store --verify                            what is in a store, and whether it is intact
   bionemo-esm check-leakage data/store                               near-duplicates between its splits, by MMseqs2
 

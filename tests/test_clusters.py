@@ -229,6 +229,11 @@ def test_blank_lines_before_the_table_do_not_hide_which_column_is_the_cluster(tm
     assert found.clusters.tolist() == plain.clusters.tolist()
 
 
+def test_members_divided_by_commas_may_stand_before_their_cluster(store: ProteinStore, tmp_path: Path) -> None:
+    table = "".join(f"{', '.join(members)}\t{cluster}\n" for cluster, members in CLUSTERS.items())
+    assert build(tmp_path / "in", table).manifest["splits"] == store.manifest["splits"]
+
+
 @pytest.mark.parametrize("form", ["member and cluster", "one member a line, as MMseqs2", "clusters in another order"])
 def test_a_store_is_built_of_each_form(store: ProteinStore, tmp_path: Path, form: str) -> None:
     assert build(tmp_path / "in", FORMATS[form]).manifest["splits"] == store.manifest["splits"]

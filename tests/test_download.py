@@ -387,3 +387,8 @@ def test_a_part_renamed_before_it_was_locked_is_left_alone(
     with pytest.raises(ReleaseError, match="another process"):
         fetch(server, target)
     assert names(target.parent) == [target.name]
+
+
+def test_a_name_that_cannot_be_resolved_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ReleaseError, match=r"the name no-such-host\.invalid cannot be resolved; check the connection"):
+        download("https://no-such-host.invalid/uniref50.fasta.gz", tmp_path / "file")

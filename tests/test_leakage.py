@@ -222,7 +222,7 @@ def test_interruption_kills_the_search_and_removes_the_temporary_folder(
     small: ProteinStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pid = tmp_path / "pid"
-    fake_mmseqs(tmp_path / "bin", monkeypatch, f"sleep 60 & echo $! > {pid}; kill -INT $PPID; wait")
+    fake_mmseqs(tmp_path / "bin", monkeypatch, f"sleep 60 & echo $! > {pid}; sleep 0.5; kill -INT $PPID; wait")
     with pytest.raises(KeyboardInterrupt):
         check_leakage(small)
     assert [path.name for path in small.folder.parent.iterdir()] == ["store"]

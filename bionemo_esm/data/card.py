@@ -262,9 +262,10 @@ def _listed(values: Any) -> str:
         return _plain(values)
     told = {key: item for key, item in values.items() if item or item is None or key == "seed"}
     words = [
-        f"{key} {'null' if item is None else item if key == 'seed' else _plain(item)}" for key, item in told.items()
+        f"{key.replace('_', ' ')} {'null' if item is None else item if key == 'seed' else _plain(item)}"
+        for key, item in told.items()
     ]
-    return ", ".join(words).replace("_", " ") or "nothing"
+    return ", ".join(words) or "nothing"
 
 
 def draw_card(card: StoreCard | ProteinStore, path: str | os.PathLike[str]) -> Path:

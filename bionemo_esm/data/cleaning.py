@@ -67,7 +67,7 @@ class CleaningPolicy:
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_residues < 2**31:
-            raise StoreError(f"max_residues is {self.max_residues}; it must be at least 1")
+            raise StoreError(f"max_residues is {self.max_residues}; it must lie in 1..2**31-1")
         if not 0 <= self.seed < 2**64:
             raise StoreError(f"seed is {self.seed}; it must lie in 0..2**64-1")
         for key, choices in CHOICES.items():

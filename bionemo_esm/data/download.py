@@ -231,6 +231,9 @@ def _get(url: str, headers: Mapping[str, str], timeout_seconds: float) -> Iterat
     except (requests.ConnectionError, requests.Timeout) as error:
         if "CERTIFICATE" in str(error):
             raise ReleaseError(f"{url}: {error}; check this machine's clock and its certificates") from None
+        if "NameResolutionError" in str(error):
+            host = urlsplit(url).hostname
+            raise ReleaseError(f"{url}: the name {host} cannot be resolved; check the connection") from None
         raise _PassingError(f"no answer ({error})") from None
     except requests.RequestException as error:
         raise ReleaseError(f"{url}: cannot be asked for ({error}); check the address") from None

@@ -95,6 +95,8 @@ def _inputs(value: Any) -> tuple[str, ...]:
     patterns = [] if value is None else value if isinstance(value, list) else [value]
     found: list[str] = []
     for pattern in map(str, patterns):
+        if not pattern:
+            raise ConfigError("input is empty; name a FASTA file, a pattern, or - for standard input")
         if not re.search(r"[*?\[]", pattern):
             found.append(pattern if pattern == STANDARD_INPUT else str(Path(pattern).expanduser()))
         elif matches := sorted(glob.glob(str(Path(pattern).expanduser()))):  # noqa: PTH207
@@ -128,6 +130,9 @@ def _preprocess(job: Preprocessing) -> int:
     inputs, release, licence = job.inputs, job.release, job.licence
     if not inputs:
         release = release or MODEL_CARD_RELEASE
+        screen.say(
+            f"Fetching UniRef50 {release} from UniProt into {job.download_folder}; interrupted, it goes on later"
+        )
         fetched = fetch_release(release, job.download_folder, progress=Meter(screen, f"download {release}"))
         inputs, release, licence = (str(fetched.path),), fetched.version, fetched.licence
     screen.say(f"Building {job.output} from {', '.join(map(_named, inputs))}")

@@ -219,8 +219,8 @@ def parse_map(text: Any, words: Any, key: Any, cluster_first: Any, members: Any,
     """Hash the fields of a table of clusters, line by line.
 
     text uint8 [bytes], whole lines of two columns divided by a tab: a cluster and its members, divided by commas, if
-    `cluster_first`, else a member and its cluster. members, clusters uint64 [at least half the bytes] are filled, a
-    pair for each member. Returns (pairs, offset of the first line that has not two columns, or the text's size).
+    `cluster_first`, else the members and their cluster. members, clusters uint64 [at least half the bytes] are filled,
+    a pair for each member. Returns (pairs, offset of the first line that has not two columns, or the text's size).
     """
     size, at, pairs = _U(text.size), _U(0), _U(0)
     while at < size:
@@ -236,16 +236,13 @@ def parse_map(text: Any, words: Any, key: Any, cluster_first: Any, members: Any,
             continue
         if tabs != 1 or tab == begin or _trimmed(text, tab + _U(1), end) == tab + _U(1):
             return pairs, begin
-        if not cluster_first:
-            members[pairs] = _digest(text, words, begin, tab, key)
-            clusters[pairs] = _digest(text, words, tab + _U(1), _trimmed(text, tab + _U(1), end), key)
-            pairs += _U(1)
-            continue
-        cluster = _digest(text, words, begin, tab, key)
-        first = tab + _U(1)
-        while first < end:
+        first, last_member, cluster_begin, cluster_end = begin, tab, tab + _U(1), end
+        if cluster_first:
+            first, last_member, cluster_begin, cluster_end = tab + _U(1), end, begin, tab
+        cluster = _digest(text, words, cluster_begin, _trimmed(text, cluster_begin, cluster_end), key)
+        while first < last_member:
             last = first
-            while last < end and text[last] != _COMMA:
+            while last < last_member and text[last] != _COMMA:
                 last += _U(1)
             while first < last and text[first] <= _SPACE:
                 first += _U(1)

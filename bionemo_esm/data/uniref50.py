@@ -56,7 +56,7 @@ class BuildPolicy(CleaningPolicy):
         for key in ("validation_sequences", "test_sequences"):
             count = getattr(self, key)
             if count is not None and not 0 <= count < 2**48:
-                raise StoreError(f"{key} is {count}; give a count of 0 or more, or null for one in {_PROPORTION}")
+                raise StoreError(f"{key} is {count}; give a count from 0 to 2**48, or null for one in {_PROPORTION}")
 
     def held_out(self, sequences: int, name: str) -> tuple[int, int]:
         """How many of the distinct sequences of a source go to validation and test; one at least is left for train."""

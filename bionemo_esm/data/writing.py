@@ -45,6 +45,7 @@ _ADVICE = {
     errno.EROFS: "choose an output on a disk that can be written to",
     errno.EACCES: "choose an output that you may write to",
     errno.EPERM: "choose an output that you may write to",
+    errno.ENOENT: "choose an output whose parent can be made",
     errno.ENOTDIR: "choose an output whose parent is a folder",
     errno.EEXIST: "choose an output whose parent is a folder",
 }
