@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from bionemo_esm.alphabet import encode
 from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit
 from bionemo_esm.data.uniref50 import BuildPolicy, build_store_from_splits
 from bionemo_esm.data.writing import StoreWriter
+from release_server import Server, running_server
 
 SAMPLE = Path(__file__).resolve().parent.parent / "bionemo_esm" / "data" / "sample"
 TINY_LENGTHS = (1, 2, 3, 77, 509, 510, 511, 512, 700, 1000)
@@ -40,3 +42,18 @@ def tiny_split(tmp_path_factory: pytest.TempPathFactory, sample_store: ProteinSt
             writer.add("train", train[int(protein)])
         writer.finish({"source": "tests/conftest.py"})
     return ProteinStore.open(folder).split("train")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses made between attempts, in seconds; none is waited for."""
+    made: list[float] = []
+    monkeypatch.setattr("bionemo_esm.data.download.sleep", made.append)
+    return made

@@ -8,7 +8,6 @@ import io
 import json
 import shutil
 import threading
-from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 from time import time
@@ -17,22 +16,9 @@ from types import SimpleNamespace
 import pytest
 
 from bionemo_esm.data.download import Progress, ReleaseError, download
-from release_server import CONTENT, DATA, MD5, Handler, Reply, Server, names, running_server
+from release_server import CONTENT, DATA, MD5, Handler, Reply, Server, names
 
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with running_server() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses made between attempts, in seconds; none is waited for."""
-    made: list[float] = []
-    monkeypatch.setattr("bionemo_esm.data.download.sleep", made.append)
-    return made
+pytestmark = pytest.mark.usefixtures("pauses")
 
 
 @pytest.fixture

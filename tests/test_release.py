@@ -9,7 +9,6 @@ import json
 import random
 import shutil
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from xml.sax.saxutils import escape, quoteattr
@@ -21,22 +20,9 @@ from bionemo_esm.data.download import ReleaseError
 from bionemo_esm.data.fasta import read_fasta
 from bionemo_esm.data.release import FetchedRelease, fetch_release, locate_release
 from bionemo_esm.data.release_archive import extract_fasta
-from release_server import CONTENT, MD5, Reply, Server, names, running_server
+from release_server import CONTENT, MD5, Reply, Server, names
 
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with running_server() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses made between attempts, in seconds; none is waited for."""
-    made: list[float] = []
-    monkeypatch.setattr("bionemo_esm.data.download.sleep", made.append)
-    return made
+pytestmark = pytest.mark.usefixtures("pauses")
 
 
 def tar(files: dict[str, bytes], mode: str = "w", kind: bytes = tarfile.REGTYPE) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import json
 import re
 import sys
 import time
@@ -170,8 +171,6 @@ def inspect(arguments: Sequence[str]) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    import json
-
     screen, store = Screen(sys.stdout), ProteinStore.open(options.store)
     card = StoreCard.of(store)
     screen.say(json.dumps(card.to_dict(), indent=2) if options.json else card.text())

@@ -255,20 +255,28 @@ def parse_map(text: Any, words: Any, key: Any, cluster_first: Any, members: Any,
 
 
 @_compiled
+def _slot_of(slots: Any, digest: Any) -> Any:
+    """Where a digest is in a hash set, or the free slot where it would be."""
+    capacity = _U(slots.size)
+    slot = ((digest >> _U(32)) * capacity) >> _U(32)
+    while slots[slot] != _U(0) and slots[slot] != digest:
+        slot += _U(1)
+        if slot == capacity:
+            slot = _U(0)
+    return slot
+
+
+@_compiled
 def insert(slots: Any, digests: Any, is_new: Any) -> Any:
     """Add digests to a hash set by linear probing.
 
     slots uint64 [capacity], 0 where free; digests uint64 [n], none 0; is_new bool [n] is filled: whether each was
     absent. There must be free slots left. Returns how many were.
     """
-    capacity, added = _U(slots.size), 0
+    added = 0
     for index in range(digests.size):
         digest = digests[index]
-        slot = ((digest >> _U(32)) * capacity) >> _U(32)
-        while slots[slot] != _U(0) and slots[slot] != digest:
-            slot += _U(1)
-            if slot == capacity:
-                slot = _U(0)
+        slot = _slot_of(slots, digest)
         is_new[index] = slots[slot] == _U(0)
         slots[slot] = digest
         added += is_new[index]
@@ -278,14 +286,9 @@ def insert(slots: Any, digests: Any, is_new: Any) -> Any:
 @_compiled
 def find(slots: Any, digests: Any, is_there: Any) -> Any:
     """Fill is_there, bool [n], with whether each of digests, uint64 [n], is in the hash set `slots`."""
-    capacity = _U(slots.size)
     for index in range(digests.size):
         digest = digests[index]
-        slot = ((digest >> _U(32)) * capacity) >> _U(32)
-        while slots[slot] != _U(0) and slots[slot] != digest:
-            slot += _U(1)
-            if slot == capacity:
-                slot = _U(0)
+        slot = _slot_of(slots, digest)
         is_there[index] = slots[slot] == digest
 
 

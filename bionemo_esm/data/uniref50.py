@@ -4,7 +4,7 @@ A random split goes by the sequences' keyed digests, which are as good as random
 validation, the next ones test. So it depends on the seed and the set of sequences, not on their order or on how many
 threads read them. Which digests are the smallest is known at the end only; but a digest that is not among the smallest
 of the sequences so far, with a margin, will not be at the end. Those, nearly all, go to train at once. The others wait
-in a scratch file. Memory: 8.4 bytes a sequence for each of two hash sets at 80% load, and 4 for its length.
+in a scratch file. Memory: some 29 bytes a sequence: a slot in each of two hash sets, its length, and passing copies.
 """
 
 from __future__ import annotations
