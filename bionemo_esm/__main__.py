@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from bionemo_esm import __version__
 
@@ -14,9 +18,13 @@ USAGE = f"""bionemo-esm {__version__}: protein language models
   bionemo-esm preprocess input=proteins.fasta.gz output=data/store split.validation=null split.test=null
                                                                      your own proteins, one in twenty held out twice
   bionemo-esm inspect data/store --verify                            what is in a store, and whether it is intact
+  bionemo-esm inspect runs/laptop/laptop.nemo --verify               the same of a model (.nemo) or a checkpoint (.ckpt)
   bionemo-esm check-leakage data/store                               near-duplicates between its splits, by MMseqs2
+  bionemo-esm average checkpoints='runs/laptop/averaging/*.nemo' last=5
+                                                                     the mean of a run's last checkpoints
+  bionemo-esm convert-legacy old.nemo new.nemo                       an ESM-1nv of NeMo 1, which holds a pickle
 
-pretrain and preprocess take key=value, and --help lists every key; the others take --help.
+pretrain, preprocess and average take key=value, and --help lists every key; the others take --help.
 """
 
 
@@ -32,17 +40,56 @@ def main() -> None:
 
         sys.argv = [job.__file__, *arguments]  # a file that Lightning can start again for the other ranks of a node
         job.main()
-    elif command in ("preprocess", "inspect", "check-leakage"):
+    elif command == "inspect":
+        inspect(arguments)
+    elif command in ("preprocess", "check-leakage"):
         from bionemo_esm.data import jobs
 
         if command == "preprocess":
             sys.argv = [f"bionemo-esm {command}", *arguments]
             jobs.main()
         else:
-            (jobs.inspect if command == "inspect" else jobs.leakage)(arguments)
+            jobs.leakage(arguments)
+    elif command in ("average", "convert-legacy"):
+        from bionemo_esm.training import jobs as training_jobs
+
+        if command == "average":
+            sys.argv = [f"bionemo-esm {command}", *arguments]
+            training_jobs.average_main()
+        else:
+            training_jobs.convert(arguments)
     else:
-        print(f"error: no command {command!r}\n\n{USAGE}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+        _refuse(f"no command {command!r}\n\n{USAGE}")
+
+
+def inspect(arguments: Sequence[str]) -> None:
+    """The card of a store, if a folder is named; of a model or a checkpoint, if a file is; else exits with 2."""
+    parser = argparse.ArgumentParser("bionemo-esm inspect", description="Show what is in a store, or what a model is.")
+    parser.add_argument("path", type=Path, help="folder of a store, or file of a model (.nemo) or checkpoint (.ckpt)")
+    parser.add_argument("--verify", action="store_true", help="read every byte and compare its hash with the manifest")
+    parser.add_argument("--json", action="store_true", help="print the card as JSON")
+    parser.add_argument("--picture", metavar="FILE", help="of a store: draw lengths and composition as a PNG")
+    path = parser.parse_args(arguments).path
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        _refuse(f"{path}: cannot be looked at ({error.strerror})")
+    if is_folder:
+        from bionemo_esm.data import jobs as store_jobs
+
+        store_jobs.inspect(arguments)
+    elif is_file:
+        from bionemo_esm.model import jobs as model_jobs
+
+        model_jobs.inspect(arguments)
+    else:
+        wrong = "neither a folder nor a file" if path.exists() else "no such folder or file"
+        _refuse(f"{path}: {wrong}; give the folder of a store, or the file of a model (.nemo) or checkpoint (.ckpt)")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    sys.exit(2)
 
 
 if __name__ == "__main__":

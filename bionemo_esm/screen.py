@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from bionemo_esm.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_UPDATES = 0.5  # of a terminal's progress line
 
@@ -115,13 +117,25 @@ def exit_of(job: Callable[[], int], on_interrupt: str, silent: bool = False) -> 
     except UserError as error:
         if not silent:
             clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a progress line may stand there
-            print(f"{clear}error: {error}", file=sys.stderr)  # noqa: T201
+            print(f"{clear}error: {_printable(str(error))}", file=sys.stderr)  # noqa: T201
+        code = EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        if not silent:
+            place = f"{error.filename}: " if error.filename else ""
+            print(f"error: {place}{error.strerror}; free some space and run the same command again", file=sys.stderr)  # noqa: T201
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print(f"\n{on_interrupt}", file=sys.stderr)  # noqa: T201
         code = EXIT_INTERRUPTED
     if code:
         raise SystemExit(code)
+
+
+def _printable(text: str) -> str:
+    """The text without what a terminal would obey: names out of a file may hold anything."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
 
 
 def duration(seconds: float) -> str:

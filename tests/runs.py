@@ -29,6 +29,7 @@ SMALL = (
     "trainer.max_steps=6",
     "trainer.val_check_interval=3",
     "trainer.limit_val_batches=4",
+    "trainer.log_every_n_steps=1",
     "exp_manager.checkpoints.every_n_train_steps=2",
     "exp_manager.create_tensorboard_logger=false",
 )

@@ -115,7 +115,7 @@ def test_an_archive_of_another_size_or_cut_short_is_refused(
     error = complaint(capfd, *small, f"restore_from_path={tmp_path}/other.nemo")
     assert "other.nemo has num_layers = 2, the recipe model.num_layers = 1" in error
     (tmp_path / "cut.nemo").write_bytes((tmp_path / "other.nemo").read_bytes()[:9000])
-    assert "cut.nemo: not a .nemo archive, or cut short" in complaint(
+    assert "cut.nemo: cut short (model_weights.safetensors claims" in complaint(
         capfd, *small, f"restore_from_path={tmp_path}/cut.nemo"
     )
 
@@ -138,7 +138,10 @@ def test_a_checkpoint_of_another_model_is_refused(
     error = complaint(capfd, *named, f"data.fasta={fasta}", "trainer.max_steps=4")
     assert "samples of an epoch = 2600, this run has 180" in error
     shutil.rmtree(tmp_path / "runs" / "same" / "store")
-    assert "written with optim = " in complaint(capfd, *named, "optim.lr=1e-2")
+    assert "written with optim.lr = 0.0015, this run has 0.01" in complaint(capfd, *named, "optim.lr=1e-2")
+    other = tmp_path / "runs" / "same" / "laptop.nemo"
+    error = complaint(capfd, *named, f"restore_from_path={other}")
+    assert f"written with restore_from_path = none, this run has {other}" in error
 
 
 def test_a_finished_run_of_another_configuration_is_not_passed_off_as_this_one(

@@ -187,3 +187,11 @@ def test_precision_words() -> None:
 def test_an_impossible_shape_is_refused_by_name(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EncoderConfig.from_mapping(values)
+
+
+def test_the_configuration_knows_name_and_shape_of_every_tensor() -> None:
+    """So that an archive can be checked before a model is built from it."""
+    model = tiny_model()
+    built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert dict(model.encoder_config.tensors()) == built
+    assert model.encoder_config.parameters == sum(parameter.numel() for parameter in model.parameters())

@@ -1,156 +1,252 @@
-"""The `.nemo` archive: a plain tar of a model's configuration, weights and manifest, with no pickle in it.
+"""Models at rest: the `.nemo` archive, and the `.ckpt` that holds the state of a training beside the same members.
 
-Members, and nothing else: `model_config.yaml`, `model_weights.safetensors`, `manifest.json`. They are read by name and
-never extracted to disk; the class comes from our own registry of names, and no import path in an archive is followed.
-Equal content gives equal bytes.
+A plain tar of `model_config.yaml`, `manifest.json` and `model_weights.safetensors`; a checkpoint has `state.json` and
+`state.safetensors` as well. Nothing in it is a pickle, an import path that is followed, or ever extracted to disk; the
+class comes from our own registry of names. Every byte is covered by a SHA-256 or checked to be zero. Equal content
+gives equal bytes. Reading the small members needs neither torch nor NeMo.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
-import tarfile
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
-from torch import Tensor
 
-from bionemo_esm.errors import UserError
+from bionemo_esm.alphabet import TOKENS
+from bionemo_esm.model.container import (
+    ArchiveError,
+    Member,
+    Section,
+    find_members,
+    hash_section,
+    quoted,
+    read_section,
+    write_container,
+)
+from bionemo_esm.model.plain import check_plain, parse_json, parse_yaml, put_tensors_back, take_out_tensors
+from bionemo_esm.model.tensors import TensorTable, tensor_member
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Archive", "ArchiveError", "ArchiveFile", "is_our_archive", "read_archive", "write_archive"]
 
 CONFIG, WEIGHTS, MANIFEST = "model_config.yaml", "model_weights.safetensors", "manifest.json"
-FORMAT_VERSION = 1
-_SIZE_LIMITS = {CONFIG: 1 << 20, MANIFEST: 1 << 22, WEIGHTS: 1 << 38}  # bytes; no honest member comes near
-
-
-class ArchiveError(UserError):
-    """A file that is no archive of ours, or a damaged one; the message names the file and the member."""
+STATE, STATE_TENSORS = "state.json", "state.safetensors"
+FORMAT_VERSION = 2
+_MODEL, _TRAINING = (CONFIG, MANIFEST, WEIGHTS), (STATE, STATE_TENSORS)
+_SIZE_LIMITS = {CONFIG: 1 << 14, MANIFEST: 1 << 20, WEIGHTS: 1 << 38, STATE: 1 << 20, STATE_TENSORS: 1 << 40}
+"""Bytes; no honest member comes near, and a hostile one cannot keep a parser busy."""
+_WEIGHT_DTYPES = ("F32", "BF16")
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A model at rest: the name of its class, its configuration, its weights by parameter name, where it came from."""
+    """A model at rest: the name of its class, its configuration, its weights by parameter name, where it came from.
+
+    `state` is there in checkpoints only: a tree of plain values and tensors.
+    """
 
     model_class: str
     config: Mapping[str, Any]
     weights: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Any] | None = None
 
 
 def write_archive(path: Path, archive: Archive) -> Path:
-    """Write under a temporary name, sync, then rename: the final name never holds half an archive."""
-    config = yaml.safe_dump(dict(archive.config), sort_keys=True).encode()
-    tensors = {name: archive.weights[name].detach().cpu().contiguous() for name in sorted(archive.weights)}
-    weights = save_safetensors(tensors)
+    """Write an archive whole or not at all. Raises `ArchiveError` where the disk does not take it."""
+    members = {
+        CONFIG: Member.of(yaml.safe_dump(dict(archive.config), sort_keys=True).encode()),
+        WEIGHTS: tensor_member(archive.weights),
+    }
+    if archive.state is not None:
+        state, tensors = take_out_tensors(archive.state)
+        members |= {STATE: Member.of(_json(state)), STATE_TENSORS: tensor_member(tensors)}
     manifest = {
         "format_version": FORMAT_VERSION,
         "model_class": archive.model_class,
-        "files": {name: _fingerprint(content) for name, content in ((CONFIG, config), (WEIGHTS, weights))},
+        "alphabet": " ".join(TOKENS),
+        "files": {name: member.fingerprint() for name, member in members.items()},
         "provenance": dict(archive.provenance),
     }
-    members = {CONFIG: config, MANIFEST: json.dumps(manifest, indent=2, sort_keys=True).encode(), WEIGHTS: weights}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            _write_tar(stream, members)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    manifest["manifest_sha256"] = _self_hash(manifest)
+    first = {CONFIG: members.pop(CONFIG), MANIFEST: Member.of(_json(manifest))}  # what is read alone stands in front
+    members = first | members
+    for name, member in members.items():
+        if member.size > _SIZE_LIMITS[name]:
+            raise ArchiveError(f"{path}: {name} would have {member.size:,} bytes, more than {_SIZE_LIMITS[name]:,}")
+    write_container(path, members)
     return path
-
-
-def _write_tar(stream: Any, members: Mapping[str, bytes]) -> None:
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)  # time, owner and group stay 0: equal content, equal bytes
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def _fingerprint(content: bytes) -> dict[str, Any]:
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def is_our_archive(path: Path) -> bool:
-    """Whether the file begins like one of ours; False for NeMo's own archives, and for files that are no plain tar."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            names = [member.name for member in (tar.next(), tar.next()) if member]
-    except (tarfile.TarError, OSError):
-        return False
-    return names == [CONFIG, MANIFEST]
 
 
 def read_archive(path: Path, with_weights: bool = True) -> Archive:
     """Read and check an archive; `with_weights=False` reads the small members only.
 
     Raises `ArchiveError`, naming the file and the member, for anything but exactly our members as regular files with
-    the sizes and SHA-256 that the manifest lists.
+    the sizes and SHA-256 that the manifest lists, finite weights, and a plain configuration.
     """
-    members = _read_members(path, [CONFIG, MANIFEST, *([WEIGHTS] if with_weights else [])])
+    file = ArchiveFile.open(path)
+    weights = file.load_weights() if with_weights else {}
+    return Archive(file.model_class, file.config, weights, file.provenance)
+
+
+def is_our_archive(path: Path) -> bool:
+    """Whether the file begins like one of ours; False for NeMo's own archives, and for files that are no plain tar."""
     try:
-        manifest = json.loads(members[MANIFEST])
-        config = yaml.load(members[CONFIG], Loader=_PlainLoader)  # noqa: S506 - a SafeLoader without aliases
-    except (ValueError, yaml.YAMLError) as error:
-        raise ArchiveError(f"{path}: {MANIFEST} or {CONFIG} cannot be parsed: {error}") from error
+        with path.open("rb") as stream:
+            header = stream.read(512)
+    except OSError:
+        return False
+    return header[:100].rstrip(b"\0") == CONFIG.encode() and header[257:262] == b"ustar"
+
+
+@dataclass(frozen=True)
+class ArchiveFile:
+    """An archive on disk, its small members read and checked, its large ones within reach."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any]
+    weights: TensorTable
+    sections: Mapping[str, Section]
+
+    @classmethod
+    def open(cls, path: Path) -> ArchiveFile:
+        """Check the structure, the small members and the headers of the large ones; `verify` reads all the rest.
+
+        Raises `ArchiveError`, naming the file and the member.
+        """
+        sections = find_members(path, _SIZE_LIMITS)
+        wanted = _MODEL + (_TRAINING if sections.keys() & set(_TRAINING) else ())
+        for name in wanted:
+            if name not in sections:
+                raise ArchiveError(f"{path}: member {name} is missing; copy or download the file again")
+        manifest = _manifest(path, read_section(path, sections[MANIFEST]), sections)
+        config = read_section(path, sections[CONFIG])
+        _compare(path, CONFIG, hashlib.sha256(config).hexdigest(), manifest)
+        try:
+            values = parse_yaml(config)
+            check_plain(values)
+        except ValueError as error:
+            raise ArchiveError(f"{path}: {CONFIG} cannot be used: {error}") from error
+        if not isinstance(values, dict):
+            raise ArchiveError(f"{path}: {CONFIG} is not a mapping")
+        return cls(path, manifest, values, _weights(path, sections[WEIGHTS]), sections)
+
+    @property
+    def model_class(self) -> str:
+        return str(self.manifest["model_class"])
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return dict(self.manifest["provenance"])
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return STATE in self.sections
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the member with the weights: equal weights, equal hash."""
+        return str(self.manifest["files"][WEIGHTS]["sha256"])
+
+    def verify(self, *names: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compare members (all, if none is named) with their SHA-256. Raises `ArchiveError` for one that differs.
+
+        `progress` is given the bytes read and the bytes to read.
+        """
+        names = names or tuple(name for name in self.sections if name != MANIFEST)
+        done, total = 0, sum(self.sections[name].size for name in names)
+
+        def tell(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, total)
+
+        for name in names:
+            _compare(self.path, name, hash_section(self.path, self.sections[name], tell), self.manifest)
+
+    def load_weights(self) -> dict[str, Tensor]:
+        """The verified weights. Raises `ArchiveError` for damage, and for a number that is not finite."""
+        self.verify(WEIGHTS)
+        weights = self.weights.load_all()
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise ArchiveError(f"{self.path}: tensor {quoted(name)} holds NaN or infinity; the model is of no use")
+        return weights
+
+    def load_state(self) -> dict[str, Any]:
+        """The state of training that a checkpoint holds, verified. Raises `ArchiveError` for damage."""
+        if not self.is_checkpoint:
+            raise ArchiveError(f"{self.path}: holds a model and no state of training; give a checkpoint")
+        self.verify(STATE, STATE_TENSORS)
+        table = TensorTable.open(self.path, STATE_TENSORS, self.sections[STATE_TENSORS])
+        try:
+            tree = parse_json(read_section(self.path, self.sections[STATE]))
+            state = put_tensors_back(tree, table.load_all())
+        except (ValueError, TypeError) as error:
+            raise ArchiveError(f"{self.path}: {STATE} cannot be used: {error}") from error
+        if not isinstance(state, dict):
+            raise ArchiveError(f"{self.path}: {STATE} is not a mapping")
+        return state
+
+
+def _manifest(path: Path, content: bytes, sections: Mapping[str, Section]) -> dict[str, Any]:
+    """The parsed manifest, if it fits its own hash, this alphabet and the members that are there."""
+    try:
+        manifest = parse_json(content)
+    except ValueError as error:
+        raise ArchiveError(f"{path}: {MANIFEST} cannot be parsed: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
-        raise ArchiveError(f"{path}: {MANIFEST} is not of format {FORMAT_VERSION}; it may be of a later release")
-    if not isinstance(config, dict) or not isinstance(manifest.get("files"), dict):
-        raise ArchiveError(f"{path}: {CONFIG} or `files` in {MANIFEST} is not a mapping")
-    for name in members:
-        if name != MANIFEST and manifest["files"].get(name) != _fingerprint(members[name]):
-            raise ArchiveError(f"{path}: {name} does not match its size and SHA-256 in {MANIFEST}; the file is damaged")
-    try:
-        weights = load_safetensors(members[WEIGHTS]) if with_weights else {}
-    except SafetensorError as error:
-        raise ArchiveError(f"{path}: {WEIGHTS} is not a safetensors file: {error}") from error
-    return Archive(str(manifest.get("model_class")), config, weights, manifest.get("provenance") or {})
+        raise ArchiveError(
+            f"{path}: {MANIFEST} is not of format {FORMAT_VERSION}; the file is of another release of bionemo_esm"
+        )
+    if manifest.pop("manifest_sha256", None) != (digest := _self_hash(manifest)):
+        raise ArchiveError(f"{path}: {MANIFEST} does not match its own SHA-256; the file is damaged")
+    if content != _json(manifest | {"manifest_sha256": digest}):
+        raise ArchiveError(f"{path}: {MANIFEST} is not spelt as it was written; the file is damaged")
+    for key, kind in (("model_class", str), ("files", dict), ("provenance", dict)):
+        if not isinstance(manifest.get(key), kind):
+            raise ArchiveError(f"{path}: {key} in {MANIFEST} is missing or of the wrong kind")
+    if manifest.get("alphabet") != " ".join(TOKENS):
+        raise ArchiveError(f"{path}: its model was trained with another alphabet than the {len(TOKENS)} tokens of ESM")
+    _check_files(path, manifest["files"], sections)
+    return manifest
 
 
-def _read_members(path: Path, wanted: list[str]) -> dict[str, bytes]:
-    if not path.is_file():
-        raise ArchiveError(f"{path}: no such file; give the path of a .nemo archive")
-    contents: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                _check_member(path, member, seen=contents.keys())
-                stream = tar.extractfile(member) if member.name in wanted else None
-                contents[member.name] = stream.read() if stream else b""
-    except tarfile.ReadError as error:
-        raise ArchiveError(f"{path}: not a .nemo archive, or cut short ({error}); copy or download it again") from error
-    for name in _SIZE_LIMITS:
-        if name not in contents:
-            raise ArchiveError(f"{path}: member {name} is missing; it is cut short, or not an archive of bionemo_esm")
-    return {name: contents[name] for name in wanted}
+def _check_files(path: Path, files: Mapping[str, Any], sections: Mapping[str, Section]) -> None:
+    if files.keys() != sections.keys() - {MANIFEST}:
+        raise ArchiveError(f"{path}: {MANIFEST} lists {quoted(list(files))}, which are not the members of the file")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or entry.get("size") != sections[name].size:
+            raise ArchiveError(f"{path}: {name} does not have the size that {MANIFEST} gives; the file is damaged")
 
 
-def _check_member(path: Path, member: tarfile.TarInfo, seen: Any) -> None:
-    if member.name not in _SIZE_LIMITS or not member.isreg():
-        raise ArchiveError(f"{path}: unexpected member {member.name!r}; only {', '.join(_SIZE_LIMITS)} belong there")
-    if member.name in seen:
-        raise ArchiveError(f"{path}: member {member.name} appears twice")
-    if member.size > _SIZE_LIMITS[member.name]:
-        raise ArchiveError(f"{path}: member {member.name} claims {member.size} bytes; refused")
+def _weights(path: Path, section: Section) -> TensorTable:
+    table = TensorTable.open(path, WEIGHTS, section)
+    for name, info in table.infos.items():
+        if info.dtype not in _WEIGHT_DTYPES:
+            raise ArchiveError(
+                f"{path}: tensor {quoted(name)} has dtype {info.dtype}; weights are {' or '.join(_WEIGHT_DTYPES)}"
+            )
+    return table
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, which can make a small file expand without end."""
+def _compare(path: Path, name: str, sha256: str, manifest: Mapping[str, Any]) -> None:
+    if manifest["files"][name].get("sha256") != sha256:
+        raise ArchiveError(f"{path}: {name} does not match its SHA-256 in {MANIFEST}; the file is damaged")
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed in a model configuration")
-        return super().compose_node(parent, index)
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=2, sort_keys=True).encode()
+
+
+def _self_hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest without its hash of itself."""
+    return hashlib.sha256(_json(manifest)).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -74,6 +74,29 @@ class EncoderConfig:
         head = hidden * hidden + hidden + norm + vocabulary
         return (vocabulary + self.seq_length) * hidden + self.num_layers * (attention + mlp + 2 * norm) + norm + head
 
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every parameter, as `ESMEncoder` has them on any backend."""
+        hidden, ffn, vocabulary = self.hidden_size, self.ffn_hidden_size, padded_vocabulary_size()
+        yield "encoder.embedding.word_embeddings.weight", (vocabulary, hidden)
+        yield "encoder.embedding.position_embeddings.weight", (self.seq_length, hidden)
+        for layer in range(self.num_layers):
+            for part, outputs, inputs in (
+                ("input_layernorm", hidden, None),
+                ("self_attention.linear_qkv", 3 * hidden, hidden),
+                ("self_attention.linear_proj", hidden, hidden),
+                ("pre_mlp_layernorm", hidden, None),
+                ("mlp.linear_fc1", ffn, hidden),
+                ("mlp.linear_fc2", hidden, ffn),
+            ):
+                yield f"encoder.encoder.layers.{layer}.{part}.weight", (outputs, inputs) if inputs else (outputs,)
+                yield f"encoder.encoder.layers.{layer}.{part}.bias", (outputs,)
+        for part in ("encoder.final_layernorm", "lm_head.layer_norm"):
+            yield f"encoder.{part}.weight", (hidden,)
+            yield f"encoder.{part}.bias", (hidden,)
+        yield "encoder.lm_head.dense.weight", (hidden, hidden)
+        yield "encoder.lm_head.dense.bias", (hidden,)
+        yield "encoder.output_layer.bias", (vocabulary,)
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -92,6 +115,8 @@ class OptimConfig:
     constant_steps: int = 50_000
     max_steps: int = 957_610
     gradient_clip_val: float = 1.0
+    max_skipped_steps: int = 10  # in a row, for a loss or gradient that is not finite; then training stops
+    skip_loss_above: float | None = None  # times the recent mean; null: no finite loss is too high
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr < self.lr:
@@ -107,6 +132,10 @@ class OptimConfig:
         ):
             if value < 0:
                 raise ConfigError(f"{key} must not be negative, but is {value}")
+        if self.max_skipped_steps < 1:
+            raise ConfigError(f"optim.max_skipped_steps must be at least 1, not {self.max_skipped_steps}")
+        if self.skip_loss_above is not None and not self.skip_loss_above > 1:
+            raise ConfigError(f"optim.skip_loss_above must be over 1 times the mean loss, not {self.skip_loss_above}")
         if self.warmup_steps + self.constant_steps >= self.max_steps:
             raise ConfigError(
                 f"optim.sched: warmup_steps ({self.warmup_steps}) and constant_steps ({self.constant_steps}) leave no "

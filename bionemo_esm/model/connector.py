@@ -7,6 +7,7 @@ NeMo's; so `ModelPT.restore_from(path)` works for both.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +20,19 @@ from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from bionemo_esm.model.archive import Archive, ArchiveError, is_our_archive, read_archive, write_archive
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, is_our_archive, write_archive
+from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.container import quoted
+from bionemo_esm.model.parallel import own_shard
 
 MODEL_CLASSES: dict[str, Any] = {}
 """Our registry: the names that an archive may give, and the classes they stand for."""
 
 _RECORDED_PACKAGES = ("bionemo_esm", "torch", "megatron-core", "nemo_toolkit")
+_UNSAFE_TORCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_CONFIG_KEYS = {"encoder", "precision", "seed"}
+_WEIGHT_DTYPES = {"32": {"F32"}, "bf16": {"BF16"}}  # by the precision that the configuration gives
 
 
 def register_model(cls: Any) -> Any:
@@ -42,15 +50,63 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     for name in sorted(parameters.keys() ^ weights.keys()):
         fault = "missing" if name in parameters else "not part of this model"
         raise ArchiveError(f"{source}: tensor {name!r} is {fault}")
+    shards = {name: own_shard(weights[name], parameter) for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
-        if parameter.shape != weights[name].shape:
+        if parameter.shape != shards[name].shape:
             raise ArchiveError(
-                f"{source}: tensor {name!r} has shape {list(weights[name].shape)}, the model {list(parameter.shape)}; "
+                f"{source}: tensor {name!r} has shape {list(shards[name].shape)}, the model {list(parameter.shape)}; "
                 "it was saved from a model of another size"
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(shards[name])
+
+
+def describe(model: Any) -> Archive:
+    """What a model writes of itself, its float32 masters where there are; collective where weights are sharded."""
+    versions = {package: version(package) for package in _RECORDED_PACKAGES}
+    provenance = {"package_versions": versions, **model.archive_provenance()}
+    weights = model.archive_weights()
+    return Archive(type(model).__name__, model.archive_config(weights), weights, provenance)
+
+
+def check_sizes(file: ArchiveFile) -> None:
+    """Raises `ArchiveError` unless the weights are those of the model that the configuration describes.
+
+    Checked before that model is built: a configuration could ask for one that no memory holds.
+    """
+    where = f"{file.path}: model_config.yaml"
+    for key in sorted(file.config.keys() ^ _CONFIG_KEYS):
+        raise ArchiveError(f"{where}: {quoted(key)} is {'missing' if key in _CONFIG_KEYS else 'not a key of a model'}")
+    encoder, precision, seed = file.config["encoder"], file.config["precision"], file.config["seed"]
+    if not isinstance(encoder, dict) or str(precision) not in _WEIGHT_DTYPES or type(seed) is not int:
+        raise ArchiveError(f"{where}: encoder must be a mapping, precision 32 or bf16, seed an integer")
+    try:
+        sizes = EncoderConfig.from_mapping(encoder)
+    except ConfigError as error:
+        raise ArchiveError(f"{where}: {error}") from error
+    if sizes.parameters != file.weights.elements:
+        raise ArchiveError(
+            f"{where} describes a model of {sizes.parameters:,} parameters, the file has {file.weights.elements:,}; "
+            "one of the two is not of this model"
+        )
+    _check_tensors(file, sizes)
+    dtypes = {info.dtype for info in file.weights.infos.values()}
+    if dtypes != _WEIGHT_DTYPES[str(precision)]:
+        raise ArchiveError(f"{file.path}: weights have dtype {', '.join(sorted(dtypes))}, the precision is {precision}")
+
+
+def _check_tensors(file: ArchiveFile, sizes: EncoderConfig) -> None:
+    """Every tensor of the model there, in its shape, and no other; ends at the first fault, as sizes have no bound."""
+    unknown = set(file.weights.infos)
+    for name, shape in sizes.tensors():
+        if name not in unknown:
+            raise ArchiveError(f"{file.path}: tensor {name!r} is missing")
+        if (found := file.weights.infos[name].shape) != shape:
+            raise ArchiveError(f"{file.path}: tensor {name!r} has shape {list(found)}, the model {list(shape)}")
+        unknown.remove(name)
+    if unknown:
+        raise ArchiveError(f"{file.path}: tensor {quoted(min(unknown))} is not part of this model")
 
 
 class ESMSaveRestoreConnector(SaveRestoreConnector):
@@ -59,11 +115,10 @@ class ESMSaveRestoreConnector(SaveRestoreConnector):
     def save_to(self, model: Any, save_path: str) -> None:
         if type(model).__name__ not in MODEL_CLASSES:
             super().save_to(model, save_path)
-        elif is_global_rank_zero():
-            versions = {package: version(package) for package in _RECORDED_PACKAGES}
-            provenance = {"package_versions": versions, **model.provenance}
-            config, weights = model.archive_config(), model.archive_weights()
-            write_archive(Path(save_path), Archive(type(model).__name__, config, weights, provenance))
+            return
+        archive = describe(model)
+        if is_global_rank_zero():
+            write_archive(Path(save_path), archive)
 
     def restore_from(
         self,
@@ -82,24 +137,36 @@ class ESMSaveRestoreConnector(SaveRestoreConnector):
         """
         path = Path(restore_path)
         if not (is_our_archive(path) or calling_cls.__name__ in MODEL_CLASSES):
+            _check_that_torch_is_safe(path)
             return super().restore_from(
                 calling_cls, restore_path, override_config_path, map_location, strict, return_config, trainer,
                 validate_access_integrity,
             )  # fmt: skip
         if override_config_path is not None or not strict:
             raise ArchiveError(f"{path}: override_config_path and strict=False are not supported; restore it as it is")
-        archive = read_archive(path, with_weights=not return_config)
-        config = OmegaConf.create(dict(archive.config))
+        file = ArchiveFile.open(path)
+        config = OmegaConf.create(dict(file.config))
+        check_sizes(file)
         if return_config:
             return config
         import_module("bionemo_esm.model.esm1nv")  # fills the registry
-        model_class = MODEL_CLASSES.get(archive.model_class)
+        model_class = MODEL_CLASSES.get(file.model_class)
         if model_class is None or not issubclass(model_class, calling_cls):
-            raise ArchiveError(f"{path}: holds a model of class {archive.model_class!r}, not a {calling_cls.__name__}")
+            raise ArchiveError(
+                f"{path}: holds a model of class {quoted(file.model_class)}, not a {calling_cls.__name__}"
+            )
+        weights = file.load_weights()
         model = model_class(config)
-        load_weights(model, dict(archive.weights), str(path))
+        model.provenance = {key: value for key, value in file.provenance.items() if key != "package_versions"}
+        load_weights(model, weights, str(path))
         device = map_location or ("cuda" if torch.cuda.is_available() else "cpu")
         return model.to(device).eval()
+
+
+def _check_that_torch_is_safe(path: Path) -> None:
+    """NeMo unpickles archives that are not ours, and relies on torch's safe reader, which this variable turns off."""
+    if os.environ.get(_UNSAFE_TORCH, "0").lower() in ("1", "y", "yes", "true"):
+        raise ArchiveError(f"{path}: is not an archive of bionemo_esm, and {_UNSAFE_TORCH} is set; unset it")
 
 
 modelPT.SaveRestoreConnector = ESMSaveRestoreConnector  # makes the plugin known to NeMo

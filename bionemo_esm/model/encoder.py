@@ -92,6 +92,7 @@ class ESMEncoder(BertModel):
             max_sequence_length=config.seq_length,
             share_embeddings_and_output_weights=True,
             add_binary_head=False,
+            parallel_output=False,  # every rank has the logits of the whole alphabet
         )
 
     def _sanity_check_attention_and_get_attn_mask_dimension(self) -> str:

@@ -28,13 +28,14 @@ from bionemo_esm.data.pretraining import (
     validation_loader,
 )
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.archive import read_archive
+from bionemo_esm.model.archive import Archive, read_archive
 from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig, OptimConfig
-from bionemo_esm.model.connector import ESMSaveRestoreConnector, load_weights, register_model
+from bionemo_esm.model.connector import ESMSaveRestoreConnector, describe, load_weights, register_model
 from bionemo_esm.model.encoder import ESMEncoder
+from bionemo_esm.model.guards import SkippedStep, StepGuard, SuspectSamples
 from bionemo_esm.model.optimization import MasterWeights, build_optimizer, build_schedule
-from bionemo_esm.model.parallel import data_parallel_sum, ensure_groups
+from bionemo_esm.model.parallel import data_parallel_sum, ensure_groups, gather_shards
 
 _ANOTHER_RUN = "give this run another exp_manager.name, or remove the run's folder"
 _DROPOUT_STREAM = 6  # keeps dropout's seeds apart from the keys of order and corruption
@@ -48,6 +49,7 @@ class StepReport:
     gradient_norm: float  # before clipping
     learning_rate: float
     residues: int  # shown to the model in this step
+    skipped: SkippedStep | None = None  # then no rank has changed its weights
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,14 @@ class ESM1nvModel(ModelPT):
         self.encoder: ESMEncoder | None = None
         self.backends: FusedBackends | None = None
         self.masters: MasterWeights | None = None
-        self.optim_config = OptimConfig()
+        self.guard = StepGuard(OptimConfig())
         self.initial_weights: Path | None = None
         self.provenance: dict[str, Any] = {}
         self.identity: dict[str, Any] = {}  # what a checkpoint must share with the run that goes on from it
-        self.consumed_samples = 0
+        self.steps = self.consumed_samples = 0  # trained, over all sessions; skipped steps count
         self.last_step: StepReport | None = None
         self.last_evaluation: Evaluation | None = None
+        self.validation_was_broken_off = False
         self._resumed_masters: dict[str, Tensor] | None = None
         self._sums: Tensor | None = None  # float64 [3]: loss, right answers, targets of the validation under way
         if trainer is None:
@@ -142,27 +145,70 @@ class ESM1nvModel(ModelPT):
         counts = torch.tensor([[len(b.targets), b.residues] for b in share], device=self.device).sum(0)
         targets, residues = data_parallel_sum(counts).tolist()
         self.masters.zero_gradients()
-        loss = torch.zeros((), device=self.device)
-        for batch in share:
+        parts = torch.zeros(len(share), device=self.device)
+        for index, batch in enumerate(share):
             part = cross_entropy(self(batch), batch.targets, reduction="sum") / max(targets, 1)
             self.manual_backward(part)
-            loss += part.detach()
+            parts[index] = part.detach()
         data_parallel_sum(self.masters.gradients)
-        norm = self.masters.clip_gradients(self.optim_config.gradient_clip_val)
+        norm = float(self.masters.clip_gradients(self.optim_config.gradient_clip_val))
+        loss = float(data_parallel_sum(parts.sum()))
 
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
-        optimizer.step()  # type: ignore[union-attr]
-        schedule.step()  # type: ignore[union-attr, call-arg]
-        self.masters.write_back()
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        rate, skipped = optimizer.param_groups[0]["lr"], None
+        if (objection := self.guard.objection(loss, norm)) is None:
+            optimizer.step()
+            self.masters.write_back()
+        else:
+            skipped = SkippedStep(objection, self.guard.in_a_row, self._suspects(parts))
+            self._count_a_step_not_taken()
+        schedule.step()
+        self.steps += 1
         self.consumed_samples += self._stream.plan.global_batch_size
-        self.last_step = StepReport(float(data_parallel_sum(loss)), float(norm), rate, residues)
+        self.last_step = StepReport(loss, norm, rate, residues, skipped)
         self._log_step(self.last_step)
 
     @property
     def epoch(self) -> float:
         """How often training has gone through its data."""
         return self.consumed_samples / self._stream.order.size
+
+    @property
+    def optim_config(self) -> OptimConfig:
+        return self.guard.config
+
+    @optim_config.setter
+    def optim_config(self, config: OptimConfig) -> None:
+        self.guard = StepGuard(config)
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether too many steps in a row could not be taken."""
+        return self.guard.gave_up
+
+    def _suspects(self, parts: Tensor) -> tuple[SuspectSamples, ...]:
+        """The micro batches of all ranks whose loss is not finite, or all of them where each has a finite one.
+
+        `parts`: float32 [micro batches], the losses of this rank's. Collective.
+        """
+        world_size = self._stream.plan.world_size
+        guilty = torch.zeros(world_size, len(parts), device=self.device)
+        guilty[self.global_rank] = (~parts.isfinite()).float()
+        guilty = data_parallel_sum(guilty)
+        found = (guilty if guilty.any() else torch.ones_like(guilty)).nonzero().tolist()
+        suspects = []
+        for rank, micro_batch in found:
+            positions = self._stream.on_rank(rank).plan.positions(self.consumed_samples)[micro_batch]
+            epochs, samples = self._stream.order.samples(positions)
+            suspects.append(SuspectSamples(rank, int(epochs[0]), tuple(samples.tolist())))
+        return tuple(suspects)
+
+    def _count_a_step_not_taken(self) -> None:
+        """In Lightning's count, by which checkpoints, validation and the end of training go."""
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
 
     def _seed_dropout(self) -> None:
         """Dropout depends on (seed, consumed samples, rank): an interrupted run needs no generator state to go on."""
@@ -183,7 +229,14 @@ class ESM1nvModel(ModelPT):
 
     # --- validation -------------------------------------------------------------------------------------------------
 
+    @property
+    def shared_validation_batches(self) -> int:
+        """Validation batches that every rank has; some ranks have one more."""
+        last = self.trainer.world_size - 1
+        return len(self._validation.on_rank(last, self.trainer.world_size))
+
     def on_validation_epoch_start(self) -> None:
+        self.validation_was_broken_off = False
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
@@ -192,6 +245,8 @@ class ESM1nvModel(ModelPT):
 
     def on_validation_epoch_end(self) -> None:  # type: ignore[override]
         assert self._sums is not None
+        if self.validation_was_broken_off:
+            return
         self.last_evaluation = self.evaluation(data_parallel_sum(self._sums))
         self.log_dict(
             {
@@ -263,16 +318,21 @@ class ESM1nvModel(ModelPT):
     # --- what is saved ----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The float32 masters are the weights; with them and `consumed_samples`, the next step is determined."""
-        assert self.masters is not None
-        checkpoint["state_dict"] = {name: tensor.cpu() for name, tensor in self.masters.state_dict().items()}
-        checkpoint["consumed_samples"] = self.consumed_samples
+        """The float32 masters are the weights; with them and `consumed_samples`, the next step is determined.
+
+        Lightning's account of its loops is left out: it follows from the number of steps, at whatever moment of a step
+        or a validation the checkpoint is written.
+        """
+        for key in ("state_dict", "loops", "hyper_parameters", "hparams_name", "hparams_type"):
+            checkpoint.pop(key, None)
+        checkpoint["model"] = describe(self)
+        checkpoint["steps"], checkpoint["consumed_samples"] = self.steps, self.consumed_samples
         checkpoint["identity"] = self.identity
-        checkpoint["hyper_parameters"] = {"cfg": OmegaConf.to_container(self.cfg)}
-        checkpoint.pop("hparams_type", None)  # a class, which a safe loader refuses
+        checkpoint["guard"] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint["hyper_parameters"]["cfg"]["encoder"]
+        archive: Archive = checkpoint["model"]
+        saved = archive.config["encoder"]
         if saved != self.encoder_config.to_dict():
             wrong = sorted(key for key in saved if saved[key] != self.encoder_config.to_dict().get(key))
             names = ", ".join(f"model.{key}" for key in wrong)
@@ -283,13 +343,20 @@ class ESM1nvModel(ModelPT):
                 raise ConfigError(
                     f"the checkpoint was written with {key} = {theirs}, this run has {ours}; {_ANOTHER_RUN}"
                 )
-        self._resumed_masters = checkpoint["state_dict"]
-        load_weights(self, checkpoint["state_dict"], "checkpoint")
-        self.consumed_samples = int(checkpoint["consumed_samples"])
+        self._resumed_masters = dict(archive.weights)
+        load_weights(self, dict(archive.weights), "checkpoint")
+        self.guard.load_state_dict(checkpoint["guard"])
+        self.steps, self.consumed_samples = int(checkpoint["steps"]), int(checkpoint["consumed_samples"])
+        checkpoint["loops"] = {"fit_loop": loops_after(self.steps, self.trainer.fit_loop.state_dict())}
 
-    def archive_config(self) -> Mapping[str, Any]:
+    def archive_provenance(self) -> dict[str, Any]:
+        """Where the weights come from: what a reader of the archive can trust and cite."""
+        trained = {"steps": self.steps, "consumed_samples": self.consumed_samples} if self.steps else {}
+        return {**self.provenance, **trained}
+
+    def archive_config(self, weights: Mapping[str, Tensor]) -> Mapping[str, Any]:
         """What `.nemo` says of the model: its sizes, its seed, and the precision of the weights beside it."""
-        weights_dtype = next(iter(self.archive_weights().values())).dtype
+        weights_dtype = next(iter(weights.values())).dtype
         return {
             "encoder": self.encoder_config.to_dict(),
             "precision": "bf16" if weights_dtype == torch.bfloat16 else "32",
@@ -297,5 +364,17 @@ class ESM1nvModel(ModelPT):
         }
 
     def archive_weights(self) -> dict[str, Tensor]:
-        """The float32 masters where there are, else the parameters as they are."""
-        return self.masters.state_dict() if self.masters else {n: p.detach() for n, p in self.named_parameters()}
+        """The float32 masters where there are, else the parameters; whole, and collective where they are sharded."""
+        if self.masters is not None:
+            return self.masters.state_dict()
+        return {name: gather_shards(parameter.detach(), parameter) for name, parameter in self.named_parameters()}
+
+
+def loops_after(steps: int, loops: dict[str, Any]) -> dict[str, Any]:
+    """Lightning's account of its training loop, `fit_loop.state_dict()`, as it stands after so many steps."""
+    counts = {"ready": steps, "started": steps, "processed": steps, "completed": steps}
+    for key in ("epoch_loop.batch_progress", "epoch_loop.manual_optimization.optim_step_progress"):
+        for span in ("total", "current"):
+            loops[key][span] = {name: count for name, count in counts.items() if name in loops[key][span]}
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = steps
+    return loops

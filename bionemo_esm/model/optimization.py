@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bionemo_esm.model.backends import FusedBackends
 from bionemo_esm.model.config import OptimConfig
+from bionemo_esm.model.parallel import gather_shards, own_shard
 
 
 def build_schedule(optimizer: Optimizer, config: OptimConfig) -> LRScheduler:
@@ -81,13 +82,13 @@ class MasterWeights:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The masters by parameter name, float32."""
-        return {name: master.detach() for name, master in self.masters.items()}
+        """The masters by parameter name, float32 and whole; collective where they are sharded over ranks."""
+        return {name: gather_shards(master.detach(), self.parameters[name]) for name, master in self.masters.items()}
 
     @torch.no_grad()
     def load_state_dict(self, masters: dict[str, Tensor]) -> None:
         for name, master in self.masters.items():
-            master.copy_(masters[name])
+            master.copy_(own_shard(masters[name], self.parameters[name]))
         self.write_back()
 
 

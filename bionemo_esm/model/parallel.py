@@ -28,6 +28,33 @@ def destroy_groups() -> None:
         distributed.destroy_process_group()
 
 
+def gather_shards(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The whole of which every tensor-parallel rank holds a part, laid out like `parameter`; collective.
+
+    A tensor that is not split, or of which there is one part, is returned as it is.
+    """
+    if not _is_split(parameter):
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
+    distributed.all_gather(parts, tensor.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(parts, dim=parameter.partition_dim)  # type: ignore[attr-defined]
+
+
+def own_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor, laid out like `parameter`: the inverse of `gather_shards`."""
+    if not _is_split(parameter):
+        return whole
+    ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    part: torch.Tensor = whole.chunk(ranks, dim=parameter.partition_dim)[rank]  # type: ignore[attr-defined]
+    return part
+
+
+def _is_split(parameter: torch.Tensor) -> bool:
+    if not parallel_state.is_initialized() or parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return False
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
 def data_parallel_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over data-parallel ranks, in place; returns the tensor."""
     if parallel_state.get_data_parallel_world_size() > 1:

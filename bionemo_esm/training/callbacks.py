@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.model.guards import SkippedStep
 from bionemo_esm.screen import Screen, duration
 
 _SECONDS_BETWEEN_LINES = 15.0  # of progress, where output is no terminal
@@ -31,7 +34,7 @@ class History(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            kept = [line for line in read_history(self.path) if line["step"] <= trainer.global_step]
+            kept = [line for line in read_history(self.path) if self._precedes(line, trainer)]
             temporary = self.path.with_name(f".{self.path.name}.partial")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             temporary.replace(self.path)
@@ -44,6 +47,8 @@ class History(Callback):
         self._busy_seconds += self._lap()
         self._residues += report.residues
         self.residues_per_second = self._residues / self._busy_seconds
+        if report.skipped is not None:
+            self._append(trainer, kind="skipped", **asdict(report.skipped))
         if trainer.global_step % self.every_n_steps:
             return
         self._residues, self._busy_seconds = 0, 0.0
@@ -52,17 +57,20 @@ class History(Callback):
             kind="train",
             consumed_samples=pl_module.consumed_samples,
             epoch=round(pl_module.epoch, 4),
-            loss=report.loss,
+            loss=_finite(report.loss),
             learning_rate=report.learning_rate,
-            gradient_norm=report.gradient_norm,
+            gradient_norm=_finite(report.gradient_norm),
             residues=report.residues,
             residues_per_second=round(self.residues_per_second, 1),
         )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, ESM1nvModel) and pl_module.last_evaluation is not None
-        result = pl_module.last_evaluation
+        assert isinstance(pl_module, ESM1nvModel)
         self._lap()
+        if pl_module.validation_was_broken_off:
+            return
+        assert pl_module.last_evaluation is not None
+        result = pl_module.last_evaluation
         self._append(
             trainer,
             kind="validation",
@@ -71,6 +79,14 @@ class History(Callback):
             accuracy=result.accuracy,
             residues=result.residues,
         )
+
+    @staticmethod
+    def _precedes(line: dict[str, Any], trainer: Trainer) -> bool:
+        """Whether a line lies before what training does next: where a validation was due, Lightning repeats it."""
+        last = trainer.global_step
+        if line["kind"] == "validation" and last % trainer.val_check_interval == 0:
+            last -= 1
+        return bool(line["step"] <= last)
 
     def _lap(self) -> float:
         """Seconds since the last lap; the whole training time adds them up."""
@@ -84,6 +100,11 @@ class History(Callback):
             line = {"step": trainer.global_step, "seconds": round(self.seconds, 3), **values}
             with open(self.path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
+
+
+def _finite(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def _seconds_of(lines: list[dict[str, Any]]) -> float:
@@ -111,13 +132,15 @@ class Progress(Callback):
         self._first_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, ESM1nvModel) and pl_module.last_step is not None
+        if pl_module.last_step.skipped is not None:
+            self._say_what_was_skipped(trainer.global_step, pl_module.last_step.skipped)
         now = time.monotonic()
         pause = _SECONDS_BETWEEN_REWRITES if self.screen.is_terminal else _SECONDS_BETWEEN_LINES
         last = trainer.global_step == trainer.max_steps
         if now - self._shown < pause and not last:
             return
         self._shown = now
-        assert isinstance(pl_module, ESM1nvModel) and pl_module.last_step is not None
         step, report = trainer.global_step, pl_module.last_step
         left = (now - self._started) / (step - self._first_step) * (trainer.max_steps - step)
         self.screen.progress(
@@ -125,8 +148,20 @@ class Progress(Callback):
             f"lr {report.learning_rate:.1e}  {self.history.residues_per_second:,.0f} residues/s  {duration(left)} left"
         )
 
+    def _say_what_was_skipped(self, step: int, skipped: SkippedStep) -> None:
+        first = skipped.suspects[0]
+        samples = ", ".join(map(str, first.samples[:5])) + (", ..." if len(first.samples) > 5 else "")
+        more = f" and {len(skipped.suspects) - 1} more micro batches" if len(skipped.suspects) > 1 else ""
+        self.screen.say(
+            f"warning: step {step:,} was not taken: {skipped.reason}; rank {first.rank}, samples {samples}{more} "
+            f"(all in {self.history.path.name})"
+        )
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, ESM1nvModel) and pl_module.last_evaluation is not None
+        assert isinstance(pl_module, ESM1nvModel)
+        if pl_module.validation_was_broken_off:
+            return
+        assert pl_module.last_evaluation is not None
         result = pl_module.last_evaluation
         self.screen.say(
             f"  step {trainer.global_step:,}  validation perplexity {result.perplexity:.2f} "

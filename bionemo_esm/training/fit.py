@@ -13,13 +13,18 @@ from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
+from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.screen import Screen
+from bionemo_esm.training.background import BackgroundWriter
 from bionemo_esm.training.callbacks import History, Progress
-from bionemo_esm.training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint
+from bionemo_esm.training.checkpoint_averaging import CheckpointAveraging
+from bionemo_esm.training.checkpoints import DAMAGED, Checkpoints, SafeCheckpointIO, newest_checkpoint, tidy
 from bionemo_esm.training.prepared import PreparedRun
 from bionemo_esm.training.recipe import Recipe, TrainerConfig
+from bionemo_esm.training.requirements import is_rank_zero
+from bionemo_esm.training.stopping import StopSignals
 from bionemo_esm.training.strategy import MegatronStrategy
 
 PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16 with float32 masters"}
@@ -31,7 +36,9 @@ class FitResult:
 
     model: ESM1nvModel
     steps: int
+    averaging: CheckpointAveraging | None
     stopped_by: Signals | None  # the signal that ended it before its last step
+    best_checkpoint: Path | None  # the one with the lowest validation loss
     seconds: float  # of training and validation, earlier sessions of the run included
     residues_per_second: float  # over the last logging interval
     resumed_from_step: int
@@ -43,17 +50,23 @@ def fit(run: PreparedRun, screen: Screen) -> FitResult:
     """Train to the recipe's last step, from the newest checkpoint in the run's folder that can be read."""
     recipe, folder = run.recipe, run.folder
     _send_nemo_messages_to_the_log()
-    checkpoint, complaints = newest_checkpoint(folder / "checkpoints")
-    for complaint in complaints:
-        screen.say(f"warning: {complaint}; going back to {checkpoint.name if checkpoint else 'the start'}")
-    resumed_from_step = int(checkpoint.stem.removeprefix("step=")) if checkpoint else 0
+    checkpoint = _checkpoint_to_go_on_from(folder / "checkpoints", screen)
+    resumed_from_step = int(ArchiveFile.open(checkpoint).provenance["steps"]) if checkpoint else 0
 
+    saving, signals = recipe.exp_manager.checkpoints, StopSignals()
+    writer = BackgroundWriter(saving.in_background)
     history = History(folder / "metrics.jsonl", recipe.trainer.log_every_n_steps)
-    checkpoints = Checkpoints(folder / "checkpoints", recipe.exp_manager.checkpoints)
-    trainer = _trainer(recipe.trainer, [checkpoints, history, Progress(screen, history, run.unigram_perplexity)])
+    checkpoints = Checkpoints(folder / "checkpoints", saving, signals, writer)
+    averaging = None
+    if saving.average_last:
+        averaging = CheckpointAveraging(folder / "averaging", saving.average_last, saving.every_n_train_steps, writer)
+    watching = [history, Progress(screen, history, run.unigram_perplexity)]  # first: a step is on record, then saved
+    callbacks = [*watching, *([averaging] if averaging else []), checkpoints]
+    trainer = _trainer(recipe.trainer, callbacks, SafeCheckpointIO(writer))
     _start_experiment(trainer, recipe, folder)
 
     model = _model(recipe, trainer)
+    model.provenance = run.provenance
     model.setup_training_data(run.stream, recipe.data.num_workers)
     model.setup_validation_data(run.validation)
     dtype = parameter_dtype(recipe.trainer.precision, trainer.strategy.root_device.type)
@@ -61,17 +74,31 @@ def fit(run: PreparedRun, screen: Screen) -> FitResult:
     backends = choose_backends(trainer.strategy.root_device.type, dtype, recipe.model.attention_dropout).describe()
     screen.say(run.opening_screen(backends, PRECISION_NAMES[dtype], resumed_from_step))
 
-    _fit_or_be_interrupted(trainer, model, checkpoint)
+    with signals.heeded():
+        _fit_or_be_interrupted(trainer, model, checkpoint)
+    best = checkpoints.path(checkpoints.best_step) if checkpoints.best_step is not None else None
     return FitResult(
         model=model,
         steps=trainer.global_step,
-        stopped_by=checkpoints.stopped_by if trainer.global_step < recipe.trainer.max_steps else None,
+        averaging=averaging,
+        stopped_by=signals.received if trainer.global_step < recipe.trainer.max_steps else None,
+        best_checkpoint=best if best and best.is_file() else None,
         seconds=history.seconds,
         residues_per_second=history.residues_per_second,
         resumed_from_step=resumed_from_step,
         backends=backends,
         precision=PRECISION_NAMES[dtype],
     )
+
+
+def _checkpoint_to_go_on_from(folder: Path, screen: Screen) -> Path | None:
+    """The newest that is intact; damaged ones that are newer are set aside, and said to be."""
+    checkpoint, complaints = newest_checkpoint(folder)
+    for complaint in complaints:
+        screen.say(f"warning: {complaint}; set aside as *{DAMAGED}, going back to {checkpoint and checkpoint.name}")
+    if checkpoint is not None and is_rank_zero():
+        tidy(folder, checkpoint)
+    return checkpoint
 
 
 def _fit_or_be_interrupted(trainer: Trainer, model: ESM1nvModel, checkpoint: Path | None) -> None:
@@ -92,14 +119,14 @@ def _model(recipe: Recipe, trainer: Trainer) -> ESM1nvModel:
     return model
 
 
-def _trainer(config: TrainerConfig, callbacks: list[Callback]) -> Trainer:
+def _trainer(config: TrainerConfig, callbacks: list[Callback], checkpoint_io: SafeCheckpointIO) -> Trainer:
     """A Lightning trainer whose batches are optimizer steps: accumulation and clipping happen in the model's step."""
     return Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=MegatronStrategy(),
-        plugins=[SafeCheckpointIO()],
+        plugins=[checkpoint_io],
         callbacks=callbacks,
         max_epochs=-1,
         max_steps=config.max_steps,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bionemo_esm.data.pretraining import SampleReader, TrainingStream, ValidationBatches, unigram_perplexity
-from bionemo_esm.data.store import ProteinStore, SequenceSplit
+from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore, SequenceSplit, sha256_of_file
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.training.proteins import describe_source
 from bionemo_esm.training.recipe import Recipe
@@ -44,6 +45,21 @@ class PreparedRun:
         return self.store.split("train")
 
     @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the weights of this run come from, as its checkpoints and archives record it."""
+        recipe, manifest = self.recipe, self.store.manifest
+        return {
+            "recipe": recipe.name,
+            "seed": recipe.seed,
+            "data": describe_source(recipe),
+            "data_release": manifest.get("release"),
+            "data_manifest_sha256": sha256_of_file(self.store.folder / MANIFEST_NAME),
+            "data_sequences": {name: split["sequences"] for name, split in manifest["splits"].items()},
+            "data_samples_of_an_epoch": self.train.num_clusters,
+            "restored_from": str(recipe.restore_from_path) if recipe.restore_from_path else None,
+        }
+
+    @property
     def identity(self) -> dict[str, str | int]:
         """What a run must not change while it goes on: the stream of samples, and how the optimizer answers it."""
         train = self.store.manifest["splits"]["train"]
@@ -53,7 +69,8 @@ class PreparedRun:
             "train.bin": train["bin_sha256"],
             "data.masking": str(self.recipe.data.masking),
             "data.global_batch_size": self.recipe.global_batch_size,
-            "optim": str(self.recipe.optim),
+            "restore_from_path": str(self.recipe.restore_from_path or "none"),
+            **{f"optim.{key}": str(value) for key, value in asdict(self.recipe.optim).items()},
         }
 
     def opening_screen(self, backends: str, precision: str, resumed_from_step: int) -> str:
@@ -73,6 +90,8 @@ class PreparedRun:
             "fused": backends,
             "results": f"{short(self.folder)} (messages of other libraries: {short(self.folder / OUTPUT_LOG)})",
         }
+        if recipe.restore_from_path is not None and not resumed_from_step:
+            lines["start"] = f"from the weights of {recipe.restore_from_path}"
         return "\n".join([f"\n{recipe.name}", *(f"  {key:<8} {text}" for key, text in lines.items()), ""])
 
     def _dealing(self) -> str:

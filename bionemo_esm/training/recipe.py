@@ -22,6 +22,7 @@ from bionemo_esm.model.config import EncoderConfig, OptimConfig
 from bionemo_esm.settings import integer, known, number, path, plain_values, typed
 
 ACCELERATORS = ("cpu", "gpu")
+_OPTIM_KEYS = ("name", "lr", "betas", "eps", "weight_decay", "max_skipped_steps", "skip_loss_above", "sched")
 _SCHEDULE_KEYS = ("name", "warmup_steps", "warmup_ratio", "constant_steps", "min_lr", "max_steps")
 
 
@@ -81,14 +82,22 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often the state of a run is written, and how many of the last ones stay."""
+    """How often the state of a run is written, which of the files stay, and how many are averaged at the end."""
 
     every_n_train_steps: int = 1_000
     keep_last: int = 3
+    keep_best: bool = True  # as well: the one with the lowest validation loss
+    average_last: int = 47  # 0: no average
+    in_background: bool = True
 
     def __post_init__(self) -> None:
-        if self.every_n_train_steps < 1 or self.keep_last < 1:
-            raise ConfigError("exp_manager.checkpoints: every_n_train_steps and keep_last must be at least 1")
+        for name in ("every_n_train_steps", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"exp_manager.checkpoints.{name} must be at least 1, not {getattr(self, name)}")
+        if self.average_last < 0 or self.average_last == 1:
+            raise ConfigError(
+                f"exp_manager.checkpoints.average_last must be 0 (no average) or at least 2, not {self.average_last}"
+            )
 
 
 @dataclass(frozen=True)
@@ -199,7 +208,7 @@ def _data(values: dict[str, Any]) -> DataConfig:
 
 
 def _optim(values: dict[str, Any], trainer: TrainerConfig) -> OptimConfig:
-    values = known("optim", values, {"name", "lr", "betas", "eps", "weight_decay", "sched"})
+    values = known("optim", values, set(_OPTIM_KEYS))
     if values.get("name", "fused_adam") != "fused_adam":
         raise ConfigError(f"optim.name must be fused_adam, not {values['name']!r}")
     schedule = known("optim.sched", values["sched"], set(_SCHEDULE_KEYS))

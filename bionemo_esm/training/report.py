@@ -41,6 +41,7 @@ LABEL |= {"color": LINE, "weight": "bold"}
 FACTS = """
 Validation perplexity | validation_perplexity | {:.3f};     Validation loss | validation_loss | {:.4f} nats per residue
 Perplexity of residue frequencies | unigram_perplexity | {:.3f};  Masked residues named right | masked_accuracy | {:.2%}
+Perplexity of the average | averaged_validation_perplexity | {:.3f};  Checkpoints averaged | averaged_checkpoints | {:,}
 Masked residues asked | masked_residues | {:,};             Model | model | {}
 Parameters | parameters | {:,};                             Precision | precision | {}
 Training sequences | train_sequences | {:,};                Validation sequences | validation_sequences | {:,}
@@ -49,7 +50,8 @@ Resumed from step | resumed_from_step | {:,};               Consumed samples | c
 Epochs | epochs | {:.2f};                                   Training time | seconds | {:,.1f} s
 Throughput | residues_per_second | {:,.0f} residues/s;      Device | device | {}
 Fused backends | fused_backends | {};                       Seed | seed | {}
-Data | data | ; Command | command | ; Model file | nemo | ; Sequence store | store | ; Versions | package_versions |
+Data | data | ; Command | command | ; Model file | nemo |
+Averaged model | averaged_nemo | ; Sequence store | store | ; Versions | package_versions |
 """
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

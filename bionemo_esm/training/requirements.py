@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ def check_requirements(recipe: Recipe) -> None:
     An archive to start from that is damaged raises `ArchiveError`.
     """
     parameter_dtype(recipe.trainer.precision, "cpu")
-    missing = [*_missing_gpus(recipe), *_missing_files(recipe)]
+    missing = [*_missing_gpus(recipe), *_missing_files(recipe), *_missing_space(recipe)]
     if missing:
         raise ConfigError(
             f"recipe {recipe.name} cannot run here:\n  - "
@@ -50,9 +51,27 @@ def _missing_files(recipe: Recipe) -> list[str]:
     return missing
 
 
+def _missing_space(recipe: Recipe) -> list[str]:
+    """A new run needs room for its checkpoints (weights and two moments, float32), snapshots and archives."""
+    saving, folder = recipe.exp_manager.checkpoints, recipe.run_folder.absolute()
+    if folder.exists():
+        return []
+    files = saving.keep_last + 1 + saving.keep_best  # one more while the next is written
+    needed = 4 * recipe.model.parameters * (3 * files + saving.average_last + 3)
+    existing = next(parent for parent in folder.parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free >= needed:
+        return []
+    return [
+        f"exp_manager.exp_dir: the run's checkpoints will take {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free "
+        f"in {existing}; choose another place, or lower exp_manager.checkpoints.keep_last or average_last"
+    ]
+
+
 def _check_archive(recipe: Recipe, path: Path) -> None:
     """The archive must hold a model of the recipe's shape; dropout may differ."""
-    theirs = dict(read_archive(path, with_weights=False).config.get("encoder") or {})
+    theirs = read_archive(path, with_weights=False).config.get("encoder")
+    theirs = theirs if isinstance(theirs, dict) else {}
     for key, ours in recipe.model.to_dict().items():
         if "dropout" not in key and theirs.get(key) != ours:
             raise ConfigError(

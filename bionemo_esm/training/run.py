@@ -6,13 +6,15 @@ import json
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bionemo_esm.errors import ConfigError
-from bionemo_esm.screen import Screen, duration, exit_of, third_party_output_in
+from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.screen import Meter, Screen, duration, exit_of, third_party_output_in
+from bionemo_esm.training.folder import alone_in, make_folder
 from bionemo_esm.training.prepared import OUTPUT_LOG, PreparedRun, describe_model, short
 from bionemo_esm.training.proteins import describe_source, open_proteins
 from bionemo_esm.training.recipe import Recipe, load_recipe
@@ -22,12 +24,15 @@ if TYPE_CHECKING:  # NeMo takes seconds to import: a mistake in the configuratio
     from bionemo_esm.model.esm1nv import ESM1nvModel
     from bionemo_esm.training.fit import FitResult
 
+EXIT_GAVE_UP = 3
+
 
 def pretrain(cfg: DictConfig) -> None:
     """Run the recipe of a composed Hydra configuration, from where an earlier call left it.
 
-    Exits with 2 after one line for a mistake that the user can mend, and with 130 (SIGINT) or 143 (SIGTERM) after a
-    stop on request, its state saved; the same command then goes on.
+    Exits with 2 after one line for a mistake that the user can mend; with 130 (SIGINT) or 143 (SIGTERM) after a stop
+    on request, its state saved; with 3 where too many steps in a row could not be taken, its state saved. The same
+    command then goes on.
     """
     interrupted = "Interrupted; the same command goes on from the last checkpoint, if there is one."
     exit_of(lambda: _pretrain(cfg), interrupted, silent=not is_rank_zero())
@@ -40,10 +45,13 @@ def _pretrain(cfg: DictConfig) -> int:
     folder = recipe.run_folder.absolute()
     if _already_finished(recipe, folder):
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if is_rank_zero() and not (folder / "config.yaml").exists():  # a run that is refused must not replace it
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    with third_party_output_in(folder / OUTPUT_LOG, silent=not is_rank_zero()) as screen:
+    with (
+        alone_in(folder) if is_rank_zero() else nullcontext(),
+        third_party_output_in(folder / OUTPUT_LOG, silent=not is_rank_zero()) as screen,
+    ):
         run = PreparedRun.of(recipe, folder, open_proteins(recipe, folder, screen, is_rank_zero()))
         from bionemo_esm.training.fit import fit
 
@@ -52,6 +60,9 @@ def _pretrain(cfg: DictConfig) -> int:
             screen.say(f"\nStopped by {result.stopped_by.name} at step {result.steps:,}, state saved.")
             screen.say("The same command goes on from there.")
             return 128 + result.stopped_by
+        if result.model.gave_up:
+            screen.say(_gave_up(recipe, folder, result.steps))
+            return EXIT_GAVE_UP
         if is_rank_zero():
             _finish(run, result, screen, started)
     return 0
@@ -63,26 +74,49 @@ def _finish(run: PreparedRun, result: FitResult, screen: Screen, started: float)
     from bionemo_esm.training.report import write_report
 
     archive = run.folder / f"{run.recipe.name}.nemo"
-    result.model.provenance = _provenance(run, result)
     result.model.save_to(str(archive))
     restored = ESM1nvModel.restore_from(str(archive))
-    summary = _summary(run, result, restored, archive) | {"wall_seconds": round(time.monotonic() - started, 1)}
+    summary = _summary(run, result, restored, archive) | _averaged(run, result, screen)
+    summary |= {"wall_seconds": round(time.monotonic() - started, 1)}
     _write_json(run.folder / "summary.json", summary)
     report = write_report(run.folder)
     screen.say(_closing(summary, report))
 
 
-def _provenance(run: PreparedRun, result: FitResult) -> dict[str, Any]:
-    """Where the weights come from: what a reader of the archive can trust and cite."""
+def _averaged(run: PreparedRun, result: FitResult, screen: Screen) -> dict[str, Any]:
+    """Write the average of the last checkpoints, read it back and score it; what the summary says of it."""
+    from bionemo_esm.model.esm1nv import ESM1nvModel
+
+    output = run.folder / f"{run.recipe.name}-averaged.nemo"
+    try:
+        if result.averaging is None or not result.averaging.finish(output, Meter(screen, "averaging")):
+            return {}
+    except UserError as error:  # the run itself has come to its end, and its model is safe
+        screen.say(f"warning: no average was made: {error}")
+        return {}
+    restored = ESM1nvModel.restore_from(str(output))
+    saving, found = run.recipe.exp_manager.checkpoints, len(restored.provenance["averaged_from"])
+    wanted = min(saving.average_last, -(-result.steps // saving.every_n_train_steps))
+    if found < wanted:
+        screen.say(f"warning: the average is of {found}, not {wanted} checkpoints; others are missing in averaging/")
+    score = restored.evaluate(run.validation)
     return {
-        "recipe": run.recipe.name,
-        "seed": run.recipe.seed,
-        "steps": result.steps,
-        "consumed_samples": result.model.consumed_samples,
-        "data": describe_source(run.recipe),
-        "data_splits": run.store.manifest["splits"],
-        "restored_from": str(run.recipe.restore_from_path) if run.recipe.restore_from_path else None,
+        "averaged_nemo": str(output),
+        "averaged_checkpoints": found,
+        "averaged_from_step": restored.provenance["averaged_from"][0]["steps"],
+        "averaged_validation_loss": score.loss,
+        "averaged_validation_perplexity": score.perplexity,
+        "averaged_masked_accuracy": score.accuracy,
     }
+
+
+def _gave_up(recipe: Recipe, folder: Path, steps: int) -> str:
+    return (
+        f"\nStopped at step {steps:,}, state saved: {recipe.optim.max_skipped_steps} steps in a row were not taken.\n"
+        f"Their samples are in {short(folder / 'metrics.jsonl')}, lines of kind skipped.\nThe same command tries "
+        "again with the samples after them; a lower optim.lr needs another exp_manager.name, which may begin with "
+        "restore_from_path=....nemo."
+    )
 
 
 def _summary(run: PreparedRun, result: FitResult, restored: ESM1nvModel, archive: Path) -> dict[str, Any]:
@@ -114,17 +148,28 @@ def _summary(run: PreparedRun, result: FitResult, restored: ESM1nvModel, archive
         "seconds": round(result.seconds, 1),
         "residues_per_second": result.residues_per_second,
         "resumed_from_step": result.resumed_from_step,
+        "best_checkpoint": str(result.best_checkpoint) if result.best_checkpoint else None,
         "command": shlex.join(["python", *sys.argv]),
     }
 
 
 def _closing(summary: dict[str, Any], report: Path) -> str:
     folder = report.parent
+    averaged = files = ""
+    if "averaged_nemo" in summary:
+        averaged = (
+            f"  averaged over the last {summary['averaged_checkpoints']} checkpoints (from step "
+            f"{summary['averaged_from_step']:,} on) {summary['averaged_validation_perplexity']:.2f}; "
+            f"{summary['averaged_masked_accuracy']:.1%} right\n"
+        )
+        files = f"  averaged {short(Path(summary['averaged_nemo']))}\n"
     return (
         f"\nDone in {duration(summary['wall_seconds'])}: {summary['steps']:,} steps, {summary['epochs']:.1f} epochs.\n"
         f"  validation perplexity {summary['validation_perplexity']:.2f}, against {summary['unigram_perplexity']:.2f} "
         f"for residue frequencies alone; {summary['masked_accuracy']:.1%} of masked residues right\n"
+        f"{averaged}"
         f"  model    {short(Path(summary['nemo']))}\n"
+        f"{files}"
         f"  report   {short(report)}\n"
         f"  summary  {short(folder / 'summary.json')}"
     )
@@ -136,7 +181,8 @@ def _already_finished(recipe: Recipe, folder: Path) -> bool:
     if not path.is_file():
         return False
     summary = json.loads(path.read_text(encoding="utf-8"))
-    if summary["steps"] < recipe.trainer.max_steps:
+    results = [summary["nemo"], *([summary["averaged_nemo"]] if "averaged_nemo" in summary else [])]
+    if summary["steps"] < recipe.trainer.max_steps or not all(Path(result).is_file() for result in results):
         return False
     if summary["fingerprint"] != recipe.fingerprint:
         raise ConfigError(

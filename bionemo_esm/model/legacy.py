@@ -1,0 +1,297 @@
+"""From a legacy `.nemo` (NeMo 1, BioNeMo 1: a tar with a pickle in it) to an archive of ours. Runs only when called.
+
+Where the names and layouts come from: NVIDIA/NeMo 1.x, `nemo/collections/nlp/` (`models/language_modeling/megatron/
+bert_model.py`, `modules/common/megatron/language_model.py`, `attention.py`, `fused_bias_gelu.py`), Megatron-core's
+`BertModel`, and BioNeMo 1's ESM-1nv, a `MegatronBertModel` over a sentencepiece vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bionemo_esm.alphabet import STANDARD_RESIDUES, TOKENS, padded_vocabulary_size
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.model.archive import Archive, write_archive
+from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.legacy_files import (
+    CONFIG,
+    WEIGHTS,
+    ChildLimits,
+    LegacyArchiveError,
+    LegacyTar,
+    config_number,
+    config_value,
+    read_config,
+    read_vocabulary,
+    read_weights,
+    sha256,
+)
+
+_SIZES: dict[str, tuple[tuple[str, ...], float | None]] = {
+    "num_layers": (("num_layers",), None),
+    "hidden_size": (("hidden_size",), None),
+    "num_attention_heads": (("num_attention_heads",), None),
+    "ffn_hidden_size": (("ffn_hidden_size",), None),
+    "seq_length": (("max_position_embeddings", "encoder_seq_length", "seq_length"), None),
+    "hidden_dropout": (("hidden_dropout",), 0.1),
+    "attention_dropout": (("attention_dropout",), 0.1),
+    "layernorm_epsilon": (("layernorm_epsilon",), 1e-5),
+    "init_method_std": (("init_method_std",), 0.02),
+}
+"""Our names, the legacy keys in order of preference, and NeMo 1's default where it has one."""
+
+_REQUIRED: dict[str, Any] = {
+    "transformer_block_type": "pre_ln",
+    "position_embedding_type": "learned_absolute",
+    "normalization": "layernorm",
+    "activation": "gelu",
+    "bias": True,
+    "share_embeddings_and_output_weights": True,
+    "normalize_attention_scores": True,
+    "headscale": False,
+    "multi_query_attention": False,
+    "embedding_token_dropout": False,
+    "use_esm_attention": False,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+}
+"""What our encoder is; each is also NeMo 1's default, so a key that is absent or null is fine."""
+
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    "<cls>": ("<s>", "<bos>", "[bos]", "<cls>", "[cls]"),
+    "<eos>": ("</s>", "<eos>", "[eos]", "<sep>", "[sep]"),
+    "<pad>": ("<pad>", "[pad]"),
+    "<unk>": ("<unk>", "[unk]"),
+    "<mask>": ("<mask>", "[mask]"),
+    "<null_1>": ("<null_1>",),
+}
+"""Legacy spellings, lower case. Where a vocabulary has two, the first: BioNeMo frames proteins by `<s>` and `</s>`."""
+_INDISPENSABLE = ("<cls>", "<eos>", "<unk>", "<mask>", *STANDARD_RESIDUES)
+
+_LAYER_PARTS = {
+    "self_attention.query_key_value.": "self_attention.linear_qkv.",
+    "self_attention.dense.": "self_attention.linear_proj.",
+    "post_attention_layernorm.": "pre_mlp_layernorm.",
+    "mlp.dense_h_to_4h.": "mlp.linear_fc1.",
+    "mlp.dense_4h_to_h.": "mlp.linear_fc2.",
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",  # Transformer Engine keeps it in the linear layer
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Parts of a layer that the legacy model calls otherwise; Megatron-core's names are ours."""
+_OTHER_PARTS = {
+    "lm_head.bias": "output_layer.bias",
+    "lm_head.layernorm.weight": "lm_head.layer_norm.weight",
+    "lm_head.layernorm.bias": "lm_head.layer_norm.bias",
+}
+_NO_PLACE = re.compile(r"(^|\.)(pooler|binary_head|rotary_pos_emb)\.|inv_freq$|_extra_state$")
+_WORDS, _POSITIONS = "encoder.embedding.word_embeddings.weight", "encoder.embedding.position_embeddings.weight"
+_TOKEN_TYPES, _OUTPUT_BIAS = "encoder.embedding.tokentype_embeddings.weight", "encoder.output_layer.bias"
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What became of a legacy archive."""
+
+    parameters: int  # of the converted model, rows of padding counted
+    renamed: Mapping[str, str]  # legacy tensor name to ours
+    dropped: tuple[str, ...]  # legacy names that our model has no place for
+    notes: tuple[str, ...]  # what differs from the legacy model, and what was filled in
+
+
+@dataclass
+class _Account:
+    """What the report will say, gathered on the way."""
+
+    renamed: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def convert_legacy(source: Path, output: Path) -> ConversionReport:
+    """Write the model of a legacy archive as an `ESM1nvModel` archive with float32 weights.
+
+    The pickle in it is opened by another process, under limits, by torch's reader for plain weights. Raises
+    `LegacyArchiveError`, naming the file and the member, key or tensor, for whatever our model cannot express, is
+    missing, or is left over; nothing is written then.
+    """
+    if not source.is_file():
+        raise LegacyArchiveError(f"{source}: no such file; give the path of a legacy .nemo archive")
+    if output.exists() and output.samefile(source):
+        raise LegacyArchiveError(f"{output}: is the legacy archive itself; give the output another name")
+    account = _Account()
+    with source.open("rb") as stream, tempfile.TemporaryDirectory(prefix="legacy-nemo-") as folder:
+        digest = sha256(stream)
+        tar = LegacyTar(source, stream)
+        config = read_config(tar)
+        encoder = _encoder_config(config, f"{source}: {CONFIG}", account)
+        member, tokens = read_vocabulary(tar, config)
+        rows = _vocabulary_rows(tokens, f"{source}: {member}", account)
+        stored, others = read_weights(tar, Path(folder), ChildLimits())
+    where = f"{source}: {WEIGHTS}"
+    named = _our_names(stored, others, where, account)
+    if encoder.num_layers > len(stored):
+        raise LegacyArchiveError(f"{source}: {CONFIG}: num_layers is {encoder.num_layers}; the weights have fewer")
+    legacy_rows = max(len(tokens), *named[_WORDS][1].shape[:1], 1)  # padded, for the sake of tensor cores
+    shapes = expected_shapes(encoder, legacy_rows)
+    _check(named, shapes | ({_TOKEN_TYPES: (2, encoder.hidden_size)} if _TOKEN_TYPES in named else {}), where)
+    weights = _our_tensors(named, encoder, rows, config.get("megatron_legacy") is True, account)
+    provenance = {"converted_from": {"file": source.name, "sha256": digest}, "notes": account.notes}
+    archive_config = {"encoder": encoder.to_dict(), "precision": "32", "seed": 0}
+    write_archive(output, Archive("ESM1nvModel", archive_config, weights, provenance))
+    dropped, notes = tuple(sorted(account.dropped)), tuple(account.notes)
+    return ConversionReport(encoder.parameters, account.renamed, dropped, notes)
+
+
+# --- configuration and vocabulary ------------------------------------------------------------------------------------
+
+
+def _encoder_config(config: Mapping[str, Any], where: str, account: _Account) -> EncoderConfig:
+    for key, ours in _REQUIRED.items():
+        value = config_value(config, key, where)
+        if value is not None and str(value).lower() != str(ours).lower():
+            raise LegacyArchiveError(
+                f"{where}: {key} is {value!r}; only {ours!r} can be converted, our encoder has no other"
+            )
+    sizes = {name: config_number(config, keys, default, where) for name, (keys, default) in _SIZES.items()}
+    try:
+        encoder = EncoderConfig.from_mapping(sizes)
+    except ConfigError as error:
+        raise LegacyArchiveError(f"{where}: {str(error).replace('model.', '')}") from error
+    channels = config_value(config, "kv_channels", where)
+    if channels not in (None, encoder.hidden_size // encoder.num_attention_heads):
+        raise LegacyArchiveError(
+            f"{where}: kv_channels is {channels!r}; only hidden_size / num_attention_heads can be converted"
+        )
+    fused = config.get("bias_gelu_fusion", config.get("bias_activation_fusion", True))
+    if fused is not False or config.get("openai_gelu") is True:
+        account.notes.append(
+            "GELU: the legacy MLP computed the tanh approximation (bias_gelu_fusion or openai_gelu), ours is exact; "
+            "one activation differs by up to 0.0005"
+        )
+    return encoder
+
+
+def _vocabulary_rows(tokens: list[str], where: str, account: _Account) -> list[int]:
+    """The legacy row for each of our tokens; where the legacy vocabulary lacks one, that of `<unk>`."""
+    ids = {token.lower() if re.fullmatch(r"<.*>|\[.*\]", token) else token: row for row, token in enumerate(tokens)}
+    found: dict[str, int] = {}
+    for token in TOKENS:
+        spellings = [name for name in _SYNONYMS.get(token, (token,)) if name in ids]
+        if spellings:
+            found[token] = ids[spellings[0]]
+    for token in _INDISPENSABLE:
+        if token not in found:
+            names = ", ".join(_SYNONYMS.get(token, (token,)))
+            raise LegacyArchiveError(
+                f"{where}: no token for our {token!r} (known: {names}); it is no protein vocabulary"
+            )
+    filled = [token for token in TOKENS if token not in found]
+    if filled:
+        account.notes.append(f"tokens the legacy vocabulary lacks, given the row of its <unk>: {' '.join(filled)}")
+    unused = [token for row, token in enumerate(tokens) if row not in found.values()]
+    if unused:
+        shown = " ".join(map(ascii, unused[:12])) + (" ..." if len(unused) > 12 else "")
+        account.notes.append(f"{len(unused)} legacy tokens that our alphabet lacks, left out: {shown}")
+    return [found.get(token, found["<unk>"]) for token in TOKENS]
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _our_names(
+    stored: Mapping[str, Tensor], others: list[str], where: str, account: _Account
+) -> dict[str, tuple[str, Tensor]]:
+    """Our name to (legacy name, tensor), for every entry but those that our model has no place for."""
+    words = re.compile(r"(.*?)(?:language_model\.)?embedding\.word_embeddings\.weight")
+    prefixes = [match[1] for name in stored if (match := words.fullmatch(name))]
+    if len(prefixes) != 1:
+        raise LegacyArchiveError(
+            f"{where}: expected one tensor embedding.word_embeddings.weight, found {len(prefixes)}"
+        )
+    named: dict[str, tuple[str, Tensor]] = {}
+    for legacy in [*stored, *others]:
+        if _NO_PLACE.search(legacy):
+            account.dropped.append(legacy)
+            continue
+        ours = _our_name(legacy.removeprefix(prefixes[0]) if legacy.startswith(prefixes[0]) else legacy)
+        if legacy in others:
+            raise LegacyArchiveError(f"{where}: {legacy!r} is no tensor; it is no state dict of a model")
+        if ours in named:
+            raise LegacyArchiveError(f"{where}: {legacy!r} and {named[ours][0]!r} are both our {ours!r}")
+        named[ours] = (legacy, stored[legacy])
+    return named
+
+
+def _our_name(legacy: str) -> str:
+    """The name in our model, if the legacy one is known; else a name that our model does not have."""
+    rest = legacy.removeprefix("language_model.")
+    if layer := re.fullmatch(r"encoder\.layers\.(0|[1-9]\d*)\.(.+[._])(weight|bias)", rest):
+        return f"encoder.encoder.layers.{layer[1]}.{_LAYER_PARTS.get(layer[2], layer[2])}{layer[3]}"
+    return f"encoder.{_OTHER_PARTS.get(rest, rest)}"
+
+
+def expected_shapes(encoder: EncoderConfig, vocabulary_rows: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of an `ESM1nvModel` of these sizes, whose vocabulary has so many rows."""
+    hidden, ffn = encoder.hidden_size, encoder.ffn_hidden_size
+    linear = {"lm_head.dense": (hidden, hidden)}
+    norms = ["encoder.final_layernorm", "lm_head.layer_norm"]
+    for layer in (f"encoder.layers.{number}" for number in range(encoder.num_layers)):
+        norms += [f"{layer}.input_layernorm", f"{layer}.pre_mlp_layernorm"]
+        linear[f"{layer}.self_attention.linear_qkv"] = (3 * hidden, hidden)
+        linear[f"{layer}.self_attention.linear_proj"] = (hidden, hidden)
+        linear[f"{layer}.mlp.linear_fc1"] = (ffn, hidden)
+        linear[f"{layer}.mlp.linear_fc2"] = (hidden, ffn)
+    shapes: dict[str, tuple[int, ...]] = {f"encoder.{name}.weight": shape for name, shape in linear.items()}
+    shapes |= {f"encoder.{name}.bias": shape[:1] for name, shape in linear.items()}
+    shapes |= {f"encoder.{name}.{kind}": (hidden,) for name in norms for kind in ("weight", "bias")}
+    shapes |= {_WORDS: (vocabulary_rows, hidden), _POSITIONS: (encoder.seq_length, hidden)}
+    return shapes | {_OUTPUT_BIAS: (vocabulary_rows,)}
+
+
+def _check(named: dict[str, tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    """Every tensor of ours is there, no other, each of the right shape, and of finite floats."""
+    for ours in sorted(shapes.keys() - named.keys()):
+        raise LegacyArchiveError(f"{where}: no tensor for our {ours!r}; is num_layers in {CONFIG} right?")
+    for ours, (legacy, tensor) in named.items():
+        place = f"{where}: tensor {legacy!r}"
+        if ours not in shapes:
+            raise LegacyArchiveError(f"{place} has no place in our model; it is no ESM-1nv, or one with extra parts")
+        if tuple(tensor.shape) != shapes[ours]:
+            expected = list(shapes[ours])
+            raise LegacyArchiveError(f"{place} has shape {list(tensor.shape)}; by {CONFIG} it should be {expected}")
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise LegacyArchiveError(f"{place} ({tensor.dtype}) is not all finite floats; the weights are damaged")
+
+
+def _our_tensors(
+    named: dict[str, tuple[str, Tensor]], encoder: EncoderConfig, rows: list[int], thirds_first: bool, account: _Account
+) -> dict[str, Tensor]:
+    """Our tensors, float32, in our layout and row order.
+
+    Query, key and value lie [heads, 3, head size] along the rows, as ours do. NeMo's `megatron_legacy` marks weights
+    of the first Megatron-LM, with [3, heads, head size] (`_transpose_last_dim` in NeMo 1's attention.py).
+    """
+    weights = {}
+    for ours, (legacy, tensor) in named.items():
+        account.renamed[legacy] = ours
+        weights[ours] = tensor.to(torch.float32)
+        if thirds_first and ".query_key_value." in legacy:
+            thirds = weights[ours].unflatten(0, (3, encoder.num_attention_heads, -1))
+            weights[ours] = thirds.transpose(0, 1).flatten(0, 2)
+    if _TOKEN_TYPES in weights:
+        weights[_POSITIONS] = weights[_POSITIONS] + weights.pop(_TOKEN_TYPES)[0]
+        account.notes.append("token types: type 0, which every residue had, was added to the position embeddings")
+    for ours in (_WORDS, _OUTPUT_BIAS):
+        table = torch.zeros(padded_vocabulary_size(), *weights[ours].shape[1:])
+        table[: len(rows)] = weights[ours][rows]
+        weights[ours] = table
+    assert sum(tensor.numel() for tensor in weights.values()) == encoder.parameters
+    return weights

@@ -1,0 +1,178 @@
+"""Runs that are made to fail: real processes and process groups, and signals or errors at chosen moments.
+
+Children are forked from a server that has imported everything once, so a run of two ranks takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runs import SMALL, composed
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["faults", "bionemo_esm.training.fit", "bionemo_esm.training.report"])
+_SECONDS = 120  # for a run; one that hangs is a failure
+
+
+@dataclass(frozen=True)
+class Fault:
+    """At the n-th call of a function on one rank: do something before the call or after it, or spoil its result."""
+
+    place: str  # dotted path of a function or method
+    action: Callable[[], object] | None = None
+    spoil: Callable[[Any], Any] | None = None  # what to make of its result
+    call: int = 1
+    rank: int = 0
+    before: bool = True
+    repeated: bool = False  # at every later call, too
+
+    def install(self) -> None:
+        module, _, name = self.place.rpartition(".")
+        owner = _resolve(module)
+        original = getattr(owner, name)
+        calls = 0
+
+        def faulty(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            due = calls == self.call or (self.repeated and calls > self.call)
+            if due and self.action and self.before:
+                self.action()
+            result = original(*arguments, **keywords)
+            if due and self.action and not self.before:
+                self.action()
+            return self.spoil(result) if due and self.spoil else result
+
+        setattr(owner, name, faulty)
+
+
+def _resolve(path: str) -> Any:
+    """A module, or a class in a module, by its dotted path."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        return getattr(_resolve(module), name)
+
+
+@dataclass(frozen=True)
+class KillWhileSaving:
+    """SIGKILL at the n-th of all the small events by which files come to be: pieces, syncs, renames, removals."""
+
+    event: int
+    rank: int = 0
+
+    def install(self) -> None:
+        import bionemo_esm.model.container as container
+
+        container._CHUNK_BYTES = 4096  # so that pieces of a small file reach the disk one by one
+        seen = 0
+
+        def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **keywords: Any) -> Any:
+                nonlocal seen
+                seen += threading.current_thread().name.startswith("checkpoints")
+                if seen == self.event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*arguments, **keywords)
+
+            return call
+
+        for place in (
+            "bionemo_esm.model.tensors._bytes_of",
+            "bionemo_esm.model.container.os.fsync",
+            "bionemo_esm.model.container.Path.replace",
+            "bionemo_esm.model.container.Path.unlink",
+        ):
+            module, _, name = place.rpartition(".")
+            owner = _resolve(module)
+            setattr(owner, name, counted(getattr(owner, name)))
+
+
+def send(number: signal.Signals) -> None:
+    """A signal to this very process, as a scheduler or a person would send it."""
+    os.kill(os.getpid(), number)
+
+
+@dataclass
+class Outcome:
+    """What came of a run: the exit code of each rank (negative: killed by that signal), and rank 0's screen."""
+
+    codes: list[int]
+    screen: str = ""
+    errors: str = ""
+    ranks: list[str] = field(default_factory=list)  # standard error of each
+
+
+def run(folder: Path, *overrides: str, ranks: int = 1, faults: Sequence[Fault | KillWhileSaving] = ()) -> Outcome:
+    """Train as the command line would, on so many ranks, with faults installed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    names = [folder.parent / f".{folder.name}.rank{rank}" for rank in range(ranks)]
+    processes = [
+        _SERVER.Process(target=_child, args=(folder, overrides, rank, ranks, port, names[rank], tuple(faults)))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(_SECONDS)
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    errors = [name.with_suffix(".err").read_text() for name in names]
+    screen = names[0].with_suffix(".out").read_text()
+    assert not hung, f"ranks {hung} hang\n{screen}\n{errors}"
+    return Outcome([process.exitcode or 0 for process in processes], screen, errors[0], errors)
+
+
+def _child(
+    folder: Path,
+    overrides: Sequence[str],
+    rank: int,
+    ranks: int,
+    port: int,
+    name: Path,
+    faults: Sequence[Fault | KillWhileSaving],
+) -> None:
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        descriptor = os.open(name.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, number)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
+    if ranks > 1:
+        places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "faults"}
+        counts = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+        own = {"RANK": rank, "LOCAL_RANK": rank}
+        os.environ.update({key: str(value) for key, value in (places | counts | own).items()})
+    from bionemo_esm.training.run import pretrain
+
+    for fault in faults:
+        if fault.rank == rank:
+            fault.install()
+    place = (f"exp_manager.exp_dir={folder.parent}", f"exp_manager.name={folder.name}", f"trainer.devices={ranks}")
+    pretrain(composed(*SMALL, *place, *overrides))
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds")
+        line.pop("residues_per_second", None)
+    return lines
