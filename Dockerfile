@@ -1,18 +1,38 @@
-# The NGC PyTorch container brings CUDA, Apex and Transformer Engine; this adds the plugin and what it imports.
+# NVIDIA's PyTorch container brings CUDA, NCCL, Transformer Engine and Apex; this adds the plugin and what it imports.
 #   docker build -t bionemo_esm .
-#   docker run --gpus all -v /data:/data bionemo_esm pretrain trainer.devices=1 data.store=/data/uniref50
-FROM nvcr.io/nvidia/pytorch:25.06-py3
+#   docker run --rm --gpus all bionemo_esm doctor
+#   docker run --gpus all --ipc host -v /data:/data:ro -v "$PWD/runs:/work/runs" bionemo_esm \
+#       pretrain trainer.devices=1 data.store=/data/uniref50
+# 26.03 has torch 2.11.0a0. The earlier ones do not do: 25.12 and 26.01 have 2.10.0a0, which comes before 2.10.
+FROM nvcr.io/nvidia/pytorch:26.03-py3
 
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/bionemo_esm
-COPY pyproject.toml setup.py README.md LICENSE ./
-COPY bionemo_esm bionemo_esm
-COPY conf conf
-# torch is the container's: pinning it to what is there keeps pip from replacing it.
-RUN python -c "import torch; print('torch==' + torch.__version__)" > /tmp/torch.txt \
-    && pip install --no-cache-dir --constraint /tmp/torch.txt .
 
-RUN useradd --create-home esm
-USER esm
-WORKDIR /home/esm
+# Dependencies first: this layer stays in the cache until pyproject.toml changes. The base image holds all its packages in
+# place (PIP_CONSTRAINT), which leaves pip no way out where two disagree; here only those stay that are built for each
+# other, or for its CUDA.
+COPY pyproject.toml ./
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+        > /tmp/wanted.txt \
+    && pip list --format=freeze | grep -iE '^(torch|triton|pytorch-triton|numpy|apex|flash.attn|transformer.engine.*)=' \
+        > /tmp/kept.txt \
+    && PIP_CONSTRAINT="" pip install --no-cache-dir --requirement /tmp/wanted.txt --constraint /tmp/kept.txt \
+    && rm /tmp/wanted.txt /tmp/kept.txt
+
+COPY setup.py README.md LICENSE ./
+COPY conf conf
+COPY bionemo_esm bionemo_esm
+RUN PIP_CONSTRAINT="" pip install --no-cache-dir --no-deps .
+
+# Runs land in /work/runs. Everybody may write there and in the caches, as in /tmp: under `docker run --user` and under
+# Slurm's pyxis the process is another user, whose home the container does not have.
+RUN useradd --create-home --uid 10001 esm && install --directory --mode=1777 /work /work/runs /var/cache/esm
+ENV NUMBA_CACHE_DIR=/var/cache/esm MPLCONFIGDIR=/var/cache/esm
+USER 10001
+WORKDIR /work
+
+# Versions, GPUs, fused kernels and one step of training: seldom, for it shares the GPU with the run.
+HEALTHCHECK --interval=6h --timeout=10m --start-period=10m --retries=1 CMD ["bionemo-esm", "doctor"]
 ENTRYPOINT ["bionemo-esm"]
 CMD ["--help"]

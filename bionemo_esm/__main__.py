@@ -14,6 +14,7 @@ USAGE = f"""bionemo-esm {__version__}: protein language models
 
   bionemo-esm pretrain recipe=laptop                                 a small ESM-1nv on the shipped sample
   bionemo-esm pretrain recipe=laptop data.fasta=proteins.fasta.gz    the same on your own proteins
+  bionemo-esm pretrain recipe=esm1nv_phase1 plan=true                what that run would be and cost; nothing is started
   bionemo-esm preprocess                                             UniRef50, downloaded, into a store
   bionemo-esm preprocess input=proteins.fasta.gz output=data/store split.validation=null split.test=null
                                                                      your own proteins, one in twenty held out twice

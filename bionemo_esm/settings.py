@@ -51,7 +51,7 @@ def _convert(key: str, value: Any, declared: str) -> Any:
     converters: dict[str, Any] = {
         "int": integer,
         "float": number,
-        "bool": _boolean,
+        "bool": boolean,
         "Path": path,
         "str": lambda _, text: str(text),
     }
@@ -76,7 +76,8 @@ def number(key: str, value: Any) -> float:
     return float(value)
 
 
-def _boolean(key: str, value: Any) -> bool:
+def boolean(key: str, value: Any) -> bool:
+    """True or false; raises `ConfigError` naming the key."""
     if not isinstance(value, bool):
         raise ConfigError(f"{key} must be true or false, not {value!r}")
     return value

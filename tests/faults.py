@@ -113,31 +113,45 @@ class Outcome:
     screen: str = ""
     errors: str = ""
     ranks: list[str] = field(default_factory=list)  # standard error of each
+    screens: list[str] = field(default_factory=list)  # standard output of each
 
 
-def run(folder: Path, *overrides: str, ranks: int = 1, faults: Sequence[Fault | KillWhileSaving] = ()) -> Outcome:
-    """Train as the command line would, on so many ranks, with faults installed."""
+def run(
+    folder: Path,
+    *overrides: str,
+    ranks: int = 1,
+    faults: Sequence[Fault | KillWhileSaving] = (),
+    stopped: Sequence[int] = (),
+) -> Outcome:
+    """Train as the command line would, on so many ranks, with faults installed.
+
+    `stopped`: ranks that will stand still; they are killed when the others have ended, as a launcher would.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    names = [folder.parent / f".{folder.name}.rank{rank}" for rank in range(ranks)]
+    names = [folder.parent / f".{folder.name}-rank{rank}" for rank in range(ranks)]
     processes = [
         _SERVER.Process(target=_child, args=(folder, overrides, rank, ranks, port, names[rank], tuple(faults)))
         for rank in range(ranks)
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(_SECONDS)
+    for rank, process in enumerate(processes):
+        if rank not in stopped:
+            process.join(_SECONDS)
+    for rank in stopped:
+        processes[rank].kill()
+        processes[rank].join()
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
         process.join()
     errors = [name.with_suffix(".err").read_text() for name in names]
-    screen = names[0].with_suffix(".out").read_text()
-    assert not hung, f"ranks {hung} hang\n{screen}\n{errors}"
-    return Outcome([process.exitcode or 0 for process in processes], screen, errors[0], errors)
+    screens = [name.with_suffix(".out").read_text() for name in names]
+    assert not hung, f"ranks {hung} hang\n{screens[0]}\n{errors}"
+    return Outcome([process.exitcode or 0 for process in processes], screens[0], errors[0], errors, screens)
 
 
 def _child(
@@ -171,8 +185,10 @@ def _child(
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without what depends on the clock."""
+    from bionemo_esm.training.measurements import MEASURED
+
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line.pop("seconds")
-        line.pop("residues_per_second", None)
+        for name in ("seconds", "seconds_left", *MEASURED):
+            line.pop(name, None)
     return lines

@@ -47,33 +47,35 @@ def padded_twin(model: ESM1nvModel) -> EsmForMaskedLM:
             intermediate_size=config.ffn_hidden_size,
             max_position_embeddings=config.seq_length + PAD_ID + 1,
             position_embedding_type="absolute",
-            emb_layer_norm_before=False,
-            token_dropout=False,
+            emb_layer_norm_before=config.embedding_layernorm,
+            token_dropout=config.token_dropout,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             layer_norm_eps=config.layernorm_epsilon,
         )
     ).eval()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    missing, unexpected = twin.load_state_dict(_translate(weights, config.num_attention_heads), strict=False)
+    missing, unexpected = twin.load_state_dict(translated(weights, config.num_attention_heads), strict=False)
     assert not unexpected
     assert all("contact_head" in name or "decoder" in name for name in missing), missing
     return twin
 
 
-def _translate(weights: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """Megatron's names and query-key-value interleaving in Hugging Face's terms."""
+def translated(weights: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
+    """Weights, or their gradients, from Megatron's names and query-key-value interleaving to Hugging Face's."""
     positions = weights["encoder.embedding.position_embeddings.weight"]
     unused = torch.zeros(PAD_ID + 1, positions.shape[1])  # Hugging Face numbers positions from the padding id on
-    translated = {
+    theirs = {
         "esm.embeddings.word_embeddings.weight": weights["encoder.embedding.word_embeddings.weight"][:VOCABULARY_SIZE],
         "esm.embeddings.position_embeddings.weight": torch.cat([unused, positions]),
         "lm_head.bias": weights["encoder.output_layer.bias"][:VOCABULARY_SIZE],
     }
     for kind in ("weight", "bias"):
-        translated[f"esm.encoder.emb_layer_norm_after.{kind}"] = weights[f"encoder.encoder.final_layernorm.{kind}"]
-        translated[f"lm_head.dense.{kind}"] = weights[f"encoder.lm_head.dense.{kind}"]
-        translated[f"lm_head.layer_norm.{kind}"] = weights[f"encoder.lm_head.layer_norm.{kind}"]
+        theirs[f"esm.encoder.emb_layer_norm_after.{kind}"] = weights[f"encoder.encoder.final_layernorm.{kind}"]
+        theirs[f"lm_head.dense.{kind}"] = weights[f"encoder.lm_head.dense.{kind}"]
+        theirs[f"lm_head.layer_norm.{kind}"] = weights[f"encoder.lm_head.layer_norm.{kind}"]
+        if (before := f"encoder.embedding_layernorm.{kind}") in weights:
+            theirs[f"esm.embeddings.layer_norm.{kind}"] = weights[before]
     for name, tensor in weights.items():
         if not name.startswith("encoder.encoder.layers."):
             continue
@@ -82,7 +84,7 @@ def _translate(weights: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
         if part.startswith("self_attention.linear_qkv"):
             mixed = tensor.reshape(heads, 3, -1, *tensor.shape[1:])
             for index, role in enumerate(("query", "key", "value")):
-                translated[f"{layer}.attention.self.{role}.{kind}"] = mixed[:, index].reshape(-1, *tensor.shape[1:])
+                theirs[f"{layer}.attention.self.{role}.{kind}"] = mixed[:, index].reshape(-1, *tensor.shape[1:])
             continue
         place = {
             "input_layernorm": "attention.LayerNorm",
@@ -91,5 +93,5 @@ def _translate(weights: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
             "mlp.linear_fc1": "intermediate.dense",
             "mlp.linear_fc2": "output.dense",
         }[part.rsplit(".", 1)[0]]
-        translated[f"{layer}.{place}.{kind}"] = tensor
-    return translated
+        theirs[f"{layer}.{place}.{kind}"] = tensor
+    return theirs

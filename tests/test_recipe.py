@@ -19,12 +19,13 @@ def recipe(*overrides: str) -> Recipe:
 
 
 def test_the_default_recipe_on_22_nodes_is_the_model_cards_phase_1() -> None:
-    card = recipe("trainer.num_nodes=22")
+    card = recipe()
+    assert recipe("trainer.num_nodes=22") == card
     assert card.name == "esm1nv_phase1"
     assert card.trainer.world_size == 176
     assert card.global_batch_size == 65_120
     assert card.trainer.max_steps == 349_500
-    assert card.epochs(52_000_000) == pytest.approx(437.7, abs=0.1)
+    assert card.departure() is None
     assert (card.optim.betas, card.optim.weight_decay) == ((0.9, 0.98), 0.01)
     assert (card.optim.lr, card.optim.min_lr) == (2e-4, 2e-5)
     assert (card.optim.warmup_steps, card.optim.constant_steps, card.optim.max_steps) == (500, 50_000, 957_610)
@@ -35,17 +36,86 @@ def test_the_default_recipe_on_22_nodes_is_the_model_cards_phase_1() -> None:
 
 @pytest.mark.parametrize("sequences", [176, 177, 5_000, 1_000_000])
 def test_validation_is_dealt_so_that_none_of_176_ranks_goes_without(sequences: int) -> None:
-    card = recipe("trainer.num_nodes=22")
+    card = recipe()
     batches = -(-sequences // validation_batch_size(card, sequences))
     assert batches >= 176
     with pytest.raises(ConfigError, match="175 validation sequences cannot be dealt to 176 ranks"):
         validation_batch_size(card, 175)
 
 
-def test_accumulation_takes_the_place_of_nodes() -> None:
-    assert recipe("trainer.accumulate_grad_batches=22").global_batch_size == 65_120
-    whole = recipe("data.global_batch_size=65120", "trainer.num_nodes=2")
-    assert whole.batch_plan().accumulation == 11
+def test_phase_2_goes_on_with_the_schedule_of_phase_1_in_batches_of_144_gpus() -> None:
+    first, second = recipe(), recipe("recipe=esm1nv_phase2")
+    assert second.optim == first.optim
+    assert second.model == first.model
+    assert second.trainer.world_size == 144
+    assert second.global_batch_size == 53_280
+    assert second.trainer.max_steps == 957_610
+    assert second.exp_manager.checkpoints.average_last == 47
+    assert second.published is not None
+    assert second.published.continues == "esm1nv_phase1"
+    assert second.departure() is None
+
+
+def test_esm1b_is_trained_in_batches_of_131072_tokens_on_128_gpus() -> None:
+    card = recipe("recipe=esm1b")
+    assert (card.model.num_layers, card.model.hidden_size, card.model.num_attention_heads) == (33, 1280, 20)
+    assert (card.model.seq_length, card.model.embedding_layernorm, card.model.token_dropout) == (1024, True, True)
+    assert card.trainer.world_size == 128
+    assert card.trainer.max_steps == 500_000
+    assert card.data.global_batch_tokens == 131_072
+    assert card.global_batch_size is None
+    assert card.sequences_of_a_batch(256.0) == 512
+    assert (card.optim.lr, card.optim.warmup_steps, card.optim.schedule) == (1e-4, 16_000, "InverseSquareRoot")
+    assert (card.optim.betas, card.optim.weight_decay) == ((0.9, 0.999), 0.0)
+    assert card.departure() is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "accumulation"),
+    [
+        (("trainer.num_nodes=1", "trainer.devices=1"), 176),
+        (("trainer.num_nodes=2",), 11),
+        (("trainer.num_nodes=44",), 1),
+    ],
+)
+def test_other_machines_accumulate_to_the_same_global_batch(machine: tuple[str, ...], accumulation: int) -> None:
+    micro = ("data.micro_batch_size=185",) if machine == ("trainer.num_nodes=44",) else ()
+    other = recipe(*machine, *micro)
+    assert other.batch_plan().accumulation == accumulation
+    assert other.departure() is None
+    assert other.fingerprint == recipe().fingerprint
+
+
+def test_another_global_batch_is_said_to_be_another_optimisation() -> None:
+    other = recipe("data.global_batch_size=null", "trainer.num_nodes=2")
+    assert other.global_batch_size == 5_920
+    assert "5,920 sequences, the recipe's 65,120: this is another optimisation" in (other.departure() or "")
+    assert "data.global_batch_size=65120 keeps it" in (other.departure() or "")
+    tokens = recipe("recipe=esm1b", "data.global_batch_tokens=262144")
+    assert "262,144 tokens, the recipe's 131,072" in (tokens.departure() or "")
+    sequences = recipe("recipe=esm1b", "data.global_batch_tokens=null", "data.global_batch_size=512")
+    assert "not counted in tokens" in (sequences.departure() or "")
+    assert recipe("recipe=laptop", "data.global_batch_size=32").departure() is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2 has no say"),
+        (["trainer.tensor_model_parallel_size=5"], r"tensor_model_parallel_size \(5\) must divide the 176 devices"),
+        (["trainer.tensor_model_parallel_size=8"], r"parallel_size \(8\) must divide model.num_attention_heads \(12\)"),
+        (["data.global_batch_tokens=99999"], "global_batch_size and global_batch_tokens are both set"),
+        (["data.micro_batch_tokens=4096"], "micro_batch_size .* or data.micro_batch_tokens must be set"),
+        (["data.micro_batch_size=null", "data.micro_batch_tokens=400"], r"\(400\) must hold a sequence .* \(512\)"),
+        (["recipe=esm1b", "trainer.num_nodes=32"], "at least 262144, or at most 128 ranks"),
+        (["recipe=esm1b", "data.global_batch_tokens=null"], "needs data.global_batch_size or data.global_batch_tokens"),
+        (["published.mfu=0"], "published.mfu must be positive"),
+        (["trainer.hang_timeout_seconds=0"], "trainer.hang_timeout_seconds must be positive, or null"),
+    ],
+)
+def test_batches_and_parallelism_that_cannot_be_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe(*overrides)
 
 
 def test_a_group_on_the_command_line_overrides_the_recipes_own() -> None:

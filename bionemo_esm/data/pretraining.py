@@ -11,17 +11,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bionemo_esm.alphabet import VOCABULARY_SIZE
+from bionemo_esm.data.dealing import BatchPlan, IntArray
+from bionemo_esm.data.hashing import UInt64Array
 from bionemo_esm.data.masking import MaskingPolicy, corrupt, crop_windows, sample_keys
 from bionemo_esm.data.order import EpochOrder, member_words
 from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack
 from bionemo_esm.data.store import SequenceSplit
 
-StepShare = list[PackedBatch]
-"""The micro batches that one rank contributes to one optimizer step."""
+
+@dataclass(frozen=True)
+class StepShare:
+    """What one rank contributes to one optimizer step."""
+
+    micro_batches: list[PackedBatch]
+    samples: int  # of the whole global batch, all ranks together
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> StepShare:
+        return replace(self, micro_batches=[batch.to(device, non_blocking) for batch in self.micro_batches])
+
+    def pin_memory(self) -> StepShare:
+        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
 
 @dataclass(frozen=True)
@@ -41,56 +54,31 @@ class SampleReader:
         """Samples of an epoch."""
         return self.split.num_clusters
 
-    def packed(self, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> PackedBatch:
+    def packed(self, epochs: IntArray, samples: IntArray) -> PackedBatch:
         """One micro batch of the given samples (int64 [n]) as they appear in the given epochs (int64 [n])."""
         keys = sample_keys(self.seed, epochs, samples)
-        sequences = self.split.draw_members(samples, member_words(keys))
-        lengths = self.split.lengths[sequences].astype(np.int64)
+        sequences, lengths = self._drawn(keys, samples)
         starts, kept = crop_windows(lengths, self.max_tokens - SPECIAL_TOKENS_PER_SEQUENCE, keys)
         residues = self.split.gather(sequences, starts, kept)
         return pack(residues, kept, corrupt(residues, kept, keys, self.policy))
 
+    def tokens(self, epochs: IntArray, samples: IntArray) -> IntArray:
+        """Length of each sample as it appears in its epoch, cropped, specials counted: int64 [n]."""
+        _, lengths = self._drawn(sample_keys(self.seed, epochs, samples), samples)
+        return np.minimum(lengths + SPECIAL_TOKENS_PER_SEQUENCE, self.max_tokens)
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """How a global batch is dealt: `global_batch_size` sequences over ranks, then into micro batches.
-
-    Raises `ValueError` when the shares do not come out even.
-    """
-
-    global_batch_size: int
-    micro_batch_size: int
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("global_batch_size", "micro_batch_size", "world_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} is not one of {self.world_size}")
-        if self.global_batch_size % (self.micro_batch_size * self.world_size):
-            raise ValueError(
-                f"a global batch of {self.global_batch_size} sequences cannot be dealt evenly to {self.world_size} "
-                f"ranks in micro batches of {self.micro_batch_size}; make it a multiple of "
-                f"{self.micro_batch_size * self.world_size}"
-            )
-
-    @property
-    def accumulation(self) -> int:
-        """Micro batches that a rank runs before each optimizer step."""
-        return self.global_batch_size // (self.micro_batch_size * self.world_size)
-
-    def positions(self, consumed: int) -> list[NDArray[np.int64]]:
-        """Stream positions of this rank's micro batches, each int64 [micro_batch_size]."""
-        share = self.micro_batch_size * self.accumulation
-        first = consumed + self.rank * share
-        return np.split(np.arange(first, first + share, dtype=np.int64), self.accumulation)
+    def _drawn(self, keys: UInt64Array, samples: IntArray) -> tuple[IntArray, IntArray]:
+        """The sequences that stand for the samples, and their residues: int64 [n] each."""
+        sequences = self.split.draw_members(samples, member_words(keys))
+        return sequences, self.split.lengths[sequences].astype(np.int64)
 
 
 @dataclass(frozen=True)
 class TrainingStream(Dataset[StepShare]):
-    """Item n: the rank's micro batches of the step that begins after n consumed samples."""
+    """Item n: the rank's micro batches of the step that begins after n consumed samples.
+
+    The step's global batch is the next slice of the stream, the same whatever the ranks.
+    """
 
     reader: SampleReader
     plan: BatchPlan
@@ -104,7 +92,39 @@ class TrainingStream(Dataset[StepShare]):
         return TrainingStream(self.reader, replace(self.plan, rank=rank))
 
     def __getitem__(self, consumed: int) -> StepShare:
-        return [self.reader.packed(*self.order.samples(positions)) for positions in self.plan.positions(consumed)]
+        micro_batches, samples = self.dealt(consumed, self.plan.rank)
+        return StepShare([self.reader.packed(*chosen) for chosen in micro_batches], samples)
+
+    def dealt(self, consumed: int, rank: int) -> tuple[list[tuple[IntArray, IntArray]], int]:
+        """What a rank gets of the step after `consumed` samples: the (epochs, samples), each int64 [k], of its micro
+        batches; and the samples of the whole global batch.
+        """
+        epochs, samples, tokens = self._slice(consumed)
+        hands = self.plan.share(tokens, rank)
+        return [(epochs[hand], samples[hand]) for hand in hands], len(samples)
+
+    def samples_after(self, consumed: int) -> int:
+        """Samples of the global batch that begins after `consumed`."""
+        return self.plan.global_batch_size or len(self._slice(consumed)[1])
+
+    def _slice(self, consumed: int) -> tuple[IntArray, IntArray, IntArray]:
+        """Epochs, samples and their lengths in tokens, int64 [samples of the global batch] each."""
+        if self.plan.global_batch_size is not None:
+            return self._look_up(consumed, self.plan.global_batch_size)
+        most = self.plan.global_batch_tokens
+        assert most is not None
+        asked = 2 * max(most // self.reader.max_tokens, 1)
+        while True:
+            epochs, samples, tokens = self._look_up(consumed, asked)
+            fitting = int(np.searchsorted(np.cumsum(tokens), most, side="right"))
+            if fitting < asked:
+                fitting = max(fitting, 1)
+                return epochs[:fitting], samples[:fitting], tokens[:fitting]
+            asked *= 2
+
+    def _look_up(self, consumed: int, count: int) -> tuple[IntArray, IntArray, IntArray]:
+        epochs, samples = self.order.samples(np.arange(consumed, consumed + count, dtype=np.int64))
+        return epochs, samples, self.reader.tokens(epochs, samples)
 
 
 @dataclass(frozen=True)
@@ -141,23 +161,23 @@ class ValidationBatches(Dataset[PackedBatch]):
 
 @dataclass(frozen=True)
 class ConsumedSamples(Sampler[int]):
-    """The endless series consumed, consumed + global batch, ...: the keys of a `TrainingStream`."""
+    """The endless series of keys of a `TrainingStream`, each further by the samples of a global batch."""
 
+    stream: TrainingStream
     consumed: int
-    global_batch_size: int
 
     def __iter__(self) -> Iterator[int]:
         position = self.consumed
         while True:
             yield position
-            position += self.global_batch_size
+            position += self.stream.samples_after(position)
 
 
 def training_loader(stream: TrainingStream, consumed: int, num_workers: int, pin_memory: bool) -> DataLoader[StepShare]:
     """Batches from `consumed` on, without end, in order at any number of workers."""
     return DataLoader(
         stream,
-        sampler=ConsumedSamples(consumed, stream.plan.global_batch_size),
+        sampler=ConsumedSamples(stream, consumed),
         batch_size=None,  # an item is a batch already
         num_workers=num_workers,
         pin_memory=pin_memory,

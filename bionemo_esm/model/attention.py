@@ -15,6 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from bionemo_esm.model.parallel import own_randomness
+
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, PackedSeqParams, float], Tensor]
 
 
@@ -86,4 +88,7 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """query, key, value [T, N, D] -> context [T, N, D]; who sees whom is in `packed_seq_params`, not in a mask."""
         dropout = self.config.attention_dropout if self.training else 0.0
-        return self.attend(query, key, value, packed_seq_params, dropout)
+        if dropout == 0:
+            return self.attend(query, key, value, packed_seq_params, dropout)
+        with own_randomness(query.device):  # tensor-parallel ranks have different heads
+            return self.attend(query, key, value, packed_seq_params, dropout)

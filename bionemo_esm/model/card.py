@@ -29,6 +29,7 @@ _SIZES = {
     "ffn_hidden_size": "FFN size", "seq_length": "longest sequence, tokens", "hidden_dropout": "dropout, hidden",
     "attention_dropout": "dropout, attention",
 }  # fmt: skip
+_FLAGS = {"embedding_layernorm": "embedding layer norm", "token_dropout": "token dropout"}  # told where they are on
 _SPLITS = ("train", "validation", "test")
 _DATA = ("data", "data_release", "data_sequences", "data_manifest_sha256")
 _TRAINING = ("recipe", "seed", "steps", "consumed_samples", *_DATA, "restored_from", "converted_from")
@@ -109,6 +110,7 @@ class ArchiveCard:
         return {
             "class": _at(self.manifest, "model_class"),
             **{label: _at(self.config, "encoder", name) for name, label in _SIZES.items()},
+            **{label: "yes" for name, label in _FLAGS.items() if _at(self.config, "encoder", name) is True},
             "parameters": ", ".join(f"{number:,} in {dtype}" for dtype, number in self.parameters_by_dtype.items()),
             "SHA-256 of the weights": _at(self.manifest, "files", WEIGHTS, "sha256"),
         }

@@ -10,6 +10,9 @@ from bionemo_esm.alphabet import padded_vocabulary_size
 from bionemo_esm.errors import ConfigError
 
 SHORTEST_SEQ_LENGTH = 8  # <cls>, <eos> and a few residues to tell from each other
+COSINE, INVERSE_SQUARE_ROOT = "CosineAnnealing", "InverseSquareRoot"
+SCHEDULES = (COSINE, INVERSE_SQUARE_ROOT)
+"""Names of learning-rate schedules; `model/schedule.py` has their formulas."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class EncoderConfig:
     """A pre-norm BERT encoder over proteins; the defaults are ESM-1nv.
 
     Sizes: the ESM-1nv model card (6 layers, 12 heads, hidden 768); FFN width, initialisation and dropout: NVIDIA's
-    public ESM-1nv configuration. Raises `ConfigError` when the sizes do not fit together.
+    public ESM-1nv configuration. The two flags at the end are ESM-1b's; `ESMEncoder` says what they do. Raises
+    `ConfigError` when the sizes do not fit together.
     """
 
     num_layers: int = 6
@@ -29,6 +33,8 @@ class EncoderConfig:
     attention_dropout: float = 0.1
     layernorm_epsilon: float = 1e-5
     init_method_std: float = 0.02
+    embedding_layernorm: bool = False  # a layer norm over words and positions together, before dropout
+    token_dropout: bool = False  # <mask> gives no embedding, and the others make up for it
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size"):
@@ -53,26 +59,44 @@ class EncoderConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> EncoderConfig:
-        """From parsed YAML; raises `ConfigError` for an unknown key or a value that is not a number."""
+        """From parsed YAML; raises `ConfigError` for an unknown key or a value of another kind than the key's.
+
+        What is not there has its default: archives from before ESM-1b have neither of its flags.
+        """
         known = {field.name: field for field in fields(cls)}
         unknown = sorted(set(map(str, values)) - set(known))
         if unknown:
             raise ConfigError(f"unknown key model.{unknown[0]}; known are: {', '.join(known)}")
-        checked: dict[str, Any] = {name: _number(name, value, str(known[name].type)) for name, value in values.items()}
+        checked: dict[str, Any] = {name: _typed(name, value, str(known[name].type)) for name, value in values.items()}
         return cls(**checked)
 
     def to_dict(self) -> dict[str, int | float]:
-        return asdict(self)
+        """What archives and checkpoints record, and a run's identity goes by. A flag that is off is left out, so that
+        an ESM-1nv is described as it was before there were flags.
+        """
+        return {name: value for name, value in asdict(self).items() if value is not False}
+
+    def differences(self, archived: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+        """Key, value there and value here, of whatever makes the archived encoder another one than this.
+
+        Rates of dropout may differ: they leave the weights, and what the model answers, alone. Raises `ConfigError`
+        for values that describe no encoder.
+        """
+        theirs = EncoderConfig.from_mapping(archived)
+        pairs = [(item.name, getattr(theirs, item.name), getattr(self, item.name)) for item in fields(self)]
+        free = ("hidden_dropout", "attention_dropout")
+        return [(name, there, here) for name, there, here in pairs if there != here and name not in free]
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters, tied output embedding counted once (43.6M for ESM-1nv)."""
+        """Trainable parameters, tied output embedding counted once (43.6M for ESM-1nv, 652.5M for ESM-1b)."""
         hidden, ffn, vocabulary = self.hidden_size, self.ffn_hidden_size, padded_vocabulary_size()
         norm = 2 * hidden
         attention = 4 * hidden * hidden + 4 * hidden
         mlp = 2 * hidden * ffn + ffn + hidden
+        embedding = (vocabulary + self.seq_length) * hidden + norm * self.embedding_layernorm
         head = hidden * hidden + hidden + norm + vocabulary
-        return (vocabulary + self.seq_length) * hidden + self.num_layers * (attention + mlp + 2 * norm) + norm + head
+        return embedding + self.num_layers * (attention + mlp + 2 * norm) + norm + head
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every parameter, as `ESMEncoder` has them on any backend."""
@@ -90,7 +114,8 @@ class EncoderConfig:
             ):
                 yield f"encoder.encoder.layers.{layer}.{part}.weight", (outputs, inputs) if inputs else (outputs,)
                 yield f"encoder.encoder.layers.{layer}.{part}.bias", (outputs,)
-        for part in ("encoder.final_layernorm", "lm_head.layer_norm"):
+        embedding = ["embedding_layernorm"] if self.embedding_layernorm else []
+        for part in (*embedding, "encoder.final_layernorm", "lm_head.layer_norm"):
             yield f"encoder.{part}.weight", (hidden,)
             yield f"encoder.{part}.bias", (hidden,)
         yield "encoder.lm_head.dense.weight", (hidden, hidden)
@@ -100,10 +125,11 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Adam with decoupled weight decay and a cosine schedule; the defaults are ESM-1nv's, rates per step.
+    """Adam with decoupled weight decay, and a schedule; the defaults are ESM-1nv's, rates per step.
 
-    The rate climbs linearly over `warmup_steps`, falls along a cosine to `min_lr` and stays there for the last
-    `constant_steps` of `max_steps` (NeMo's `CosineAnnealing`). Raises `ConfigError` for a schedule that cannot be.
+    The rate climbs linearly over `warmup_steps`. With `CosineAnnealing` it falls along a cosine to `min_lr` and stays
+    there for the last `constant_steps` of `max_steps`; with `InverseSquareRoot`, which has no end, as 1 / sqrt(step).
+    `model.schedule.learning_rate` is the formula. Raises `ConfigError` for a schedule that cannot be.
     """
 
     lr: float = 2e-4
@@ -117,6 +143,7 @@ class OptimConfig:
     gradient_clip_val: float = 1.0
     max_skipped_steps: int = 10  # in a row, for a loss or gradient that is not finite; then training stops
     skip_loss_above: float | None = None  # times the recent mean; null: no finite loss is too high
+    schedule: str = COSINE  # one of SCHEDULES
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr < self.lr:
@@ -136,14 +163,34 @@ class OptimConfig:
             raise ConfigError(f"optim.max_skipped_steps must be at least 1, not {self.max_skipped_steps}")
         if self.skip_loss_above is not None and not self.skip_loss_above > 1:
             raise ConfigError(f"optim.skip_loss_above must be over 1 times the mean loss, not {self.skip_loss_above}")
-        if self.warmup_steps + self.constant_steps >= self.max_steps:
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"optim.sched.name must be {' or '.join(SCHEDULES)}, not {self.schedule!r}")
+        if self.schedule == INVERSE_SQUARE_ROOT:
+            if self.constant_steps or self.min_lr:
+                raise ConfigError(
+                    f"optim.sched: {INVERSE_SQUARE_ROOT} falls without end, to no minimum; set constant_steps "
+                    f"({self.constant_steps}) and min_lr ({self.min_lr}) to 0, or name to {COSINE}"
+                )
+            if self.warmup_steps < 1:
+                raise ConfigError(
+                    f"optim.sched.warmup_steps must be at least 1 with {INVERSE_SQUARE_ROOT}: its fall begins where "
+                    "the warm-up ends"
+                )
+        elif self.warmup_steps + self.constant_steps >= self.max_steps:
             raise ConfigError(
                 f"optim.sched: warmup_steps ({self.warmup_steps}) and constant_steps ({self.constant_steps}) leave no "
                 f"step for the cosine in max_steps ({self.max_steps}); shorten them or raise optim.sched.max_steps"
             )
 
 
-def _number(name: str, value: Any, kind: str) -> int | float:
+def _typed(name: str, value: Any, kind: str) -> int | float:
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise ConfigError(f"model.{name} must be true or false, not {value!r}")
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float) or (kind == "int" and value != int(value)):
         raise ConfigError(f"model.{name} must be {'an integer' if kind == 'int' else 'a number'}, not {value!r}")
     return int(value) if kind == "int" else float(value)

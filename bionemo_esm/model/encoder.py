@@ -5,10 +5,13 @@ Shape suffixes: T tokens of the row, S sequences, H hidden size, M selected posi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -17,13 +20,17 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
-from torch.nn.functional import gelu
+from torch import Tensor, distributed
+from torch.nn.functional import gelu, pad
 
-from bionemo_esm.alphabet import VOCABULARY_SIZE, padded_vocabulary_size
+from bionemo_esm.alphabet import MASK_ID, VOCABULARY_SIZE, padded_vocabulary_size
 from bionemo_esm.model.attention import PackedAttention
 from bionemo_esm.model.backends import FusedBackends
 from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.parallel import tensor_parallel_rank, tensor_parallel_size
+
+EXPECTED_MASKED = 0.15 * 0.8
+"""Share of <mask> in a sequence that ESM's token dropout takes for usual: 80% of the chosen 15%."""
 
 
 def megatron_config(config: EncoderConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -80,8 +87,47 @@ def layer_spec(backends: FusedBackends) -> ModuleSpec:
     )
 
 
+def token_dropout_scale(tokens_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """What token dropout multiplies each word embedding by: float32 [T], 0 at every <mask>.
+
+    A sequence's other embeddings are scaled by (1 - EXPECTED_MASKED) / (1 - its share of <mask>), specials counted, so
+    that their sum keeps its size whatever was masked; 0.88 where nothing was. From fair-esm, `esm/model/esm1.py`.
+    """
+    masked_T = tokens_T == MASK_ID
+    masked_before = pad(masked_T.cumsum(0), (1, 0))  # int64 [T + 1]
+    masked_S = masked_before[cu_seqlens].diff()
+    lengths_S = cu_seqlens.long().diff()
+    scale_S = (1 - EXPECTED_MASKED) * lengths_S / (lengths_S - masked_S).float()
+    scale_T = scale_S.repeat_interleave(lengths_S, output_size=len(tokens_T))  # the size spares a GPU a wait
+    return scale_T.masked_fill(masked_T, 0.0)
+
+
+class _WholeOutput(torch.autograd.Function):
+    """Every tensor-parallel rank's part of the output [M, V / ranks] -> all of it [M, V], on each of them.
+
+    The alphabet is so short that the whole goes through one softmax, over exactly its 33 tokens. Megatron's own gather
+    allocates on CUDA even on a CPU. All ranks then compute the same loss; so the gradient of a part is a slice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        if tensor_parallel_size() == 1:
+            return part
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(tensor_parallel_size())]
+        distributed.all_gather(parts, part.contiguous(), group=get_tensor_model_parallel_group())
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.chunk(tensor_parallel_size(), dim=-1)[tensor_parallel_rank()]
+
+
 class ESMEncoder(BertModel):
-    """BERT over packed proteins: learned positions, tied output embedding, no binary head."""
+    """BERT over packed proteins: learned positions, tied output embedding, no binary head.
+
+    With `embedding_layernorm` a layer norm follows the sum of word and position embeddings; with `token_dropout` word
+    embeddings go through `token_dropout_scale` before it. ESM-1b has both, ESM-1nv neither.
+    """
 
     def __init__(self, config: EncoderConfig, dtype: torch.dtype, backends: FusedBackends) -> None:
         super().__init__(
@@ -92,12 +138,33 @@ class ESMEncoder(BertModel):
             max_sequence_length=config.seq_length,
             share_embeddings_and_output_weights=True,
             add_binary_head=False,
-            parallel_output=False,  # every rank has the logits of the whole alphabet
+            parallel_output=True,  # see `logits`
         )
+        self.token_dropout = config.token_dropout
+        self.embedding_layernorm: Any = None
+        if config.embedding_layernorm:
+            self.embedding_layernorm = backends.layer_norm(
+                config=self.config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
 
     def _sanity_check_attention_and_get_attn_mask_dimension(self) -> str:
         """Megatron chooses a mask layout by Transformer Engine's version; a packed row has no mask."""
         return "b1ss"
+
+    def embedded(self, tokens_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """What the first block reads, [T, H] in the parameters' dtype.
+
+        Megatron's embedding module has no place for what ESM does between its parts, so they are called one by one.
+        """
+        embedded_TH: Tensor = self.embedding.word_embeddings(tokens_T)
+        if self.token_dropout:
+            scaled_TH = embedded_TH * token_dropout_scale(tokens_T, cu_seqlens)[:, None]  # in float32
+            embedded_TH = scaled_TH.to(embedded_TH.dtype)
+        embedded_TH = embedded_TH + self.embedding.position_embeddings(positions_T)
+        if self.embedding_layernorm is not None:
+            embedded_TH = self.embedding_layernorm(embedded_TH)
+        dropped_TH: Tensor = self.embedding.embedding_dropout(embedded_TH)
+        return dropped_TH
 
     def hidden_states(self, tokens_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Final hidden states [T, H], after the last layer norm, in the parameters' dtype.
@@ -111,7 +178,7 @@ class ESMEncoder(BertModel):
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
         )
-        embedded_T1H = self.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
+        embedded_T1H = self.embedded(tokens_T, positions_T, cu_seqlens).unsqueeze(1)
         hidden_T1H = self.encoder(hidden_states=embedded_T1H, attention_mask=None, packed_seq_params=layout)
         hidden_TH: Tensor = hidden_T1H.squeeze(1)
         return hidden_TH
@@ -119,9 +186,9 @@ class ESMEncoder(BertModel):
     def logits(self, hidden_MH: Tensor) -> Tensor:
         """Scores of the 33 tokens for hidden states, float32 [M, V]; the padding rows of the table do not appear."""
         transformed_M1H = self.lm_head(hidden_MH.unsqueeze(1))
-        logits_M1V, _ = self.output_layer(transformed_M1H, weight=self.shared_embedding_or_output_weight())
-        logits_MV: Tensor = logits_M1V.squeeze(1)[:, :VOCABULARY_SIZE].float()
-        return logits_MV
+        part_M1V, _ = self.output_layer(transformed_M1H, weight=self.shared_embedding_or_output_weight())
+        rows_MV: Tensor = _WholeOutput.apply(part_M1V.squeeze(1))  # type: ignore[no-untyped-call]
+        return rows_MV[:, :VOCABULARY_SIZE].float()
 
     def forward(
         self,

@@ -6,6 +6,7 @@ Shape suffixes: T tokens of a packed row, H hidden size, M masked positions, V t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,20 @@ from bionemo_esm.model.archive import Archive, read_archive
 from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig, OptimConfig
 from bionemo_esm.model.connector import ESMSaveRestoreConnector, describe, load_weights, register_model
+from bionemo_esm.model.continuing import check_that_it_fits, loops_after, take_over
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.guards import SkippedStep, StepGuard, SuspectSamples
 from bionemo_esm.model.optimization import MasterWeights, build_optimizer, build_schedule
-from bionemo_esm.model.parallel import data_parallel_sum, ensure_groups, gather_shards
+from bionemo_esm.model.parallel import (
+    data_parallel_rank,
+    data_parallel_size,
+    data_parallel_sum,
+    ensure_groups,
+    gather_shards,
+)
+from bionemo_esm.model.sharding import build_sharded_optimizer
+from bionemo_esm.model.work import StepWork, Stopwatch, measure_work
 
-_ANOTHER_RUN = "give this run another exp_manager.name, or remove the run's folder"
 _DROPOUT_STREAM = 6  # keeps dropout's seeds apart from the keys of order and corruption
 
 
@@ -48,7 +57,7 @@ class StepReport:
     loss: float  # nats a masked residue
     gradient_norm: float  # before clipping
     learning_rate: float
-    residues: int  # shown to the model in this step
+    work: StepWork
     skipped: SkippedStep | None = None  # then no rank has changed its weights
 
 
@@ -86,9 +95,12 @@ class ESM1nvModel(ModelPT):
         self.guard = StepGuard(OptimConfig())
         self.initial_weights: Path | None = None
         self.provenance: dict[str, Any] = {}
+        self.shard_optimizer = False
+        self.continues = False  # the checkpoint to begin with is another run's, and the configuration may differ
         self.identity: dict[str, Any] = {}  # what a checkpoint must share with the run that goes on from it
         self.steps = self.consumed_samples = 0  # trained, over all sessions; skipped steps count
         self.last_step: StepReport | None = None
+        self.stopwatch = Stopwatch()  # of forward and backward passes
         self.last_evaluation: Evaluation | None = None
         self.validation_was_broken_off = False
         self._resumed_masters: dict[str, Tensor] | None = None
@@ -141,16 +153,17 @@ class ESM1nvModel(ModelPT):
         micro batches, divided by their number; so it does not depend on how the batch was dealt.
         """
         assert self.masters is not None and self.encoder is not None
+        batches = share.micro_batches
         self._seed_dropout()
-        counts = torch.tensor([[len(b.targets), b.residues] for b in share], device=self.device).sum(0)
-        targets, residues = data_parallel_sum(counts).tolist()
+        work = measure_work(batches, self.device)
         self.masters.zero_gradients()
-        parts = torch.zeros(len(share), device=self.device)
-        for index, batch in enumerate(share):
-            part = cross_entropy(self(batch), batch.targets, reduction="sum") / max(targets, 1)
-            self.manual_backward(part)
+        parts = torch.zeros(len(batches), device=self.device)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with self.masters.reducing() if last else nullcontext(), self.stopwatch.running(self.device):
+                part = cross_entropy(self(batch), batch.targets, reduction="sum") / max(work.targets, 1)
+                self.manual_backward(part)
             parts[index] = part.detach()
-        data_parallel_sum(self.masters.gradients)
         norm = float(self.masters.clip_gradients(self.optim_config.gradient_clip_val))
         loss = float(data_parallel_sum(parts.sum()))
 
@@ -165,8 +178,8 @@ class ESM1nvModel(ModelPT):
             self._count_a_step_not_taken()
         schedule.step()
         self.steps += 1
-        self.consumed_samples += self._stream.plan.global_batch_size
-        self.last_step = StepReport(loss, norm, rate, residues, skipped)
+        self.consumed_samples += share.samples
+        self.last_step = StepReport(loss, norm, rate, work, skipped)
         self._log_step(self.last_step)
 
     @property
@@ -192,17 +205,16 @@ class ESM1nvModel(ModelPT):
 
         `parts`: float32 [micro batches], the losses of this rank's. Collective.
         """
-        world_size = self._stream.plan.world_size
-        guilty = torch.zeros(world_size, len(parts), device=self.device)
-        guilty[self.global_rank] = (~parts.isfinite()).float()
+        hands = [self._stream.dealt(self.consumed_samples, rank)[0] for rank in range(data_parallel_size())]
+        guilty = torch.zeros(len(hands), max(map(len, hands)), device=self.device)
+        guilty[data_parallel_rank(), : len(parts)] = (~parts.isfinite()).float()
         guilty = data_parallel_sum(guilty)
-        found = (guilty if guilty.any() else torch.ones_like(guilty)).nonzero().tolist()
-        suspects = []
-        for rank, micro_batch in found:
-            positions = self._stream.on_rank(rank).plan.positions(self.consumed_samples)[micro_batch]
-            epochs, samples = self._stream.order.samples(positions)
-            suspects.append(SuspectSamples(rank, int(epochs[0]), tuple(samples.tolist())))
-        return tuple(suspects)
+        return tuple(
+            SuspectSamples(rank, int(epochs[0]), tuple(samples.tolist()))
+            for rank, micro_batches in enumerate(hands)
+            for index, (epochs, samples) in enumerate(micro_batches)
+            if guilty[rank, index] or not guilty.any()
+        )
 
     def _count_a_step_not_taken(self) -> None:
         """In Lightning's count, by which checkpoints, validation and the end of training go."""
@@ -211,8 +223,11 @@ class ESM1nvModel(ModelPT):
         progress.increment_completed()
 
     def _seed_dropout(self) -> None:
-        """Dropout depends on (seed, consumed samples, rank): an interrupted run needs no generator state to go on."""
-        key = derive_key(self.seed, _DROPOUT_STREAM, self.consumed_samples, self.global_rank)
+        """Dropout depends on (seed, consumed samples, rank): an interrupted run needs no generator state to go on.
+
+        The data-parallel rank: ranks that share a copy of the model must drop the same activations.
+        """
+        key = derive_key(self.seed, _DROPOUT_STREAM, self.consumed_samples, data_parallel_rank())
         torch.manual_seed(int(key[0] >> 1))
 
     def _log_step(self, report: StepReport) -> None:
@@ -232,8 +247,8 @@ class ESM1nvModel(ModelPT):
     @property
     def shared_validation_batches(self) -> int:
         """Validation batches that every rank has; some ranks have one more."""
-        last = self.trainer.world_size - 1
-        return len(self._validation.on_rank(last, self.trainer.world_size))
+        ranks = data_parallel_size()
+        return len(self._validation.on_rank(ranks - 1, ranks))
 
     def on_validation_epoch_start(self) -> None:
         self.validation_was_broken_off = False
@@ -283,11 +298,14 @@ class ESM1nvModel(ModelPT):
 
     def configure_optimizers(self) -> Any:
         assert self.encoder is not None and self.backends is not None
+        if self.masters is not None:
+            self.masters.release()
         self.masters = MasterWeights(self.named_parameters())
         if self._resumed_masters is not None:
             self.masters.load_state_dict(self._resumed_masters)
             self._resumed_masters = None
-        optimizer = build_optimizer(self.masters, self.optim_config, self.backends)
+        build = build_sharded_optimizer if self.shard_optimizer else build_optimizer
+        optimizer = build(self.masters, self.optim_config, self.backends)
         return [optimizer], [{"scheduler": build_schedule(optimizer, self.optim_config), "interval": "step"}]
 
     def setup_training_data(self, train_data_config: TrainingStream, num_workers: int = 0) -> None:
@@ -299,11 +317,11 @@ class ESM1nvModel(ModelPT):
         self._validation = val_data_config
 
     def train_dataloader(self) -> DataLoader[StepShare]:
-        stream = self._stream.on_rank(self.global_rank)
+        stream = self._stream.on_rank(data_parallel_rank())
         return training_loader(stream, self.consumed_samples, self._num_workers, self._pinned)
 
     def val_dataloader(self) -> DataLoader[PackedBatch]:
-        batches = self._validation.on_rank(self.global_rank, self.trainer.world_size)
+        batches = self._validation.on_rank(data_parallel_rank(), data_parallel_size())
         return validation_loader(batches, 0, self._pinned)
 
     @property
@@ -332,17 +350,11 @@ class ESM1nvModel(ModelPT):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         archive: Archive = checkpoint["model"]
-        saved = archive.config["encoder"]
-        if saved != self.encoder_config.to_dict():
-            wrong = sorted(key for key in saved if saved[key] != self.encoder_config.to_dict().get(key))
-            names = ", ".join(f"model.{key}" for key in wrong)
-            raise ConfigError(f"the checkpoint was written by another model: {names} differ; {_ANOTHER_RUN}")
-        for key, ours in self.identity.items():
-            theirs = checkpoint["identity"].get(key)
-            if theirs != ours:
-                raise ConfigError(
-                    f"the checkpoint was written with {key} = {theirs}, this run has {ours}; {_ANOTHER_RUN}"
-                )
+        check_that_it_fits(checkpoint, self.encoder_config, self.identity, self.continues)
+        if self.continues:
+            self.provenance["continued_from"] = take_over(checkpoint, self.optim_config)
+        elif origin := archive.provenance.get("continued_from"):
+            self.provenance["continued_from"] = origin
         self._resumed_masters = dict(archive.weights)
         load_weights(self, dict(archive.weights), "checkpoint")
         self.guard.load_state_dict(checkpoint["guard"])
@@ -368,13 +380,3 @@ class ESM1nvModel(ModelPT):
         if self.masters is not None:
             return self.masters.state_dict()
         return {name: gather_shards(parameter.detach(), parameter) for name, parameter in self.named_parameters()}
-
-
-def loops_after(steps: int, loops: dict[str, Any]) -> dict[str, Any]:
-    """Lightning's account of its training loop, `fit_loop.state_dict()`, as it stands after so many steps."""
-    counts = {"ready": steps, "started": steps, "processed": steps, "completed": steps}
-    for key in ("epoch_loop.batch_progress", "epoch_loop.manual_optimization.optim_step_progress"):
-        for span in ("total", "current"):
-            loops[key][span] = {name: count for name, count in counts.items() if name in loops[key][span]}
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = steps
-    return loops

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,12 +14,27 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bionemo_esm.model.backends import FusedBackends
-from bionemo_esm.model.config import OptimConfig
-from bionemo_esm.model.parallel import gather_shards, own_shard
+from bionemo_esm.model.config import INVERSE_SQUARE_ROOT, OptimConfig
+from bionemo_esm.model.parallel import (
+    gather_shards,
+    is_split,
+    own_shard,
+    tensor_parallel_rank,
+    tensor_parallel_size,
+    tensor_parallel_sum,
+)
+from bionemo_esm.model.reduction import BUCKET_BYTES, OverlappedReduction
+from bionemo_esm.model.schedule import learning_rate
 
 
 def build_schedule(optimizer: Optimizer, config: OptimConfig) -> LRScheduler:
-    """NeMo's cosine with linear warm-up and a constant end."""
+    """NeMo's cosine, or the inverse square root; `learning_rate` is the formula of both.
+
+    NeMo's `InverseSquareRootAnnealing` is not fairseq's: it is a step ahead of a warm-up a step longer, and falls to
+    `min_lr` after `max_steps`.
+    """
+    if config.schedule == INVERSE_SQUARE_ROOT:
+        return _RateByFormula(optimizer, config)
     schedule: LRScheduler = CosineAnnealing(
         optimizer,
         max_steps=config.max_steps,
@@ -29,50 +45,92 @@ def build_schedule(optimizer: Optimizer, config: OptimConfig) -> LRScheduler:
     return schedule
 
 
+class _RateByFormula(LRScheduler):
+    """The rate of every group is `learning_rate(config, step)`; the state is the step, in plain values."""
+
+    def __init__(self, optimizer: Optimizer, config: OptimConfig) -> None:
+        self._config = config
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        return [learning_rate(self._config, self.last_epoch) for _ in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().state_dict().items() if key != "_config"}
+
+
 class MasterWeights:
     """Float32 masters of a model's parameters, with all gradients in one float32 buffer.
 
     A float32 parameter is its own master. A bfloat16 parameter gets a float32 copy which the optimizer steps, and is
-    rewritten from it after each step. Gradients of all micro batches add up in float32, in one buffer, which is reduced
-    over ranks and clipped as a whole.
+    rewritten from it after each step. Gradients of all micro batches add up in float32, in one buffer, which is summed
+    over data-parallel ranks (`reducing`) and clipped as a whole.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Parameter]]) -> None:
+    def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], bucket_bytes: int = BUCKET_BYTES) -> None:
+        """`bucket_bytes`: of the buffer, that are reduced at a time."""
         self.parameters = dict(named_parameters)
         device = next(iter(self.parameters.values())).device
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        backwards = list(reversed(self.parameters.items()))  # about the order in which backward makes gradients
+        sizes = [parameter.numel() for _, parameter in backwards]
         self.gradients = torch.zeros(sum(sizes), device=device)
-        self._views = self.gradients.split(sizes)
+        self._reduction = OverlappedReduction(self.gradients, sizes, bucket_bytes)
+        views = zip(backwards, self.gradients.split(sizes), strict=True)
+        self._views = {name: view.view_as(parameter) for (name, parameter), view in views}
         self.masters: dict[str, Parameter] = {}
-        for (name, parameter), view in zip(self.parameters.items(), self._views, strict=True):
-            master = parameter
-            if parameter.dtype != torch.float32:
-                master = Parameter(parameter.detach().float())
-                parameter.register_post_accumulate_grad_hook(self._add_to(view))
-            self.masters[name] = master
+        for name, parameter in self.parameters.items():
+            own = parameter.dtype == torch.float32
+            self.masters[name] = parameter if own else Parameter(parameter.detach().float())
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._collect(self._views[name], place))
+            for place, (name, parameter) in enumerate(backwards)
+        ]
         self.zero_gradients()
 
-    @staticmethod
-    def _add_to(view: Tensor) -> Any:
-        def add_and_release(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            view.add_(parameter.grad.reshape(-1))
-            parameter.grad = None
+    def _collect(self, view: Tensor, place: int) -> Callable[[Tensor], None]:
+        """What is done when backward has a parameter's gradient, the sum over all places where it is used."""
+        reduction = self._reduction
 
-        return add_and_release
+        def collect(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            if parameter.dtype != torch.float32:
+                view.add_(parameter.grad)
+                parameter.grad = None
+            assert parameter.grad is None or parameter.grad.data_ptr() == view.data_ptr(), "zero_gradients comes first"
+            reduction.gradient_is_complete(place)
+
+        return collect
+
+    def release(self) -> None:
+        """Stop listening to the parameters, so that others may be their masters."""
+        for hook in self._hooks:
+            hook.remove()
 
     def zero_gradients(self) -> None:
         """Start a step: nothing in the buffer, and every master's gradient a view of it (Lightning drops them)."""
         self.gradients.zero_()
-        for master, view in zip(self.masters.values(), self._views, strict=True):
-            master.grad = view.view_as(master)
+        for name, master in self.masters.items():
+            master.grad = self._views[name]
+
+    def reducing(self) -> AbstractContextManager[None]:
+        """Around the last backward pass of a step: sums the gradients over data-parallel ranks while it runs."""
+        return self._reduction.during_backward()
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale gradients down to a total L2 norm of `max_norm` (0: leave them); returns the norm before."""
-        norm: Tensor = torch.linalg.vector_norm(self.gradients)
+        norm = self._gradient_norm()
         if max_norm > 0:
             self.gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    def _gradient_norm(self) -> Tensor:
+        """Of the whole model: what every tensor-parallel rank holds counts once. The same bits on all of them."""
+        if tensor_parallel_size() == 1:
+            norm: Tensor = torch.linalg.vector_norm(self.gradients)
+            return norm
+        counted = tensor_parallel_rank() == 0
+        own = [view for name, view in self._views.items() if counted or is_split(self.parameters[name])]
+        return tensor_parallel_sum(torch.stack(torch._foreach_norm(own)).square().sum()).sqrt()
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -82,7 +140,7 @@ class MasterWeights:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The masters by parameter name, float32 and whole; collective where they are sharded over ranks."""
+        """The masters by parameter name, float32 and whole; collective where they are split over ranks."""
         return {name: gather_shards(master.detach(), self.parameters[name]) for name, master in self.masters.items()}
 
     @torch.no_grad()
@@ -92,13 +150,18 @@ class MasterWeights:
         self.write_back()
 
 
-def build_optimizer(masters: MasterWeights, config: OptimConfig, backends: FusedBackends) -> Optimizer:
-    """Fused Adam over the masters; biases and layer norms take no weight decay, as in Megatron."""
+def parameter_groups(masters: MasterWeights, config: OptimConfig) -> list[dict[str, Any]]:
+    """Matrices and the rest; biases and layer norms take no weight decay, as in Megatron."""
     matrices = [master for master in masters.masters.values() if master.ndim >= 2]
     vectors = [master for master in masters.masters.values() if master.ndim < 2]
-    groups = [
+    return [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+
+
+def build_optimizer(masters: MasterWeights, config: OptimConfig, backends: FusedBackends) -> Optimizer:
+    """Fused Adam over the masters."""
+    groups = parameter_groups(masters, config)
     optimizer: Optimizer = backends.adam(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps)
     return optimizer

@@ -14,9 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.guards import SkippedStep
 from bionemo_esm.screen import Screen, duration
+from bionemo_esm.training.measurements import Gauges
 
 _SECONDS_BETWEEN_LINES = 15.0  # of progress, where output is no terminal
 _SECONDS_BETWEEN_REWRITES = 0.5
+_NOTABLE_DATA_WAIT, _NOTABLE_EXCESS = 0.05, 0.1  # of a step, and over the median rank; less is not worth a word
 
 
 class History(Callback):
@@ -25,12 +27,11 @@ class History(Callback):
     A run that goes on from a checkpoint drops the lines past it first, so the file reads like that of an unbroken run.
     """
 
-    def __init__(self, path: Path, every_n_steps: int) -> None:
-        self.path, self.every_n_steps = path, every_n_steps
+    def __init__(self, path: Path, every_n_steps: int, gauges: Gauges) -> None:
+        self.path, self.every_n_steps, self.gauges = path, every_n_steps, gauges
         self.seconds = _seconds_of(read_history(path))  # of training so far, sessions before this one included
-        self.residues_per_second = 0.0
-        self._mark = 0.0
-        self._residues, self._busy_seconds = 0, 0.0
+        self._started = self._mark = 0.0
+        self._first_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -39,19 +40,19 @@ class History(Callback):
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             temporary.replace(self.path)
             self.seconds = _seconds_of(kept)
-        self._mark = time.monotonic()
+        self._started = self._mark = time.monotonic()
+        self._first_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, ESM1nvModel) and pl_module.last_step is not None
         report = pl_module.last_step
-        self._busy_seconds += self._lap()
-        self._residues += report.residues
-        self.residues_per_second = self._residues / self._busy_seconds
+        self.gauges.add(report.work, self._lap())
         if report.skipped is not None:
             self._append(trainer, kind="skipped", **asdict(report.skipped))
         if trainer.global_step % self.every_n_steps:
             return
-        self._residues, self._busy_seconds = 0, 0.0
+        measured = self.gauges.read(pl_module).known()  # on all ranks
+        pl_module.log_dict({name: float(value) for name, value in measured.items()}, batch_size=1)
         self._append(
             trainer,
             kind="train",
@@ -60,9 +61,22 @@ class History(Callback):
             loss=_finite(report.loss),
             learning_rate=report.learning_rate,
             gradient_norm=_finite(report.gradient_norm),
-            residues=report.residues,
-            residues_per_second=round(self.residues_per_second, 1),
+            residues=report.work.residues,
+            tokens=report.work.tokens,
+            **measured,
+            seconds_left=round(self.seconds_left(trainer), 1),
         )
+
+    def seconds_left(self, trainer: Trainer) -> float:
+        """To the last step, if the rest goes as fast as this session so far, validation and saving included."""
+        done = trainer.global_step - self._first_step
+        return (time.monotonic() - self._started) / max(done, 1) * (trainer.max_steps - trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that is shorter than a logging interval has its speed measured, too."""
+        assert isinstance(pl_module, ESM1nvModel)
+        if self.gauges.latest is None and self.gauges.steps:
+            self.gauges.read(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ESM1nvModel)
@@ -120,16 +134,14 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress(Callback):
-    """One line: how far, the loss, the rate, and the time left; and a line that stays for each validation."""
+    """One line: how far, the loss, how fast, what holds it up, and the time left; and a line for each validation."""
 
     def __init__(self, screen: Screen, history: History, unigram_perplexity: float) -> None:
         self.screen, self.history, self.unigram_perplexity = screen, history, unigram_perplexity
-        self._started = self._shown = 0.0
-        self._first_step = 0
+        self._shown = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = self._shown = time.monotonic()
-        self._first_step = trainer.global_step
+        self._shown = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, ESM1nvModel) and pl_module.last_step is not None
@@ -142,11 +154,25 @@ class Progress(Callback):
             return
         self._shown = now
         step, report = trainer.global_step, pl_module.last_step
-        left = (now - self._started) / (step - self._first_step) * (trainer.max_steps - step)
         self.screen.progress(
             f"  step {step:,}/{trainer.max_steps:,} {_bar(step / trainer.max_steps)} loss {report.loss:.3f}  "
-            f"lr {report.learning_rate:.1e}  {self.history.residues_per_second:,.0f} residues/s  {duration(left)} left"
+            f"{self._speed(report.learning_rate)}  {duration(self.history.seconds_left(trainer))} left"
         )
+
+    def _speed(self, learning_rate: float) -> str:
+        """Tokens a second, MFU where it is known, and what holds the run up; the learning rate where nothing does."""
+        gauges = self.history.gauges
+        rate, latest = gauges.tokens_per_second, gauges.latest
+        parts = [f"{rate / 1e6:.2f}M tokens/s" if rate >= 1e6 else f"{rate:,.0f} tokens/s"]
+        if latest is not None and latest.mfu is not None:
+            parts.append(f"MFU {latest.mfu:.0%}")
+        if latest is not None and latest.data_wait_share >= _NOTABLE_DATA_WAIT:
+            parts.append(f"{latest.data_wait_share:.0%} waiting for data")
+        elif latest is not None and latest.slowest_rank_excess >= _NOTABLE_EXCESS:
+            parts.append(f"rank {latest.slowest_rank} {latest.slowest_rank_excess:.0%} slower")
+        else:
+            parts.insert(0, f"lr {learning_rate:.1e}")
+        return "  ".join(parts)
 
     def _say_what_was_skipped(self, step: int, skipped: SkippedStep) -> None:
         first = skipped.suspects[0]
@@ -169,6 +195,6 @@ class Progress(Callback):
         )
 
 
-def _bar(fraction: float, width: int = 20) -> str:
+def _bar(fraction: float, width: int = 12) -> str:
     filled = int(fraction * width)
     return "[" + "#" * filled + "-" * (width - filled) + "]"

@@ -6,7 +6,8 @@ one takes its place.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, write_
 from bionemo_esm.model.connector import check_sizes
 from bionemo_esm.model.container import sync_folder
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.parallel import data_parallel_sum
+from bionemo_esm.model.parallel import world_sum
 from bionemo_esm.model.plain import put_tensors_back, take_out_tensors
 from bionemo_esm.training.background import BackgroundWriter
 from bionemo_esm.training.recipe import CheckpointConfig
@@ -103,8 +104,17 @@ class Checkpoints(Callback):
     batch of validation under way finish, then saves and ends training on all ranks.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, signals: StopSignals, writer: BackgroundWriter) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        signals: StopSignals,
+        writer: BackgroundWriter,
+        patience: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`patience`: entered around every save, which may take long; it tells those who watch for hangs."""
         self.folder, self.config, self.signals, self.writer = folder, config, signals, writer
+        self.patience = patience
         self.best_step: int | None = None  # of the lowest validation loss so far
         self.best_loss = float("inf")
         self._saved_step = -1
@@ -123,7 +133,7 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ESM1nvModel)
         self._check_that_ranks_agree(trainer, pl_module)
-        self._saved_step = trainer.global_step
+        self._saved_step = -1 if pl_module.continues else trainer.global_step  # another run's is in another folder
         self._on_disk = list_checkpoints(self.folder)
         self.signals.listen()  # again: Lightning has put its own handler for SIGTERM in place
 
@@ -158,7 +168,8 @@ class Checkpoints(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
-        self._wait_until_safe(pl_module)
+        with self.patience():
+            self._wait_until_safe(pl_module)
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -173,13 +184,14 @@ class Checkpoints(Callback):
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._saved_step:
             return
-        self._wait_until_safe(trainer.lightning_module)  # one state at a time is held in memory
         path = self.path(trainer.global_step)
         schedule = {
             "every_n_train_steps": self.config.every_n_train_steps,
             "on_schedule": self.is_on_schedule(trainer),
         }
-        trainer.save_checkpoint(path, storage_options=schedule)
+        with self.patience():
+            self._wait_until_safe(trainer.lightning_module)  # one state at a time is held in memory
+            trainer.save_checkpoint(path, storage_options=schedule)
         self._saved_step = trainer.global_step
         self._retire(trainer)
 
@@ -208,7 +220,7 @@ class Checkpoints(Callback):
         Raises on every rank where the writer of rank 0 has failed.
         """
         flags = torch.tensor([int(self.signals.received or 0), int(self.writer.failure is not None)])
-        asked, failed = data_parallel_sum(flags.to(pl_module.device)).tolist()
+        asked, failed = world_sum(flags.to(pl_module.device)).tolist()
         if failed:
             self._raise_failure()
         if asked and self.signals.received is None:
@@ -220,7 +232,7 @@ class Checkpoints(Callback):
         with suppress(Exception):  # it stays in `failure`
             self.writer.drain()
         failed = torch.tensor(int(self.writer.failure is not None), device=pl_module.device)
-        if data_parallel_sum(failed).item():
+        if world_sum(failed).item():
             self._raise_failure()
 
     def _raise_failure(self) -> None:
@@ -237,7 +249,7 @@ class Checkpoints(Callback):
     def _check_that_ranks_agree(trainer: Trainer, pl_module: LightningModule) -> None:
         steps = torch.zeros(trainer.world_size, dtype=torch.int64, device=pl_module.device)
         steps[trainer.global_rank] = trainer.global_step
-        if len(set(data_parallel_sum(steps).tolist())) > 1:
+        if len(set(world_sum(steps).tolist())) > 1:
             raise CheckpointError(
                 f"ranks found different checkpoints to go on from (steps {steps.tolist()}); the run's folder must be "
                 "the same on every node"

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from signal import Signals
+from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.profilers import Profiler
 from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
-from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.screen import Screen
 from bionemo_esm.training.background import BackgroundWriter
 from bionemo_esm.training.callbacks import History, Progress
 from bionemo_esm.training.checkpoint_averaging import CheckpointAveraging
-from bionemo_esm.training.checkpoints import DAMAGED, Checkpoints, SafeCheckpointIO, newest_checkpoint, tidy
+from bionemo_esm.training.checkpoints import Checkpoints, SafeCheckpointIO
+from bionemo_esm.training.hangs import HangWatch
+from bionemo_esm.training.measurements import Gauges, device_name
+from bionemo_esm.training.muster import Muster
 from bionemo_esm.training.prepared import PreparedRun
 from bionemo_esm.training.recipe import Recipe, TrainerConfig
-from bionemo_esm.training.requirements import is_rank_zero
+from bionemo_esm.training.starting import Start, choose_start
 from bionemo_esm.training.stopping import StopSignals
 from bionemo_esm.training.strategy import MegatronStrategy
 
@@ -40,42 +46,44 @@ class FitResult:
     stopped_by: Signals | None  # the signal that ended it before its last step
     best_checkpoint: Path | None  # the one with the lowest validation loss
     seconds: float  # of training and validation, earlier sessions of the run included
-    residues_per_second: float  # over the last logging interval
+    measured: dict[str, float]  # over the last logging interval: `Measurements`
     resumed_from_step: int
     backends: str
     precision: str
+    device_name: str
 
 
-def fit(run: PreparedRun, screen: Screen) -> FitResult:
+def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
     """Train to the recipe's last step, from the newest checkpoint in the run's folder that can be read."""
     recipe, folder = run.recipe, run.folder
     _send_nemo_messages_to_the_log()
-    checkpoint = _checkpoint_to_go_on_from(folder / "checkpoints", screen)
-    resumed_from_step = int(ArchiveFile.open(checkpoint).provenance["steps"]) if checkpoint else 0
+    chosen = muster.first(lambda: _start_to_tell(run, screen))
+    start = Start(**{**chosen, "checkpoint": chosen["checkpoint"] and Path(chosen["checkpoint"])})
 
     saving, signals = recipe.exp_manager.checkpoints, StopSignals()
     writer = BackgroundWriter(saving.in_background)
-    history = History(folder / "metrics.jsonl", recipe.trainer.log_every_n_steps)
-    checkpoints = Checkpoints(folder / "checkpoints", saving, signals, writer)
+    gauges, watch = Gauges(), HangWatch(folder, recipe.trainer.hang_timeout_seconds, screen)
+    history = History(folder / "metrics.jsonl", recipe.trainer.log_every_n_steps, gauges)
+    checkpoints = Checkpoints(folder / "checkpoints", saving, signals, writer, watch.patience)
     averaging = None
     if saving.average_last:
         averaging = CheckpointAveraging(folder / "averaging", saving.average_last, saving.every_n_train_steps, writer)
-    watching = [history, Progress(screen, history, run.unigram_perplexity)]  # first: a step is on record, then saved
+    watching = [watch, history, Progress(screen, history, run.unigram_perplexity)]  # first: on record, then saved
     callbacks = [*watching, *([averaging] if averaging else []), checkpoints]
-    trainer = _trainer(recipe.trainer, callbacks, SafeCheckpointIO(writer))
+    trainer = _trainer(recipe.trainer, callbacks, SafeCheckpointIO(writer), gauges.data_wait)
     _start_experiment(trainer, recipe, folder)
 
     model = _model(recipe, trainer)
-    model.provenance = run.provenance
+    model.provenance, model.continues = run.provenance, start.of_another_run
     model.setup_training_data(run.stream, recipe.data.num_workers)
     model.setup_validation_data(run.validation)
     dtype = parameter_dtype(recipe.trainer.precision, trainer.strategy.root_device.type)
     model.identity = {**run.identity, "precision": PRECISION_NAMES[dtype]}
     backends = choose_backends(trainer.strategy.root_device.type, dtype, recipe.model.attention_dropout).describe()
-    screen.say(run.opening_screen(backends, PRECISION_NAMES[dtype], resumed_from_step))
+    screen.say(run.opening_screen(backends, PRECISION_NAMES[dtype], start.steps, start.first_step))
 
-    with signals.heeded():
-        _fit_or_be_interrupted(trainer, model, checkpoint)
+    with signals.heeded(), watch.over_training():
+        _fit_or_be_interrupted(trainer, model, start.checkpoint)
     best = checkpoints.path(checkpoints.best_step) if checkpoints.best_step is not None else None
     return FitResult(
         model=model,
@@ -84,21 +92,19 @@ def fit(run: PreparedRun, screen: Screen) -> FitResult:
         stopped_by=signals.received if trainer.global_step < recipe.trainer.max_steps else None,
         best_checkpoint=best if best and best.is_file() else None,
         seconds=history.seconds,
-        residues_per_second=history.residues_per_second,
-        resumed_from_step=resumed_from_step,
+        measured=gauges.latest.known() if gauges.latest else {},
+        resumed_from_step=start.steps,
         backends=backends,
         precision=PRECISION_NAMES[dtype],
+        device_name=device_name(trainer.strategy.root_device),
     )
 
 
-def _checkpoint_to_go_on_from(folder: Path, screen: Screen) -> Path | None:
-    """The newest that is intact; damaged ones that are newer are set aside, and said to be."""
-    checkpoint, complaints = newest_checkpoint(folder)
-    for complaint in complaints:
-        screen.say(f"warning: {complaint}; set aside as *{DAMAGED}, going back to {checkpoint and checkpoint.name}")
-    if checkpoint is not None and is_rank_zero():
-        tidy(folder, checkpoint)
-    return checkpoint
+def _start_to_tell(run: PreparedRun, screen: Screen) -> dict[str, Any]:
+    """`choose_start`, as rank 0 tells it to the others: a checkpoint is verified once, not by every rank."""
+    recipe = run.recipe
+    start = choose_start(run.folder, recipe.continue_from_path, recipe.trainer.max_steps, screen)
+    return {**asdict(start), "checkpoint": start.checkpoint and str(start.checkpoint)}
 
 
 def _fit_or_be_interrupted(trainer: Trainer, model: ESM1nvModel, checkpoint: Path | None) -> None:
@@ -116,18 +122,22 @@ def _model(recipe: Recipe, trainer: Trainer) -> ESM1nvModel:
     model = ESM1nvModel(OmegaConf.create(settings), trainer)
     model.optim_config = recipe.optim
     model.initial_weights = recipe.restore_from_path
+    model.shard_optimizer = recipe.trainer.shard_optimizer
     return model
 
 
-def _trainer(config: TrainerConfig, callbacks: list[Callback], checkpoint_io: SafeCheckpointIO) -> Trainer:
+def _trainer(
+    config: TrainerConfig, callbacks: list[Callback], checkpoint_io: SafeCheckpointIO, profiler: Profiler
+) -> Trainer:
     """A Lightning trainer whose batches are optimizer steps: accumulation and clipping happen in the model's step."""
     return Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=MegatronStrategy(),
-        plugins=[checkpoint_io],
+        strategy=MegatronStrategy(tensor_model_parallel_size=config.tensor_model_parallel_size),
+        plugins=[checkpoint_io, *_cluster_environment()],
         callbacks=callbacks,
+        profiler=profiler,
         max_epochs=-1,
         max_steps=config.max_steps,
         val_check_interval=config.val_check_interval,
@@ -141,6 +151,12 @@ def _trainer(config: TrainerConfig, callbacks: list[Callback], checkpoint_io: Sa
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def _cluster_environment() -> list[ClusterEnvironment]:
+    """Under Slurm, ranks from Slurm's variables, without Lightning's own handler that requeues a job: its checkpoint
+    would be another than ours. The batch script requeues (examples/slurm/pretrain.sbatch)."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def _start_experiment(trainer: Trainer, recipe: Recipe, folder: Path) -> None:

@@ -68,37 +68,54 @@ class PreparedRun:
             "samples of an epoch": self.train.num_clusters,
             "train.bin": train["bin_sha256"],
             "data.masking": str(self.recipe.data.masking),
-            "data.global_batch_size": self.recipe.global_batch_size,
+            "data.global_batch_size": self.recipe.global_batch_size or "none",
+            "data.global_batch_tokens": self.recipe.data.global_batch_tokens or "none",
             "restore_from_path": str(self.recipe.restore_from_path or "none"),
             **{f"optim.{key}": str(value) for key, value in asdict(self.recipe.optim).items()},
         }
 
-    def opening_screen(self, backends: str, precision: str, resumed_from_step: int) -> str:
+    def opening_screen(self, backends: str, precision: str, resumed_from_step: int, first_step: int = 0) -> str:
         """Model, data, batch, steps, device, fused kernels and where results go."""
-        recipe, trainer, batch = self.recipe, self.recipe.trainer, self.recipe.global_batch_size
+        recipe, trainer = self.recipe, self.recipe.trainer
+        batch = recipe.sequences_of_a_batch(self._mean_tokens())
         tokens = batch * self._mean_tokens()
+        steps = trainer.max_steps - first_step
         lines = {
             "model": f"{describe_model(recipe)}, {recipe.model.parameters:,} parameters, up to "
             f"{recipe.model.seq_length} tokens",
             "data": f"{describe_source(recipe)}: {describe_sequences(self.train)} to train on, {self.train.residues:,} "
             f"residues; {len(self.validation.reader.split):,} to validate on",
-            "batch": f"{batch:,} sequences, about {tokens:,.0f} tokens, packed without padding" + self._dealing(),
-            "steps": f"{trainer.max_steps:,}, {recipe.epochs(self.train.num_clusters):,.1f} epochs, "
-            f"{trainer.max_steps * tokens:,.0f} tokens"
-            + (f"; going on from step {resumed_from_step:,}" if resumed_from_step else ""),
+            "batch": f"{self._batch(batch, tokens)}, packed without padding{self._dealing()}",
+            "steps": f"{steps:,}, {steps * batch / self.train.num_clusters:,.1f} epochs, {steps * tokens:,.0f} tokens"
+            + (f"; after the {first_step:,} of {recipe.continue_from_path}" if first_step else "")
+            + (f"; going on from step {resumed_from_step:,}" if resumed_from_step > first_step else ""),
             "device": f"{trainer.world_size} x {trainer.accelerator}, {precision}",
             "fused": backends,
             "results": f"{short(self.folder)} (messages of other libraries: {short(self.folder / OUTPUT_LOG)})",
         }
         if recipe.restore_from_path is not None and not resumed_from_step:
             lines["start"] = f"from the weights of {recipe.restore_from_path}"
+        if (departure := recipe.departure()) is not None:
+            lines["note"] = departure
         return "\n".join([f"\n{recipe.name}", *(f"  {key:<8} {text}" for key, text in lines.items()), ""])
 
     def _dealing(self) -> str:
         plan = self.stream.plan
         if plan.world_size == plan.accumulation == 1:
             return ""
+        if plan.accumulation is None:
+            most = (
+                f"{plan.micro_batch_tokens:,} tokens"
+                if plan.micro_batch_tokens
+                else f"{plan.micro_batch_size} sequences"
+            )
+            return f" (dealt to {plan.world_size} ranks, at most {most} at a time)"
         return f" ({plan.world_size} ranks x {plan.micro_batch_size} sequences x {plan.accumulation} accumulated)"
+
+    def _batch(self, sequences: float, tokens: float) -> str:
+        if self.recipe.global_batch_size is None:
+            return f"up to {self.recipe.data.global_batch_tokens:,} tokens, about {sequences:,.0f} sequences"
+        return f"{sequences:,.0f} sequences, about {tokens:,.0f} tokens"
 
     def _mean_tokens(self) -> float:
         """Tokens of a sequence after cropping, on average over a slice of the training set."""
@@ -107,13 +124,17 @@ class PreparedRun:
 
 def validation_batch_size(recipe: Recipe, sequences: int) -> int:
     """The micro batch, or less where it would leave a rank without a batch."""
-    world_size = recipe.trainer.world_size
-    if sequences < world_size:
+    ranks = recipe.trainer.data_parallel_size
+    if sequences < ranks:
         raise ConfigError(
-            f"data.validation_sequences: {sequences} validation sequences cannot be dealt to {world_size} ranks; "
+            f"data.validation_sequences: {sequences} validation sequences cannot be dealt to {ranks} ranks; "
             "give at least one for each"
         )
-    return min(recipe.data.micro_batch_size, sequences // world_size)
+    micro = recipe.data.micro_batch_size
+    if micro is None:
+        assert recipe.data.micro_batch_tokens is not None
+        micro = recipe.data.micro_batch_tokens // recipe.model.seq_length
+    return min(micro, sequences // ranks)
 
 
 def describe_sequences(split: SequenceSplit) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,24 +11,28 @@ from bionemo_esm.screen import Meter, Screen
 from bionemo_esm.training.recipe import Recipe
 
 SAMPLE_FOLDER = Path(__file__).resolve().parents[1] / "data" / "sample"
-_SECONDS_BETWEEN_RANKS = 60.0  # by which ranks of one start may come after each other
-_FAILURE = "build-failed.txt"  # beside the store: why rank 0 could not build it
 
 
-def open_proteins(recipe: Recipe, run_folder: Path, screen: Screen, is_rank_zero: bool) -> ProteinStore:
-    """Open the recipe's store, building it first where it is to be built: by rank 0, while others wait for it.
+def build_proteins(recipe: Recipe, run_folder: Path, screen: Screen) -> None:
+    """Build the recipe's store, if it is one to be built beside the run and is not there; for one process of a run.
 
-    Raises `FastaError` or `StoreError` when the FASTA file or the store cannot be used.
+    Raises `FastaError` or `StoreError` when the FASTA file cannot be used.
     """
-    folder = recipe.data.store or run_folder / "store"
+    folder = _store_folder(recipe, run_folder)
     if recipe.data.store is None and not (folder / MANIFEST_NAME).is_file():
-        if is_rank_zero:
-            _build(recipe, folder, screen)
-        else:
-            _wait_for(folder)
+        _build(recipe, folder, screen)
+
+
+def open_proteins(recipe: Recipe, run_folder: Path) -> ProteinStore:
+    """Open the recipe's store. Raises `StoreError` when it cannot be used, or was built of something else."""
+    folder = _store_folder(recipe, run_folder)
     store = ProteinStore.open(folder)
     _check_source(recipe, store, folder)
     return store
+
+
+def _store_folder(recipe: Recipe, run_folder: Path) -> Path:
+    return recipe.data.store or run_folder / "store"
 
 
 def describe_source(recipe: Recipe) -> str:
@@ -57,33 +60,18 @@ def _sources(recipe: Recipe) -> list[Path]:
 
 def _build(recipe: Recipe, folder: Path, screen: Screen) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    failure = folder.with_name(_FAILURE)
-    failure.unlink(missing_ok=True)
-    try:
-        if recipe.data.fasta is not None:
-            screen.say(f"Building a store from {recipe.data.fasta} ...")
-            meter = Meter(screen, "read")
-            build_store(
-                recipe.data.fasta,
-                folder,
-                _policy(recipe),
-                progress=lambda records, done, total: meter(done, total, f", {records:,} records"),
-            )
-        else:
-            train, validation, test = _sources(recipe)
-            build_store_from_splits(train, validation, test, folder, _policy(recipe), licence="CC BY 4.0")
-    except BaseException as error:
-        failure.write_text(f"{error}\n", encoding="utf-8")  # for the ranks that wait
-        raise
-
-
-def _wait_for(folder: Path) -> None:
-    """Until rank 0 has renamed the store into place (a store never exists half-written), or has failed to build it."""
-    started, failure = time.time(), folder.with_name(_FAILURE)
-    while not (folder / MANIFEST_NAME).is_file():
-        if failure.is_file() and failure.stat().st_mtime > started - _SECONDS_BETWEEN_RANKS:
-            raise StoreError(f"{folder}: rank 0 could not build it: {failure.read_text(encoding='utf-8').strip()}")
-        time.sleep(0.5)
+    if recipe.data.fasta is not None:
+        screen.say(f"Building a store from {recipe.data.fasta} ...")
+        meter = Meter(screen, "read")
+        build_store(
+            recipe.data.fasta,
+            folder,
+            _policy(recipe),
+            progress=lambda records, done, total: meter(done, total, f", {records:,} records"),
+        )
+    else:
+        train, validation, test = _sources(recipe)
+        build_store_from_splits(train, validation, test, folder, _policy(recipe), licence="CC BY 4.0")
 
 
 def _check_source(recipe: Recipe, store: ProteinStore, folder: Path) -> None:

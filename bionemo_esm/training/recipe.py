@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from bionemo_esm.data.dealing import BatchPlan
 from bionemo_esm.data.masking import MaskingPolicy
-from bionemo_esm.data.pretraining import BatchPlan
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.config import EncoderConfig, OptimConfig
-from bionemo_esm.settings import integer, known, number, path, plain_values, typed
+from bionemo_esm.model.config import SCHEDULES, EncoderConfig, OptimConfig
+from bionemo_esm.settings import boolean, integer, known, number, path, plain_values, typed
 
 ACCELERATORS = ("cpu", "gpu")
 _OPTIM_KEYS = ("name", "lr", "betas", "eps", "weight_decay", "max_skipped_steps", "skip_loss_above", "sched")
+_TOP_KEYS = {"name", "seed", "restore_from_path", "continue_from_path", "published", "plan"}
+_TOP_KEYS |= {"model", "data", "optim", "trainer", "exp_manager"}
+_BATCH_KEYS = ("micro_batch_size", "micro_batch_tokens", "global_batch_size", "global_batch_tokens")
 _SCHEDULE_KEYS = ("name", "warmup_steps", "warmup_ratio", "constant_steps", "min_lr", "max_steps")
 
 
@@ -35,22 +38,28 @@ class DataConfig:
     max_residues: int = 1024  # longer sequences are cut to this when a store is built
     validation_sequences: int | None = None  # of `fasta`; null: 5%
     test_sequences: int | None = None
-    micro_batch_size: int = 370  # sequences a device sees at a time
+    micro_batch_size: int | None = 370  # sequences a device sees at a time
+    micro_batch_tokens: int | None = None  # in place of micro_batch_size: the most tokens a device sees at a time
     global_batch_size: int | None = None  # sequences an optimizer step; null: micro batch x ranks x accumulation
+    global_batch_tokens: int | None = None  # in place of global_batch_size: the most tokens of an optimizer step
     num_workers: int = 1  # loader processes a rank
     masking: MaskingPolicy = field(default_factory=MaskingPolicy)
 
     def __post_init__(self) -> None:
         if self.fasta is not None and self.store is not None:
             raise ConfigError("data.fasta and data.store are both set; give one of them, and null for the other")
-        for name in ("max_residues", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("max_residues", *_BATCH_KEYS):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"data.{name} must be at least 1, not {value}")
         for name in ("validation_sequences", "test_sequences", "num_workers"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"data.{name} must not be negative, but is {getattr(self, name)}")
-        if self.global_batch_size is not None and self.global_batch_size < 1:
-            raise ConfigError(f"data.global_batch_size must be at least 1, not {self.global_batch_size}")
+        if self.global_batch_size is not None and self.global_batch_tokens is not None:
+            raise ConfigError("data.global_batch_size and global_batch_tokens are both set; set one of them to null")
+        if (self.micro_batch_size is None) == (self.micro_batch_tokens is None):
+            raise ConfigError(
+                "data.micro_batch_size (sequences) or data.micro_batch_tokens must be set, and the other one be null"
+            )
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,9 @@ class TrainerConfig:
     val_check_interval: int = 1_000
     limit_val_batches: int | None = None  # of each rank; null: all
     log_every_n_steps: int = 10
+    tensor_model_parallel_size: int = 1  # devices that share one copy of the model
+    shard_optimizer: bool = False  # Adam's moments are split over the data-parallel ranks
+    hang_timeout_seconds: float | None = 1800.0  # without a step, until the job ends with the stacks of all threads
 
     def __post_init__(self) -> None:
         if self.accelerator not in ACCELERATORS:
@@ -74,10 +86,24 @@ class TrainerConfig:
         for name in (item.name for item in fields(self) if item.type == "int"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name} must be at least 1, not {getattr(self, name)}")
+        if self.hang_timeout_seconds is not None and not self.hang_timeout_seconds > 0:
+            raise ConfigError(
+                f"trainer.hang_timeout_seconds must be positive, or null for none, not {self.hang_timeout_seconds}"
+            )
+        if self.world_size % self.tensor_model_parallel_size:
+            raise ConfigError(
+                f"trainer.tensor_model_parallel_size ({self.tensor_model_parallel_size}) must divide the "
+                f"{self.world_size} devices of trainer.num_nodes x trainer.devices"
+            )
 
     @property
     def world_size(self) -> int:
         return self.devices * self.num_nodes
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model, each of which takes its share of every global batch."""
+        return self.world_size // self.tensor_model_parallel_size
 
 
 @dataclass(frozen=True)
@@ -119,12 +145,36 @@ class ExperimentConfig:
 
 
 @dataclass(frozen=True)
+class Published:
+    """What the source of a recipe states: a run is held against it, and planned by it where no store is at hand."""
+
+    gpu: str  # as in `training/hardware.py`
+    gpus: int
+    train_sequences: int
+    mean_tokens: float  # of a sequence, cropped, specials counted
+    mfu: float  # share of the GPUs' peak that the plan reckons with: our assumption
+    steps: int | None = None
+    epochs: float | None = None
+    global_batch_size: int | None = None
+    global_batch_tokens: int | None = None
+    continues: str | None = None  # the recipe whose run this one goes on with
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "train_sequences", "mean_tokens", "mfu"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"published.{name} must be positive, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that a pretraining run is told."""
 
     name: str
     seed: int
     restore_from_path: Path | None
+    continue_from_path: Path | None
+    published: Published | None
+    plan: bool  # show what the run would be, and end
     model: EncoderConfig
     data: DataConfig
     optim: OptimConfig
@@ -134,25 +184,97 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must lie in 0..2**63 - 1, not {self.seed}")
+        if self.restore_from_path is not None and self.continue_from_path is not None:
+            raise ConfigError("restore_from_path (weights alone) and continue_from_path are both set; choose one")
+        self._check_accumulation()
+        self._check_parallelism()
+        self._check_tokens()
         self.batch_plan()  # refuses what cannot be dealt evenly
 
-    @property
-    def global_batch_size(self) -> int:
-        """Sequences an optimizer step."""
-        if self.data.global_batch_size is not None:
-            return self.data.global_batch_size
-        return self.data.micro_batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+    def _check_accumulation(self) -> None:
+        wanted = self.trainer.accumulate_grad_batches
+        if wanted != 1 and (self.data.global_batch_size or self.data.global_batch_tokens):
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={wanted} has no say where the global batch is given: accumulation "
+                "follows from it. Leave it at 1, or set data.global_batch_size=null (another optimisation)"
+            )
 
-    def batch_plan(self, rank: int = 0) -> BatchPlan:
-        """How this rank takes part in each global batch. Raises `ConfigError` when it cannot be dealt evenly."""
+    def _check_parallelism(self) -> None:
+        ranks = self.trainer.tensor_model_parallel_size
+        for key in ("num_attention_heads", "ffn_hidden_size"):
+            if getattr(self.model, key) % ranks:
+                raise ConfigError(
+                    f"trainer.tensor_model_parallel_size ({ranks}) must divide model.{key} ({getattr(self.model, key)})"
+                )
+
+    def _check_tokens(self) -> None:
+        longest = self.model.seq_length
+        if self.data.micro_batch_tokens is not None and self.data.micro_batch_tokens < longest:
+            raise ConfigError(
+                f"data.micro_batch_tokens ({self.data.micro_batch_tokens}) must hold a sequence of model.seq_length "
+                f"({longest}) tokens"
+            )
+        ranks, whole = self.trainer.data_parallel_size, self.data.global_batch_tokens
+        if whole is not None and whole < ranks * longest:
+            raise ConfigError(
+                f"data.global_batch_tokens ({whole}) must hold a sequence of model.seq_length ({longest}) tokens for "
+                f"each of {ranks} data-parallel ranks: at least {ranks * longest}, or at most {whole // longest} ranks"
+            )
+
+    @property
+    def global_batch_size(self) -> int | None:
+        """Sequences an optimizer step; None where it is so many tokens."""
+        if self.data.global_batch_size is not None or self.data.global_batch_tokens is not None:
+            return self.data.global_batch_size
+        if self.data.micro_batch_size is None:
+            raise ConfigError(
+                "data.micro_batch_tokens needs data.global_batch_size or data.global_batch_tokens: the optimisation "
+                "must not depend on how much a device holds"
+            )
+        return self.data.micro_batch_size * self.trainer.data_parallel_size * self.trainer.accumulate_grad_batches
+
+    def batch_plan(self) -> BatchPlan:
+        """How global batches are cut and dealt, as rank 0 sees it.
+
+        Raises `ConfigError` when they cannot be dealt evenly.
+        """
         try:
-            return BatchPlan(self.global_batch_size, self.data.micro_batch_size, rank, self.trainer.world_size)
+            return BatchPlan(
+                self.global_batch_size,
+                self.data.micro_batch_size,
+                world_size=self.trainer.data_parallel_size,
+                global_batch_tokens=self.data.global_batch_tokens,
+                micro_batch_tokens=self.data.micro_batch_tokens,
+            )
         except ValueError as error:
             raise ConfigError(f"data.global_batch_size: {error}") from error
 
-    def epochs(self, train_sequences: int) -> float:
-        """How often the run goes through the training set."""
-        return self.trainer.max_steps * self.global_batch_size / train_sequences
+    def sequences_of_a_batch(self, mean_tokens: float) -> float:
+        """Sequences of a global batch, on average where it is counted in tokens; `mean_tokens` of a sequence."""
+        if self.data.global_batch_tokens is not None:
+            return self.data.global_batch_tokens / mean_tokens
+        assert self.global_batch_size is not None
+        return float(self.global_batch_size)
+
+    def departure(self) -> str | None:
+        """How the optimisation differs from the one that the recipe's source describes; None where it does not."""
+        if self.published is None:
+            return None
+        for key, unit in (("global_batch_size", "sequences"), ("global_batch_tokens", "tokens")):
+            theirs = getattr(self.published, key)
+            ours = self.global_batch_size if key == "global_batch_size" else self.data.global_batch_tokens
+            if theirs is not None and ours != theirs:
+                what = f"{ours:,} {unit}" if ours is not None else f"not counted in {unit}"
+                return (
+                    f"the global batch is {what}, the recipe's {theirs:,}: this is another optimisation. "
+                    f"data.{key}={theirs} keeps it on any number of devices"
+                )
+        return None
+
+    @property
+    def told(self) -> dict[str, str]:
+        """Every setting by its dotted name: what all ranks of a run must have been told alike."""
+        return dict(_flattened("", asdict(self)))
 
     @property
     def run_folder(self) -> Path:
@@ -166,8 +288,9 @@ class Recipe:
         science = {
             "seed": self.seed,
             "restore_from_path": self.restore_from_path,
+            "continue_from_path": self.continue_from_path,
             "model": self.model.to_dict(),
-            "data": asdict(replace(self.data, num_workers=0, micro_batch_size=1)),
+            "data": asdict(replace(self.data, num_workers=0, micro_batch_size=1, micro_batch_tokens=None)),
             "fasta_bytes": fasta.stat().st_size if (fasta := self.data.fasta) and fasta.is_file() else None,
             "global_batch_size": self.global_batch_size,
             "optim": asdict(self.optim),
@@ -177,6 +300,15 @@ class Recipe:
         return hashlib.sha256(json.dumps(science, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
+def _flattened(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            yield from _flattened(name, value)
+        else:
+            yield name, str(value)
+
+
 def load_recipe(cfg: DictConfig) -> Recipe:
     """The recipe in a composed Hydra configuration.
 
@@ -184,18 +316,30 @@ def load_recipe(cfg: DictConfig) -> Recipe:
     cannot work together.
     """
     values = plain_values(cfg)
-    top = known("", values, {"name", "seed", "restore_from_path", "model", "data", "optim", "trainer", "exp_manager"})
+    top = known("", values, _TOP_KEYS)
     trainer = TrainerConfig(**typed("trainer", top["trainer"], TrainerConfig))
     return Recipe(
         name=str(top["name"]),
         seed=integer("seed", top["seed"]),
         restore_from_path=path("restore_from_path", top.get("restore_from_path")),
+        continue_from_path=path("continue_from_path", top.get("continue_from_path")),
+        published=_published(top.get("published")),
+        plan=boolean("plan", top.get("plan", False)),
         model=EncoderConfig.from_mapping(top["model"]),
         data=_data(top["data"]),
         optim=_optim(top["optim"], trainer),
         trainer=trainer,
         exp_manager=_experiment(top["exp_manager"]),
     )
+
+
+def _published(values: Any) -> Published | None:
+    if values is None:
+        return None
+    missing = [item.name for item in fields(Published) if item.default is MISSING and item.name not in values]
+    if missing:
+        raise ConfigError(f"published.{missing[0]} is missing; set published=null for a recipe without a source")
+    return Published(**typed("published", values, Published))
 
 
 def _data(values: dict[str, Any]) -> DataConfig:
@@ -212,9 +356,8 @@ def _optim(values: dict[str, Any], trainer: TrainerConfig) -> OptimConfig:
     if values.get("name", "fused_adam") != "fused_adam":
         raise ConfigError(f"optim.name must be fused_adam, not {values['name']!r}")
     schedule = known("optim.sched", values["sched"], set(_SCHEDULE_KEYS))
-    if schedule.get("name", "CosineAnnealing") != "CosineAnnealing":
-        raise ConfigError(f"optim.sched.name must be CosineAnnealing, not {schedule['name']!r}")
     flat = {key: value for key, value in (values | schedule).items() if key not in ("name", "sched")}
+    flat["schedule"] = schedule.get("name", SCHEDULES[0])
     flat["max_steps"] = flat.get("max_steps") or trainer.max_steps
     if (ratio := flat.pop("warmup_ratio", None)) is not None:
         if flat.get("warmup_steps") is not None:

@@ -46,9 +46,12 @@ Masked residues asked | masked_residues | {:,};             Model | model | {}
 Parameters | parameters | {:,};                             Precision | precision | {}
 Training sequences | train_sequences | {:,};                Validation sequences | validation_sequences | {:,}
 Global batch | global_batch_size | {:,} sequences;          Optimizer steps | steps | {:,}
+Global batch | global_batch_tokens | {:,} tokens
 Resumed from step | resumed_from_step | {:,};               Consumed samples | consumed_samples | {:,} sequences
 Epochs | epochs | {:.2f};                                   Training time | seconds | {:,.1f} s
 Throughput | residues_per_second | {:,.0f} residues/s;      Device | device | {}
+Model FLOPs utilization (MFU) | mfu | {:.1%};               Waiting for data | data_wait_share | {:.1%} of each step
+Highest memory of a device | memory_gb | {:.2f} GB;         Tokens a second | tokens_per_second | {:,.0f}
 Fused backends | fused_backends | {};                       Seed | seed | {}
 Data | data | ; Command | command | ; Model file | nemo |
 Averaged model | averaged_nemo | ; Sequence store | store | ; Versions | package_versions |

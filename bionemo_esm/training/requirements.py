@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,16 +10,24 @@ import torch
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.backends import parameter_dtype
-from bionemo_esm.training.recipe import Recipe
+from bionemo_esm.training.recipe import Recipe, TrainerConfig
+from bionemo_esm.training.storage import Storage, free_space
 
 
-def check_requirements(recipe: Recipe) -> None:
+def check_requirements(recipe: Recipe, launched: int | None = None) -> None:
     """Raises `ConfigError` with everything that is missing here, in one message, or for a start that does not fit.
 
-    An archive to start from that is damaged raises `ArchiveError`.
+    launched: processes that torchrun or Slurm started together, if they did. An archive to start from that is damaged
+    raises `ArchiveError`.
     """
     parameter_dtype(recipe.trainer.precision, "cpu")
-    missing = [*_missing_gpus(recipe), *_missing_files(recipe), *_missing_space(recipe)]
+    missing = [
+        *_missing_processes(recipe.trainer, launched),
+        *_missing_gpus(recipe),
+        *_missing_files(recipe),
+        *_missing_origin(recipe),
+        *_missing_space(recipe),
+    ]
     if missing:
         raise ConfigError(
             f"recipe {recipe.name} cannot run here:\n  - "
@@ -29,6 +36,18 @@ def check_requirements(recipe: Recipe) -> None:
         )
     if recipe.restore_from_path is not None:
         _check_archive(recipe, recipe.restore_from_path)
+
+
+def _missing_processes(trainer: TrainerConfig, launched: int | None) -> list[str]:
+    product = f"trainer.num_nodes x trainer.devices are {trainer.num_nodes} x {trainer.devices}"
+    if launched is None and trainer.num_nodes > 1:
+        return [
+            f"{product}: srun or torchrun must start a process for every device, on every node (docs/slurm.md); on one "
+            "machine alone: trainer.num_nodes=1, and trainer.devices as it has"
+        ]
+    if launched is not None and launched != trainer.world_size:
+        return [f"{product}, but {launched} processes were launched: set both to what the launcher was told"]
+    return []
 
 
 def _missing_gpus(recipe: Recipe) -> list[str]:
@@ -51,15 +70,24 @@ def _missing_files(recipe: Recipe) -> list[str]:
     return missing
 
 
+def _missing_origin(recipe: Recipe) -> list[str]:
+    """Of the run that this one continues; it is needed for the first start only."""
+    origin, before = recipe.continue_from_path, recipe.published and recipe.published.continues
+    if any((recipe.run_folder / "checkpoints").glob("step-*.ckpt")):
+        return []
+    if origin is None and before is not None:
+        return [f"continue_from_path: {recipe.name} goes on with a run of {before}; name its folder, or a .ckpt of it"]
+    if origin is not None and not origin.exists():
+        return [f"continue_from_path: there is no {origin}; name a run's folder, or a .ckpt"]
+    return []
+
+
 def _missing_space(recipe: Recipe) -> list[str]:
     """A new run needs room for its checkpoints (weights and two moments, float32), snapshots and archives."""
-    saving, folder = recipe.exp_manager.checkpoints, recipe.run_folder.absolute()
-    if folder.exists():
+    if recipe.run_folder.exists():
         return []
-    files = saving.keep_last + 1 + saving.keep_best  # one more while the next is written
-    needed = 4 * recipe.model.parameters * (3 * files + saving.average_last + 3)
-    existing = next(parent for parent in folder.parents if parent.is_dir())
-    free = shutil.disk_usage(existing).free
+    needed = Storage.of(recipe).peak_bytes
+    existing, free = free_space(recipe.run_folder)
     if free >= needed:
         return []
     return [

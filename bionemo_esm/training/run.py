@@ -6,7 +6,8 @@ import json
 import shlex
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.screen import Meter, Screen, duration, exit_of, third_party_output_in
 from bionemo_esm.training.folder import alone_in, make_folder
+from bionemo_esm.training.muster import assembled, versions
 from bionemo_esm.training.prepared import OUTPUT_LOG, PreparedRun, describe_model, short
-from bionemo_esm.training.proteins import describe_source, open_proteins
+from bionemo_esm.training.proteins import build_proteins, describe_source, open_proteins
 from bionemo_esm.training.recipe import Recipe, load_recipe
 from bionemo_esm.training.requirements import check_requirements, is_rank_zero
 
@@ -40,22 +42,23 @@ def pretrain(cfg: DictConfig) -> None:
 
 def _pretrain(cfg: DictConfig) -> int:
     started = time.monotonic()
-    recipe = load_recipe(cfg)
-    check_requirements(recipe)
-    folder = recipe.run_folder.absolute()
-    if _already_finished(recipe, folder):
+    if OmegaConf.select(cfg, "plan") is True:  # which needs no other rank
+        _show_plan(cfg)
         return 0
-    make_folder(folder)
-    if is_rank_zero() and not (folder / "config.yaml").exists():  # a run that is refused must not replace it
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    with (
-        alone_in(folder) if is_rank_zero() else nullcontext(),
-        third_party_output_in(folder / OUTPUT_LOG, silent=not is_rank_zero()) as screen,
-    ):
-        run = PreparedRun.of(recipe, folder, open_proteins(recipe, folder, screen, is_rank_zero()))
+    with assembled() as muster, ExitStack() as until_the_end:
+        recipe = muster.together(lambda: load_recipe(cfg), lambda recipe: recipe.told)
+        muster.together(lambda: check_requirements(recipe, muster.launched), lambda _: versions())
+        folder = recipe.run_folder.absolute()
+        if muster.together(lambda: _already_finished(recipe, folder), lambda finished: {"finished": finished}):
+            return 0
+        screen = muster.together(lambda: until_the_end.enter_context(_at_work_in(folder, cfg)))
+        muster.first(lambda: build_proteins(recipe, folder, screen))
+        run = muster.together(
+            lambda: PreparedRun.of(recipe, folder, open_proteins(recipe, folder)), lambda run: run.identity
+        )
         from bionemo_esm.training.fit import fit
 
-        result = fit(run, screen)
+        result = fit(run, screen, muster)
         if result.stopped_by is not None:
             screen.say(f"\nStopped by {result.stopped_by.name} at step {result.steps:,}, state saved.")
             screen.say("The same command goes on from there.")
@@ -66,6 +69,26 @@ def _pretrain(cfg: DictConfig) -> int:
         if is_rank_zero():
             _finish(run, result, screen, started)
     return 0
+
+
+def _show_plan(cfg: DictConfig) -> None:
+    from bionemo_esm.training.plan_screen import show_plan  # brings in Matplotlib, which a run needs at its end only
+
+    if is_rank_zero():
+        show_plan(load_recipe(cfg))
+
+
+@contextmanager
+def _at_work_in(folder: Path, cfg: DictConfig) -> Iterator[Screen]:
+    """The run's folder, held by rank 0 for all, with the messages of other libraries in its log."""
+    make_folder(folder)
+    with (
+        alone_in(folder) if is_rank_zero() else nullcontext(),
+        third_party_output_in(folder / OUTPUT_LOG, silent=not is_rank_zero()) as screen,
+    ):
+        if is_rank_zero() and not (folder / "config.yaml").exists():  # a run that is refused must not replace it
+            OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        yield screen
 
 
 def _finish(run: PreparedRun, result: FitResult, screen: Screen, started: float) -> None:
@@ -131,7 +154,7 @@ def _summary(run: PreparedRun, result: FitResult, restored: ESM1nvModel, archive
         "store": str(recipe.data.store or run.folder / "store"),
         "train_sequences": len(run.train),
         "validation_sequences": len(run.validation.reader.split),
-        "global_batch_size": recipe.global_batch_size,
+        **_batch_of(recipe),
         "steps": result.steps,
         "epochs": result.model.consumed_samples / run.train.num_clusters,
         "consumed_samples": result.model.consumed_samples,
@@ -142,15 +165,23 @@ def _summary(run: PreparedRun, result: FitResult, restored: ESM1nvModel, archive
         "masked_residues": score.residues,
         "precision": result.precision,
         "fused_backends": result.backends,
-        "device": f"{recipe.trainer.world_size} x {recipe.trainer.accelerator}",
+        "device": f"{recipe.trainer.world_size} x {recipe.trainer.accelerator} ({result.device_name})",
         "seed": recipe.seed,
         "nemo": str(archive),
         "seconds": round(result.seconds, 1),
-        "residues_per_second": result.residues_per_second,
+        **{name: result.measured.get(name) for name in ("residues_per_second", "tokens_per_second", "mfu")},
+        **{name: result.measured.get(name) for name in ("data_wait_share", "memory_gb")},
         "resumed_from_step": result.resumed_from_step,
         "best_checkpoint": str(result.best_checkpoint) if result.best_checkpoint else None,
         "command": shlex.join(["python", *sys.argv]),
     }
+
+
+def _batch_of(recipe: Recipe) -> dict[str, int]:
+    if recipe.global_batch_size is not None:
+        return {"global_batch_size": recipe.global_batch_size}
+    assert recipe.data.global_batch_tokens is not None
+    return {"global_batch_tokens": recipe.data.global_batch_tokens}
 
 
 def _closing(summary: dict[str, Any], report: Path) -> str:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
+from torch.optim import Optimizer
 
-from bionemo_esm.model.parallel import destroy_groups, ensure_groups
+from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.model.optimization import MasterWeights
+from bionemo_esm.model.parallel import destroy_groups, ensure_groups, tensor_parallel_size
+from bionemo_esm.model.sharding import load_whole_state, whole_state
 
 
 class MegatronStrategy(DDPStrategy):
-    """Data parallelism over Megatron's groups, without a wrapper around the model.
+    """Data and tensor parallelism over Megatron's groups, without a wrapper around the model.
 
-    `ESM1nvModel` adds up its gradients in one float32 buffer and reduces that once a step, so Lightning's
-    DistributedDataParallel, which would reduce bfloat16 gradients of every micro batch, is left out. Works over NCCL
-    and gloo, under Lightning's own launcher, torchrun and Slurm.
+    `ESM1nvModel` adds up its gradients in one float32 buffer and reduces that while the last backward pass of a step
+    runs, so Lightning's DistributedDataParallel, which would reduce bfloat16 gradients of every micro batch, is left
+    out. Works over NCCL and gloo, under Lightning's own launcher, torchrun and Slurm.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, tensor_model_parallel_size: int = 1, **kwargs: Any) -> None:
+        """`tensor_model_parallel_size`: ranks that share one copy of the model; it must divide their number."""
         super().__init__(**kwargs)
+        self.tensor_model_parallel_size = tensor_model_parallel_size
         self._owns_groups = False
 
     @property
@@ -35,11 +42,26 @@ class MegatronStrategy(DDPStrategy):
             self.set_world_ranks()
         else:
             super().setup_distributed()
-        ensure_groups()
+        ensure_groups(self.tensor_model_parallel_size)
         self._owns_groups = True
+        assert tensor_parallel_size() == self.tensor_model_parallel_size, "other groups were up in this process before"
 
     def configure_ddp(self) -> None:
         """Nothing is wrapped: see the class."""
+
+    @property
+    def _masters(self) -> MasterWeights:
+        assert isinstance(self.lightning_module, ESM1nvModel) and self.lightning_module.masters is not None
+        return self.lightning_module.masters
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """For a checkpoint: the whole state on rank 0, nothing on others; every rank takes part."""
+        return whole_state(optimizer, self._masters)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """From a checkpoint that any number of ranks has written: what this rank holds of the state."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            load_whole_state(optimizer, self._masters, state)
 
     def teardown(self) -> None:
         super().teardown()

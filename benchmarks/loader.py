@@ -1,0 +1,126 @@
+"""How many packed, masked sequences a core delivers, as one of 176 ranks of ESM-1nv's phase 1.
+
+    python benchmarks/loader.py --fasta proteins.fasta.gz --sequences 8000000
+
+Real proteins, repeated to a store of so many, in the page cache: what is measured is the loader, not a disk. Each rank
+looks at the lengths of the whole global batch of 65,120 to find its own 370 of equal work (`data/dealing.py`); `by
+turns` shows what that costs, and what it is for. In the end loader processes run side by side, as on a node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bionemo_esm.data.dealing import BatchPlan
+from bionemo_esm.data.masking import MaskingPolicy
+from bionemo_esm.data.pretraining import SampleReader, TrainingStream, training_loader
+from bionemo_esm.data.store import ProteinStore
+from bionemo_esm.data.uniref50 import BuildPolicy, build_store
+from bionemo_esm.data.writing import StoreWriter
+
+WANTED = 60_000  # sequences a second for a node of eight devices
+RANKS, MICRO_BATCH, MAX_TOKENS = 176, 370, 512
+RANKS_OF_A_NODE = 8
+
+
+def repeated_store(fasta: Path, folder: Path, sequences: int) -> ProteinStore:
+    """A store that repeats a FASTA file's proteins until there are so many."""
+    policy = BuildPolicy(validation_sequences=1, test_sequences=1)
+    real = build_store(fasta, folder / "real", policy).split("train")
+    everyone = np.arange(len(real))
+    lengths = real.lengths.astype(np.int64)
+    residues = real.gather(everyone, np.zeros_like(lengths), lengths)
+    with StoreWriter(folder / "repeated") as writer:
+        for begin in range(0, sequences, len(real)):
+            count = min(len(real), sequences - begin)
+            writer.add_many("train", residues[: lengths[:count].sum()], lengths[:count])
+        writer.finish({"source": "benchmarks/loader.py"})
+    return ProteinStore.open(folder / "repeated")
+
+
+def per_second(work: Callable[[int], object], steps: int, repeats: int) -> tuple[float, list[float]]:
+    """Steps a second of CPU time of this process: the median of the repeats, and all of them."""
+    rates = []
+    for repeat in range(repeats):
+        started = time.process_time()
+        for step in range(steps):
+            work(1 + repeat * steps + step)
+        rates.append(steps / (time.process_time() - started))
+    return statistics.median(rates), rates
+
+
+def imbalance(stream: TrainingStream, steps: int) -> tuple[float, float]:
+    """Tokens of the fullest rank over the mean, averaged over steps: as dealt, and by turns of the stream."""
+    dealt, by_turns = [], []
+    for step in range(steps):
+        _, _, tokens = stream._slice(step * RANKS * MICRO_BATCH)
+        loads = np.array([sum(int(tokens[h].sum()) for h in stream.plan.share(tokens, r)) for r in range(RANKS)])
+        turns = tokens.reshape(RANKS, -1).sum(axis=1)
+        dealt.append(loads.max() / loads.mean())
+        by_turns.append(turns.max() / turns.mean())
+    return statistics.mean(dealt), statistics.mean(by_turns)
+
+
+def side_by_side(stream: TrainingStream, workers: int, steps: int) -> float:
+    """Sequences a second by the clock, from loader processes of one rank."""
+    loader = iter(training_loader(stream, 0, workers, pin_memory=False))
+    for _ in range(4 * workers):
+        next(loader)  # processes have started, and prefetched
+    started = time.perf_counter()
+    for _ in itertools.islice(loader, steps):
+        pass
+    return steps * MICRO_BATCH / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fasta", type=Path, required=True, help="real proteins, plain or gzipped")
+    parser.add_argument("--sequences", type=int, default=8_000_000)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        store = repeated_store(options.fasta, Path(folder), options.sequences)
+        reader = SampleReader(store.split("train"), MAX_TOKENS, MaskingPolicy(), seed=42)
+        stream = TrainingStream(reader, BatchPlan(RANKS * MICRO_BATCH, MICRO_BATCH, 5, RANKS))
+        size = RANKS * MICRO_BATCH
+
+        def packed_by_turns(step: int) -> object:
+            places = np.arange(step * size, step * size + MICRO_BATCH, dtype=np.int64)
+            return reader.packed(*stream.order.samples(places))
+
+        parts: list[tuple[str, Callable[[int], object]]] = [
+            ("deal the global batch", lambda step: stream.dealt(step * size, 5)),
+            ("pack and mask 370, by turns", packed_by_turns),
+            ("both: a rank's share", lambda step: stream[step * size]),
+        ]
+        print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, NumPy {np.__version__}")
+        mean = reader.tokens(*stream.order.samples(np.arange(size))).mean()
+        print(f"{options.sequences:,} sequences of {mean:.0f} tokens on average")
+        print("\n| work of one process, CPU time | ms a step, median (range) | sequences a second |\n|---|---|---|")
+        for name, work in parts:
+            work(0)
+            rate, rates = per_second(work, options.steps, options.repeats)
+            span = f"{1000 / max(rates):.1f}-{1000 / min(rates):.1f}"
+            print(f"| {name} | {1000 / rate:.1f} ({span}) | {rate * MICRO_BATCH:,.0f} |")
+        print(f"\n{WANTED:,} a second for a node of {RANKS_OF_A_NODE}: {WANTED / (rate * MICRO_BATCH):.1f} cores")
+        dealt, turns = imbalance(stream, 10)
+        print(f"fullest rank over the mean: {dealt:.4f} as dealt, {turns:.4f} by turns")
+        for workers in (1, 2):
+            print(f"{workers} loader processes, by the clock: {side_by_side(stream, workers, 300):,.0f} sequences/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What one optimizer step has to do, over all ranks, and how long a rank computes at its own share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+
+import torch
+
+from bionemo_esm.data.packing import PackedBatch
+from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.costs import training_flops
+from bionemo_esm.model.parallel import data_parallel_sum
+
+_MOST_SPANS = 1000
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """Counts of a global batch. Sums of two steps are the counts of both."""
+
+    targets: int = 0  # masked positions
+    residues: int = 0
+    tokens: int = 0  # residues, `<cls>` and `<eos>`; there is no padding
+    squared_lengths: int = 0  # over sequences, of their tokens
+
+    def __add__(self, other: StepWork) -> StepWork:
+        return StepWork(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def flops(self, config: EncoderConfig) -> float:
+        """Floating-point operations of forward and backward; see `costs.training_flops`."""
+        return training_flops(config, self.tokens, self.squared_lengths, self.targets)
+
+
+def measure_work(batches: Sequence[PackedBatch], device: torch.device) -> StepWork:
+    """The work in this rank's micro batches and those of all others; collective."""
+    counts = torch.tensor([[len(b.targets), b.residues, len(b.tokens)] for b in batches], device=device).sum(0)
+    squares = [torch.diff(batch.cu_seqlens).long().square().sum() for batch in batches]
+    return StepWork(*data_parallel_sum(torch.cat([counts, torch.stack(squares).sum().view(1)])).tolist())
+
+
+class Stopwatch:
+    """Seconds that a rank spent in `running` blocks since they were last read.
+
+    On CUDA the time is the device's, between events, and nothing waits for it until it is read.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Counts the time of this block, which works on `device`."""
+        if device.type != "cuda":
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+            return
+        if len(self._spans) == _MOST_SPANS:  # nobody reads: keep memory bounded
+            self._add_up()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self._spans.append((start, end))
+
+    def read(self) -> float:
+        """Seconds since the last call; on CUDA waits for the device to get as far."""
+        self._add_up()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _add_up(self) -> None:
+        for start, end in self._spans:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000
+        self._spans.clear()

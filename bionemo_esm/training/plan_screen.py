@@ -1,0 +1,212 @@
+"""A plan as a person reads it: aligned lines, the picture's path, and what to look at."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.model.config import COSINE
+from bionemo_esm.model.schedule import learning_rate
+from bionemo_esm.screen import Screen, duration
+from bionemo_esm.training.folder import make_folder
+from bionemo_esm.training.plan import PFLOP_DAY, Plan, plan_of, scientific
+from bionemo_esm.training.plan_checks import findings
+from bionemo_esm.training.plan_facts import gather_facts
+from bionemo_esm.training.plan_picture import write_picture
+from bionemo_esm.training.prepared import describe_model, short
+from bionemo_esm.training.recipe import Recipe
+
+_LINE, _LABEL = 118, 11
+_PRECISIONS = {"bf16": "bfloat16 with float32 masters", "32": "float32"}
+
+
+def show_plan(recipe: Recipe) -> None:
+    """Print the plan of a recipe and leave the picture of its learning rate beside the run's folder.
+
+    Nothing else is written. Raises `ConfigError` where there is nothing to plan with.
+    """
+    plan = plan_of(recipe, gather_facts(recipe))
+    folder = recipe.run_folder
+    picture = folder.with_name(f"{folder.name}-plan.png")
+    make_folder(picture.parent)
+    try:
+        write_picture(plan, picture)
+    except OSError as error:
+        raise ConfigError(
+            f"exp_manager.exp_dir: {picture} cannot be written ({error.strerror}); choose another place"
+        ) from error
+    Screen(sys.stdout).say(
+        f"{screen_of(plan)}\n  {'picture':<{_LABEL - 2}}{short(picture.absolute())}\n\n{look_at(plan)}"
+    )
+
+
+def screen_of(plan: Plan) -> str:
+    """The whole plan but for the picture and what to look at."""
+    rows = {
+        "model": _model(plan),
+        "data": _data(plan),
+        "devices": _devices(plan),
+        "batch": _batch(plan),
+        "steps": _steps(plan),
+        "memory": _memory(plan),
+        "work": _work(plan),
+        "time": _time(plan),
+        "disk": _disk(plan),
+        "rate": _rate(plan),
+    }
+    lines = [line for label, text in rows.items() for line in _row(label, text)]
+    return "\n".join([f"\n{plan.recipe.name}: a plan; nothing is started", *lines])
+
+
+def look_at(plan: Plan) -> str:
+    """What does not fit together, a paragraph each."""
+    found = findings(plan)
+    if not found:
+        return "Nothing in it contradicts itself or the recipe's source."
+    return "\n".join(["look at", *(_item(text) for text in found)])
+
+
+def _item(text: str) -> str:
+    return textwrap.fill(text, _LINE, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
+
+
+def _row(label: str, text: str) -> list[str]:
+    wrapped = textwrap.wrap(text, _LINE - _LABEL, break_on_hyphens=False, break_long_words=False)
+    return [f"  {label if not number else '':<{_LABEL - 2}}{line}" for number, line in enumerate(wrapped)]
+
+
+def _model(plan: Plan) -> str:
+    model = plan.recipe.model
+    return (
+        f"{describe_model(plan.recipe)}, {model.parameters:,} parameters, up to {model.seq_length} tokens; "
+        f"{_PRECISIONS[plan.precision]}"
+    )
+
+
+def _data(plan: Plan) -> str:
+    data = plan.facts.data
+    held_out = "" if data.validation_sequences is None else f"; {data.validation_sequences:,} to validate on"
+    return (
+        f"{data.train_sequences:,} sequences an epoch, {data.mean_tokens:,.1f} tokens each on average, cropped "
+        f"({data.source}){held_out}"
+    )
+
+
+def _devices(plan: Plan) -> str:
+    trainer, device, published = plan.recipe.trainer, plan.facts.device, plan.recipe.published
+    nodes = f": {trainer.num_nodes} nodes x {trainer.devices}" if trainer.num_nodes > 1 else ""
+    text = f"{trainer.world_size} x {device.name} ({device.source}){nodes}"
+    if (split := trainer.tensor_model_parallel_size) > 1:
+        text += f"; {split} hold a copy of the model together, {trainer.data_parallel_size} copies"
+    if published is not None and trainer.world_size != published.gpus:
+        text += f"; the source had {published.gpus}, which does not matter while the global batch is the same"
+    return text
+
+
+def _batch(plan: Plan) -> str:
+    recipe, batch = plan.recipe, plan.batch
+    by_tokens = recipe.data.global_batch_tokens
+    whole = (
+        f"{batch.sequences:,.0f} sequences, about {batch.tokens:,.0f} tokens"
+        if by_tokens is None
+        else f"up to {by_tokens:,} tokens, about {batch.sequences:,.0f} sequences"
+    )
+    most = recipe.data.micro_batch_tokens
+    micro = f"{recipe.data.micro_batch_size:,} sequences" if most is None else f"at most {most:,} tokens"
+    accumulated = "a micro batch" if batch.accumulation == 1 else f"{batch.accumulation:,.0f} micro batches"
+    ranks = f"{recipe.trainer.data_parallel_size:,} ranks x " if recipe.trainer.data_parallel_size > 1 else ""
+    same = "" if recipe.published is None or recipe.departure() else "; the published optimisation"
+    return f"{whole} = {ranks}{accumulated} of {micro} (about {batch.micro_tokens:,.0f} tokens){same}"
+
+
+def _steps(plan: Plan) -> str:
+    start, text = plan.facts.start, f"{plan.steps:,}"
+    if start.step:
+        text += f", after the first {start.step:,} ({start.source}), {plan.recipe.trainer.max_steps:,} in all"
+    text += (
+        f": {plan.epochs:,.1f} epochs of {_number(plan.steps_per_epoch)} steps; {_count(plan.samples)} sequences, "
+        f"{_count(plan.tokens)} tokens"
+    )
+    if start.step and start.samples is not None:
+        whole = (start.samples + plan.samples) / plan.facts.data.train_sequences
+        text += f"; {whole:,.1f} epochs with those before"
+    return text
+
+
+def _memory(plan: Plan) -> str:
+    memory, most, capacity = plan.memory, plan.most_memory.total, plan.facts.device.memory_bytes
+    owner = "process" if plan.recipe.trainer.accelerator == "cpu" else "GPU"
+    parts = [(name, getattr(memory, name)) for name in ("parameters", "masters", "gradients", "moments", "activations")]
+    text = f"{_size(memory.total)} a {owner}" + (f" of {_size(capacity)}" if capacity is not None else "")
+    text += ": " + ", ".join(f"{name} {_size(value)}" for name, value in parts if value)
+    if most > 1.05 * memory.total:
+        text += f"; {_size(most)} with a micro batch as large as can be"
+    return text + ("" if owner == "process" else "; and 1 or 2 GB for CUDA itself")
+
+
+def _work(plan: Plan) -> str:
+    days = plan.flops / PFLOP_DAY
+    return f"{scientific(plan.flops)} FLOPs" + (f", {_number(days)} PFLOP-days" if days >= 0.01 else "")
+
+
+def _time(plan: Plan) -> str:
+    device, seconds = plan.facts.device, plan.device_seconds
+    if device.name == "CPU":
+        return "not known for a CPU before it runs: the first lines of a run say how long it will take"
+    peak = device.peak(plan.precision)
+    if peak is None:
+        return f"not known: the peak of a {device.name} in {_PRECISIONS[plan.precision]} is not on record"
+    tera = f"{peak / 1e12:,.4g} TFLOP/s"
+    if seconds is None or plan.wall_seconds is None or plan.recipe.published is None:
+        least = plan.flops / peak
+        return f"at least {_number(least / 3600)} GPU hours, at the {tera} of a {device.name}; a third of it is common"
+    return (
+        f"{_number(seconds / 3600)} GPU hours, {duration(plan.wall_seconds)} in all, if "
+        f"{plan.recipe.published.mfu:.0%} of {tera} is reached (assumed): {plan.tokens_per_second_and_device:,.0f} "
+        "tokens/s a GPU"
+    )
+
+
+def _disk(plan: Plan) -> str:
+    saving, storage = plan.recipe.exp_manager.checkpoints, plan.storage
+    plural, best = "s" * (storage.checkpoints > 1), ", and the best" if saving.keep_best else ""
+    text = (
+        f"{storage.checkpoints:,} checkpoint{plural} of {_size(storage.checkpoint_bytes)}, one every "
+        f"{saving.every_n_train_steps:,} steps; {saving.keep_last} stay{best}"
+    )
+    if (averaged := storage.kept_snapshots - 1) > 1:
+        text += f"; the weights of the last {averaged}, {_size(storage.weights_bytes)} each, for the average"
+    return f"{text}. {_size(storage.written_bytes)} written in all, {_size(storage.peak_bytes)} at most at a time"
+
+
+def _rate(plan: Plan) -> str:
+    return ", ".join(f"{scientific(rate)} {words}" for _, rate, words in key_rates(plan))
+
+
+def key_rates(plan: Plan) -> list[tuple[int, float, str]]:
+    """Step, learning rate and words for the turns of the schedule from this run's first step on, in order of steps."""
+    optim, first, last = plan.recipe.optim, plan.facts.start.step, plan.recipe.trainer.max_steps
+    turns = {first: "at first", optim.warmup_steps: f"at its peak, step {optim.warmup_steps:,}"}
+    if optim.schedule == COSINE:
+        lowest = optim.max_steps - optim.constant_steps
+        turns[lowest] = f"from step {lowest:,} on"
+    turns[last] = f"at the end, step {last:,}"
+    return [(step, learning_rate(optim, step), turns[step]) for step in sorted(turns) if step >= first]
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number < 1e6 else scientific(number)
+
+
+def _number(value: float) -> str:
+    """Three digits that count, with commas."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _size(value: float) -> str:
+    """Bytes in the unit that suits them."""
+    unit, size = next(
+        ((unit, size) for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if value >= size), ("kB", 1e3)
+    )
+    return f"{_number(value / size)} {unit}"

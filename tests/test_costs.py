@@ -1,0 +1,180 @@
+"""What a step costs: the formulas against what PyTorch counts and keeps, and against published figures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bionemo_esm.data.packing import PackedBatch, pack
+from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.costs import memory_per_device, parameters_per_device, training_flops
+from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.training.hardware import DEVICES, find_device, memory_bytes, peak_flops
+
+SMALL = EncoderConfig(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=256, attention_dropout=0.0)
+WIDER = replace(SMALL, num_layers=3, hidden_size=96, num_attention_heads=6, ffn_hidden_size=288, hidden_dropout=0.0)
+LENGTHS = (148, 250, 98, 30)  # residues
+
+
+def model_of(config: EncoderConfig, precision: str = "32") -> ESM1nvModel:
+    settings = {"encoder": config.to_dict(), "precision": precision, "seed": 1}
+    return ESM1nvModel(OmegaConf.create(settings)).train()
+
+
+def row() -> PackedBatch:
+    """Four sequences, 15% of whose tokens are asked for."""
+    residues = np.random.default_rng(0).integers(4, 24, sum(LENGTHS)).astype(np.uint8)
+    batch = pack(residues, np.array(LENGTHS))
+    asked = torch.arange(1, len(batch.tokens), 7)[: round(0.15 * len(batch.tokens))]
+    return replace(batch, target_index=asked, targets=batch.tokens[asked])
+
+
+def loss_of(model: ESM1nvModel, batch: PackedBatch) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(model(batch), batch.targets, reduction="sum")
+
+
+def bytes_kept_for_backward(model: ESM1nvModel, batch: PackedBatch) -> int:
+    """Storages that autograd holds after a forward pass, each once, the parameters' left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no other takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss_of(model, batch)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("config", [SMALL, WIDER], ids=["small", "wider"])
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_activations_are_what_autograd_keeps(config: EncoderConfig, precision: str) -> None:
+    batch = row()
+    measured = bytes_kept_for_backward(model_of(config, precision), batch)
+    expected = memory_per_device(config, len(batch.tokens), precision=precision, device_type="cpu").activations
+    assert expected == pytest.approx(measured, rel=0.03)
+
+
+def test_on_a_gpu_masks_are_bytes_and_attention_makes_no_copy() -> None:
+    layers, hidden, tokens = SMALL.num_layers, SMALL.hidden_size, 1000
+    on_cpu, on_gpu = (
+        memory_per_device(SMALL, tokens, precision="32", device_type=device).activations for device in ("cpu", "cuda")
+    )
+    masks = (2 * layers + 1) * hidden * (4 - 1)
+    assert on_cpu - on_gpu == tokens * (masks + layers * hidden * 4)
+
+
+@pytest.mark.parametrize("config", [SMALL, WIDER], ids=["small", "wider"])
+def test_flops_are_what_pytorch_counts(config: EncoderConfig) -> None:
+    """To the operation; with attention as plain products, which PyTorch's counter sees on a CPU."""
+    model, batch = model_of(config), row()
+    squares = sum((length + 2) ** 2 for length in LENGTHS)
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        loss_of(model, batch).backward()  # type: ignore[no-untyped-call]
+    assert training_flops(config, len(batch.tokens), squares, len(batch.targets)) == counted.get_total_flops()
+
+
+def test_flops_follow_the_rule_of_six_per_parameter_and_token() -> None:
+    """Kaplan et al.: 6 N per token, N without embeddings; short sequences, where attention costs little."""
+    esm1nv = EncoderConfig()
+    per_token = training_flops(esm1nv, 1, 0, 0)
+    without_embeddings = esm1nv.num_layers * 12 * esm1nv.hidden_size**2
+    assert per_token == 6 * without_embeddings
+    assert training_flops(esm1nv, 512, 512**2, 0) / 512 == pytest.approx(per_token + 12 * 6 * 768 * 512)  # PaLM's term
+
+
+def test_memory_of_esm1nv_in_bf16() -> None:
+    config = EncoderConfig()
+    memory = memory_per_device(config, 370 * 290, precision="bf16")
+    assert memory.parameters == 2 * config.parameters
+    assert memory.masters == memory.gradients == memory.moments / 2 == 4 * config.parameters
+    assert memory.total == 18 * config.parameters + memory.activations
+    assert 16e9 < memory.activations < 18e9
+
+
+def test_without_bf16_there_are_no_masters() -> None:
+    memory = memory_per_device(SMALL, 100, precision="32")
+    assert memory.masters == 0
+    assert memory.parameters == memory.gradients == 4 * SMALL.parameters
+
+
+def test_sharding_splits_the_moments_over_the_copies_of_the_model() -> None:
+    whole = memory_per_device(SMALL, 100, precision="bf16", data_parallel=4)
+    sharded = memory_per_device(SMALL, 100, precision="bf16", data_parallel=4, shard_optimizer=True)
+    assert sharded == replace(whole, moments=whole.moments // 4)
+
+
+def test_tensor_parallel_splits_what_megatron_splits() -> None:
+    config = EncoderConfig()
+    split = {"qkv.weight": 1, "qkv.bias": 1, "proj.weight": 1, "fc1.weight": 1, "fc1.bias": 1, "fc2.weight": 1}
+    split |= {"word_embeddings.weight": 1, "output_layer.bias": 1}
+    expected = sum(
+        int(np.prod(shape)) // (2 if any(name.endswith(ending) for ending in split) else 1)
+        for name, shape in config.tensors()
+    )
+    assert parameters_per_device(config, 2) == expected
+    assert parameters_per_device(config) == config.parameters
+    one, two = (memory_per_device(config, 10_000, precision="bf16", tensor_parallel=n) for n in (1, 2))
+    assert one.activations / 2 < two.activations < one.activations
+
+
+def test_costs_import_neither_torch_nor_nemo() -> None:
+    code = (
+        "import sys, bionemo_esm.model.costs, bionemo_esm.training.hardware\n"
+        "print({'torch', 'nemo'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tera"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
+        ("NVIDIA A100-SXM4-40GB", "32", 19.5),
+        ("NVIDIA A100-PCIE-40GB", "tf32", 156),
+        ("Tesla V100-SXM2-32GB", "32", 15.7),
+        ("Tesla V100-SXM2-32GB", "bf16", None),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989),
+        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA H200", "bf16", 989),
+        ("NVIDIA B200", "bf16", 2250),
+        ("NVIDIA GB200", "bf16", 2500),
+        ("NVIDIA L40S", "bf16", 362),
+        ("NVIDIA A10", "bf16", 125),
+        ("NVIDIA A10G", "bf16", 70),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
+        ("NVIDIA GeForce RTX 4090 D", "bf16", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
+        ("NVIDIA A1000", "bf16", None),
+        ("cpu", "32", None),
+    ],
+)
+def test_peaks_go_by_the_drivers_name_of_a_device(name: str, precision: str, tera: float | None) -> None:
+    assert peak_flops(name, precision) == (None if tera is None else pytest.approx(tera * 1e12))
+
+
+def test_memory_goes_by_the_drivers_name_of_a_device() -> None:
+    assert memory_bytes("NVIDIA A100-SXM4-80GB") == 80e9
+    assert memory_bytes("NVIDIA A100-SXM4-40GB") == 40e9
+    assert memory_bytes("a GPU of next year") is None
+
+
+def test_no_device_hides_behind_a_pattern_before_it() -> None:
+    names = ["GB200", "B200", "GH200 144G HBM3e", "GH200 480GB", "H200 NVL", "H200", "H100 PCIe", "H100 NVL", "H100"]
+    names += ["A100-SXM4-80GB", "A100-SXM4-40GB", "V100-SXM2-32GB", "V100-SXM2-16GB", "V100-PCIE-32GB"]
+    names += ["V100-PCIE-16GB", "L40S", "L40", "L4", "A40", "A30", "A10G", "A10", "RTX 6000 Ada Generation"]
+    names += ["RTX A6000", "RTX 5090", "RTX 4090", "RTX 3090", "T4"]
+    assert [find_device(f"NVIDIA {name}") for name in names] == list(DEVICES)

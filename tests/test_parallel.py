@@ -1,0 +1,330 @@
+"""Several ranks compute what one does: overlapped reduction, tensor parallelism, split moments; real gloo groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed
+from torch.nn import Parameter
+from torch.nn.functional import cross_entropy
+
+import bionemo_esm.model.reduction as reduction
+from bionemo_esm.alphabet import MASK_ID
+from bionemo_esm.data.packing import PackedBatch, pack
+from bionemo_esm.model.archive import ArchiveFile, read_archive
+from bionemo_esm.model.attention import PackedAttention
+from bionemo_esm.model.backends import choose_backends
+from bionemo_esm.model.config import OptimConfig
+from bionemo_esm.model.connector import load_weights
+from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.model.optimization import MasterWeights, build_optimizer
+from bionemo_esm.model.parallel import (
+    data_parallel_rank,
+    data_parallel_sum,
+    ensure_groups,
+    gather_shards,
+    is_split,
+    own_randomness,
+    own_shard,
+    tensor_parallel_rank,
+)
+from bionemo_esm.model.reduction import OverlappedReduction
+from bionemo_esm.model.sharding import build_sharded_optimizer, load_whole_state, whole_state
+from faults import Fault, history, run, send
+from models import TINY, tiny_model
+
+FORK_SERVER = multiprocessing.get_context("forkserver")  # faults.py has it import what takes long
+SETTINGS = OptimConfig(lr=1e-2, min_lr=0.0, weight_decay=0.1, warmup_steps=2, constant_steps=0, max_steps=10)
+BACKENDS = choose_backends("cpu", torch.float32, 0.0)
+Tensors = dict[str, Tensor]
+
+
+def on_ranks(ranks: int, folder: Path, work: Callable[..., Tensors], *arguments: Any) -> list[Tensors]:
+    """What `work(*arguments)` returns on each rank of a process group."""
+    folder.mkdir()
+    processes = [FORK_SERVER.Process(target=_rank, args=(r, ranks, folder, work, arguments)) for r in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    errors = "\n".join(path.read_text() for path in sorted(folder.glob("error-*")))
+    assert not errors and not hung, f"ranks {hung} hang\n{errors}"
+    return [load_file(folder / str(rank)) for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, folder: Path, work: Callable[..., Tensors], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+        save_file({name: tensor.contiguous() for name, tensor in work(*arguments).items()}, folder / str(rank))
+    except BaseException:
+        (folder / f"error-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        os._exit(1)
+
+
+def batch_of(seed: int, sequences: int = 3) -> PackedBatch:
+    """Random residues, every fifth of them hidden."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(5, 60, sequences)
+    batch = pack(rng.integers(4, 24, lengths.sum()).astype(np.uint8), lengths)
+    places = torch.arange(1, len(batch.tokens) - 1, 5)
+    shown = batch.tokens.clone()
+    shown[places] = MASK_ID
+    return dataclasses.replace(batch, tokens=shown, target_index=places, targets=batch.tokens[places])
+
+
+def assert_same(found: Tensors, expected: Tensors) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+# --- gradients summed while backward runs -----------------------------------------------------------------------------
+
+
+def reduced_both_ways(precision: str) -> Tensors:
+    """Gradients summed during backward, and after it; when each bucket was sent; ranks run 3 and 1 micro batches."""
+    ensure_groups()
+    model = tiny_model(precision).train()
+    named = list(model.named_parameters())
+    named.insert(8, ("unused", Parameter(torch.ones(500, dtype=named[0][1].dtype))))
+    masters = MasterWeights(named, bucket_bytes=4096)
+    batches = [batch_of(10 * data_parallel_rank() + index) for index in range(3 - 2 * data_parallel_rank())]
+
+    complete, sent = set(), []
+    all_reduce, is_complete = distributed.all_reduce, OverlappedReduction.gradient_is_complete
+
+    def watched_reduce(bucket: Tensor, **options: Any) -> Any:
+        sent.append((bucket.storage_offset(), len(complete)))
+        return all_reduce(bucket, **options)
+
+    def watched_complete(self: OverlappedReduction, gradient: int) -> None:
+        complete.add(gradient)
+        is_complete(self, gradient)
+
+    def backward(batch: PackedBatch) -> None:
+        cross_entropy(model(batch), batch.targets, reduction="sum").backward()
+
+    for batch in batches:
+        backward(batch)
+    after = data_parallel_sum(masters.gradients).clone()
+    masters.zero_gradients()
+    for batch in batches[:-1]:
+        backward(batch)
+    reduction.distributed.all_reduce = watched_reduce
+    OverlappedReduction.gradient_is_complete = watched_complete
+    with masters.reducing():
+        backward(batches[-1])
+    sizes = torch.tensor([bucket.numel() for bucket in masters._reduction.buckets])
+    return {"during": masters.gradients, "after": after, "sent": torch.tensor(sent), "buckets": sizes}
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_reduction_during_backward_gives_the_bits_of_one_after_it(tmp_path: Path, precision: str) -> None:
+    first, second = on_ranks(2, tmp_path / "ranks", reduced_both_ways, precision)
+    assert_same({"gradients": first["during"]}, {"gradients": first["after"]})
+    assert_same(first, second)
+    places, complete = first["sent"].unbind(1)
+    assert places.tolist() == [0, *first["buckets"].cumsum(0)[:-1].tolist()], "every bucket once, in order"
+    assert (first["buckets"][:-1] >= 1024).all()
+    assert first["buckets"].max() <= 1024 + 128 * 32, "a bucket ends after the first gradient that fills it"
+    unused = int((first["during"] != 0).sum() < first["during"].numel())
+    assert unused
+    overlapped = (complete < complete.max()).sum()
+    assert overlapped >= len(places) - 3, "sent before backward had come to its end"
+    assert complete[0] < complete.max() / 4
+
+
+def reduced_in_opposite_orders() -> Tensors:
+    ensure_groups()
+    rank = data_parallel_rank()
+    buffer = torch.arange(40.0) + 100 * rank
+    buckets = OverlappedReduction(buffer, [4] * 10, bucket_bytes=32)
+    with buckets.during_backward():
+        for gradient in (range(9), range(9, 0, -1))[rank]:  # 9 never comes on one rank, 0 on the other
+            buckets.gradient_is_complete(gradient)
+    return {"sum": buffer}
+
+
+def test_ranks_whose_gradients_come_in_other_orders_or_not_at_all_still_add_up(tmp_path: Path) -> None:
+    for rank in on_ranks(2, tmp_path / "ranks", reduced_in_opposite_orders):
+        assert rank["sum"].tolist() == [2.0 * place + 100 for place in range(40)]
+
+
+# --- tensor parallelism -----------------------------------------------------------------------------------------------
+
+REPLICATED = "layernorm", "position_embeddings", "linear_proj.bias", "linear_fc2.bias", "lm_head"
+
+
+def half_of_a_model(whole: Path) -> Tensors:
+    """Forward and backward with dropout, clipping, and random numbers of one of two tensor-parallel ranks."""
+    ensure_groups(tensor_model_parallel_size=2)
+    rank = tensor_parallel_rank()
+    drawn = dict(ESM1nvModel(tiny_model(init_method_std=0.02).cfg).named_parameters())
+    seen = {f"drawn/{name}": gather_shards(tensor.detach(), tensor) for name, tensor in drawn.items()}
+
+    model = tiny_model()
+    load_weights(model, load_file(whole), str(whole))
+    qkv = load_file(whole)["encoder.encoder.layers.1.self_attention.linear_qkv.weight"]
+    heads = qkv.reshape(4, 3, 8, 32)[2 * rank : 2 * rank + 2].reshape(48, 32)
+    assert torch.equal(model.encoder.encoder.layers[1].self_attention.linear_qkv.weight, heads), "query, key, value"
+
+    masters, batch = MasterWeights(model.named_parameters()), batch_of(1)
+    cross_entropy(model(batch), batch.targets, reduction="sum").backward()
+    for name, view in masters._views.items():
+        assert is_split(masters.parameters[name]) != any(part in name for part in REPLICATED), name
+        seen[f"gradient/{name}"] = gather_shards(view, masters.parameters[name])
+    seen["norm"] = masters.clip_gradients(0.5)
+    seen["clipped"] = masters._gradient_norm()
+    masters.release()
+
+    wet = tiny_model(hidden_dropout=0.3, attention_dropout=0.3).train()
+    wet.encoder.load_state_dict(model.encoder.state_dict())
+    masters = MasterWeights(wet.named_parameters())
+    torch.manual_seed(7)
+    logits = wet(batch)
+    cross_entropy(logits, batch.targets, reduction="sum").backward()
+    kept = [view.reshape(-1) for name, view in masters._views.items() if not is_split(masters.parameters[name])]
+    seen |= {"wet/logits": logits.detach(), "wet/gradients": torch.cat(kept), "wet/next": torch.rand(3)}
+    with own_randomness(torch.device("cpu")):
+        seen["own"] = torch.rand(3)
+    seen["wet/after"] = torch.rand(3)
+    attention = next(module for module in wet.modules() if isinstance(module, PackedAttention))
+    ones = torch.ones(40, 2, 8)
+    layout = type("Layout", (), {"cu_seqlens_q": torch.tensor([0, 40])})
+    seen["own heads"] = attention(ones, ones, ones, None, layout)
+    return seen
+
+
+def test_two_halves_of_a_model_have_the_gradients_of_the_whole(tmp_path: Path) -> None:
+    model, batch = tiny_model(), batch_of(1)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    save_file(weights, tmp_path / "whole")
+    first, second = on_ranks(2, tmp_path / "ranks", half_of_a_model, tmp_path / "whole")
+
+    own = {name for name in first if name.startswith("own")}
+    assert_same({n: t for n, t in first.items() if n not in own}, {n: t for n, t in second.items() if n not in own})
+    assert all(not torch.equal(first[name], second[name]) for name in own), "ranks drop the same of different heads"
+
+    alone = ESM1nvModel(tiny_model(init_method_std=0.02).cfg)
+    drawn = {f"drawn/{name}": parameter.detach() for name, parameter in alone.named_parameters()}
+    assert_same({name: first[name] for name in drawn}, drawn)
+
+    masters = MasterWeights(model.named_parameters())
+    cross_entropy(model(batch), batch.targets, reduction="sum").backward()
+    for name, view in masters._views.items():
+        torch.testing.assert_close(first[f"gradient/{name}"], view, atol=1e-4, rtol=1e-4, msg=name)
+    torch.testing.assert_close(first["norm"], masters.clip_gradients(0.5), atol=0, rtol=1e-5)
+    assert first["norm"] > 1
+    assert float(first["clipped"]) == pytest.approx(0.5, rel=1e-4)
+
+
+# --- moments split over ranks -----------------------------------------------------------------------------------------
+
+
+class CountsByGroup(torch.optim.Optimizer):
+    """Moments as Apex and Transformer Engine keep them: steps are counted for a group, where it is not empty."""
+
+    def __init__(self, groups: Any, lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in (group for group in self.param_groups if group["params"]):
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(name, torch.zeros_like(parameter)).add_(parameter.grad)
+                parameter.sub_(group["lr"] * state["exp_avg"] / group["step"])
+
+
+def split_and_whole(adam: str, tensors: int | None) -> Tensors:
+    """Train with split moments and, beside it, with whole ones; change over half-way, both ways; count elements."""
+    ensure_groups()
+    backends = dataclasses.replace(BACKENDS, adam=CountsByGroup) if adam == "by group" else BACKENDS
+
+    def start(build: Callable[..., Any], named: dict[str, Parameter] | None = None) -> tuple[MasterWeights, Any]:
+        named = named or dict(tiny_model().named_parameters())
+        masters = MasterWeights(
+            {name: Parameter(p.detach().clone()) for name, p in list(named.items())[:tensors]}.items()
+        )
+        return masters, build(masters, SETTINGS, backends)
+
+    def train(runs: list[tuple[MasterWeights, Any]], steps: range) -> None:
+        for step in steps:
+            for masters, optimizer in runs:
+                masters.gradients.copy_(
+                    torch.randn(len(masters.gradients), generator=torch.Generator().manual_seed(step))
+                )
+                for group in optimizer.param_groups:
+                    group["lr"] = 1e-2 / (step + 1)  # as a schedule does
+                optimizer.step()
+
+    runs = [start(build_sharded_optimizer), start(build_optimizer)]
+    (split, optimizer), (whole, reference) = runs
+    assert whole_state(optimizer, split)["state"] == {} if data_parallel_rank() == 0 else True
+    train(runs, range(3))
+    states = [
+        whole_state(run_optimizer, masters) for masters, run_optimizer in ((split, optimizer), (whole, reference))
+    ]
+    if data_parallel_rank() == 0:
+        plain = reference.state_dict()
+        for state in states:
+            assert state["param_groups"] == plain["param_groups"]
+            assert state["state"].keys() == plain["state"].keys()
+            for place, values in plain["state"].items():
+                assert_same(state["state"][place], values)
+    else:
+        assert states == [{}, {}]
+
+    saved = reference.state_dict()  # that of rank 0 in a real run, read from a file by all
+    changed = [
+        start(build, masters.masters) for build, masters in ((build_sharded_optimizer, whole), (build_optimizer, split))
+    ]
+    for masters, changed_optimizer in changed:
+        load_whole_state(changed_optimizer, masters, saved)
+    train([*runs, *changed], range(3, 5))
+    for masters, _ in [*runs, *changed]:
+        assert_same(masters.masters, whole.masters)
+    again = whole_state(changed[0][1], changed[0][0])
+    if data_parallel_rank() == 0:
+        assert again["param_groups"] == reference.state_dict()["param_groups"]
+
+    held = sum(t.numel() for state in optimizer.optim.state.values() for t in state.values() if t.ndim)
+    counts = {"held": torch.tensor(held), "all": torch.tensor(2 * len(whole.gradients))}
+    return counts | {name: master.detach() for name, master in split.masters.items()}
+
+
+@pytest.mark.parametrize("adam", ["PyTorch", "by group"])
+@pytest.mark.parametrize("tensors", [None, 3], ids=["a model", "fewer tensors than ranks"])
+def test_split_moments_give_the_bits_of_whole_ones_and_each_rank_holds_its_part(
+    tmp_path: Path, adam: str, tensors: int | None
+) -> None:
+    ranks = 4 if tensors else 3
+    results = on_ranks(ranks, tmp_path / "ranks", split_and_whole, adam, tensors)
+    held = [int(result.pop("held")) for result in results]
+    everything = int(results[0]["all"])
+    assert sum(held) == everything
+    for result in results[1:]:
+        assert_same(result, results[0])
+    if tensors is None:
+        assert max(held) < 1.05 * everything / ranks
+    else:
+        assert held[-1] == 0

@@ -1,0 +1,461 @@
+"""The plan of a run: the cards' numbers by hand, where its facts come from, what it finds wrong, and what it shows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bionemo_esm import config_directory
+from bionemo_esm.data.store import ProteinStore
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.model.archive import Archive, ArchiveError, write_archive
+from bionemo_esm.training import plan_facts
+from bionemo_esm.training.plan import Plan, plan_of, scientific
+from bionemo_esm.training.plan_checks import findings
+from bionemo_esm.training.plan_facts import SPREAD, DataFacts, DeviceFacts, Facts, StartFacts, gather_facts
+from bionemo_esm.training.plan_picture import _draw, write_picture
+from bionemo_esm.training.plan_screen import key_rates, screen_of
+from bionemo_esm.training.recipe import load_recipe
+from bionemo_esm.training.requirements import _missing_space
+from bionemo_esm.training.run import pretrain
+from runs import ROOT, composed
+
+CARD = DataFacts("published", 51_000_000, 248.0, SPREAD * 248.0**2)
+A100 = DeviceFacts("A100", "published", "bf16", 40 * 10**9, 312e12, 19.5e12)
+V100 = DeviceFacts("V100-SXM2-32GB", "published", "32", 32 * 10**9, None, 15.7e12)
+FACTS = Facts(CARD, A100, next_recipe="esm1nv_phase2")
+PHASE_1_SAMPLES = 22_759_440_000  # 349,500 x 65,120
+H, F, L, V = 768, 3072, 6, 128  # of ESM-1nv: hidden size, width of the MLP, layers, rows of the embedding
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+def planned(*overrides: str, facts: Facts = FACTS) -> Plan:
+    return plan_of(load_recipe(composed(*overrides)), facts)
+
+
+def gathered(*overrides: str) -> Plan:
+    recipe = load_recipe(composed(*overrides))
+    return plan_of(recipe, gather_facts(recipe))
+
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_phase_1_comes_to_what_its_card_says() -> None:
+    plan = planned()
+    assert plan.samples == PHASE_1_SAMPLES
+    assert plan.tokens == PHASE_1_SAMPLES * 248 == pytest.approx(5.644e12, rel=1e-3)
+    assert plan.steps_per_epoch == pytest.approx(783.17, abs=0.01)
+    assert plan.epochs == pytest.approx(446.26, abs=0.01)
+    forward_of_a_sequence = (
+        248 * L * (8 * H * H + 4 * H * F) + 1.4 * 248**2 * L * 4 * H + 0.15 * 246 * (2 * H * H + 2 * H * V)
+    )
+    assert plan.flops == pytest.approx(3 * forward_of_a_sequence * PHASE_1_SAMPLES)
+    assert plan.device_seconds == pytest.approx(plan.flops / (312e12 * 0.35))
+    assert plan.wall_seconds == pytest.approx(plan.flops / (312e12 * 0.35) / 176)
+    assert plan.tokens_per_second_and_device == pytest.approx(5.644e12 / plan.wall_seconds / 176, rel=1e-3)
+
+
+def test_phase_2_is_counted_from_where_phase_1_ends() -> None:
+    plan = gathered("recipe=esm1nv_phase2")
+    assert plan.facts.start.step == 349_500
+    assert plan.steps == 608_110
+    assert plan.samples == 608_110 * 53_280
+    assert plan.epochs == pytest.approx(635.3, abs=0.05)
+
+
+def test_esm1b_is_counted_in_tokens() -> None:
+    plan = gathered("recipe=esm1b")
+    assert plan.tokens == pytest.approx(500_000 * 131_072)
+    assert plan.batch.sequences == pytest.approx(131_072 / 289)
+    assert plan.batch.micro_tokens == pytest.approx(1_024)  # a 128th of the batch
+    assert plan.batch.most_micro_tokens == 4_096
+    assert plan.precision == "32"  # V100s have no bf16
+    assert plan.device_seconds == pytest.approx(plan.flops / (15.7e12 * 0.35))
+
+
+@pytest.mark.parametrize("name", ["esm1nv_phase1", "esm1nv_phase2", "esm1b"])
+def test_the_cost_in_a_recipes_header_is_its_plans(name: str) -> None:
+    header = (config_directory() / "recipe" / f"{name}.yaml").read_text().split("# expect")[0].split("# cost")[1]
+    plan = gathered(f"recipe={name}")
+    assert plan.device_seconds is not None
+    for pattern, value in (
+        (r"([\d.e]+) tokens", plan.tokens),
+        (r"([\d.e]+) FLOPs", plan.flops),
+        (r"([\d,]+) [AV]100 hours", plan.device_seconds / 3600),
+    ):
+        (written,) = re.findall(pattern, header.split(" in float32")[0].replace("248 tokens", ""))
+        assert float(written.replace(",", "")) == pytest.approx(value, rel=0.015), pattern
+
+
+def test_fewer_gpus_take_longer_and_change_nothing_else() -> None:
+    whole, alone = planned(), planned("trainer.num_nodes=1", "trainer.devices=1")
+    assert whole.wall_seconds is not None
+    assert alone.batch.accumulation == 176
+    assert (alone.samples, alone.flops, alone.memory) == (whole.samples, whole.flops, whole.memory)
+    assert alone.wall_seconds == pytest.approx(176 * whole.wall_seconds)
+    assert "the published optimisation" in screen_of(alone)
+    assert "the source had 176, which does not matter" in screen_of(alone)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "accumulation", "micro_tokens"),
+    [
+        (("data.micro_batch_size=185",), 2, 45_880),
+        (("data.micro_batch_size=null", "data.micro_batch_tokens=30000"), 4, 22_940),  # 91,760 of a rank
+        (("trainer.num_nodes=11", "data.micro_batch_size=null", "data.micro_batch_tokens=200000"), 1, 183_520),
+        (("trainer.tensor_model_parallel_size=2",), 2, 91_760),  # 88 copies of the model
+    ],
+)
+def test_micro_batches_add_up_to_the_global_batch(
+    overrides: tuple[str, ...], accumulation: int, micro_tokens: float
+) -> None:
+    batch = planned(*overrides).batch
+    assert (batch.accumulation, batch.micro_tokens) == (accumulation, pytest.approx(micro_tokens))
+
+
+def test_memory_is_of_the_mean_and_of_the_largest_micro_batch() -> None:
+    plan = planned()
+    assert plan.memory.masters == plan.memory.gradients == 4 * 43_612_544
+    assert plan.most_memory.activations / plan.memory.activations == pytest.approx(512 / 248)
+    halves = planned("trainer.tensor_model_parallel_size=2")
+    assert halves.memory.parameters < 0.52 * plan.memory.parameters
+    sharded = planned("trainer.shard_optimizer=true")
+    assert sharded.memory.moments == -(-plan.memory.moments // 176)
+
+
+def test_disk_is_counted_in_files() -> None:
+    storage, weights = planned().storage, 4 * 43_612_544
+    assert storage.checkpoints == 350  # 349 on the thousand, and the end
+    assert storage.written_bytes == 350 * (3 + 1) * weights + 2 * weights
+    assert storage.peak_bytes == (5 * 3 + 48 + 2) * weights  # 3 last, best, next; 47 snapshots and the next; 2 archives
+    plain = planned("exp_manager.checkpoints.average_last=0", "exp_manager.checkpoints.keep_best=false").storage
+    assert plain.peak_bytes == (4 * 3 + 1) * weights
+    short = planned("trainer.max_steps=3000").storage
+    assert short.peak_bytes == (5 * 3 + 4 + 2) * weights
+    continued = planned("recipe=esm1nv_phase2", facts=replace(FACTS, start=StartFacts(349_500))).storage
+    assert continued.checkpoints == 957 - 349 + 1
+
+
+def test_a_run_is_refused_for_the_space_that_its_plan_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    recipe = load_recipe(composed())
+    (planned_line,) = (line for line in findings(plan_of(recipe, gather_facts(recipe))) if "exp_dir" in line)
+    (refusal,) = _missing_space(recipe)
+    assert re.findall(r"[\d.]+ GB", refusal)[0] == re.findall(r"[\d.]+ GB", planned_line)[0] == "11.3 GB"
+
+
+def test_the_turns_of_the_schedule_are_in_order() -> None:
+    assert [(step, scientific(rate)) for step, rate, _ in key_rates(planned())] == [
+        (0, "0"),
+        (500, "2e-4"),
+        (349_500, "1.42e-4"),
+        (907_610, "2e-5"),
+    ]
+    phase_2 = planned("recipe=esm1nv_phase2", facts=replace(FACTS, start=StartFacts(349_500)))
+    assert [step for step, _, _ in key_rates(phase_2)] == [349_500, 907_610, 957_610]
+    assert [step for step, _, _ in key_rates(planned("recipe=esm1b"))] == [0, 16_000, 500_000]
+
+
+# --- where the facts come from ---------------------------------------------------------------------------------------
+
+
+def test_a_store_that_is_there_comes_before_published_numbers(sample_store: ProteinStore) -> None:
+    data = gathered(f"data.store={sample_store.folder}").facts.data
+    tokens = np.minimum(sample_store.split("train").lengths.astype(float) + 2, 512)
+    assert data.source == f"store {sample_store.folder}"
+    assert (data.train_sequences, data.validation_sequences) == (2_600, 200)
+    assert data.mean_tokens == pytest.approx(tokens.mean())
+    assert data.mean_squared_tokens == pytest.approx((tokens**2).mean())
+    assert data.longest_residues == sample_store.split("train").lengths.max()
+
+
+def test_without_a_store_the_published_numbers_count_and_it_says_so() -> None:
+    plan = gathered()
+    assert plan.facts.data.train_sequences == 51_000_000
+    assert "(published, as there is no data/uniref50_2022_05 here)" in " ".join(screen_of(plan).split())
+
+
+def test_lengths_are_read_from_all_over_a_store_sorted_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_facts, "_BLOCKS", 50)
+    monkeypatch.setattr(plan_facts, "_BLOCK", 20)
+    some = plan_facts._some_of(np.arange(100_000, dtype=np.int32)[::-1])
+    assert len(some) == 1_000
+    assert some.mean() == pytest.approx(50_000, rel=0.01)
+
+
+def test_the_laptop_is_planned_with_the_sample_before_it_is_a_store(sample_store: ProteinStore) -> None:
+    of_files, of_store = gathered("recipe=laptop"), gathered("recipe=laptop", f"data.store={sample_store.folder}")
+    assert of_files.facts.data == replace(of_store.facts.data, source="the shipped sample")
+    assert of_files.device_seconds is None
+    assert "not known for a CPU before it runs" in screen_of(of_files)
+    assert findings(of_files) == []
+
+
+def test_what_nothing_is_known_of_cannot_be_planned_with() -> None:
+    with pytest.raises(ConfigError, match=r"plan: what mine\.fasta holds is known when it is a store"):
+        gathered("recipe=laptop", "data.fasta=mine.fasta")
+    with pytest.raises(ConfigError, match="plan: data.store: nowhere is not here, and recipe laptop does not say"):
+        gathered("recipe=laptop", "data.store=nowhere")
+
+
+def test_a_gpu_of_this_machine_counts_where_it_could_be_a_node_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=85 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    here = gathered().facts.device
+    assert (here.name, here.memory_bytes, here.bf16_flops) == ("NVIDIA H100 80GB HBM3", 85 * 10**9, 989e12)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    there = gathered().facts.device
+    assert (there.name, there.source, there.bf16_flops) == ("A100", "published", 312e12)
+    unnamed = gathered("recipe=laptop", "trainer.accelerator=gpu", "trainer.devices=8").facts.device
+    assert unnamed.name == "NVIDIA H100 80GB HBM3"
+
+
+def test_without_a_published_mfu_the_time_is_bounded_by_the_peak() -> None:
+    text = " ".join(screen_of(planned("recipe=laptop", "trainer.accelerator=gpu")).split())
+    assert re.search(r"at least [\d.e-]+ GPU hours, at the 312 TFLOP/s of a A100", text)
+    unknown = replace(FACTS, device=DeviceFacts("NVIDIA Next", "of this machine", "bf16"))
+    assert "the peak of a NVIDIA Next" in " ".join(screen_of(planned(facts=unknown)).split())
+
+
+def checkpoint(path: Path, steps: int, samples: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    provenance = {"steps": steps, "consumed_samples": samples}
+    return write_archive(path, Archive("ESM1nvModel", {}, {"w": torch.zeros(2)}, provenance))
+
+
+def test_a_continued_run_begins_where_the_newest_readable_checkpoint_is(tmp_path: Path) -> None:
+    folder = tmp_path / "phase1" / "checkpoints"
+    first = checkpoint(folder / "step-000000900.ckpt", 900, 51_000_000)
+    checkpoint(folder / "step-000001000.ckpt", 1_000, 102_000_000)
+    (folder / "step-000002000.ckpt").write_bytes(b"cut short")
+    phase_2 = ("recipe=esm1nv_phase2", "trainer.max_steps=2000")
+    plan = gathered(*phase_2, f"continue_from_path={tmp_path}/phase1")
+    assert (plan.facts.start.step, plan.steps) == (1_000, 1_000)
+    text = " ".join(screen_of(plan).split())
+    assert "after the first 1,000 (step-000001000.ckpt of" in text
+    assert "3.0 epochs with those before" in text  # two, and 1,000 x 53,280 / 51 million
+    assert gathered(*phase_2, f"continue_from_path={first}").facts.start.step == 900
+    with pytest.raises(ConfigError, match=r"continue_from_path: .* is at step 1,000 already, and trainer\.max_steps"):
+        gathered("recipe=esm1nv_phase2", "trainer.max_steps=1000", f"continue_from_path={tmp_path}/phase1")
+    for good in ("step-000000900.ckpt", "step-000001000.ckpt"):
+        (folder / good).unlink()
+    with pytest.raises(ArchiveError, match=r"step-000002000\.ckpt"):
+        gathered(*phase_2, f"continue_from_path={tmp_path}/phase1")
+
+
+# --- what it finds ---------------------------------------------------------------------------------------------------
+
+
+EPOCHS_OF_PHASE_1 = "the source's 349,500 steps of 65,120 make 446 epochs of 51,000,000 sequences; it says about 420"
+IN_420_EPOCHS = replace(FACTS, data=replace(CARD, train_sequences=54_189_143))  # with so many the card is right
+
+
+def test_the_published_recipes_have_only_their_epochs_to_explain() -> None:
+    (line,) = findings(planned())
+    assert line.startswith(EPOCHS_OF_PHASE_1)
+    assert "trainer.max_steps=328931 would make 420" in line
+    (line,) = findings(planned("recipe=esm1nv_phase2", facts=replace(FACTS, start=StartFacts(349_500))))
+    assert "make 635 epochs of 51,000,000 sequences; it says about 600" in line
+    assert findings(planned(facts=IN_420_EPOCHS)) == []
+
+
+def of_data(**changes: Any) -> Facts:
+    return replace(IN_420_EPOCHS, data=replace(IN_420_EPOCHS.data, **changes))
+
+
+def cases() -> Iterator[tuple[str, tuple[str, ...], Facts, str]]:
+    plain, schedule = IN_420_EPOCHS, "optim.sched.max_steps (957,610)"
+    yield "batch", ("data.global_batch_size=32560", "data.micro_batch_size=185"), plain, "the recipe's 65,120"
+    yield "length", ("trainer.max_steps=300000",), plain, "300,000 steps long, the published one 349,500"
+    yield (
+        "an epoch",
+        ("trainer.max_steps=500",),
+        plain,
+        "the run sees 60.1% of the training sequences; trainer.max_steps=833",
+    )
+    yield "tiny data", (), of_data(train_sequences=60_000), "a global batch of 65,120 sequences is more than the 60,000"
+    yield "warm-up", ("trainer.max_steps=500",), plain, "optim.sched.warmup_steps (500) are not over when the run ends"
+    yield (
+        "short schedule",
+        ("optim.sched.max_steps=300000",),
+        plain,
+        "stays at its minimum for the 49,500 steps after it",
+    )
+    yield (
+        "long schedule",
+        (),
+        replace(plain, next_recipe=None),
+        f"{schedule}: the run ends at step 349,500, at a rate of 0.00014",
+    )
+    yield (
+        "positions",
+        ("data.max_residues=400",),
+        plain,
+        "no sequence is so long (data.max_residues: 400), and its last 110",
+    )
+    yield "store's longest", (), of_data(longest_residues=300), "(the store's longest: 300), and its last 210"
+    yield (
+        "shares",
+        ("recipe=esm1b",),
+        plain,
+        "a rank's share of a batch is 1,024 tokens, about 4.1 sequences of up to 1,024",
+    )
+    yield "two nodes", ("trainer.num_nodes=33", "trainer.tensor_model_parallel_size=3"), plain, "lie on two nodes"
+    yield (
+        "memory",
+        ("data.micro_batch_size=1480", "trainer.num_nodes=1"),
+        plain,
+        "CUDA a few; micro_batch_size=407 always fits",
+    )
+    tokens = ("data.micro_batch_size=null", "data.micro_batch_tokens=300000")
+    yield "memory of tokens", tokens, plain, "micro_batch_tokens=217600 fits"
+    small = replace(plain, device=replace(A100, memory_bytes=24 * 10**9))
+    yield (
+        "memory at worst",
+        (),
+        small,
+        "data.micro_batch_size takes 15.5, but would take 31.2 GB of the 24.0 of a A100 if all",
+    )
+    tiny = replace(plain, device=replace(A100, memory_bytes=10**9))
+    yield "memory for weights", ("data.micro_batch_size=1",), tiny, "trainer.shard_optimizer take some of it off each"
+    volta = replace(plain, device=V100)
+    yield "bf16", (), volta, "trainer.precision=bf16: a V100-SXM2-32GB has no units for it"
+    yield "validation", (), of_data(validation_sequences=175), "175 validation sequences cannot be dealt to 176 ranks"
+    yield "validating late", ("trainer.val_check_interval=400000",), plain, "only its end is validated"
+    every = "exp_manager.checkpoints.every_n_train_steps=400000"
+    yield "checkpoints", (every,), plain, "nothing to go on from before its end"
+    yield "no average", (every,), plain, "there is one checkpoint and no average"
+    yield (
+        "average",
+        ("trainer.max_steps=10000",),
+        plain,
+        "(47) x every_n_train_steps (1,000) reach back beyond the run's 10,000",
+    )
+    yield "disk", (), replace(plain, free_bytes=10**10), "the run takes 11.3 GB, 10.0 are free"
+    absent = replace(plain, start=StartFacts(349_500, None, "published", missing=True))
+    away = ("recipe=esm1nv_phase2", "continue_from_path=/away")
+    yield "origin", away, absent, "there is no /away here; its number of steps is not known, and taken as 349,500"
+
+
+@pytest.mark.parametrize(("overrides", "facts", "said"), [pytest.param(*case, id=name) for name, *case in cases()])
+def test_what_does_not_fit_together_is_said_with_what_to_do(
+    overrides: tuple[str, ...], facts: Facts, said: str
+) -> None:
+    assert any(said in line for line in findings(planned(*overrides, facts=facts))), "\n".join(
+        findings(planned(*overrides, facts=facts))
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "facts"),
+    [
+        (("trainer.precision=auto",), replace(IN_420_EPOCHS, device=V100)),  # float32 there
+        (("data.max_residues=510",), IN_420_EPOCHS),
+        ((), of_data(validation_sequences=176, longest_residues=510)),
+        ((), replace(IN_420_EPOCHS, free_bytes=11_400_000_000)),
+        (("trainer.num_nodes=1", "trainer.devices=1"), IN_420_EPOCHS),
+        (("trainer.val_check_interval=349500",), IN_420_EPOCHS),
+    ],
+)
+def test_what_fits_is_not_complained_of(overrides: tuple[str, ...], facts: Facts) -> None:
+    lines = findings(planned(*overrides, facts=facts))
+    assert [line for line in lines if "micro_batch_size" not in line] == []
+
+
+# --- what it shows ---------------------------------------------------------------------------------------------------
+
+
+def refusal(capfd: pytest.CaptureFixture[str], *overrides: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        pretrain(composed("plan=true", *overrides))
+    assert stop.value.code == 2
+    return capfd.readouterr().err
+
+
+def test_what_cannot_run_is_an_error_in_place_of_a_plan(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "65121 sequences cannot be dealt evenly to 176 ranks" in refusal(capfd, "data.global_batch_size=65121")
+    short_budget = ("recipe=esm1b", "data.micro_batch_tokens=1000")
+    assert "(1000) must hold a sequence of model.seq_length (1024)" in refusal(capfd, *short_budget)
+    assert "leave no step for the cosine" in refusal(capfd, "optim.sched.max_steps=50500")
+    assert "trainer.precision must be one of" in refusal(capfd, "trainer.precision=16")
+    (tmp_path / "file").touch()
+    assert "exp_manager.exp_dir: file cannot be made" in refusal(capfd, "exp_manager.exp_dir=file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_command_prints_the_plan_and_leaves_one_picture(tmp_path: Path) -> None:
+    """In a process of its own, which imports neither NeMo, nor Lightning, nor Megatron."""
+    code = (
+        "import atexit, runpy, sys\n"
+        "names = ('nemo', 'lightning', 'megatron')\n"
+        "atexit.register(lambda: print('imported:', [name for name in names if name in sys.modules]))\n"
+        f"runpy.run_path({str(ROOT / 'examples' / 'pretrain_esm1nv.py')!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, "plan=true"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stderr == ""
+    assert "esm1nv_phase1: a plan; nothing is started" in done.stdout
+    assert EPOCHS_OF_PHASE_1[:60] in done.stdout
+    assert "imported: []" in done.stdout
+    assert all(len(line) <= 120 for line in done.stdout.splitlines())
+    (picture,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    name = f"{load_recipe(composed()).run_folder}-plan.png"
+    assert picture == tmp_path / name
+    assert f"picture  {name}\n" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plan_is_drawn_the_same_every_time(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        write_picture(planned(), tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def drawn(plan: Plan) -> tuple[Any, list[str], tuple[float, float]]:
+    """The axes, the words in them, and the steps from which to which the curve is strong."""
+    (axes,) = _draw(plan).axes
+    _, strong = (line for line in axes.lines if len(line.get_xdata()) > 2)
+    steps = strong.get_xdata()
+    return axes, [text.get_text() for text in axes.texts], (steps[0], steps[-1])
+
+
+def test_the_picture_marks_the_part_of_the_schedule_that_the_run_does() -> None:
+    axes, words, span = drawn(planned())
+    assert axes.get_xlim() == (0, 957_610)
+    assert span == (0, 349_500)
+    assert {"this run", "esm1nv_phase2", "2e-4", "1.42e-4"} <= set(words)
+    assert any("warm-up, 500 steps" in child.get_title(loc="left") for child in axes.child_axes if child.lines)
+
+    _, words, span = drawn(planned("recipe=esm1nv_phase2", facts=replace(FACTS, start=StartFacts(349_500))))
+    assert span == (349_500, 957_610)
+    assert {"this run", "esm1nv_phase1", "1.42e-4", "2e-5"} <= set(words)
+
+    axes, words, span = drawn(planned("recipe=esm1b"))
+    assert span == (0, 500_000)
+    assert "this run" not in words  # it is all of it
+    assert not any(child.lines for child in axes.child_axes)  # a warm-up that can be seen needs no inset
+
+
+def test_the_recipe_that_goes_on_with_a_run_is_found_among_ours() -> None:
+    assert gathered().facts.next_recipe == "esm1nv_phase2"
+    assert gathered("recipe=laptop").facts.next_recipe is None

