@@ -23,6 +23,7 @@ USAGE = f"""bionemo-esm {__version__}: protein language models
   bionemo-esm check-leakage data/store                               near-duplicates between its splits, by MMseqs2
   bionemo-esm average checkpoints='runs/laptop/averaging/*.nemo' last=5
                                                                      the mean of a run's last checkpoints
+  bionemo-esm doctor                                                 whether this machine can train, and what is missing
   bionemo-esm convert-legacy old.nemo new.nemo                       an ESM-1nv of NeMo 1, which holds a pickle
 
 pretrain, preprocess and average take key=value, and --help lists every key; the others take --help.
@@ -43,6 +44,10 @@ def main() -> None:
         job.main()
     elif command == "inspect":
         inspect(arguments)
+    elif command == "doctor":
+        from bionemo_esm.training import doctor
+
+        sys.exit(doctor.main(arguments))
     elif command in ("preprocess", "check-leakage"):
         from bionemo_esm.data import jobs
 

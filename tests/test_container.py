@@ -51,7 +51,7 @@ def test_it_does_not_run_as_root_and_its_run_folder_is_writable() -> None:
 
 def test_its_health_is_what_doctor_says() -> None:
     (check,) = arguments_of("HEALTHCHECK")
-    assert check.endswith('CMD ["bionemo-esm", "doctor"]')
+    assert check.endswith('CMD ["bionemo-esm", "doctor", "--quick"]')
     assert arguments_of("ENTRYPOINT") == ['["bionemo-esm"]']
 
 

@@ -368,23 +368,14 @@ def test_the_configuration_is_that_of_the_paper() -> None:
     assert recipe.optim == replace(
         INVERSE, betas=(0.9, 0.999), weight_decay=0.0, max_steps=recipe.optim.max_steps, gradient_clip_val=1.0
     )
-    model = recipe.model
-    assert (model.num_layers, model.num_attention_heads, model.hidden_size, model.ffn_hidden_size) == (
-        33,
-        20,
-        1280,
-        5120,
-    )
-    assert (model.seq_length, model.embedding_layernorm, model.token_dropout) == (1024, True, True)
-    assert (model.hidden_dropout, model.attention_dropout) == (0.1, 0.1)
+    sizes = {"num_layers": 33, "num_attention_heads": 20, "hidden_size": 1280, "ffn_hidden_size": 5120}
+    assert recipe.model == EncoderConfig(**sizes, seq_length=1024, **ESM1B)  # dropout 0.1, as ESM-1nv
 
 
 # --- training -------------------------------------------------------------------------------------------------------
 
-SMALL_ESM1B = (
-    *("model=esm1b", "optim=esm1b", "optim.sched.min_lr=0"),
-    *("optim.sched.warmup_ratio=null", "optim.sched.warmup_steps=2"),
-)
+SMALL_ESM1B = ("model=esm1b", "optim=esm1b")
+SMALL_ESM1B += ("optim.sched.min_lr=0", "optim.sched.warmup_ratio=null", "optim.sched.warmup_steps=2")
 
 
 def die() -> None:

@@ -29,7 +29,7 @@ def sleep_for_ever() -> None:
 
 
 def take_a_while() -> None:
-    time.sleep(0.6)
+    time.sleep(0.4)
 
 
 def take_longer_than_the_timeout() -> None:
@@ -45,16 +45,16 @@ def stacks(folder: Path) -> dict[int, str]:
 
 
 def test_when_a_rank_sleeps_for_ever_all_end_with_stacks_and_the_run_goes_on(tmp_path: Path) -> None:
-    folder, overrides = tmp_path / "run", (*SETTINGS, "trainer.hang_timeout_seconds=2")
+    folder, overrides = tmp_path / "run", (*SETTINGS, "trainer.hang_timeout_seconds=3")
     outcome = run(folder, *overrides, ranks=2, faults=[Fault(STEP, sleep_for_ever, rank=1, call=4)])
     assert outcome.codes == [EXIT_HANG, EXIT_HANG]
     written = stacks(folder)
     assert "sleep_for_ever" in written[1]
-    assert "rank 1: nothing moved for 0:02, at step 4" in written[1]
+    assert "rank 1: nothing moved for 0:03, at step 4" in written[1]
     assert "training_step" in written[0]
     assert "is MainThread" in written[0]
     (line,) = [line for line in outcome.screen.splitlines() if "hangs" in line]
-    assert "nothing moved for 0:02, at step 4" in line
+    assert "nothing moved for 0:03, at step 4" in line
     assert "Stacks of ranks 0 and 1 are in" in line
     assert "The same command goes on from the last checkpoint" in line
 
@@ -63,16 +63,13 @@ def test_when_a_rank_sleeps_for_ever_all_end_with_stacks_and_the_run_goes_on(tmp
     assert stacks(folder) == written  # what was found stays, and ends nobody else
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
-def test_when_a_rank_is_stopped_the_other_ends_and_names_it(tmp_path: Path, stopped: int) -> None:
-    folder, living = tmp_path / "run", 1 - stopped
-    fault = Fault(STEP, stop_this_process, rank=stopped, call=3)
-    timeout = "trainer.hang_timeout_seconds=2"
-    outcome = run(folder, *SETTINGS, timeout, ranks=2, faults=[fault], stopped=[stopped])
-    assert outcome.codes[living] == EXIT_HANG
-    assert outcome.codes[stopped] == -signal.SIGKILL
-    assert list(stacks(folder)) == [living]
-    assert f"nothing came from rank {stopped}: look there first" in outcome.screens[living]
+def test_when_a_rank_is_stopped_the_other_ends_and_names_it(tmp_path: Path) -> None:
+    """Rank 0, which speaks for all as long as it can."""
+    folder, fault = tmp_path / "run", Fault(STEP, stop_this_process, rank=0, call=3)
+    outcome = run(folder, *SETTINGS, "trainer.hang_timeout_seconds=3", ranks=2, faults=[fault], stopped=[0])
+    assert outcome.codes == [-signal.SIGKILL, EXIT_HANG]
+    assert list(stacks(folder)) == [1]
+    assert "nothing came from rank 0: look there first" in outcome.screens[1]
 
 
 def test_slow_steps_slow_validation_and_long_saves_are_no_hangs(tmp_path: Path) -> None:
@@ -87,7 +84,7 @@ def test_slow_steps_slow_validation_and_long_saves_are_no_hangs(tmp_path: Path) 
     assert not stacks(tmp_path / "run")
 
 
-# --- the watch by itself ------------------------------------------------------------------------------------------------
+# --- the watch by itself ----------------------------------------------------------------------------------------------
 
 
 class Moments:

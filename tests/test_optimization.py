@@ -33,7 +33,7 @@ def test_a_step_is_that_of_plain_adamw_with_clipping(sample_store: ProteinStore)
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=EPS)
     for step in range(4):
-        share = stream[8 * step]
+        share = stream[8 * step].micro_batches
         count = sum(len(batch.targets) for batch in share)
         ours.zero_grad()  # as Lightning does at the start of a fit
         masters.zero_gradients()
@@ -105,3 +105,25 @@ def test_the_schedule_warms_up_falls_along_a_cosine_and_stays_at_the_minimum() -
 def test_settings_that_cannot_be_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         OptimConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_training_gets_gradients_of_its_own(dtype: torch.dtype) -> None:
+    parameter = Parameter(torch.ones(2, dtype=dtype))
+    first = MasterWeights([("weight", parameter)])
+    (parameter * 2).sum().backward()
+    first.release()
+    second = MasterWeights([("weight", parameter)])
+    (parameter * 3).sum().backward()
+    assert (first.gradients.tolist(), second.gradients.tolist()) == ([2, 2], [3, 3])
+
+
+def test_gradients_dropped_in_the_middle_of_a_step_are_noticed() -> None:
+    parameter = Parameter(torch.ones(2))
+    masters = MasterWeights([("weight", parameter)])
+    parameter.grad = None  # as an optimizer's zero_grad does
+    with pytest.raises(AssertionError, match="zero_gradients comes first"):
+        (parameter * 2).sum().backward()
+    masters.zero_gradients()
+    (parameter * 2).sum().backward()
+    assert masters.gradients.tolist() == [2, 2]

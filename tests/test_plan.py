@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,18 +21,18 @@ from bionemo_esm import config_directory
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import Archive, ArchiveError, write_archive
-from bionemo_esm.training import plan_facts
-from bionemo_esm.training.plan import Plan, plan_of, scientific
-from bionemo_esm.training.plan_checks import findings
-from bionemo_esm.training.plan_facts import SPREAD, DataFacts, DeviceFacts, Facts, StartFacts, gather_facts
-from bionemo_esm.training.plan_picture import _draw, write_picture
-from bionemo_esm.training.plan_screen import key_rates, screen_of
-from bionemo_esm.training.recipe import load_recipe
+from bionemo_esm.training.planning.checks import findings
+from bionemo_esm.training.planning.facts import SPREAD, DataFacts, DeviceFacts, Facts, StartFacts, gather_facts
+from bionemo_esm.training.planning.picture import _draw, write_picture
+from bionemo_esm.training.planning.plan import Plan, plan_of, scientific
+from bionemo_esm.training.planning.screen import key_rates, screen_of
+from bionemo_esm.training.recipe import Recipe, load_recipe
 from bionemo_esm.training.requirements import _missing_space
 from bionemo_esm.training.run import pretrain
 from runs import ROOT, composed
 
 CARD = DataFacts("published", 51_000_000, 248.0, SPREAD * 248.0**2)
+SAMPLE = DataFacts("the shipped sample", 2_600, 309.1, 309.1**2 * 1.25, 200, 1_024)
 A100 = DeviceFacts("A100", "published", "bf16", 40 * 10**9, 312e12, 19.5e12)
 V100 = DeviceFacts("V100-SXM2-32GB", "published", "32", 32 * 10**9, None, 15.7e12)
 FACTS = Facts(CARD, A100, next_recipe="esm1nv_phase2")
@@ -45,13 +46,23 @@ def nothing_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
+@cache
+def recipe_of(*overrides: str) -> Recipe:
+    return load_recipe(composed(*overrides))
+
+
 def planned(*overrides: str, facts: Facts = FACTS) -> Plan:
-    return plan_of(load_recipe(composed(*overrides)), facts)
+    return plan_of(recipe_of(*overrides), facts)
 
 
 def gathered(*overrides: str) -> Plan:
-    recipe = load_recipe(composed(*overrides))
+    recipe = recipe_of(*overrides)
     return plan_of(recipe, gather_facts(recipe))
+
+
+def text_of(plan: Plan) -> str:
+    """The screen on one line, wherever it is wrapped."""
+    return " ".join(screen_of(plan).split())
 
 
 # --- the numbers -----------------------------------------------------------------------------------------------------
@@ -85,7 +96,7 @@ def test_esm1b_is_counted_in_tokens() -> None:
     assert plan.tokens == pytest.approx(500_000 * 131_072)
     assert plan.batch.sequences == pytest.approx(131_072 / 289)
     assert plan.batch.micro_tokens == pytest.approx(1_024)  # a 128th of the batch
-    assert plan.batch.most_micro_tokens == 4_096
+    assert plan.batch.most_micro_tokens == 2_048  # shares differ by one longest sequence
     assert plan.precision == "32"  # V100s have no bf16
     assert plan.device_seconds == pytest.approx(plan.flops / (15.7e12 * 0.35))
 
@@ -110,8 +121,8 @@ def test_fewer_gpus_take_longer_and_change_nothing_else() -> None:
     assert alone.batch.accumulation == 176
     assert (alone.samples, alone.flops, alone.memory) == (whole.samples, whole.flops, whole.memory)
     assert alone.wall_seconds == pytest.approx(176 * whole.wall_seconds)
-    assert "the published optimisation" in screen_of(alone)
-    assert "the source had 176, which does not matter" in screen_of(alone)
+    assert "the published optimisation" in text_of(alone)
+    assert "the source had 176, which does not matter" in text_of(alone)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +179,10 @@ def test_the_turns_of_the_schedule_are_in_order() -> None:
         (349_500, "1.42e-4"),
         (907_610, "2e-5"),
     ]
+    said = (
+        "0 at first; 2e-4 at its peak (step 500); 1.42e-4 at the end (step 349,500); 2e-5 from step 907,610 on, after"
+    )
+    assert said in text_of(planned())
     phase_2 = planned("recipe=esm1nv_phase2", facts=replace(FACTS, start=StartFacts(349_500)))
     assert [step for step, _, _ in key_rates(phase_2)] == [349_500, 907_610, 957_610]
     assert [step for step, _, _ in key_rates(planned("recipe=esm1b"))] == [0, 16_000, 500_000]
@@ -189,29 +204,21 @@ def test_a_store_that_is_there_comes_before_published_numbers(sample_store: Prot
 def test_without_a_store_the_published_numbers_count_and_it_says_so() -> None:
     plan = gathered()
     assert plan.facts.data.train_sequences == 51_000_000
-    assert "(published, as there is no data/uniref50_2022_05 here)" in " ".join(screen_of(plan).split())
-
-
-def test_lengths_are_read_from_all_over_a_store_sorted_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_facts, "_BLOCKS", 50)
-    monkeypatch.setattr(plan_facts, "_BLOCK", 20)
-    some = plan_facts._some_of(np.arange(100_000, dtype=np.int32)[::-1])
-    assert len(some) == 1_000
-    assert some.mean() == pytest.approx(50_000, rel=0.01)
+    assert "(published, as there is no data/uniref50_2022_05 here)" in text_of(plan)
 
 
 def test_the_laptop_is_planned_with_the_sample_before_it_is_a_store(sample_store: ProteinStore) -> None:
     of_files, of_store = gathered("recipe=laptop"), gathered("recipe=laptop", f"data.store={sample_store.folder}")
     assert of_files.facts.data == replace(of_store.facts.data, source="the shipped sample")
     assert of_files.device_seconds is None
-    assert "not known for a CPU before it runs" in screen_of(of_files)
+    assert "not known for a CPU before it runs" in text_of(of_files)
     assert findings(of_files) == []
 
 
 def test_what_nothing_is_known_of_cannot_be_planned_with() -> None:
     with pytest.raises(ConfigError, match=r"plan: what mine\.fasta holds is known when it is a store"):
         gathered("recipe=laptop", "data.fasta=mine.fasta")
-    with pytest.raises(ConfigError, match="plan: data.store: nowhere is not here, and recipe laptop does not say"):
+    with pytest.raises(ConfigError, match=r"plan: data\.store: nowhere is not here, and recipe laptop does not say"):
         gathered("recipe=laptop", "data.store=nowhere")
 
 
@@ -225,15 +232,17 @@ def test_a_gpu_of_this_machine_counts_where_it_could_be_a_node_of_the_run(monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     there = gathered().facts.device
     assert (there.name, there.source, there.bf16_flops) == ("A100", "published", 312e12)
-    unnamed = gathered("recipe=laptop", "trainer.accelerator=gpu", "trainer.devices=8").facts.device
+    unnamed = gathered(
+        "recipe=laptop", "trainer.accelerator=gpu", "trainer.devices=8", "data.micro_batch_size=1"
+    ).facts.device
     assert unnamed.name == "NVIDIA H100 80GB HBM3"
 
 
 def test_without_a_published_mfu_the_time_is_bounded_by_the_peak() -> None:
-    text = " ".join(screen_of(planned("recipe=laptop", "trainer.accelerator=gpu")).split())
-    assert re.search(r"at least [\d.e-]+ GPU hours, at the 312 TFLOP/s of a A100", text)
+    text = text_of(planned("recipe=laptop", "trainer.accelerator=gpu"))
+    assert re.search(r"at least [\d.e-]+ GPU hours, at the peak of 312 TFLOP/s", text)
     unknown = replace(FACTS, device=DeviceFacts("NVIDIA Next", "of this machine", "bf16"))
-    assert "the peak of a NVIDIA Next" in " ".join(screen_of(planned(facts=unknown)).split())
+    assert "no peak is on record for NVIDIA Next in bfloat16" in text_of(planned(facts=unknown))
 
 
 def checkpoint(path: Path, steps: int, samples: int) -> Path:
@@ -250,7 +259,7 @@ def test_a_continued_run_begins_where_the_newest_readable_checkpoint_is(tmp_path
     phase_2 = ("recipe=esm1nv_phase2", "trainer.max_steps=2000")
     plan = gathered(*phase_2, f"continue_from_path={tmp_path}/phase1")
     assert (plan.facts.start.step, plan.steps) == (1_000, 1_000)
-    text = " ".join(screen_of(plan).split())
+    text = text_of(plan)
     assert "after the first 1,000 (step-000001000.ckpt of" in text
     assert "3.0 epochs with those before" in text  # two, and 1,000 x 53,280 / 51 million
     assert gathered(*phase_2, f"continue_from_path={first}").facts.start.step == 900
@@ -322,23 +331,35 @@ def cases() -> Iterator[tuple[str, tuple[str, ...], Facts, str]]:
     yield "two nodes", ("trainer.num_nodes=33", "trainer.tensor_model_parallel_size=3"), plain, "lie on two nodes"
     yield (
         "memory",
-        ("data.micro_batch_size=1480", "trainer.num_nodes=1"),
+        ("data.micro_batch_size=8140", "trainer.num_nodes=1"),
         plain,
         "CUDA a few; micro_batch_size=407 always fits",
     )
-    tokens = ("data.micro_batch_size=null", "data.micro_batch_tokens=300000")
-    yield "memory of tokens", tokens, plain, "micro_batch_tokens=217600 fits"
+    tokens = ("trainer.num_nodes=11", "data.micro_batch_size=null", "data.micro_batch_tokens=300000")
+    yield "memory of tokens", tokens, plain, "micro_batch_tokens=219136 fits"
     small = replace(plain, device=replace(A100, memory_bytes=24 * 10**9))
     yield (
         "memory at worst",
         (),
         small,
-        "data.micro_batch_size takes 15.5, but would take 31.2 GB of the 24.0 of a A100 if all",
+        "data.micro_batch_size takes 15.5, but would take 31.2 GB of the 24.0 that A100 has if all",
     )
-    tiny = replace(plain, device=replace(A100, memory_bytes=10**9))
+    derived = (
+        "recipe=esm1nv_phase1",
+        "data.global_batch_size=null",
+        "data.micro_batch_size=740",
+        "trainer.num_nodes=11",
+    )
+    yield (
+        "memory without a global batch",
+        derived,
+        plain,
+        "micro_batch_size=370 and global_batch_size=65120 always fits",
+    )
+    tiny = replace(plain, device=replace(A100, memory_bytes=6 * 10**8))
     yield "memory for weights", ("data.micro_batch_size=1",), tiny, "trainer.shard_optimizer take some of it off each"
     volta = replace(plain, device=V100)
-    yield "bf16", (), volta, "trainer.precision=bf16: a V100-SXM2-32GB has no units for it"
+    yield "bf16", (), volta, "trainer.precision=bf16: V100-SXM2-32GB has no units for it"
     yield "validation", (), of_data(validation_sequences=175), "175 validation sequences cannot be dealt to 176 ranks"
     yield "validating late", ("trainer.val_check_interval=400000",), plain, "only its end is validated"
     every = "exp_manager.checkpoints.every_n_train_steps=400000"
@@ -374,6 +395,10 @@ def test_what_does_not_fit_together_is_said_with_what_to_do(
         ((), replace(IN_420_EPOCHS, free_bytes=11_400_000_000)),
         (("trainer.num_nodes=1", "trainer.devices=1"), IN_420_EPOCHS),
         (("trainer.val_check_interval=349500",), IN_420_EPOCHS),
+        (
+            ("recipe=laptop", "data.micro_batch_size=4", "data.global_batch_size=4"),
+            replace(FACTS, data=SAMPLE),
+        ),  # alone
     ],
 )
 def test_what_fits_is_not_complained_of(overrides: tuple[str, ...], facts: Facts) -> None:
@@ -424,6 +449,15 @@ def test_the_command_prints_the_plan_and_leaves_one_picture(tmp_path: Path) -> N
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_of_many_ranks_one_shows_the_plan(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    pretrain(composed("plan=true"))
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_plan_is_drawn_the_same_every_time(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         write_picture(planned(), tmp_path / name)
@@ -449,6 +483,11 @@ def test_the_picture_marks_the_part_of_the_schedule_that_the_run_does() -> None:
     _, words, span = drawn(planned("recipe=esm1nv_phase2", facts=replace(FACTS, start=StartFacts(349_500))))
     assert span == (349_500, 957_610)
     assert {"this run", "esm1nv_phase1", "1.42e-4", "2e-5"} <= set(words)
+
+    axes, words, span = drawn(planned("trainer.max_steps=100"))
+    assert span == (0, 100)
+    assert "2e-4" not in words  # a rate that the run does not come to
+    assert not any("epochs" in word for word in words)  # no room for them over a part as narrow
 
     axes, words, span = drawn(planned("recipe=esm1b"))
     assert span == (0, 500_000)

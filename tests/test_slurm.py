@@ -24,17 +24,18 @@ PRETRAIN = (SLURM / "pretrain.sbatch").read_text()
 
 SRUN = """#!/bin/bash
 # Runs the command once a task, one after the other, and returns the highest exit code, as srun does.
-tasks=$SLURM_NTASKS_PER_NODE highest=0 options=srun
+tasks=$SLURM_NTASKS_PER_NODE highest=0 options=srun errors=/dev/null
 while [[ "$1" == -* ]]; do
     options+=" $1"
     [[ "$1" != --ntasks-per-node=* ]] || tasks=${1#*=}
+    [[ "$1" != --error=* ]] || errors=${1#*=}
     shift
 done
 echo "$options" >>"$CALLS"
 [[ -z "${TERM_TO_BATCH:-}" ]] || kill -TERM "$PPID"
 for ((rank = 0; rank < tasks; rank++)); do
     code=0
-    SLURM_PROCID=$rank "$@" || code=$?
+    SLURM_PROCID=$rank "$@" 2>>"${errors/\\%4t/$(printf %04d $rank)}" || code=$?
     ((code <= highest)) || highest=$code
 done
 exit "$highest"
@@ -71,12 +72,14 @@ class Done:
         return [call for call in self.calls if call.startswith(command)]
 
 
-def run_script(folder: Path, script: str, *arguments: str, ranks: str = "0 0", **settings: str) -> Done:
+def run_script(
+    folder: Path, script: str, *arguments: str, ranks: str = "0 0", srun: str = SRUN, **settings: str
+) -> Done:
     """Run one of the scripts in a folder, with stand-ins for Slurm's commands first on PATH."""
     commands, calls = folder / "bin", folder / "calls"
     commands.mkdir(exist_ok=True)
     for name, text in (
-        ("srun", SRUN),
+        ("srun", srun),
         ("scontrol", SCONTROL),
         ("bionemo-esm", BIONEMO_ESM),
         ("sbatch", SBATCH),
@@ -139,10 +142,12 @@ def test_the_job_asks_for_a_task_a_gpu_a_signal_before_the_limit_and_to_be_queue
         ("143 143", 143, True),
         ("2 2", 2, False),
         ("3 3", 3, False),
+        ("4 137", 4, False),
         ("130 130", 130, False),
         ("1 143", 1, False),  # a crash; srun ended the other rank by SIGTERM
         ("137 2", 2, False),  # a mistake; srun killed the other rank
         ("143 137", 137, False),  # a rank was killed, and its state is not known to be saved
+        ("143 255", 255, False),
     ],
 )
 def test_only_a_stop_on_request_of_all_ranks_is_queued_again(
@@ -151,8 +156,8 @@ def test_only_a_stop_on_request_of_all_ranks_is_queued_again(
     done = run_script(tmp_path, "pretrain.sbatch", ranks=ranks)
     assert done.code == code, done.screen
     assert done.called("scontrol requeue") == (["scontrol requeue 1234567"] if queued_again else [])
-    if code not in (0, 143):
-        assert "rank 0 says why" in done.screen
+    said = [rank for rank in (0, 1) if f"rank {rank} says why" in done.screen]
+    assert said == ([] if code in (0, 143) else [rank for rank in (0, 1) if int(ranks.split()[rank]) == code])
 
 
 def test_ranks_that_still_save_are_not_killed_because_others_have_stopped(tmp_path: Path) -> None:
@@ -166,6 +171,12 @@ def test_ranks_that_still_save_are_not_killed_because_others_have_stopped(tmp_pa
             check=False,
         )
         assert done.returncode == for_srun
+
+
+def test_a_job_whose_ranks_left_no_word_ends_with_their_code_all_the_same(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "pretrain.sbatch", srun="#!/bin/bash\nexit 9\n")
+    assert done.code == 9
+    assert "-- nothing; they were killed or not started" in done.screen
 
 
 def test_the_number_of_restarts_is_bounded(tmp_path: Path) -> None:
@@ -252,6 +263,7 @@ def test_a_chain_that_is_refused_halfway_leaves_nothing_in_the_queue(tmp_path: P
     assert run_script(tmp_path, "chain.sh", "--partition=gpu").code == 2
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_ranks_as_well(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     place = (f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run", "trainer.devices=2", "trainer.max_steps=2")

@@ -437,3 +437,15 @@ def test_what_cannot_be_stored_is_refused(
 def test_fields_that_the_manifest_sets_itself_are_refused(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "store") as writer, pytest.raises(ValueError, match="sets splits itself"):
         writer.finish({"splits": {}})
+
+
+def test_some_lengths_come_from_all_over_a_split(monkeypatch: pytest.MonkeyPatch, sample_store: ProteinStore) -> None:
+    train = sample_store.split("train")
+    assert train.some_lengths() is train.lengths
+    monkeypatch.setattr("bionemo_esm.data.store._BLOCKS", 5)
+    monkeypatch.setattr("bionemo_esm.data.store._BLOCK", 20)
+    some = train.some_lengths()
+    np.testing.assert_array_equal(some[:20], train.lengths[:20])
+    np.testing.assert_array_equal(some[40:60], train.lengths[1290:1310])
+    np.testing.assert_array_equal(some[-20:], train.lengths[-20:])
+    assert len(some) == 100

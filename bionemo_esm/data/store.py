@@ -36,6 +36,7 @@ INDEX_VERSION = 1
 UINT8_CODE = 1
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents
 _REBUILD = "build the store again"
+_BLOCKS, _BLOCK = 1_000, 1_000  # some lengths are read at so many places, so many at each
 
 
 class StoreError(UserError):
@@ -138,6 +139,13 @@ class SequenceSplit:
 
     def __len__(self) -> int:
         return self.summary.sequences
+
+    def some_lengths(self) -> NDArray[np.int32]:
+        """Up to a million of the lengths, in blocks from everywhere: files sorted by length are not rare."""
+        if len(self) <= _BLOCKS * _BLOCK:
+            return self.lengths
+        starts = np.linspace(0, len(self) - _BLOCK, _BLOCKS).astype(np.int64)
+        return np.concatenate([self.lengths[start : start + _BLOCK] for start in starts.tolist()])
 
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
         """Token ids of one sequence, uint8 [residues], a read-only view; raises `IndexError` outside the split."""

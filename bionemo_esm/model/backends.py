@@ -58,7 +58,7 @@ def _multiplies_bf16(device_type: str) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _importable(module: str) -> Any | None:
+def importable(module: str) -> Any | None:
     """The module, or None where it, or a library that it links to, is absent."""
     try:
         return importlib.import_module(module)
@@ -66,20 +66,29 @@ def _importable(module: str) -> Any | None:
         return None
 
 
+def import_problem(module: str) -> str | None:
+    """Why a module cannot be imported, in one line; None where it can."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 def _choose_layer_norm(device_type: str) -> tuple[str, Any]:
     if device_type == "cuda":
-        if _importable("transformer_engine.pytorch"):
+        if importable("transformer_engine.pytorch"):
             return "Transformer Engine", importlib.import_module("megatron.core.extensions.transformer_engine").TENorm
-        if _importable("apex.normalization.fused_layer_norm"):
+        if importable("apex.normalization.fused_layer_norm"):
             return "Apex", importlib.import_module("megatron.core.fusions.fused_layer_norm").FusedLayerNorm
     return "PyTorch fused", importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
 
 
 def _choose_adam(device_type: str) -> tuple[str, Any]:
     if device_type == "cuda":
-        if engine := _importable("transformer_engine.pytorch.optimizers"):
+        if engine := importable("transformer_engine.pytorch.optimizers"):
             return "Transformer Engine FusedAdam", engine.FusedAdam
-        apex = _importable("apex.optimizers")
+        apex = importable("apex.optimizers")
         if apex and hasattr(apex, "FusedAdam"):  # the package named apex on PyPI is another project
             return "Apex FusedAdam", apex.FusedAdam
 

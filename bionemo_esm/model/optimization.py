@@ -17,6 +17,7 @@ from bionemo_esm.model.backends import FusedBackends
 from bionemo_esm.model.config import INVERSE_SQUARE_ROOT, OptimConfig
 from bionemo_esm.model.parallel import (
     gather_shards,
+    is_first_rank,
     is_split,
     own_shard,
     tensor_parallel_rank,
@@ -85,6 +86,8 @@ class MasterWeights:
             parameter.register_post_accumulate_grad_hook(self._collect(self._views[name], place))
             for place, (name, parameter) in enumerate(backwards)
         ]
+        self._are_split = any(is_split(parameter) for parameter in self.parameters.values())
+        self._whole: dict[str, Tensor] | None = None  # kept for when process groups are down
         self.zero_gradients()
 
     def _collect(self, view: Tensor, place: int) -> Callable[[Tensor], None]:
@@ -138,10 +141,21 @@ class MasterWeights:
         pairs = [(p, self.masters[n]) for n, p in self.parameters.items() if p is not self.masters[n]]
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+        self._whole = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The masters by parameter name, float32 and whole; collective where they are split over ranks."""
+        if self._whole is not None:
+            return self._whole
+        assert not self._are_split or tensor_parallel_size() > 1, "the ranks with the other parts have gone"
         return {name: gather_shards(master.detach(), self.parameters[name]) for name, master in self.masters.items()}
+
+    def keep_whole(self) -> None:
+        """Gather once more before process groups go down; rank 0 can give `state_dict` after that. Collective."""
+        if self._are_split:
+            whole = self.state_dict()
+            if is_first_rank():
+                self._whole = {name: tensor.cpu() for name, tensor in whole.items()}
 
     @torch.no_grad()
     def load_state_dict(self, masters: dict[str, Tensor]) -> None:

@@ -64,6 +64,11 @@ def tensor_parallel_size() -> int:
     return int(parallel_state.get_tensor_model_parallel_world_size()) if parallel_state.is_initialized() else 1
 
 
+def is_first_rank() -> bool:
+    """Whether this is rank 0 of all."""
+    return data_parallel_rank() == 0 and tensor_parallel_rank() == 0
+
+
 # --- tensors that are split -------------------------------------------------------------------------------------------
 
 

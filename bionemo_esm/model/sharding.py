@@ -25,8 +25,8 @@ from bionemo_esm.model.parallel import (
     data_parallel_rank,
     data_parallel_sum,
     gather_shards,
+    is_first_rank,
     own_shard,
-    tensor_parallel_rank,
 )
 
 State = dict[str, Any]  # of an optimizer: `state` by the place of a parameter, and `param_groups`
@@ -61,7 +61,7 @@ def whole_state(optimizer: Optimizer, masters: MasterWeights) -> State:
             continue
         values = {name: _fetch(held.get(place, {}).get(name), holder, *layouts[place]) for name in _MOMENTS}
         state[place] = ({} if steps < 0 else {_STEP: torch.tensor(steps, dtype=torch.float32)}) | values
-    return {"state": state, "param_groups": _groups(optimizer)} if _is_first_of_all() else {}
+    return {"state": state, "param_groups": _groups(optimizer)} if is_first_rank() else {}
 
 
 def load_whole_state(optimizer: Optimizer, masters: MasterWeights, whole: Mapping[str, Any]) -> None:
@@ -139,10 +139,6 @@ def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
 # --- parts and wholes -------------------------------------------------------------------------------------------------
 
 
-def _is_first_of_all() -> bool:
-    return data_parallel_rank() == 0 and tensor_parallel_rank() == 0
-
-
 def _fetch(moment: Tensor | None, holder: int, master: Tensor, parameter: Parameter) -> Tensor:
     """On rank 0 the whole moment of a master; elsewhere what there is of it. `holder` has this rank's part."""
     part = torch.empty_like(master) if moment is None else moment
@@ -152,7 +148,7 @@ def _fetch(moment: Tensor | None, holder: int, master: Tensor, parameter: Parame
     if data_parallel_rank() != 0:
         return part
     whole = gather_shards(part, parameter)
-    return whole if whole is moment or not _is_first_of_all() else whole.cpu()
+    return whole if whole is moment or not is_first_rank() else whole.cpu()
 
 
 def _own_part(name: str, value: Tensor, parameter: Parameter) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.model.esm1nv import ESM1nvModel, StepReport
 from bionemo_esm.model.guards import SkippedStep
 from bionemo_esm.screen import Screen, duration
 from bionemo_esm.training.measurements import Gauges
@@ -153,9 +153,12 @@ class Progress(Callback):
         if now - self._shown < pause and not last:
             return
         self._shown = now
-        step, report = trainer.global_step, pl_module.last_step
+        self._show(trainer, pl_module.last_step)
+
+    def _show(self, trainer: Trainer, report: StepReport) -> None:
+        step, steps = trainer.global_step, trainer.max_steps
         self.screen.progress(
-            f"  step {step:,}/{trainer.max_steps:,} {_bar(step / trainer.max_steps)} loss {report.loss:.3f}  "
+            f"  step {step:,}/{steps:,} {_bar(step / steps)} loss {report.loss:.3f}  "
             f"{self._speed(report.learning_rate)}  {duration(self.history.seconds_left(trainer))} left"
         )
 
@@ -167,9 +170,9 @@ class Progress(Callback):
         if latest is not None and latest.mfu is not None:
             parts.append(f"MFU {latest.mfu:.0%}")
         if latest is not None and latest.data_wait_share >= _NOTABLE_DATA_WAIT:
-            parts.append(f"{latest.data_wait_share:.0%} waiting for data")
+            parts.append(f"{latest.data_wait_share:.0%} data wait")
         elif latest is not None and latest.slowest_rank_excess >= _NOTABLE_EXCESS:
-            parts.append(f"rank {latest.slowest_rank} {latest.slowest_rank_excess:.0%} slower")
+            parts.append(f"rank {latest.slowest_rank} +{latest.slowest_rank_excess:.0%}")
         else:
             parts.insert(0, f"lr {learning_rate:.1e}")
         return "  ".join(parts)

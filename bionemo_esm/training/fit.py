@@ -9,8 +9,6 @@ from signal import Signals
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.profilers import Profiler
 from nemo.utils import logging as nemo_logging
@@ -26,9 +24,10 @@ from bionemo_esm.training.checkpoint_averaging import CheckpointAveraging
 from bionemo_esm.training.checkpoints import Checkpoints, SafeCheckpointIO
 from bionemo_esm.training.hangs import HangWatch
 from bionemo_esm.training.measurements import Gauges, device_name
-from bionemo_esm.training.muster import Muster
+from bionemo_esm.training.muster import Muster, slurm_environment
 from bionemo_esm.training.prepared import PreparedRun
 from bionemo_esm.training.recipe import Recipe, TrainerConfig
+from bionemo_esm.training.resiliency import resiliency_callbacks
 from bionemo_esm.training.starting import Start, choose_start
 from bionemo_esm.training.stopping import StopSignals
 from bionemo_esm.training.strategy import MegatronStrategy
@@ -72,6 +71,8 @@ def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
     callbacks = [*watching, *([averaging] if averaging else []), checkpoints]
     trainer = _trainer(recipe.trainer, callbacks, SafeCheckpointIO(writer), gauges.data_wait)
     _start_experiment(trainer, recipe, folder)
+    theirs = resiliency_callbacks(trainer.strategy.root_device.type, folder)
+    trainer.callbacks.extend(theirs)  # type: ignore[attr-defined]
 
     model = _model(recipe, trainer)
     model.provenance, model.continues = run.provenance, start.of_another_run
@@ -135,7 +136,7 @@ def _trainer(
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=MegatronStrategy(tensor_model_parallel_size=config.tensor_model_parallel_size),
-        plugins=[checkpoint_io, *_cluster_environment()],
+        plugins=[checkpoint_io, *([slurm] if (slurm := slurm_environment()) else [])],
         callbacks=callbacks,
         profiler=profiler,
         max_epochs=-1,
@@ -151,12 +152,6 @@ def _trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-def _cluster_environment() -> list[ClusterEnvironment]:
-    """Under Slurm, ranks from Slurm's variables, without Lightning's own handler that requeues a job: its checkpoint
-    would be another than ours. The batch script requeues (examples/slurm/pretrain.sbatch)."""
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def _start_experiment(trainer: Trainer, recipe: Recipe, folder: Path) -> None:

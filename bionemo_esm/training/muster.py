@@ -12,17 +12,21 @@ import os
 import platform
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import distributed
 
 from bionemo_esm.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 T = TypeVar("T")
 _PACKAGES = ("bionemo_esm", "torch", "megatron-core", "nemo_toolkit", "lightning", "numpy")
@@ -149,9 +153,8 @@ def _launched_place() -> tuple[int, int] | None:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if "LOCAL_RANK" in os.environ:  # Lightning has started this process; the one that told it to has done the checks
         return None
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # half a second
-
-    if not SLURMEnvironment.detect():
+    environment = slurm_environment()
+    if environment is None:
         return None
     tasks = int(os.environ["SLURM_NTASKS"])
     if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
@@ -159,9 +162,21 @@ def _launched_place() -> tuple[int, int] | None:
             f"this Slurm job has {tasks} tasks, but the process was not started by srun: put srun before the command "
             "(examples/slurm/pretrain.sbatch does)"
         )
-    environment = SLURMEnvironment(auto_requeue=False)
     _ = environment.main_address, environment.main_port  # left in MASTER_ADDR and MASTER_PORT
     return environment.global_rank(), tasks
+
+
+def slurm_environment() -> SLURMEnvironment | None:
+    """What Slurm's variables say of ranks and rendezvous, if the process runs under Slurm.
+
+    Without Lightning's own handler that requeues a job: it would go on from a checkpoint of Lightning's. The batch
+    script requeues (examples/slurm/pretrain.sbatch).
+    """
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # half a second
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that srun is installed and was not used
+        return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
 
 
 def _compare(notes: list[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from bionemo_esm.data.pretraining import SampleReader, TrainingStream, ValidationBatches, unigram_perplexity
 from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore, SequenceSplit, sha256_of_file
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.model.config import INVERSE_SQUARE_ROOT
 from bionemo_esm.training.proteins import describe_source
 from bionemo_esm.training.recipe import Recipe
 
@@ -62,7 +63,9 @@ class PreparedRun:
     @property
     def identity(self) -> dict[str, str | int]:
         """What a run must not change while it goes on: the stream of samples, and how the optimizer answers it."""
-        train = self.store.manifest["splits"]["train"]
+        train, optim = self.store.manifest["splits"]["train"], asdict(self.recipe.optim)
+        if self.recipe.optim.schedule == INVERSE_SQUARE_ROOT:  # which has no end, so a run may be given more steps
+            del optim["max_steps"]
         return {
             "seed": self.recipe.seed,
             "samples of an epoch": self.train.num_clusters,
@@ -71,7 +74,7 @@ class PreparedRun:
             "data.global_batch_size": self.recipe.global_batch_size or "none",
             "data.global_batch_tokens": self.recipe.data.global_batch_tokens or "none",
             "restore_from_path": str(self.recipe.restore_from_path or "none"),
-            **{f"optim.{key}": str(value) for key, value in asdict(self.recipe.optim).items()},
+            **{f"optim.{key}": str(value) for key, value in optim.items()},
         }
 
     def opening_screen(self, backends: str, precision: str, resumed_from_step: int, first_step: int = 0) -> str:
@@ -118,8 +121,8 @@ class PreparedRun:
         return f"{sequences:,.0f} sequences, about {tokens:,.0f} tokens"
 
     def _mean_tokens(self) -> float:
-        """Tokens of a sequence after cropping, on average over a slice of the training set."""
-        return float((self.train.lengths[:100_000] + 2).clip(max=self.recipe.model.seq_length).mean())
+        """Tokens of a sequence after cropping, on average over up to a million of the training set."""
+        return float((self.train.some_lengths() + 2).clip(max=self.recipe.model.seq_length).mean())
 
 
 def validation_batch_size(recipe: Recipe, sequences: int) -> int:
@@ -146,7 +149,8 @@ def describe_sequences(split: SequenceSplit) -> str:
 def describe_model(recipe: Recipe) -> str:
     """The sizes of the encoder, for a person."""
     model = recipe.model
-    return f"ESM-1nv, {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads"
+    form = "ESM-1b" if model.embedding_layernorm and model.token_dropout else "ESM-1nv"
+    return f"{form}, {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads"
 
 
 def short(path: Path) -> str:

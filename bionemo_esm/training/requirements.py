@@ -100,12 +100,11 @@ def _check_archive(recipe: Recipe, path: Path) -> None:
     """The archive must hold a model of the recipe's shape; dropout may differ."""
     theirs = read_archive(path, with_weights=False).config.get("encoder")
     theirs = theirs if isinstance(theirs, dict) else {}
-    for key, ours in recipe.model.to_dict().items():
-        if "dropout" not in key and theirs.get(key) != ours:
-            raise ConfigError(
-                f"restore_from_path: {path} has {key} = {theirs.get(key)}, the recipe model.{key} = {ours}; "
-                f"set model.{key}={theirs.get(key)}, or choose the model group that the archive was trained with"
-            )
+    for key, there, here in recipe.model.differences(theirs):
+        raise ConfigError(
+            f"restore_from_path: {path} has {key} = {there}, the recipe model.{key} = {here}; set model.{key}={there}, "
+            "or choose the model group that the archive was trained with"
+        )
 
 
 def is_rank_zero() -> bool:

@@ -72,7 +72,9 @@ def _pretrain(cfg: DictConfig) -> int:
 
 
 def _show_plan(cfg: DictConfig) -> None:
-    from bionemo_esm.training.plan_screen import show_plan  # brings in Matplotlib, which a run needs at its end only
+    from bionemo_esm.training.planning.screen import (
+        show_plan,  # brings in Matplotlib, which a run needs at its end only
+    )
 
     if is_rank_zero():
         show_plan(load_recipe(cfg))

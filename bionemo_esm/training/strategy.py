@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from bionemo_esm.model.esm1nv import ESM1nvModel
@@ -46,8 +48,13 @@ class MegatronStrategy(DDPStrategy):
         self._owns_groups = True
         assert tensor_parallel_size() == self.tensor_model_parallel_size, "other groups were up in this process before"
 
-    def configure_ddp(self) -> None:
+    def setup(self, trainer: Trainer) -> None:
+        """As for one device. DDP's own would make the ranks' weights equal where only validation is asked for."""
+        super(DDPStrategy, self).setup(trainer)
+
+    def _setup_model(self, model: Module) -> Module:  # type: ignore[override]
         """Nothing is wrapped: see the class."""
+        return model
 
     @property
     def _masters(self) -> MasterWeights:
@@ -62,6 +69,11 @@ class MegatronStrategy(DDPStrategy):
         """From a checkpoint that any number of ranks has written: what this rank holds of the state."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             load_whole_state(optimizer, self._masters, state)
+
+    def on_train_end(self) -> None:
+        """The last moment at which every rank can be asked for its part of the weights."""
+        super().on_train_end()
+        self._masters.keep_whole()
 
     def teardown(self) -> None:
         super().teardown()

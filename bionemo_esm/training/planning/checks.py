@@ -13,7 +13,7 @@ from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import COSINE
 from bionemo_esm.model.schedule import learning_rate
-from bionemo_esm.training.plan import Plan, memory_of
+from bionemo_esm.training.planning.plan import Plan, memory_of
 from bionemo_esm.training.prepared import validation_batch_size
 
 USABLE = 0.9
@@ -159,13 +159,14 @@ def _memory(plan: Plan) -> str | None:
     if capacity is None or plan.most_memory.total <= USABLE * capacity:
         return None
     name = "micro_batch_tokens" if plan.recipe.data.micro_batch_tokens else "micro_batch_size"
-    of = f"GB of the {capacity / 1e9:,.1f} of a {plan.facts.device.name}"
+    of = f"GB of the {capacity / 1e9:,.1f} that {plan.facts.device.name} has"
     if plan.memory.total > USABLE * capacity:
         said = f"data.{name} takes {plan.memory.total / 1e9:,.1f} {of}, and CUDA a few"
     else:
         said = (
             f"data.{name} takes {plan.memory.total / 1e9:,.1f}, but would take {plan.most_memory.total / 1e9:,.1f} "
-            f"{of} if all its sequences were {plan.recipe.model.seq_length:,} tokens long, which is rare"
+            f"{of} if all its sequences were {plan.recipe.model.seq_length:,} tokens long; lengths are dealt evenly, "
+            "so that is unlikely"
         )
     return f"{said}; {_smaller(plan, USABLE * capacity)}"
 
@@ -182,8 +183,9 @@ def _smaller(plan: Plan, room: float) -> str:
     if recipe.data.micro_batch_size is not None and recipe.global_batch_size is not None:
         share = recipe.global_batch_size // recipe.trainer.data_parallel_size
         sizes = [size for size in divisors(share) if size * recipe.model.seq_length <= tokens]
+        kept = "" if recipe.data.global_batch_size else f" and global_batch_size={recipe.global_batch_size}"
         if sizes:
-            return f"micro_batch_size={sizes[-1]} always fits, with the same optimisation"
+            return f"micro_batch_size={sizes[-1]}{kept} always fits, with the same optimisation"
     return "trainer.tensor_model_parallel_size or trainer.shard_optimizer take some of it off each device"
 
 
@@ -191,9 +193,7 @@ def _precision(plan: Plan) -> str | None:
     device = plan.facts.device
     if plan.recipe.trainer.accelerator == "cpu" or plan.precision != "bf16" or device.multiplies_bf16:
         return None
-    return (
-        f"trainer.precision=bf16: a {device.name} has no units for it and would be slow; auto trains in float32 there"
-    )
+    return f"trainer.precision=bf16: {device.name} has no units for it; auto trains in float32 there"
 
 
 def _validation(plan: Plan) -> str | None:

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from bionemo_esm.model.config import COSINE
 from bionemo_esm.model.schedule import learning_rate
-from bionemo_esm.training.plan import Plan, scientific
+from bionemo_esm.training.planning.plan import Plan, scientific
 from bionemo_esm.training.report import DPI, FAINT, INK, LINE, MARK, MUTED, STYLE, WIDTH
 
-_HEIGHT = 5.2  # inches
+_HEIGHT, _BOTTOM, _TOP = 5.5, 0.75, 1.9  # of the figure, below and above the curve; inches
 _POINTS = 2_000
-_VISIBLE = 0.03  # of the width, under which a warm-up gets an inset
+_VISIBLE, _ROOM = 0.03, 0.15  # of the width: under one a warm-up gets an inset, under the other a run no epochs
 
 
 def write_picture(plan: Plan, path: Path) -> None:
@@ -45,7 +45,7 @@ def _draw(plan: Plan) -> Figure:
     end = max(last, optim.max_steps) if optim.schedule == COSINE else last
     scale = 10.0 ** math.floor(math.log10(optim.lr))
     figure = Figure(figsize=(WIDTH, _HEIGHT))
-    axes = figure.add_axes((0.06, 0.14, 0.88, 0.56))
+    axes = figure.add_axes((0.06, _BOTTOM / _HEIGHT, 0.88, (_HEIGHT - _BOTTOM - _TOP) / _HEIGHT))
     axes.set_xlim(0, end)
     axes.set_ylim(0, optim.lr / scale * 1.12)
     axes.set_xlabel("optimizer step")
@@ -60,8 +60,8 @@ def _draw(plan: Plan) -> Figure:
     unit = f"×10{str(round(math.log10(scale))).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
     figure.text(0.06, 1 - 0.42 / _HEIGHT, recipe.name, size=16, weight="bold", parse_math=False)
     figure.text(0.06, 1 - 0.74 / _HEIGHT, _headline(plan), size=12, color=MUTED)
-    figure.text(0.06, 1 - 1.18 / _HEIGHT, "Learning rate", size=12.5, weight="bold")
-    figure.text(0.06 + 1.42 / WIDTH, 1 - 1.18 / _HEIGHT, unit, color=MUTED)
+    figure.text(0.06, 1 - 1.2 / _HEIGHT, "Learning rate", size=12.5, weight="bold")
+    figure.text(0.06 + 1.42 / WIDTH, 1 - 1.2 / _HEIGHT, unit, color=MUTED)
     return figure
 
 
@@ -84,7 +84,7 @@ def _curve(axes: Any, plan: Plan, whole: tuple[int, int], scale: float) -> None:
     axes.plot(*_rates(plan, *whole, scale), color=FAINT, linewidth=2)
     axes.plot(*_rates(plan, first, last, scale), color=LINE, linewidth=2.4, solid_capstyle="round")
     optim = plan.recipe.optim
-    for step in sorted({first, last, max(optim.warmup_steps, first)}):
+    for step in sorted({first, last, min(max(optim.warmup_steps, first), last)}):
         rate = learning_rate(optim, step)
         axes.plot([step], [rate / scale], "o", color=LINE, markersize=5.5, clip_on=False, zorder=5)
         if step >= min(optim.warmup_steps, last):
@@ -122,8 +122,10 @@ def _phases(axes: Any, plan: Plan, end: int) -> None:
 
 
 def _epochs(axes: Any, plan: Plan) -> None:
-    """Epochs of this run on top, counted from its first step."""
+    """Epochs of this run on top, counted from its first step; not where there is no room for their numbers."""
     first, per_epoch = plan.facts.start.step, plan.steps_per_epoch
+    if plan.steps < _ROOM * axes.get_xlim()[1]:
+        return
     top = axes.secondary_xaxis("top", functions=(lambda s: (s - first) / per_epoch, lambda e: e * per_epoch + first))
     last = plan.epochs
     ticks = [tick for tick in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, last) if 0 <= tick <= last * 1.0001]
@@ -138,10 +140,11 @@ def _epochs(axes: Any, plan: Plan) -> None:
 
 def _warm_up(axes: Any, plan: Plan, scale: float) -> None:
     """The first steps, wide enough to be seen."""
-    steps = plan.recipe.optim.warmup_steps
+    first, last, steps = plan.facts.start.step, plan.recipe.trainer.max_steps, plan.recipe.optim.warmup_steps
     inset = axes.inset_axes((0.73, 0.56, 0.26, 0.36))
     inset.set_facecolor("white")
-    inset.plot(*_rates(plan, 0, 3 * steps, scale), color=LINE, linewidth=2)
+    inset.plot(*_rates(plan, 0, 3 * steps, scale), color=FAINT, linewidth=1.7)
+    inset.plot(*_rates(plan, first, min(3 * steps, last), scale), color=LINE, linewidth=2)
     inset.set_xlim(0, 3 * steps)
     inset.set_ylim(0, axes.get_ylim()[1])
     inset.set_xticks([0, steps, 2 * steps, 3 * steps])

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from bionemo_esm import config_directory
 from bionemo_esm.data.fasta import read_fasta
@@ -31,8 +31,6 @@ SPREAD = 1.4
 """Mean square of tokens over the square of their mean, where only the mean is published. It is 1.25 for the shipped
 sample, cropped to 512, and 1.4, cropped to 1,024. Attention is under a tenth of the work: a tenth more or less of this
 is under a hundredth of the FLOPs."""
-
-_BLOCKS, _BLOCK = 1_000, 1_000  # lengths are read at so many places, so many at each
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def _of_store(folder: Path, seq_length: int) -> DataFacts:
     train = store.split("train")
     if not len(train):
         raise ConfigError(f"plan: {folder} has no sequence to train on; build it from more of them")
-    mean, squared = _moments(_some_of(train.lengths), seq_length)
+    mean, squared = _moments(train.some_lengths(), seq_length)
     held_out = len(store.split("validation"))
     return DataFacts(f"store {folder}", train.num_clusters, mean, squared, held_out, train.summary.longest)
 
@@ -142,14 +140,6 @@ def _of_sample(recipe: Recipe) -> DataFacts:
     )
     mean, squared = _moments(train, recipe.model.seq_length)
     return DataFacts("the shipped sample", len(train), mean, squared, len(validation), max(train))
-
-
-def _some_of(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Up to a million of them, in blocks from everywhere: files sorted by length are not rare."""
-    if len(lengths) <= _BLOCKS * _BLOCK:
-        return lengths
-    starts = np.linspace(0, len(lengths) - _BLOCK, _BLOCKS).astype(np.int64)
-    return np.concatenate([lengths[start : start + _BLOCK] for start in starts.tolist()])
 
 
 def _moments(residues: ArrayLike, seq_length: int) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """The plan of a run, before it runs: what it comes to in epochs, tokens, memory, FLOPs, hours and bytes.
 
-`plan_of` is arithmetic over a recipe and the facts around it; `plan_facts.py` looks those up, `plan_checks.py` says
-what does not fit together, `plan_screen.py` and `plan_picture.py` show it.
+`plan_of` is arithmetic over a recipe and the facts around it; `facts.py` looks those up, `checks.py` says
+what does not fit together, `screen.py` and `picture.py` show it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.costs import Memory, memory_per_device, training_flops
-from bionemo_esm.training.plan_facts import Facts
+from bionemo_esm.training.planning.facts import Facts
 from bionemo_esm.training.recipe import Recipe
 from bionemo_esm.training.storage import Storage
 
@@ -35,7 +35,7 @@ class Batch:
         sequences = recipe.sequences_of_a_batch(mean_tokens)
         share = sequences * mean_tokens / recipe.trainer.data_parallel_size
         if (limit := recipe.data.micro_batch_tokens) is not None:
-            accumulation, most = max(math.ceil(share / limit), 1), limit
+            accumulation, most = max(math.ceil(share / limit), 1), min(limit, _most_of_a_rank(recipe))
         else:
             assert recipe.data.micro_batch_size is not None
             by_sequences = share / mean_tokens / recipe.data.micro_batch_size
@@ -47,6 +47,15 @@ class Batch:
     def tokens_of_a_rank(self) -> float:
         """Of the global batch, for each data-parallel rank."""
         return self.micro_tokens * self.accumulation
+
+
+def _most_of_a_rank(recipe: Recipe) -> int:
+    """Tokens of a rank's share of a global batch that `deal` may come to; shares differ by one longest sequence."""
+    ranks, longest = recipe.trainer.data_parallel_size, recipe.model.seq_length
+    if recipe.data.global_batch_tokens is not None:
+        return recipe.data.global_batch_tokens // ranks + longest
+    assert recipe.global_batch_size is not None
+    return -(-recipe.global_batch_size // ranks) * longest
 
 
 @dataclass(frozen=True)

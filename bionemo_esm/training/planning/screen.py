@@ -10,10 +10,10 @@ from bionemo_esm.model.config import COSINE
 from bionemo_esm.model.schedule import learning_rate
 from bionemo_esm.screen import Screen, duration
 from bionemo_esm.training.folder import make_folder
-from bionemo_esm.training.plan import PFLOP_DAY, Plan, plan_of, scientific
-from bionemo_esm.training.plan_checks import findings
-from bionemo_esm.training.plan_facts import gather_facts
-from bionemo_esm.training.plan_picture import write_picture
+from bionemo_esm.training.planning.checks import findings
+from bionemo_esm.training.planning.facts import gather_facts
+from bionemo_esm.training.planning.picture import write_picture
+from bionemo_esm.training.planning.plan import PFLOP_DAY, Plan, plan_of, scientific
 from bionemo_esm.training.prepared import describe_model, short
 from bionemo_esm.training.recipe import Recipe
 
@@ -114,7 +114,7 @@ def _batch(plan: Plan) -> str:
     )
     most = recipe.data.micro_batch_tokens
     micro = f"{recipe.data.micro_batch_size:,} sequences" if most is None else f"at most {most:,} tokens"
-    accumulated = "a micro batch" if batch.accumulation == 1 else f"{batch.accumulation:,.0f} micro batches"
+    accumulated = "1 micro batch" if batch.accumulation == 1 else f"{batch.accumulation:,.0f} micro batches"
     ranks = f"{recipe.trainer.data_parallel_size:,} ranks x " if recipe.trainer.data_parallel_size > 1 else ""
     same = "" if recipe.published is None or recipe.departure() else "; the published optimisation"
     return f"{whole} = {ranks}{accumulated} of {micro} (about {batch.micro_tokens:,.0f} tokens){same}"
@@ -138,7 +138,7 @@ def _memory(plan: Plan) -> str:
     memory, most, capacity = plan.memory, plan.most_memory.total, plan.facts.device.memory_bytes
     owner = "process" if plan.recipe.trainer.accelerator == "cpu" else "GPU"
     parts = [(name, getattr(memory, name)) for name in ("parameters", "masters", "gradients", "moments", "activations")]
-    text = f"{_size(memory.total)} a {owner}" + (f" of {_size(capacity)}" if capacity is not None else "")
+    text = _size(memory.total) + (f" of {_size(capacity)}" if capacity is not None else "") + f" a {owner}"
     text += ": " + ", ".join(f"{name} {_size(value)}" for name, value in parts if value)
     if most > 1.05 * memory.total:
         text += f"; {_size(most)} with a micro batch as large as can be"
@@ -156,11 +156,11 @@ def _time(plan: Plan) -> str:
         return "not known for a CPU before it runs: the first lines of a run say how long it will take"
     peak = device.peak(plan.precision)
     if peak is None:
-        return f"not known: the peak of a {device.name} in {_PRECISIONS[plan.precision]} is not on record"
+        return f"not known: no peak is on record for {device.name} in {_PRECISIONS[plan.precision].split()[0]}"
     tera = f"{peak / 1e12:,.4g} TFLOP/s"
     if seconds is None or plan.wall_seconds is None or plan.recipe.published is None:
         least = plan.flops / peak
-        return f"at least {_number(least / 3600)} GPU hours, at the {tera} of a {device.name}; a third of it is common"
+        return f"at least {_number(least / 3600)} GPU hours, at the peak of {tera}; a third of that is common"
     return (
         f"{_number(seconds / 3600)} GPU hours, {duration(plan.wall_seconds)} in all, if "
         f"{plan.recipe.published.mfu:.0%} of {tera} is reached (assumed): {plan.tokens_per_second_and_device:,.0f} "
@@ -181,17 +181,18 @@ def _disk(plan: Plan) -> str:
 
 
 def _rate(plan: Plan) -> str:
-    return ", ".join(f"{scientific(rate)} {words}" for _, rate, words in key_rates(plan))
+    return "; ".join(f"{scientific(rate)} {words}" for _, rate, words in key_rates(plan))
 
 
 def key_rates(plan: Plan) -> list[tuple[int, float, str]]:
     """Step, learning rate and words for the turns of the schedule from this run's first step on, in order of steps."""
     optim, first, last = plan.recipe.optim, plan.facts.start.step, plan.recipe.trainer.max_steps
-    turns = {first: "at first", optim.warmup_steps: f"at its peak, step {optim.warmup_steps:,}"}
+    turns = {first: "at first", optim.warmup_steps: f"at its peak (step {optim.warmup_steps:,})"}
     if optim.schedule == COSINE:
         lowest = optim.max_steps - optim.constant_steps
         turns[lowest] = f"from step {lowest:,} on"
-    turns[last] = f"at the end, step {last:,}"
+    turns |= {step: f"{words}, after this run" for step, words in turns.items() if step > last}
+    turns[last] = f"at the end (step {last:,})"
     return [(step, learning_rate(optim, step), turns[step]) for step in sorted(turns) if step >= first]
 
 

@@ -1,0 +1,94 @@
+"""The same run on 1, 2, 3 and 4 real ranks: the same samples in the same steps, and the same losses to rounding."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from faults import Fault, history, run, send
+from runs import ROOT, SMALL, losses
+
+DRY = ("model.hidden_dropout=0", "model.attention_dropout=0")  # dropout differs between ranks
+SEQUENCES = (*DRY, "data.micro_batch_size=2", "data.global_batch_size=24")
+TOKENS = (
+    *DRY,
+    "data.micro_batch_size=null",
+    "data.micro_batch_tokens=256",
+    "data.global_batch_size=null",
+    "data.global_batch_tokens=2048",
+)
+BATCHES = {"sequences": SEQUENCES, "tokens": TOKENS}
+STOP = Fault("bionemo_esm.training.checkpoints.Checkpoints.on_train_batch_end", functools.partial(send, signal.SIGTERM))
+
+
+@pytest.fixture(scope="module", params=list(BATCHES))
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run of six steps on one rank, and its overrides."""
+    overrides = list(BATCHES[request.param])
+    folder = tmp_path_factory.mktemp(request.param) / "alone"
+    assert run(folder, *overrides).codes == [0]
+    return folder, overrides
+
+
+def consumed(folder: Path) -> list[int]:
+    return [line["consumed_samples"] for line in history(folder) if line["kind"] == "train"]
+
+
+def assert_same_run(folder: Path, alone: Path) -> None:
+    assert consumed(folder) == consumed(alone)
+    assert losses(folder) == pytest.approx(losses(alone), rel=1e-5)
+    residues = [[line["residues"] for line in history(each) if line["kind"] == "train"] for each in (folder, alone)]
+    assert residues[0] == residues[1]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_any_number_of_ranks_trains_alike(tmp_path: Path, alone: tuple[Path, list[str]], ranks: int) -> None:
+    folder, overrides = alone
+    outcome = run(tmp_path / "run", *overrides, ranks=ranks)
+    assert outcome.codes == [0] * ranks, outcome.ranks
+    assert_same_run(tmp_path / "run", folder)
+
+
+def test_a_run_moves_from_four_ranks_to_three_to_one(tmp_path: Path, alone: tuple[Path, list[str]]) -> None:
+    whole, overrides = alone
+    folder = tmp_path / "moving"
+    for ranks, faults, codes in ((4, [STOP], [143] * 4), (3, [STOP], [143] * 3), (1, [], [0])):
+        outcome = run(folder, *overrides, ranks=ranks, faults=faults)
+        assert outcome.codes == codes, outcome.ranks
+    assert_same_run(folder, whole)
+
+
+def test_batches_of_tokens_differ_in_sequences_and_keep_to_the_budget(alone: tuple[Path, list[str]]) -> None:
+    folder, overrides = alone
+    totals = consumed(folder)
+    sizes = {after - before for before, after in zip([0, *totals], totals, strict=False)}
+    assert len(sizes) > 1 if overrides == list(TOKENS) else sizes == {24}
+    lines = [line for line in history(folder) if line["kind"] == "train"]
+    if overrides == list(TOKENS):
+        assert all(1_800 < line["residues"] < 2_048 for line in lines)
+
+
+def test_torchrun_starts_a_run_that_one_process_can_go_on_with(tmp_path: Path) -> None:
+    """The real launcher, as the documentation has it, stopped after four steps by `trainer.max_steps`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    place = (f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run", "trainer.devices=2")
+    done = subprocess.run(
+        [*command, str(ROOT / "examples" / "pretrain_esm1nv.py"), *SMALL, *SEQUENCES, *place],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(2 ranks x 2 sequences x 6 accumulated)" in done.stdout
+    assert run(tmp_path / "alone", *SEQUENCES).codes == [0]
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
