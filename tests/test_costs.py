@@ -21,6 +21,7 @@ from bionemo_esm.training.hardware import DEVICES, find_device, memory_bytes, pe
 
 SMALL = EncoderConfig(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=256, attention_dropout=0.0)
 WIDER = replace(SMALL, num_layers=3, hidden_size=96, num_attention_heads=6, ffn_hidden_size=288, hidden_dropout=0.0)
+ESM1B = replace(SMALL, embedding_layernorm=True, token_dropout=True)
 LENGTHS = (148, 250, 98, 30)  # residues
 
 
@@ -57,13 +58,13 @@ def bytes_kept_for_backward(model: ESM1nvModel, batch: PackedBatch) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("config", [SMALL, WIDER], ids=["small", "wider"])
+@pytest.mark.parametrize("config", [SMALL, WIDER, ESM1B], ids=["small", "wider", "as ESM-1b"])
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 def test_activations_are_what_autograd_keeps(config: EncoderConfig, precision: str) -> None:
     batch = row()
     measured = bytes_kept_for_backward(model_of(config, precision), batch)
     expected = memory_per_device(config, len(batch.tokens), precision=precision, device_type="cpu").activations
-    assert expected == pytest.approx(measured, rel=0.03)
+    assert expected == pytest.approx(measured, rel=0.012)
 
 
 def test_on_a_gpu_masks_are_bytes_and_attention_makes_no_copy() -> None:

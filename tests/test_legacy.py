@@ -394,7 +394,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
         (special("..\\x", tarfile.REGTYPE), r"leaves the archive"),
         (special("model_config.yaml", tarfile.REGTYPE), "member 'model_config.yaml' appears twice"),
     ],
-    ids=str,
+    ids=lambda value: value.name if isinstance(value, tarfile.TarInfo) else value,
 )
 def test_tar_tricks_are_refused_by_name(extra: tarfile.TarInfo, match: str, tmp_path: Path) -> None:
     path = packed(tmp_path / "tricks.nemo", members())

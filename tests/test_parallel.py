@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import multiprocessing
 import os
-import signal
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,7 +39,6 @@ from bionemo_esm.model.parallel import (
 )
 from bionemo_esm.model.reduction import OverlappedReduction
 from bionemo_esm.model.sharding import build_sharded_optimizer, load_whole_state, whole_state
-from faults import Fault, history, run, send
 from models import tiny_model
 
 FORK_SERVER = multiprocessing.get_context("forkserver")  # faults.py has it import what takes long
@@ -125,7 +122,7 @@ def reduced_both_ways(precision: str) -> Tensors:
     masters.zero_gradients()
     for batch in batches[:-1]:
         backward(batch)
-    reduction.distributed.all_reduce = watched_reduce
+    reduction.distributed.all_reduce = watched_reduce  # for good: this process ends with its work
     OverlappedReduction.gradient_is_complete = watched_complete
     with masters.reducing():
         backward(batches[-1])
@@ -325,91 +322,3 @@ def test_split_moments_give_the_bits_of_whole_ones_and_each_rank_holds_its_part(
         assert max(held) < 1.05 * everything / ranks
     else:
         assert held[-1] == 0
-
-
-# --- whole runs -------------------------------------------------------------------------------------------------------
-
-DRY = ("model.hidden_dropout=0", "model.attention_dropout=0", "data.micro_batch_size=4", "optim.eps=1e-4")
-DRY += ("trainer.gradient_clip_val=0.5",)
-STOP = Fault("bionemo_esm.training.checkpoints.Checkpoints.on_train_batch_end", functools.partial(send, signal.SIGTERM))
-
-
-def agreed(weights: Tensors) -> Tensors:
-    """The same; an error on every rank where some rank has others."""
-    if not distributed.is_initialized():  # the end of the run, on rank 0
-        return weights
-    mine = torch.cat([tensor.reshape(-1) for tensor in weights.values()])
-    others = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(others, mine)
-    assert all(torch.equal(other, mine) for other in others), "ranks have different weights"
-    return weights
-
-
-AGREED = Fault("bionemo_esm.model.esm1nv.ESM1nvModel.archive_weights", spoil=agreed, repeated=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a run, or a part of it, is spread over ranks."""
-
-    tensor: int = 1
-    data: int = 1
-    split_moments: bool = False
-
-    def train(self, folder: Path, *overrides: str, stop_after: int | None = None) -> None:
-        """To the end, or until the last rank is asked to stop; what is saved is the same on all ranks."""
-        ranks = self.tensor * self.data
-        keys = (f"tensor_model_parallel_size={self.tensor}", f"shard_optimizer={str(self.split_moments).lower()}")
-        faults = [dataclasses.replace(AGREED, rank=rank) for rank in range(ranks)]
-        faults += [dataclasses.replace(STOP, call=stop_after, rank=ranks - 1)] if stop_after else []
-        outcome = run(folder, *DRY, *(f"trainer.{key}" for key in keys), *overrides, ranks=ranks, faults=faults)
-        assert outcome.codes == [143 if stop_after else 0] * ranks, outcome.ranks
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one rank."""
-    folder = tmp_path_factory.mktemp("parallel") / "alone"
-    Layout().train(folder)
-    return folder
-
-
-JOURNEYS = {
-    "two tensor-parallel ranks": [Layout(tensor=2)],
-    "two by two": [Layout(tensor=2, data=2)],
-    "from tensor- to data-parallel to one": [Layout(tensor=2), Layout(data=2, split_moments=True), Layout()],
-    "from one to two by two to two": [Layout(), Layout(tensor=2, data=2, split_moments=True), Layout(tensor=2)],
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("journey", JOURNEYS)
-def test_a_run_is_the_same_however_it_is_spread_over_ranks_and_goes_on_in_any_other_way(
-    tmp_path: Path, alone: Path, journey: str
-) -> None:
-    folder = tmp_path / "run"
-    *stages, last = JOURNEYS[journey]
-    for stage in stages:
-        stage.train(folder, stop_after=2)
-    last.train(folder)
-    ours, theirs = ([line for line in history(f) if line["kind"] == "train"] for f in (folder, alone))
-    for found, expected in zip(ours, theirs, strict=True):
-        assert found == {
-            name: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
-            for name, value in expected.items()
-        }
-    assert len(ours) == 6
-    assert min(line["gradient_norm"] for line in theirs) > 0.5, "clipping does nothing"
-    for archive in ("laptop.nemo", "laptop-averaged.nemo"):
-        model, reference = (ESM1nvModel.restore_from(str(f / archive), map_location="cpu") for f in (folder, alone))
-        for (name, parameter), other in zip(model.named_parameters(), reference.named_parameters(), strict=True):
-            torch.testing.assert_close(parameter, other[1], atol=1e-5, rtol=1e-4, msg=name)
-
-
-@pytest.mark.slow
-def test_split_moments_change_no_bit_of_a_checkpoint(tmp_path: Path) -> None:
-    wet = ("trainer.precision=bf16", "model.hidden_dropout=0.1", "model.attention_dropout=0.1")
-    for split in (False, True):
-        Layout(tensor=2, data=2, split_moments=split).train(tmp_path / str(split), *wet)
-    newest = [tmp_path / str(split) / "checkpoints" / "step-000000006.ckpt" for split in (False, True)]
-    assert newest[0].read_bytes() == newest[1].read_bytes()

@@ -171,6 +171,15 @@ def test_ranks_that_still_save_are_not_killed_because_others_have_stopped(tmp_pa
             check=False,
         )
         assert done.returncode == for_srun
+    assert "$(" not in rank.group(1)  # another process would not outlive the SIGTERM that this one outlives
+
+
+def test_the_message_is_shown_also_where_its_rank_was_killed_by_another_that_ended_first(tmp_path: Path) -> None:
+    """By a mistake all ranks end with 2, and rank 0 alone speaks."""
+    srun = SRUN.replace('exit "$highest"', 'rm "$CODES/rank-0000" && : >"${errors/\\%4t/0001}"\nexit "$highest"')
+    done = run_script(tmp_path, "pretrain.sbatch", ranks="2 2", srun=srun)
+    assert done.code == 2
+    assert "rank 0 says why" in done.screen
 
 
 def test_a_job_whose_ranks_left_no_word_ends_with_their_code_all_the_same(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from bionemo_esm.data.packing import pack
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.costs import training_flops
 from bionemo_esm.model.work import StepWork, Stopwatch, measure_work
-from bionemo_esm.training import measurements
+from bionemo_esm.training import measurements, resiliency
 from bionemo_esm.training.callbacks import Progress
 from bionemo_esm.training.measurements import MEASURED, DataWait, Gauges, Measurements
 from faults import Fault, history, run
@@ -174,3 +174,22 @@ def test_the_progress_line_says_what_holds_a_run_up_and_fits_a_line(share: float
     assert said in shown[0]
     assert "12.35M tokens/s  MFU 41%" in shown[0]
     assert len(shown[0]) <= 110
+
+
+# --- NVIDIA's resiliency extension ------------------------------------------------------------------------------------
+
+
+def test_nvidias_callbacks_are_made_where_they_can_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("StragglerDetectionCallback", "FaultToleranceCallback")
+    package = SimpleNamespace(**{name: lambda name=name, **_: name for name in names})
+    monkeypatch.delenv(resiliency._SOCKET, raising=False)
+    monkeypatch.setattr(resiliency, "importable", lambda _: None)
+    assert resiliency.resiliency_callbacks("cuda", tmp_path) == []
+    monkeypatch.setattr(resiliency, "importable", lambda _: package)
+    monkeypatch.setattr(resiliency, "import_problem", lambda _: "libcupti.so.12: cannot open shared object file")
+    assert resiliency.resiliency_callbacks("cuda", tmp_path) == []
+    monkeypatch.setattr(resiliency, "import_problem", lambda _: None)
+    assert resiliency.resiliency_callbacks("cpu", tmp_path) == []
+    assert resiliency.resiliency_callbacks("cuda", tmp_path) == [names[0]]
+    monkeypatch.setenv(resiliency._SOCKET, "/tmp/monitor.socket")
+    assert resiliency.resiliency_callbacks("cuda", tmp_path) == list(names)

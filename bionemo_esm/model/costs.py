@@ -76,12 +76,13 @@ def memory_per_device(
     falls back to a kernel that keeps them; they are not counted.)
     """
     width, parameters = BYTES[precision], parameters_per_device(config, tensor_parallel)
+    largest = max(math.prod(shape) for _, shape in config.tensors()) / tensor_parallel  # tensors are not cut further
     moments = 2 * _FLOAT32 * parameters
     return Memory(
         parameters=width * parameters,
         masters=0 if precision == "32" else _FLOAT32 * parameters,
         gradients=_FLOAT32 * parameters,
-        moments=math.ceil(moments / data_parallel) if shard_optimizer else moments,
+        moments=math.ceil(max(moments / data_parallel, 2 * _FLOAT32 * largest)) if shard_optimizer else moments,
         activations=_activations(config, tokens_of_micro_batch, width, tensor_parallel, device_type),
     )
 
@@ -110,6 +111,7 @@ def _activations(config: EncoderConfig, tokens: float, width: int, tensor_parall
     split = ((4 + copies) * hidden + 2 * ffn) * width + config.num_attention_heads * _FLOAT32
     statistics = 2 * _FLOAT32  # mean and deviation, which a layer norm keeps
     layer = 4 * hidden * width + 2 * statistics + split / tensor_parallel + 2 * masks
-    ends = hidden * width + masks + 2 * 8 + statistics  # the last layer norm, dropout of the embedding, int64 ids
+    norms = 2 if config.embedding_layernorm else 1  # before the blocks, and after them
+    ends = norms * (hidden * width + statistics) + masks + 2 * 8  # with dropout of the embedding, and int64 ids
     head = 5 * hidden * width + VOCABULARY_SIZE * _FLOAT32
     return math.ceil(tokens * (config.num_layers * layer + ends + CHOSEN_SHARE * head))

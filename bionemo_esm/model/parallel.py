@@ -6,25 +6,31 @@ weights and see the same sequences: matrices are split between them, norms and s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state
 from torch import distributed
 
 
-def ensure_groups(tensor_model_parallel_size: int = 1) -> None:
+def ensure_groups(tensor_model_parallel_size: int = 1, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Bring up what is missing: a process group of this process alone, and Megatron's groups over the world there is.
 
     Alone, the rendezvous is in memory: no port, no file, no environment variable. Under a launcher the strategy has
-    brought the world up before, and only Megatron's groups are added. Groups that are up stay as they are.
+    brought the world up before, and only Megatron's groups are added. Groups that are up stay as they are. `timeout`:
+    of a collective operation.
     """
     if not distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_model_parallel_size)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
+        )
 
 
 def destroy_groups() -> None:

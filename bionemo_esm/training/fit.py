@@ -22,7 +22,7 @@ from bionemo_esm.training.background import BackgroundWriter
 from bionemo_esm.training.callbacks import History, Progress
 from bionemo_esm.training.checkpoint_averaging import CheckpointAveraging
 from bionemo_esm.training.checkpoints import Checkpoints, SafeCheckpointIO
-from bionemo_esm.training.hangs import HangWatch
+from bionemo_esm.training.hangs import HangWatch, collective_timeout
 from bionemo_esm.training.measurements import Gauges, device_name
 from bionemo_esm.training.muster import Muster, slurm_environment
 from bionemo_esm.training.prepared import PreparedRun
@@ -47,6 +47,7 @@ class FitResult:
     seconds: float  # of training and validation, earlier sessions of the run included
     measured: dict[str, float]  # over the last logging interval: `Measurements`
     resumed_from_step: int
+    first_step: int  # over 0 where the run continues another
     backends: str
     precision: str
     device_name: str
@@ -95,6 +96,7 @@ def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
         seconds=history.seconds,
         measured=gauges.latest.known() if gauges.latest else {},
         resumed_from_step=start.steps,
+        first_step=start.first_step,
         backends=backends,
         precision=PRECISION_NAMES[dtype],
         device_name=device_name(trainer.strategy.root_device),
@@ -135,7 +137,7 @@ def _trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=MegatronStrategy(tensor_model_parallel_size=config.tensor_model_parallel_size),
+        strategy=MegatronStrategy(config.tensor_model_parallel_size, collective_timeout(config.hang_timeout_seconds)),
         plugins=[checkpoint_io, *([slurm] if (slurm := slurm_environment()) else [])],
         callbacks=callbacks,
         profiler=profiler,

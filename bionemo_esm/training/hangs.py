@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ EXIT_HANG = 4
 AT_LEAST_FOR_FIRST_STEP = 900.0  # seconds: devices and networks warm up, kernels are compiled
 AT_LEAST_FOR_SAVING = 3600.0  # seconds: other ranks see nothing of rank 0's writing but that they wait
 _WRITING_SECONDS = 20.0  # that a file system is given for the stacks: it may be what hangs
+
+
+def collective_timeout(hang_timeout_seconds: float | None) -> timedelta:
+    """How long ranks may wait for each other in a collective operation: longer than the watch does."""
+    if hang_timeout_seconds is None:
+        return timedelta(days=1)
+    return timedelta(seconds=max(hang_timeout_seconds, AT_LEAST_FOR_SAVING), minutes=10)
 
 
 class HangWatch(Callback):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from bionemo_esm.errors import ConfigError, UserError
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _PACKAGES = ("bionemo_esm", "torch", "megatron-core", "nemo_toolkit", "lightning", "numpy")
 _TO_COME_TOGETHER = timedelta(minutes=10)
-_TO_BUILD_A_STORE = timedelta(days=1)  # rank 0 may, while the others wait for it
+_TO_WAIT_FOR_RANK_0 = timedelta(days=1)  # that builds a store; in training `HangWatch` ends what stands still
 _MOST_NAMED = 4  # ranks, or differences, in one message
 
 
@@ -125,7 +126,8 @@ def assembled() -> Iterator[Muster]:
     rank, size = place
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        distributed.init_process_group(backend, rank=rank, world_size=size, timeout=_TO_COME_TOGETHER)
+        store, rank, size = next(rendezvous("env://", rank, size, timeout=_TO_COME_TOGETHER))
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TO_WAIT_FOR_RANK_0)
     except (distributed.DistError, RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         message = (
@@ -136,7 +138,7 @@ def assembled() -> Iterator[Muster]:
             print(f"error: {message}", file=sys.stderr)  # noqa: T201 - rank 0, who speaks for all, may not be there
         raise RollCallError(message) from error
     try:
-        yield Muster(rank, size, distributed.new_group(backend="gloo", timeout=_TO_BUILD_A_STORE))
+        yield Muster(rank, size, distributed.new_group(backend="gloo", timeout=_TO_WAIT_FOR_RANK_0))
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
@@ -156,27 +158,33 @@ def _launched_place() -> tuple[int, int] | None:
     environment = slurm_environment()
     if environment is None:
         return None
-    tasks = int(os.environ["SLURM_NTASKS"])
-    if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
-        raise ConfigError(
-            f"this Slurm job has {tasks} tasks, but the process was not started by srun: put srun before the command "
-            "(examples/slurm/pretrain.sbatch does)"
-        )
     _ = environment.main_address, environment.main_port  # left in MASTER_ADDR and MASTER_PORT
-    return environment.global_rank(), tasks
+    return environment.global_rank(), environment.world_size()
 
 
 def slurm_environment() -> SLURMEnvironment | None:
     """What Slurm's variables say of ranks and rendezvous, if the process runs under Slurm.
 
     Without Lightning's own handler that requeues a job: it would go on from a checkpoint of Lightning's. The batch
-    script requeues (examples/slurm/pretrain.sbatch).
+    script requeues (examples/slurm/pretrain.sbatch). Raises `ConfigError` for a job of several tasks that were not
+    started by srun, or not by number a node.
     """
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # half a second
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that srun is installed and was not used
-        return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
+        if not SLURMEnvironment.detect():
+            return None
+    tasks = os.environ["SLURM_NTASKS"]
+    if tasks != "1" and "SLURM_STEP_ID" not in os.environ:
+        raise ConfigError(
+            f"this Slurm job has {tasks} tasks, but the process was not started by srun: put srun before the command "
+            "(examples/slurm/pretrain.sbatch does)"
+        )
+    try:
+        return SLURMEnvironment(auto_requeue=False)
+    except RuntimeError as error:
+        raise ConfigError(f"Slurm: {error}") from error
 
 
 def _compare(notes: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from bionemo_esm.data.dealing import BatchPlan
 from bionemo_esm.data.masking import MaskingPolicy
+from bionemo_esm.data.store import MANIFEST_NAME, sha256_of_file
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import SCHEDULES, EncoderConfig, OptimConfig
 from bionemo_esm.settings import boolean, integer, known, number, path, plain_values, typed
@@ -284,13 +285,20 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """Eight hex digits of what the configuration says of the result; not of machine, logging or intervals."""
+        """Eight hex digits of what the configuration says of the result; not of machine, logging or intervals.
+
+        A store counts by its manifest, wherever it lies, once it is there.
+        """
+        manifest = self.data.store and self.data.store / MANIFEST_NAME
+        data = replace(self.data, num_workers=0, micro_batch_size=1, micro_batch_tokens=None)
+        if manifest is not None and manifest.is_file():
+            data = replace(data, store=Path(sha256_of_file(manifest)))
         science = {
             "seed": self.seed,
             "restore_from_path": self.restore_from_path,
             "continue_from_path": self.continue_from_path,
             "model": self.model.to_dict(),
-            "data": asdict(replace(self.data, num_workers=0, micro_batch_size=1, micro_batch_tokens=None)),
+            "data": asdict(data),
             "fasta_bytes": fasta.stat().st_size if (fasta := self.data.fasta) and fasta.is_file() else None,
             "global_batch_size": self.global_batch_size,
             "optim": asdict(self.optim),

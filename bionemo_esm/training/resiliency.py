@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from lightning.pytorch import Callback
-from nemo.utils import logging
+from lightning.pytorch.utilities import rank_zero_info
 
 from bionemo_esm.model.backends import import_problem, importable
 
@@ -19,6 +19,7 @@ _CALLBACKS = "nvidia_resiliency_ext.ptl_resiliency"
 _DETECTOR = "nvrx_cupti_module"  # compiled against CUPTI, which comes with CUDA
 _SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # by which ft_launcher's monitor of a rank is reached
 _REPORT_SECONDS = 300.0
+_LOGGER = "lightning.pytorch.resiliency"  # whose messages reach output.log; NeMo's do not
 _SLOW = 0.7  # of the performance of other GPUs, or of what this one had before
 
 
@@ -29,12 +30,12 @@ def resiliency_callbacks(device_type: str, folder: Path) -> list[Callback]:
     """
     package = importable(_CALLBACKS)
     if package is None:
-        logging.info(f"NVIDIA's resiliency extension is off: {import_problem(_CALLBACKS)}")
+        rank_zero_info(f"NVIDIA's resiliency extension is off: {import_problem(_CALLBACKS)}")
         return []
     callbacks: list[Callback] = []
     if device_type != "cuda" or import_problem(_DETECTOR):
         why = import_problem(_DETECTOR) if device_type == "cuda" else "it measures GPUs"
-        logging.info(f"NVIDIA's straggler detection is off: {why}")
+        rank_zero_info(f"NVIDIA's straggler detection is off: {why}")
     else:
         callbacks.append(
             package.StragglerDetectionCallback(
@@ -46,10 +47,15 @@ def resiliency_callbacks(device_type: str, folder: Path) -> list[Callback]:
                 gpu_individual_perf_threshold=_SLOW,
                 stop_if_detected=False,
                 enable_ptl_logging=False,
+                logger_name=_LOGGER,
             )
         )
     if _SOCKET in os.environ:
-        callbacks.append(package.FaultToleranceCallback(autoresume=False, calculate_timeouts=True, exp_dir=folder))
+        callbacks.append(
+            package.FaultToleranceCallback(
+                autoresume=False, calculate_timeouts=True, exp_dir=folder, logger_name=_LOGGER
+            )
+        )
     else:
-        logging.info("heartbeats to NVIDIA's ft_launcher are off: it did not start this process")
+        rank_zero_info("heartbeats to NVIDIA's ft_launcher are off: it did not start this process")
     return callbacks

@@ -121,7 +121,8 @@ def _averaged(run: PreparedRun, result: FitResult, screen: Screen) -> dict[str, 
         return {}
     restored = ESM1nvModel.restore_from(str(output))
     saving, found = run.recipe.exp_manager.checkpoints, len(restored.provenance["averaged_from"])
-    wanted = min(saving.average_last, -(-result.steps // saving.every_n_train_steps))
+    written = -(-result.steps // saving.every_n_train_steps) - result.first_step // saving.every_n_train_steps
+    wanted = min(saving.average_last, written)
     if found < wanted:
         screen.say(f"warning: the average is of {found}, not {wanted} checkpoints; others are missing in averaging/")
     score = restored.evaluate(run.validation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -24,9 +25,16 @@ class MegatronStrategy(DDPStrategy):
     out. Works over NCCL and gloo, under Lightning's own launcher, torchrun and Slurm.
     """
 
-    def __init__(self, tensor_model_parallel_size: int = 1, **kwargs: Any) -> None:
-        """`tensor_model_parallel_size`: ranks that share one copy of the model; it must divide their number."""
-        super().__init__(**kwargs)
+    def __init__(
+        self, tensor_model_parallel_size: int = 1, timeout: timedelta = timedelta(minutes=30), **kwargs: Any
+    ) -> None:
+        """`tensor_model_parallel_size`: ranks that share one copy of the model; it must divide their number.
+
+        `timeout`: of a collective operation; longer than the time after which `HangWatch` ends a run, for that says
+        more.
+        """
+        super().__init__(timeout=timeout, **kwargs)
+        self._collective_timeout = timeout
         self.tensor_model_parallel_size = tensor_model_parallel_size
         self._owns_groups = False
 
@@ -44,7 +52,7 @@ class MegatronStrategy(DDPStrategy):
             self.set_world_ranks()
         else:
             super().setup_distributed()
-        ensure_groups(self.tensor_model_parallel_size)
+        ensure_groups(self.tensor_model_parallel_size, self._collective_timeout)
         self._owns_groups = True
         assert tensor_parallel_size() == self.tensor_model_parallel_size, "other groups were up in this process before"
 
