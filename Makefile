@@ -11,7 +11,7 @@ pretrain: .venv/.ready
 	@$(BIN)/python examples/pretrain_esm1nv.py recipe=laptop
 
 test: lint
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 lint: .venv/.ready
 	@$(BIN)/ruff check .

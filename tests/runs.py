@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +36,11 @@ SMALL = (
     "exp_manager.create_tensorboard_logger=false",
 )
 """Overrides for a model that trains in a second; every test starts from these."""
+
+
+def tool(name: str) -> str | None:
+    """A command of this environment, active or not, or of the machine; None where there is neither."""
+    return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
 def composed(*overrides: str) -> DictConfig:

