@@ -2,8 +2,8 @@
 #   docker build -t bionemo_esm .
 #   docker run --rm --gpus all bionemo_esm doctor
 #   docker run --gpus all --ipc host -v /data:/data:ro -v "$PWD/runs:/work/runs" bionemo_esm \
-#       pretrain trainer.devices=1 data.store=/data/uniref50
-# 26.03 has torch 2.11.0a0. The earlier ones do not do: 25.12 and 26.01 have 2.10.0a0, which comes before 2.10.
+#       pretrain trainer.num_nodes=1 trainer.devices=1 data.store=/data/uniref50
+# 26.03 has torch 2.11.0a0. 25.12 would not do: its 2.10.0a0 comes before 2.10.
 FROM nvcr.io/nvidia/pytorch:26.03-py3
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]

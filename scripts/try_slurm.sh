@@ -1,6 +1,6 @@
 #!/bin/bash
 # A real Slurm of one node on this machine, and the real job scripts under it: time limit, preemption, requeue, a mistake,
-# a crash, and the chain of two phases and their average. Needs root and Debian (or Ubuntu); about ten minutes on two cores.
+# a crash, and the chain of two phases and their average. Needs root and Debian (or Ubuntu); about seven minutes on two cores.
 #
 #   sudo scripts/try_slurm.sh                          all of it
 #   sudo scripts/try_slurm.sh whole time_limit         parts: whole time_limit preemption cancel mistake crash chain

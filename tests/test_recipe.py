@@ -156,6 +156,16 @@ def test_the_run_folder_follows_from_what_is_computed_and_from_nothing_else() ->
     assert recipe("recipe=laptop", "exp_manager.name=mine").run_folder == Path("runs/mine")
 
 
+def test_a_store_counts_by_what_is_in_it_wherever_it_lies(tmp_path: Path) -> None:
+    """So a copy on a node's own disk is the same run."""
+    for name, content in (("a", "{1}"), ("b", "{1}"), ("c", "{2}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(content)
+    a, b, c, d = (recipe("recipe=laptop", f"data.store={tmp_path / name}").fingerprint for name in "abcd")
+    assert a == b
+    assert len({a, c, d}) == 3
+
+
 def test_other_ranks_with_the_same_global_batch_are_the_same_run() -> None:
     laptop = recipe("recipe=laptop", "data.global_batch_size=8", "data.micro_batch_size=4")
     assert replace(laptop, trainer=replace(laptop.trainer, devices=2)).fingerprint == laptop.fingerprint

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bionemo_esm.data.store import SequenceSplit
-from runs import ROOT, SMALL, tool
+from runs import ROOT, tool
 
 SLURM = ROOT / "examples" / "slurm"
 SCRIPTS = sorted([*SLURM.iterdir(), ROOT / "scripts" / "try_slurm.sh"])
@@ -271,23 +271,6 @@ def test_a_chain_that_is_refused_halfway_leaves_nothing_in_the_queue(tmp_path: P
     assert run_script(tmp_path, "chain.sh", "--partition=gpu").code == 2
 
 
-@pytest.mark.slow
-def test_torchrun_starts_the_ranks_as_well(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    place = (f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run", "trainer.devices=2", "trainer.max_steps=2")
-    done = subprocess.run(
-        [*launcher, str(ROOT / "examples" / "pretrain_esm1nv.py"), *SMALL, *place],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 x cpu" in done.stdout
-    assert (tmp_path / "run" / "laptop.nemo").is_file()
-
-
 def test_every_setting_of_the_job_is_in_the_docs_table() -> None:
     settings = re.findall(r"^#   ([A-Z_]+)  ", PRETRAIN, re.M)
     assert len(settings) >= 9
@@ -300,7 +283,7 @@ MISSING = [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(na
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("BIONEMO_ESM_TRY_SLURM") != "1", reason="takes ten minutes: BIONEMO_ESM_TRY_SLURM=1")
+@pytest.mark.skipif(os.environ.get("BIONEMO_ESM_TRY_SLURM") != "1", reason="takes seven minutes: BIONEMO_ESM_TRY_SLURM=1")
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 @pytest.mark.skipif(os.geteuid() != 0, reason="munged and slurmd need root")
 @pytest.mark.timeout(2400)
