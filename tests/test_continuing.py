@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -60,6 +61,16 @@ def test_another_batch_goes_on_in_the_same_stream_at_the_rate_of_the_new_schedul
     assert [line["learning_rate"] for line in lines] == pytest.approx([learning_rate(config, n) for n in range(4, 8)])
     state = ArchiveFile.open(tmp_path / "second" / "checkpoints" / "step-000000008.ckpt").load_state()
     assert [group["weight_decay"] for group in state["optimizer_states"][0]["param_groups"]] == [0.5, 0.0]
+
+
+def test_the_best_checkpoint_of_the_run_before_is_none_of_this_ones(first: Path, tmp_path: Path) -> None:
+    """At a rate that unlearns, nothing comes up to it; the best of this run is kept all the same."""
+    overrides = (*PHASE_2, f"continue_from_path={first}", "optim.lr=1.0", "optim.sched.warmup_ratio=0")
+    assert run(tmp_path / "second", *overrides).codes == [0]
+    validations = [line["loss"] for line in history(tmp_path / "second") if line["kind"] == "validation"]
+    assert min(validations) > min(line["loss"] for line in history(first) if line["kind"] == "validation")
+    summary = json.loads((tmp_path / "second" / "summary.json").read_text())
+    assert Path(summary["best_checkpoint"]).parent == tmp_path / "second" / "checkpoints"
 
 
 def test_a_continued_run_that_was_stopped_goes_on_from_its_own_checkpoint(first: Path, tmp_path: Path) -> None:

@@ -64,6 +64,11 @@ def test_a_sequence_of_the_whole_budget_makes_a_micro_batch_of_its_own() -> None
     assert sorted(hand.tolist() for hand in shares) == [[0], [1], [2], [3]]
 
 
+def test_a_budget_that_the_fewest_micro_batches_would_break_takes_one_more() -> None:
+    tokens = np.array([300, 300, 300], dtype=np.int64)
+    assert [hand.tolist() for hand in BatchPlan(3, micro_batch_tokens=512).share(tokens)] == [[0], [1], [2]]
+
+
 def test_any_number_of_ranks_will_do_where_micro_batches_are_counted_in_tokens(lengths: NDArray[np.int64]) -> None:
     for world_size in (1, 7, 24, 100):
         plan = BatchPlan(100, world_size=world_size, micro_batch_tokens=1_024)
@@ -71,15 +76,34 @@ def test_any_number_of_ranks_will_do_where_micro_batches_are_counted_in_tokens(l
         assert sorted(dealt.tolist()) == list(range(100))
 
 
-def token_stream(store: ProteinStore, budget: int, world_size: int = 1, rank: int = 0) -> TrainingStream:
-    reader = SampleReader(store.split("train"), 512, MaskingPolicy(), seed=3)
+def token_stream(
+    store: ProteinStore, budget: int, world_size: int = 1, rank: int = 0, max_tokens: int = 512
+) -> TrainingStream:
+    reader = SampleReader(store.split("train"), max_tokens, MaskingPolicy(), seed=3)
     plan = BatchPlan(rank=rank, world_size=world_size, global_batch_tokens=budget, micro_batch_tokens=2_048)
     return TrainingStream(reader, plan)
 
 
-def test_a_global_batch_of_tokens_is_the_longest_slice_of_the_stream_that_fits(sample_store: ProteinStore) -> None:
-    source, consumed = token_stream(sample_store, 8_192), 0
-    for _ in range(120):  # into the next epoch: 2,600 sequences
+def test_lengths_are_those_of_the_row_that_is_packed(sample_store: ProteinStore) -> None:
+    reader = SampleReader(sample_store.split("train"), 300, MaskingPolicy(), seed=3)
+    samples = np.arange(100)
+    row = reader.packed(np.zeros_like(samples), samples)
+    np.testing.assert_array_equal(reader.tokens(np.zeros_like(samples), samples), np.diff(row.cu_seqlens.numpy()))
+
+
+def test_a_batch_that_comes_to_its_budget_exactly_is_full(sample_store: ProteinStore) -> None:
+    probe = token_stream(sample_store, 8_192)
+    exactly = int(probe.reader.tokens(*probe.order.samples(np.arange(20))).sum())
+    assert token_stream(sample_store, exactly).samples_after(0) == 20
+    assert token_stream(sample_store, exactly - 1).samples_after(0) == 19
+
+
+@pytest.mark.parametrize("max_tokens", [512, 4_096])  # of the second, far more fit than of the longest
+def test_a_global_batch_of_tokens_is_the_longest_slice_of_the_stream_that_fits(
+    sample_store: ProteinStore, max_tokens: int
+) -> None:
+    source, consumed = token_stream(sample_store, 8_192, max_tokens=max_tokens), 0
+    for _ in range(150):  # into the next epoch: 2,600 sequences
         count = source.samples_after(consumed)
         epochs, samples = source.order.samples(np.arange(consumed, consumed + count + 1))
         ends = np.cumsum(source.reader.tokens(epochs, samples))
