@@ -91,6 +91,8 @@ def test_another_global_batch_is_said_to_be_another_optimisation() -> None:
     assert other.global_batch_size == 5_920
     assert "5,920 sequences, the recipe's 65,120: this is another optimisation" in (other.departure() or "")
     assert "data.global_batch_size=65120 keeps it" in (other.departure() or "")
+    pairs = recipe("data.global_batch_size=null", "trainer.num_nodes=2", "trainer.tensor_model_parallel_size=2")
+    assert pairs.global_batch_size == 2_960, "two devices that share a copy share its sequences"
     tokens = recipe("recipe=esm1b", "data.global_batch_tokens=262144")
     assert "262,144 tokens, the recipe's 131,072" in (tokens.departure() or "")
     sequences = recipe("recipe=esm1b", "data.global_batch_tokens=null", "data.global_batch_size=512")

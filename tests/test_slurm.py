@@ -283,9 +283,7 @@ MISSING = [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(na
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    os.environ.get("BIONEMO_ESM_TRY_SLURM") != "1", reason="seven minutes: BIONEMO_ESM_TRY_SLURM=1"
-)
+@pytest.mark.skipif(os.environ.get("BIONEMO_ESM_TRY_SLURM") != "1", reason="seven minutes: BIONEMO_ESM_TRY_SLURM=1")
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 @pytest.mark.skipif(os.geteuid() != 0, reason="munged and slurmd need root")
 @pytest.mark.timeout(2400)
