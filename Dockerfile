@@ -1,7 +1,7 @@
 # NVIDIA's PyTorch container brings CUDA, NCCL, Transformer Engine and Apex; this adds the plugin and what it imports.
 #   docker build -t bionemo_esm .
 #   docker run --rm --gpus all bionemo_esm doctor
-#   docker run --gpus all --ipc host -v /data:/data:ro -v "$PWD/runs:/work/runs" bionemo_esm \
+#   docker run --gpus all --ipc host -v /data:/data:ro -v "$PWD/runs:/work/runs" --user "$(id -u)" bionemo_esm \
 #       pretrain trainer.num_nodes=1 trainer.devices=1 data.store=/data/uniref50
 # 26.03 has torch 2.11.0a0. 25.12 would not do: its 2.10.0a0 comes before 2.10.
 FROM nvcr.io/nvidia/pytorch:26.03-py3

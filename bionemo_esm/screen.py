@@ -145,3 +145,9 @@ def duration(seconds: float) -> str:
     days, hour = divmod(hours, 24)
     clock = f"{hour}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
     return f"{days} d {clock}" if days else clock
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks and writes for all: so where torchrun, Slurm or Lightning's launcher gave rank 0,
+    and where nobody gave any."""
+    return all(os.environ.get(variable, "0") == "0" for variable in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))

@@ -7,6 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
+from bionemo_esm.command_line import check_command_line
 from bionemo_esm.training.jobs import average
 
 
@@ -16,4 +17,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    check_command_line("average_checkpoints")
     main()

@@ -8,6 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
+from bionemo_esm.command_line import check_command_line
 from bionemo_esm.training.run import pretrain
 
 
@@ -17,4 +18,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    check_command_line("pretrain_esm1nv")
     main()

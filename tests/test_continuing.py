@@ -115,11 +115,12 @@ def test_what_cannot_be_continued_is_refused(
     first: Path, tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
     assert message in refusal(tmp_path / "run", *PHASE_2, f"continue_from_path={first}", *overrides)
+    assert not (tmp_path / "run").exists(), "refused before anything is begun"
 
 
 def test_a_folder_without_checkpoints_and_a_damaged_checkpoint_are_named(first: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "has no checkpoint; name a run's folder" in refusal(
+    assert "holds no checkpoint; name a run's folder" in refusal(
         tmp_path / "run", *PHASE_2, f"continue_from_path={tmp_path / 'empty'}"
     )
     damaged = tmp_path / "damaged.ckpt"

@@ -90,6 +90,18 @@ def test_a_driver_that_torch_cannot_use_is_a_problem(
     assert report(capfd, "--quick")[0] == 0
 
 
+@pytest.mark.parametrize(("name", "value"), [("SLURM_GPUS_ON_NODE", "8"), ("CUDA_VISIBLE_DEVICES", "0,1")])
+def test_gpus_that_were_promised_and_are_not_there_are_a_problem(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv(name, value)
+    assert doctor.main(["--quick"]) == 1
+    assert f"{name}={value} promises GPUs, but torch sees none" in capfd.readouterr().out
+    monkeypatch.setenv(name, "" if name == "CUDA_VISIBLE_DEVICES" else "0")
+    assert doctor.main(["--quick"]) == 0
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "REQUIRED", (*doctor.REQUIRED, "nemo-of-the-future"))
     code, found = report(capfd)

@@ -20,7 +20,8 @@ import torch
 from bionemo_esm import config_directory
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.archive import Archive, ArchiveError, write_archive
+from bionemo_esm.model.archive import Archive, write_archive
+from bionemo_esm.model.schedule import learning_rate
 from bionemo_esm.training.planning.checks import findings
 from bionemo_esm.training.planning.facts import SPREAD, DataFacts, DeviceFacts, Facts, StartFacts, gather_facts
 from bionemo_esm.training.planning.picture import _draw, write_picture
@@ -121,7 +122,7 @@ def test_fewer_gpus_take_longer_and_change_nothing_else() -> None:
     assert alone.batch.accumulation == 176
     assert (alone.samples, alone.flops, alone.memory) == (whole.samples, whole.flops, whole.memory)
     assert alone.wall_seconds == pytest.approx(176 * whole.wall_seconds)
-    assert "the published optimisation" in text_of(alone)
+    assert "the published batch" in text_of(alone)
     assert "the source had 176, which does not matter" in text_of(alone)
 
 
@@ -161,7 +162,7 @@ def test_disk_is_counted_in_files() -> None:
     plain = planned("exp_manager.checkpoints.average_last=0", "exp_manager.checkpoints.keep_best=false").storage
     assert plain.peak_bytes == (4 * 3 + 1) * weights
     short = planned("trainer.max_steps=3000").storage
-    assert short.peak_bytes == (5 * 3 + 4 + 2) * weights
+    assert short.peak_bytes == short.written_bytes == (3 * (3 + 1) + 2) * weights, "no more than is written"
     continued = planned("recipe=esm1nv_phase2", facts=replace(FACTS, start=StartFacts(349_500))).storage
     assert continued.checkpoints == 957 - 349 + 1
 
@@ -206,7 +207,7 @@ def test_a_store_that_is_there_comes_before_published_numbers(sample_store: Prot
 def test_without_a_store_the_published_numbers_count_and_it_says_so() -> None:
     plan = gathered()
     assert plan.facts.data.train_sequences == 51_000_000
-    assert "(published, as there is no data/uniref50_2022_05 here)" in text_of(plan)
+    assert "(published, as there is no store in data/uniref50_2022_05)" in text_of(plan)
 
 
 def test_the_laptop_is_planned_with_the_sample_before_it_is_a_store(sample_store: ProteinStore) -> None:
@@ -247,10 +248,18 @@ def test_without_a_published_mfu_the_time_is_bounded_by_the_peak() -> None:
     assert "no peak is on record for NVIDIA Next in bfloat16" in text_of(planned(facts=unknown))
 
 
-def checkpoint(path: Path, steps: int, samples: int) -> Path:
+def checkpoint(path: Path, steps: int, samples: int, seed: int = 42, rate: float | None = None) -> Path:
+    """Of a run of ESM-1nv's phase 1, as far as a plan looks at it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    card = recipe_of()
     provenance = {"steps": steps, "consumed_samples": samples}
-    return write_archive(path, Archive("ESM1nvModel", {}, {"w": torch.zeros(2)}, provenance))
+    rate = learning_rate(card.optim, steps) if rate is None else rate
+    state = {
+        "identity": {"seed": seed, "data.masking": str(card.data.masking)},
+        "optimizer_states": [{"param_groups": [{"lr": rate}]}],
+    }
+    config = {"encoder": card.model.to_dict()}
+    return write_archive(path, Archive("ESM1nvModel", config, {"w": torch.zeros(2)}, provenance, state))
 
 
 def test_a_continued_run_begins_where_the_newest_readable_checkpoint_is(tmp_path: Path) -> None:
@@ -269,8 +278,27 @@ def test_a_continued_run_begins_where_the_newest_readable_checkpoint_is(tmp_path
         gathered("recipe=esm1nv_phase2", "trainer.max_steps=1000", f"continue_from_path={tmp_path}/phase1")
     for good in ("step-000000900.ckpt", "step-000001000.ckpt"):
         (folder / good).unlink()
-    with pytest.raises(ArchiveError, match=r"step-000002000\.ckpt"):
+    with pytest.raises(ConfigError, match=r"continue_from_path: .*step-000002000\.ckpt"):
         gathered(*phase_2, f"continue_from_path={tmp_path}/phase1")
+
+
+def test_what_the_run_would_refuse_to_continue_the_plan_refuses_too(tmp_path: Path) -> None:
+    theirs = checkpoint(tmp_path / "a.ckpt", 900, 51_000_000, seed=7)
+    with pytest.raises(ConfigError, match="seed = 7, this run has 42; continue_from_path goes on in the same stream"):
+        gathered("recipe=esm1nv_phase2", f"continue_from_path={theirs}")
+    ours = checkpoint(tmp_path / "b.ckpt", 900, 51_000_000)
+    with pytest.raises(ConfigError, match=r"another model: model\.num_layers differ"):
+        gathered("recipe=esm1nv_phase2", f"continue_from_path={ours}", "model.num_layers=5")
+
+
+def test_a_rate_that_jumps_where_another_run_ended_is_said_and_not_drawn_as_one_curve(tmp_path: Path) -> None:
+    smooth = gathered("recipe=esm1nv_phase2", f"continue_from_path={checkpoint(tmp_path / 'a.ckpt', 900, 1)}")
+    assert not any("the rate goes from" in line for line in findings(smooth))
+    other = checkpoint(tmp_path / "b.ckpt", 900, 1, rate=1e-5)
+    jumping = gathered("recipe=esm1nv_phase2", f"continue_from_path={other}")
+    assert any("the rate goes from 1.00e-05, where the run before left it, to 2.00e-04" in x for x in findings(jumping))
+    pale = [next(line for line in _draw(plan).axes[0].lines if len(line.get_xdata()) > 2) for plan in (smooth, jumping)]
+    assert [line.get_xdata()[0] for line in pale] == [0, 900]
 
 
 # --- what it finds ---------------------------------------------------------------------------------------------------

@@ -106,8 +106,8 @@ def test_another_global_batch_is_said_to_be_another_optimisation() -> None:
         (["trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2 has no say"),
         (["trainer.tensor_model_parallel_size=5"], r"tensor_model_parallel_size \(5\) must divide the 176 devices"),
         (["trainer.tensor_model_parallel_size=8"], r"parallel_size \(8\) must divide model.num_attention_heads \(12\)"),
-        (["data.global_batch_tokens=99999"], "global_batch_size and global_batch_tokens are both set"),
-        (["data.micro_batch_tokens=4096"], "micro_batch_size .* or data.micro_batch_tokens must be set"),
+        (["data.global_batch_tokens=99999"], "global_batch_size and data.global_batch_tokens are both set"),
+        (["data.micro_batch_tokens=4096"], "micro_batch_size .* and data.micro_batch_tokens are both set"),
         (["data.micro_batch_size=null", "data.micro_batch_tokens=400"], r"\(400\) must hold a sequence .* \(512\)"),
         (["recipe=esm1b", "trainer.num_nodes=32"], "at least 262144, or at most 128 ranks"),
         (["recipe=esm1b", "data.global_batch_tokens=null"], "needs data.global_batch_size or data.global_batch_tokens"),
@@ -178,3 +178,9 @@ def test_other_ranks_with_the_same_global_batch_are_the_same_run() -> None:
 )
 def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "..", "''"])
+def test_a_runs_name_is_that_of_one_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"exp_manager\.name must be the name of one folder"):
+        recipe("recipe=laptop", f"exp_manager.name={name}")

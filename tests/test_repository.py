@@ -17,7 +17,7 @@ from bionemo_esm.training.recipe import load_recipe
 from runs import ROOT, composed
 
 PACKAGE = ROOT / "bionemo_esm"
-FLOORS = ("alphabet", "errors", "settings", "screen", "data", "model", "training")  # from the ground up
+FLOORS = ("alphabet", "errors", "settings", "screen", "command_line", "data", "model", "training")  # from the ground up
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 README = (ROOT / "README.md").read_text()
 

@@ -18,6 +18,7 @@ import hydra
 from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
+from bionemo_esm.command_line import check_command_line
 from bionemo_esm.data.card import StoreCard, draw_card
 from bionemo_esm.data.cleaning import CleaningPolicy
 from bionemo_esm.data.clusters import build_clustered_store
@@ -227,5 +228,6 @@ def _written(file: Path) -> Iterator[Path]:
 
 def main() -> None:
     """Preprocess, where there is no checkout and so no `examples/`."""
+    check_command_line("preprocess_uniref50")
     compose = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="preprocess_uniref50")
     compose(preprocess)()

@@ -181,15 +181,26 @@ class ArchiveFile:
                 raise ArchiveError(f"{self.path}: tensor {quoted(name)} holds NaN or infinity; the model is of no use")
         return weights
 
-    def load_state(self) -> dict[str, Any]:
-        """The state of training that a checkpoint holds, verified. Raises `ArchiveError` for damage."""
+    def load_outline(self) -> dict[str, Any]:
+        """The state of training without its tensors, verified: small, and quick to read."""
         if not self.is_checkpoint:
             raise ArchiveError(f"{self.path}: holds a model and no state of training; give a checkpoint")
-        self.verify(STATE, STATE_TENSORS)
+        self.verify(STATE)
+        try:
+            outline = parse_json(read_section(self.path, self.sections[STATE]))
+        except ValueError as error:
+            raise ArchiveError(f"{self.path}: {STATE} cannot be used: {error}") from error
+        if not isinstance(outline, dict):
+            raise ArchiveError(f"{self.path}: {STATE} is not a mapping")
+        return outline
+
+    def load_state(self) -> dict[str, Any]:
+        """The state of training that a checkpoint holds, verified. Raises `ArchiveError` for damage."""
+        outline = self.load_outline()
+        self.verify(STATE_TENSORS)
         table = TensorTable.open(self.path, STATE_TENSORS, self.sections[STATE_TENSORS])
         try:
-            tree = parse_json(read_section(self.path, self.sections[STATE]))
-            state = put_tensors_back(tree, table.load_all())
+            state = put_tensors_back(outline, table.load_all())
         except (ValueError, TypeError) as error:
             raise ArchiveError(f"{self.path}: {STATE} cannot be used: {error}") from error
         if not isinstance(state, dict):

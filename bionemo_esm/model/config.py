@@ -146,6 +146,8 @@ class OptimConfig:
     schedule: str = COSINE  # one of SCHEDULES
 
     def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ConfigError(f"optim.lr must be positive, not {self.lr}")
         if not 0 <= self.min_lr < self.lr:
             raise ConfigError(f"optim.sched.min_lr ({self.min_lr}) must lie in [0, optim.lr = {self.lr})")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

@@ -16,11 +16,15 @@ from bionemo_esm.model.schedule import learning_rate
 STREAM_KEYS = frozenset({"seed", "samples of an epoch", "train.bin", "data.masking"})
 """What of a run's identity says which sample comes when, and what is hidden in it."""
 
-_ANOTHER_RUN = "give this run another exp_manager.name, or remove the run's folder"
+_ANOTHER_RUN = (
+    "to go on with it under these settings, give this run another exp_manager.name and continue_from_path=<the folder "
+    "of the old one>; to begin anew, another exp_manager.name alone"
+)
 _ANOTHER_STREAM = (
     "continue_from_path goes on in the same stream of samples; for another one begin with the weights alone: "
     "restore_from_path=<the run's .nemo>"
 )
+_ANOTHER_MODEL = "give this run the same model, or another exp_manager.name and no checkpoint to go on from"
 _OF_A_SCHEDULE = ("last_epoch", "_step_count")
 
 
@@ -38,7 +42,7 @@ def check_that_it_fits(
         wrong = [key for key, _, _ in encoder.differences(saved)]
     if wrong:
         names = ", ".join(f"model.{key}" for key in wrong)
-        raise ConfigError(f"the checkpoint was written by another model: {names} differ; {advice}")
+        raise ConfigError(f"the checkpoint was written by another model: {names} differ; {_ANOTHER_MODEL}")
     for key, value in identity.items():
         theirs = checkpoint["identity"].get(key)
         if theirs != value and (key in STREAM_KEYS or not continues):

@@ -160,6 +160,15 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in named.items() if not any(word in name for word in secret)}
 
 
+def _promised_gpus() -> str | None:
+    """The variable, with its value, by which a scheduler or a person says that there are GPUs."""
+    none = {"SLURM_GPUS_ON_NODE": ("", "0"), "SLURM_JOB_GPUS": ("",), "CUDA_VISIBLE_DEVICES": ("", "-1", "NoDevFiles")}
+    for name, nothing in none.items():
+        if (value := os.environ.get(name, "")) not in nothing:
+            return f"{name}={value}"
+    return None
+
+
 def _look_at_gpus(facts: _Facts) -> None:
     """Each GPU, and whether it answers. Raises `NotReadyError` for a driver that torch cannot use."""
     import torch
@@ -170,6 +179,11 @@ def _look_at_gpus(facts: _Facts) -> None:
             fix = "start the container with --gpus all, or update the driver" if torch.version.cuda else ""
             fix = fix or "this torch is built for CPUs; install a build for CUDA, or use the container"
             raise NotReadyError(f"an NVIDIA driver is here, but torch sees no GPU: {fix}")
+        if promised := _promised_gpus():
+            raise NotReadyError(
+                f"{promised} promises GPUs, but torch sees none: look whether the driver is there (nvidia-smi), and "
+                "whether torch is built for CUDA"
+            )
         facts["notes"].append("no GPU: recipes for a CPU only, such as recipe=laptop")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

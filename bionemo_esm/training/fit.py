@@ -106,7 +106,7 @@ def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
 def _start_to_tell(run: PreparedRun, screen: Screen) -> dict[str, Any]:
     """`choose_start`, as rank 0 tells it to the others: a checkpoint is verified once, not by every rank."""
     recipe = run.recipe
-    start = choose_start(run.folder, recipe.continue_from_path, recipe.trainer.max_steps, screen)
+    start = choose_start(run.folder, recipe.continue_from_path, screen)
     return {**asdict(start), "checkpoint": start.checkpoint and str(start.checkpoint)}
 
 

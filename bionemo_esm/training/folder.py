@@ -32,8 +32,13 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises `ConfigError`, naming the holder, where another process holds it. The system lets go of it when the process
     ends, however it ends. Where the file system knows no locks there is none.
     """
-    path = folder / _LOCK
-    with path.open("a+", encoding="utf-8") as lock:
+    try:
+        file = (folder / _LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"exp_manager.exp_dir: {folder} cannot be written to ({error.strerror}); choose another place"
+        ) from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

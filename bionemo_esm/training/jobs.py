@@ -12,6 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
+from bionemo_esm.command_line import check_command_line
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.screen import Meter, Screen, exit_of
 from bionemo_esm.settings import integer, known, path, plain_values
@@ -72,6 +73,7 @@ def _average(config: AverageConfig) -> int:
 
 def average_main() -> None:
     """`bionemo-esm average`, where there is no checkout and so no `examples/`."""
+    check_command_line("average_checkpoints")
     hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="average_checkpoints")(average)()
 
 

@@ -202,7 +202,7 @@ def _compare(notes: list[dict[str, Any]]) -> None:
             if theirs != ours:
                 lines.append(f"rank {rank} ({note['host']}) has {key} = {theirs}; rank 0 has {ours}")
     if lines:
-        raise RollCallError(f"ranks differ, and must not:\n  - {_listed(lines)}")
+        raise RollCallError(f"ranks differ, and must not:\n  - {_listed(lines)}\nStart all with the same command.")
 
 
 def _listed(lines: list[str]) -> str:

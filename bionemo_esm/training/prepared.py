@@ -92,7 +92,7 @@ class PreparedRun:
             "steps": f"{steps:,}, {steps * batch / self.train.num_clusters:,.1f} epochs, {steps * tokens:,.0f} tokens"
             + (f"; after the {first_step:,} of {recipe.continue_from_path}" if first_step else "")
             + (f"; going on from step {resumed_from_step:,}" if resumed_from_step > first_step else ""),
-            "device": f"{trainer.world_size} x {trainer.accelerator}, {precision}",
+            "device": f"{trainer.world_size} x {trainer.accelerator}, {precision}{self._sharing()}",
             "fused": backends,
             "results": f"{short(self.folder)} (messages of other libraries: {short(self.folder / OUTPUT_LOG)})",
         }
@@ -101,6 +101,11 @@ class PreparedRun:
         if (departure := recipe.departure()) is not None:
             lines["note"] = departure
         return "\n".join([f"\n{recipe.name}", *(f"  {key:<8} {text}" for key, text in lines.items()), ""])
+
+    def _sharing(self) -> str:
+        trainer = self.recipe.trainer
+        ranks, moments = trainer.tensor_model_parallel_size, trainer.shard_optimizer
+        return (f", {ranks} share a copy of the model" if ranks > 1 else "") + (", moments sharded" if moments else "")
 
     def _dealing(self) -> str:
         plan = self.stream.plan
@@ -113,7 +118,8 @@ class PreparedRun:
                 else f"{plan.micro_batch_size} sequences"
             )
             return f" (dealt to {plan.world_size} ranks, at most {most} at a time)"
-        return f" ({plan.world_size} ranks x {plan.micro_batch_size} sequences x {plan.accumulation} accumulated)"
+        ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
+        return f" ({ranks} x {plan.micro_batch_size} sequences x {plan.accumulation} accumulated)"
 
     def _batch(self, sequences: float, tokens: float) -> str:
         if self.recipe.global_batch_size is None:

@@ -56,10 +56,11 @@ class DataConfig:
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"data.{name} must not be negative, but is {getattr(self, name)}")
         if self.global_batch_size is not None and self.global_batch_tokens is not None:
-            raise ConfigError("data.global_batch_size and global_batch_tokens are both set; set one of them to null")
+            raise ConfigError("data.global_batch_size and data.global_batch_tokens are both set; let one be null")
         if (self.micro_batch_size is None) == (self.micro_batch_tokens is None):
+            both = "are both set; choose one" if self.micro_batch_size else "are both null; set one"
             raise ConfigError(
-                "data.micro_batch_size (sequences) or data.micro_batch_tokens must be set, and the other one be null"
+                f"data.micro_batch_size (sequences) and data.micro_batch_tokens {both}, and let the other be null"
             )
 
 
@@ -139,6 +140,10 @@ class ExperimentConfig:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
+            raise ConfigError(
+                f"exp_manager.name must be the name of one folder in exp_manager.exp_dir, not {self.name!r}"
+            )
         given = {key for key, value in self.wandb_logger_kwargs.items() if value is not None}
         missing = sorted({"name", "project"} - given)
         if self.create_wandb_logger and missing:
@@ -268,7 +273,7 @@ class Recipe:
                 what = f"{ours:,} {unit}" if ours is not None else f"not counted in {unit}"
                 return (
                     f"the global batch is {what}, the recipe's {theirs:,}: this is another optimisation. "
-                    f"data.{key}={theirs} keeps it on any number of devices"
+                    f"data.{key}={theirs} keeps it, on however many devices"
                 )
         return None
 

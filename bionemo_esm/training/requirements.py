@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -10,8 +9,11 @@ import torch
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.backends import parameter_dtype
+from bionemo_esm.training.origin import find_origin
 from bionemo_esm.training.recipe import Recipe, TrainerConfig
 from bionemo_esm.training.storage import Storage, free_space
+
+_LAPTOP = "\nTo see the whole path at work on this machine: python examples/pretrain_esm1nv.py recipe=laptop"
 
 
 def check_requirements(recipe: Recipe, launched: int | None = None) -> None:
@@ -32,10 +34,12 @@ def check_requirements(recipe: Recipe, launched: int | None = None) -> None:
         raise ConfigError(
             f"recipe {recipe.name} cannot run here:\n  - "
             + "\n  - ".join(missing)
-            + "\nTo see the whole path at work on this machine: python examples/pretrain_esm1nv.py recipe=laptop"
+            + (_LAPTOP if recipe.name != "laptop" else "")
         )
     if recipe.restore_from_path is not None:
         _check_archive(recipe, recipe.restore_from_path)
+    if not _has_checkpoints(recipe):
+        find_origin(recipe)
 
 
 def _missing_processes(trainer: TrainerConfig, launched: int | None) -> list[str]:
@@ -73,13 +77,17 @@ def _missing_files(recipe: Recipe) -> list[str]:
 def _missing_origin(recipe: Recipe) -> list[str]:
     """Of the run that this one continues; it is needed for the first start only."""
     origin, before = recipe.continue_from_path, recipe.published and recipe.published.continues
-    if any((recipe.run_folder / "checkpoints").glob("step-*.ckpt")):
+    if _has_checkpoints(recipe):
         return []
     if origin is None and before is not None:
         return [f"continue_from_path: {recipe.name} goes on with a run of {before}; name its folder, or a .ckpt of it"]
     if origin is not None and not origin.exists():
         return [f"continue_from_path: there is no {origin}; name a run's folder, or a .ckpt"]
     return []
+
+
+def _has_checkpoints(recipe: Recipe) -> bool:
+    return any((recipe.run_folder / "checkpoints").glob("step-*.ckpt"))
 
 
 def _missing_space(recipe: Recipe) -> list[str]:
@@ -105,9 +113,3 @@ def _check_archive(recipe: Recipe, path: Path) -> None:
             f"restore_from_path: {path} has {key} = {there}, the recipe model.{key} = {here}; set model.{key}={there}, "
             "or choose the model group that the archive was trained with"
         )
-
-
-def is_rank_zero() -> bool:
-    """Whether this process speaks and writes for all: so where torchrun, Slurm or Lightning's launcher gave rank 0,
-    and where nobody gave any."""
-    return all(os.environ.get(variable, "0") == "0" for variable in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))

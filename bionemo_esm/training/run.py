@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.screen import Meter, Screen, duration, exit_of, third_party_output_in
+from bionemo_esm.screen import Meter, Screen, duration, exit_of, is_rank_zero, third_party_output_in
 from bionemo_esm.training.folder import alone_in, make_folder
 from bionemo_esm.training.muster import assembled, versions
 from bionemo_esm.training.prepared import OUTPUT_LOG, PreparedRun, describe_model, short
 from bionemo_esm.training.proteins import build_proteins, describe_source, open_proteins
 from bionemo_esm.training.recipe import Recipe, load_recipe
-from bionemo_esm.training.requirements import check_requirements, is_rank_zero
+from bionemo_esm.training.requirements import check_requirements
 
 if TYPE_CHECKING:  # NeMo takes seconds to import: a mistake in the configuration is answered before
     from bionemo_esm.model.esm1nv import ESM1nvModel
@@ -175,6 +175,7 @@ def _summary(run: PreparedRun, result: FitResult, restored: ESM1nvModel, archive
         **{name: result.measured.get(name) for name in ("residues_per_second", "tokens_per_second", "mfu")},
         **{name: result.measured.get(name) for name in ("data_wait_share", "memory_gb")},
         "resumed_from_step": result.resumed_from_step,
+        "continued_from": result.model.provenance.get("continued_from"),
         "best_checkpoint": str(result.best_checkpoint) if result.best_checkpoint else None,
         "command": shlex.join(["python", *sys.argv]),
     }

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveFile
-from bionemo_esm.screen import Screen
+from bionemo_esm.screen import Screen, is_rank_zero
 from bionemo_esm.training.checkpoints import DAMAGED, newest_checkpoint, tidy
-from bionemo_esm.training.requirements import is_rank_zero
 
 
 @dataclass(frozen=True)
@@ -22,11 +21,11 @@ class Start:
     of_another_run: bool = False  # whose configuration may have been another
 
 
-def choose_start(folder: Path, origin: Path | None, max_steps: int, screen: Screen) -> Start:
+def choose_start(folder: Path, origin: Path | None, screen: Screen) -> Start:
     """The start of the run in `folder`, which continues `origin` (a run's folder, or a checkpoint) if it is given.
 
     Damaged checkpoints of the run that are newer are set aside, and said to be. Raises `CheckpointError` or
-    `ArchiveError` where none can be read, `ConfigError` for an origin that has no checkpoint or is past `max_steps`.
+    `ArchiveError` where none can be read, `ConfigError` for an origin that has no checkpoint.
     """
     own = _own_checkpoint(folder / "checkpoints", screen)
     if own is not None:
@@ -38,11 +37,6 @@ def choose_start(folder: Path, origin: Path | None, max_steps: int, screen: Scre
         return Start()
     checkpoint = _checkpoint_of(origin, screen)
     steps = int(ArchiveFile.open(checkpoint).provenance["steps"])
-    if steps >= max_steps:
-        raise ConfigError(
-            f"continue_from_path: {checkpoint} is at step {steps:,} already, and trainer.max_steps ({max_steps:,}) "
-            "counts those steps, too; raise it"
-        )
     return Start(checkpoint, steps, steps, of_another_run=True)
 
 

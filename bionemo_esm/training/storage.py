@@ -41,7 +41,7 @@ class Storage:
     def peak_bytes(self) -> int:
         """On disk at a time, at most."""
         weights = (self.kept_snapshots + self.archives) * self.weights_bytes
-        return self.kept_checkpoints * self.checkpoint_bytes + weights
+        return min(self.kept_checkpoints * self.checkpoint_bytes + weights, self.written_bytes)
 
     @property
     def written_bytes(self) -> int:

@@ -13,6 +13,8 @@
 #   PHASE1, PHASE2                more key=value for one phase, separated by blanks
 #   LAST                          how many checkpoints are averaged; default: 47
 #   SBATCH_OPTIONS                more options for sbatch, for both phases, separated by blanks
+#   AVERAGE_OPTIONS               the same for the third job, which needs one core and no GPU
+# Account, partition and quality of service of all three: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS, as sbatch has them.
 
 set -euo pipefail
 
@@ -29,6 +31,7 @@ LAST=${LAST:-47}
 first=$RUNS/$NAME-phase1 second=$RUNS/$NAME-phase2
 average=$second/averaged-last-$LAST.nemo
 read -ra options <<<"${SBATCH_OPTIONS:-}"
+read -ra average_options <<<"${AVERAGE_OPTIONS:-}"
 read -ra phase1 <<<"${PHASE1:-}"
 read -ra phase2 <<<"${PHASE2:-}"
 
@@ -49,7 +52,7 @@ submit --job-name="$NAME-phase2" --nodes="${PHASE2_NODES:-18}" "${options[@]}" \
     --dependency="afterok:${submitted[0]}" --kill-on-invalid-dep=yes "$here/pretrain.sbatch" \
     recipe="${PHASE2_RECIPE:-esm1nv_phase2}" exp_manager.name="$NAME-phase2" continue_from_path="$first" \
     "$@" "${phase2[@]}"
-submit --job-name="$NAME-average" --dependency="afterok:${submitted[1]}" --kill-on-invalid-dep=yes \
+submit --job-name="$NAME-average" "${average_options[@]}" --dependency="afterok:${submitted[1]}" --kill-on-invalid-dep=yes \
     "$here/average.sbatch" checkpoints="$second/averaging/*.nemo" last="$LAST" output="$average"
 
 cat <<END

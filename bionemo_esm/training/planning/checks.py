@@ -6,6 +6,7 @@ somebody may regret after a thousand GPU hours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from bionemo_esm.data.dealing import divisors
@@ -52,6 +53,19 @@ def _length(plan: Plan) -> str | None:
     return (
         f"trainer.max_steps: the run is {plan.steps:,} steps long, the published one {published.steps:,}; "
         f"trainer.max_steps={last} makes them alike"
+    )
+
+
+def _another_rate(plan: Plan) -> str | None:
+    start = plan.facts.start
+    if start.learning_rate is None:
+        return None
+    rate = learning_rate(plan.recipe.optim, start.step)
+    if math.isclose(rate, start.learning_rate, rel_tol=0.01):
+        return None
+    return (
+        f"the rate goes from {start.learning_rate:.2e}, where the run before left it, to {rate:.2e} at step "
+        f"{start.step:,}: the schedule is another one; optim.lr, min_lr and max_steps of optim.sched decide it"
     )
 
 
@@ -138,9 +152,10 @@ def _evenness(plan: Plan) -> str | None:
     if ranks == 1 or share >= _EVEN_SHARE * longest:
         return None
     fewer = max(int(plan.batch.tokens // (_EVEN_SHARE * longest)), 1)
+    even = f"{fewer:,} ranks or fewer" if fewer > 1 else "one rank"
     return (
         f"a rank's share of a batch is {share:,.0f} tokens, about {share / plan.facts.data.mean_tokens:,.1f} sequences "
-        f"of up to {longest:,}: ranks with short ones wait for others. {fewer} ranks or fewer get about even shares"
+        f"of up to {longest:,}: ranks with short ones wait for others. Even shares want {even}"
     )
 
 
@@ -247,7 +262,7 @@ def _disk(plan: Plan) -> str | None:
 
 
 CHECKS: tuple[Callable[[Plan], str | None], ...] = (
-    *(_origin, _global_batch, _length, _published_epochs, _less_than_an_epoch, _more_than_the_data),
+    *(_origin, _another_rate, _global_batch, _length, _published_epochs, _less_than_an_epoch, _more_than_the_data),
     *(_warm_up, _horizon),
     *(_positions, _evenness, _tensor_parallel, _memory, _precision),
     *(_validation, _validation_interval, _checkpoints, _average, _disk),

@@ -20,9 +20,9 @@ from bionemo_esm.data.fasta import read_fasta
 from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE
 from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.archive import ArchiveError, ArchiveFile
 from bionemo_esm.model.backends import parameter_dtype
 from bionemo_esm.training.hardware import memory_bytes, peak_flops
+from bionemo_esm.training.origin import find_origin
 from bionemo_esm.training.proteins import SAMPLE_FOLDER
 from bionemo_esm.training.recipe import Recipe
 from bionemo_esm.training.storage import free_space
@@ -74,6 +74,7 @@ class StartFacts:
     samples: int | None = 0  # consumed until then; None: not known
     source: str = ""  # of the number, for a person
     missing: bool = False  # continue_from_path names something that is not here
+    learning_rate: float | None = None  # that the other run would have taken next
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _data(recipe: Recipe) -> DataFacts:
             f"with `python examples/preprocess_uniref50.py output={folder}`, or name the folder of a store"
         )
     mean = published.mean_tokens
-    return DataFacts(f"published, as there is no {folder} here", published.train_sequences, mean, SPREAD * mean**2)
+    return DataFacts(f"published, as there is no store in {folder}", published.train_sequences, mean, SPREAD * mean**2)
 
 
 def _of_store(folder: Path, seq_length: int) -> DataFacts:
@@ -174,33 +175,15 @@ def _known_device(name: str, source: str, auto_precision: str, memory: int | Non
 
 def _start(recipe: Recipe) -> StartFacts:
     path, published = recipe.continue_from_path, recipe.published
-    if path is not None and path.exists():
-        return _newest(path)
+    if path is not None and path.exists() and (origin := find_origin(recipe)) is not None:
+        name = f"{origin.file.path.name} of {path}" if path.is_dir() else str(path)
+        return StartFacts(origin.steps, origin.samples, name, learning_rate=origin.learning_rate)
     if published is None or published.continues is None or published.steps is None:
         return StartFacts(missing=path is not None)
     step = max(recipe.trainer.max_steps - published.steps, 0)
     return StartFacts(
         step, None, f"as published for {published.continues}; continue_from_path will tell", missing=path is not None
     )
-
-
-def _newest(path: Path) -> StartFacts:
-    """Of a checkpoint, or of the newest that can be read in a run's folder."""
-    files = [path] if path.is_file() else sorted(path.glob("checkpoints/step-*.ckpt"))
-    found, problem = [], ArchiveError(f"continue_from_path: {path} holds no checkpoint; name a run's folder or a .ckpt")
-    for file in files:
-        try:
-            provenance = ArchiveFile.open(file).provenance
-        except ArchiveError as error:
-            problem = error
-            continue
-        if type(steps := provenance.get("steps")) is int:
-            samples = provenance.get("consumed_samples")
-            found.append((steps, samples if type(samples) is int else None, file.name))
-    if not found:
-        raise problem
-    steps, samples, name = max(found, key=lambda entry: entry[0])
-    return StartFacts(steps, samples, f"{name} of {path}" if path.is_dir() else str(path))
 
 
 def _next_recipe(name: str) -> str | None:

@@ -52,7 +52,9 @@ def _draw(plan: Plan) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    _curve(axes, plan, (0, end), scale)
+    known = plan.facts.start.learning_rate
+    same = known is None or math.isclose(known, learning_rate(optim, first), rel_tol=0.01)
+    _curve(axes, plan, (0 if same else first, end), scale)  # of another schedule before this run nothing is known
     _phases(axes, plan, end)
     _epochs(axes, plan)
     if first < optim.warmup_steps < _VISIBLE * end:

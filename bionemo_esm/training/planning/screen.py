@@ -100,7 +100,8 @@ def _devices(plan: Plan) -> str:
     if (split := trainer.tensor_model_parallel_size) > 1:
         text += f"; {split} hold a copy of the model together, {trainer.data_parallel_size} copies"
     if published is not None and trainer.world_size != published.gpus:
-        text += f"; the source had {published.gpus}, which does not matter while the global batch is the same"
+        same = "" if plan.recipe.departure() else ", which does not matter while the global batch is the same"
+        text += f"; the source had {published.gpus}{same}"
     return text
 
 
@@ -116,7 +117,7 @@ def _batch(plan: Plan) -> str:
     micro = f"{recipe.data.micro_batch_size:,} sequences" if most is None else f"at most {most:,} tokens"
     accumulated = "1 micro batch" if batch.accumulation == 1 else f"{batch.accumulation:,.0f} micro batches"
     ranks = f"{recipe.trainer.data_parallel_size:,} ranks x " if recipe.trainer.data_parallel_size > 1 else ""
-    same = "" if recipe.published is None or recipe.departure() else "; the published optimisation"
+    same = "" if recipe.published is None or recipe.departure() else "; the published batch"
     return f"{whole} = {ranks}{accumulated} of {micro} (about {batch.micro_tokens:,.0f} tokens){same}"
 
 

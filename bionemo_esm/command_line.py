@@ -1,0 +1,80 @@
+"""The command line of a job that Hydra configures, looked at before Hydra does.
+
+Hydra answers a misspelt key with lines of its own and exit code 1, which a batch script takes for a crash.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bionemo_esm import config_directory
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.screen import exit_of, is_rank_zero
+
+
+def check_command_line(config_name: str) -> None:
+    """Exits with 2, after one message, for arguments that this configuration cannot be composed with.
+
+    Hydra's own flags (`--help`, `--cfg`, ...) and what follows them are left to Hydra.
+    """
+    arguments = sys.argv[1:]
+    if any(argument.startswith("-") for argument in arguments):
+        return
+    exit_of(lambda: _check(config_name, arguments), "Interrupted.", silent=not is_rank_zero())
+
+
+def _check(config_name: str, arguments: list[str]) -> int:
+    for argument in arguments:
+        if "=" not in argument and not argument.startswith("~"):
+            raise ConfigError(f"{argument!r} is not key=value; --help lists every key")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        try:
+            compose(config_name, overrides=arguments)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_explained(config_name, arguments, error)) from error
+    return 0
+
+
+def _explained(config_name: str, arguments: list[str], error: Exception) -> str:
+    """In one line: which argument it is, and what may have been meant."""
+    text, override = str(error), getattr(error, "override", None)
+    first = next(line for line in text.splitlines() if line.strip()).rstrip(".:")
+    if names := _choices(text):
+        return first.removeprefix(f"In '{config_name}': ") + names
+    if isinstance(override, str):
+        return f"{override} cannot be read as key=value ({first}); quote it for the shell"
+    return _misspelt(config_name, arguments, text) or first
+
+
+def _misspelt(config_name: str, arguments: list[str], text: str) -> str | None:
+    for argument in arguments:
+        key = argument.lstrip("+~").split("=")[0]
+        if f"'{key}'" not in text:
+            continue
+        close = difflib.get_close_matches(key, list(_keys("", OmegaConf.to_container(compose(config_name)))), 1, 0.7)
+        return f"{key} is not a key; " + (f"did you mean {close[0]}?" if close else "--help lists every key")
+    return None
+
+
+def _choices(text: str) -> str:
+    """Hydra's list of the members of a group, where it gave one."""
+    _, found, rest = text.partition("Available options in")
+    names = [line.strip() for line in rest.partition("Config search path")[0].splitlines()[1:] if line.strip()]
+    return f"; there are {', '.join(names)}" if found and names else ""
+
+
+def _keys(prefix: str, values: Any) -> Iterator[str]:
+    for key, value in values.items() if isinstance(values, dict) else ():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        yield name
+        yield from _keys(name, value)

@@ -1,0 +1,52 @@
+"""Arguments that Hydra cannot compose: one line of ours, exit code 2, before Hydra answers in its own way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from bionemo_esm.command_line import check_command_line
+from runs import ROOT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trainer.max_step=40"], "error: trainer.max_step is not a key; did you mean trainer.max_steps?\n"),
+        (["zebra=1"], "error: zebra is not a key; --help lists every key\n"),
+        (
+            ["recipe=esm1nv_phase3"],
+            "Could not find 'recipe/esm1nv_phase3'; there are esm1b, esm1nv_phase1, esm1nv_phase2",
+        ),
+        (["recipe=laptop", "go"], "error: 'go' is not key=value; --help lists every key\n"),
+        (["trainer.max_steps=[1"], "error: trainer.max_steps=[1 cannot be read as key=value"),
+    ],
+)
+def test_what_cannot_be_composed_is_said_in_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        check_command_line("pretrain_esm1nv")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["recipe=laptop", "+trainer.max_step=1"], ["--help"], ["zebra=1", "--cfg", "job"]]
+)
+def test_what_can_be_composed_and_hydras_own_flags_pass(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain", *arguments])
+    check_command_line("pretrain_esm1nv")
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_every_example_looks_first(example: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / example), "zebra=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: zebra is not a key; --help lists every key\n"
