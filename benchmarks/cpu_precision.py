@@ -36,7 +36,7 @@ def seconds_per_step(precision: str) -> float:
     stream = TrainingStream(SampleReader(store.split("train"), 512, MaskingPolicy(), 0), BatchPlan(8, 8))
     times = []
     for step in range(STEPS):
-        (batch,) = stream[8 * step]
+        (batch,) = stream[8 * step].micro_batches
         started = time.perf_counter()
         cross_entropy(model(batch), batch.targets).backward()
         times.append(time.perf_counter() - started)

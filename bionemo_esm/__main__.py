@@ -80,7 +80,10 @@ def inspect(arguments: Sequence[str]) -> None:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:
         _refuse(f"{path}: cannot be looked at ({error.strerror})")
-    if is_folder:
+    if is_folder and (path / "config.yaml").is_file() and not (path / "manifest.json").exists():
+        files = [str(file) for file in sorted([*path.glob("*.nemo"), *path.glob("checkpoints/*.ckpt")])]
+        _refuse(f"{path}: the folder of a run; name one of its files: {', '.join(files[:6]) or 'there is none yet'}")
+    elif is_folder:
         from bionemo_esm.data import jobs as store_jobs
 
         store_jobs.inspect(arguments)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,10 @@ def test_two_runs_with_the_same_settings_are_one_run_bit_for_bit(first: Path, tm
     expected, found = read_archive(nemo(whole)), read_archive(nemo(second))
     assert all(found.weights[name].equal(tensor) for name, tensor in expected.weights.items())
     assert train_lines(second) == train_lines(whole)[4:]
+    shown = subprocess.run(
+        [sys.executable, "-m", "bionemo_esm", "inspect", nemo(second)], capture_output=True, text=True, check=True
+    )
+    assert "step 4 of a run of laptop, after 64 samples" in shown.stdout
     assert found.provenance["continued_from"] == {"recipe": "laptop", "steps": 4, "consumed_samples": 64}
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -58,6 +59,14 @@ def test_the_archive_gives_the_perplexity_that_the_summary_says(finished: Path) 
     result = ESM1nvModel.restore_from(summary["nemo"]).evaluate(ValidationBatches(reader, micro_batch_size=8))
     assert result.perplexity == pytest.approx(summary["validation_perplexity"], rel=1e-6)
     assert result.accuracy == summary["masked_accuracy"]
+
+
+def test_the_folder_of_a_run_is_no_file_to_inspect_and_names_those_in_it(finished: Path) -> None:
+    command = [sys.executable, "-m", "bionemo_esm", "inspect", str(finished)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "the folder of a run; name one of its files:" in done.stderr
+    assert str(finished / "laptop.nemo") in done.stderr
 
 
 def test_a_finished_run_is_not_run_again(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ _FLAGS = {"embedding_layernorm": "embedding layer norm", "token_dropout": "token
 _SPLITS = ("train", "validation", "test")
 _DATA = ("data", "data_release", "data_sequences", "data_manifest_sha256")
 _TRAINING = ("recipe", "seed", "steps", "consumed_samples", *_DATA, "restored_from", "converted_from")
-_KNOWN = {*_TRAINING, "data_samples_of_an_epoch", "averaged_from", "checkpoint", "package_versions"}
+_KNOWN = {*_TRAINING, "continued_from", "data_samples_of_an_epoch", "averaged_from", "checkpoint", "package_versions"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,20 @@ class ArchiveCard:
             told["data sequences"] = {key: splits[key] for key in (*_SPLITS, *splits) if key in splits}
         rate, loss, step = self._progress.values()
         lowest = None if loss is None else f"{loss:.4f}" + ("" if step is None else f", at step {step:,}")
+        told["continued from"] = self._origin()
         return told | {"saved": self._schedule(), "next learning rate": rate, "lowest validation loss": lowest}
+
+    def _origin(self) -> Any:
+        """The run that this one continues, in words; what is no account of one, as it is."""
+        origin = self._told_of("continued_from")
+        steps, samples, recipe = (
+            _count(_at(origin, "steps")),
+            _count(_at(origin, "consumed_samples")),
+            _at(origin, "recipe"),
+        )
+        if steps is None or samples is None or not isinstance(recipe, str):
+            return origin
+        return f"step {steps:,} of a run of {recipe}, after {samples:,} samples"
 
     def _schedule(self) -> Any:
         """When this was saved, in words; what is no account of it, as it is."""

@@ -100,6 +100,10 @@ class PreparedRun:
             lines["start"] = f"from the weights of {recipe.restore_from_path}"
         if (departure := recipe.departure()) is not None:
             lines["note"] = departure
+        if batch > self.train.num_clusters:
+            lines["warning"] = (
+                f"a batch is more than the {self.train.num_clusters:,} samples there are; make it smaller"
+            )
         return "\n".join([f"\n{recipe.name}", *(f"  {key:<8} {text}" for key, text in lines.items()), ""])
 
     def _sharing(self) -> str:
