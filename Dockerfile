@@ -1,7 +1,7 @@
 # NVIDIA's PyTorch container brings CUDA, NCCL, Transformer Engine and Apex; this adds the plugin and what it imports.
 #   docker build -t bionemo_esm .
 #   docker run --rm --gpus all bionemo_esm doctor
-#   docker run --gpus all --ipc host -v /data:/data:ro -v "$PWD/runs:/work/runs" --user "$(id -u)" bionemo_esm \
+#   docker run --gpus all --ipc host -v /data:/data:ro -v "$PWD/runs:/workspace/runs" --user "$(id -u)" bionemo_esm \
 #       pretrain trainer.num_nodes=1 trainer.devices=1 data.store=/data/uniref50
 # 26.03 has torch 2.11.0a0. 25.12 would not do: its 2.10.0a0 comes before 2.10.
 FROM nvcr.io/nvidia/pytorch:26.03-py3
@@ -25,12 +25,12 @@ COPY conf conf
 COPY bionemo_esm bionemo_esm
 RUN PIP_CONSTRAINT="" pip install --no-cache-dir --no-deps .
 
-# Runs land in /work/runs. Everybody may write there and in the caches, as in /tmp: under `docker run --user` and under
+# Runs land in /workspace/runs. Everybody may write there and in the caches, as in /tmp: under `docker run --user` and under
 # Slurm's pyxis the process is another user, whose home the container does not have.
-RUN useradd --create-home --uid 10001 esm && install --directory --mode=1777 /work /work/runs /var/cache/esm
+RUN useradd --create-home --uid 10001 esm && install --directory --mode=1777 /workspace /workspace/runs /var/cache/esm
 ENV NUMBA_CACHE_DIR=/var/cache/esm MPLCONFIGDIR=/var/cache/esm
 USER 10001
-WORKDIR /work
+WORKDIR /workspace
 
 # Versions, GPUs, fused kernels; without the step of training that `doctor` makes else, for a run has the GPU.
 HEALTHCHECK --interval=10m --timeout=2m --start-period=2m --retries=3 CMD ["bionemo-esm", "doctor", "--quick"]

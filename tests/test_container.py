@@ -43,8 +43,8 @@ def test_the_base_images_torch_is_new_enough_for_the_package() -> None:
 def test_it_does_not_run_as_root_and_its_run_folder_is_writable() -> None:
     (user,) = arguments_of("USER")
     assert int(user) > 0  # a number: what runs containers can see that it is not root
-    assert arguments_of("WORKDIR")[-1] == "/work"
-    assert "--mode=1777 /work " in TEXT
+    assert arguments_of("WORKDIR")[-1] == "/workspace"
+    assert "--mode=1777 /workspace " in TEXT
     last_root = max(INSTRUCTIONS.index(line) for line in INSTRUCTIONS if line.startswith(("RUN", "COPY")))
     assert last_root < INSTRUCTIONS.index(f"USER {user}")
 
