@@ -291,6 +291,13 @@ def test_what_the_run_would_refuse_to_continue_the_plan_refuses_too(tmp_path: Pa
         gathered("recipe=esm1nv_phase2", f"continue_from_path={ours}", "model.num_layers=5")
 
 
+def test_a_checkpoint_of_something_else_is_named(tmp_path: Path) -> None:
+    odd = Archive("ESM1nvModel", {}, {"w": torch.zeros(2)}, {"steps": 3}, {"identity": [1]})
+    write_archive(tmp_path / "odd.ckpt", odd)
+    with pytest.raises(ConfigError, match=r"odd\.ckpt is not the checkpoint of a pretraining run"):
+        gathered("recipe=esm1nv_phase2", f"continue_from_path={tmp_path / 'odd.ckpt'}")
+
+
 def test_a_rate_that_jumps_where_another_run_ended_is_said_and_not_drawn_as_one_curve(tmp_path: Path) -> None:
     smooth = gathered("recipe=esm1nv_phase2", f"continue_from_path={checkpoint(tmp_path / 'a.ckpt', 900, 1)}")
     assert not any("the rate goes from" in line for line in findings(smooth))

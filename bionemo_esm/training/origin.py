@@ -43,7 +43,9 @@ def find_origin(recipe: Recipe) -> Origin | None:
             f"({recipe.trainer.max_steps:,}) counts those steps, too; raise it"
         )
     outline = file.load_outline()
-    checkpoint = {"model": file, "identity": outline.get("identity", {})}
+    checkpoint = {"model": file, "identity": outline.get("identity")}
+    if not isinstance(file.config.get("encoder"), dict) or not isinstance(checkpoint["identity"], dict):
+        raise ConfigError(f"continue_from_path: {file.path} is not the checkpoint of a pretraining run")
     check_that_it_fits(checkpoint, recipe.model, _stream(recipe), continues=True)
     return Origin(file, steps, samples if type(samples) is int else None, _rate(outline))
 
