@@ -24,8 +24,10 @@ def refuse(message: str) -> None:
     raise ConfigError(message)
 
 
-def another_interval(recipe: Recipe) -> Recipe:
-    return replace(recipe, trainer=replace(recipe.trainer, val_check_interval=99))
+def another_number_of_checkpoints(recipe: Recipe) -> Recipe:
+    """A setting that would go unnoticed for the whole run."""
+    saving = replace(recipe.exp_manager.checkpoints, keep_last=9)
+    return replace(recipe, exp_manager=replace(recipe.exp_manager, checkpoints=saving))
 
 
 def another_torch(found: dict[str, str]) -> dict[str, str]:
@@ -59,8 +61,8 @@ def assert_one_message(outcome: Outcome, folder: Path, *parts: str) -> None:
             ("1 of 3 ranks cannot start", "rank 2 (", "data.store: /data/x is not a store"),
         ),
         (
-            Fault(RUN + "load_recipe", spoil=another_interval, rank=1),
-            ("ranks differ, and must not", "rank 1 (", "trainer.val_check_interval = 99; rank 0 has 3"),
+            Fault(RUN + "load_recipe", spoil=another_number_of_checkpoints, rank=1),
+            ("ranks differ, and must not", "rank 1 (", "exp_manager.checkpoints.keep_last = 9; rank 0 has 2"),
         ),
         (Fault(RUN + "versions", spoil=another_torch, rank=1), ("rank 1 (", "torch = 1.0; rank 0 has 2.")),
         (Fault(RUN + "PreparedRun.of", spoil=another_seed, rank=2), ("rank 2 (", "seed = 7; rank 0 has 42")),
