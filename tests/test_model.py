@@ -124,7 +124,9 @@ def test_weights_depend_on_the_seed_alone() -> None:
 def test_initial_weights_have_the_standard_deviation_of_the_recipe() -> None:
     model = ESM1nvModel(OmegaConf.create({"encoder": {"num_layers": 2, "hidden_size": 192}, "seed": 0}))
     weights = dict(model.named_parameters())
-    assert weights["encoder.embedding.word_embeddings.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    words = weights["encoder.embedding.word_embeddings.weight"]
+    assert words[:VOCABULARY_SIZE].std().item() == pytest.approx(0.02, rel=0.02)
+    assert not words[VOCABULARY_SIZE:].any()  # no token reaches them
     # Megatron scales what is added to the residual stream by 1 / sqrt(2 layers).
     assert weights["encoder.encoder.layers.0.mlp.linear_fc2.weight"].std().item() == pytest.approx(0.01, rel=0.02)
     assert weights["encoder.output_layer.bias"].abs().max() == 0

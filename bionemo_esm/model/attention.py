@@ -6,6 +6,7 @@ Shape suffixes: T tokens of the row, N heads, D size of a head, S sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,19 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bionemo_esm.model.parallel import own_randomness
+from bionemo_esm.model.rotary import Rotation, rotate
+
+MapObserver = Callable[[int, list[Tensor]], None]
+"""Called with the number of a layer, from 1, and its attention maps: float32 [N, L, L] of each sequence's L tokens."""
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """Where the sequences of a row begin and end, and what else attention is told of it."""
+
+    rotation: Rotation | None = None  # of queries and keys; None: positions are in the embeddings
+    observer: MapObserver | None = None
+
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, PackedSeqParams, float], Tensor]
 
@@ -61,6 +75,15 @@ def nested_attention(
     return context_TND
 
 
+def attention_maps(query_TND: Tensor, key_TND: Tensor, layout: PackedSeqParams) -> list[Tensor]:
+    """What the kernels above never write down: each query's weights over the keys, float32 [N, L, L] a sequence."""
+    lengths = torch.diff(layout.cu_seqlens_q).tolist()
+    scale = query_TND.shape[-1] ** -0.5
+    pieces = zip(query_TND.float().split(lengths), key_TND.float().split(lengths), strict=True)
+    scores = (torch.einsum("qnd,knd->nqk", query * scale, key) for query, key in pieces)
+    return [score_NLL.softmax(dim=-1) for score_NLL in scores]
+
+
 ATTENTION: dict[str, AttentionFunction] = {
     "sdpa-by-sequence": attention_by_sequence,
     "varlen-flash": varlen_flash_attention,
@@ -83,10 +106,14 @@ class PackedAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: PackedRow,
         **_: Any,
     ) -> Tensor:
         """query, key, value [T, N, D] -> context [T, N, D]; who sees whom is in `packed_seq_params`, not in a mask."""
+        if (rotation := packed_seq_params.rotation) is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        if packed_seq_params.observer is not None:
+            packed_seq_params.observer(self.layer_number, attention_maps(query, key, packed_seq_params))
         dropout = self.config.attention_dropout if self.training else 0.0
         if dropout == 0:
             return self.attend(query, key, value, packed_seq_params, dropout)

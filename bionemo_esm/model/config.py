@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from bionemo_esm.alphabet import padded_vocabulary_size
+from bionemo_esm.alphabet import PAD_ID, padded_vocabulary_size
 from bionemo_esm.errors import ConfigError
 
 SHORTEST_SEQ_LENGTH = 8  # <cls>, <eos> and a few residues to tell from each other
 COSINE, INVERSE_SQUARE_ROOT = "CosineAnnealing", "InverseSquareRoot"
 SCHEDULES = (COSINE, INVERSE_SQUARE_ROOT)
 """Names of learning-rate schedules; `model/schedule.py` has their formulas."""
+LEARNED, ROTARY = "learned", "rotary"
+POSITION_OFFSETS = (0, PAD_ID + 1)
+"""Rows of a position table before that of the first token: fairseq's, and so ESM-1b's, begins with two unused ones."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,8 @@ class EncoderConfig:
     """A pre-norm BERT encoder over proteins; the defaults are ESM-1nv.
 
     Sizes: the ESM-1nv model card (6 layers, 12 heads, hidden 768); FFN width, initialisation and dropout: NVIDIA's
-    public ESM-1nv configuration. The two flags at the end are ESM-1b's; `ESMEncoder` says what they do. Raises
-    `ConfigError` when the sizes do not fit together.
+    public ESM-1nv configuration. What stands after them tells ESM-1b, ESM-1v and ESM-2 from it; `ESMEncoder` says what
+    it does. Raises `ConfigError` when the values do not fit together.
     """
 
     num_layers: int = 6
@@ -35,6 +38,9 @@ class EncoderConfig:
     init_method_std: float = 0.02
     embedding_layernorm: bool = False  # a layer norm over words and positions together, before dropout
     token_dropout: bool = False  # <mask> gives no embedding, and the others make up for it
+    position_embedding: str = LEARNED  # a table of seq_length rows, or ROTARY: queries and keys turned by position
+    position_offset: int = 0  # unused rows before the first of the table, one of POSITION_OFFSETS
+    contact_head: bool = False  # a logistic regression from attention maps to contacts comes with the model
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size"):
@@ -56,12 +62,29 @@ class EncoderConfig:
         for name in ("layernorm_epsilon", "init_method_std"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"model.{name} must be positive, not {getattr(self, name)}")
+        self._check_positions()
+
+    def _check_positions(self) -> None:
+        if self.position_embedding not in (LEARNED, ROTARY):
+            raise ConfigError(
+                f"model.position_embedding must be {LEARNED} or {ROTARY}, not {self.position_embedding!r}"
+            )
+        if self.position_offset not in (POSITION_OFFSETS if self.position_embedding == LEARNED else (0,)):
+            raise ConfigError(
+                f"model.position_offset must be {' or '.join(map(str, POSITION_OFFSETS))}, and 0 where "
+                f"position_embedding is {ROTARY}, not {self.position_offset}"
+            )
+        if self.position_embedding == ROTARY and self.head_size % 2:
+            raise ConfigError(
+                f"model.hidden_size / num_attention_heads is {self.head_size}; {ROTARY} positions turn pairs of "
+                "numbers, so make it even"
+            )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> EncoderConfig:
         """From parsed YAML; raises `ConfigError` for an unknown key or a value of another kind than the key's.
 
-        What is not there has its default: archives from before ESM-1b have neither of its flags.
+        What is not there has its default: archives from before ESM-1b have none of what came with it.
         """
         known = {field.name: field for field in fields(cls)}
         unknown = sorted(set(map(str, values)) - set(known))
@@ -70,11 +93,11 @@ class EncoderConfig:
         checked: dict[str, Any] = {name: _typed(name, value, str(known[name].type)) for name, value in values.items()}
         return cls(**checked)
 
-    def to_dict(self) -> dict[str, int | float]:
-        """What archives and checkpoints record, and a run's identity goes by. A flag that is off is left out, so that
-        an ESM-1nv is described as it was before there were flags.
+    def to_dict(self) -> dict[str, int | float | str]:
+        """What archives and checkpoints record, and a run's identity goes by. What ESM-1nv does without is left out, so
+        that it is described as it was before there were other models.
         """
-        return {name: value for name, value in asdict(self).items() if value is not False}
+        return {name: value for name, value in asdict(self).items() if _LATER_DEFAULTS.get(name) != value}
 
     def differences(self, archived: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
         """Key, value there and value here, of whatever makes the archived encoder another one than this.
@@ -88,13 +111,22 @@ class EncoderConfig:
         return [(name, there, here) for name, there, here in pairs if there != here and name not in free]
 
     @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the position table; 0 where there is none."""
+        return self.seq_length + self.position_offset if self.position_embedding == LEARNED else 0
+
+    @property
     def parameters(self) -> int:
         """Trainable parameters, tied output embedding counted once (43.6M for ESM-1nv, 652.5M for ESM-1b)."""
         hidden, ffn, vocabulary = self.hidden_size, self.ffn_hidden_size, padded_vocabulary_size()
         norm = 2 * hidden
         attention = 4 * hidden * hidden + 4 * hidden
         mlp = 2 * hidden * ffn + ffn + hidden
-        embedding = (vocabulary + self.seq_length) * hidden + norm * self.embedding_layernorm
+        embedding = (vocabulary + self.position_rows) * hidden + norm * self.embedding_layernorm
         head = hidden * hidden + hidden + norm + vocabulary
         return embedding + self.num_layers * (attention + mlp + 2 * norm) + norm + head
 
@@ -102,7 +134,8 @@ class EncoderConfig:
         """Name and shape of every parameter, as `ESMEncoder` has them on any backend."""
         hidden, ffn, vocabulary = self.hidden_size, self.ffn_hidden_size, padded_vocabulary_size()
         yield "encoder.embedding.word_embeddings.weight", (vocabulary, hidden)
-        yield "encoder.embedding.position_embeddings.weight", (self.seq_length, hidden)
+        if self.position_rows:
+            yield "encoder.embedding.position_embeddings.weight", (self.position_rows, hidden)
         for layer in range(self.num_layers):
             for part, outputs, inputs in (
                 ("input_layernorm", hidden, None),
@@ -121,6 +154,14 @@ class EncoderConfig:
         yield "encoder.lm_head.dense.weight", (hidden, hidden)
         yield "encoder.lm_head.dense.bias", (hidden,)
         yield "encoder.output_layer.bias", (vocabulary,)
+
+    def fixed_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of what pretraining leaves as it is: buffers of `ESMEncoder`, float32 at any precision."""
+        if self.position_embedding == ROTARY:
+            yield "encoder.rotary.frequencies", (self.head_size // 2,)
+        if self.contact_head:
+            yield "encoder.contact_head.weight", (1, self.num_layers * self.num_attention_heads)
+            yield "encoder.contact_head.bias", (1,)
 
 
 @dataclass(frozen=True)
@@ -188,7 +229,18 @@ class OptimConfig:
             )
 
 
-def _typed(name: str, value: Any, kind: str) -> int | float:
+_LATER_DEFAULTS = {
+    field.name: field.default
+    for field in fields(EncoderConfig)
+    if field.name in ("embedding_layernorm", "token_dropout", "position_embedding", "position_offset", "contact_head")
+}
+
+
+def _typed(name: str, value: Any, kind: str) -> int | float | str:
+    if kind == "str":
+        if not isinstance(value, str):
+            raise ConfigError(f"model.{name} must be a word, not {value!r}")
+        return value
     if kind == "bool":
         if not isinstance(value, bool):
             raise ConfigError(f"model.{name} must be true or false, not {value!r}")

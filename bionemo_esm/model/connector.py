@@ -7,9 +7,11 @@ NeMo's; so `ModelPT.restore_from(path)` works for both.
 
 from __future__ import annotations
 
+import math
 import os
 from importlib import import_module
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,11 @@ def register_model(cls: Any) -> Any:
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Copy tensors into the parameters of the same names, every one accounted for on both sides.
+    """Copy tensors into the parameters and buffers of the same names, every one accounted for on both sides.
 
     Raises `ArchiveError` naming the first tensor that is missing, left over, or of another shape.
     """
-    parameters = dict(module.named_parameters())
+    parameters: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
     for name in sorted(parameters.keys() ^ weights.keys()):
         fault = "missing" if name in parameters else "not part of this model"
         raise ArchiveError(f"{source}: tensor {name!r} is {fault}")
@@ -85,13 +87,18 @@ def check_sizes(file: ArchiveFile) -> None:
         sizes = EncoderConfig.from_mapping(encoder)
     except ConfigError as error:
         raise ArchiveError(f"{where}: {error}") from error
-    if sizes.parameters != file.weights.elements:
+    fixed = dict(sizes.fixed_tensors())
+    elements = sizes.parameters + sum(map(math.prod, fixed.values()))
+    if elements != file.weights.elements:
         raise ArchiveError(
-            f"{where} describes a model of {sizes.parameters:,} parameters, the file has {file.weights.elements:,}; "
+            f"{where} describes a model of {elements:,} parameters, the file has {file.weights.elements:,}; "
             "one of the two is not of this model"
         )
     _check_tensors(file, sizes)
-    dtypes = {info.dtype for info in file.weights.infos.values()}
+    for name in fixed:
+        if (dtype := file.weights.infos[name].dtype) != "F32":
+            raise ArchiveError(f"{file.path}: tensor {name!r} has dtype {dtype}; it is F32 at any precision")
+    dtypes = {info.dtype for name, info in file.weights.infos.items() if name not in fixed}
     if dtypes != _WEIGHT_DTYPES[str(precision)]:
         raise ArchiveError(f"{file.path}: weights have dtype {', '.join(sorted(dtypes))}, the precision is {precision}")
 
@@ -99,7 +106,7 @@ def check_sizes(file: ArchiveFile) -> None:
 def _check_tensors(file: ArchiveFile, sizes: EncoderConfig) -> None:
     """Every tensor of the model there, in its shape, and no other; ends at the first fault, as sizes have no bound."""
     unknown = set(file.weights.infos)
-    for name, shape in sizes.tensors():
+    for name, shape in chain(sizes.tensors(), sizes.fixed_tensors()):
         if name not in unknown:
             raise ArchiveError(f"{file.path}: tensor {name!r} is missing")
         if (found := file.weights.infos[name].shape) != shape:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.bert.bert_model import BertModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -24,10 +23,12 @@ from torch import Tensor, distributed
 from torch.nn.functional import gelu, pad
 
 from bionemo_esm.alphabet import MASK_ID, VOCABULARY_SIZE, padded_vocabulary_size
-from bionemo_esm.model.attention import PackedAttention
+from bionemo_esm.model.attention import MapObserver, PackedAttention, PackedRow
 from bionemo_esm.model.backends import FusedBackends
-from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
+from bionemo_esm.model.contact_head import ContactHead
 from bionemo_esm.model.parallel import tensor_parallel_rank, tensor_parallel_size
+from bionemo_esm.model.rotary import RotaryEmbedding
 
 EXPECTED_MASKED = 0.15 * 0.8
 """Share of <mask> in a sequence that ESM's token dropout takes for usual: 80% of the chosen 15%."""
@@ -123,10 +124,11 @@ class _WholeOutput(torch.autograd.Function):
 
 
 class ESMEncoder(BertModel):
-    """BERT over packed proteins: learned positions, tied output embedding, no binary head.
+    """BERT over packed proteins: tied output embedding, no binary head.
 
     With `embedding_layernorm` a layer norm follows the sum of word and position embeddings; with `token_dropout` word
-    embeddings go through `token_dropout_scale` before it. ESM-1b has both, ESM-1nv neither.
+    embeddings go through `token_dropout_scale` before it. ESM-1b has both, ESM-1v and ESM-2 the latter, ESM-1nv
+    neither. Positions are learned, the first token's in row `position_offset` of their table; in ESM-2 they are rotary.
     """
 
     def __init__(self, config: EncoderConfig, dtype: torch.dtype, backends: FusedBackends) -> None:
@@ -135,17 +137,34 @@ class ESMEncoder(BertModel):
             num_tokentypes=0,
             transformer_layer_spec=layer_spec(backends),
             vocab_size=padded_vocabulary_size(),
-            max_sequence_length=config.seq_length,
+            max_sequence_length=config.position_rows,
+            position_embedding_type="learned_absolute" if config.position_embedding == LEARNED else "rope",
             share_embeddings_and_output_weights=True,
             add_binary_head=False,
             parallel_output=True,  # see `logits`
         )
-        self.token_dropout = config.token_dropout
+        self.token_dropout, self.position_offset = config.token_dropout, config.position_offset
+        self.rotary, self.contact_head = None, None
+        if config.position_embedding == ROTARY:
+            del self.rotary_pos_emb  # Megatron's walks over sequences one by one, and knows one set of frequencies
+            self.rotary = RotaryEmbedding(config.head_size)
+        if config.contact_head:
+            self.contact_head = ContactHead(config.num_layers * config.num_attention_heads)
         self.embedding_layernorm: Any = None
         if config.embedding_layernorm:
             self.embedding_layernorm = backends.layer_norm(
                 config=self.config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
+        self._clear_unused_rows()
+
+    @torch.no_grad()
+    def _clear_unused_rows(self) -> None:
+        """Rows that no token reaches are zeros, and stay so: a model is the same with and without them."""
+        words_VH = self.embedding.word_embeddings.weight
+        first = tensor_parallel_rank() * len(words_VH)
+        words_VH[max(VOCABULARY_SIZE - first, 0) :] = 0
+        if self.position_offset:
+            self.embedding.position_embeddings.weight[: self.position_offset] = 0
 
     def _sanity_check_attention_and_get_attn_mask_dimension(self) -> str:
         """Megatron chooses a mask layout by Transformer Engine's version; a packed row has no mask."""
@@ -160,23 +179,34 @@ class ESMEncoder(BertModel):
         if self.token_dropout:
             scaled_TH = embedded_TH * token_dropout_scale(tokens_T, cu_seqlens)[:, None]  # in float32
             embedded_TH = scaled_TH.to(embedded_TH.dtype)
-        embedded_TH = embedded_TH + self.embedding.position_embeddings(positions_T)
+        if self.rotary is None:
+            embedded_TH = embedded_TH + self.embedding.position_embeddings(positions_T + self.position_offset)
         if self.embedding_layernorm is not None:
             embedded_TH = self.embedding_layernorm(embedded_TH)
         dropped_TH: Tensor = self.embedding.embedding_dropout(embedded_TH)
         return dropped_TH
 
-    def hidden_states(self, tokens_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def hidden_states(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        observer: MapObserver | None = None,
+    ) -> Tensor:
         """Final hidden states [T, H], after the last layer norm, in the parameters' dtype.
 
-        tokens_T, positions_T: int64 [T]; cu_seqlens: int32 [S + 1]; max_seqlen: tokens of the longest sequence.
+        tokens_T, positions_T: int64 [T]; cu_seqlens: int32 [S + 1]; max_seqlen: tokens of the longest sequence;
+        observer: is shown the attention maps of each layer, which costs much and is otherwise left out.
         """
-        layout = PackedSeqParams(
+        layout = PackedRow(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
+            rotation=None if self.rotary is None else self.rotary(positions_T),
+            observer=observer,
         )
         embedded_T1H = self.embedded(tokens_T, positions_T, cu_seqlens).unsqueeze(1)
         hidden_T1H = self.encoder(hidden_states=embedded_T1H, attention_mask=None, packed_seq_params=layout)

@@ -355,7 +355,8 @@ class ESM1nvModel(ModelPT):
             self.provenance["continued_from"] = take_over(checkpoint, self.optim_config)
         elif origin := archive.provenance.get("continued_from"):
             self.provenance["continued_from"] = origin
-        self._resumed_masters = dict(archive.weights)
+        fixed = dict(self.named_buffers())
+        self._resumed_masters = {name: tensor for name, tensor in archive.weights.items() if name not in fixed}
         load_weights(self, dict(archive.weights), "checkpoint")
         self.guard.load_state_dict(checkpoint["guard"])
         self.steps, self.consumed_samples = int(checkpoint["steps"]), int(checkpoint["consumed_samples"])
@@ -376,7 +377,12 @@ class ESM1nvModel(ModelPT):
         }
 
     def archive_weights(self) -> dict[str, Tensor]:
-        """The float32 masters where there are, else the parameters; whole, and collective where they are sharded."""
+        """The float32 masters where there are, else the parameters, whole, and what training leaves as it is.
+
+        Collective where parameters are sharded.
+        """
+        fixed = {name: buffer.detach() for name, buffer in self.named_buffers()}
         if self.masters is not None:
-            return self.masters.state_dict()
-        return {name: gather_shards(parameter.detach(), parameter) for name, parameter in self.named_parameters()}
+            return self.masters.state_dict() | fixed
+        whole = {name: gather_shards(parameter.detach(), parameter) for name, parameter in self.named_parameters()}
+        return whole | fixed

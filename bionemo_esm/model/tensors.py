@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -105,32 +105,46 @@ class TensorTable:
         return tensor
 
 
-def tensor_member(tensors: Mapping[str, Tensor]) -> Member:
+class LazyTensors(Mapping[str, "Tensor"]):
+    """Tensors that are made when they are looked up: a model is written that no memory would hold whole."""
+
+    def __init__(self, outline: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> None:
+        """`outline` has their shapes and dtypes, on the meta device; `make` gives one by its name."""
+        self.outline, self._make = outline, make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outline)
+
+    def __len__(self) -> int:
+        return len(self.outline)
+
+
+def tensor_member(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> Member:
     """The tensors, in the order of their names, as a member to be written; equal tensors give equal bytes.
 
-    Raises `TypeError`, naming the tensor, for a dtype or a name that the format does not know.
+    `notes`: texts for the header. Raises `TypeError`, naming the tensor, for a dtype or a name that the format does not
+    know.
     """
     names = {f"torch.{torch_name}": name for name, torch_name in _TORCH_NAMES.items()}
-    entries: dict[str, Any] = {}
+    outline = tensors.outline if isinstance(tensors, LazyTensors) else tensors
+    entries: dict[str, Any] = {_METADATA: dict(notes)} if notes else {}
     end = 0
-    for name in sorted(tensors):
-        if name == _METADATA or str(tensors[name].dtype) not in names:
-            raise TypeError(
-                f"tensor {quoted(name)} of {tensors[name].dtype} cannot be stored in the safetensors format"
-            )
-        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        entries[name] = {
-            "dtype": names[str(tensors[name].dtype)],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
+    for name in sorted(outline):
+        dtype = str(outline[name].dtype)
+        if name == _METADATA or dtype not in names:
+            raise TypeError(f"tensor {quoted(name)} of {dtype} cannot be stored in the safetensors format")
+        start, end = end, end + outline[name].numel() * outline[name].element_size()
+        entries[name] = {"dtype": names[dtype], "shape": list(outline[name].shape), "data_offsets": [start, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # so that the data is aligned
 
     def write(stream: IO[bytes]) -> None:
         stream.write(len(header).to_bytes(8, "little"))
         stream.write(header)
-        for name in entries:
+        for name in sorted(outline):
             stream.write(_bytes_of(tensors[name].detach().cpu().contiguous()))
 
     return Member(8 + len(header) + end, write)

@@ -1,0 +1,1 @@
+"""Models that other libraries keep, brought here and taken home: Hugging Face `transformers`, and fair-esm."""
