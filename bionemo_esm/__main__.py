@@ -23,10 +23,14 @@ USAGE = f"""bionemo-esm {__version__}: protein language models
   bionemo-esm check-leakage data/store                               near-duplicates between its splits, by MMseqs2
   bionemo-esm average checkpoints='runs/laptop/averaging/*.nemo' last=5
                                                                      the mean of a run's last checkpoints
+  bionemo-esm convert source=facebook/esm2_t6_8M_UR50D target=esm2_8m.nemo
+                                                                     a model of Hugging Face or fair-esm into a .nemo
+  bionemo-esm convert source=runs/laptop/laptop.nemo target=laptop_hf
+                                                                     a .nemo or .ckpt into a folder for Hugging Face
   bionemo-esm doctor                                                 whether this machine can train, and what is missing
   bionemo-esm convert-legacy old.nemo new.nemo                       an ESM-1nv of NeMo 1, which holds a pickle
 
-pretrain, preprocess and average take key=value, and --help lists every key; the others take --help.
+pretrain, preprocess, average and convert take key=value, and --help lists every key; the others take --help.
 """
 
 
@@ -48,24 +52,35 @@ def main() -> None:
         from bionemo_esm.training import doctor
 
         sys.exit(doctor.main(arguments))
-    elif command in ("preprocess", "check-leakage"):
+    elif command in ("preprocess", "average", "convert"):
+        configured(command, arguments)
+    elif command == "check-leakage":
         from bionemo_esm.data import jobs
 
-        if command == "preprocess":
-            sys.argv = [f"bionemo-esm {command}", *arguments]
-            jobs.main()
-        else:
-            jobs.leakage(arguments)
-    elif command in ("average", "convert-legacy"):
+        jobs.leakage(arguments)
+    elif command == "convert-legacy":
         from bionemo_esm.training import jobs as training_jobs
 
-        if command == "average":
-            sys.argv = [f"bionemo-esm {command}", *arguments]
-            training_jobs.average_main()
-        else:
-            training_jobs.convert(arguments)
+        training_jobs.convert(arguments)
     else:
         _refuse(f"no command {command!r}\n\n{USAGE}")
+
+
+def configured(command: str, arguments: Sequence[str]) -> None:
+    """A job that Hydra configures, from key=value."""
+    sys.argv = [f"bionemo-esm {command}", *arguments]
+    if command == "preprocess":
+        from bionemo_esm.data import jobs
+
+        jobs.main()
+    elif command == "average":
+        from bionemo_esm.training import jobs as training_jobs
+
+        training_jobs.average_main()
+    else:
+        from bionemo_esm.model.interchange import jobs as interchange_jobs
+
+        interchange_jobs.main()
 
 
 def inspect(arguments: Sequence[str]) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import EsmConfig, EsmForMaskedLM
 
 from bionemo_esm.alphabet import MASK_ID, PAD_ID, VOCABULARY_SIZE
+from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.model.interchange.dialects import HUGGING_FACE
+from bionemo_esm.model.interchange.translation import give
 
 TINY = {
     "num_layers": 2,
@@ -55,43 +60,12 @@ def padded_twin(model: ESM1nvModel) -> EsmForMaskedLM:
         )
     ).eval()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    missing, unexpected = twin.load_state_dict(translated(weights, config.num_attention_heads), strict=False)
+    missing, unexpected = twin.load_state_dict(translated(weights, config), strict=False)
     assert not unexpected
     assert all("contact_head" in name or "decoder" in name for name in missing), missing
     return twin
 
 
-def translated(weights: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """Weights, or their gradients, from Megatron's names and query-key-value interleaving to Hugging Face's."""
-    positions = weights["encoder.embedding.position_embeddings.weight"]
-    unused = torch.zeros(PAD_ID + 1, positions.shape[1])  # Hugging Face numbers positions from the padding id on
-    theirs = {
-        "esm.embeddings.word_embeddings.weight": weights["encoder.embedding.word_embeddings.weight"][:VOCABULARY_SIZE],
-        "esm.embeddings.position_embeddings.weight": torch.cat([unused, positions]),
-        "lm_head.bias": weights["encoder.output_layer.bias"][:VOCABULARY_SIZE],
-    }
-    for kind in ("weight", "bias"):
-        theirs[f"esm.encoder.emb_layer_norm_after.{kind}"] = weights[f"encoder.encoder.final_layernorm.{kind}"]
-        theirs[f"lm_head.dense.{kind}"] = weights[f"encoder.lm_head.dense.{kind}"]
-        theirs[f"lm_head.layer_norm.{kind}"] = weights[f"encoder.lm_head.layer_norm.{kind}"]
-        if (before := f"encoder.embedding_layernorm.{kind}") in weights:
-            theirs[f"esm.embeddings.layer_norm.{kind}"] = weights[before]
-    for name, tensor in weights.items():
-        if not name.startswith("encoder.encoder.layers."):
-            continue
-        number, part = name.removeprefix("encoder.encoder.layers.").split(".", 1)
-        layer, kind = f"esm.encoder.layer.{number}", part.rsplit(".", 1)[1]
-        if part.startswith("self_attention.linear_qkv"):
-            mixed = tensor.reshape(heads, 3, -1, *tensor.shape[1:])
-            for index, role in enumerate(("query", "key", "value")):
-                theirs[f"{layer}.attention.self.{role}.{kind}"] = mixed[:, index].reshape(-1, *tensor.shape[1:])
-            continue
-        place = {
-            "input_layernorm": "attention.LayerNorm",
-            "self_attention.linear_proj": "attention.output.dense",
-            "pre_mlp_layernorm": "LayerNorm",
-            "mlp.linear_fc1": "intermediate.dense",
-            "mlp.linear_fc2": "output.dense",
-        }[part.rsplit(".", 1)[0]]
-        theirs[f"{layer}.{place}.{kind}"] = tensor
-    return theirs
+def translated(tensors: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
+    """Weights, or their gradients, under Hugging Face's names and in its layouts."""
+    return dict(give(config, dict.fromkeys(tensors, torch.float32), tensors.__getitem__, HUGGING_FACE))

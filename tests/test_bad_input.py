@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.training.run import pretrain
 from models import tiny_model
 from runs import ROOT, SMALL, composed
@@ -141,7 +142,8 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert "written with optim.lr = 0.0015, this run has 0.01" in complaint(capfd, *named, "optim.lr=1e-2")
     other = tmp_path / "runs" / "same" / "laptop.nemo"
     error = complaint(capfd, *named, f"restore_from_path={other}")
-    assert f"written with restore_from_path = none, this run has {other}" in error
+    weights = f"weights of SHA-256 {ArchiveFile.open(other).weights_sha256}"
+    assert f"written with restore_from_path = none, this run has {weights}" in error
 
 
 def test_a_finished_run_of_another_configuration_is_not_passed_off_as_this_one(

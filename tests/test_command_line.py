@@ -18,7 +18,7 @@ from runs import ROOT
         (["zebra=1"], "error: zebra is not a key; --help lists every key\n"),
         (
             ["recipe=esm1nv_phase3"],
-            "Could not find 'recipe/esm1nv_phase3'; there are esm1b, esm1nv_phase1, esm1nv_phase2",
+            "Could not find 'recipe/esm1nv_phase3'; there are adapt, esm1b, esm1nv_phase1, esm1nv_phase2",
         ),
         (["recipe=laptop", "go"], "error: 'go' is not key=value; --help lists every key\n"),
         (["trainer.max_steps=[1"], "error: trainer.max_steps=[1 cannot be read as key=value"),

@@ -22,6 +22,7 @@ from bionemo_esm.training.hardware import DEVICES, find_device, memory_bytes, pe
 SMALL = EncoderConfig(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=256, attention_dropout=0.0)
 WIDER = replace(SMALL, num_layers=3, hidden_size=96, num_attention_heads=6, ffn_hidden_size=288, hidden_dropout=0.0)
 ESM1B = replace(SMALL, embedding_layernorm=True, token_dropout=True)
+ESM2 = replace(SMALL, token_dropout=True, position_embedding="rotary", hidden_dropout=0.0)
 LENGTHS = (148, 250, 98, 30)  # residues
 
 
@@ -58,7 +59,7 @@ def bytes_kept_for_backward(model: ESM1nvModel, batch: PackedBatch) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("config", [SMALL, WIDER, ESM1B], ids=["small", "wider", "as ESM-1b"])
+@pytest.mark.parametrize("config", [SMALL, WIDER, ESM1B, ESM2], ids=["small", "wider", "as ESM-1b", "as ESM-2"])
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 def test_activations_are_what_autograd_keeps(config: EncoderConfig, precision: str) -> None:
     batch = row()
@@ -76,7 +77,7 @@ def test_on_a_gpu_masks_are_bytes_and_attention_makes_no_copy() -> None:
     assert on_cpu - on_gpu == tokens * (masks + layers * hidden * 4)
 
 
-@pytest.mark.parametrize("config", [SMALL, WIDER], ids=["small", "wider"])
+@pytest.mark.parametrize("config", [SMALL, WIDER, ESM2], ids=["small", "wider", "as ESM-2"])
 def test_flops_are_what_pytorch_counts(config: EncoderConfig) -> None:
     """To the operation; with attention as plain products, which PyTorch's counter sees on a CPU."""
     model, batch = model_of(config), row()

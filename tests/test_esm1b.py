@@ -93,10 +93,10 @@ def test_esm1b_has_the_parameters_of_the_public_model_but_for_what_can_be_named(
         )
     theirs_counted = sum(parameter.numel() for parameter in theirs.parameters())
     vocabulary_padding = (128 - 33) * (1280 + 1)  # rows of the table, and the output's biases
-    unused_positions = 2 * 1280  # Hugging Face numbers positions from the padding id on: 1026 rows for 1024 tokens
     contact_head = 33 * 20 + 1  # a regression on attention maps; pretraining does not touch it
     assert theirs_counted == 652_359_094
-    assert ours.parameters == theirs_counted + vocabulary_padding - unused_positions - contact_head == 652_477_568
+    assert ours.parameters == theirs_counted + vocabulary_padding - contact_head == 652_480_128
+    assert replace(ours, position_offset=0).parameters == ours.parameters - 2 * 1280, "rows before the first position"
 
 
 def test_the_flags_add_one_layer_norm_and_draw_no_other_weights() -> None:
@@ -145,7 +145,7 @@ def test_packed_esm1b_agrees_with_the_padded_one_on_logits_loss_and_gradients(
     padded_loss = cross_entropy(padded_logits[batch.target_index], batch.targets)
     padded_loss.backward()
 
-    ours = translated(gradients(model, batch), model.encoder_config.num_attention_heads)
+    ours = translated(gradients(model, batch), model.encoder_config)
     torch.testing.assert_close(model.logits(batch), padded_logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(cross_entropy(model(batch), batch.targets), padded_loss, atol=1e-5, rtol=0)
     theirs = {name: parameter.grad for name, parameter in twin.named_parameters() if parameter.grad is not None}
@@ -369,7 +369,8 @@ def test_the_configuration_is_that_of_the_paper() -> None:
         INVERSE, betas=(0.9, 0.999), weight_decay=0.0, max_steps=recipe.optim.max_steps, gradient_clip_val=1.0
     )
     sizes = {"num_layers": 33, "num_attention_heads": 20, "hidden_size": 1280, "ffn_hidden_size": 5120}
-    assert recipe.model == EncoderConfig(**sizes, seq_length=1024, **ESM1B)  # dropout 0.1, as ESM-1nv
+    expected = EncoderConfig(**sizes, seq_length=1024, **ESM1B, position_offset=2)  # dropout 0.1, as ESM-1nv
+    assert recipe.model == expected
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -24,11 +24,12 @@ from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import UserError
-from bionemo_esm.model import legacy, legacy_files
+from bionemo_esm.model import legacy, pickles
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.legacy import ConversionReport, convert_legacy
-from bionemo_esm.model.legacy_files import ChildLimits, LegacyArchiveError
+from bionemo_esm.model.legacy_files import LegacyArchiveError
+from bionemo_esm.model.pickles import ChildLimits
 from models import TINY, tiny_model
 
 State = dict[str, Any]
@@ -184,22 +185,24 @@ def translated(protein: np.ndarray[Any, Any]) -> list[int]:
 def test_the_converted_model_gives_the_logits_of_the_legacy_one(
     mode: str, half: bool, original: ESM1nvModel, state: State, tiny_split: SequenceSplit, tmp_path: Path
 ) -> None:
-    weights = {name: tensor.half() if half else tensor for name, tensor in state.items()}
+    weights: State = {name: tensor.half() if half else tensor for name, tensor in state.items()}
     weights["model.language_model.pooler.dense.weight"] = torch.zeros(32, 32)
+    weights["model.layers.0._extra_state"] = {"scale": torch.ones(1)}
     source = packed(tmp_path / "esm1nv.nemo", members(weights), mode)
     report = convert_legacy(source, tmp_path / "converted.nemo")
     protein = tiny_split[3]
     converted = logits_of(tmp_path / "converted.nemo", protein)
     rows = [VOCABULARY.index({v: k for k, v in LEGACY_NAMES.items()}.get(token, token)) for token in TOKENS[:29]]
     rows.append(VOCABULARY.index("<mask>"))
-    expected = nemo_1_logits({n: t.float() for n, t in weights.items()}, translated(protein), heads=4)[:, rows]
+    known = {name: weights[name].float() for name in state}
+    expected = nemo_1_logits(known, translated(protein), heads=4)[:, rows]
     torch.testing.assert_close(converted[:, [*range(29), 32]], expected, rtol=1e-4, atol=1e-4)
     if not half:
         ours = original.logits(pack(protein, np.array([len(protein)])))
         assert torch.equal(converted[:, :29], ours[:, :29])
     assert report.parameters == sum(parameter.numel() for parameter in original.parameters())
     assert set(report.renamed.values()) == {name for name, _ in original.named_parameters()}
-    assert report.dropped == ("model.language_model.pooler.dense.weight",)
+    assert report.dropped == ("model.language_model.pooler.dense.weight", "model.layers.0._extra_state")
     provenance = read_archive(tmp_path / "converted.nemo").provenance
     assert provenance["converted_from"]["file"] == "esm1nv.nemo"
     assert len(provenance["converted_from"]["sha256"]) == 64
@@ -465,7 +468,7 @@ def test_weights_that_are_no_state_dict_or_need_too_much_memory_are_refused(tmp_
 def test_a_child_that_hangs_dies_or_fails_gives_a_clear_error(
     code: str, match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(legacy_files, "_CHILD", code)
+    monkeypatch.setattr(pickles, "_CHILD", code)
     monkeypatch.setattr(legacy, "ChildLimits", lambda: replace(ChildLimits(), seconds=0.5 if "sleep" in code else 60))
     refused(packed(tmp_path / "child.nemo", members()), match)
 
@@ -473,7 +476,7 @@ def test_a_child_that_hangs_dies_or_fails_gives_a_clear_error(
 def test_the_child_is_limited_and_sees_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 import sys, os, json, resource; sys.path.append(sys.argv[1])
-from bionemo_esm.model.legacy_files import _limit_this_process
+from bionemo_esm.model.pickles import _limit_this_process
 _limit_this_process(*map(int, sys.argv[3:6]))
 names = "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_FSIZE", "RLIMIT_AS"
 limits = {name: resource.getrlimit(getattr(resource, name))[1] for name in names}
@@ -487,8 +490,8 @@ print(json.dumps([limits, dict(os.environ), sys.flags.isolated, os.getcwd() == s
         seen.extend(json.loads(done.stderr.splitlines()[-1]))
         return done
 
-    monkeypatch.setattr(legacy_files, "_CHILD", code)
-    monkeypatch.setattr(legacy_files.subprocess, "run", observed)
+    monkeypatch.setattr(pickles, "_CHILD", code)
+    monkeypatch.setattr(pickles.subprocess, "run", observed)
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     refused(packed(tmp_path / "child.nemo", members()), "wrote no weights")
     limits, environment, isolated, in_its_folder = seen

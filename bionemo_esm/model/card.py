@@ -29,10 +29,15 @@ _SIZES = {
     "ffn_hidden_size": "FFN size", "seq_length": "longest sequence, tokens", "hidden_dropout": "dropout, hidden",
     "attention_dropout": "dropout, attention",
 }  # fmt: skip
-_FLAGS = {"embedding_layernorm": "embedding layer norm", "token_dropout": "token dropout"}  # told where they are on
+_OTHER_PARTS = {  # told where the archive has them, as ESM-1nv has none: what they are, or that they are on
+    "position_embedding": "position embedding", "position_offset": "position offset",
+    "embedding_layernorm": "embedding layer norm", "token_dropout": "token dropout", "contact_head": "contact head",
+}  # fmt: skip
+_ORIGIN = ("source", "format", "sha256")  # of what was imported
 _SPLITS = ("train", "validation", "test")
 _DATA = ("data", "data_release", "data_sequences", "data_manifest_sha256")
-_TRAINING = ("recipe", "seed", "steps", "consumed_samples", *_DATA, "restored_from", "converted_from")
+_START = ("restored_from", "restored_weights_sha256", "imported_from", "converted_from")
+_TRAINING = ("recipe", "seed", "steps", "consumed_samples", *_DATA, *_START)
 _KNOWN = {*_TRAINING, "continued_from", "data_samples_of_an_epoch", "averaged_from", "checkpoint", "package_versions"}
 
 
@@ -110,7 +115,7 @@ class ArchiveCard:
         return {
             "class": _at(self.manifest, "model_class"),
             **{label: _at(self.config, "encoder", name) for name, label in _SIZES.items()},
-            **{label: "yes" for name, label in _FLAGS.items() if _at(self.config, "encoder", name) is True},
+            **{label: _part(_at(self.config, "encoder", name)) for name, label in _OTHER_PARTS.items()},
             "parameters": ", ".join(f"{number:,} in {dtype}" for dtype, number in self.parameters_by_dtype.items()),
             "SHA-256 of the weights": _at(self.manifest, "files", WEIGHTS, "sha256"),
         }
@@ -127,6 +132,7 @@ class ArchiveCard:
         rate, loss, step = self._progress.values()
         lowest = None if loss is None else f"{loss:.4f}" + ("" if step is None else f", at step {step:,}")
         told["continued from"] = self._origin()
+        told["imported from"] = _imported(told["imported from"])
         return told | {"saved": self._schedule(), "next learning rate": rate, "lowest validation loss": lowest}
 
     def _origin(self) -> Any:
@@ -156,9 +162,7 @@ class ArchiveCard:
             return {"averaged from": sources}
         steps = [step for source in sources if (step := _count(_at(source, "steps"))) is not None]
         span = f", steps {min(steps):,} to {max(steps):,}" if steps else ""
-        lines = [*map(_averaged_file, sources)]
-        if (more := len(lines) - 2 * _FILES_AT_AN_END) > 0:
-            lines[_FILES_AT_AN_END:-_FILES_AT_AN_END] = [f"… {more:,} more; --json has all"]
+        lines = _shortened([*map(_averaged_file, sources)])
         return {"averaged from": (f"{len(sources):,} file{'s' * (len(sources) != 1)}{span}", *lines)}
 
     def _packages(self) -> dict[str, Any]:
@@ -240,6 +244,29 @@ def _told(value: Any) -> str:
     if isinstance(value, list):
         return "; ".join(_told(item) or "null" for item in value)
     return f"{value:,}" if type(value) is int else f"{value:g}" if type(value) is float else str(value)
+
+
+def _part(value: Any) -> Any:
+    """Of the encoder: a part that is there, or what it is; nothing for one that is not there."""
+    return "yes" if value is True else None if value is False else value
+
+
+def _imported(origin: Any) -> Any:
+    """Another library's model, and the files that it was read from; what is no account of one, as it is."""
+    source, library, files = (_at(origin, key) for key in ("source", "format", "sha256"))
+    if not isinstance(source, str) or not isinstance(library, str):
+        return origin
+    lines = [f"{key.replace('_', ' ')} {told}" for key in origin if key not in _ORIGIN and (told := _told(origin[key]))]
+    hashes = files if isinstance(files, dict) else {}
+    lines += [f"SHA-256 {_told(digest)[:12]}…, {name}" for name, digest in hashes.items()]
+    return (f"{source}, {library}", *_shortened(lines))
+
+
+def _shortened(lines: list[str]) -> tuple[str, ...]:
+    """The first and last few of a long list."""
+    if (more := len(lines) - 2 * _FILES_AT_AN_END) <= 0:
+        return tuple(lines)
+    return (*lines[:_FILES_AT_AN_END], f"… {more:,} more; --json has all", *lines[-_FILES_AT_AN_END:])
 
 
 def _averaged_file(source: Any) -> str:

@@ -7,11 +7,8 @@ NeMo's; so `ModelPT.restore_from(path)` works for both.
 
 from __future__ import annotations
 
-import math
 import os
 from importlib import import_module
-from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +19,15 @@ from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, is_our_archive, write_archive
-from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.consistency import check_sizes, package_versions
 from bionemo_esm.model.container import quoted
 from bionemo_esm.model.parallel import own_shard
 
 MODEL_CLASSES: dict[str, Any] = {}
 """Our registry: the names that an archive may give, and the classes they stand for."""
 
-_RECORDED_PACKAGES = ("bionemo_esm", "torch", "megatron-core", "nemo_toolkit")
 _UNSAFE_TORCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-_CONFIG_KEYS = {"encoder", "precision", "seed"}
-_WEIGHT_DTYPES = {"32": {"F32"}, "bf16": {"BF16"}}  # by the precision that the configuration gives
 
 
 def register_model(cls: Any) -> Any:
@@ -66,54 +59,9 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
 
 def describe(model: Any) -> Archive:
     """What a model writes of itself, its float32 masters where there are; collective where weights are sharded."""
-    versions = {package: version(package) for package in _RECORDED_PACKAGES}
-    provenance = {"package_versions": versions, **model.archive_provenance()}
+    provenance = {"package_versions": package_versions(), **model.archive_provenance()}
     weights = model.archive_weights()
     return Archive(type(model).__name__, model.archive_config(weights), weights, provenance)
-
-
-def check_sizes(file: ArchiveFile) -> None:
-    """Raises `ArchiveError` unless the weights are those of the model that the configuration describes.
-
-    Checked before that model is built: a configuration could ask for one that no memory holds.
-    """
-    where = f"{file.path}: model_config.yaml"
-    for key in sorted(file.config.keys() ^ _CONFIG_KEYS):
-        raise ArchiveError(f"{where}: {quoted(key)} is {'missing' if key in _CONFIG_KEYS else 'not a key of a model'}")
-    encoder, precision, seed = file.config["encoder"], file.config["precision"], file.config["seed"]
-    if not isinstance(encoder, dict) or str(precision) not in _WEIGHT_DTYPES or type(seed) is not int:
-        raise ArchiveError(f"{where}: encoder must be a mapping, precision 32 or bf16, seed an integer")
-    try:
-        sizes = EncoderConfig.from_mapping(encoder)
-    except ConfigError as error:
-        raise ArchiveError(f"{where}: {error}") from error
-    fixed = dict(sizes.fixed_tensors())
-    elements = sizes.parameters + sum(map(math.prod, fixed.values()))
-    if elements != file.weights.elements:
-        raise ArchiveError(
-            f"{where} describes a model of {elements:,} parameters, the file has {file.weights.elements:,}; "
-            "one of the two is not of this model"
-        )
-    _check_tensors(file, sizes)
-    for name in fixed:
-        if (dtype := file.weights.infos[name].dtype) != "F32":
-            raise ArchiveError(f"{file.path}: tensor {name!r} has dtype {dtype}; it is F32 at any precision")
-    dtypes = {info.dtype for name, info in file.weights.infos.items() if name not in fixed}
-    if dtypes != _WEIGHT_DTYPES[str(precision)]:
-        raise ArchiveError(f"{file.path}: weights have dtype {', '.join(sorted(dtypes))}, the precision is {precision}")
-
-
-def _check_tensors(file: ArchiveFile, sizes: EncoderConfig) -> None:
-    """Every tensor of the model there, in its shape, and no other; ends at the first fault, as sizes have no bound."""
-    unknown = set(file.weights.infos)
-    for name, shape in chain(sizes.tensors(), sizes.fixed_tensors()):
-        if name not in unknown:
-            raise ArchiveError(f"{file.path}: tensor {name!r} is missing")
-        if (found := file.weights.infos[name].shape) != shape:
-            raise ArchiveError(f"{file.path}: tensor {name!r} has shape {list(found)}, the model {list(shape)}")
-        unknown.remove(name)
-    if unknown:
-        raise ArchiveError(f"{file.path}: tensor {quoted(min(unknown))} is not part of this model")
 
 
 class ESMSaveRestoreConnector(SaveRestoreConnector):

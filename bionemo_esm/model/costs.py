@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from bionemo_esm.alphabet import VOCABULARY_SIZE, padded_vocabulary_size
-from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.config import ROTARY, EncoderConfig
 
 CHOSEN_SHARE = 0.15  # of the tokens, which the head answers: the masking policy of both model cards
 BYTES = {"32": 4, "bf16": 2}  # of a parameter, and of an activation
@@ -103,15 +103,18 @@ def _activations(config: EncoderConfig, tokens: float, width: int, tensor_parall
 
     A token and layer keep, of H: the input and output of both layer norms, which every device holds whole; of the
     split part 3 H for query, key, value, H for the context, F before and F after GELU; a float32 for the softmax of
-    each head; and a mask for each of the two dropouts.
+    each head; and a mask for each of the two dropouts. Rotary positions keep the turned query and key beside the ones
+    that they were made from, which the value's memory holds, and once the angles' cosine and sine.
     """
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
     copies, mask_bytes = (1, width) if device_type == "cpu" else (0, 1)
     masks = hidden * mask_bytes if config.hidden_dropout > 0 else 0
-    split = ((4 + copies) * hidden + 2 * ffn) * width + config.num_attention_heads * _FLOAT32
+    turned = 2 if config.position_embedding == ROTARY else 0  # query and key
+    split = ((4 + turned + copies) * hidden + 2 * ffn) * width + config.num_attention_heads * _FLOAT32
     statistics = 2 * _FLOAT32  # mean and deviation, which a layer norm keeps
     layer = 4 * hidden * width + 2 * statistics + split / tensor_parallel + 2 * masks
     norms = 2 if config.embedding_layernorm else 1  # before the blocks, and after them
     ends = norms * (hidden * width + statistics) + masks + 2 * 8  # with dropout of the embedding, and int64 ids
+    ends += 2 * config.head_size * _FLOAT32 if turned else 0
     head = 5 * hidden * width + VOCABULARY_SIZE * _FLOAT32
     return math.ceil(tokens * (config.num_layers * layer + ends + CHOSEN_SHARE * head))

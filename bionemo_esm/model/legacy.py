@@ -24,7 +24,6 @@ from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.legacy_files import (
     CONFIG,
     WEIGHTS,
-    ChildLimits,
     LegacyArchiveError,
     LegacyTar,
     config_number,
@@ -34,6 +33,7 @@ from bionemo_esm.model.legacy_files import (
     read_weights,
     sha256,
 )
+from bionemo_esm.model.pickles import ChildLimits
 
 _SIZES: dict[str, tuple[tuple[str, ...], float | None]] = {
     "num_layers": (("num_layers",), None),

@@ -1,38 +1,29 @@
 """The files inside a legacy `.nemo` archive, read without trusting them. Used by `bionemo_esm.model.legacy` alone.
 
 A legacy archive is a tar, plain or gzipped, of `model_config.yaml`, `model_weights.ckpt` (a torch pickle) and artifacts
-with a hash before their name. Members are looked at one by one and copied out by name. The pickle is opened by another
-process, under limits, by torch's unpickler for weights only; what comes back is a safetensors file.
+with a hash before their name. Members are looked at one by one and copied out by name. The pickle is opened by
+`bionemo_esm.model.pickles`.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import math
-import os
-import pickle  # the name of its exception only; nothing here unpickles but torch's own reader for weights
 import re
-import signal
-import subprocess
-import sys
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bionemo_esm.errors import UserError
+from bionemo_esm.model.pickles import ChildLimits, PickledTensors, PickleError, convert_pickle
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 _CONVERTED = "weights.safetensors"
@@ -40,23 +31,10 @@ _SMALL_MEMBER = 1 << 22  # bytes; a configuration or a vocabulary of amino acids
 _LARGEST_MEMBER = 1 << 36  # bytes; ESM-1b's weights have 2.6e9
 _LONGEST_READ = 1 << 24  # bytes; a tar header that asks for more at once is no honest one
 _MOST_MEMBERS = 1000
-_KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "SYSTEMROOT")  # what Python and torch need to start
-_CHILD = "import sys; sys.path.append(sys.argv[1]); from bionemo_esm.model.legacy_files import child; child()"
-_REFUSED, _OUT_OF_MEMORY = 3, 4  # exit codes of the child
 
 
 class LegacyArchiveError(UserError):
     """A legacy archive that cannot be converted; the message names the file, the member and what to do."""
-
-
-@dataclass(frozen=True)
-class ChildLimits:
-    """What the process that opens the pickle may use, where the platform can limit it (address space: Linux)."""
-
-    seconds: float = 900.0  # wall clock
-    cpu_seconds: int = 600
-    memory_base: int = 1 << 30  # bytes above what torch itself takes
-    memory_per_byte: int = 6  # of the weights file: unpickled, copied, serialized, with room to spare
 
 
 # --- the tar --------------------------------------------------------------------------------------------------------
@@ -247,7 +225,7 @@ def read_vocabulary(tar: LegacyTar, config: Mapping[str, Any]) -> tuple[str, lis
     return member, [token.rstrip("\r") for token in tokens]
 
 
-# --- the pickle, from outside ---------------------------------------------------------------------------------------
+# --- the pickle -------------------------------------------------------------------------------------------------------
 
 
 def read_weights(tar: LegacyTar, folder: Path, limits: ChildLimits) -> tuple[dict[str, Tensor], list[str]]:
@@ -256,98 +234,13 @@ def read_weights(tar: LegacyTar, folder: Path, limits: ChildLimits) -> tuple[dic
     `folder` is private to us and empty. Raises `LegacyArchiveError` for a pickle with anything but plain values and
     tensors in it, and for a child that fails, hangs or grows.
     """
-    where = f"{tar.path}: {WEIGHTS}"
     tar.copy(WEIGHTS, folder / WEIGHTS)
-    size = (folder / WEIGHTS).stat().st_size
-    memory = limits.memory_base + limits.memory_per_byte * size
-    root = str(Path(__file__).resolve().parents[2])
-    arguments = [root, str(folder), str(limits.cpu_seconds), str(memory), str((1 << 24) + 4 * size)]
-    environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
+    converted = folder / _CONVERTED
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", _CHILD, *arguments],
-            cwd=folder,
-            env=environment | {"HOME": str(folder), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=limits.seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise LegacyArchiveError(
-            f"{where}: opening it took more than {limits.seconds:g} seconds; refused, no model takes that long"
-        ) from error
-    if done.returncode:
-        raise LegacyArchiveError(f"{where}: {_explain(done.returncode, done.stderr, memory)}")
-    try:
-        with safe_open(folder / _CONVERTED, "pt") as stored:
-            others = json.loads((stored.metadata() or {}).get("others", "[]"))
-            return {name: stored.get_tensor(name) for name in stored.keys()}, list(map(str, others))  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LegacyArchiveError(f"{where}: the process that opened it wrote no weights ({error})") from error
-
-
-def _explain(code: int, stderr: bytes, memory: int) -> str:
-    """Why the child ended as it did, in one line, and what to do."""
-    lines = stderr.decode(errors="replace").strip().splitlines()
-    last = "".join(c if c.isprintable() else "?" for c in lines[-1][:300]) if lines else "no message"
-    if code == _REFUSED:
-        return f"{last}; nothing of it was run. Convert it where you trust it, or ask its author for safetensors"
-    if code == _OUT_OF_MEMORY:
-        return f"opening it needs more than the {memory / 2**30:.1f} GiB that its size allows; refused"
-    if code < 0:
-        number = -code
-        name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
-        why = "it used up its processor time" if name == "SIGXCPU" else "out of memory, most likely"
-        return f"the process that opened it was killed by {name} ({why}); try where there is more memory"
-    return f"the process that opened it failed ({last}); the file may be damaged, copy or download it again"
-
-
-# --- the pickle, from inside: the following runs in the child only --------------------------------------------------
-
-
-def child() -> None:
-    """Turn `model_weights.ckpt` in a folder into a safetensors file beside it, and exit."""
-    folder, (cpu_seconds, memory, file_size) = Path(sys.argv[2]), map(int, sys.argv[3:6])
-    _limit_this_process(cpu_seconds, memory, file_size)
-    try:
-        _convert(folder)
-    except MemoryError:
-        sys.exit(_OUT_OF_MEMORY)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        culprit = f"it asks for {named[1]}, which is no tensor" if named else "it is no pickle of tensors"
-        sys.stderr.write(culprit)
-        sys.exit(_REFUSED)
-    except RuntimeError as error:
-        if "allocate" not in str(error):
-            raise
-        sys.exit(_OUT_OF_MEMORY)
-    sys.exit(0)
-
-
-def _convert(folder: Path) -> None:
-    state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
-        raise pickle.UnpicklingError("not a state dict")
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    others = json.dumps(sorted(state.keys() - tensors.keys()))
-    save_file(copies, folder / _CONVERTED, {"others": others})
-
-
-def _limit_this_process(cpu_seconds: int, memory: int, file_size: int) -> None:
-    """Hard limits, which nothing in this process can lift; torch is imported already and is not counted."""
-    if sys.platform == "win32":
-        return
-    import resource
-
-    wanted = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: cpu_seconds, resource.RLIMIT_FSIZE: file_size}
-    if sys.platform == "linux":
-        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        wanted[resource.RLIMIT_AS] = in_use + memory
-    for kind, amount in wanted.items():
-        ceiling = resource.getrlimit(kind)[1]
-        amount = amount if ceiling == resource.RLIM_INFINITY else min(amount, ceiling)
-        resource.setrlimit(kind, (amount, amount))
+        others = convert_pickle(folder / WEIGHTS, converted, limits=limits)
+    except PickleError as error:
+        raise LegacyArchiveError(f"{tar.path}: {WEIGHTS}: {error.why}") from error
+    table = PickledTensors.of(folder / WEIGHTS, converted)
+    dicts = tuple(f"{name}." for name, value in others.items() if isinstance(value, dict))
+    tensors = {name: table.load(name) for name in table.infos if not name.startswith(dicts)}
+    return tensors, sorted(others)

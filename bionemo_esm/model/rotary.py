@@ -59,6 +59,6 @@ class RotaryEmbedding(FixedTensors):
 def rotate(heads_TND: Tensor, rotation: Rotation) -> Tensor:
     """Queries or keys [T, N, D], number i turned together with number i + D/2, in the dtype that they came in."""
     cosine_T1D, sine_T1D = rotation
-    turned = heads_TND.float()
-    first, second = turned.chunk(2, dim=-1)
-    return (turned * cosine_T1D + torch.cat([-second, first], dim=-1) * sine_T1D).to(heads_TND.dtype)
+    first, second = heads_TND.chunk(2, dim=-1)
+    turned = heads_TND * cosine_T1D + torch.cat([-second, first], dim=-1) * sine_T1D  # in the angles' float32
+    return turned.to(heads_TND.dtype)

@@ -6,15 +6,20 @@ import json
 import math
 import time
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from bionemo_esm.model.esm1nv import ESM1nvModel, StepReport
+from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation, StepReport
 from bionemo_esm.model.guards import SkippedStep
+from bionemo_esm.model.parallel import data_parallel_sum, world_sum
 from bionemo_esm.screen import Screen, duration
+from bionemo_esm.training.hangs import HangWatch
 from bionemo_esm.training.measurements import Gauges
+from bionemo_esm.training.stopping import StopSignals
 
 _SECONDS_BETWEEN_LINES = 15.0  # of progress, where output is no terminal
 _SECONDS_BETWEEN_REWRITES = 0.5
@@ -42,6 +47,11 @@ class History(Callback):
             self.seconds = _seconds_of(kept)
         self._started = self._mark = time.monotonic()
         self._first_step = trainer.global_step
+
+    def on_initial_validation_end(self, trainer: Trainer, pl_module: ESM1nvModel) -> None:
+        """As `on_validation_end`; what it took says nothing of how long the rest will."""
+        self.on_validation_end(trainer, pl_module)
+        self._started = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, ESM1nvModel) and pl_module.last_step is not None
@@ -125,6 +135,14 @@ def _seconds_of(lines: list[dict[str, Any]]) -> float:
     return float(lines[-1]["seconds"]) if lines else 0.0
 
 
+def initial_validation(path: Path) -> Evaluation | None:
+    """The validation before the first step, from a `metrics.jsonl`; None where there was none."""
+    for line in read_history(path):
+        if line["kind"] == "validation" and line["step"] == 0:
+            return Evaluation(line["loss"], line["accuracy"], line["residues"])
+    return None
+
+
 def read_history(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a last line that an interruption cut short is left out."""
     if not path.exists():
@@ -195,7 +213,53 @@ class Progress(Callback):
         self.screen.say(
             f"  step {trainer.global_step:,}  validation perplexity {result.perplexity:.2f} "
             f"(residue frequencies: {self.unigram_perplexity:.2f}), {result.accuracy:.1%} of masked residues right"
+            + ("" if trainer.global_step else ", before any training")
         )
+
+
+class InitialValidation(Callback):
+    """Validates before the first step, on the batches that every later validation has: what the weights are worth that
+    a run starts from. A signal breaks it off, and ends the run before it has begun.
+    """
+
+    def __init__(
+        self, limit: int | None, signals: StopSignals, watch: HangWatch, history: History, progress: Progress
+    ) -> None:
+        """limit: micro batches of each rank, as `limit_val_batches`; None: all. The last three are told of it."""
+        self.limit, self.signals, self.watch = limit, signals, watch
+        self.history, self.progress = history, progress
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, ESM1nvModel)
+        was_training = pl_module.training
+        pl_module.eval()
+        result = self._evaluate(trainer, pl_module)
+        pl_module.train(was_training)
+        if result is None:
+            trainer.should_stop = True
+            return
+        pl_module.last_evaluation, pl_module.validation_was_broken_off = result, False
+        self.history.on_initial_validation_end(trainer, pl_module)
+        self.progress.on_validation_end(trainer, pl_module)
+        for logger in trainer.loggers:
+            logger.log_metrics({"val_loss": result.loss, "val_perplexity": result.perplexity}, step=0)
+
+    def _evaluate(self, trainer: Trainer, model: ESM1nvModel) -> Evaluation | None:
+        """The evaluation, the same on every rank; None where some rank was asked to stop. Collective."""
+        sums = torch.zeros(3, dtype=torch.float64, device=model.device)
+        for index, batch in enumerate(islice(model.val_dataloader(), self.limit)):
+            self.watch.on_validation_batch_start(trainer, model)
+            sums += model.score(batch.to(model.device))
+            if index < model.shared_validation_batches and self._must_stop(model):
+                return None
+        self.watch.on_validation_end(trainer, model)
+        return model.evaluation(data_parallel_sum(sums))
+
+    def _must_stop(self, model: ESM1nvModel) -> bool:
+        asked = world_sum(torch.tensor(int(self.signals.received is not None), device=model.device)).item()
+        if asked and self.signals.received is None:
+            self.signals.note_another_rank()
+        return bool(asked)
 
 
 def _bar(fraction: float, width: int = 12) -> str:

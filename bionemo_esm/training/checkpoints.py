@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bionemo_esm.errors import UserError
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, write_archive
-from bionemo_esm.model.connector import check_sizes
+from bionemo_esm.model.consistency import check_sizes
 from bionemo_esm.model.container import sync_folder
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.parallel import world_sum

@@ -16,10 +16,10 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
-from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation
 from bionemo_esm.screen import Screen
 from bionemo_esm.training.background import BackgroundWriter
-from bionemo_esm.training.callbacks import History, Progress
+from bionemo_esm.training.callbacks import History, InitialValidation, Progress, initial_validation
 from bionemo_esm.training.checkpoint_averaging import CheckpointAveraging
 from bionemo_esm.training.checkpoints import Checkpoints, SafeCheckpointIO
 from bionemo_esm.training.hangs import HangWatch, collective_timeout
@@ -45,6 +45,7 @@ class FitResult:
     stopped_by: Signals | None  # the signal that ended it before its last step
     best_checkpoint: Path | None  # the one with the lowest validation loss
     seconds: float  # of training and validation, earlier sessions of the run included
+    initial: Evaluation | None  # before the first step; None where the run did not start from weights
     measured: dict[str, float]  # over the last logging interval: `Measurements`
     resumed_from_step: int
     first_step: int  # over 0 where the run continues another
@@ -68,8 +69,12 @@ def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
     averaging = None
     if saving.average_last:
         averaging = CheckpointAveraging(folder / "averaging", saving.average_last, saving.every_n_train_steps, writer)
-    watching = [watch, history, Progress(screen, history, run.unigram_perplexity)]  # first: on record, then saved
-    callbacks = [*watching, *([averaging] if averaging else []), checkpoints]
+    progress = Progress(screen, history, run.unigram_perplexity)
+    callbacks: list[Callback] = [watch, history, progress]  # first: on record, then saved
+    callbacks += [*([averaging] if averaging else []), checkpoints]
+    if recipe.restore_from_path is not None and start.checkpoint is None:
+        limit = recipe.trainer.limit_val_batches
+        callbacks.append(InitialValidation(limit, signals, watch, history, progress))  # last: all others are ready
     trainer = _trainer(recipe.trainer, callbacks, SafeCheckpointIO(writer), gauges.data_wait)
     _start_experiment(trainer, recipe, folder)
     theirs = resiliency_callbacks(trainer.strategy.root_device.type, folder)
@@ -94,6 +99,7 @@ def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
         stopped_by=signals.received if trainer.global_step < recipe.trainer.max_steps else None,
         best_checkpoint=best if best and best.is_file() else None,
         seconds=history.seconds,
+        initial=initial_validation(history.path),
         measured=gauges.latest.known() if gauges.latest else {},
         resumed_from_step=start.steps,
         first_step=start.first_step,

@@ -10,7 +10,8 @@ from typing import Any
 from bionemo_esm.data.pretraining import SampleReader, TrainingStream, ValidationBatches, unigram_perplexity
 from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore, SequenceSplit, sha256_of_file
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.config import INVERSE_SQUARE_ROOT
+from bionemo_esm.model.archive import ArchiveFile
+from bionemo_esm.model.config import INVERSE_SQUARE_ROOT, LEARNED, ROTARY
 from bionemo_esm.training.proteins import describe_source
 from bionemo_esm.training.recipe import Recipe
 
@@ -58,6 +59,7 @@ class PreparedRun:
             "data_sequences": {name: split["sequences"] for name, split in manifest["splits"].items()},
             "data_samples_of_an_epoch": self.train.num_clusters,
             "restored_from": str(recipe.restore_from_path) if recipe.restore_from_path else None,
+            **_of_the_weights(recipe),
         }
 
     @property
@@ -73,7 +75,7 @@ class PreparedRun:
             "data.masking": str(self.recipe.data.masking),
             "data.global_batch_size": self.recipe.global_batch_size or "none",
             "data.global_batch_tokens": self.recipe.data.global_batch_tokens or "none",
-            "restore_from_path": str(self.recipe.restore_from_path or "none"),
+            "restore_from_path": f"weights of SHA-256 {sha}" if (sha := self.recipe.restored_sha256) else "none",
             **{f"optim.{key}": str(value) for key, value in optim.items()},
         }
 
@@ -156,11 +158,28 @@ def describe_sequences(split: SequenceSplit) -> str:
     return sequences if split.num_clusters == len(split) else f"{sequences} in {split.num_clusters:,} clusters"
 
 
+_FAMILIES = {  # position_embedding, token_dropout, embedding_layernorm
+    (LEARNED, False, False): "ESM-1nv",
+    (LEARNED, True, True): "ESM-1b",
+    (LEARNED, True, False): "ESM-1v",
+    (ROTARY, True, False): "ESM-2",
+}
+
+
 def describe_model(recipe: Recipe) -> str:
-    """The sizes of the encoder, for a person."""
+    """The family and the sizes of the encoder, for a person; plain ESM where its parts are those of no family."""
     model = recipe.model
-    form = "ESM-1b" if model.embedding_layernorm and model.token_dropout else "ESM-1nv"
+    form = _FAMILIES.get((model.position_embedding, model.token_dropout, model.embedding_layernorm), "ESM")
     return f"{form}, {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads"
+
+
+def _of_the_weights(recipe: Recipe) -> dict[str, Any]:
+    """What a run that starts from weights records of them: their hash, and the library they were imported from."""
+    if recipe.restore_from_path is None:
+        return {}
+    origin = ArchiveFile.open(recipe.restore_from_path).provenance.get("imported_from")
+    recorded: dict[str, Any] = {"restored_weights_sha256": recipe.restored_sha256}
+    return recorded | ({"imported_from": origin} if origin is not None else {})
 
 
 def short(path: Path) -> str:

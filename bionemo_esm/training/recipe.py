@@ -21,6 +21,7 @@ from bionemo_esm.data.store import MANIFEST_NAME, sha256_of_file
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import SCHEDULES, EncoderConfig, OptimConfig
 from bionemo_esm.settings import boolean, integer, known, number, path, plain_values, typed
+from bionemo_esm.training.architecture import find_architecture
 
 ACCELERATORS = ("cpu", "gpu")
 _OPTIM_KEYS = ("name", "lr", "betas", "eps", "weight_decay", "max_skipped_steps", "skip_loss_above", "sched")
@@ -186,6 +187,7 @@ class Recipe:
     optim: OptimConfig
     trainer: TrainerConfig
     exp_manager: ExperimentConfig
+    restored_sha256: str | None = None  # of the weights in restore_from_path; None: not set, or no such file
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -292,7 +294,7 @@ class Recipe:
     def fingerprint(self) -> str:
         """Eight hex digits of what the configuration says of the result; not of machine, logging or intervals.
 
-        A store counts by its manifest, wherever it lies, once it is there.
+        A store counts by its manifest, and an archive by its weights, wherever it lies, once it is there.
         """
         manifest = self.data.store and self.data.store / MANIFEST_NAME
         data = replace(self.data, num_workers=0, micro_batch_size=1, micro_batch_tokens=None)
@@ -300,7 +302,7 @@ class Recipe:
             data = replace(data, store=Path(sha256_of_file(manifest)))
         science = {
             "seed": self.seed,
-            "restore_from_path": self.restore_from_path,
+            "restore_from_path": self.restored_sha256 or self.restore_from_path,
             "continue_from_path": self.continue_from_path,
             "model": self.model.to_dict(),
             "data": asdict(data),
@@ -326,23 +328,26 @@ def load_recipe(cfg: DictConfig) -> Recipe:
     """The recipe in a composed Hydra configuration.
 
     Raises `ConfigError`, naming the key, for one that is unknown or missing, a value of the wrong kind, or values that
-    cannot work together.
+    cannot work together; `ArchiveError` for weights to start from that are no archive of ours.
     """
     values = plain_values(cfg)
     top = known("", values, _TOP_KEYS)
     trainer = TrainerConfig(**typed("trainer", top["trainer"], TrainerConfig))
+    origins = [path(key, top.get(key)) for key in ("restore_from_path", "continue_from_path")]
+    architecture = find_architecture(top["model"], *origins)
     return Recipe(
         name=str(top["name"]),
         seed=integer("seed", top["seed"]),
-        restore_from_path=path("restore_from_path", top.get("restore_from_path")),
-        continue_from_path=path("continue_from_path", top.get("continue_from_path")),
+        restore_from_path=origins[0],
+        continue_from_path=origins[1],
         published=_published(top.get("published")),
         plan=boolean("plan", top.get("plan", False)),
-        model=EncoderConfig.from_mapping(top["model"]),
+        model=architecture.encoder,
         data=_data(top["data"]),
         optim=_optim(top["optim"], trainer),
         trainer=trainer,
         exp_manager=_experiment(top["exp_manager"]),
+        restored_sha256=architecture.weights_sha256,
     )
 
 

@@ -41,6 +41,7 @@ LABEL |= {"color": LINE, "weight": "bold"}
 FACTS = """
 Validation perplexity | validation_perplexity | {:.3f};     Validation loss | validation_loss | {:.4f} nats per residue
 Perplexity of residue frequencies | unigram_perplexity | {:.3f};  Masked residues named right | masked_accuracy | {:.2%}
+Perplexity before training | initial_validation_perplexity | {:.3f}
 Perplexity of the average | averaged_validation_perplexity | {:.3f};  Checkpoints averaged | averaged_checkpoints | {:,}
 Masked residues asked | masked_residues | {:,};             Model | model | {}
 Parameters | parameters | {:,};                             Precision | precision | {}
@@ -92,9 +93,10 @@ class _Run(NamedTuple):
     train: dict[str, FloatArray]
     validation: dict[str, FloatArray]
     summary: dict[str, Any]
-    perplexity: float  # of validation; this and the next two are NaN where the summary has none
+    perplexity: float  # of validation; this and the next are NaN where the summary has none
     unigram_perplexity: float
     accuracy: float
+    initial_perplexity: float  # before the first step, of a run that starts from weights
 
 
 def write_report(folder: Path) -> Path:
@@ -115,8 +117,10 @@ def _read_run(folder: Path) -> _Run:
     summary["name"] = _plain(summary.get("name") or "Pretraining run")
     train = _columns(records, "train", ("loss", "learning_rate", "residues_per_second"))
     validation = _columns(records, "validation", ("perplexity",))
-    scores = ("validation_perplexity", "unigram_perplexity", "masked_accuracy")
-    return _Run(train, validation, summary, *[_number(summary, key, where) for key in scores])
+    scores = ("validation_perplexity", "unigram_perplexity", "masked_accuracy", "initial_validation_perplexity")
+    run = _Run(train, validation, summary, *[_number(summary, key, where) for key in scores])
+    same_questions = summary.get("initial_masked_residues") == summary.get("masked_residues")
+    return run if same_questions else run._replace(initial_perplexity=math.nan)
 
 
 def _objects(path: Path) -> dict[str, dict[str, Any]]:
@@ -159,8 +163,10 @@ def _columns(records: dict[str, dict[str, Any]], kind: str, keys: tuple[str, ...
 def _headline(run: _Run) -> str:
     if math.isfinite(run.perplexity):
         sentence = f"Validation perplexity {run.perplexity:,.1f}"
-        if math.isfinite(run.unigram_perplexity):
-            sentence += f", against {run.unigram_perplexity:,.1f} for residue frequencies alone"
+        others = {"before training": run.initial_perplexity, "for residue frequencies alone": run.unigram_perplexity}
+        told = [f"{value:,.1f} {words}" for words, value in others.items() if math.isfinite(value)]
+        if told:
+            sentence += f", against {' and '.join(told)}"
         return sentence + (f"; {run.accuracy:.1%} of masked residues named right." if run.accuracy >= 0 else ".")
     finite = np.flatnonzero(np.isfinite(run.train["loss"]))
     if not finite.size:

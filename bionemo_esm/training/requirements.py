@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.backends import parameter_dtype
+from bionemo_esm.training.architecture import check_that_it_is_the_archives
 from bionemo_esm.training.origin import find_origin
 from bionemo_esm.training.recipe import Recipe, TrainerConfig
 from bionemo_esm.training.storage import Storage, free_space
@@ -37,7 +35,7 @@ def check_requirements(recipe: Recipe, launched: int | None = None) -> None:
             + (_LAPTOP if recipe.name != "laptop" else "")
         )
     if recipe.restore_from_path is not None:
-        _check_archive(recipe, recipe.restore_from_path)
+        check_that_it_is_the_archives(recipe.model, recipe.restore_from_path)
     if not _has_checkpoints(recipe):
         find_origin(recipe)
 
@@ -102,14 +100,3 @@ def _missing_space(recipe: Recipe) -> list[str]:
         f"exp_manager.exp_dir: the run's checkpoints will take {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free "
         f"in {existing}; choose another place, or lower exp_manager.checkpoints.keep_last or average_last"
     ]
-
-
-def _check_archive(recipe: Recipe, path: Path) -> None:
-    """The archive must hold a model of the recipe's shape; dropout may differ."""
-    theirs = read_archive(path, with_weights=False).config.get("encoder")
-    theirs = theirs if isinstance(theirs, dict) else {}
-    for key, there, here in recipe.model.differences(theirs):
-        raise ConfigError(
-            f"restore_from_path: {path} has {key} = {there}, the recipe model.{key} = {here}; set model.{key}={there}, "
-            "or choose the model group that the archive was trained with"
-        )

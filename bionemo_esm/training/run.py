@@ -166,6 +166,9 @@ def _summary(run: PreparedRun, result: FitResult, restored: ESM1nvModel, archive
         "unigram_perplexity": run.unigram_perplexity,
         "masked_accuracy": score.accuracy,
         "masked_residues": score.residues,
+        "initial_validation_loss": result.initial and result.initial.loss,
+        "initial_validation_perplexity": result.initial and result.initial.perplexity,
+        "initial_masked_residues": result.initial and result.initial.residues,
         "precision": result.precision,
         "fused_backends": result.backends,
         "device": f"{recipe.trainer.world_size} x {recipe.trainer.accelerator} ({result.device_name})",
@@ -190,7 +193,9 @@ def _batch_of(recipe: Recipe) -> dict[str, int]:
 
 def _closing(summary: dict[str, Any], report: Path) -> str:
     folder = report.parent
-    averaged = files = ""
+    before = averaged = files = ""
+    if summary["initial_masked_residues"] == summary["masked_residues"]:  # of the same batches
+        before = f"{summary['initial_validation_perplexity']:.2f} before training and "
     if "averaged_nemo" in summary:
         averaged = (
             f"  averaged over the last {summary['averaged_checkpoints']} checkpoints (from step "
@@ -200,8 +205,9 @@ def _closing(summary: dict[str, Any], report: Path) -> str:
         files = f"  averaged {short(Path(summary['averaged_nemo']))}\n"
     return (
         f"\nDone in {duration(summary['wall_seconds'])}: {summary['steps']:,} steps, {summary['epochs']:.1f} epochs.\n"
-        f"  validation perplexity {summary['validation_perplexity']:.2f}, against {summary['unigram_perplexity']:.2f} "
-        f"for residue frequencies alone; {summary['masked_accuracy']:.1%} of masked residues right\n"
+        f"  validation perplexity {summary['validation_perplexity']:.2f}, against {before}"
+        f"{summary['unigram_perplexity']:.2f} for residue frequencies alone; {summary['masked_accuracy']:.1%} of "
+        "masked residues right\n"
         f"{averaged}"
         f"  model    {short(Path(summary['nemo']))}\n"
         f"{files}"

@@ -96,18 +96,21 @@ class Taken:
 def take(tensors: ForeignTensors, config: EncoderConfig, dialect: Dialect) -> Taken:
     """A foreign model of these sizes in our terms, after every one of its tensors has been accounted for.
 
-    `contact_head` and `position_offset` follow from the tensors, whatever `config` says. Raises `InterchangeError`,
-    naming the file and the tensor: for one that is missing, left over, of another shape or type, for an output that is
-    not tied to the embedding, and for layers that turn by different rotary frequencies.
+    `contact_head` follows from the tensors, whatever `config` says; so does `position_offset`, but where rows of zeros
+    stand before the first position, `config` says whether they are rows of the table. Raises
+    `InterchangeError`, naming the file and the tensor: for one that is missing, left over, of another shape or type,
+    for an output that is not tied to the embedding, and for layers that turn by different rotary frequencies.
     """
     notes: list[str] = []
-    learned = config.position_embedding == LEARNED
+    learned, says_unused = config.position_embedding == LEARNED, config.position_offset == UNUSED_POSITIONS
     config = replace(config, contact_head=_has_contact_head(tensors, dialect, notes))
     config = replace(config, position_offset=UNUSED_POSITIONS if learned else 0)
     frequencies = _frequencies_there(tensors, config, dialect, notes)
     _account(tensors, list(rules(config, dialect, frequencies)), config, dialect, notes)
-    if learned and not tensors.load(f"{dialect.position_embeddings}.weight")[:UNUSED_POSITIONS].any():
-        config = replace(config, position_offset=0)
+    if learned and not says_unused:
+        table = tensors.load(f"{dialect.position_embeddings}.weight")
+        if not table[:UNUSED_POSITIONS].any():
+            config = replace(config, position_offset=0)
     return _taken(tensors, config, list(rules(config, dialect, frequencies)), notes)
 
 

@@ -135,7 +135,7 @@ def _positions(plan: Plan) -> str | None:
     if longest is None or plan.recipe.data.max_residues < longest:
         longest, key = plan.recipe.data.max_residues, "data.max_residues"
     needed = longest + SPECIAL_TOKENS_PER_SEQUENCE
-    if needed >= seq_length:
+    if needed >= seq_length or not plan.recipe.model.position_rows:  # rotary ones have nothing to train
         return None
     return (
         f"model.seq_length ({seq_length:,}): no sequence is so long ({key}: {longest:,}), and its last "

@@ -1,0 +1,98 @@
+"""How far our answers are from those of the models that were brought here, at their real sizes.
+
+    python benchmarks/interchange_parity.py            # all; about 16 GB of memory
+    python benchmarks/interchange_parity.py ESM-2      # those whose name has it
+
+Each peer is built by its own library with random weights, saved by it, converted by `import_model` and asked the same
+masked proteins of the sample, padded, as we are, packed; all in float32. Printed is the largest absolute difference of
+every quantity, and beside it how far the peer's own logits are from those that it computes in float64: where the two
+are alike, the difference is rounding. Needs the `test` extra. Time is not measured, and other work does no harm.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from bionemo_esm.data.packing import PackedBatch
+from bionemo_esm.data.store import ProteinStore
+from bionemo_esm.data.uniref50 import BuildPolicy, build_store_from_splits
+from peers import Peer, Shape, batch_of, brought_here, errors, fair_esm, hugging_face, padded
+
+SAMPLE = Path(__file__).parents[1] / "bionemo_esm" / "data" / "sample"
+WITH_MAPS = "1, 2 and 511 residues"  # the peers hold the maps of all layers, several times over
+QUANTITIES = ("hidden states", "attentions", "contacts", "logits")
+Build = Callable[[str, Shape, Path], Peer]
+PEERS: list[tuple[str, Build, str, Shape]] = [
+    ("ESM-1nv", hugging_face, "ESM-1nv", Shape(6, 768, 12, 0.02)),
+    ("ESM-1b 650M", hugging_face, "ESM-1b", Shape(33, 1280, 20, 0.02)),
+    ("ESM-2 8M", hugging_face, "ESM-2", Shape(6, 320, 20, 0.02)),
+    ("ESM-2 35M", hugging_face, "ESM-2", Shape(12, 480, 20, 0.02)),
+    ("ESM-2 150M", hugging_face, "ESM-2", Shape(30, 640, 20, 0.02)),
+    ("ESM-2 650M", hugging_face, "ESM-2", Shape(33, 1280, 20, 0.02)),
+    ("ESM-1b 650M", fair_esm, "ESM-1b", Shape(33, 1280, 20, 0.02)),
+    ("ESM-1v 650M", fair_esm, "ESM-1v", Shape(33, 1280, 20, 0.02)),
+    ("ESM-2 150M", fair_esm, "ESM-2", Shape(30, 640, 20, 0.02)),
+    ("ESM-2 650M", fair_esm, "ESM-2", Shape(33, 1280, 20, 0.02)),
+]
+
+
+def batches(folder: Path) -> dict[str, PackedBatch]:
+    parts = (SAMPLE / f"{part}.fasta.gz" for part in ("train", "validation", "test"))
+    train: ProteinStore = build_store_from_splits(*parts, folder / "store", BuildPolicy())
+    split = train.split("train")
+    long = [split[int(index)] for index in np.flatnonzero(split.lengths >= 1022)[:3]]
+    return {
+        WITH_MAPS: batch_of([long[0][:1], long[1][:2], long[2][:511]]),
+        "1,022 residues": batch_of([long[0][:1022]]),
+    }
+
+
+@torch.no_grad()
+def rounding_of(peer: Peer, batch: PackedBatch) -> float:
+    """The peer's logits in float32 against its own in float64; leaves it in float64."""
+    tokens_BT = padded(batch, batch.tokens)
+    single = peer.ask(tokens_BT, False).logits
+    peer.model.double()
+    return float((single - peer.ask(tokens_BT, False).logits).abs().max())
+
+
+def main(wanted: str = "") -> None:
+    print(
+        f"torch {torch.__version__}, transformers {version('transformers')}, fair-esm {version('fair-esm')}, ", end=""
+    )
+    print(f"{torch.backends.cpu.get_cpu_capability()}, Python {platform.python_version()}\n")
+    print(f"| model | from | proteins | {' | '.join(QUANTITIES)} | their logits to float64 |")
+    print("|---|---|---" + "|---:" * (len(QUANTITIES) + 1) + "|")
+    with tempfile.TemporaryDirectory() as place:
+        questions = batches(Path(place))
+        for name, build, family, shape in PEERS:
+            if wanted not in f"{name} {build.__name__}":
+                continue
+            with tempfile.TemporaryDirectory(dir=place) as folder:
+                peer = build(family, shape, Path(folder) / "peer")
+                ours = brought_here(peer, Path(folder))
+                found = {
+                    question: errors(peer, ours, batch, maps=question == WITH_MAPS)
+                    for question, batch in questions.items()
+                }
+                del ours
+                rounding = rounding_of(peer, questions[WITH_MAPS])
+            for question, error in found.items():
+                numbers = " | ".join(f"{error[name]:.1e}" if name in error else "" for name in QUANTITIES)
+                own = f"{rounding:.1e}" if question == WITH_MAPS else ""
+                library = {"hugging_face": "Hugging Face", "fair_esm": "fair-esm"}[build.__name__]
+                print(f"| {name} | {library} | {question} | {numbers} | {own} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

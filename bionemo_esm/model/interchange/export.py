@@ -1,0 +1,237 @@
+"""From an archive or a checkpoint to a folder that Hugging Face's `transformers` loads, without Hugging Face.
+
+What `EsmForMaskedLM.save_pretrained` and `EsmTokenizer.save_pretrained` write, by our own hand: tensors go from file to
+file one at a time, so a model may be larger than the memory. Names of files, keys and the sharding's index:
+`transformers/configuration_utils.py`, `modeling_utils.py`, `tokenization_utils_base.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bionemo_esm.alphabet import EOS_ID, MASK_ID, PAD_ID, TOKEN_IDS, TOKENS, VOCABULARY_SIZE
+from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile
+from bionemo_esm.model.card import ArchiveCard
+from bionemo_esm.model.config import LEARNED, EncoderConfig
+from bionemo_esm.model.consistency import check_sizes
+from bionemo_esm.model.container import Member, quoted, sync_folder, written_whole
+from bionemo_esm.model.interchange.dialects import HUGGING_FACE
+from bionemo_esm.model.interchange.model_card import model_card
+from bionemo_esm.model.interchange.route import PRECISIONS, check_absent
+from bionemo_esm.model.interchange.translation import UNUSED_POSITIONS, InterchangeError, give
+from bionemo_esm.model.tensors import LazyTensors, tensor_member
+
+Progress = Callable[[int, int | None], None]
+"""Called with bytes done and bytes to do (None: not known yet); a weight counts twice, as checked and as written."""
+SHARD_BYTES = 5_000_000_000
+_SPECIAL_TOKENS = {
+    "cls_token": "<cls>", "eos_token": "<eos>", "mask_token": "<mask>", "pad_token": "<pad>", "unk_token": "<unk>",
+}  # fmt: skip
+DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in PRECISIONS.items()}
+"""By the precision that an archive gives."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written."""
+
+    folder: Path
+    config: EncoderConfig
+    precision: str  # "32" or "bf16"
+    files: Mapping[str, int]  # by name: bytes
+    notes: tuple[str, ...]  # what people must know of it
+
+
+def export_hugging_face(
+    file: ArchiveFile,
+    folder: Path,
+    *,
+    precision: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> ExportReport:
+    """Write the model of an archive, or of a checkpoint, as a folder for `transformers`: complete, or not at all.
+
+    `folder` must not exist. `precision`: "32" or "bf16", None as the archive's. A file has at most `shard_bytes` of
+    weights, or one tensor. Raises `InterchangeError`, and `ArchiveError` for a damaged archive or a disk that does not
+    take it.
+    """
+    config, precision = check_sizes(file), precision or str(file.config["precision"])
+    total = file.sections[WEIGHTS].size
+    check_absent(folder)
+    file.verify(WEIGHTS, progress=lambda count, size: progress(count, 2 * size))
+    fixed = dict(config.fixed_tensors())
+    dtypes = {name: DTYPES["32" if name in fixed else precision] for name in file.weights.infos}
+    tensors = give(config, dtypes, lambda name: _finite(file, name).to(dtypes[name]), HUGGING_FACE)
+    with written_folder(folder) as unfinished:
+        for name, text in _texts(file, config, precision, tensors).items():
+            _write(unfinished / name, Member.of(text.encode()))
+        _write_weights(unfinished, tensors, shard_bytes, lambda share: progress(round(total * (1 + share)), 2 * total))
+        files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
+    return ExportReport(folder, config, precision, files, tuple(_notes(file, config, precision)))
+
+
+def hugging_face_config(config: EncoderConfig, precision: str) -> dict[str, Any]:
+    """The content of config.json for a model of these sizes; every key that tells one ESM from another is there.
+
+    `torch_dtype` is `dtype` in transformers 5, which reads both; 4 reads the former alone.
+    """
+    return {
+        "architectures": ["EsmForMaskedLM"],
+        "model_type": "esm",
+        "vocab_size": VOCABULARY_SIZE,
+        "pad_token_id": PAD_ID,
+        "mask_token_id": MASK_ID,
+        "eos_token_id": EOS_ID,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.ffn_hidden_size,
+        "hidden_dropout_prob": config.hidden_dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "layer_norm_eps": config.layernorm_epsilon,
+        "initializer_range": config.init_method_std,
+        "max_position_embeddings": config.seq_length + UNUSED_POSITIONS,
+        "position_embedding_type": "absolute" if config.position_embedding == LEARNED else "rotary",
+        "emb_layer_norm_before": config.embedding_layernorm,
+        "token_dropout": config.token_dropout,
+        "is_folding_model": False,
+        "tie_word_embeddings": True,
+        "torch_dtype": PRECISIONS[precision],
+    }
+
+
+def _texts(file: ArchiveFile, config: EncoderConfig, precision: str, tensors: LazyTensors) -> dict[str, str]:
+    """By name: the files that are no weights."""
+    described = hugging_face_config(config, precision)
+    # A key of ours, which transformers passes over: without it zeros would be read as no unused rows.
+    if config.position_offset and not tensors[f"{HUGGING_FACE.position_embeddings}.weight"][:UNUSED_POSITIONS].any():
+        described["position_offset"] = config.position_offset
+    tokenizer = {
+        "tokenizer_class": "EsmTokenizer",
+        "model_max_length": config.seq_length,
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {str(TOKEN_IDS[name]): _added(name) for name in _ordered(_SPECIAL_TOKENS)},
+        **_SPECIAL_TOKENS,
+    }
+    return {
+        "config.json": _json(described),
+        "vocab.txt": "\n".join(TOKENS),
+        "tokenizer_config.json": _json(tokenizer),
+        "special_tokens_map.json": _json(_SPECIAL_TOKENS),
+        "README.md": model_card(ArchiveCard.of(file), config),
+    }
+
+
+def _ordered(tokens: Mapping[str, str]) -> list[str]:
+    return sorted(tokens.values(), key=TOKEN_IDS.__getitem__)
+
+
+def _added(token: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {"content": token, **flags, "special": True}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def _notes(file: ArchiveFile, config: EncoderConfig, precision: str) -> Iterator[str]:
+    if precision != str(file.config["precision"]):
+        yield "weights rounded to bfloat16" if precision == "bf16" else "bfloat16 weights kept as float32"
+    for name in ("encoder.embedding.word_embeddings.weight", "encoder.output_layer.bias"):
+        if file.weights.load(name)[VOCABULARY_SIZE:].any():
+            yield f"left out: numbers in rows of {name} that pad the vocabulary and are never used"
+    if not config.contact_head:
+        yield "the model has no contact head: transformers makes one of random numbers, and says so as it loads"
+
+
+def _finite(file: ArchiveFile, name: str) -> Tensor:
+    tensor = file.weights.load(name)
+    if not tensor.isfinite().all():
+        raise ArchiveError(f"{file.path}: tensor {quoted(name)} holds NaN or infinity; the model is of no use")
+    return tensor
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _write_weights(folder: Path, tensors: LazyTensors, shard_bytes: int, tell: Callable[[float], None]) -> None:
+    """`model.safetensors`, or shards of it with an index of what is where; `tell` is given the share that is done."""
+    shards, done, size = _shards(tensors.outline, shard_bytes), 0, sum(map(_bytes, tensors.outline.values()))
+
+    def make(name: str) -> Tensor:
+        nonlocal done
+        done += _bytes(tensors.outline[name])
+        tell(done / size)
+        return tensors[name]
+
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        place = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        part = LazyTensors({name: tensors.outline[name] for name in names}, make)
+        _write(folder / place, tensor_member(part, {"format": "pt"}))
+        places |= dict.fromkeys(names, place)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        _write(folder / "model.safetensors.index.json", Member.of(_json(index).encode()))
+
+
+def _shards(outline: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
+    """The names of tensors, in order, in as many parts as it takes for each to have at most so many bytes."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name in sorted(outline):
+        size = _bytes(outline[name])
+        if shards[-1] and held + size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def written_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its name when the block ends well, and goes otherwise.
+
+    Raises `InterchangeError` where `folder` exists, or cannot be made.
+    """
+    check_absent(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    except OSError as error:
+        raise InterchangeError(f"{folder}: cannot be made ({error.strerror}); choose another place") from error
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)
+        check_absent(folder)
+        unfinished.rename(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise InterchangeError(f"{folder}: cannot be written ({error.strerror}); nothing is left of it") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write(path: Path, member: Member) -> None:
+    with written_whole(path) as stream:
+        member.write(stream)

@@ -1,0 +1,174 @@
+"""A model from the Hugging Face Hub, or from its cache on this machine: the files that are needed and no others.
+
+Downloads, cache, proxies and tokens are huggingface_hub's, with its environment variables: HF_HOME, HF_HUB_OFFLINE,
+HF_TOKEN, HF_ENDPOINT. The configuration comes first; a model that cannot be taken in is refused before its weights are
+fetched. Everything after that is asked for by the commit that a branch or tag stood for then.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bionemo_esm.model.container import quoted
+from bionemo_esm.model.interchange.huggingface import INDEX_SUFFIX, PICKLE, SAFETENSORS
+from bionemo_esm.model.interchange.huggingface_config import CONFIG, VOCABULARY, read_config
+from bionemo_esm.model.interchange.translation import InterchangeError
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_REVISION = re.compile(r"[A-Za-z0-9_][\w.+-]*(/[\w.+-]+)*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SMALL = [CONFIG, VOCABULARY]
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _patterns(name: str) -> list[str]:
+    """Of the weights under a name in one file or in shards, with the index of these."""
+    stem, suffix = name.rsplit(".", 1)
+    return [name, f"{stem}-?????-of-?????.{suffix}", f"{name}{INDEX_SUFFIX}"]
+
+
+def fetch_from_hub(repo_id: str, revision: str | None) -> tuple[Path, str]:
+    """A folder of the cache with the model's files, and the hash of the commit that they are of.
+
+    `revision`: a branch, a tag, a commit's hash or `refs/pr/1`; None is the branch `main`. What is in the cache is not
+    fetched again; offline, the cache is all there is. safetensors are fetched where there are any, else the pickles.
+
+    Raises `InterchangeError`, in one line: for a name that is none, for a repository or revision that is not there or
+    not open to this user, for a model that cannot be taken in, and where network, server or disk do not play along.
+    """
+    wanted = f"{repo_id}@{revision}" if revision else repo_id
+    if not _REPOSITORY.fullmatch(repo_id) or ".." in repo_id:
+        raise InterchangeError(
+            f"{quoted(repo_id)} is no name of a repository; those are like facebook/esm2_t6_8M_UR50D"
+        )
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise InterchangeError(f"revision {quoted(revision)} of {repo_id} is no name of a branch, a tag or a commit")
+    folder = _snapshot(repo_id, revision, _SMALL, wanted)
+    commit = folder.name
+    if not _COMMIT.fullmatch(commit):
+        raise InterchangeError(
+            f"{wanted}: the cache has it under {quoted(commit)}, which is no commit; empty the cache"
+        )
+    if not (folder / CONFIG).is_file():
+        raise InterchangeError(f"{wanted}: has no {CONFIG}; it is no model of transformers")
+    read_config(folder)
+    for name in (SAFETENSORS, PICKLE):
+        _snapshot(repo_id, commit, [*_SMALL, *_patterns(name)], wanted)
+        if (folder / name).exists() or (folder / f"{name}{INDEX_SUFFIX}").exists():
+            return folder, commit
+    if (offline := _offline()) is not None:  # older versions of huggingface_hub give out half a snapshot then
+        raise InterchangeError(f"{wanted}: {offline}")
+    raise InterchangeError(
+        f"{wanted}: has neither {SAFETENSORS} nor {PICKLE}, in one file or in shards; the files of its page on the Hub "
+        "tell whether another revision has"
+    )
+
+
+def _snapshot(repo_id: str, revision: str | None, patterns: list[str], wanted: str) -> Path:
+    """The folder of the cache with the files of these patterns in it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class WatchedBar(tqdm):
+        """A progress bar where there is a terminal, and nothing elsewhere."""
+
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, **{"disable": None} | keywords)  # type: ignore[no-untyped-call]
+
+    try:
+        with _nothing_told():
+            path = snapshot_download(repo_id, revision=revision, allow_patterns=patterns, tqdm_class=WatchedBar)
+            return Path(path)
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:  # hf_xet raises RuntimeError
+        raise InterchangeError(f"{wanted}: {_explain(error, repo_id)}") from error
+
+
+@contextmanager
+def _nothing_told() -> Iterator[None]:
+    """Without the requests and headers by which huggingface_hub tells who uses it: a download is all that is wanted."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_DISABLE_TELEMETRY
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_TELEMETRY = before
+
+
+def _explain(error: Exception, repo_id: str) -> str:
+    """What went wrong, in one line, and what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return _explain_absence(error, repo_id)
+    if isinstance(error, errors.GatedRepoError):
+        return f"is gated; agree to its terms on {_page(repo_id)}, and set HF_TOKEN to a token of yours"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the repository has no such revision; {_page(repo_id)} lists its branches and tags"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository, or a private one; check the name, or set HF_TOKEN to a token that may read it"
+    if isinstance(error, errors.HfHubHTTPError):
+        return _explain_status(error.response.status_code if error.response is not None else 0, repo_id)
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return "the disk of the cache is full; free some space, or set HF_HOME to a folder on a larger disk"
+    if isinstance(error, PermissionError) and not error.filename:  # hf_xet's, of a token
+        return _explain_status(401, repo_id)
+    if isinstance(error, PermissionError):
+        return f"{error.filename} cannot be written; set HF_HOME to a folder of your own"
+    return f"the download broke off ({_line(error)}); try again, files that have come whole are kept"
+
+
+def _explain_absence(error: Exception, repo_id: str) -> str:
+    """The network was not to be used, or gave nothing, and the cache does not have it all either."""
+    from huggingface_hub import constants, errors
+
+    cause = error.__cause__
+    if (offline := _offline()) is not None:
+        return offline
+    if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None:
+        return _explain_status(cause.response.status_code, repo_id)
+    return (
+        f"{constants.ENDPOINT} cannot be reached ({_line(cause or error)}), and the cache {constants.HF_HUB_CACHE} "
+        "does not have it all; check the network, or bring the cache from a machine that has it"
+    )
+
+
+def _offline() -> str | None:
+    """Why nothing is fetched where that is forbidden; None where that is allowed."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    return f"is not, or not whole, in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to fetch it"
+
+
+def _explain_status(status: int, repo_id: str) -> str:
+    from huggingface_hub import constants
+
+    if status in (401, 403):
+        return (
+            f"{constants.ENDPOINT} refuses it (HTTP {status}); set HF_TOKEN to a token that may read it, and see "
+            f"{_page(repo_id)} for terms to agree to"
+        )
+    if status == 429:
+        return f"{constants.ENDPOINT} has had too many requests (HTTP 429); wait some minutes, or set HF_TOKEN"
+    return f"{constants.ENDPOINT} fails (HTTP {status}); try again later"
+
+
+def _page(repo_id: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo_id}"
+
+
+def _line(error: BaseException) -> str:
+    """The first line of a message, fit for a terminal; the kind of error where there is no message."""
+    lines = str(error).strip().splitlines()
+    return quoted(lines[0]) if lines else type(error).__name__

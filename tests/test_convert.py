@@ -1,0 +1,198 @@
+"""Conversion from a script: lengths and precisions where they are asked for, and every bit back on a round trip."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import EsmForMaskedLM
+
+from bionemo_esm.alphabet import TOKENS, encode
+from bionemo_esm.data.packing import pack
+from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.model.archive import ArchiveFile, read_archive
+from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.model.interchange.convert import export_model, import_model
+from bionemo_esm.model.interchange.stretching import stretched
+from models import tiny_model
+from theirs import FAMILIES, PROTEIN, saved
+
+POSITIONS = "encoder.embedding.position_embeddings.weight"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of each family, and an archive of ours; not to be changed."""
+    base = tmp_path_factory.mktemp("sources")
+    for family in FAMILIES:
+        saved(base / family, family)
+    tiny_model(seq_length=64).save_to(str(base / "ours.nemo"))
+    return base
+
+
+def logits(archive: Path) -> Tensor:
+    tokens = encode(PROTEIN)
+    return ESM1nvModel.restore_from(str(archive)).logits(pack(tokens, np.array([len(tokens)])))
+
+
+# Lengths and precisions
+
+
+def test_a_table_of_positions_is_cut_where_that_is_asked_for(sources: Path, tmp_path: Path) -> None:
+    whole = import_model(sources / "ESM-1b", tmp_path / "whole.nemo")
+    report = import_model(sources / "ESM-1b", tmp_path / "cut.nemo", seq_length=40)
+    before, after = read_archive(whole.output), read_archive(report.output)
+    assert (before.config["encoder"]["seq_length"], after.config["encoder"]["seq_length"]) == (64, 40)
+    assert torch.equal(after.weights[POSITIONS], before.weights[POSITIONS][:42])
+    assert "position table cut from 64 to 40 tokens" in after.provenance["notes"]
+    torch.testing.assert_close(logits(report.output), logits(whole.output), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("family", "offset"), [("ESM-1b", 2), ("ESM-1nv", 0)])
+def test_a_table_of_positions_is_stretched_only_where_that_is_asked_for(
+    sources: Path, tmp_path: Path, family: str, offset: int
+) -> None:
+    with pytest.raises(ConfigError, match=r"positions for 64 tokens, not for 127; .* stretch_positions=true"):
+        import_model(sources / family, tmp_path / "model.nemo", seq_length=127)
+    assert list(tmp_path.iterdir()) == []
+    before = read_archive(import_model(sources / family, tmp_path / "whole.nemo").output)
+    report = import_model(sources / family, tmp_path / "model.nemo", seq_length=127, stretch_positions=True)
+    after, old = read_archive(report.output), before.weights[POSITIONS]
+    new = after.weights[POSITIONS]
+    assert new.shape == (127 + offset, 32)
+    assert torch.equal(new[:offset], old[:offset])
+    assert torch.equal(new[offset::2], old[offset:])  # every second row is an old one
+    middle = (old[offset:-1].double() + old[offset + 1 :].double()) / 2
+    assert torch.equal(new[offset + 1 :: 2], middle.float())
+    assert report.notes[-1] == "position table stretched by linear interpolation from 64 to 127 tokens"
+    others = before.weights.keys() - {POSITIONS}
+    assert all(torch.equal(before.weights[name], after.weights[name]) for name in others)
+
+
+def test_stretching_is_linear_with_its_ends_where_they_were() -> None:
+    table = torch.tensor([[0.0, 1.0], [4.0, 1.0], [5.0, 3.0]])
+    assert stretched(table, 5).tolist() == [[0, 1], [2, 1], [4, 1], [4.5, 2], [5, 3]]
+    assert stretched(table, 7)[2].tolist() == pytest.approx([8 / 3, 1])
+    assert stretched(table.bfloat16(), 9).dtype == torch.bfloat16
+
+
+def test_rotary_positions_take_any_length_as_they_are(sources: Path, tmp_path: Path) -> None:
+    longer = import_model(sources / "ESM-2", tmp_path / "longer.nemo", seq_length=2_000)
+    same = import_model(sources / "ESM-2", tmp_path / "same.nemo", seq_length=64)
+    assert longer.config.seq_length == 2_000
+    assert longer.weights_sha256 == same.weights_sha256
+    assert "longest sequence set from 64 to 2,000 tokens" in longer.notes
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "complaint"),
+    [
+        ("ESM-2", {"seq_length": 200, "stretch_positions": True}, "no table to be stretched"),
+        ("ESM-1b", {"seq_length": 40, "stretch_positions": True}, "40 tokens are fewer than the model's 64"),
+        ("ESM-1b", {"seq_length": 64, "stretch_positions": True}, "nothing to stretch"),
+        ("ESM-1b", {"seq_length": 7}, "seq_length is 7 tokens"),
+        ("ESM-1b", {"precision": "16"}, "precision must be 32 or bf16"),
+        ("ESM-1b", {"revision": "main"}, "only a model on the Hub has revisions"),
+    ],
+    ids=["rotary", "shorter", "equal", "too short", "unknown precision", "a folder's revision"],
+)  # fmt: skip
+def test_what_cannot_be_asked_of_a_model_is_refused(
+    sources: Path, tmp_path: Path, family: str, options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        import_model(sources / family, tmp_path / "model.nemo", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_precision_is_the_sources_unless_another_is_asked_for(sources: Path, tmp_path: Path) -> None:
+    saved(tmp_path / "half", "ESM-2", torch.bfloat16)
+    half = import_model(tmp_path / "half", tmp_path / "half.nemo")
+    wide = import_model(tmp_path / "half", tmp_path / "wide.nemo", precision="32")
+    rounded = import_model(sources / "ESM-2", tmp_path / "rounded.nemo", precision="bf16")
+    assert [report.precision for report in (half, wide, rounded)] == ["bf16", "32", "bf16"]
+    weights = [read_archive(report.output).weights for report in (half, wide, rounded)]
+    name, fixed = "encoder.lm_head.dense.weight", "encoder.contact_head.weight"
+    assert [item[name].dtype for item in weights] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert {item[fixed].dtype for item in weights} == {torch.float32}
+    assert torch.equal(weights[0][name].float(), weights[1][name])
+    assert "weights rounded to bfloat16" in rounded.notes
+    ESM1nvModel.restore_from(str(rounded.output))
+
+
+def test_progress_ends_where_it_said_it_would(sources: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int | None]] = []
+    import_model(sources / "ESM-2", tmp_path / "model.nemo", progress=lambda done, total: told.append((done, total)))
+    assert told[0][1] is None  # the source is read and hashed
+    done = [count for count, total in told if total is not None]
+    assert done == sorted(done)
+    assert told[-1][0] == told[-1][1]
+
+
+# There and back
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_hugging_face_and_back_every_bit_is_the_same(sources: Path, tmp_path: Path, family: str) -> None:
+    report = import_model(sources / family, tmp_path / "model.nemo")
+    export_model(report.output, tmp_path / "back", shard_bytes=40_000)
+    before = EsmForMaskedLM.from_pretrained(sources / family)
+    after, loading = EsmForMaskedLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    first, second = before.state_dict(), after.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    told = [
+        {key: value for key, value in model.config.to_dict().items() if not key.startswith(("_", "transformers"))}
+        for model in (before, after)
+    ]
+    assert told[0] == told[1]
+
+
+OURS: dict[str, dict[str, Any]] = {
+    "ESM-1nv": {"hidden_dropout": 0.1, "attention_dropout": 0.2},
+    "ESM-1b": {"embedding_layernorm": True, "token_dropout": True, "contact_head": True},
+    "ESM-1b with unused rows": {"embedding_layernorm": True, "token_dropout": True, "position_offset": 2},
+    "ESM-2": {"token_dropout": True, "position_embedding": "rotary", "contact_head": True},
+}
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+@pytest.mark.parametrize("family", OURS)
+def test_to_hugging_face_and_back_every_bit_is_the_same(tmp_path: Path, family: str, precision: str) -> None:
+    model = tiny_model(precision, **OURS[family])
+    with torch.no_grad():
+        dict(model.named_parameters())["encoder.output_layer.bias"][len(TOKENS) :] = 0  # as in training
+        for buffer in model.buffers():
+            buffer.copy_(buffer.half())
+    model.save_to(str(tmp_path / "ours.nemo"))
+    export_model(tmp_path / "ours.nemo", tmp_path / "theirs", shard_bytes=40_000)
+    report = import_model(tmp_path / "theirs", tmp_path / "back.nemo")
+    ours = ArchiveFile.open(tmp_path / "ours.nemo")
+    assert report.weights_sha256 == ours.weights_sha256
+    assert {**ArchiveFile.open(report.output).config, "seed": 1} == dict(ours.config)
+
+
+# Faults
+
+
+def test_an_incomplete_model_leaves_nothing(sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources / "ESM-1b", tmp_path / "source")
+    values = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**values, "num_hidden_layers": 3}))
+    with pytest.raises(UserError, match=r"has shape \[1, 8\]; by the configuration it should be \[1, 12\]"):
+        import_model(tmp_path / "source", tmp_path / "model.nemo")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_each_direction_has_its_function(sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="export_model takes it home"):
+        import_model(sources / "ours.nemo", tmp_path / "model")
+    with pytest.raises(ConfigError, match="import_model takes it in"):
+        export_model(sources / "ESM-2", tmp_path / "model.nemo")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,165 @@
+"""ESM-2 and ESM-1v as configurations: their sizes against the real classes, and training spread over ranks."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import esm
+import pytest
+import torch
+from torch import nn
+from transformers import EsmConfig, EsmForMaskedLM
+
+from bionemo_esm.alphabet import MASK_ID, PAD_ID, VOCABULARY_SIZE
+from bionemo_esm.model.archive import ArchiveFile
+from bionemo_esm.model.config import ROTARY, EncoderConfig
+from bionemo_esm.model.costs import parameters_per_device
+from bionemo_esm.training.planning.checks import findings
+from bionemo_esm.training.planning.facts import gather_facts
+from bionemo_esm.training.planning.plan import plan_of
+from bionemo_esm.training.planning.screen import screen_of
+from bionemo_esm.training.prepared import describe_model
+from bionemo_esm.training.recipe import Recipe, load_recipe
+from faults import run
+from models import tiny_model
+from runs import composed, losses
+
+PADDED_VOCABULARY = 128
+SIZES = {  # Lin et al. 2023, table S1: layers, hidden size, heads; and the parameters of our encoder
+    "esm2_8m": (6, 320, 20, 7_542_848),
+    "esm2_35m": (12, 480, 20, 33_546_848),
+    "esm2_150m": (30, 640, 20, 148_200_448),
+    "esm2_650m": (33, 1280, 20, 651_164_288),
+    "esm2_3b": (36, 2560, 40, 2_839_247_488),
+    "esm2_15b": (48, 5120, 40, 15_129_584_768),
+}
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(composed(*overrides))
+
+
+def counted(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def only_theirs(config: EncoderConfig) -> int:
+    """What the real classes have, or lack, beside our encoder: a contact head, and no rows that fill the vocabulary."""
+    contact_head = config.num_layers * config.num_attention_heads + 1
+    filling_rows = (PADDED_VOCABULARY - VOCABULARY_SIZE) * (config.hidden_size + 1)  # embedding, bias of the output
+    return contact_head - filling_rows
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_esm2_has_the_parameters_of_fair_esms_and_hugging_faces_but_for_what_can_be_named(name: str) -> None:
+    layers, hidden, heads, parameters = SIZES[name]
+    ours = recipe(f"model={name}").model
+    assert (ours.num_layers, ours.hidden_size, ours.num_attention_heads) == (layers, hidden, heads)
+    assert ours.parameters == parameters
+    with torch.device("meta"):
+        fair = esm.ESM2(layers, hidden, heads, esm.Alphabet.from_architecture("ESM-1b"))
+        hugging_face = EsmForMaskedLM(
+            EsmConfig(
+                vocab_size=VOCABULARY_SIZE,
+                mask_token_id=MASK_ID,
+                pad_token_id=PAD_ID,
+                hidden_size=hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                intermediate_size=4 * hidden,
+                max_position_embeddings=1026,
+                position_embedding_type="rotary",
+                token_dropout=True,
+            )
+        )
+    assert counted(fair) == ours.parameters + only_theirs(ours)
+    assert counted(hugging_face) == ours.parameters + only_theirs(ours)
+
+
+def test_esm1v_has_the_parameters_of_fair_esms_but_for_what_can_be_named() -> None:
+    ours = recipe("model=esm1v").model
+    sizes = {"layers": 33, "embed_dim": 1280, "attention_heads": 20, "ffn_embed_dim": 5120}
+    how = {"arch": "roberta_large", "max_positions": 1024, "token_dropout": True, "emb_layer_norm_before": False}
+    with torch.device("meta"):
+        theirs = esm.ProteinBertModel(Namespace(**sizes, **how), esm.Alphabet.from_architecture("ESM-1b"))
+    assert counted(theirs) == ours.parameters + only_theirs(ours)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_esm2_is_built_as_it_is_described(name: str) -> None:
+    """Sizes apart, all are the same: rotary, no dropout, no layer norm before the blocks."""
+    config = recipe(f"model={name}").model
+    assert (config.position_embedding, config.position_rows, config.token_dropout) == (ROTARY, 0, True)
+    assert (config.hidden_dropout, config.attention_dropout, config.embedding_layernorm) == (0.0, 0.0, False)
+    assert (config.seq_length, config.ffn_hidden_size) == (1024, 4 * config.hidden_size)
+    header = (Path(__file__).parent.parent / "conf" / "model" / f"{name}.yaml").read_text().splitlines()[0]
+    assert f"ESM-2, {config.parameters:,} parameters, {95 * (config.hidden_size + 1):,} of which" in header
+
+
+@pytest.mark.parametrize(
+    ("overrides", "family"),
+    [
+        (("model=esm1nv",), "ESM-1nv, 6 layers"),
+        (("model=esm1b",), "ESM-1b, 33 layers"),
+        (("model=esm1v",), "ESM-1v, 33 layers"),
+        (("model=esm2_8m",), "ESM-2, 6 layers"),
+        (("model=esm2_8m", "model.embedding_layernorm=true"), "ESM, 6 layers"),
+    ],
+    ids=["ESM-1nv", "ESM-1b", "ESM-1v", "ESM-2", "none of them"],
+)
+def test_a_run_says_of_which_family_its_model_is(overrides: tuple[str, ...], family: str) -> None:
+    assert describe_model(recipe(*overrides)).startswith(family)
+
+
+def test_a_plan_of_esm2_counts_no_positions_and_blames_none(tmp_path: Path) -> None:
+    """The sample has no protein of 4,096 tokens: with a table, rows would never be trained."""
+    place = (f"exp_manager.exp_dir={tmp_path}", "trainer.max_steps=400")
+    rotary, learned = (
+        plan_of(told, gather_facts(told))
+        for told in (
+            recipe("recipe=laptop", "model=esm2_650m", "model.seq_length=4096", *place, *more)
+            for more in ((), ("model.position_embedding=learned",))
+        )
+    )
+    assert "ESM-2, 33 layers, hidden 1280, 20 heads, 651,164,288 parameters" in screen_of(rotary)
+    assert learned.recipe.model.parameters - rotary.recipe.model.parameters == 4096 * 1280
+    assert rotary.flops == learned.flops
+    assert rotary.memory.activations > learned.memory.activations
+    assert parameters_per_device(rotary.recipe.model, 2) < rotary.recipe.model.parameters
+    blamed = [any("positions are never trained" in text for text in findings(plan)) for plan in (rotary, learned)]
+    assert blamed == [False, True]
+
+
+SMALL_ESM2 = ("model=esm2_8m", "model.hidden_dropout=0", "data.micro_batch_size=4", "optim.eps=1e-4")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one rank."""
+    folder = tmp_path_factory.mktemp("esm2") / "alone"
+    outcome = run(folder, *SMALL_ESM2)
+    assert outcome.codes == [0], outcome.errors
+    return folder
+
+
+@pytest.mark.parametrize("spread", [(2, False), (1, True)], ids=["tensor parallel", "moments sharded"])
+def test_two_ranks_train_esm2_as_one_does(spread: tuple[int, bool], alone: Path, tmp_path: Path) -> None:
+    tensor, sharded = spread
+    keys = (f"trainer.tensor_model_parallel_size={tensor}", f"trainer.shard_optimizer={str(sharded).lower()}")
+    outcome = run(tmp_path / "two", *SMALL_ESM2, *keys, ranks=2)
+    assert outcome.codes == [0, 0], outcome.ranks
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=2e-5)
+    files = [ArchiveFile.open(folder / "laptop.nemo") for folder in (alone, tmp_path / "two")]
+    frequencies = [file.load_weights()["encoder.rotary.frequencies"] for file in files]
+    assert torch.equal(*frequencies)
+
+
+def test_rotary_frequencies_and_a_contact_head_stay_float32_and_take_no_gradient() -> None:
+    model = tiny_model("bf16", position_embedding=ROTARY, contact_head=True)
+    buffers = dict(model.named_buffers())
+    assert buffers.keys() == {
+        *("encoder.rotary.frequencies", "encoder.contact_head.weight", "encoder.contact_head.bias")
+    }
+    assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}
+    assert not buffers.keys() & dict(model.named_parameters()).keys()
