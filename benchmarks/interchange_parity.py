@@ -12,6 +12,7 @@ are alike, the difference is rounding. Needs the `test` extra. Time is not measu
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -66,33 +67,38 @@ def rounding_of(peer: Peer, batch: PackedBatch) -> float:
     return float((single - peer.ask(tokens_BT, False).logits).abs().max())
 
 
+def compare(number: int) -> None:
+    """Print the rows of one peer."""
+    name, build, family, shape = PEERS[number]
+    with tempfile.TemporaryDirectory() as folder:
+        questions = batches(Path(folder))
+        peer = build(family, shape, Path(folder) / "peer")
+        ours = brought_here(peer, Path(folder))
+        found = {
+            question: errors(peer, ours, batch, maps=question == WITH_MAPS) for question, batch in questions.items()
+        }
+        del ours
+        rounding = rounding_of(peer, questions[WITH_MAPS])
+    for question, error in found.items():
+        numbers = " | ".join(f"{error[name]:.1e}" if name in error else "" for name in QUANTITIES)
+        own = f"{rounding:.1e}" if question == WITH_MAPS else ""
+        library = {"hugging_face": "Hugging Face", "fair_esm": "fair-esm"}[build.__name__]
+        print(f"| {name} | {library} | {question} | {numbers} | {own} |", flush=True)
+
+
 def main(wanted: str = "") -> None:
-    print(
-        f"torch {torch.__version__}, transformers {version('transformers')}, fair-esm {version('fair-esm')}, ", end=""
-    )
-    print(f"{torch.backends.cpu.get_cpu_capability()}, Python {platform.python_version()}\n")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "fair-esm"))
+    print(f"{versions}, {torch.backends.cpu.get_cpu_capability()}, Python {platform.python_version()}\n")
     print(f"| model | from | proteins | {' | '.join(QUANTITIES)} | their logits to float64 |")
-    print("|---|---|---" + "|---:" * (len(QUANTITIES) + 1) + "|")
-    with tempfile.TemporaryDirectory() as place:
-        questions = batches(Path(place))
-        for name, build, family, shape in PEERS:
-            if wanted not in f"{name} {build.__name__}":
-                continue
-            with tempfile.TemporaryDirectory(dir=place) as folder:
-                peer = build(family, shape, Path(folder) / "peer")
-                ours = brought_here(peer, Path(folder))
-                found = {
-                    question: errors(peer, ours, batch, maps=question == WITH_MAPS)
-                    for question, batch in questions.items()
-                }
-                del ours
-                rounding = rounding_of(peer, questions[WITH_MAPS])
-            for question, error in found.items():
-                numbers = " | ".join(f"{error[name]:.1e}" if name in error else "" for name in QUANTITIES)
-                own = f"{rounding:.1e}" if question == WITH_MAPS else ""
-                library = {"hugging_face": "Hugging Face", "fair_esm": "fair-esm"}[build.__name__]
-                print(f"| {name} | {library} | {question} | {numbers} | {own} |", flush=True)
+    print("|---|---|---" + "|---:" * (len(QUANTITIES) + 1) + "|", flush=True)
+    for number, (name, build, *_) in enumerate(PEERS):
+        if wanted in f"{name} {build.__name__}":
+            command = [sys.executable, __file__, "--peer", str(number)]  # a process gives all its memory back
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    if sys.argv[1:2] == ["--peer"]:
+        compare(int(sys.argv[2]))
+    else:
+        main(*sys.argv[1:2])

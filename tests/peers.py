@@ -6,40 +6,25 @@ of the row or of the longest protein, N heads, L tokens and R residues of one pr
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import esm
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import EsmConfig, EsmForMaskedLM
 
-from bionemo_esm.alphabet import MASK_ID, PAD_ID, VOCABULARY_SIZE
+from bionemo_esm.alphabet import MASK_ID, PAD_ID
 from bionemo_esm.data.masking import Corruption
 from bionemo_esm.data.packing import PackedBatch, pack
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.interchange.convert import import_model
 from bionemo_esm.model.reading import contacts, representations, show_attention_maps
+from theirs import Shape, fair_esm_model, hugging_face_model, released, saved
 
 Proteins = list[NDArray[np.uint8]]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of an encoder; `spread` is the standard deviation of its random weights."""
-
-    layers: int
-    hidden: int
-    heads: int
-    spread: float = 0.2
-
-    def __str__(self) -> str:
-        return f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads"
 
 
 @dataclass(frozen=True)
@@ -67,27 +52,8 @@ class Peer:
 
 def hugging_face(family: str, shape: Shape, folder: Path, **options: Any) -> Peer:
     """`EsmForMaskedLM` like ESM-1nv, ESM-1b, ESM-1v or ESM-2, saved by `save_pretrained(**options)`."""
-    model = EsmForMaskedLM(
-        EsmConfig(
-            vocab_size=VOCABULARY_SIZE,
-            mask_token_id=MASK_ID,
-            pad_token_id=PAD_ID,
-            hidden_size=shape.hidden,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            intermediate_size=4 * shape.hidden,
-            max_position_embeddings=1026,
-            position_embedding_type="rotary" if family == "ESM-2" else "absolute",
-            emb_layer_norm_before=family == "ESM-1b",
-            token_dropout=family != "ESM-1nv",
-            layer_norm_eps=1e-5,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            attn_implementation="eager",
-        )
-    ).eval()
-    randomize(model, shape.spread)
-    model.save_pretrained(folder, **options)
+    model = hugging_face_model(family, shape)
+    saved(model, folder, **options)
 
     @torch.no_grad()
     def ask(tokens_BT: Tensor, maps: bool) -> Answers:
@@ -102,26 +68,12 @@ def hugging_face(family: str, shape: Shape, folder: Path, **options: Any) -> Pee
 
 def fair_esm(family: str, shape: Shape, folder: Path) -> Peer:
     """fair-esm's class for ESM-1b, ESM-1v or ESM-2, in files laid out as the released ones are."""
-    alphabet = esm.Alphabet.from_architecture("ESM-1b")
-    sizes = {"layers": shape.layers, "embed_dim": shape.hidden, "attention_heads": shape.heads}
-    if family == "ESM-2":
-        model = esm.ESM2(shape.layers, shape.hidden, shape.heads, alphabet).eval()
-        told = {f"encoder_{key}": value for key, value in sizes.items()} | {"token_dropout": True}
-        head: dict[str, Any] = {"cfg": {"model": Namespace(**told)}}
-        path = folder / "esm2_t0_random.pt"
-    else:
-        sizes |= {"ffn_embed_dim": 4 * shape.hidden}
-        common = {"arch": "roberta_large", "max_positions": 1024, "token_dropout": True}
-        before = family == "ESM-1b"
-        model = esm.ProteinBertModel(Namespace(**sizes, **common, emb_layer_norm_before=before), alphabet).eval()
-        head = {"args": Namespace(**{f"encoder_{key}": value for key, value in sizes.items()}, **common)}
-        path = folder / ("esm1b_t0_random.pt" if before else "esm1v_t0_random.pt")
-    randomize(model, shape.spread)
-    stored = {_fair_esm_name(name): tensor for name, tensor in model.state_dict().items() if "contact" not in name}
-    regression = {name: tensor for name, tensor in model.state_dict().items() if "contact" in name}
+    model = fair_esm_model(family, shape)
+    state, regression = released(model)
+    path = folder / f"{family.lower().replace('-', '')}_t0_random.pt"
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(head | {"model": stored}, path)
-    torch.save({"model": regression}, path.with_name(f"{path.stem}-contact-regression.pt"))
+    torch.save(state, path)
+    torch.save(regression, path.with_name(f"{path.stem}-contact-regression.pt"))
     if family != "ESM-2":
         with torch.no_grad():
             model.embed_tokens.weight[MASK_ID] = 0  # as `esm/pretrained.py` does when it loads such a file
@@ -135,28 +87,6 @@ def fair_esm(family: str, shape: Shape, folder: Path) -> Peer:
         return Answers(states, told["logits"], tuple(told["attentions"].unbind(1)), told["contacts"])
 
     return Peer(f"fair-esm, {family}", model, path, ask)
-
-
-def _fair_esm_name(name: str) -> str:
-    return f"encoder.{name}" if name.startswith("lm_head") else f"encoder.sentence_encoder.{name}"
-
-
-@torch.no_grad()
-def randomize(model: nn.Module, spread: float) -> None:
-    """Give every parameter its own random values, so that none can be taken for another.
-
-    Rotary frequencies are rounded to float16, as those of released models may be.
-    """
-    generator = torch.Generator().manual_seed(3)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim > 1:
-            parameter.copy_(spread * noise)
-        else:
-            parameter.add_(0.2 * noise)
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq"):
-            buffer.copy_(buffer.half())
 
 
 def brought_here(peer: Peer, folder: Path) -> ESM1nvModel:

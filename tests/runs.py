@@ -43,9 +43,9 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
-def composed(*overrides: str) -> DictConfig:
+def composed(*overrides: str, config: str = "pretrain_esm1nv") -> DictConfig:
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
-        return compose("pretrain_esm1nv", overrides=list(overrides))
+        return compose(config, overrides=list(overrides))
 
 
 def run_here(folder: Path, *overrides: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import esm
 import numpy as np
 import pytest
 import torch
@@ -29,11 +28,10 @@ from bionemo_esm.model.interchange.foreign import ForeignModel
 from bionemo_esm.model.interchange.translation import InterchangeError, Taken, take
 from bionemo_esm.model.pickles import PickleError
 from bionemo_esm.model.reading import contacts
+from peers import padded
+from theirs import Shape, State, fair_esm_model, released
 
-State = dict[str, Any]
-
-ALPHABET = esm.Alphabet.from_architecture("ESM-1b")
-SIZES = {"layers": 2, "embed_dim": 32, "attention_heads": 4}
+SHAPE = Shape(2, 32, 4, ffn=48)
 MAX_POSITIONS = 128
 JUNK = {
     "criterion": "masked_lm", "lr": [0.0004], "adam_betas": "(0.9, 0.999)", "device_id": 0, "tbmf_wrapper": False,
@@ -43,39 +41,14 @@ JUNK = {
 """What fairseq's arguments have besides, of many kinds."""
 
 
-def random_model(family: str) -> nn.Module:
-    """fair-esm's class with random weights, none like another."""
-    if family == "ESM-2":
-        model: nn.Module = esm.ESM2(*SIZES.values(), ALPHABET)
-    else:
-        more = {"arch": "roberta_large", "ffn_embed_dim": 48, "max_positions": MAX_POSITIONS}
-        model = esm.ProteinBertModel(Namespace(**SIZES, **more, emb_layer_norm_before=family == "ESM-1b"), ALPHABET)
-    generator = torch.Generator().manual_seed(len(family))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
-    return model
-
-
 def contents(family: str, half: bool = False, **arguments: Any) -> tuple[State, State]:
     """What the two files of a released model hold; an argument of None is left out."""
-    weights: State = {}
-    regression: State = {}
-    for name, tensor in random_model(family).state_dict().items():
-        if name.startswith("contact_head."):
-            regression[name] = tensor
-        else:
-            place = "encoder." if name.startswith("lm_head.") else "encoder.sentence_encoder."
-            weights[place + name] = tensor.half() if half else tensor
-    if half:  # still one tensor, as it is in the model
+    state, regression = released(fair_esm_model(family, SHAPE, MAX_POSITIONS), **JUNK | arguments)
+    if half:
+        weights = state["model"] = {name: tensor.half() for name, tensor in state["model"].items()}
+        # still one tensor, as it is in the model
         weights["encoder.lm_head.weight"] = weights["encoder.sentence_encoder.embed_tokens.weight"]
-    told: State = {f"encoder_{name}": value for name, value in SIZES.items()} | {"token_dropout": True} | JUNK
-    if family != "ESM-2":
-        told |= {"arch": "roberta_large", "encoder_ffn_embed_dim": 48, "max_positions": MAX_POSITIONS}
-    told = {name: value for name, value in (told | arguments).items() if value is not None}
-    made_with: State = {"cfg": {"model": Namespace(**told)}} if family == "ESM-2" else {"args": Namespace(**told)}
-    return made_with | {"model": weights}, {"model": regression}
+    return state, regression
 
 
 def written(folder: Path, state: Any, regression: State | None = None, name: str = "esm1b_random") -> Path:
@@ -131,7 +104,7 @@ def batch(tiny_split: SequenceSplit) -> PackedBatch:
 def answers(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, list[Tensor]]:
     """fair-esm's logits in one row, and contacts of each protein."""
     lengths = batch.cu_seqlens.diff().tolist()
-    rows = nn.utils.rnn.pad_sequence(list(batch.tokens.split(lengths)), batch_first=True, padding_value=PAD_ID)
+    rows = padded(batch, batch.tokens)
     with torch.no_grad():
         told = model.eval()(rows, return_contacts=True)
     found = [told["contacts"][index, : length - 2, : length - 2] for index, length in enumerate(lengths)]
@@ -207,7 +180,8 @@ def test_what_fairseq_keeps_beside_the_weights_is_left_out_and_told(tmp_path: Pa
 
 @pytest.mark.usefixtures("in_this_process")
 def test_arguments_are_found_without_their_prefix_too(tmp_path: Path, scratch: Path) -> None:
-    bare = SIZES | {f"encoder_{name}": None for name in SIZES}
+    sizes = {"layers": 2, "embed_dim": 32, "attention_heads": 4}
+    bare = sizes | {f"encoder_{name}": None for name in sizes}
     foreign, _ = taken(written(tmp_path / "released", contents("ESM-1b", **bare)[0]), scratch)
     assert (foreign.config.num_layers, foreign.config.hidden_size, foreign.config.num_attention_heads) == (2, 32, 4)
     twice = contents("ESM-1b", layers=3)[0]

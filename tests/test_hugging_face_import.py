@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import EsmConfig, EsmForMaskedLM, EsmModel
+from transformers import EsmForMaskedLM, EsmModel
 
-from bionemo_esm.alphabet import MASK_ID, PAD_ID, TOKENS, VOCABULARY_SIZE, encode
+from bionemo_esm.alphabet import TOKENS, encode
 from bionemo_esm.data.packing import pack
 from bionemo_esm.errors import UserError
 from bionemo_esm.model.archive import Archive, write_archive
@@ -25,29 +25,15 @@ from bionemo_esm.model.interchange.dialects import HUGGING_FACE
 from bionemo_esm.model.interchange.foreign import ForeignModel
 from bionemo_esm.model.interchange.huggingface import read_hugging_face
 from bionemo_esm.model.interchange.translation import InterchangeError, Taken, give, take
+from theirs import FAMILIES, SMALL, Shape, hugging_face_model
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "ESM-1nv": {"position_embedding_type": "absolute", "token_dropout": False},
-    "ESM-1b": {"position_embedding_type": "absolute", "token_dropout": True, "emb_layer_norm_before": True},
-    "ESM-2": {"position_embedding_type": "rotary", "token_dropout": True, "num_attention_heads": 8},
-}
+SHAPES = dict.fromkeys(FAMILIES, SMALL) | {"ESM-2": Shape(2, 32, 8, ffn=64)}
 FREQUENCIES = "esm.rotary_embeddings.inv_freq"
 LAST = "model-00002-of-00002.safetensors"
 
 
-def esm(family: str = "ESM-1b", **changes: Any) -> EsmForMaskedLM:
-    """Random weights, layer norms and biases included, so that each can be told from all others."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    ids = {"vocab_size": VOCABULARY_SIZE, "mask_token_id": MASK_ID, "pad_token_id": PAD_ID}
-    others = {"max_position_embeddings": 34, "layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.0}
-    model = EsmForMaskedLM(EsmConfig(**sizes | ids | others | SHAPES[family] | changes)).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        for buffer in (b for name, b in model.named_buffers() if "inv_freq" in name):
-            buffer.copy_(buffer.half())  # not those of the formula
-    return model
+def esm(family: str = "ESM-1b") -> EsmForMaskedLM:
+    return hugging_face_model(family, SHAPES[family], tokens=32)
 
 
 def in_two(model: EsmForMaskedLM, folder: Path, save: Callable[[Any, Path], None], name: str) -> None:

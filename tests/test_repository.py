@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from bionemo_esm.model.interchange.jobs import load_convert_config
 from bionemo_esm.training.recipe import load_recipe
+from models import tiny_model
 from runs import ROOT, composed
 
 PACKAGE = ROOT / "bionemo_esm"
@@ -64,7 +66,7 @@ def test_the_data_path_imports_without_nemo_megatron_or_lightning() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_every_command_of_the_readme_is_one_that_works() -> None:
+def test_every_command_of_the_readme_is_one_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     makefile = (ROOT / "Makefile").read_text()
     commands = [
         line.split("  #")[0] for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()
@@ -77,9 +79,17 @@ def test_every_command_of_the_readme_is_one_that_works() -> None:
         for command in commands
         if "pretrain" in command and not command.startswith("make")
     ]
-    assert len(runs) >= 5
+    assert len(runs) >= 6
+    tiny_model().save_to(str(tmp_path / "esm2_8m.nemo"))  # of_archive reads its sizes
     for overrides in runs:
-        load_recipe(composed(*overrides))
+        brought = (word.replace("restore_from_path=", f"restore_from_path={tmp_path}/") for word in overrides)
+        load_recipe(composed(*brought))
+    conversions = [shlex.split(command)[2:] for command in commands if "convert_checkpoint" in command]
+    assert len(conversions) >= 2
+    monkeypatch.chdir(tmp_path)
+    for overrides in conversions:
+        ends = [word.replace("target=esm2_8m", "target=brought") for word in overrides]
+        load_convert_config(composed(*ends, config="convert_checkpoint"))
 
 
 def test_the_readme_names_the_folder_that_make_pretrain_fills() -> None:

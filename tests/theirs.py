@@ -1,58 +1,140 @@
-"""Models as other libraries make and save them, with random weights, for tests of what becomes of them here."""
+"""Models of other libraries with random weights, and their files, as those libraries make and write both."""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import esm
 import torch
-from esm.model.esm2 import ESM2
+from torch import nn
 from transformers import EsmConfig, EsmForMaskedLM, EsmTokenizer
 
 from bionemo_esm.alphabet import MASK_ID, PAD_ID, TOKENS
 
+State = dict[str, Any]
+FairESM = esm.ESM2 | esm.ProteinBertModel
+Model = TypeVar("Model", bound=nn.Module)
+
 PROTEIN = "MKTAYIAKQRQISFVKSHFSRQXBLEERUZO"
-FAMILIES: dict[str, dict[str, Any]] = {
-    "ESM-1b": {"position_embedding_type": "absolute", "emb_layer_norm_before": True, "token_dropout": True},
+ALPHABET = esm.Alphabet.from_architecture("ESM-1b")
+FAMILIES: dict[str, State] = {  # in the words of Hugging Face's configuration
     "ESM-1nv": {"position_embedding_type": "absolute", "emb_layer_norm_before": False, "token_dropout": False},
+    "ESM-1b": {"position_embedding_type": "absolute", "emb_layer_norm_before": True, "token_dropout": True},
+    "ESM-1v": {"position_embedding_type": "absolute", "emb_layer_norm_before": False, "token_dropout": True},
     "ESM-2": {"position_embedding_type": "rotary", "emb_layer_norm_before": False, "token_dropout": True},
 }
 
 
-def theirs(family: str, tokens: int = 64, **options: Any) -> EsmForMaskedLM:
-    """Hugging Face's model of a family, every tensor random."""
-    config = EsmConfig(
-        vocab_size=len(TOKENS), mask_token_id=MASK_ID, pad_token_id=PAD_ID, hidden_size=32, num_hidden_layers=2,
-        num_attention_heads=4, intermediate_size=64, max_position_embeddings=tokens + 2, layer_norm_eps=1e-5,
-        **FAMILIES[family], **options,
-    )  # fmt: skip
-    torch.manual_seed(3)
-    model = EsmForMaskedLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape))
-            if "position" in name and family == "ESM-1nv":
-                parameter[:2] = 0
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of an encoder; `spread` is the standard deviation of its random weights."""
+
+    layers: int
+    hidden: int
+    heads: int
+    spread: float = 0.2
+    ffn: int | None = None  # None is 4 x hidden, which fair-esm's ESM-2 has in any case
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads"
+
+
+SMALL = Shape(2, 32, 4, ffn=64)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def hugging_face_model(family: str, shape: Shape = SMALL, tokens: int = 1024, **changes: Any) -> EsmForMaskedLM:
+    """`EsmForMaskedLM` of one of `FAMILIES`, without dropout; `changes` are keys of its configuration.
+
+    The two rows of positions that no token has are random too, but for ESM-1nv's, which are zeros.
+    """
+    settings: State = {
+        "vocab_size": len(TOKENS),
+        "mask_token_id": MASK_ID,
+        "pad_token_id": PAD_ID,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.ffn or 4 * shape.hidden,
+        "max_position_embeddings": tokens + PAD_ID + 1,
+        "layer_norm_eps": 1e-5,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "attn_implementation": "eager",  # the one that gives its attention maps
+    }
+    model = randomized(EsmForMaskedLM(EsmConfig(**settings | FAMILIES[family] | changes)), shape.spread)
+    if family == "ESM-1nv":
+        with torch.no_grad():
+            model.esm.embeddings.position_embeddings.weight[: PAD_ID + 1] = 0
     return model
 
 
-def saved(folder: Path, family: str = "ESM-1b", dtype: torch.dtype = torch.float32) -> Path:
-    theirs(family).to(dtype).save_pretrained(folder)
+def fair_esm_model(family: str, shape: Shape = SMALL, tokens: int = 1024) -> FairESM:
+    """fair-esm's class for ESM-1b, ESM-1v or ESM-2; the last takes any number of tokens."""
+    if family == "ESM-2":
+        return randomized(esm.ESM2(shape.layers, shape.hidden, shape.heads, ALPHABET), shape.spread)
+    sizes = {"layers": shape.layers, "embed_dim": shape.hidden, "attention_heads": shape.heads}
+    sizes |= {"ffn_embed_dim": shape.ffn or 4 * shape.hidden, "max_positions": tokens}
+    how = {key: FAMILIES[family][key] for key in ("token_dropout", "emb_layer_norm_before")}
+    model = esm.ProteinBertModel(Namespace(arch="roberta_large", **sizes, **how), ALPHABET)
+    return randomized(model, shape.spread)
+
+
+@torch.no_grad()
+def randomized(model: Model, spread: float) -> Model:
+    """The model with random values of its own in every parameter, so that none can be taken for another.
+
+    Rotary frequencies are rounded to float16, as those of released models may be.
+    """
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            parameter.copy_(spread * noise)
+        else:
+            parameter.add_(0.2 * noise)
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq"):
+            buffer.copy_(buffer.half())
+    return model.eval()
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def saved(model: EsmForMaskedLM, folder: Path, **options: Any) -> Path:
+    """A folder as on the Hub: what `save_pretrained(**options)` writes of the model, and of its tokenizer."""
+    model.save_pretrained(folder, **options)
     (folder / "vocab.txt").write_text("\n".join(TOKENS))
     EsmTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
 
 
-def fair_esm(path: Path) -> ESM2:
-    """A fair-esm ESM-2 with random weights, saved as fair-esm's are, its contact regression beside it."""
-    torch.manual_seed(5)
-    model = ESM2(num_layers=2, embed_dim=32, attention_heads=4, alphabet="ESM-1b", token_dropout=True).eval()
-    tensors = model.state_dict()
-    regression = {name: tensors.pop(name) for name in list(tensors) if name.startswith("contact_head")}
-    arguments = Namespace(encoder_layers=2, encoder_embed_dim=32, encoder_attention_heads=4, token_dropout=True)
-    files = {f"encoder.sentence_encoder.{name}": tensor for name, tensor in tensors.items() if "lm_head" not in name}
-    files |= {f"encoder.{name}": tensor for name, tensor in tensors.items() if "lm_head" in name}
-    torch.save({"cfg": {"model": arguments}, "model": files}, path)
-    torch.save({"model": regression}, path.with_name(f"{path.stem}-contact-regression.pt"))
-    return model
+def released(model: FairESM, **arguments: Any) -> tuple[State, State]:
+    """What the two files of a model hold that fair-esm released: the model, and its regression for contacts.
+
+    `arguments` are fairseq's besides, or instead of, those that follow from the model; None leaves one out.
+    """
+    weights: State = {}
+    regression: State = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("contact_head."):
+            regression[name] = tensor
+        else:
+            weights[f"encoder.{'' if name.startswith('lm_head.') else 'sentence_encoder.'}{name}"] = tensor
+    if isinstance(model, esm.ESM2):
+        sizes = {"layers": model.num_layers, "embed_dim": model.embed_dim, "attention_heads": model.attention_heads}
+        others = {}
+    else:
+        made_with = vars(model.args)
+        sizes = {name: made_with[name] for name in ("layers", "embed_dim", "attention_heads", "ffn_embed_dim")}
+        others = {name: made_with[name] for name in ("arch", "max_positions")}
+    told = {f"encoder_{name}": value for name, value in sizes.items()} | others | {"token_dropout": True} | arguments
+    args = Namespace(**{name: value for name, value in told.items() if value is not None})
+    head: State = {"cfg": {"model": args}} if isinstance(model, esm.ESM2) else {"args": args}
+    return head | {"model": weights}, {"model": regression}

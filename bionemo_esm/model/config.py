@@ -111,6 +111,11 @@ class EncoderConfig:
         return [(name, there, here) for name, there, here in pairs if there != here and name not in free]
 
     @property
+    def family(self) -> str:
+        """The published model whose parts these are; plain ESM where there is none."""
+        return _FAMILIES.get((self.position_embedding, self.token_dropout, self.embedding_layernorm), "ESM")
+
+    @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
@@ -229,6 +234,12 @@ class OptimConfig:
             )
 
 
+_FAMILIES = {  # position_embedding, token_dropout, embedding_layernorm
+    (LEARNED, False, False): "ESM-1nv",
+    (LEARNED, True, True): "ESM-1b",
+    (LEARNED, True, False): "ESM-1v",
+    (ROTARY, True, False): "ESM-2",
+}
 _LATER_DEFAULTS = {
     field.name: field.default
     for field in fields(EncoderConfig)

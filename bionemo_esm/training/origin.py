@@ -6,13 +6,13 @@ Looked at before anything is started or written, and by the plan; imports neithe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.archive import ArchiveError, ArchiveFile
+from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.continuing import check_that_it_fits
+from bionemo_esm.training.architecture import newest_archive
 from bionemo_esm.training.recipe import Recipe
 
 
@@ -35,7 +35,7 @@ def find_origin(recipe: Recipe) -> Origin | None:
     path = recipe.continue_from_path
     if path is None:
         return None
-    file = _newest(path)
+    file = newest_archive(path)
     steps, samples = file.provenance["steps"], file.provenance.get("consumed_samples")
     if steps >= recipe.trainer.max_steps:
         raise ConfigError(
@@ -48,25 +48,6 @@ def find_origin(recipe: Recipe) -> Origin | None:
         raise ConfigError(f"continue_from_path: {file.path} is not the checkpoint of a pretraining run")
     check_that_it_fits(checkpoint, recipe.model, _stream(recipe), continues=True)
     return Origin(file, steps, samples if type(samples) is int else None, _rate(outline))
-
-
-def _newest(path: Path) -> ArchiveFile:
-    """Of the checkpoints of a run's folder, or the one that is named."""
-    files = [path] if path.is_file() else sorted(path.glob("checkpoints/step-*.ckpt"))
-    found, problem = [], f"{path} holds no checkpoint; name a run's folder, or a .ckpt"
-    for candidate in files:
-        try:
-            file = ArchiveFile.open(candidate)
-        except ArchiveError as error:
-            problem = str(error)
-            continue
-        if not file.is_checkpoint:
-            problem = f"{candidate} holds a model and no state of training; name a .ckpt, or restore_from_path"
-        elif type(file.provenance.get("steps")) is int:
-            found.append(file)
-    if not found:
-        raise ConfigError(f"continue_from_path: {problem}")
-    return max(found, key=lambda file: file.provenance["steps"])
 
 
 def _stream(recipe: Recipe) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from bionemo_esm.data.pretraining import SampleReader, TrainingStream, Validatio
 from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore, SequenceSplit, sha256_of_file
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveFile
-from bionemo_esm.model.config import INVERSE_SQUARE_ROOT, LEARNED, ROTARY
+from bionemo_esm.model.config import INVERSE_SQUARE_ROOT
 from bionemo_esm.training.proteins import describe_source
 from bionemo_esm.training.recipe import Recipe
 
@@ -117,14 +117,14 @@ class PreparedRun:
         plan = self.stream.plan
         if plan.world_size == plan.accumulation == 1:
             return ""
+        ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
         if plan.accumulation is None:
             most = (
                 f"{plan.micro_batch_tokens:,} tokens"
                 if plan.micro_batch_tokens
                 else f"{plan.micro_batch_size} sequences"
             )
-            return f" (dealt to {plan.world_size} ranks, at most {most} at a time)"
-        ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
+            return f" (dealt to {ranks}, at most {most} at a time)"
         return f" ({ranks} x {plan.micro_batch_size} sequences x {plan.accumulation} accumulated)"
 
     def _batch(self, sequences: float, tokens: float) -> str:
@@ -158,19 +158,10 @@ def describe_sequences(split: SequenceSplit) -> str:
     return sequences if split.num_clusters == len(split) else f"{sequences} in {split.num_clusters:,} clusters"
 
 
-_FAMILIES = {  # position_embedding, token_dropout, embedding_layernorm
-    (LEARNED, False, False): "ESM-1nv",
-    (LEARNED, True, True): "ESM-1b",
-    (LEARNED, True, False): "ESM-1v",
-    (ROTARY, True, False): "ESM-2",
-}
-
-
 def describe_model(recipe: Recipe) -> str:
-    """The family and the sizes of the encoder, for a person; plain ESM where its parts are those of no family."""
+    """The family and the sizes of the encoder, for a person."""
     model = recipe.model
-    form = _FAMILIES.get((model.position_embedding, model.token_dropout, model.embedding_layernorm), "ESM")
-    return f"{form}, {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads"
+    return f"{model.family}, {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads"
 
 
 def _of_the_weights(recipe: Recipe) -> dict[str, Any]:

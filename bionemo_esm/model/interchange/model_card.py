@@ -51,7 +51,7 @@ logits, embeddings = output.logits, output.hidden_states[-1]  # of <cls>, the re
 
 def model_card(card: ArchiveCard, config: EncoderConfig) -> str:
     """The README.md: what the model is, how it was trained, how to use it, and where it ends."""
-    family = family_of(config)
+    family = config.family
     provenance = card.to_dict()["provenance"]
     provenance = provenance if isinstance(provenance, dict) else {}
     sections = [
@@ -68,15 +68,6 @@ def model_card(card: ArchiveCard, config: EncoderConfig) -> str:
         "that were imported keep the licence they came with.\n",
     ]
     return "\n".join(sections)
-
-
-def family_of(config: EncoderConfig) -> str:
-    """The published model whose parts these are."""
-    if config.position_embedding != LEARNED:
-        return "ESM-2"
-    if config.embedding_layernorm and config.token_dropout:
-        return "ESM-1b"
-    return "ESM-1v" if config.token_dropout else "ESM-1nv"
 
 
 def code(value: Any, longest: int = _LONGEST) -> str:
