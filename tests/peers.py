@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bionemo_esm.alphabet import MASK_ID, PAD_ID
+from bionemo_esm.alphabet import MASK_ID, PAD_ID, encode
 from bionemo_esm.data.masking import Corruption
 from bionemo_esm.data.packing import PackedBatch, pack
 from bionemo_esm.model.esm1nv import ESM1nvModel
@@ -25,6 +25,7 @@ from bionemo_esm.model.reading import contacts, representations, show_attention_
 from theirs import Shape, fair_esm_model, hugging_face_model, released, saved
 
 Proteins = list[NDArray[np.uint8]]
+PROTEIN = "MKTAYIAKQRQISFVKSHFSRQXBLEERUZO"
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,12 @@ def padded(batch: PackedBatch, row_T: Tensor, filling: float = PAD_ID) -> Tensor
     """A packed row [T, ...] as [B, longest, ...]."""
     pieces = row_T.split(batch.cu_seqlens.diff().tolist())
     return nn.utils.rnn.pad_sequence(list(pieces), batch_first=True, padding_value=filling)
+
+
+def logits_of(archive: Path) -> Tensor:
+    """What the model in a file of ours says of `PROTEIN`."""
+    tokens = encode(PROTEIN)
+    return ESM1nvModel.restore_from(str(archive)).logits(pack(tokens, np.array([len(tokens)])))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from torch import Tensor
 from bionemo_esm import config_directory
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.pretraining import SampleReader, TrainingStream, ValidationBatches
-from bionemo_esm.data.store import ProteinStore
+from bionemo_esm.data.store import ProteinStore, sha256_of_file
 from bionemo_esm.errors import UserError
 from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.card import ArchiveCard
@@ -31,7 +31,7 @@ from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.training.recipe import Recipe, load_recipe
 from bionemo_esm.training.requirements import check_requirements
 from faults import Fault, history, run, send
-from imported import ADAPTED, ESM1B, ESM2, SOURCE, adapt, brought_here, hugging_face, loss_of
+from imported import ADAPTED, ESM1B, ESM2, adapt, brought_here, loss_of, source_model
 from imported import TOKENS as LONGEST
 from models import tiny_model
 from runs import ROOT, composed, losses
@@ -49,7 +49,7 @@ APART = (*ADAPTED, *AS_IN_ARCHIVE, "data.micro_batch_size=null", "data.global_ba
 def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An imported model of each family."""
     folder = tmp_path_factory.mktemp("imported")
-    return {family: brought_here(hugging_face(family), folder / family) for family in (ESM1B, ESM2)}
+    return {family: brought_here(source_model(family), folder / family) for family in (ESM1B, ESM2)}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def fixed_tensors(path: Path) -> dict[str, Tensor]:
 def test_the_loss_before_and_at_the_first_step_is_hugging_faces_on_the_same_masked_batches(
     family: str, archives: dict[str, Path], tmp_path: Path
 ) -> None:
-    source, folder = hugging_face(family), tmp_path / "run"
+    source, folder = source_model(family), tmp_path / "run"
     summary = adapt(folder, archives[family], "trainer.max_steps=2", "trainer.limit_val_batches=null")
     store, policy = ProteinStore.open(folder / "store"), MaskingPolicy()
     questions = ValidationBatches(SampleReader(store.split("validation"), LONGEST, policy.for_evaluation(), 42), 8)
@@ -228,7 +228,7 @@ def test_a_model_trained_on_something_else_gets_better_at_the_sample(archives: d
     assert second["initial_validation_perplexity"] > 40
     assert second["validation_perplexity"] < 25
     provenance = ArchiveFile.open(Path(second["nemo"])).provenance
-    assert provenance["imported_from"] == SOURCE
+    assert provenance["imported_from"] == ArchiveFile.open(archives[ESM2]).provenance["imported_from"]
     assert provenance["restored_weights_sha256"] == ArchiveFile.open(Path(first["nemo"])).weights_sha256
 
 
@@ -347,17 +347,21 @@ def test_the_card_of_an_imported_model_tells_what_it_is_and_where_from(archives:
         rows = {line[:26].strip(): line[26:] for line in texts[family].splitlines()}
         labels = ("position embedding", "position offset", "contact head")
         assert tuple(rows.get(label, "") for label in labels) == parts
-        assert rows["imported from"] == "facebook/a_small_one, Hugging Face"
-        assert f"\n{' ' * 26}revision {'5' * 40}\n{' ' * 26}SHA-256 666666666666…, a\n" in f"{texts[family]}\n"
+        assert rows["imported from"] == "a_small_one, Hugging Face"
+        digest = sha256_of_file(archives[family].parent / "a_small_one" / "model.safetensors")
+        assert f"\n{' ' * 26}SHA-256 {digest[:12]}…, model.safetensors\n" in texts[family]
 
 
-def test_an_account_of_an_import_that_is_none_is_told_as_it_is_and_a_long_one_is_cut(tmp_path: Path) -> None:
-    hashes = {f"shard-{number}": "7" * 64 for number in range(300)}
-    for origin, expected in (("a friend", "a friend"), ({"source": 3}, "source 3"), (SOURCE | {"sha256": hashes}, "…")):
+def test_an_account_of_an_import_is_told_as_it_is_and_a_long_one_is_cut(tmp_path: Path) -> None:
+    whole = {"format": "Hugging Face", "source": "lab/esm", "revision": "5" * 40, "sha256": {"a": "6" * 64}}
+    lines = ("lab/esm, Hugging Face", f"revision {'5' * 40}", "SHA-256 666666666666…, a\n")
+    long = whole | {"sha256": {f"shard-{number}": "7" * 64 for number in range(300)}}
+    cases = (whole, f"\n{' ' * 26}".join(lines)), ("a friend", "a friend"), ({"source": 3}, "source 3"), (long, "… ")
+    for origin, expected in cases:
         model = tiny_model()
         model.provenance = {"imported_from": origin}
         model.save_to(str(tmp_path / "odd.nemo"))
-        text = ArchiveCard.of(ArchiveFile.open(tmp_path / "odd.nemo")).text()
+        text = ArchiveCard.of(ArchiveFile.open(tmp_path / "odd.nemo")).text() + "\n"
         assert expected in text.split("imported from")[1]
         assert len(text.splitlines()) < 40
 
@@ -376,4 +380,4 @@ def test_one_command_continues_pretraining_on_an_own_fasta(archives: dict[str, P
     (folder,) = tmp_path.glob("adapt-*")
     inspect = [sys.executable, "-m", "bionemo_esm", "inspect", str(folder / "adapt.nemo")]
     shown = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
-    assert "facebook/a_small_one, Hugging Face" in shown
+    assert "a_small_one, Hugging Face" in shown

@@ -7,23 +7,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers import EsmForMaskedLM
 
-from bionemo_esm.alphabet import TOKENS, encode
-from bionemo_esm.data.packing import pack
+from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.model.archive import ArchiveFile, read_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.interchange.convert import export_model, import_model
 from bionemo_esm.model.interchange.stretching import stretched
 from models import tiny_model
-from theirs import FAMILIES, PROTEIN, saved
+from peers import logits_of
+from theirs import FAMILIES, hugging_face_model, saved
 
 POSITIONS = "encoder.embedding.position_embeddings.weight"
+
+
+def source(family: str) -> EsmForMaskedLM:
+    return hugging_face_model(family, tokens=64, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +33,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder of each family, and an archive of ours; not to be changed."""
     base = tmp_path_factory.mktemp("sources")
     for family in FAMILIES:
-        saved(base / family, family)
+        saved(source(family), base / family)
     tiny_model(seq_length=64).save_to(str(base / "ours.nemo"))
     return base
-
-
-def logits(archive: Path) -> Tensor:
-    tokens = encode(PROTEIN)
-    return ESM1nvModel.restore_from(str(archive)).logits(pack(tokens, np.array([len(tokens)])))
 
 
 # Lengths and precisions
@@ -51,7 +48,7 @@ def test_a_table_of_positions_is_cut_where_that_is_asked_for(sources: Path, tmp_
     assert (before.config["encoder"]["seq_length"], after.config["encoder"]["seq_length"]) == (64, 40)
     assert torch.equal(after.weights[POSITIONS], before.weights[POSITIONS][:42])
     assert "position table cut from 64 to 40 tokens" in after.provenance["notes"]
-    torch.testing.assert_close(logits(report.output), logits(whole.output), rtol=0, atol=0)
+    torch.testing.assert_close(logits_of(report.output), logits_of(whole.output), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("family", "offset"), [("ESM-1b", 2), ("ESM-1nv", 0)])
@@ -111,7 +108,7 @@ def test_what_cannot_be_asked_of_a_model_is_refused(
 
 
 def test_the_precision_is_the_sources_unless_another_is_asked_for(sources: Path, tmp_path: Path) -> None:
-    saved(tmp_path / "half", "ESM-2", torch.bfloat16)
+    saved(source("ESM-2").bfloat16(), tmp_path / "half")
     half = import_model(tmp_path / "half", tmp_path / "half.nemo")
     wide = import_model(tmp_path / "half", tmp_path / "wide.nemo", precision="32")
     rounded = import_model(sources / "ESM-2", tmp_path / "rounded.nemo", precision="bf16")

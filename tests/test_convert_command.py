@@ -10,24 +10,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from esm.data import Alphabet
 from hydra import compose, initialize_config_dir
-from torch import Tensor
 from transformers import EsmForMaskedLM, EsmTokenizer
 
 from bionemo_esm import config_directory
-from bionemo_esm.alphabet import encode
-from bionemo_esm.data.packing import pack
 from bionemo_esm.model.archive import Archive, ArchiveFile, read_archive, write_archive
-from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.interchange import convert as convert_module
 from bionemo_esm.model.interchange import jobs
 from models import tiny_model
+from peers import PROTEIN, fair_esm, logits_of
 from runs import ROOT
-from theirs import FAMILIES, PROTEIN, fair_esm, saved, theirs
+from theirs import FAMILIES, SMALL, hugging_face_model, saved
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -37,7 +33,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a source of each kind; not to be changed."""
     base = tmp_path_factory.mktemp("sources")
     for family in FAMILIES:
-        saved(base / family, family)
+        saved(hugging_face_model(family, tokens=64), base / family)
     tiny_model(seq_length=64).save_to(str(base / "ours.nemo"))
     archive = read_archive(base / "ours.nemo")
     state = {"moments": torch.ones(3)}
@@ -49,11 +45,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(base / "ours.nemo", base / "run" / "model.nemo")
     shutil.copy(base / "ESM-2" / "model.safetensors", base / "alone.safetensors")
     return base
-
-
-def logits(archive: Path) -> Tensor:
-    tokens = encode(PROTEIN)
-    return ESM1nvModel.restore_from(str(archive)).logits(pack(tokens, np.array([len(tokens)])))
 
 
 Job = Callable[..., tuple[int, str, str]]
@@ -90,10 +81,9 @@ def test_a_hugging_face_folder_becomes_an_archive_of_the_same_model(
     file = ArchiveFile.open(target)
     file.verify()
     with torch.no_grad():
-        expected = theirs(family)(
-            **EsmTokenizer.from_pretrained(sources / family)(PROTEIN, return_tensors="pt")
-        ).logits[0]
-    torch.testing.assert_close(logits(target), expected, rtol=0, atol=1e-4)
+        tokens = EsmTokenizer.from_pretrained(sources / family)(PROTEIN, return_tensors="pt")
+        expected = hugging_face_model(family, tokens=64)(**tokens).logits[0]
+    torch.testing.assert_close(logits_of(target), expected, rtol=0, atol=1e-4)
     origin = file.provenance["imported_from"]
     assert (origin["format"], origin["source"], origin["revision"]) == ("Hugging Face", family, None)
     assert "model.safetensors" in origin["sha256"]
@@ -109,14 +99,14 @@ def test_a_hugging_face_folder_becomes_an_archive_of_the_same_model(
 
 
 def test_a_fair_esm_file_becomes_an_archive_of_the_same_model(tmp_path: Path, job: Job) -> None:
-    model = fair_esm(tmp_path / "esm2_small.pt")
-    assert job(f"source={tmp_path / 'esm2_small.pt'}", f"target={tmp_path / 'model.nemo'}")[0] == 0
+    peer = fair_esm("ESM-2", SMALL, tmp_path)
+    assert job(f"source={peer.path}", f"target={tmp_path / 'model.nemo'}")[0] == 0
     _, _, tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()([("protein", PROTEIN)])
     with torch.no_grad():
-        expected = model(tokens)["logits"][0]
-    torch.testing.assert_close(logits(tmp_path / "model.nemo"), expected, rtol=0, atol=1e-4)
+        expected = peer.model(tokens)["logits"][0]
+    torch.testing.assert_close(logits_of(tmp_path / "model.nemo"), expected, rtol=0, atol=1e-4)
     archive = read_archive(tmp_path / "model.nemo")
-    assert torch.equal(archive.weights["encoder.contact_head.weight"], model.contact_head.regression.weight)
+    assert torch.equal(archive.weights["encoder.contact_head.weight"], peer.model.contact_head.regression.weight)
     assert archive.provenance["imported_from"]["format"] == "fair-esm"
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
 

@@ -16,7 +16,8 @@ from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.interchange.dialects import FAIR_ESM, HUGGING_FACE
 from bionemo_esm.model.interchange.translation import give
-from peers import Peer, Proteins, Shape, batch_of, brought_here, errors, fair_esm, hugging_face, padded
+from peers import Peer, Proteins, batch_of, brought_here, errors, fair_esm, hugging_face, padded
+from theirs import Shape
 
 TOLERANCE = 1e-4  # largest absolute difference in float32, of numbers up to about 10
 SHAPES = [Shape(2, 32, 4), Shape(3, 48, 3), Shape(5, 40, 2)]

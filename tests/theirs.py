@@ -18,7 +18,6 @@ State = dict[str, Any]
 FairESM = esm.ESM2 | esm.ProteinBertModel
 Model = TypeVar("Model", bound=nn.Module)
 
-PROTEIN = "MKTAYIAKQRQISFVKSHFSRQXBLEERUZO"
 ALPHABET = esm.Alphabet.from_architecture("ESM-1b")
 FAMILIES: dict[str, State] = {  # in the words of Hugging Face's configuration
     "ESM-1nv": {"position_embedding_type": "absolute", "emb_layer_norm_before": False, "token_dropout": False},
