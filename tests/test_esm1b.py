@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from torch import distributed
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
-from transformers import EsmConfig, EsmForMaskedLM
 
-from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID, PAD_ID, VOCABULARY_SIZE
+from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID, PAD_ID
 from bionemo_esm.data.masking import Corruption, MaskingPolicy, corrupt, sample_keys
 from bionemo_esm.data.packing import PackedBatch, pack, unpack
 from bionemo_esm.data.store import SequenceSplit
@@ -37,6 +36,7 @@ from bionemo_esm.training.recipe import load_recipe
 from faults import _SERVER, Fault, history, run
 from models import padded_twin, tiny_model, translated
 from runs import composed
+from theirs import Shape, hugging_face_model
 
 ESM1B = {"embedding_layernorm": True, "token_dropout": True}
 NORM = "encoder.embedding_layernorm."
@@ -75,22 +75,7 @@ def gradients(model: ESM1nvModel, batch: PackedBatch) -> dict[str, torch.Tensor]
 def test_esm1b_has_the_parameters_of_the_public_model_but_for_what_can_be_named() -> None:
     ours = EncoderConfig.from_mapping(load_recipe(composed("model=esm1b", "optim=esm1b")).model.to_dict())
     with torch.device("meta"):
-        theirs = EsmForMaskedLM(
-            EsmConfig(  # of facebook/esm1b_t33_650M_UR50S
-                vocab_size=VOCABULARY_SIZE,
-                mask_token_id=MASK_ID,
-                pad_token_id=PAD_ID,
-                hidden_size=1280,
-                num_hidden_layers=33,
-                num_attention_heads=20,
-                intermediate_size=5120,
-                max_position_embeddings=1026,
-                position_embedding_type="absolute",
-                emb_layer_norm_before=True,
-                token_dropout=True,
-                layer_norm_eps=1e-5,
-            )
-        )
+        theirs = hugging_face_model("ESM-1b", Shape(33, 1280, 20))
     theirs_counted = sum(parameter.numel() for parameter in theirs.parameters())
     vocabulary_padding = (128 - 33) * (1280 + 1)  # rows of the table, and the output's biases
     contact_head = 33 * 20 + 1  # a regression on attention maps; pretraining does not touch it

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 
-import esm
 import pytest
 import torch
 from torch import nn
-from transformers import EsmConfig, EsmForMaskedLM
 
-from bionemo_esm.alphabet import MASK_ID, PAD_ID, VOCABULARY_SIZE
+from bionemo_esm.alphabet import VOCABULARY_SIZE
 from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.config import ROTARY, EncoderConfig
 from bionemo_esm.model.costs import parameters_per_device
@@ -24,6 +21,7 @@ from bionemo_esm.training.recipe import Recipe, load_recipe
 from faults import run
 from models import tiny_model
 from runs import composed, losses
+from theirs import Shape, fair_esm_model, hugging_face_model
 
 PADDED_VOCABULARY = 128
 SIZES = {  # Lin et al. 2023, table S1: layers, hidden size, heads; and the parameters of our encoder
@@ -58,31 +56,14 @@ def test_esm2_has_the_parameters_of_fair_esms_and_hugging_faces_but_for_what_can
     assert (ours.num_layers, ours.hidden_size, ours.num_attention_heads) == (layers, hidden, heads)
     assert ours.parameters == parameters
     with torch.device("meta"):
-        fair = esm.ESM2(layers, hidden, heads, esm.Alphabet.from_architecture("ESM-1b"))
-        hugging_face = EsmForMaskedLM(
-            EsmConfig(
-                vocab_size=VOCABULARY_SIZE,
-                mask_token_id=MASK_ID,
-                pad_token_id=PAD_ID,
-                hidden_size=hidden,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                intermediate_size=4 * hidden,
-                max_position_embeddings=1026,
-                position_embedding_type="rotary",
-                token_dropout=True,
-            )
-        )
-    assert counted(fair) == ours.parameters + only_theirs(ours)
-    assert counted(hugging_face) == ours.parameters + only_theirs(ours)
+        theirs = [make("ESM-2", Shape(layers, hidden, heads)) for make in (fair_esm_model, hugging_face_model)]
+    assert [counted(model) for model in theirs] == 2 * [ours.parameters + only_theirs(ours)]
 
 
 def test_esm1v_has_the_parameters_of_fair_esms_but_for_what_can_be_named() -> None:
     ours = recipe("model=esm1v").model
-    sizes = {"layers": 33, "embed_dim": 1280, "attention_heads": 20, "ffn_embed_dim": 5120}
-    how = {"arch": "roberta_large", "max_positions": 1024, "token_dropout": True, "emb_layer_norm_before": False}
     with torch.device("meta"):
-        theirs = esm.ProteinBertModel(Namespace(**sizes, **how), esm.Alphabet.from_architecture("ESM-1b"))
+        theirs = fair_esm_model("ESM-1v", Shape(33, 1280, 20))
     assert counted(theirs) == ours.parameters + only_theirs(ours)
 
 
