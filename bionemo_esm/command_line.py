@@ -6,6 +6,8 @@ Hydra answers a misspelt key with lines of its own and exit code 1, which a batc
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +22,11 @@ from bionemo_esm import config_directory
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.screen import exit_of, is_rank_zero
 
+_HYDRAS_FLAGS = (
+    r"--(help|hydra-help|version|cfg|resolve|package|run|multirun|shell-completion|config-path|config-name|config-dir|"
+    r"experimental-rerun|info)\b|-(h|c|p|r|m|sc|cp|cn|cd|i)$"
+)
+
 
 def check_command_line(config_name: str) -> None:
     """Exits with 2, after one message, for arguments that this configuration cannot be composed with.
@@ -27,13 +34,16 @@ def check_command_line(config_name: str) -> None:
     Hydra's own flags (`--help`, `--cfg`, ...) and what follows them are left to Hydra.
     """
     arguments = sys.argv[1:]
-    if any(argument.startswith("-") for argument in arguments):
+    if any(re.match(_HYDRAS_FLAGS, argument) for argument in arguments):
         return
     exit_of(lambda: _check(config_name, arguments), "Interrupted.", silent=not is_rank_zero())
 
 
 def _check(config_name: str, arguments: list[str]) -> int:
     for argument in arguments:
+        if argument.startswith("-"):
+            key = argument.lstrip("-").split("=")[0]
+            raise ConfigError(f"there is no option {argument}; settings are key=value, as in {key}=...")
         if "=" not in argument and not argument.startswith("~"):
             raise ConfigError(f"{argument!r} is not key=value; --help lists every key")
     GlobalHydra.instance().clear()
@@ -52,7 +62,9 @@ def _explained(config_name: str, arguments: list[str], error: Exception) -> str:
     if names := _choices(text):
         return first.removeprefix(f"In '{config_name}': ") + names
     if isinstance(override, str):
-        return f"{override} cannot be read as key=value ({first}); quote it for the shell"
+        key, _, value = override.partition("=")
+        quoted = shlex.quote(f'{key}="{value}"')
+        return f"{override} cannot be read as key=value ({first}); give it with quotes within quotes: {quoted}"
     return _misspelt(config_name, arguments, text) or first
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from bionemo_esm.errors import ConfigError
 
@@ -18,6 +19,8 @@ def plain_values(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as plain values, interpolations resolved. Raises `ConfigError` for one that is missing."""
     try:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} must be given: {error.full_key}=...") from error
     except Exception as error:  # OmegaConf's errors share no base but name the key
         raise ConfigError(f"configuration: {error}") from error
     assert isinstance(values, dict)

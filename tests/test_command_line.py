@@ -8,7 +8,9 @@ import sys
 import pytest
 
 from bionemo_esm.command_line import check_command_line
-from runs import ROOT
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.settings import plain_values
+from runs import ROOT, composed
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,9 @@ from runs import ROOT
         ),
         (["recipe=laptop", "go"], "error: 'go' is not key=value; --help lists every key\n"),
         (["trainer.max_steps=[1"], "error: trainer.max_steps=[1 cannot be read as key=value"),
+        (["data.fasta=lr=3(1).fa"], """give it with quotes within quotes: 'data.fasta="lr=3(1).fa"'\n"""),
+        (["--data.fasta", "mine.fa"], "there is no option --data.fasta; settings are key=value, as in data.fasta=..."),
+        (["-x"], "there is no option -x"),
     ],
 )
 def test_what_cannot_be_composed_is_said_in_one_line(
@@ -37,11 +42,25 @@ def test_what_cannot_be_composed_is_said_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["recipe=laptop", "+trainer.max_step=1"], ["--help"], ["zebra=1", "--cfg", "job"]]
+    "arguments",
+    [
+        [],
+        ["recipe=laptop", "+trainer.max_step=1"],
+        ["--help"],
+        ["-h"],
+        ["zebra=1", "--cfg", "job"],
+        ["--cfg=job", "zebra=1"],
+        ['data.fasta="lr=3(1).fa"'],
+    ],
 )
 def test_what_can_be_composed_and_hydras_own_flags_pass(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["pretrain", *arguments])
     check_command_line("pretrain_esm1nv")
+
+
+def test_a_setting_that_must_be_given_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^target must be given: target=\.\.\.$"):
+        plain_values(composed("source=here", config="convert_checkpoint"))
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -73,7 +75,14 @@ def load_convert_config(cfg: DictConfig) -> ConvertConfig:
 
 def convert(cfg: DictConfig) -> None:
     """Convert a model as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
+    signal.signal(signal.SIGTERM, _end)
     exit_of(lambda: _convert(load_convert_config(cfg)), "Interrupted; nothing was written.")
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """So that what is half-written is cleared away, as after Ctrl-C: a scheduler sends this when time is up."""
+    print("\nStopped; nothing was written.", file=sys.stderr)  # noqa: T201
+    raise SystemExit(128 + number)
 
 
 def _convert(config: ConvertConfig) -> int:
@@ -106,10 +115,9 @@ def _import(config: ConvertConfig, screen: Screen) -> None:
     )
     screen.say(f"Wrote {report.output}, {report.output.stat().st_size:,} bytes; SHA-256 of the weights:")
     screen.say(f"  {report.weights_sha256}")
-    screen.say(f"Look at it:        bionemo-esm inspect {report.output}")
-    screen.say(
-        f"Train it further:  bionemo-esm pretrain recipe=adapt restore_from_path={report.output} data.fasta=mine.fasta"
-    )
+    path = shlex.quote(str(report.output))
+    screen.say(f"Look at it:        bionemo-esm inspect {path}")
+    screen.say(f"Train it further:  bionemo-esm pretrain recipe=adapt restore_from_path={path} data.fasta=mine.fasta")
 
 
 def _export(config: ConvertConfig, screen: Screen) -> None:
