@@ -22,6 +22,7 @@ ESM1B, ESM2 = "ESM-1b", "ESM-2"
 TOKENS = 128
 ADAPTED = (
     "recipe=adapt",
+    "data=sample",
     "data.micro_batch_tokens=1024",
     "data.global_batch_tokens=2048",
     "trainer.precision=32",

@@ -61,7 +61,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory, archives: dict[str, Path])
 
 
 def adapting(*overrides: str) -> Recipe:
-    return load_recipe(composed("recipe=adapt", *overrides))
+    return load_recipe(composed("recipe=adapt", "data=sample", *overrides))
 
 
 def validations(folder: Path) -> list[dict[str, Any]]:
@@ -260,6 +260,7 @@ def test_the_group_for_an_archives_model_has_every_key_of_a_model_and_none_is_se
         ((), "model=of_archive takes its sizes from an archive, and restore_from_path is not set; name a .nemo there"),
         (("restore_from_path=/nowhere.nemo",), "restore_from_path: /nowhere.nemo is not a file"),
         (("restore_from_path={esm2}", "model.num_layers=3"), r"model.num_layers=3: with model=of_archive it is what "),
+        (("restore_from_path={esm2}", "model.seq_length=128"), "model.seq_length=128: with model=of_archive it is"),
         (("restore_from_path={esm2}", "model.token_dropout=false"), "model.token_dropout=False: with model=of_archive"),
         (("restore_from_path={esm2}", "+model.depth=3"), "unknown key model.depth; known are: of_archive, num_layers"),
         (("restore_from_path={esm2}", "model.hidden_dropout=2"), r"model.hidden_dropout must lie in \[0, 1\)"),

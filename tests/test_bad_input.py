@@ -5,12 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bionemo_esm.model.archive import ArchiveFile
+from bionemo_esm.training.recipe import load_recipe
 from bionemo_esm.training.run import pretrain
+from imported import ESM1B, ESM2, brought_here, source_model
 from models import tiny_model
 from runs import ROOT, SMALL, composed
 
@@ -161,3 +165,67 @@ def test_a_validation_set_that_asks_nothing_is_refused_before_training(
     fasta = ROOT / "bionemo_esm" / "data" / "sample" / "test.fasta.gz"
     error = complaint(capfd, *small, f"data.fasta={fasta}", "data.validation_sequences=0")
     assert "data.validation_sequences: 0 validation sequences cannot be dealt to 1 ranks" in error
+
+
+@pytest.mark.parametrize("recipe", [("recipe=adapt", "data=sample"), SMALL], ids=["adapt", "laptop"])
+@pytest.mark.parametrize(
+    ("path", "found", "target"),
+    [
+        ("lab/esm2_8m", "there is no lab/esm2_8m; if it is a model on the Hugging Face Hub,", "esm2_8m.nemo"),
+        ("a model", "a model is a Hugging Face folder;", "a model.nemo"),
+        ("a model/mine.pt", "a model/mine.pt is a fair-esm file;", "mine.nemo"),
+    ],
+    ids=["of the Hub", "Hugging Face", "fair-esm"],
+)
+def test_a_model_of_another_library_is_to_be_converted_first(
+    path: str,
+    found: str,
+    target: str,
+    recipe: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a model").mkdir()
+    Path("a model/config.json").write_text("{}")
+    Path("a model/mine.pt").write_bytes(b"PK")
+    error = complaint(capfd, *recipe, f"restore_from_path={path}")
+    ends = (f"'{word}'" if " " in word else word for word in (f"source={path}", f"target={target}"))
+    assert f"restore_from_path: {found} bring it here first: bionemo-esm convert {' '.join(ends)}, then " in error
+    assert f"then restore_from_path={target}\n" in error
+    assert "of_archive" not in error
+
+
+@pytest.mark.parametrize(
+    ("family", "length", "stretch"),
+    [(ESM1B, 200, " stretch_positions=true"), (ESM1B, 100, ""), (ESM2, 200, "")],
+    ids=["learned, longer", "learned, shorter", "rotary, longer"],
+)
+def test_another_length_is_to_be_had_by_the_conversion_that_the_error_names(
+    family: str, length: int, stretch: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    archive, new = brought_here(source_model(family), tmp_path), tmp_path / "new.nemo"
+    capfd.readouterr()  # a progress bar of theirs
+    adapting = ("recipe=adapt", "data=sample", f"model.seq_length={length}")
+    error = complaint(capfd, *adapting, f"restore_from_path={archive}")
+    assert f"model.seq_length={length}: {archive} is for sequences of up to 128 tokens. For another length " in error
+    assert error.endswith(f"bionemo-esm convert source=… target=….nemo seq_length={length}{stretch}\n")
+    words = error.split("again: bionemo-esm ")[1].replace("source=…", f"source={tmp_path}/a_small_one").split()
+    command = [word.replace("target=….nemo", f"target={new}") for word in words]
+    subprocess.run([sys.executable, "-m", "bionemo_esm", *command], capture_output=True, check=True)
+    assert load_recipe(composed(*adapting[:2], f"restore_from_path={new}")).model.seq_length == length
+
+
+def test_an_imported_model_that_was_trained_here_is_taken_home_before_it_gets_another_length(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, archive = tiny_model(), tmp_path / "trained.nemo"
+    model.provenance, model.steps = {"imported_from": "a friend"}, 3
+    model.save_to(str(archive))
+    adapting = ("recipe=adapt", "data=sample", f"restore_from_path={archive}")
+    home = f"take it home (bionemo-esm convert source={archive} target=…), and bring that: bionemo-esm convert source=…"
+    assert home in complaint(capfd, *adapting, "model.seq_length=2048")
+    model.provenance = {}
+    model.save_to(str(archive))
+    assert "with model=of_archive it is what" in complaint(capfd, *adapting, "model.seq_length=2048")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,6 +43,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "broken.ckpt").write_bytes(b"not one of ours")
     (base / "notes.txt").write_text("nothing")
     (base / "run" / "checkpoints").mkdir(parents=True)
+    for step in (50, 500, 1000):
+        (base / "trained" / f"checkpoint-{step}").mkdir(parents=True)
+        shutil.copy(base / "ESM-2" / "config.json", base / "trained" / f"checkpoint-{step}")
+    (base / "adapter").mkdir()
+    (base / "adapter" / "adapter_config.json").write_text("{}")
     shutil.copy(base / "ours.nemo", base / "run" / "model.nemo")
     shutil.copy(base / "ESM-2" / "model.safetensors", base / "alone.safetensors")
     return base
@@ -178,6 +184,16 @@ def test_a_checkpoint_is_taken_to_hugging_face(sources: Path, tmp_path: Path, jo
         ("notes.txt", "new.nemo", (), "none of the files we read"),
         ("alone.safetensors", "new.nemo", (), "give the folder that it lies in"),
         ("run", "folder", (), "name one of its files: .*model.nemo"),
+        ("trained", "new.nemo", (), "one of them: .*/checkpoint-50, .*/checkpoint-500, .*/checkpoint-1000$"),
+        ("adapter", "new.nemo", (), "adapter, not a model; merge it .*merge_and_unload"),
+        ("esm2_t6_8M_UR50D", "new.nemo", (), "did you mean facebook/esm2_t6_8M_UR50D[?]$"),
+        ("esm1b_t33_650M_UR50S", "new.nemo", (), "did you mean facebook/esm1b_t33_650M_UR50S[?]$"),
+        ("esm1v_t33_650M_UR90S_1", "new.nemo", (), "did you mean facebook/esm1v_t33_650M_UR90S_1[?]$"),
+        ("https://huggingface.co/lab/esm", "new.nemo", (), "did you mean lab/esm[?]$"),
+        ("huggingface.co/lab/esm/", "new.nemo", (), "did you mean lab/esm[?]$"),
+        ("https://huggingface.co/lab/esm/tree/main", "new.nemo", (), "did you mean lab/esm[?]$"),
+        ("https://hf.co/lab/esm/blob/v1/config.json", "new.nemo", (), "did you mean lab/esm, with revision=v1[?]$"),
+        ("https://huggingface.co/lab", "new.nemo", (), "no such folder or file; give"),
         ("ESM-2", "new.nemo", ("revision=main",), "only a model on the Hub has revisions"),
         ("lab/esm", "new.nemo", ("revision=1234567",), "put it in quotes"),
         ("ESM-2", "new.nemo", ("precision=16",), "precision must be 32 or bf16"),
@@ -222,17 +238,20 @@ def test_arguments_are_checked_without_waiting_for_torch(tmp_path: Path) -> None
     assert done.stderr.startswith("error: source: nothing: no such folder or file")
 
 
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("source", ["ESM-2", "ours.nemo"])
 def test_an_interrupted_conversion_leaves_nothing(
-    sources: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch, source: str
+    sources: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch, source: str, by: signal.Signals
 ) -> None:
     def stop(self: object, done: int, total: int | None, note: str = "") -> None:
         if total and done > 0.7 * total:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), by)
 
     monkeypatch.setattr(jobs.Meter, "__call__", stop)
+    before = signal.getsignal(by)
     target = tmp_path / ("model.nemo" if source == "ESM-2" else "model")
     code, _, err = job(f"source={sources / source}", f"target={target}")
-    assert code == 130
-    assert err == "\nInterrupted; nothing was written.\n"
+    assert code == 128 + by
+    assert err == f"\n{'Interrupted' if by == signal.SIGINT else 'Stopped'}; nothing was written.\n"
     assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(by) == before

@@ -286,6 +286,16 @@ def test_what_strangers_wrote_into_an_archive_is_told_and_not_obeyed(tmp_path: P
         assert row.count("`") % 2 == 0
 
 
+def test_contacts_are_to_be_had_as_the_card_says(folders: dict[str, Path]) -> None:
+    text = (folders["ESM-2"] / "README.md").read_text()
+    loading = text.split("only `")[1].split("`")[0]
+    asked = EsmTokenizer.from_pretrained(folders["ESM-2"])(PROTEIN, return_tensors="pt").values()
+    model = eval(loading, {"EsmForMaskedLM": EsmForMaskedLM, "place": folders["ESM-2"]})
+    assert model.predict_contacts(*asked).shape == (1, len(PROTEIN), len(PROTEIN))
+    with pytest.raises(RuntimeError, match="stack expects a non-empty TensorList"):
+        EsmForMaskedLM.from_pretrained(folders["ESM-2"]).predict_contacts(*asked)
+
+
 # Whole or not at all
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import EsmConfig
 
 from bionemo_esm.alphabet import TOKENS
@@ -90,7 +93,11 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no type at all": ({"model_type": ABSENT}, ("model_type is null",)),
     "a type that is no text": ({"model_type": ["esm"]}, ('model_type is ["esm"]',)),
     "without output head": ({"architectures": ["EsmModel"]}, ('["EsmModel"]', "lm_head")),
-    "classifier": ({"architectures": ["EsmForSequenceClassification"]}, ("only EsmForMaskedLM",)),
+    "classifier": (
+        {"architectures": ["EsmForSequenceClassification"]},
+        ("only EsmForMaskedLM", "lm_head", "it was fine-tuned from"),
+    ),
+    "tagger": ({"architectures": ["EsmForTokenClassification"]}, ("lm_head", "it was fine-tuned from")),
     "two architectures": ({"architectures": ["EsmForMaskedLM", "EsmModel"]}, ("architectures",)),
     "ESMFold": ({"is_folding_model": True}, ("is_folding_model is true", "esm2_t36_3B")),
     "folding configuration": ({"esmfold_config": {"trunk": {}}}, ("esmfold_config", "ESMFold")),
@@ -160,10 +167,92 @@ def test_a_configuration_that_we_cannot_follow_is_refused_by_its_key(
     ids=["null", "about the file", "no architecture", "older", "newer", "as ours", "empty"],
 )
 def test_what_changes_nothing_is_no_objection(tmp_path: Path, values: dict[str, Any], changes: dict[str, Any]) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(TOKENS))
     before = read_config(tmp_path)
     kept = {key: value for key, value in (values | changes).items() if value is not ABSENT}
     (tmp_path / "config.json").write_text(json.dumps(kept))
     assert read_config(tmp_path) == before
+
+
+# --- the alphabet -----------------------------------------------------------------------------------------------------
+
+
+def tokenizer(folder: Path, tokens: Iterable[str], special: tuple[str, ...] = ()) -> None:
+    """tokenizer.json as the library writes it, and no vocab.txt."""
+    made = Tokenizer(WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
+    made.add_special_tokens(list(special))
+    made.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.usefixtures("values")
+def test_a_folder_that_does_not_say_its_alphabet_is_taken_with_a_note(tmp_path: Path) -> None:
+    (note,) = read_config(tmp_path).notes
+    assert note.startswith("taken for granted: the alphabet is ESM's, as neither vocab.txt nor tokenizer.json")
+    tokenizer(tmp_path, TOKENS)
+    assert read_config(tmp_path).notes == ()
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.txt").write_text("\n".join(TOKENS))
+    assert read_config(tmp_path).notes == ()
+
+
+def test_an_alphabet_in_the_configuration_itself_needs_no_note(tmp_path: Path, values: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values | {"vocab_list": list(TOKENS)}))
+    assert read_config(tmp_path).notes == ()
+
+
+@pytest.mark.usefixtures("values")
+@pytest.mark.parametrize(
+    ("tokens", "special", "part"),
+    [
+        (("<pad>", "<cls>", *TOKENS[2:]), (), "token 0 is '<pad>', in ESM's alphabet it is '<cls>'"),
+        (TOKENS[:-1], (), "token 32 is missing, in ESM's alphabet it is '<mask>'"),
+        ((*TOKENS, "J"), (), "token 33 is 'J', in ESM's alphabet it is 'none'"),
+        (TOKENS, ("|",), "token 33 is '|'"),
+        (TOKENS[:-1], ("|",), "token 32 is '|'"),
+    ],
+    ids=["another order", "one short", "one more", "one added", "another added"],
+)
+def test_without_vocabulary_the_tokenizer_must_have_our_alphabet(
+    tmp_path: Path, tokens: tuple[str, ...], special: tuple[str, ...], part: str
+) -> None:
+    tokenizer(tmp_path, tokens, special)
+    with pytest.raises(InterchangeError) as caught:
+        read_config(tmp_path)
+    for wanted in (
+        f"{tmp_path / 'tokenizer.json'}: ",
+        part.replace("'none'", "none"),
+        "put the vocab.txt of facebook/",
+    ):
+        assert wanted in str(caught.value)
+
+
+@pytest.mark.usefixtures("values")
+def test_special_tokens_may_stand_beside_the_vocabulary(tmp_path: Path) -> None:
+    tokenizer(tmp_path, TOKENS[:-1], ("<cls>", "<mask>"))
+    assert read_config(tmp_path).notes == ()
+    made = json.loads((tmp_path / "tokenizer.json").read_text())
+    made["model"]["vocab"] = [[token, 0.0] for token in TOKENS[:-1]]  # as models with scores have it
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    assert read_config(tmp_path).notes == ()
+
+
+ODD_TOKENIZERS: dict[str, Any] = {
+    "a list": [],
+    "no model": {"model": None},
+    "a vocabulary that is none": {"model": {"vocab": "L A G"}},
+    "ids that are none": {"model": {"vocab": {token: str(index) for index, token in enumerate(TOKENS)}}},
+    "tokens that are none": {"model": {"vocab": [[[token]] for token in TOKENS]}},
+    "added ids that are none": {"model": {"vocab": list(TOKENS)}, "added_tokens": [{"content": "<cls>", "id": None}]},
+    "added tokens that are none": {"model": {"vocab": list(TOKENS)}, "added_tokens": ["<cls>"]},
+}
+
+
+@pytest.mark.usefixtures("values")
+@pytest.mark.parametrize("name", ODD_TOKENIZERS)
+def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(ODD_TOKENIZERS[name]))
+    with pytest.raises(InterchangeError, match=r"tokenizer\.json: .*copy or download it again"):
+        read_config(tmp_path)
 
 
 def test_flags_that_are_null_are_off_as_in_transformers(tmp_path: Path, values: dict[str, Any]) -> None:

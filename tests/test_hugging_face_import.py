@@ -135,9 +135,16 @@ def test_where_a_model_is_from_is_recorded_with_hashes_of_all_that_was_read(tmp_
 
 def test_safetensors_are_preferred_and_what_is_left_aside_is_said(tmp_path: Path) -> None:
     esm().save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "vocab.txt").write_text("\n".join(TOKENS))
     (tmp_path / "saved" / "pytorch_model.bin").write_bytes(b"never opened")
     (tmp_path / "saved" / "training_args.bin").write_bytes(b"no weights")
     assert read(tmp_path / "saved").notes == ("left aside: 'pytorch_model.bin', as model.safetensors is read",)
+
+
+def test_an_alphabet_that_nothing_tells_is_noted(tmp_path: Path) -> None:
+    esm().save_pretrained(tmp_path / "saved")
+    (note,) = read(tmp_path / "saved").notes
+    assert note.startswith("taken for granted: the alphabet is ESM's")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -222,14 +229,22 @@ FILES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "config.json too deep": (written("config.json", b'{"a":' * 99 + b"1" + b"}" * 99), ("nested",)),
     "tokens in another order": (
         written("vocab.txt", "\n".join(["<pad>", "<cls>", *TOKENS[2:]]).encode()),
-        ("vocab.txt", "token 0 is '<pad>'", "'<cls>'"),
+        ("vocab.txt", "token 0 is '<pad>'", "'<cls>'", "cannot be taken in. If", "put the vocab.txt of facebook/esm2_"),
     ),
     "one token short": (written("vocab.txt", "\n".join(TOKENS[:-1]).encode()), ("token 32 is missing", "'<mask>'")),
     "one token more": (written("vocab.txt", "\n".join([*TOKENS, "J"]).encode()), ("token 33 is 'J'", "none")),
     "vocabulary that is no text": (written("vocab.txt", b"\xff\xfe"), ("vocab.txt", "no text")),
     "more layers than tensors": (
         lambda f: rewritten(f / "config.json", num_hidden_layers=10_000),
-        ("num_hidden_layers is 10,000,", "altogether"),
+        ("config.json: num_hidden_layers is 10,000, but the weights are of 2 layers",),
+    ),
+    "fewer layers than tensors": (
+        lambda f: rewritten(f / "config.json", num_hidden_layers=1),
+        ("config.json: num_hidden_layers is 1, but the weights are of 2 layers",),
+    ),
+    "weights without layers": (
+        lambda f: resaved(f, lambda t: [t.pop(name) for name in [*t] if ".layer." in name]),
+        ("num_hidden_layers is 2, but the weights are of 0 layers",),
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ("neither model.safetensors nor",)),
     "TensorFlow only": (lambda f: only(f, "tf_model.h5"), ("tf_model.h5", "from_tf")),
@@ -243,7 +258,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "weights are a broken link": (linked, ("model.safetensors: is a link to nothing",)),
     "empty weights": (written("model.safetensors", b""), ("model.safetensors: is empty",)),
-    "truncated weights": (lambda f: cut(f / "model.safetensors"), ("model.safetensors", "cut short")),
+    "truncated weights": (
+        lambda f: cut(f / "model.safetensors"),
+        ("/model.safetensors: it is not a proper safetensors file", "cut short"),
+    ),
     "pickle under that name": (
         lambda f: torch.save(esm().state_dict(), f / "model.safetensors"),
         ("model.safetensors: is a pickle", "not safetensors"),

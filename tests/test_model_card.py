@@ -20,6 +20,7 @@ from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model import archive as archive_module
 from bionemo_esm.model.archive import MANIFEST, STATE_TENSORS, WEIGHTS, Archive, ArchiveFile, write_archive
 from bionemo_esm.model.card import ArchiveCard
+from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.container import Member, find_members, read_section, write_container
 from models import TINY, tiny_model
 
@@ -149,6 +150,24 @@ def test_parameters_are_counted_by_the_precision_they_are_stored_in(tmp_path: Pa
     card = ArchiveCard.of(ArchiveFile.open(written(tmp_path / "two.nemo")))
     assert card.parameters_by_dtype == {"float32": 40, "bfloat16": 6}
     assert rows(card.text())["parameters"] == "40 in float32, 6 in bfloat16"
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_what_is_never_trained_is_no_parameter(precision: str, tmp_path: Path) -> None:
+    model = tiny_model(precision, position_embedding="rotary", token_dropout=True, contact_head=True)
+    model.save_to(str(tmp_path / "model.nemo"))
+    card = ArchiveCard.of(ArchiveFile.open(tmp_path / "model.nemo"))
+    stored = "float32" if precision == "32" else "bfloat16"
+    sizes = EncoderConfig.from_mapping(card.config["encoder"])
+    assert len(list(sizes.fixed_tensors())) == 3
+    assert (card.parameters, card.parameters_by_dtype) == (sizes.parameters, {stored: sizes.parameters})
+
+
+@pytest.mark.parametrize("encoder", [None, [1], {"num_layers": 0}, {"no": 1}])
+def test_where_no_encoder_is_described_all_is_counted(encoder: Any, tmp_path: Path) -> None:
+    weights = {"encoder.contact_head.bias": torch.ones(1), "a": torch.ones(3)}
+    path = write_archive(tmp_path / "odd.nemo", Archive("ESM1nvModel", {"encoder": encoder}, weights))
+    assert ArchiveCard.of(ArchiveFile.open(path)).parameters == 4
 
 
 def test_packages_that_differ_from_those_installed_are_named(tmp_path: Path) -> None:

@@ -125,7 +125,9 @@ def test_a_link_is_followed_and_named_as_it_was_given(tmp_path: Path, monkeypatc
     assert load_file(tmp_path / "snapshot" / "out.safetensors").keys() == {"a"}
     (tmp_path / "snapshot" / "out.safetensors").unlink()
     blob.write_bytes(blob.read_bytes()[:200])
-    refused(link, r"pytorch_model\.bin: the process that opened it failed \(.*damaged")
+    refused(
+        link, r"pytorch_model\.bin: is no file of torch\.save, or one that was cut short; copy or download it again"
+    )
 
 
 # --- hostile and mistaken files ---------------------------------------------------------------------------------------
@@ -258,12 +260,33 @@ def test_what_is_no_pickle_at_first_sight_is_told_without_a_process(
     refused(tmp_path / "..", "cannot be read \\(Is a directory\\)")
 
 
+NOT_WHOLE = r"is no file of torch\.save, or one that was cut short; copy or download it again"
+
+
 def test_text_and_cut_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("<html><body>404: no such model</body></html>")
-    refused(tmp_path / "text.pt", "it is no pickle of tensors")
+    refused(tmp_path / "text.pt", f": {NOT_WHOLE}")
     whole = saved(tmp_path / "whole.pt", {"a": torch.ones(1000)}).read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[:-2000])
-    refused(tmp_path / "cut.pt", r"failed \(.*\); the file may be damaged, copy or download it again")
+    refused(tmp_path / "cut.pt", f": {NOT_WHOLE}")
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "format-before-1.6"])
+def test_a_file_is_damaged_wherever_it_was_cut(new: bool, tmp_path: Path) -> None:
+    state = {"a": torch.ones(300), "args": Namespace(layers=2)}
+    whole = saved(tmp_path / "whole.pt", state, new).read_bytes()
+    torch.serialization.add_safe_globals([Namespace])
+    for length in range(len(whole) // 2, len(whole), 50):  # before, in the old format, names may be cut as well
+        (tmp_path / "cut.pt").write_bytes(whole[:length])
+        with pytest.raises(pickles._DamageError):
+            pickles._load(tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize("text", ["entry not found", "{}", "[1, 2]", "404", "PK\x03\x04 and more", "\x80\x02}q"])
+def test_what_torch_never_wrote_is_called_no_file_of_it(text: str, tmp_path: Path) -> None:
+    (tmp_path / "file.pt").write_bytes(text.encode("latin-1"))
+    with pytest.raises(pickles._DamageError):
+        pickles._load(tmp_path / "file.pt")
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

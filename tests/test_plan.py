@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,20 @@ def test_what_nothing_is_known_of_cannot_be_planned_with() -> None:
         gathered("recipe=laptop", "data.fasta=mine.fasta")
     with pytest.raises(ConfigError, match=r"plan: data\.store: nowhere is not here, and recipe laptop does not say"):
         gathered("recipe=laptop", "data.store=nowhere")
+
+
+def test_a_small_fasta_file_is_planned_with_after_the_command_that_the_error_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    proteins = ("MKTAYIAKQRQISFVKSHFSRQ", "LEERLGLIEVQAPILSRVGDGT", "QDNLSGAEKAVQVKVKALPDAQ")
+    Path("three of mine.fasta").write_text("".join(f">{text[:3]}\n{text}\n" for text in proteins))
+    with pytest.raises(ConfigError) as refused:
+        gathered("recipe=laptop", "data.fasta='three of mine.fasta'")
+    command, _, keys = str(refused.value).partition("bionemo-esm ")[2].partition(", then plan with ")
+    subprocess.run([sys.executable, "-m", "bionemo_esm", *shlex.split(command)], capture_output=True, check=True)
+    data = gathered("recipe=laptop", *keys.split()).facts.data
+    assert (data.source, data.train_sequences, data.validation_sequences) == ("store data/mine", 1, 1)
 
 
 def test_a_gpu_of_this_machine_counts_where_it_could_be_a_node_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

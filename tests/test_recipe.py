@@ -11,6 +11,7 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.screen import duration
 from bionemo_esm.training.prepared import validation_batch_size
 from bionemo_esm.training.recipe import Recipe, load_recipe
+from models import tiny_model
 from runs import composed
 
 
@@ -156,6 +157,22 @@ def test_the_run_folder_follows_from_what_is_computed_and_from_nothing_else() ->
     for override in other:
         assert recipe("recipe=laptop", override).run_folder != laptop.run_folder, override
     assert recipe("recipe=laptop", "exp_manager.name=mine").run_folder == Path("runs/mine")
+
+
+def test_adapting_asks_for_proteins_of_ones_own_or_for_the_sample_by_name(tmp_path: Path) -> None:
+    tiny_model().save_to(str(tmp_path / "tiny.nemo"))
+    adapting = ("recipe=adapt", f"restore_from_path={tmp_path / 'tiny.nemo'}")
+    asks = r"^recipe adapt trains on your own proteins: set data\.fasta=\.\.\. or data\.store=\.\.\. \(data=sample for"
+    for missing in ((), ("plan=true",), (f"continue_from_path={tmp_path}", "restore_from_path=null", "model=esm2_8m")):
+        with pytest.raises(ConfigError, match=asks):
+            recipe(*adapting, *missing)
+    sample, mine = recipe(*adapting, "data=sample"), recipe(*adapting, "data.fasta=mine.fasta")
+    assert (sample.data.fasta, sample.data.store) == (None, None)
+    assert mine.data == replace(sample.data, fasta=Path("mine.fasta"))
+    assert recipe(*adapting, "data.store=mine").data == replace(sample.data, store=Path("mine"))
+    assert recipe("recipe=laptop", "data=own", "data.store=x") == recipe("recipe=laptop", "data.store=x")
+    with pytest.raises(ConfigError, match=r"data\.own must be true or false, not 'yes, mine'"):
+        recipe(*adapting, "data.own='yes, mine'")
 
 
 def test_a_store_counts_by_what_is_in_it_wherever_it_lies(tmp_path: Path) -> None:

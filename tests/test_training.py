@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -50,6 +51,12 @@ def test_a_run_leaves_summary_report_history_configuration_checkpoints_and_archi
         "step-000000006.ckpt",
     ]
     assert not list(finished.rglob("*.partial"))
+
+
+def test_one_step_is_not_called_steps(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for expected in (r"\nDone in \d+:\d\d: 1 step, 0\.0 epochs\.\n", r"finished already \(1 step\): "):
+        run_here(tmp_path / "run", "trainer.max_steps=1", "trainer.val_check_interval=1")
+        assert re.search(expected, capfd.readouterr().out)
 
 
 def test_the_archive_gives_the_perplexity_that_the_summary_says(finished: Path) -> None:

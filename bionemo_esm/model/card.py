@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import STATE, WEIGHTS, ArchiveError, ArchiveFile
+from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.container import read_section
 from bionemo_esm.model.plain import parse_json
 
@@ -50,13 +52,14 @@ class ArchiveCard:
     is_checkpoint: bool
     manifest: Mapping[str, Any]
     config: Mapping[str, Any]
-    parameters_by_dtype: Mapping[str, int]  # counted from the header of the weights, by the precision they have there
+    parameters_by_dtype: Mapping[str, int]  # by the precision they are stored in; what is never trained is left out
     state: Mapping[str, Any]  # of a checkpoint, without its tensors; empty in an archive
 
     @classmethod
     def of(cls, file: ArchiveFile) -> ArchiveCard:
         """The card of an opened file. Raises `ArchiveError` for a checkpoint whose state.json is damaged."""
-        infos = file.weights.infos.values()
+        fixed = _fixed_tensors(file.config)
+        infos = [info for name, info in file.weights.infos.items() if name not in fixed]
         elements = {name: sum(i.elements for i in infos if i.dtype == dtype) for dtype, name in _DTYPES.items()}
         counts = {name: number for name, number in elements.items() if number}
         path, state = file.path, _state(file)
@@ -197,6 +200,16 @@ def escaped(text: str, longest: int = 2_000) -> str:
     """At most so much of a text, on one line, whatever could steer a terminal or mislead its reader as `\\x1b`."""
     clipped = text if len(text) <= longest else text[: longest - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in clipped)
+
+
+def _fixed_tensors(config: Mapping[str, Any]) -> frozenset[str]:
+    """The names of what lies among the weights and is no parameter; none where the config describes no encoder."""
+    sizes = _at(config, "encoder")
+    try:
+        encoder = EncoderConfig.from_mapping(sizes) if isinstance(sizes, dict) else None
+    except ConfigError:
+        encoder = None
+    return frozenset(name for name, _ in encoder.fixed_tensors()) if encoder else frozenset()
 
 
 def _state(file: ArchiveFile) -> Mapping[str, Any]:

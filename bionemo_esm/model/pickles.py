@@ -13,6 +13,7 @@ import os
 import pickle  # the name of its exception only; nothing here unpickles but torch's own reader for weights
 import re
 import signal
+import struct
 import subprocess
 import sys
 import zipfile
@@ -33,11 +34,21 @@ ALLOWED: Mapping[str, type] = {"argparse.Namespace": argparse.Namespace}
 """What a pickle may hold beside tensors and plain values, where the caller says so: a class of names and values."""
 _KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "SYSTEMROOT")  # what Python and torch need to start
 _CHILD = "import sys; sys.path.append(sys.argv[1]); from bionemo_esm.model.pickles import child; child()"
-_REFUSED, _OUT_OF_MEMORY, _NO_SPACE = 3, 4, 5  # exit codes of the child
+_REFUSED, _OUT_OF_MEMORY, _NO_SPACE, _DAMAGED = 3, 4, 5, 6  # exit codes of the child
 _MOST_PLAIN = 1 << 20  # plain values, and letters of texts, in one file; the arguments of fairseq have some thousand
 _DEEPEST = 24  # dicts and lists within each other
 _POINTER = b"version https://git-lfs"
 _NO_STATE = "it is no pickle of tensors"
+
+
+class _DamageError(Exception):
+    """Bytes that torch's reader cannot follow."""
+
+
+_NOT_UNDERSTOOD = (
+    LookupError, EOFError, ValueError, TypeError, AttributeError, AssertionError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+"""What readers of pickles and zips raise for bytes that make no sense to them."""
 
 
 class PickleError(UserError):
@@ -162,6 +173,8 @@ def _explain(code: int, stderr: bytes, memory: int) -> str:
         return f"opening it needs more than the {memory / 2**30:.1f} GiB that its size allows; refused"
     if code == _NO_SPACE:
         return "there is no space for a copy of its weights; free some, or set TMPDIR to a larger disk"
+    if code == _DAMAGED:
+        return "is no file of torch.save, or one that was cut short; copy or download it again"
     if code < 0:
         number = -code
         name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
@@ -203,6 +216,8 @@ def child() -> None:
     except pickle.UnpicklingError as error:
         sys.stderr.write(_culprit(str(error)))
         sys.exit(_REFUSED)
+    except _DamageError:
+        sys.exit(_DAMAGED)
     except RuntimeError as error:
         if "allocate" not in str(error):
             raise
@@ -226,14 +241,9 @@ def _culprit(message: str) -> str:
 def _convert(source: Path, output: Path, plain: Path, below: str, allowed: tuple[str, ...]) -> None:
     import torch
 
-    with source.open("rb") as stream:
-        is_zip = stream.read(4) == b"PK\x03\x04"  # as torch tells it from its own format, from before 1.6
-    if is_zip:
-        _check_zip(source)
     torch.serialization.clear_safe_globals()  # what other libraries trust
     torch.serialization.add_safe_globals([ALLOWED[name] for name in allowed])
-    # tensors in a zip are mapped, and so read when they are written, if they are
-    state = torch.load(str(source), map_location="cpu", weights_only=True, mmap=is_zip)
+    state = _load(source)
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         raise pickle.UnpicklingError("not a state dict")
     contents = _Contents(f"{below}." if below else "")
@@ -244,6 +254,29 @@ def _convert(source: Path, output: Path, plain: Path, below: str, allowed: tuple
         raise pickle.UnpicklingError(f"it has what safetensors cannot hold: {error}") from error
     with output.open("xb") as stream:
         member.write(stream)
+
+
+def _load(source: Path) -> object:
+    """What torch's reader for weights makes of a file. Raises `_DamageError` where it is none that torch can read."""
+    import torch
+
+    with source.open("rb") as stream:
+        is_zip = stream.read(4) == b"PK\x03\x04"  # as torch tells it from its own format, from before 1.6
+    try:
+        if is_zip:
+            _check_zip(source)
+        # tensors in a zip are mapped, and so read when they are written, if they are
+        return torch.load(str(source), map_location="cpu", weights_only=True, mmap=is_zip)
+    except RuntimeError as error:
+        if "allocate" in str(error):
+            raise
+        raise _DamageError from error
+    except pickle.UnpicklingError as error:
+        if "Unsupported operand" not in str(error) and "magic number" not in str(error):
+            raise
+        raise _DamageError from error
+    except _NOT_UNDERSTOOD as error:
+        raise _DamageError from error
 
 
 def _check_zip(source: Path) -> None:

@@ -6,6 +6,7 @@ NeMo is needed.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveError, ArchiveFile
-from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.config import LEARNED, EncoderConfig
+from bionemo_esm.model.interchange.route import Kind, kind_of
 from bionemo_esm.settings import boolean
 
 MARK = "of_archive"  # a key of the model's group; true: its sizes are the archive's
@@ -65,6 +67,20 @@ def check_that_it_is_the_archives(encoder: EncoderConfig, path: Path) -> None:
         )
 
 
+def how_to_bring(path: Path) -> str | None:
+    """What to do first about a model of another library's; None where the path names none."""
+    try:
+        kind = kind_of(str(path))
+    except ConfigError:
+        return None
+    if kind is Kind.OURS:
+        return None
+    found = f"there is no {path}; if it is {kind.value}," if kind is Kind.HUB else f"{path} is {kind.value};"
+    target = f"{path.name.removesuffix('.pt')}.nemo"
+    command = shlex.join(["bionemo-esm", "convert", f"source={path}", f"target={target}"])
+    return f"{found} bring it here first: {command}, then restore_from_path={target}"
+
+
 def newest_archive(path: Path) -> ArchiveFile:
     """Of the checkpoints of a run's folder, the one after most steps, or the one that is named.
 
@@ -90,8 +106,10 @@ def newest_archive(path: Path) -> ArchiveFile:
 def _file(restore_from: Path | None, continue_from: Path | None, is_needed: bool) -> ArchiveFile | None:
     """The archive that a run begins with; None where there is none at hand and none is needed."""
     if restore_from is not None and (is_needed or restore_from.is_file()):
+        if (advice := how_to_bring(restore_from)) is not None:
+            raise ConfigError(f"restore_from_path: {advice}")
         if not restore_from.is_file():
-            raise ConfigError(f"restore_from_path: {restore_from} is not a file; model={MARK} needs it")
+            raise ConfigError(f"restore_from_path: {restore_from} is not a file; name a .nemo")
         return ArchiveFile.open(restore_from)
     if restore_from is None and continue_from is not None:
         try:
@@ -124,6 +142,8 @@ def _of(file: ArchiveFile, values: Mapping[str, Any]) -> EncoderConfig:
     for key, value in values.items():
         if key not in (MARK, *_NAMES):
             raise ConfigError(f"unknown key model.{key}; known are: {', '.join((MARK, *_NAMES))}")
+        if key == "seq_length" and type(value) is int and (advice := _another_length(file, value)) is not None:
+            raise ConfigError(f"model.seq_length={value}: {advice}")
         if value is not None and key not in (MARK, *_FREE):
             raise ConfigError(
                 f"model.{key}={value}: with model={MARK} it is what {file.path} has; only "
@@ -131,3 +151,24 @@ def _of(file: ArchiveFile, values: Mapping[str, Any]) -> EncoderConfig:
             )
     given = {key: values[key] for key in _FREE if values.get(key) is not None}
     return EncoderConfig.from_mapping({**_archived(file).to_dict(), **given})
+
+
+def _another_length(file: ArchiveFile, seq_length: int) -> str | None:
+    """How an imported model comes to be one for sequences of so many tokens; None for others, or where it is already.
+
+    One that was trained here since is taken home first, so that what it learned is not lost.
+    """
+    archived = _archived(file)
+    if "imported_from" not in file.provenance or seq_length == archived.seq_length:
+        return None
+    is_stretched = archived.position_embedding == LEARNED and seq_length > archived.seq_length
+    words = ["convert source=… target=….nemo", f"seq_length={seq_length}", *(["stretch_positions=true"] * is_stretched)]
+    where = "convert its source again"
+    if "steps" in file.provenance:
+        where = (
+            f"take it home ({shlex.join(['bionemo-esm', 'convert', f'source={file.path}'])} target=…), and bring that"
+        )
+    return (
+        f"{file.path} is for sequences of up to {archived.seq_length} tokens. For another length {where}: bionemo-esm "
+        f"{' '.join(words)}"
+    )

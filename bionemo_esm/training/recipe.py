@@ -343,7 +343,7 @@ def load_recipe(cfg: DictConfig) -> Recipe:
         published=_published(top.get("published")),
         plan=boolean("plan", top.get("plan", False)),
         model=architecture.encoder,
-        data=_data(top["data"]),
+        data=_data(top["data"], str(top["name"])),
         optim=_optim(top["optim"], trainer),
         trainer=trainer,
         exp_manager=_experiment(top["exp_manager"]),
@@ -360,7 +360,14 @@ def _published(values: Any) -> Published | None:
     return Published(**typed("published", values, Published))
 
 
-def _data(values: dict[str, Any]) -> DataConfig:
+def _data(values: dict[str, Any], recipe: str) -> DataConfig:
+    values = dict(values)
+    is_own = boolean("data.own", values.pop("own", False))
+    if is_own and values.get("fasta") is None and values.get("store") is None:
+        raise ConfigError(
+            f"recipe {recipe} trains on your own proteins: set data.fasta=... or data.store=... (data=sample for the "
+            "shipped ones)"
+        )
     masking = typed("data.masking", values.get("masking") or {}, MaskingPolicy)
     try:
         policy = MaskingPolicy(**masking)

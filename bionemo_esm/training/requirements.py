@@ -6,7 +6,7 @@ import torch
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.backends import parameter_dtype
-from bionemo_esm.training.architecture import check_that_it_is_the_archives
+from bionemo_esm.training.architecture import check_that_it_is_the_archives, how_to_bring
 from bionemo_esm.training.origin import find_origin
 from bionemo_esm.training.recipe import Recipe, TrainerConfig
 from bionemo_esm.training.storage import Storage, free_space
@@ -66,9 +66,10 @@ def _missing_files(recipe: Recipe) -> list[str]:
             f"data.store: {recipe.data.store} is not a store (no manifest.json); build it with "
             f"`python examples/preprocess_uniref50.py output={recipe.data.store}`, or name the folder of one"
         )
-    for key, path in (("data.fasta", recipe.data.fasta), ("restore_from_path", recipe.restore_from_path)):
-        if path is not None and not path.is_file():
-            missing.append(f"{key}: {path} is not a file")
+    if (fasta := recipe.data.fasta) is not None and not fasta.is_file():
+        missing.append(f"data.fasta: {fasta} is not a file")
+    if (archive := recipe.restore_from_path) is not None and not archive.is_file():
+        missing.append(f"restore_from_path: {how_to_bring(archive) or f'{archive} is not a file'}")
     return missing
 
 

@@ -191,6 +191,10 @@ def _batch_of(recipe: Recipe) -> dict[str, int]:
     return {"global_batch_tokens": recipe.data.global_batch_tokens}
 
 
+def _steps(summary: dict[str, Any]) -> str:
+    return f"{summary['steps']:,} step{'' if summary['steps'] == 1 else 's'}"
+
+
 def _closing(summary: dict[str, Any], report: Path) -> str:
     folder = report.parent
     before = averaged = files = ""
@@ -204,7 +208,7 @@ def _closing(summary: dict[str, Any], report: Path) -> str:
         )
         files = f"  averaged {short(Path(summary['averaged_nemo']))}\n"
     return (
-        f"\nDone in {duration(summary['wall_seconds'])}: {summary['steps']:,} steps, {summary['epochs']:.1f} epochs.\n"
+        f"\nDone in {duration(summary['wall_seconds'])}: {_steps(summary)}, {summary['epochs']:.1f} epochs.\n"
         f"  validation perplexity {summary['validation_perplexity']:.2f}, against {before}"
         f"{summary['unigram_perplexity']:.2f} for residue frequencies alone; {summary['masked_accuracy']:.1%} of "
         "masked residues right\n"
@@ -233,7 +237,7 @@ def _already_finished(recipe: Recipe, folder: Path) -> bool:
     if is_rank_zero():
         report = short(folder / "report.html")
         print(  # noqa: T201
-            f"This run is finished already ({summary['steps']:,} steps): validation perplexity "
+            f"This run is finished already ({_steps(summary)}): validation perplexity "
             f"{summary['validation_perplexity']:.2f}, against {summary['unigram_perplexity']:.2f} for residue "
             f"frequencies alone.\n  model    {short(Path(summary['nemo']))}\n  report   {report}\n"
             f"To run it again, give it a name: exp_manager.name=again, or remove {short(folder)}"

@@ -89,8 +89,11 @@ def read_fair_esm(path: Path, scratch: Path) -> ForeignModel:
         # the row is erased before the model ties its output to it, so both lose it
         erased = {name: MASK_ID for name in ("embed_tokens.weight", "lm_head.weight") if name in tensors.places}
         tensors = replace(tensors, erased_rows=erased)
-    if config.num_layers > len(tensors.places):
-        raise InterchangeError(f"{arguments.where}: layers is {config.num_layers:,}; the weights have fewer")
+    if config.num_layers != (there := tensors.layers(FAIR_ESM)):
+        raise InterchangeError(
+            f"{arguments.where}: layers is {config.num_layers:,}, but the weights are of {there:,} layers; they do not "
+            "belong together"
+        )
     if arguments.get("activation_dropout"):
         notes.append("left out: activation_dropout, dropout within the feed-forward layers, which our encoder has not")
     files = [path, regression] if len(tables) == 2 else [path]

@@ -16,13 +16,13 @@ from typing import Any
 
 from bionemo_esm.model.container import quoted
 from bionemo_esm.model.interchange.huggingface import INDEX_SUFFIX, PICKLE, SAFETENSORS
-from bionemo_esm.model.interchange.huggingface_config import CONFIG, VOCABULARY, read_config
+from bionemo_esm.model.interchange.huggingface_config import CONFIG, TOKENIZER, VOCABULARY, read_config
 from bionemo_esm.model.interchange.translation import InterchangeError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w.+-]*(/[\w.+-]+)*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SMALL = [CONFIG, VOCABULARY]
+_SMALL = [CONFIG, VOCABULARY, TOKENIZER]
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -55,7 +55,10 @@ def fetch_from_hub(repo_id: str, revision: str | None) -> tuple[Path, str]:
             f"{wanted}: the cache has it under {quoted(commit)}, which is no commit; empty the cache"
         )
     if not (folder / CONFIG).is_file():
-        raise InterchangeError(f"{wanted}: has no {CONFIG}; it is no model of transformers")
+        raise InterchangeError(
+            f"{wanted}: has no {CONFIG}; it is no model of transformers. An adapter has to be merged into its model "
+            "first, with `merge_and_unload` of peft"
+        )
     read_config(folder)
     for name in (SAFETENSORS, PICKLE):
         _snapshot(repo_id, commit, [*_SMALL, *_patterns(name)], wanted)
@@ -146,7 +149,10 @@ def _offline() -> str | None:
 
     if not constants.HF_HUB_OFFLINE:
         return None
-    return f"is not, or not whole, in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to fetch it"
+    return (
+        f"is not, or not whole, in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to fetch it; unset "
+        "it, or bring the cache from a machine that has it"
+    )
 
 
 def _explain_status(status: int, repo_id: str) -> str:

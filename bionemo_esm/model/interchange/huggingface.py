@@ -69,7 +69,8 @@ def read_hugging_face(
     provenance = _provenance(
         source or folder.resolve().name, revision, config, [folder / CONFIG, *_read(weights)], tell
     )
-    return ForeignModel(HUGGING_FACE, config.encoder, tensors, {"imported_from": provenance}, notes)
+    origin = {"imported_from": provenance}
+    return ForeignModel(HUGGING_FACE, config.encoder, tensors, origin, (*config.notes, *notes))
 
 
 # --- which files ------------------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def _open(file: Path, scratch: Path) -> TensorTable:
         beginning = stream.read(64)
         size = file.stat().st_size
     try:
-        return TensorTable.open(file, file.name, Section(0, size))
+        return TensorTable.open(file, "it", Section(0, size))  # so that messages do not name the file twice
     except ArchiveError as error:
         why = _disguise(beginning)
         if why is None:
@@ -215,11 +216,11 @@ def _check_plausible(folder: Path, tensors: ForeignTensors, config: HuggingFaceC
             f"{folder}: the weights have no output head (lm_head), so they are of an EsmModel, or of a model for "
             "another task; take the EsmForMaskedLM that it was made from"
         )
-    layers = config.encoder.num_layers
-    if layers > len(tensors.places):
+    told, there = config.encoder.num_layers, tensors.layers(HUGGING_FACE)
+    if told != there:
         raise InterchangeError(
-            f"{folder / CONFIG}: num_hidden_layers is {layers:,}, but the weights are {len(tensors.places):,} tensors "
-            "altogether; they do not belong together"
+            f"{folder / CONFIG}: num_hidden_layers is {told:,}, but the weights are of {there:,} layers; they do not "
+            "belong together, copy or download both again"
         )
 
 

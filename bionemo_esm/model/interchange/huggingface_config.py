@@ -1,4 +1,4 @@
-"""`config.json` and `vocab.txt` of a Hugging Face ESM: what they say of our encoder, and a refusal of anything else.
+"""`config.json` and the vocabulary of a Hugging Face ESM: what they say of our encoder, and a refusal of anything else.
 
 Every key is used, or compared with what our encoder does, or known to leave what the model computes alone; any other is
 an error that names it, unless its value is null, which is how transformers writes that a key says nothing. The keys and
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from bionemo_esm.model.container import quoted, readable
 from bionemo_esm.model.interchange.translation import UNUSED_POSITIONS, InterchangeError
 from bionemo_esm.model.plain import parse_json
 
-CONFIG, VOCABULARY = "config.json", "vocab.txt"
+CONFIG, VOCABULARY, TOKENIZER = "config.json", "vocab.txt", "tokenizer.json"
 ARCHITECTURE = "EsmForMaskedLM"
 _LARGEST_TEXT = 2**24  # bytes of a JSON file; the index of ESM-2 15B has 2**16
 _LARGEST_NUMBER = 2**31
@@ -130,13 +130,14 @@ class HuggingFaceConfig:
 
     encoder: EncoderConfig
     transformers_version: str | None  # that wrote it
+    notes: tuple[str, ...] = ()  # what was taken for granted
 
 
 def read_config(folder: Path) -> HuggingFaceConfig:
     """The encoder that `config.json` and `vocab.txt` of a folder describe; its dropouts are those of the file.
 
-    Raises `InterchangeError`, naming file, key and value, for a model that our encoder is not. `vocab.txt` may be
-    missing; then the ids in `config.json` answer for the alphabet.
+    Where `vocab.txt` is missing, `tokenizer.json` answers for the alphabet; without both, the ids in `config.json` do,
+    and a note says so. Raises `InterchangeError`, naming file, key and value, for a model that our encoder is not.
     """
     path = folder / CONFIG
     values = read_json(path)
@@ -148,9 +149,9 @@ def read_config(folder: Path) -> HuggingFaceConfig:
     if version is not None and not (isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,40}", version)):
         raise InterchangeError(f"{path}: transformers_version is {quoted(version)}; that is no version")
     config = _encoder(path, values)
-    if (folder / VOCABULARY).exists():
-        _check_vocabulary(folder / VOCABULARY)
-    return HuggingFaceConfig(config, version)
+    is_known = _check_vocabulary(folder) or values.get("vocab_list") is not None
+    assumed = f"taken for granted: the alphabet is ESM's, as neither {VOCABULARY} nor {TOKENIZER} is there to tell"
+    return HuggingFaceConfig(config, version, () if is_known else (assumed,))
 
 
 def read_json(path: Path) -> Any:
@@ -186,6 +187,11 @@ def _check_kind(path: Path, values: Mapping[str, Any]) -> None:
     why = f"only {ARCHITECTURE} can be taken in"
     if architectures == ["EsmModel"]:
         why += ", and an EsmModel is one without its output head (lm_head); take the model that it was made from"
+    elif architectures in (["EsmForSequenceClassification"], ["EsmForTokenClassification"]):
+        why += (
+            ". Heads for other tasks are not, and it was saved without its output head (lm_head); take the "
+            f"{ARCHITECTURE} that it was fine-tuned from"
+        )
     raise InterchangeError(f"{path}: architectures is {_shown(architectures)}; {why}")
 
 
@@ -267,17 +273,65 @@ def _flag(path: Path, key: str, value: Any) -> bool:
     return bool(value)  # null counts as false in transformers
 
 
-def _check_vocabulary(path: Path) -> None:
-    """Raises, naming the first token that differs, unless the file lists our alphabet in our order."""
+def _check_vocabulary(folder: Path) -> bool:
+    """Whether the folder says which tokens the model has. Raises unless they are our alphabet in our order."""
+    if (path := folder / VOCABULARY).exists():
+        _check_alphabet(path, _listed_tokens(path))
+    elif (path := folder / TOKENIZER).exists():
+        _check_alphabet(path, _tokens_of_tokenizer(path))
+    else:
+        return False
+    return True
+
+
+def _listed_tokens(path: Path) -> list[str | None]:
+    """Those of a `vocab.txt`, one a line."""
     try:
-        tokens = [line.strip() for line in _small_file(path).decode("utf-8").splitlines()]
+        return [line.strip() for line in _small_file(path).decode("utf-8").splitlines()]
     except UnicodeDecodeError as error:
         raise InterchangeError(f"{path}: is no text ({error.reason}); copy or download it again") from error
+
+
+def _tokens_of_tokenizer(path: Path) -> list[str | None]:
+    """Those of a `tokenizer.json`, by id, None for an id of ESM's alphabet that no token has.
+
+    `model.vocab` gives ids to tokens, or lists tokens with a score each; `added_tokens` may give some ids anew.
+    """
+    values = read_json(path)
+    vocabulary = _at(_at(values, "model"), "vocab")
+    if isinstance(vocabulary, dict):
+        placed = list(vocabulary.items())
+    elif isinstance(vocabulary, list):
+        placed = [(entry[0] if isinstance(entry, list) and entry else entry, i) for i, entry in enumerate(vocabulary)]
+    else:
+        raise InterchangeError(f"{path}: has no model.vocab, by which tokens are known; copy or download it again")
+    added = _at(values, "added_tokens")
+    placed += [(_at(entry, "content"), _at(entry, "id")) for entry in added] if isinstance(added, list) else []
+    tokens: dict[int, str] = {}
+    for token, number in placed:
+        if type(number) is not int or not isinstance(token, str):
+            raise InterchangeError(
+                f"{path}: token {_shown(token)} has the id {_shown(number)}; that is no vocabulary, copy or download "
+                "it again"
+            )
+        tokens[number] = token
+    others = [tokens[number] for number in sorted(tokens.keys() - range(VOCABULARY_SIZE))]
+    return [*map(tokens.get, range(VOCABULARY_SIZE)), *others]
+
+
+def _at(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _check_alphabet(path: Path, tokens: Sequence[str | None]) -> None:
+    """Raises, naming the first token that differs, unless these are our alphabet in our order."""
     for index in range(max(len(tokens), VOCABULARY_SIZE)):
-        there = quoted(tokens[index]) if index < len(tokens) else "missing"
+        token = tokens[index] if index < len(tokens) else None
         here = TOKENS[index] if index < VOCABULARY_SIZE else None
-        if index >= len(tokens) or tokens[index] != here:
+        if token is None or token != here:
+            there = "missing" if token is None else quoted(token)
             raise InterchangeError(
                 f"{path}: token {index} is {there}, in ESM's alphabet it is {quoted(here) if here else 'none'}; a "
-                "model with other tokens cannot be taken in"
+                "model with other tokens cannot be taken in. If it was trained with ESM's, put the vocab.txt of "
+                "facebook/esm2_t6_8M_UR50D in the folder instead"
             )

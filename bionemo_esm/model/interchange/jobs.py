@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -75,14 +77,23 @@ def load_convert_config(cfg: DictConfig) -> ConvertConfig:
 
 def convert(cfg: DictConfig) -> None:
     """Convert a model as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
-    signal.signal(signal.SIGTERM, _end)
-    exit_of(lambda: _convert(load_convert_config(cfg)), "Interrupted; nothing was written.")
+    with _clearing_up_after_sigterm():
+        exit_of(lambda: _convert(load_convert_config(cfg)), "Interrupted; nothing was written.")
 
 
-def _end(number: int, frame: object) -> NoReturn:
-    """So that what is half-written is cleared away, as after Ctrl-C: a scheduler sends this when time is up."""
-    print("\nStopped; nothing was written.", file=sys.stderr)  # noqa: T201
-    raise SystemExit(128 + number)
+@contextmanager
+def _clearing_up_after_sigterm() -> Iterator[None]:
+    """What is half-written goes as after Ctrl-C: a scheduler sends this signal when time is up."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        print("\nStopped; nothing was written.", file=sys.stderr)  # noqa: T201
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _convert(config: ConvertConfig) -> int:

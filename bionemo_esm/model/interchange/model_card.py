@@ -160,7 +160,9 @@ def _limits(config: EncoderConfig) -> str:
     )
     contacts = (
         "- `model.predict_contacts` gives probabilities of contact by the regression that came with the model; it is "
-        "not fitted anew when the encoder is trained further."
+        "not fitted anew when the encoder is trained further. It needs attention maps, which only "
+        '`EsmForMaskedLM.from_pretrained(place, attn_implementation="eager")` gives; otherwise `transformers` 5 fails '
+        'with "stack expects a non-empty TensorList".'
         if config.contact_head
         else "- There is no contact head: `transformers` reports `esm.contact_head` as newly initialised, and "
         "`predict_contacts` gives random numbers."

@@ -12,11 +12,18 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import is_our_archive
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_HUB_URL = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve|commit)/([^/]+))?.*",
+    re.ASCII,
+)
+_PUBLISHED = re.compile(r"esm(2|1b|1v)_t[0-9]+_\w+", re.ASCII)
+"""Names of models that are of the organisation facebook on the Hub."""
 PRECISIONS = {"32": "float32", "bf16": "bfloat16"}
 """Of weights, as archives give them, and as people and torch call them."""
 _OURS = (".nemo", ".ckpt")
 _FILES = (*_OURS, ".pt", ".pth", ".bin", ".safetensors")
 """Endings of files, which no id on the Hub has and no folder should."""
+_MOST_NAMED = 6  # files or folders in one message
 
 
 class Kind(Enum):
@@ -68,6 +75,8 @@ def kind_of(source: str) -> Kind:
         there = path.exists()
     except OSError as error:
         raise ConfigError(f"source: {source} cannot be looked at ({error.strerror})") from error
+    if not there and (meant := _meant(source)):
+        raise ConfigError(f"source: {source}: no such folder or file; did you mean {meant}?")
     if not there and _HUB_ID.fullmatch(source) and path.suffix not in _FILES:
         return Kind.HUB
     raise ConfigError(
@@ -76,12 +85,33 @@ def kind_of(source: str) -> Kind:
     )
 
 
+def _meant(source: str) -> str | None:
+    """What to give instead of the address of a page on the Hub, or of a model's name without its organisation."""
+    if page := _HUB_URL.fullmatch(source):
+        return f"{page[1]}, with revision={page[2]}" if page[2] and page[2] != "main" else page[1]
+    return f"facebook/{source}" if _PUBLISHED.fullmatch(source) else None
+
+
 def _kind_of_folder(path: Path) -> Kind:
     if (path / "config.json").exists():
         return Kind.FOLDER
+    if (path / "adapter_config.json").exists():
+        raise ConfigError(
+            f"source: {path} is an adapter, not a model; merge it into its model with `merge_and_unload` of peft, save "
+            "that with save_pretrained, and give its folder"
+        )
+    if checkpoints := sorted(path.glob("checkpoint-*/config.json"), key=_number_of_checkpoint):
+        names = ", ".join(str(config.parent) for config in checkpoints[-_MOST_NAMED:])
+        raise ConfigError(f"source: {path} has no config.json, but its checkpoints have; name one of them: {names}")
     found = sorted([*path.glob("*.nemo"), *path.glob("checkpoints/*.ckpt"), *path.glob("*.pt")])
-    names = f"; name one of its files: {', '.join(map(str, found[:6]))}" if found else ""
+    names = f"; name one of its files: {', '.join(map(str, found[:_MOST_NAMED]))}" if found else ""
     raise ConfigError(f"source: {path} has no config.json, so it is no Hugging Face model{names}")
+
+
+def _number_of_checkpoint(config: Path) -> tuple[int, str]:
+    """Of the file in the folder checkpoint-500: 500, to have them in the order in which they were saved."""
+    number = config.parent.name.removeprefix("checkpoint-")
+    return (int(number) if re.fullmatch(r"[0-9]{1,12}", number) else -1), number
 
 
 def _kind_of_file(path: Path) -> Kind:

@@ -6,6 +6,7 @@ the alphabet, R rows of the position table, N heads, D size of a head, H hidden 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -65,6 +66,12 @@ class ForeignTensors:
         if name in self.erased_rows:
             tensor[self.erased_rows[name]] = 0
         return tensor
+
+    def layers(self, dialect: Dialect) -> int:
+        """How many layers they are of, by the highest number of one in their names."""
+        start = re.escape(next(iter(dialect.layer_parts.values())).split("{}")[0])
+        numbers = (re.match(start + r"([0-9]{1,9})\.", name) for name in self.places)
+        return 1 + max((int(number[1]) for number in numbers if number), default=-1)
 
     def place(self, name: str) -> str:
         """Where a tensor is, for messages."""

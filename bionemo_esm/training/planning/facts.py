@@ -7,6 +7,7 @@ written, and neither NeMo nor a process group is needed.
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def _data(recipe: Recipe) -> DataFacts:
     if recipe.data.fasta is not None:
         raise ConfigError(
             f"plan: what {recipe.data.fasta} holds is known when it is a store: bionemo-esm preprocess "
-            f"input={recipe.data.fasta} output=data/mine, then plan with data.fasta=null data.store=data/mine"
+            f"{shlex.quote(f'input={recipe.data.fasta}')} output=data/mine split.validation=null split.test=null, then "
+            "plan with data.fasta=null data.store=data/mine"
         )
     if recipe.data.store is None:
         return _of_sample(recipe)
