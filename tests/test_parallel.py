@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 import bionemo_esm.model.reduction as reduction
 from bionemo_esm.alphabet import MASK_ID
 from bionemo_esm.data.packing import PackedBatch, pack
-from bionemo_esm.model.attention import PackedAttention
+from bionemo_esm.model.attention import PackedAttention, PackedRow
 from bionemo_esm.model.backends import choose_backends
 from bionemo_esm.model.config import OptimConfig
 from bionemo_esm.model.connector import load_weights
@@ -198,7 +198,7 @@ def half_of_a_model(whole: Path) -> Tensors:
     seen["wet/after"] = torch.rand(3)
     attention = next(module for module in wet.modules() if isinstance(module, PackedAttention))
     ones = torch.ones(40, 2, 8)
-    layout = type("Layout", (), {"cu_seqlens_q": torch.tensor([0, 40])})
+    layout = PackedRow(cu_seqlens_q=torch.tensor([0, 40]))
     seen["own heads"] = attention(ones, ones, ones, None, layout)
     return seen
 
