@@ -104,9 +104,9 @@ def take(tensors: ForeignTensors, config: EncoderConfig, dialect: Dialect) -> Ta
     """A foreign model of these sizes in our terms, after every one of its tensors has been accounted for.
 
     `contact_head` follows from the tensors, whatever `config` says; so does `position_offset`, but where rows of zeros
-    stand before the first position, `config` says whether they are rows of the table. Raises
-    `InterchangeError`, naming the file and the tensor: for one that is missing, left over, of another shape or type,
-    for an output that is not tied to the embedding, and for layers that turn by different rotary frequencies.
+    stand before the first position, `config` says whether they are rows of the table. Raises `InterchangeError`,
+    naming the file and the tensor: for one that is missing, left over, of another shape or type, for an output that is
+    not tied to the embedding, and for layers that turn by different rotary frequencies.
     """
     notes: list[str] = []
     learned, says_unused = config.position_embedding == LEARNED, config.position_offset == UNUSED_POSITIONS
