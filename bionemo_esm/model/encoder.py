@@ -180,7 +180,8 @@ class ESMEncoder(BertModel):
             scaled_TH = embedded_TH * token_dropout_scale(tokens_T, cu_seqlens)[:, None]  # in float32
             embedded_TH = scaled_TH.to(embedded_TH.dtype)
         if self.rotary is None:
-            embedded_TH = embedded_TH + self.embedding.position_embeddings(positions_T + self.position_offset)
+            rows_T = positions_T + self.position_offset if self.position_offset else positions_T
+            embedded_TH = embedded_TH + self.embedding.position_embeddings(rows_T)
         if self.embedding_layernorm is not None:
             embedded_TH = self.embedding_layernorm(embedded_TH)
         dropped_TH: Tensor = self.embedding.embedding_dropout(embedded_TH)

@@ -240,20 +240,8 @@ def _our_name(legacy: str) -> str:
 
 def expected_shapes(encoder: EncoderConfig, vocabulary_rows: int) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of an `ESM1nvModel` of these sizes, whose vocabulary has so many rows."""
-    hidden, ffn = encoder.hidden_size, encoder.ffn_hidden_size
-    linear = {"lm_head.dense": (hidden, hidden)}
-    norms = ["encoder.final_layernorm", "lm_head.layer_norm"]
-    for layer in (f"encoder.layers.{number}" for number in range(encoder.num_layers)):
-        norms += [f"{layer}.input_layernorm", f"{layer}.pre_mlp_layernorm"]
-        linear[f"{layer}.self_attention.linear_qkv"] = (3 * hidden, hidden)
-        linear[f"{layer}.self_attention.linear_proj"] = (hidden, hidden)
-        linear[f"{layer}.mlp.linear_fc1"] = (ffn, hidden)
-        linear[f"{layer}.mlp.linear_fc2"] = (hidden, ffn)
-    shapes: dict[str, tuple[int, ...]] = {f"encoder.{name}.weight": shape for name, shape in linear.items()}
-    shapes |= {f"encoder.{name}.bias": shape[:1] for name, shape in linear.items()}
-    shapes |= {f"encoder.{name}.{kind}": (hidden,) for name in norms for kind in ("weight", "bias")}
-    shapes |= {_WORDS: (vocabulary_rows, hidden), _POSITIONS: (encoder.seq_length, hidden)}
-    return shapes | {_OUTPUT_BIAS: (vocabulary_rows,)}
+    shapes = dict(encoder.tensors())
+    return shapes | {name: (vocabulary_rows, *shapes[name][1:]) for name in (_WORDS, _OUTPUT_BIAS)}
 
 
 def _check(named: dict[str, tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], where: str) -> None:

@@ -37,7 +37,7 @@ _CHILD = "import sys; sys.path.append(sys.argv[1]); from bionemo_esm.model.pickl
 _REFUSED, _OUT_OF_MEMORY, _NO_SPACE, _DAMAGED = 3, 4, 5, 6  # exit codes of the child
 _MOST_PLAIN = 1 << 20  # plain values, and letters of texts, in one file; the arguments of fairseq have some thousand
 _DEEPEST = 24  # dicts and lists within each other
-_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"  # what lies in place of a file that was not fetched
 _NO_STATE = "it is no pickle of tensors"
 
 
@@ -124,10 +124,10 @@ def _check_beginning(source: Path) -> None:
     """Say what is no pickle at first sight, before a process is started for it."""
     try:
         with source.open("rb") as stream:
-            beginning = stream.read(len(_POINTER))
+            beginning = stream.read(len(LFS_POINTER))
     except OSError as error:
         raise PickleError(source, f"cannot be read ({error.strerror}); give the path of a file") from error
-    if beginning == _POINTER:
+    if beginning == LFS_POINTER:
         raise PickleError(source, "is a pointer of Git LFS and not the file itself; fetch it with `git lfs pull`")
     if beginning[8:9] == b"{":
         raise PickleError(source, "is safetensors, and not a pickle of torch.save; its name is wrong")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -15,11 +16,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation, StepReport
 from bionemo_esm.model.guards import SkippedStep
-from bionemo_esm.model.parallel import data_parallel_sum, world_sum
+from bionemo_esm.model.parallel import data_parallel_sum
 from bionemo_esm.screen import Screen, duration
 from bionemo_esm.training.hangs import HangWatch
 from bionemo_esm.training.measurements import Gauges
-from bionemo_esm.training.stopping import StopSignals
 
 _SECONDS_BETWEEN_LINES = 15.0  # of progress, where output is no terminal
 _SECONDS_BETWEEN_REWRITES = 0.5
@@ -223,10 +223,17 @@ class InitialValidation(Callback):
     """
 
     def __init__(
-        self, limit: int | None, signals: StopSignals, watch: HangWatch, history: History, progress: Progress
+        self,
+        limit: int | None,
+        must_stop: Callable[[ESM1nvModel], bool],
+        watch: HangWatch,
+        history: History,
+        progress: Progress,
     ) -> None:
-        """limit: micro batches of each rank, as `limit_val_batches`; None: all. The last three are told of it."""
-        self.limit, self.signals, self.watch = limit, signals, watch
+        """limit: micro batches of each rank, as `limit_val_batches`; None: all. must_stop: whether some rank was asked
+        to, the same on all (`Checkpoints.must_stop`). The last three are told of the result.
+        """
+        self.limit, self.must_stop, self.watch = limit, must_stop, watch
         self.history, self.progress = history, progress
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,16 +257,10 @@ class InitialValidation(Callback):
         for index, batch in enumerate(islice(model.val_dataloader(), self.limit)):
             self.watch.on_validation_batch_start(trainer, model)
             sums += model.score(batch.to(model.device))
-            if index < model.shared_validation_batches and self._must_stop(model):
+            if index < model.shared_validation_batches and self.must_stop(model):
                 return None
         self.watch.on_validation_end(trainer, model)
         return model.evaluation(data_parallel_sum(sums))
-
-    def _must_stop(self, model: ESM1nvModel) -> bool:
-        asked = world_sum(torch.tensor(int(self.signals.received is not None), device=model.device)).item()
-        if asked and self.signals.received is None:
-            self.signals.note_another_rank()
-        return bool(asked)
 
 
 def _bar(fraction: float, width: int = 12) -> str:

@@ -139,7 +139,7 @@ class Checkpoints(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, ESM1nvModel)
-        stop = self._must_stop(pl_module) or pl_module.gave_up
+        stop = self.must_stop(pl_module) or pl_module.gave_up
         if stop or trainer.global_step % self.config.every_n_train_steps == 0:
             self._save(trainer)
         if stop:
@@ -151,7 +151,7 @@ class Checkpoints(Callback):
     ) -> None:
         """A stop breaks validation off; the run that goes on from here begins it anew."""
         assert isinstance(pl_module, ESM1nvModel)
-        if batch_idx < pl_module.shared_validation_batches and self._must_stop(pl_module):
+        if batch_idx < pl_module.shared_validation_batches and self.must_stop(pl_module):
             pl_module.validation_was_broken_off = True
             self._save(trainer)
             trainer.should_stop = True
@@ -214,7 +214,7 @@ class Checkpoints(Callback):
 
     # --- all ranks together -----------------------------------------------------------------------------------------
 
-    def _must_stop(self, pl_module: ESM1nvModel) -> bool:
+    def must_stop(self, pl_module: ESM1nvModel) -> bool:
         """The same answer on every rank: a signal that comes while they agree counts from the next step.
 
         Raises on every rank where the writer of rank 0 has failed.

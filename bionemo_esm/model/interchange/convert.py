@@ -109,7 +109,7 @@ def _read(way: Route, revision: str | None, progress: Progress) -> Iterator[Fore
 
     with _scratch(way.target) as scratch:
         if way.kind is Kind.FAIR_ESM:
-            yield read_fair_esm(Path(way.source).expanduser(), scratch)
+            yield read_fair_esm(Path(way.source).expanduser(), scratch, tell=tell)
         elif way.kind is Kind.FOLDER:
             yield read_hugging_face(Path(way.source).expanduser(), scratch, tell=tell)
         else:

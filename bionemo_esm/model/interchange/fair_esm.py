@@ -6,16 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bionemo_esm.alphabet import MASK_ID
-from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
-from bionemo_esm.model.container import quoted
+from bionemo_esm.model.container import Section, hash_section, quoted
 from bionemo_esm.model.interchange.dialects import FAIR_ESM
 from bionemo_esm.model.interchange.foreign import ForeignModel
 from bionemo_esm.model.interchange.translation import ForeignTensors, InterchangeError
@@ -60,10 +59,11 @@ class _Arguments:
         return value
 
 
-def read_fair_esm(path: Path, scratch: Path) -> ForeignModel:
+def read_fair_esm(path: Path, scratch: Path, *, tell: Callable[[int], None] = lambda count: None) -> ForeignModel:
     """The model in a `.pt` of fair-esm, with the weights for contacts if they are beside it.
 
-    `scratch`: an empty private folder, in which its tensors are until they are no longer needed. fair-esm zeroes the
+    `scratch`: an empty private folder, in which its tensors are until they are no longer needed. `tell` is given the
+    bytes of each piece that has been hashed. fair-esm zeroes the
     embedding of `<mask>` when it loads ESM-1b and ESM-1v, and so do we. Dropout is that of the arguments, by which the
     model was trained, and 0 where they have none.
 
@@ -98,7 +98,7 @@ def read_fair_esm(path: Path, scratch: Path) -> ForeignModel:
         notes.append("left out: activation_dropout, dropout within the feed-forward layers, which our encoder has not")
     files = [path, regression] if len(tables) == 2 else [path]
     origin = {"format": "fair-esm", "source": path.name, "revision": None}
-    hashes = {"sha256": {file.name: sha256_of_file(file) for file in files}}
+    hashes = {"sha256": {file.name: hash_section(file, Section(0, file.stat().st_size), tell) for file in files}}
     return ForeignModel(FAIR_ESM, config, tensors, {"imported_from": origin | hashes}, tuple(notes))
 
 

@@ -17,13 +17,12 @@ from bionemo_esm.model.interchange.dialects import HUGGING_FACE
 from bionemo_esm.model.interchange.foreign import ForeignModel
 from bionemo_esm.model.interchange.huggingface_config import CONFIG, HuggingFaceConfig, read_config, read_json
 from bionemo_esm.model.interchange.translation import ForeignTensors, InterchangeError
-from bionemo_esm.model.pickles import PickledTensors, convert_pickle
+from bionemo_esm.model.pickles import LFS_POINTER, PickledTensors, convert_pickle
 from bionemo_esm.model.tensors import TensorTable
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*", "tf_model*.h5", "flax_model*.msgpack")
-_POINTER = b"version https://git-lfs"
 _PICKLE_PROTOCOLS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 
@@ -171,7 +170,7 @@ def _disguise(beginning: bytes) -> str | None:
     """What a file is that is no safetensors, and what to do; None where that cannot be told."""
     if not beginning:
         return "is empty; copy or download it again"
-    if beginning.startswith(_POINTER):
+    if beginning.startswith(LFS_POINTER):
         return "is a pointer of Git LFS and not the file itself; fetch it with `git lfs pull`"
     if beginning.startswith((b"PK\x03\x04", *_PICKLE_PROTOCOLS)):
         return (

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.config import LEARNED, EncoderConfig
+from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.interchange.route import PRECISIONS, Route, route
 from bionemo_esm.screen import Meter, Screen, exit_of
 from bionemo_esm.settings import boolean, integer, known, number, path, plain_values
@@ -152,11 +152,10 @@ def _export(config: ConvertConfig, screen: Screen) -> None:
 
 def describe(config: EncoderConfig, precision: str) -> str:
     """A model in one line."""
-    positions = "learned" if config.position_embedding == LEARNED else "rotary"
     return (
         f"{config.family}, {config.num_layers} layers, hidden {config.hidden_size:,}, {config.num_attention_heads} "
         f"heads, {config.parameters:,} parameters in {PRECISIONS[precision]}, up to {config.seq_length:,} tokens, "
-        f"{positions} positions, {'with' if config.contact_head else 'no'} contact head"
+        f"{config.position_embedding} positions, {'with' if config.contact_head else 'no'} contact head"
     )
 
 

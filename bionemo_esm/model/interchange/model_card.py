@@ -6,17 +6,16 @@ nothing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.model.card import ArchiveCard, escaped
 from bionemo_esm.model.config import LEARNED, EncoderConfig
+from bionemo_esm.model.interchange.route import HUB_ID
 
 _LONGEST = 300  # characters told of one entry
 _MOST_NOTES = 20
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _EXAMPLE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVV"
 
 _FRONT = """\
@@ -79,7 +78,7 @@ def code(value: Any, longest: int = _LONGEST) -> str:
 def _base_model(provenance: Mapping[str, Any]) -> str:
     origin = provenance.get("imported_from")
     source = origin.get("source") if isinstance(origin, dict) and origin.get("format") == "Hugging Face" else None
-    return f"base_model: {source}\n" if isinstance(source, str) and _HUB_ID.fullmatch(source) else ""
+    return f"base_model: {source}\n" if isinstance(source, str) and HUB_ID.fullmatch(source) else ""
 
 
 def _table(title: str, rows: Mapping[str, str]) -> str:
@@ -88,14 +87,13 @@ def _table(title: str, rows: Mapping[str, str]) -> str:
 
 
 def _sizes(card: ArchiveCard, config: EncoderConfig) -> dict[str, str]:
-    positions = "learned" if config.position_embedding == LEARNED else "rotary"
     return {
         "layers": f"{config.num_layers:,}",
         "hidden size": f"{config.hidden_size:,}",
         "attention heads": f"{config.num_attention_heads:,}",
         "FFN size": f"{config.ffn_hidden_size:,}",
         "longest sequence, `<cls>` and `<eos>` counted": f"{config.seq_length:,} tokens",
-        "positions": positions,
+        "positions": config.position_embedding,
         "layer norm after the embeddings": "yes" if config.embedding_layernorm else "no",
         "token dropout": "yes" if config.token_dropout else "no",
         "contact head": "yes" if config.contact_head else "no",

@@ -11,7 +11,7 @@ from pathlib import Path
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import is_our_archive
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _HUB_URL = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve|commit)/([^/]+))?.*",
     re.ASCII,
@@ -77,7 +77,7 @@ def kind_of(source: str) -> Kind:
         raise ConfigError(f"source: {source} cannot be looked at ({error.strerror})") from error
     if not there and (meant := _meant(source)):
         raise ConfigError(f"source: {source}: no such folder or file; did you mean {meant}?")
-    if not there and _HUB_ID.fullmatch(source) and path.suffix not in _FILES:
+    if not there and HUB_ID.fullmatch(source) and path.suffix not in _FILES:
         return Kind.HUB
     raise ConfigError(
         f"source: {source}: {'neither a folder nor a file' if there else 'no such folder or file'}; give a folder with "

@@ -133,14 +133,10 @@ def give(
         for index, name in enumerate(rule.theirs):
             outline[name] = torch.empty(rule.shape, dtype=dtypes[rule.ours], device="meta")
             places[name] = rule, index
-    kept: dict[str, list[Tensor]] = {}  # of one rule: query, key and value come from one tensor
 
     def make(name: str) -> Tensor:
         rule, index = places[name]
-        if rule.ours not in kept:
-            kept.clear()
-            kept[rule.ours] = rule.give(load(rule.ours))
-        return kept[rule.ours][index]
+        return rule.give(load(rule.ours))[index]
 
     return LazyTensors(outline, make)
 
@@ -266,7 +262,7 @@ def _account(
             raise InterchangeError(f"{tensors.where}: tensor {name!r} is missing; the model is not whole")
         _check(tensors, name, wanted[name])
     for rule in table:
-        if rule.ours == "encoder.rotary.frequencies":
+        if rule.ours == "encoder.rotary.frequencies" and rule.theirs:
             _check_equal(tensors, rule.theirs, "the encoder has one set of rotary frequencies for all layers")
     for name in sorted(tensors.places.keys() - wanted.keys()):
         if name == f"{dialect.tied_output}.weight":
@@ -292,8 +288,9 @@ def _check(tensors: ForeignTensors, name: str, shape: tuple[int, ...]) -> None:
 
 
 def _check_equal(tensors: ForeignTensors, names: tuple[str, ...], why: str) -> None:
+    first = tensors.load(names[0])
     for other in names[1:]:
-        if not torch.equal(tensors.load(names[0]), tensors.load(other)):
+        if not torch.equal(first, tensors.load(other)):
             raise InterchangeError(f"{tensors.place(other)} differs from {quoted(names[0])}; {why}")
 
 
