@@ -74,9 +74,8 @@ def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
     callbacks += [*([averaging] if averaging else []), checkpoints]
     if recipe.restore_from_path is not None and start.checkpoint is None:
         limit = recipe.trainer.limit_val_batches
-        callbacks.append(
-            InitialValidation(limit, checkpoints.must_stop, watch, history, progress)
-        )  # last: all others are ready
+        initial = InitialValidation(limit, checkpoints.must_stop, watch, history, progress)
+        callbacks.append(initial)  # last: all others are ready
     trainer = _trainer(recipe.trainer, callbacks, SafeCheckpointIO(writer), gauges.data_wait)
     _start_experiment(trainer, recipe, folder)
     theirs = resiliency_callbacks(trainer.strategy.root_device.type, folder)

@@ -63,9 +63,8 @@ def read_fair_esm(path: Path, scratch: Path, *, tell: Callable[[int], None] = la
     """The model in a `.pt` of fair-esm, with the weights for contacts if they are beside it.
 
     `scratch`: an empty private folder, in which its tensors are until they are no longer needed. `tell` is given the
-    bytes of each piece that has been hashed. fair-esm zeroes the
-    embedding of `<mask>` when it loads ESM-1b and ESM-1v, and so do we. Dropout is that of the arguments, by which the
-    model was trained, and 0 where they have none.
+    bytes of each piece that has been hashed. fair-esm zeroes the embedding of `<mask>` when it loads ESM-1b and ESM-1v,
+    and so do we. Dropout is that of the arguments, by which the model was trained, and 0 where they have none.
 
     Raises `InterchangeError`, naming file and key, for another model, an incomplete file, and sizes that cannot be;
     `PickleError` for a file that is no pickle of tensors and arguments. Nothing in the file is run.
