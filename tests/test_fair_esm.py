@@ -151,6 +151,14 @@ def test_the_model_answers_as_fair_esm_answers_after_loading_the_same_file(
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_every_byte_that_is_hashed_is_told(tmp_path: Path, scratch: Path) -> None:
+    path = written(tmp_path / "released", *contents("ESM-2"))
+    told: list[int] = []
+    read_fair_esm(path, scratch, tell=told.append)
+    assert sum(told) == sum(file.stat().st_size for file in path.parent.iterdir())
+
+
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(("family", "left"), [("ESM-1b", False), ("ESM-2", True)])
 def test_the_row_of_mask_is_erased_where_fair_esm_erases_it(
     family: str, left: bool, tmp_path: Path, scratch: Path

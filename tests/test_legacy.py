@@ -286,6 +286,9 @@ def test_vocab_txt_of_bert_and_a_shorter_position_table_are_understood(
 def test_expected_shapes_are_those_of_the_model(original: ESM1nvModel) -> None:
     shapes = legacy.expected_shapes(original.encoder_config, 128)
     assert shapes == {name: tuple(parameter.shape) for name, parameter in original.named_parameters()}
+    others = legacy.expected_shapes(original.encoder_config, 64)
+    differing = {name: shape[0] for name, shape in others.items() if shape != shapes[name]}
+    assert differing == dict.fromkeys((legacy._WORDS, legacy._OUTPUT_BIAS), 64)
 
 
 # --- what cannot be converted ----------------------------------------------------------------------------------------
