@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, NoReturn, TextIO
 
 from bionemo_esm.errors import UserError
 
@@ -81,18 +82,28 @@ def third_party_output_in(log: Path, silent: bool = False) -> Iterator[Screen]:
             sys.stdout, sys.stderr = streams
 
 
-class Meter:
-    """Progress of long work over so many bytes: how far, how fast, how long still."""
+class Unit(NamedTuple):
+    """What progress is counted in, and how many of what is counted make one."""
 
-    def __init__(self, screen: Screen, what: str) -> None:
-        self.screen, self.what = screen, what
+    name: str
+    size: float
+
+
+MEGABYTES, RESIDUES = Unit("MB", 1e6), Unit("residues", 1.0)
+
+
+class Meter:
+    """Progress of long work over so many bytes, or units: how far, how fast, how long still."""
+
+    def __init__(self, screen: Screen, what: str, unit: Unit = MEGABYTES) -> None:
+        self.screen, self.what, self.unit = screen, what, unit
         self._interval = _SECONDS_BETWEEN_UPDATES if screen.is_terminal else _SECONDS_BETWEEN_LINES
         self._started = self._shown = time.monotonic()
         self._first = 0
         self._last: int | None = None
 
     def __call__(self, done: int, total: int | None, note: str = "") -> None:
-        """`done` of `total` bytes (None: not known); says so when it is time to."""
+        """`done` of `total` bytes, or what the unit is made of (None: not known); says so when it is time to."""
         now = time.monotonic()
         if self._last is None or done < self._last:  # what an earlier call had done counts for the share, not the rate
             self._first, self._started = done, now
@@ -101,10 +112,11 @@ class Meter:
             return
         self._shown = now
         rate = (done - self._first) / max(now - self._started, 1e-9)
-        text = f"  {self.what}: {done / 1e6:,.0f} MB"
+        unit, size = self.unit.name, self.unit.size
+        text = f"  {self.what}: {done / size:,.0f} {unit}"
         if total:
-            text += f" of {total / 1e6:,.0f} ({done / total:.0%})"
-        text += f"{note}, {rate / 1e6:,.0f} MB/s"
+            text += f" of {total / size:,.0f} ({done / total:.0%})"
+        text += f"{note}, {rate / size:,.0f} {unit}/s"
         if total and rate > 0:
             text += f", {duration((total - done) / rate)} left"
         self.screen.progress(text)
@@ -131,6 +143,21 @@ def exit_of(job: Callable[[], int], on_interrupt: str, silent: bool = False) -> 
         code = EXIT_INTERRUPTED
     if code:
         raise SystemExit(code)
+
+
+@contextmanager
+def sigterm_as_exit(message: str) -> Iterator[None]:
+    """SIGTERM, which a scheduler sends when time is up, clears up as Ctrl-C does, and exits with 143."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        print(f"\n{message}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _printable(text: str) -> str:

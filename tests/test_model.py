@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from bionemo_esm.data.packing import PackedBatch, pack, unpack
 from bionemo_esm.data.pretraining import SampleReader
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.attention import ATTENTION
+from bionemo_esm.model.attention import ATTENTION, PackedRow, attention_by_sequence
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.esm1nv import ESM1nvModel
@@ -94,11 +95,11 @@ def test_changing_one_protein_leaves_its_neighbours_alone(batch: PackedBatch) ->
 
 
 @pytest.mark.parametrize("backend", sorted(set(ATTENTION) - {"varlen-flash"}))  # that one runs on GPUs only
-def test_attention_backends_agree_with_plain_softmax(backend: str) -> None:
-    lengths = [5, 1, 130, 64]
+@pytest.mark.parametrize("lengths", [[5, 1, 130, 64], [7, 7, 7, 3, 3, 7], [9]])
+def test_attention_backends_agree_with_plain_softmax(backend: str, lengths: list[int]) -> None:
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     query, key, value = (torch.randn(sum(lengths), 3, 16, dtype=torch.float64) for _ in range(3))
-    layout = type("Layout", (), {"cu_seqlens_q": bounds, "max_seqlen_q": max(lengths)})
+    layout = packed_row(bounds)
     expected = torch.cat(
         [
             torch.einsum("nqk,knd->qnd", torch.softmax(torch.einsum("qnd,knd->nqk", q, k) / 4, dim=-1), v)
@@ -106,6 +107,39 @@ def test_attention_backends_agree_with_plain_softmax(backend: str) -> None:
         ]
     )
     torch.testing.assert_close(ATTENTION[backend](query, key, value, layout, 0.0), expected, atol=1e-9, rtol=1e-9)
+    asking = torch.tensor([bounds[i] + j for i, length in enumerate(lengths) for j in {0, length // 3, length - 1}])
+    asking = asking.sort().values
+    some = ATTENTION[backend](query[asking], key, value, layout.asked_at(asking), 0.0)
+    torch.testing.assert_close(some, expected[asking], atol=1e-9, rtol=1e-9)
+
+
+def packed_row(bounds: torch.Tensor) -> PackedRow:
+    longest = int(bounds.diff().max())
+    return PackedRow(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+def test_neighbours_of_one_length_attend_as_each_would_alone() -> None:
+    """To the bit: batches that differ in their lengths must not differ in a sequence's answer."""
+    query, key, value = (torch.randn(60, 3, 16) for _ in range(3))
+    bounds = torch.tensor([0, 20, 40, 60], dtype=torch.int32)
+    together = attention_by_sequence(query, key, value, packed_row(bounds), 0.0)
+    alone = [
+        attention_by_sequence(*(t[first : first + 20] for t in (query, key, value)), packed_row(bounds[:2]), 0.0)
+        for first in (0, 20, 40)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", [{}, {"position_embedding": "rotary", "token_dropout": True}])
+def test_hidden_states_at_some_places_are_rows_of_all(kind: dict[str, Any], batch: PackedBatch) -> None:
+    encoder = tiny_model(**kind).encoder
+    assert encoder is not None
+    row = (batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+    places = torch.cat([batch.cu_seqlens[:-1] + 1, batch.cu_seqlens[1:] - 1]).long().sort().values
+    some = encoder.hidden_states_at(*row, places)
+    torch.testing.assert_close(some, encoder.hidden_states(*row)[places], atol=1e-5, rtol=1e-5)
 
 
 def test_logits_cover_the_alphabet_and_not_the_padding_rows(batch: PackedBatch) -> None:

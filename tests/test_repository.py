@@ -19,7 +19,10 @@ from models import tiny_model
 from runs import ROOT, composed
 
 PACKAGE = ROOT / "bionemo_esm"
-FLOORS = ("alphabet", "errors", "settings", "screen", "command_line", "data", "model", "training")  # from the ground up
+FLOORS = (  # from the ground up
+    "alphabet", "errors", "settings", "screen", "outputs", "drawing", "command_line", "data", "model", "inference",
+    "training",
+)  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 README = (ROOT / "README.md").read_text()
 

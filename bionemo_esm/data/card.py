@@ -9,7 +9,6 @@ import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import FIRST_RESIDUE_ID, NUM_STANDARD_RESIDUES, STANDARD_RESIDUES, TOKENS
 from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit
+from bionemo_esm.drawing import FAINT, FAINT_MARK, INK, LINE, MARK, MUTED, WIDTH, styled, write_png
 
 CONTEXTS = (512, 1024)
 """Tokens a model sees at once, ESM-1nv's and ESM-1b's: what the card says of cropping and padding is for these."""
@@ -30,15 +30,7 @@ _STANDARD = slice(FIRST_RESIDUE_ID, FIRST_RESIDUE_ID + NUM_STANDARD_RESIDUES)
 _SHOWN_ELSEWHERE = {"format_version", "package_version", "splits", "source", "release", "licence", "policy", "counts"}
 _LINE, _LABEL = 112, 26  # characters of the text: of a line, of the labels at its start
 
-INK, MUTED, GRID = "#1d2733", "#5f6b7a", "#e6e9ee"
-LINE, FAINT, MARK, FAINT_MARK = "#1b62a5", "#b5cde6", "#b8500f", "#f0c8ab"  # train's two, the held-out splits' two
-_STYLE: dict[str, Any] = {
-    **{"font.family": ["DejaVu Sans"], "font.size": 10.5, "text.color": INK},  # comes with matplotlib: same everywhere
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.major.size": 0},
-    **{"axes.axisbelow": True, "grid.color": GRID},
-}
-_WIDTH, _HEIGHT, _DPI = 1500 / 130, 8.2, 130  # the first two in inches
+_HEIGHT = 8.2  # inches
 _BINS_PER_DECADE = 20
 _ON_BAR: dict[str, Any] = {"ha": "center", "va": "bottom", "size": 7.5, "xytext": (0, 2), "textcoords": "offset points"}
 
@@ -273,15 +265,11 @@ def draw_card(card: StoreCard | ProteinStore, path: str | os.PathLike[str]) -> P
 
     Above, the lengths of train, and of validation and test together; below, their residues.
     """
-    import matplotlib  # a second to import, which reading a store must not cost
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # a second to import, which reading a store must not cost
 
     card = StoreCard.of(card) if isinstance(card, ProteinStore) else card
-    png = BytesIO()
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-        matplotlib.rcParams.update(_STYLE)
-        figure = Figure(figsize=(_WIDTH, _HEIGHT))
+    with styled(**{"axes.spines.left": False, "ytick.major.size": 0}):
+        figure = Figure(figsize=(WIDTH, _HEIGHT))
         panels = figure.subplots(2, 1, height_ratios=(3, 2))
         figure.subplots_adjust(left=0.05, right=0.965, bottom=0.065, top=0.8, hspace=0.55)
         title = card.title if len(card.title) <= 70 else card.title[:69] + "…"
@@ -290,15 +278,7 @@ def draw_card(card: StoreCard | ProteinStore, path: str | os.PathLike[str]) -> P
         parts = _drawn_parts(card)
         _length_panel(panels[0], parts)
         _residue_panel(panels[1], parts)
-        figure.savefig(png, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_bytes(png.getvalue())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+        return write_png(figure, Path(path))
 
 
 def _headline(card: StoreCard) -> str:

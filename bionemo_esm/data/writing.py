@@ -35,6 +35,7 @@ from bionemo_esm.data.store import (
     index_bytes,
     sha256_of_file,
 )
+from bionemo_esm.outputs import sync_folder
 
 _BLOCK = 2**20  # elements handled at once where a whole array would be large
 _BUFFER_BYTES = 2**22
@@ -273,9 +274,9 @@ class StoreWriter:
             with (self.partial / MANIFEST_NAME).open("wb") as stream:
                 stream.write(_readable(manifest).encode() + b"\n")
                 _sync_and_close(stream)
-            _sync_folder(self.partial)
+            sync_folder(self.partial)
             self._rename()
-            _sync_folder(self.folder.parent)
+            sync_folder(self.folder.parent)
         return self.folder
 
     def _rename(self) -> None:
@@ -340,12 +341,3 @@ def _sync_and_close(stream: IO[bytes]) -> None:
     stream.flush()
     os.fsync(stream.fileno())
     stream.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder last through a power failure, as syncing a file alone does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -175,11 +175,14 @@ class ArchiveFile:
     def load_weights(self) -> dict[str, Tensor]:
         """The verified weights. Raises `ArchiveError` for damage, and for a number that is not finite."""
         self.verify(WEIGHTS)
-        weights = self.weights.load_all()
-        for name, tensor in weights.items():
-            if not tensor.isfinite().all():
-                raise ArchiveError(f"{self.path}: tensor {quoted(name)} holds NaN or infinity; the model is of no use")
-        return weights
+        return {name: self.load_finite(name) for name in self.weights.infos}
+
+    def load_finite(self, name: str) -> Tensor:
+        """One tensor of the weights, not verified. Raises `ArchiveError` for a number that is not finite."""
+        tensor = self.weights.load(name)
+        if not tensor.isfinite().all():
+            raise ArchiveError(f"{self.path}: tensor {quoted(name)} holds NaN or infinity; the model is of no use")
+        return tensor
 
     def load_outline(self) -> dict[str, Any]:
         """The state of training without its tensors, verified: small, and quick to read."""

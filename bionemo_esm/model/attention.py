@@ -1,11 +1,12 @@
 """Core attention over a packed row: every sequence attends to itself, and no position is padding.
 
-Shape suffixes: T tokens of the row, N heads, D size of a head, S sequences.
+Shape suffixes: T tokens of the row, Q tokens that ask (all T, or some), N heads, D size of a head, S sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,50 +30,63 @@ class PackedRow(PackedSeqParams):
 
     rotation: Rotation | None = None  # of queries and keys; None: positions are in the embeddings
     observer: MapObserver | None = None
+    queries: Tensor | None = None  # int64 [Q], places in the row, ascending: they alone ask; None: all do
+
+    def asked_at(self, places_Q: Tensor) -> PackedRow:
+        """The same row, of which the tokens at some places ask and all answer."""
+        bounds = torch.searchsorted(places_Q, self.cu_seqlens_kv.long()).to(self.cu_seqlens_kv.dtype)
+        row = copy(self)
+        row.queries, row.cu_seqlens_q = places_Q, bounds
+        return row
 
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, PackedSeqParams, float], Tensor]
 
 
 def attention_by_sequence(
-    query_TND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float
+    query_QND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float
 ) -> Tensor:
-    """PyTorch's scaled dot product attention, one sequence after another: on any device."""
-    lengths = torch.diff(layout.cu_seqlens_q).tolist()
-    pieces = zip(*(tensor.split(lengths) for tensor in (query_TND, key_TND, value_TND)), strict=True)
+    """PyTorch's scaled dot product attention, sequence after sequence, neighbours of one length at once: anywhere."""
+    asking, answering = torch.diff(layout.cu_seqlens_q), torch.diff(layout.cu_seqlens_kv)
+    alike, counts = torch.stack([asking, answering]).unique_consecutive(dim=1, return_counts=True)
+    rows = [(counts * lengths).tolist() for lengths in (*alike, alike[1])]
+    tensors = (query_QND, key_TND, value_TND)
+    pieces = zip(*(tensor.split(sizes) for tensor, sizes in zip(tensors, rows, strict=True)), strict=True)
     outputs = []
-    for piece in pieces:
-        query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in piece)
-        outputs.append(scaled_dot_product_attention(query, key, value, dropout_p=dropout))
-    return torch.cat([output.squeeze(0).transpose(0, 1) for output in outputs])
+    for count, piece in zip(counts.tolist(), pieces, strict=True):
+        query, key, value = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in piece)
+        attended = scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
 
 
 def varlen_flash_attention(
-    query_TND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float
+    query_QND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float
 ) -> Tensor:
     """One variable-length flash kernel for the whole row (`torch.nn.attention.varlen`); it knows no dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
     assert dropout == 0
-    bounds, longest = layout.cu_seqlens_q, layout.max_seqlen_q
-    context_TND = varlen_attn(query_TND, key_TND, value_TND, bounds, bounds, longest, longest)
-    assert isinstance(context_TND, Tensor)
-    return context_TND
+    bounds = layout.cu_seqlens_q, layout.cu_seqlens_kv
+    context_QND = varlen_attn(query_QND, key_TND, value_TND, *bounds, layout.max_seqlen_q, layout.max_seqlen_kv)
+    assert isinstance(context_QND, Tensor)
+    return context_QND
 
 
 def nested_attention(
-    query_TND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float
+    query_QND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float
 ) -> Tensor:
     """The fused kernels behind jagged nested tensors, which take dropout and float32."""
 
-    def nested(row_TND: Tensor) -> Tensor:
-        bounds = layout.cu_seqlens_q.long()
-        jagged = torch.nested.nested_tensor_from_jagged(row_TND, bounds, min_seqlen=1, max_seqlen=layout.max_seqlen_q)
+    def nested(row_TND: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        jagged = torch.nested.nested_tensor_from_jagged(row_TND, bounds.long(), min_seqlen=1, max_seqlen=longest)
         return jagged.transpose(1, 2)
 
-    output = scaled_dot_product_attention(nested(query_TND), nested(key_TND), nested(value_TND), dropout_p=dropout)
-    context_TND: Tensor = output.transpose(1, 2).values()
-    return context_TND
+    query = nested(query_QND, layout.cu_seqlens_q, layout.max_seqlen_q)
+    key, value = (nested(row, layout.cu_seqlens_kv, layout.max_seqlen_kv) for row in (key_TND, value_TND))
+    output = scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    context_QND: Tensor = output.transpose(1, 2).values()
+    return context_QND
 
 
 def attention_maps(query_TND: Tensor, key_TND: Tensor, layout: PackedSeqParams) -> list[Tensor]:
@@ -109,11 +123,13 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedRow,
         **_: Any,
     ) -> Tensor:
-        """query, key, value [T, N, D] -> context [T, N, D]; who sees whom is in `packed_seq_params`, not in a mask."""
+        """query, key, value [T, N, D] -> context [Q, N, D]; who sees whom is in `packed_seq_params`, not in a mask."""
         if (rotation := packed_seq_params.rotation) is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if packed_seq_params.observer is not None:
             packed_seq_params.observer(self.layer_number, attention_maps(query, key, packed_seq_params))
+        if packed_seq_params.queries is not None:
+            query = query[packed_seq_params.queries]
         dropout = self.config.attention_dropout if self.training else 0.0
         if dropout == 0:
             return self.attend(query, key, value, packed_seq_params, dropout)

@@ -12,13 +12,13 @@ import hashlib
 import io
 import os
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
+from bionemo_esm import outputs
 from bionemo_esm.errors import UserError
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -101,38 +101,12 @@ def write_container(path: Path, members: Mapping[str, Member]) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A stream to a temporary file beside `path` that takes its name when the block ends well, and goes otherwise."""
+    """As `outputs.written_whole`, raising `ArchiveError` where the disk does not take it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    try:
-        with os.fdopen(descriptor, "wb", buffering=_CHUNK_BYTES) as stream:
+        with outputs.written_whole(path) as stream:
             yield stream
-            stream.flush()
-            os.fsync(descriptor)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-        sync_folder(path.parent)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise _unwritable(path, error) from error
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder survive a power cut, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # no such thing there
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _unwritable(path: Path, error: OSError) -> ArchiveError:

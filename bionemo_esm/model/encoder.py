@@ -1,6 +1,6 @@
 """The encoder: Megatron-core's BERT over one packed row of proteins.
 
-Shape suffixes: T tokens of the row, S sequences, H hidden size, M selected positions, V tokens of the alphabet.
+Shape suffixes: T tokens of the row, S sequences, H hidden size, M selected places, V tokens of the alphabet.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EXPECTED_MASKED = 0.15 * 0.8
 """Share of <mask> in a sequence that ESM's token dropout takes for usual: 80% of the chosen 15%."""
 
 
-def megatron_config(config: EncoderConfig, dtype: torch.dtype) -> TransformerConfig:
+def megatron_config(config: EncoderConfig, dtype: torch.dtype, initialize: bool = True) -> TransformerConfig:
     """Our sizes in Megatron's terms: pre-norm blocks, exact GELU, biases, weights drawn on the CPU.
 
     Drawing on the CPU makes the initial weights depend on the seed alone, whatever the device or the parallelism.
@@ -52,6 +52,7 @@ def megatron_config(config: EncoderConfig, dtype: torch.dtype) -> TransformerCon
         activation_func=gelu,
         add_bias_linear=True,
         use_cpu_initialization=True,
+        perform_initialization=initialize,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         bias_activation_fusion=False,
@@ -131,9 +132,12 @@ class ESMEncoder(BertModel):
     neither. Positions are learned, the first token's in row `position_offset` of their table; in ESM-2 they are rotary.
     """
 
-    def __init__(self, config: EncoderConfig, dtype: torch.dtype, backends: FusedBackends) -> None:
+    def __init__(
+        self, config: EncoderConfig, dtype: torch.dtype, backends: FusedBackends, initialize: bool = True
+    ) -> None:
+        """`initialize`: draw random weights; False leaves what lies in memory, for who brings weights anyway."""
         super().__init__(
-            config=megatron_config(config, dtype),
+            config=megatron_config(config, dtype, initialize),
             num_tokentypes=0,
             transformer_layer_spec=layer_spec(backends),
             vocab_size=padded_vocabulary_size(),
@@ -200,7 +204,38 @@ class ESMEncoder(BertModel):
         tokens_T, positions_T: int64 [T]; cu_seqlens: int32 [S + 1]; max_seqlen: tokens of the longest sequence;
         observer: is shown the attention maps of each layer, which costs much and is otherwise left out.
         """
-        layout = PackedRow(
+        layout = self._layout(positions_T, cu_seqlens, max_seqlen, observer)
+        embedded_T1H = self.embedded(tokens_T, positions_T, cu_seqlens).unsqueeze(1)
+        hidden_T1H = self.encoder(hidden_states=embedded_T1H, attention_mask=None, packed_seq_params=layout)
+        hidden_TH: Tensor = hidden_T1H.squeeze(1)
+        return hidden_TH
+
+    def hidden_states_at(
+        self, tokens_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor, max_seqlen: int, places_M: Tensor
+    ) -> Tensor:
+        """Rows of `hidden_states` at some places, [M, H]: int64 [M], ascending, one or more in each sequence.
+
+        The last block answers for those alone: all tokens give keys and values, and what follows attention, most of a
+        block, is left out for the others.
+        """
+        layout = self._layout(positions_T, cu_seqlens, max_seqlen)
+        hidden_T1H = self.embedded(tokens_T, positions_T, cu_seqlens).unsqueeze(1)
+        *blocks, last = self.encoder.layers
+        for block in blocks:
+            hidden_T1H, _ = block(hidden_states=hidden_T1H, attention_mask=None, packed_seq_params=layout)
+        attended = last.self_attention(
+            last.input_layernorm(hidden_T1H), attention_mask=None, packed_seq_params=layout.asked_at(places_M)
+        )
+        add = get_bias_dropout_add(self.training, False)
+        hidden_M1H = add(attended, hidden_T1H[places_M], last.hidden_dropout)
+        hidden_M1H = add(last.mlp(last.pre_mlp_layernorm(hidden_M1H)), hidden_M1H, last.hidden_dropout)
+        final_MH: Tensor = self.encoder.final_layernorm(hidden_M1H).squeeze(1)
+        return final_MH
+
+    def _layout(
+        self, positions_T: Tensor, cu_seqlens: Tensor, max_seqlen: int, observer: MapObserver | None = None
+    ) -> PackedRow:
+        return PackedRow(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
@@ -209,10 +244,6 @@ class ESMEncoder(BertModel):
             rotation=None if self.rotary is None else self.rotary(positions_T),
             observer=observer,
         )
-        embedded_T1H = self.embedded(tokens_T, positions_T, cu_seqlens).unsqueeze(1)
-        hidden_T1H = self.encoder(hidden_states=embedded_T1H, attention_mask=None, packed_seq_params=layout)
-        hidden_TH: Tensor = hidden_T1H.squeeze(1)
-        return hidden_TH
 
     def logits(self, hidden_MH: Tensor) -> Tensor:
         """Scores of the 33 tokens for hidden states, float32 [M, V]; the padding rows of the table do not appear."""

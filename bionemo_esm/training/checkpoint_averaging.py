@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bionemo_esm.model.archive import write_archive
 from bionemo_esm.model.connector import describe
-from bionemo_esm.model.container import sync_folder
 from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.outputs import sync_folder
 from bionemo_esm.training.averaging import AveragingError, Progress, average_checkpoints
 from bionemo_esm.training.background import BackgroundWriter
 from bionemo_esm.training.checkpoints import DAMAGED, Copies, recorded_step

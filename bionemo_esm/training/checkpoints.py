@@ -20,10 +20,10 @@ from torch import Tensor
 from bionemo_esm.errors import UserError
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, write_archive
 from bionemo_esm.model.consistency import check_sizes
-from bionemo_esm.model.container import sync_folder
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.parallel import world_sum
 from bionemo_esm.model.plain import put_tensors_back, take_out_tensors
+from bionemo_esm.outputs import sync_folder
 from bionemo_esm.training.background import BackgroundWriter
 from bionemo_esm.training.recipe import CheckpointConfig
 from bionemo_esm.training.stopping import StopSignals

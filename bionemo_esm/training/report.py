@@ -16,23 +16,20 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
+from bionemo_esm.drawing import DPI, FAINT, GRID, INK, LINE, MARK, MUTED, WIDTH, styled
+
 FloatArray = NDArray[np.float64]  # one value a logged step; NaN where none was logged, or none that is finite
 
-DPI, WIDTH, PANELS, HEADING = 130, 1500 / 130, 6.3, 0.9  # the last three in inches
-INK, MUTED, GRID, LINE, FAINT, MARK = "#1d2733", "#5f6b7a", "#e6e9ee", "#1b62a5", "#b5cde6", "#b8500f"
+PANELS, HEADING = 6.3, 0.9  # inches
 COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--grid", LINE: "--line", FAINT: "--faint", MARK: "--mark"}
-STYLE: dict[str, Any] = {
-    **{"font.family": ["DejaVu Sans"], "font.size": 10.5, "text.color": INK},  # comes with matplotlib: same everywhere
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "ytick.major.size": 0},
-    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": GRID},
+LOOK: dict[str, Any] = {
+    **{"axes.facecolor": "none", "axes.grid": True, "ytick.major.size": 0},
     **{"svg.fonttype": "none", "svg.hashsalt": "bionemo_esm"},
 }
 LABEL: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "annotation_clip": False, "va": "center"}
@@ -177,9 +174,7 @@ def _headline(run: _Run) -> str:
 
 def _draw(run: _Run) -> tuple[str, bytes]:
     """The figure, as an SVG element for the page and as a PNG with a heading."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-        matplotlib.rcParams.update(STYLE)
+    with styled(**LOOK):
         height, svg, png = PANELS + HEADING, BytesIO(), BytesIO()
         figure = Figure(figsize=(WIDTH, height))
         panels, top = figure.subplots(2, 2, sharex=True), (PANELS - 0.6) / height

@@ -25,10 +25,11 @@ from bionemo_esm.model.interchange.fair_esm import read_fair_esm
 from bionemo_esm.model.interchange.foreign import ForeignModel
 from bionemo_esm.model.interchange.hub import fetch_from_hub
 from bionemo_esm.model.interchange.huggingface import read_hugging_face
-from bionemo_esm.model.interchange.route import Kind, Route, nearest_folder, route
+from bionemo_esm.model.interchange.route import Kind, Route, route
 from bionemo_esm.model.interchange.stretching import resized
 from bionemo_esm.model.interchange.translation import Taken, take
 from bionemo_esm.model.tensors import LazyTensors
+from bionemo_esm.outputs import nearest_folder
 
 
 @dataclass(frozen=True)

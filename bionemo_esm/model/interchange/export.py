@@ -24,12 +24,13 @@ from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile
 from bionemo_esm.model.card import ArchiveCard
 from bionemo_esm.model.config import LEARNED, EncoderConfig
 from bionemo_esm.model.consistency import check_sizes
-from bionemo_esm.model.container import Member, quoted, sync_folder, written_whole
+from bionemo_esm.model.container import Member, quoted, written_whole
 from bionemo_esm.model.interchange.dialects import HUGGING_FACE
 from bionemo_esm.model.interchange.model_card import model_card
-from bionemo_esm.model.interchange.route import PRECISIONS, check_absent
+from bionemo_esm.model.interchange.route import PRECISIONS
 from bionemo_esm.model.interchange.translation import UNUSED_POSITIONS, InterchangeError, give
 from bionemo_esm.model.tensors import LazyTensors, tensor_member
+from bionemo_esm.outputs import check_absent, sync_folder
 
 Progress = Callable[[int, int | None], None]
 """Called with bytes done and bytes to do (None: not known yet); a weight counts twice, as checked and as written."""
@@ -68,7 +69,7 @@ def export_hugging_face(
     """
     config, precision = check_sizes(file), precision or str(file.config["precision"])
     total = file.sections[WEIGHTS].size
-    check_absent(folder)
+    check_absent("target", folder)
     file.verify(WEIGHTS, progress=lambda count, size: progress(count, 2 * size))
     fixed = dict(config.fixed_tensors())
     dtypes = {name: DTYPES["32" if name in fixed else precision] for name in file.weights.infos}
@@ -214,7 +215,7 @@ def written_folder(folder: Path) -> Iterator[Path]:
 
     Raises `InterchangeError` where `folder` exists, or cannot be made.
     """
-    check_absent(folder)
+    check_absent("target", folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
@@ -223,7 +224,7 @@ def written_folder(folder: Path) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.chmod(0o755)
-        check_absent(folder)
+        check_absent("target", folder)
         unfinished.rename(folder)
         sync_folder(folder.parent)
     except OSError as error:

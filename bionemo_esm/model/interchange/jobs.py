@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
@@ -18,7 +15,7 @@ from bionemo_esm.command_line import check_command_line
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.interchange.route import PRECISIONS, Route, route
-from bionemo_esm.screen import Meter, Screen, exit_of
+from bionemo_esm.screen import Meter, Screen, exit_of, sigterm_as_exit
 from bionemo_esm.settings import boolean, integer, known, number, path, plain_values
 
 if TYPE_CHECKING:  # it imports torch
@@ -77,23 +74,8 @@ def load_convert_config(cfg: DictConfig) -> ConvertConfig:
 
 def convert(cfg: DictConfig) -> None:
     """Convert a model as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
-    with _clearing_up_after_sigterm():
+    with sigterm_as_exit("Stopped; nothing was written."):
         exit_of(lambda: _convert(load_convert_config(cfg)), "Interrupted; nothing was written.")
-
-
-@contextmanager
-def _clearing_up_after_sigterm() -> Iterator[None]:
-    """What is half-written goes as after Ctrl-C: a scheduler sends this signal when time is up."""
-
-    def end(number: int, frame: object) -> NoReturn:
-        print("\nStopped; nothing was written.", file=sys.stderr)  # noqa: T201
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _convert(config: ConvertConfig) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import is_our_archive
+from bionemo_esm.outputs import check_absent, check_writable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _HUB_URL = re.compile(
@@ -139,20 +139,7 @@ def _check_target(kind: Kind, source: str, target: Path) -> None:
         )
     if kind is not Kind.OURS and target.suffix != ".nemo":
         raise ConfigError(f"target: {target}: from {kind.value} an archive is made, so its name must end in .nemo")
-    check_absent(target)
+    check_absent("target", target)
     if kind is Kind.FOLDER and target.resolve().is_relative_to(Path(source).expanduser().resolve()):
         raise ConfigError(f"target: {target} lies within the source, {source}; choose a place outside it")
-    place = nearest_folder(target)
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"target: {target} cannot be made: {place} is not a folder that you may write to")
-
-
-def check_absent(target: Path) -> None:
-    """Raises `ConfigError` for a target that is there, be it a link to nowhere."""
-    if os.path.lexists(target):
-        raise ConfigError(f"target: {target} exists already; remove it or choose another name")
-
-
-def nearest_folder(target: Path) -> Path:
-    """The first thing above a path that is there."""
-    return next(parent for parent in target.absolute().parents if parent.exists())
+    check_writable("target", target)

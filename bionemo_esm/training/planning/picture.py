@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from bionemo_esm.drawing import FAINT, INK, LINE, MARK, MUTED, WIDTH, styled, write_png
 from bionemo_esm.model.config import COSINE
 from bionemo_esm.model.schedule import learning_rate
 from bionemo_esm.training.planning.plan import Plan, scientific
-from bionemo_esm.training.report import DPI, FAINT, INK, LINE, MARK, MUTED, STYLE, WIDTH
+from bionemo_esm.training.report import LOOK
 
 _HEIGHT, _BOTTOM, _TOP = 5.5, 0.75, 1.9  # of the figure, below and above the curve; inches
 _POINTS = 2_000
@@ -26,17 +24,8 @@ _VISIBLE, _ROOM = 0.03, 0.15  # of the width: under one a warm-up gets an inset,
 
 def write_picture(plan: Plan, path: Path) -> None:
     """Draw the plan's learning rate as a PNG. The file is there in whole or not at all; equal plans, equal bytes."""
-    content = BytesIO()
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-        matplotlib.rcParams.update(STYLE)
-        _draw(plan).savefig(content, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_bytes(content.getvalue())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with styled(**LOOK):
+        write_png(_draw(plan), path)
 
 
 def _draw(plan: Plan) -> Figure:

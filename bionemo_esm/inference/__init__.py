@@ -1,0 +1,1 @@
+"""What the model is for: embeddings, effects of variants, contacts."""

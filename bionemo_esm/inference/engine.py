@@ -1,0 +1,208 @@
+"""An encoder at work: out of an archive onto a device, and asked about proteins in packed batches.
+
+Neither NeMo nor Lightning is imported, so that a notebook need not wait for them. What a protein is answered does not
+depend on its neighbours in a batch, but for rounding: in float32, 1e-5 of a hidden state or a logit (tests hold it).
+Shape suffixes: T tokens of the packed row, R residues of a protein, H hidden size, K places asked about.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bionemo_esm.alphabet import MASK_ID
+from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile, is_our_archive
+from bionemo_esm.model.backends import choose_backends, parameter_dtype
+from bionemo_esm.model.config import ROTARY, EncoderConfig
+from bionemo_esm.model.consistency import check_sizes
+from bionemo_esm.model.encoder import ESMEncoder
+from bionemo_esm.model.parallel import ensure_groups
+
+Residues = NDArray[np.uint8]
+"""Token ids of a protein's residues, uint8 [R], without <cls> and <eos>."""
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+"""Tokens of a packed batch where nobody says otherwise: about a core's cache, and enough to fill a GPU."""
+_PREFIX = "encoder."  # of the tensors' names in an archive, where the encoder is a part of the model
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which residues belong at some places of a protein?"""
+
+    tokens: Residues  # the protein as the model is to see it: <mask> where it must not see
+    places: NDArray[np.int64]  # [K], ascending, one or more; 0 is the first residue
+
+
+class Engine:
+    """An encoder in evaluation mode, without gradients; `Engine.load` makes one from a file."""
+
+    def __init__(self, encoder: ESMEncoder, config: EncoderConfig, batch_tokens: int | None = None) -> None:
+        """`config` is that of the encoder; `batch_tokens`: None for what `BATCH_TOKENS` has for the device."""
+        self.encoder, self.config = encoder.eval(), config
+        self.device = next(encoder.parameters()).device
+        self.dtype = next(encoder.parameters()).dtype
+        self.batch_tokens = BATCH_TOKENS[self.device.type] if batch_tokens is None else batch_tokens
+        if self.batch_tokens < 1:
+            raise ConfigError(f"batch_tokens must be at least 1, not {self.batch_tokens}")
+        self.source: Path | None = None  # the file, and of what it holds
+        self.weights_sha256 = ""
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], device: str = "auto", precision: str = "32", batch_tokens: int | None = None
+    ) -> Engine:
+        """The model of a `.nemo` or a `.ckpt` of ours, whatever precision it was saved in.
+
+        `device`: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one; `precision`: "32", "bf16", or "auto"
+        for what the device multiplies faster. Raises `ArchiveError` for a file that is none, or damaged; `ConfigError`
+        for a device that is not there.
+        """
+        place, file = _device(device), _opened(Path(path))
+        sizes = check_sizes(file)
+        dtype = parameter_dtype(precision, place.type)
+        ensure_groups()
+        quiet = replace(sizes, hidden_dropout=0.0, attention_dropout=0.0)  # so that any attention kernel will do
+        encoder = ESMEncoder(quiet, dtype, choose_backends(place.type, dtype, 0.0), initialize=False).to(dtype)
+        _fill(encoder, file)
+        engine = cls(encoder.to(place), sizes, batch_tokens)
+        engine.source, engine.weights_sha256 = file.path, file.weights_sha256
+        return engine
+
+    @property
+    def layers(self) -> int:
+        return self.config.num_layers
+
+    @property
+    def window(self) -> int:
+        """Residues of the longest protein that the model was trained to see whole."""
+        return self.config.seq_length - SPECIAL_TOKENS_PER_SEQUENCE
+
+    @property
+    def longest(self) -> int | None:
+        """Residues of the longest protein that the model can read at all; None with rotary positions: any."""
+        return None if self.config.position_embedding == ROTARY else self.window
+
+    def layer(self, number: int) -> int:
+        """A layer by its number, 0 (the embeddings) to `layers`, or from the end: -1 is the last.
+
+        Raises `ConfigError` for one that the model does not have.
+        """
+        if not -self.layers - 1 <= number <= self.layers:
+            raise ConfigError(f"layer {number}: the model has 0 (the embeddings) to {self.layers}, -1 is the last")
+        return number if number >= 0 else self.layers + 1 + number
+
+    def packed(self, proteins: Sequence[Residues]) -> PackedBatch:
+        """Proteins as one packed row, on the device. Each must fit: see `longest`."""
+        lengths = np.array([len(protein) for protein in proteins], dtype=np.int64)
+        assert self.longest is None or lengths.max(initial=0) <= self.longest, "cut long proteins into windows first"
+        batch = pack(np.concatenate(proteins), lengths)
+        return batch.to(self.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def log_probabilities(
+        self, questions: Iterable[Question], answered: Callable[[int], None] = lambda residues: None
+    ) -> Iterator[NDArray[np.float64]]:
+        """The log-probability of each of the 33 tokens at the places of each question: float64 [K, 33], in order.
+
+        Questions are taken as they are needed, as many at a time as make up a batch; of each the last block is computed
+        at its places only. `answered` is told the residues of each batch.
+        """
+        for some in _up_to(self.batch_tokens, questions):
+            batch = self.packed([question.tokens for question in some])
+            first = batch.cu_seqlens[:-1].long().cpu().numpy() + 1  # after each <cls>
+            places = np.concatenate([question.places + start for question, start in zip(some, first, strict=True)])
+            rows = (batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+            hidden = self.encoder.hidden_states_at(*rows, torch.from_numpy(places).to(self.device))
+            answers = self.encoder.logits(hidden).double().log_softmax(dim=-1).cpu().numpy()
+            answered(batch.residues)
+            yield from np.split(answers, np.cumsum([len(question.places) for question in some[:-1]]))
+
+
+def masked(tokens: Residues, places: NDArray[np.int64]) -> Question:
+    """What belongs at these places, all of them hidden?"""
+    hidden = tokens.copy()
+    hidden[places] = MASK_ID
+    return Question(hidden, places)
+
+
+def each_masked(tokens: Residues, places: Iterable[int]) -> Iterator[Question]:
+    """For each place on its own: what belongs there, if it alone is hidden? (masked marginals, pseudo-likelihood)"""
+    return (masked(tokens, np.array([place], dtype=np.int64)) for place in places)
+
+
+def batches_by_length(lengths: NDArray[np.int64], batch_tokens: int) -> list[NDArray[np.int64]]:
+    """Which proteins [S] go together, longest first: each batch of up to `batch_tokens` tokens, or of one protein.
+
+    Neighbours of like length share one call of attention; and if memory does not do, that shows at once.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches: list[list[int]] = []
+    filled = batch_tokens
+    for index in order.tolist():
+        tokens = int(lengths[index]) + SPECIAL_TOKENS_PER_SEQUENCE
+        if filled + tokens > batch_tokens or not batches:
+            batches.append([])
+            filled = 0
+        batches[-1].append(index)
+        filled += tokens
+    return [np.array(batch, dtype=np.int64) for batch in batches]
+
+
+def _up_to(batch_tokens: int, questions: Iterable[Question]) -> Iterator[list[Question]]:
+    some: list[Question] = []
+    filled = 0
+    for question in questions:
+        tokens = len(question.tokens) + SPECIAL_TOKENS_PER_SEQUENCE
+        if some and filled + tokens > batch_tokens:
+            yield some
+            some, filled = [], 0
+        some.append(question)
+        filled += tokens
+    if some:
+        yield some
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in BATCH_TOKENS:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name}: there are {torch.cuda.device_count()} CUDA devices here; device=cpu works")
+    return device
+
+
+def _opened(path: Path) -> ArchiveFile:
+    path = path.expanduser()
+    if path.is_dir() or not path.exists():
+        what = "is a folder" if path.exists() else "no such file"
+        raise ArchiveError(f"model: {path}: {what}; give a .nemo, which a training run or `bionemo-esm convert` writes")
+    if path.is_file() and not is_our_archive(path):
+        raise ArchiveError(
+            f"model: {path}: is not an archive of ours; `bionemo-esm convert` makes one of a model of Hugging Face or "
+            "fair-esm, `bionemo-esm convert-legacy` of a .nemo of NeMo 1"
+        )
+    return ArchiveFile.open(path)
+
+
+@torch.no_grad()
+def _fill(encoder: ESMEncoder, file: ArchiveFile) -> None:
+    """The verified weights, one tensor at a time. Raises `ArchiveError` for damage, and for what is not finite."""
+    file.verify(WEIGHTS)
+    own: dict[str, Tensor] = dict(encoder.named_parameters()) | dict(encoder.named_buffers())
+    for name, tensor in own.items():
+        tensor.copy_(file.load_finite(_PREFIX + name))

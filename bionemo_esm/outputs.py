@@ -1,0 +1,66 @@
+"""Results on disk: looked at before long work begins, and under their names only when they are whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from bionemo_esm.errors import ConfigError
+
+_BUFFER_BYTES = 2**22
+
+
+def check_absent(key: str, target: Path) -> None:
+    """Raises `ConfigError`, naming the key, for a target that is there, be it a link to nowhere."""
+    if os.path.lexists(target):
+        raise ConfigError(f"{key}: {target} exists already; remove it or choose another name")
+
+
+def check_writable(key: str, target: Path) -> None:
+    """Raises `ConfigError`, naming the key, where no file or folder of this name could be made."""
+    place = nearest_folder(target)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}: {target} cannot be made: {place} is not a folder that you may write to")
+
+
+def nearest_folder(target: Path) -> Path:
+    """The first thing above a path that is there."""
+    return next(parent for parent in target.absolute().parents if parent.exists())
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A stream to a temporary file beside `path` that takes its name when the block ends well, and goes otherwise.
+
+    The folders above are made; what stood under the name is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb", buffering=_BUFFER_BYTES) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(descriptor)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in a folder survive a power cut, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # no such thing there
+            raise
+    finally:
+        os.close(descriptor)
