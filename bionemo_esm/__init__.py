@@ -1,6 +1,7 @@
 """bionemo_esm: pretrain ESM-1nv and ESM-1b protein language models, and use them.
 
-Importing this package is cheap. `bionemo_esm.ESM1nvModel` brings in NeMo and Megatron when it is first named.
+Importing this package is cheap. `bionemo_esm.ESM1nvModel` brings in NeMo and Megatron when it is first named;
+`bionemo_esm.ProteinModel` asks a trained model, and imports what it needs when it loads one.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from bionemo_esm import nemo_plugin
 
 __version__ = "0.1.0"
-__all__ = ["ESM1nvModel", "__version__", "config_directory"]
+__all__ = ["ESM1nvModel", "ProteinModel", "__version__", "config_directory"]
 
 if TYPE_CHECKING:
+    from bionemo_esm.inference.protein_model import ProteinModel
     from bionemo_esm.model.esm1nv import ESM1nvModel
 
 
@@ -29,6 +31,10 @@ def __getattr__(name: str) -> Any:
         from bionemo_esm.model.esm1nv import ESM1nvModel
 
         return ESM1nvModel
+    if name == "ProteinModel":
+        from bionemo_esm.inference.protein_model import ProteinModel
+
+        return ProteinModel
     raise AttributeError(f"module 'bionemo_esm' has no attribute {name!r}")
 
 

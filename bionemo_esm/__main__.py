@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,11 +28,29 @@ USAGE = f"""bionemo-esm {__version__}: protein language models
                                                                      a model of Hugging Face or fair-esm into a .nemo
   bionemo-esm convert source=runs/laptop/laptop.nemo target=laptop_hf
                                                                      a .nemo or .ckpt into a folder for Hugging Face
+  bionemo-esm embed model=x.nemo input=proteins.fasta output=embeddings.h5
+                                                                     proteins as features for predictive models
+  bionemo-esm score model=x.nemo sequence=wildtype.fasta input=mutants.csv output=scores.csv
+                                                                     effects of variants; scan=true for every one
+  bionemo-esm fit-contacts model=x.nemo structures=structures.parquet output=x_contacts.nemo
+                                                                     a contact head from a few structures
+  bionemo-esm contacts model=x_contacts.nemo input=proteins.fasta output=contacts
+                                                                     which residues touch, with pictures
   bionemo-esm doctor                                                 whether this machine can train, and what is missing
   bionemo-esm convert-legacy old.nemo new.nemo                       an ESM-1nv of NeMo 1, which holds a pickle
 
-pretrain, preprocess, average and convert take key=value, and --help lists every key; the others take --help.
+inspect, doctor, check-leakage and convert-legacy take --help; all others take key=value, and --help lists every key.
 """
+
+_CONFIGURED = {  # where the function is that runs a job
+    "preprocess": ("bionemo_esm.data.jobs", "main"),
+    "average": ("bionemo_esm.training.jobs", "average_main"),
+    "convert": ("bionemo_esm.model.interchange.jobs", "main"),
+    "embed": ("bionemo_esm.inference.embed_job", "main"),
+    "score": ("bionemo_esm.inference.score_job", "main"),
+    "contacts": ("bionemo_esm.inference.contacts_job", "main"),
+    "fit-contacts": ("bionemo_esm.inference.fit_job", "main"),
+}
 
 
 def main() -> None:
@@ -52,7 +71,7 @@ def main() -> None:
         from bionemo_esm.training import doctor
 
         sys.exit(doctor.main(arguments))
-    elif command in ("preprocess", "average", "convert"):
+    elif command in _CONFIGURED:
         configured(command, arguments)
     elif command == "check-leakage":
         from bionemo_esm.data import jobs
@@ -69,18 +88,8 @@ def main() -> None:
 def configured(command: str, arguments: Sequence[str]) -> None:
     """A job that Hydra configures, from key=value."""
     sys.argv = [f"bionemo-esm {command}", *arguments]
-    if command == "preprocess":
-        from bionemo_esm.data import jobs
-
-        jobs.main()
-    elif command == "average":
-        from bionemo_esm.training import jobs as training_jobs
-
-        training_jobs.average_main()
-    else:
-        from bionemo_esm.model.interchange import jobs as interchange_jobs
-
-        interchange_jobs.main()
+    module, function = _CONFIGURED[command]
+    getattr(import_module(module), function)()
 
 
 def inspect(arguments: Sequence[str]) -> None:
