@@ -1,21 +1,38 @@
-"""Embeddings of proteins: hidden states of any layer, of every residue or one for the protein, logits, perplexity."""
+"""Embeddings of proteins: hidden states of any layer, of every residue or one for the protein, logits, perplexity.
+
+A protein over the window is looked at through several, and what they show is blended residue by residue; all else that
+is said of a protein follows from the blended residues. Shape suffixes: T tokens of a packed row, S sequences in it
+(proteins, or windows of one), R residues of a protein, H hidden size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from bionemo_esm.inference.engine import Engine
-from bionemo_esm.inference.inputs import Protein
+from bionemo_esm.alphabet import VOCABULARY_SIZE
+from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference.engine import Engine, batches_by_length
+from bionemo_esm.inference.inputs import InputError, Protein
+from bionemo_esm.inference.pooling import PooledBatch, pooled
+from bionemo_esm.inference.pseudo_perplexity import pseudo_perplexities
+from bionemo_esm.inference.windows import blending_weights, windows
+
+DTYPES = ("float32", "float16")
+LONG_PROTEINS = ("windows", "truncate", "error")
 
 
 @dataclass(frozen=True)
 class EmbeddingChoice:
-    """What is wanted of each protein. `resolved` against a model before it is used."""
+    """What is wanted of each protein. `resolved` against a model before it is used.
+
+    Raises `ConfigError`, naming the key, for what no model could do.
+    """
 
     layers: tuple[int, ...] = (-1,)  # 0: the embeddings, -1: the last
     mean: bool = True  # over the residues, of each layer
@@ -27,6 +44,71 @@ class EmbeddingChoice:
     long_proteins: str = "windows"  # those over `window`; or truncate, or error
     window: int | None = None  # residues read at once; None: as many as the model was trained on
     overlap: int | None = None  # residues that neighbouring windows share, at least; None: half a window
+
+    def __post_init__(self) -> None:
+        for key, value, allowed in (
+            ("dtype", self.dtype, DTYPES),
+            ("long_proteins", self.long_proteins, LONG_PROTEINS),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{key} must be one of {', '.join(allowed)}, not {value!r}")
+        for layer in self.layers:
+            if type(layer) is not int:
+                raise ConfigError(f"layers: {layer!r} is not the number of a layer")
+        if self.reads_layers and not self.layers:
+            raise ConfigError("layers: name one at least, of which to give mean, cls or residues; -1 is the last")
+        if not (self.reads_layers or self.logits or self.pseudo_perplexity):
+            raise ConfigError("nothing is asked for; set one of mean, cls, residues, logits, pseudo_perplexity to true")
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"window must be at least 1 residue, not {self.window}")
+        if self.overlap is not None and not 0 <= self.overlap < (self.window or self.overlap + 1):
+            raise ConfigError(f"overlap must be from 0 to below the window{_of(self.window)}, not {self.overlap}")
+
+    @property
+    def reads_layers(self) -> bool:
+        return self.mean or self.cls or self.residues
+
+    def resolved(self, engine: Engine) -> EmbeddingChoice:
+        """The same choice in terms of a model: layers from 0, each once; window and overlap as numbers.
+
+        Raises `ConfigError` for a layer that the model does not have, a window over what it can read, or an overlap
+        that is none of its windows.
+        """
+        layers = [engine.layer(layer) for layer in self.layers] if self.reads_layers else []
+        window = engine.window if self.window is None else self.window
+        if engine.longest is not None and window > engine.longest:
+            raise ConfigError(f"window={window}: the model reads up to {engine.longest} residues at once")
+        overlap = window // 2 if self.overlap is None else self.overlap
+        return replace(self, layers=tuple(dict.fromkeys(layers)), window=window, overlap=overlap)
+
+    def cover(self, residues: int) -> list[tuple[int, int]]:
+        """Begin and end of what is read of a protein of so many residues, window by window; of a resolved choice."""
+        assert self.window is not None and self.overlap is not None, "resolve the choice first"
+        if self.long_proteins == "windows":
+            return windows(residues, self.window, self.overlap)
+        return [(0, min(residues, self.window))]
+
+    def bytes_of(self, residues: int, hidden: int) -> int:
+        """Bytes of the arrays of a protein of so many residues; of a resolved choice, for a model of that hidden size.
+
+        While a long protein is being blended, float16 takes twice that.
+        """
+        read = self.cover(residues)[-1][1]
+        rows = self.mean + self.cls + read * self.residues
+        numbers = rows * len(self.layers) * hidden + read * VOCABULARY_SIZE * self.logits
+        return numbers * np.dtype(self.dtype).itemsize + 8 * self.pseudo_perplexity
+
+    def check_lengths(self, proteins: Sequence[Protein]) -> None:
+        """Raises `InputError` for a protein over the window, where the choice is to end there; of a resolved choice."""
+        assert self.window is not None
+        if self.long_proteins != "error":
+            return
+        for protein in proteins:
+            if protein.residues > self.window:
+                raise InputError(
+                    f"{_named(protein)} has {protein.residues:,} residues, over the window of {self.window:,}; "
+                    "long_proteins=windows reads it window by window, long_proteins=truncate its beginning alone"
+                )
 
 
 class Embedding(NamedTuple):
@@ -40,11 +122,193 @@ class Embedding(NamedTuple):
     pseudo_perplexity: float | None
 
 
+class Embeddings(Sequence[Embedding]):
+    """Embeddings of some proteins in their order; by number, or by id: `found["ubiquitin"]`."""
+
+    def __init__(self, found: Sequence[Embedding]) -> None:
+        self._found = list(found)
+        self._places = {embedding.id: place for place, embedding in enumerate(self._found)}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Embedding: ...
+    @overload
+    def __getitem__(self, key: slice) -> Embeddings: ...
+    def __getitem__(self, key: int | str | slice) -> Embedding | Embeddings:
+        """Raises `KeyError` for an id that is not there."""
+        if isinstance(key, slice):
+            return Embeddings(self._found[key])
+        return self._found[self._places[key] if isinstance(key, str) else key]
+
+    def __repr__(self) -> str:
+        names = ", ".join(self._found[0].arrays) if self._found else "none"
+        return f"<Embeddings of {len(self)} proteins: {names}>"
+
+    @property
+    def ids(self) -> list[str]:
+        return [embedding.id for embedding in self._found]
+
+    @property
+    def mean(self) -> NDArray[np.floating]:
+        """Features for a classifier: the mean over each protein's residues, [proteins, H].
+
+        Raises `UserError` unless it was asked of exactly one layer; `stacked` takes the name of one.
+        """
+        return self.stacked(self._only("mean"))
+
+    @property
+    def cls(self) -> NDArray[np.floating]:
+        """The state of each protein's <cls>, [proteins, H]; as `mean`."""
+        return self.stacked(self._only("cls"))
+
+    @property
+    def pseudo_perplexity(self) -> NDArray[np.float64]:
+        """Of each protein, [proteins]; NaN where it was not asked for."""
+        return np.array([embedding.pseudo_perplexity for embedding in self._found], dtype=np.float64)
+
+    def stacked(self, name: str) -> NDArray[np.floating]:
+        """What each protein has one row of, such as `mean_6` or `cls_0`, as a matrix [proteins, H].
+
+        Raises `UserError` for another name, with those that there are.
+        """
+        names = self._names()
+        if name not in names or not name.startswith(("mean_", "cls_")):
+            rows = ", ".join(each for each in names if each.startswith(("mean_", "cls_"))) or "none"
+            raise UserError(f"{name!r}: no such row of each protein; there are: {rows}")
+        return np.stack([embedding.arrays[name] for embedding in self._found])
+
+    def _only(self, kind: str) -> str:
+        names = [name for name in self._names() if name.startswith(f"{kind}_")]
+        if len(names) != 1:
+            raise UserError(f"{kind} is of one layer, here are {', '.join(names) or 'none'}; ask stacked('{kind}_...')")
+        return names[0]
+
+    def _names(self) -> list[str]:
+        return list(self._found[0].arrays) if self._found else []
+
+
 def embed_together(
     engine: Engine,
     proteins: Sequence[Protein],
     choice: EmbeddingChoice,
     answered: Callable[[int], None] = lambda residues: None,
 ) -> list[Embedding]:
-    """Embed some proteins, in batches sorted by length; answers in the order given. `answered` is told of progress."""
-    raise NotImplementedError
+    """Embed some proteins, in batches sorted by length; answers in the order given.
+
+    `answered` is told of progress, in residues that add up to those of the proteins. Memory: all answers, and one
+    batch. Raises `ConfigError` as `EmbeddingChoice.resolved`; before anything is computed `InputError` for a protein
+    over the window, where that is an error; `UserError` for a number that the dtype does not hold.
+    """
+    choice = choice.resolved(engine)
+    choice.check_lengths(proteins)
+    if not proteins:
+        return []
+    blends = [_Blend(protein, choice) for protein in proteins]
+    if choice.reads_layers or choice.logits:
+        _read(engine, blends, choice, (lambda residues: None) if choice.pseudo_perplexity else answered)
+    perplexities: list[float | None] = [None] * len(blends)
+    if choice.pseudo_perplexity:
+        assert choice.window is not None
+        shown = [blend.protein.tokens[: blend.read] for blend in blends]
+        perplexities = list(pseudo_perplexities(engine, shown, choice.window, answered))
+        if cut := sum(blend.protein.residues - blend.read for blend in blends):
+            answered(cut)
+    return [blend.embedding(perplexity) for blend, perplexity in zip(blends, perplexities, strict=True)]
+
+
+class _Piece(NamedTuple):
+    """A sequence as the model is shown it: a protein, or a window of one."""
+
+    blend: _Blend
+    begin: int
+    end: int
+    weights: NDArray[np.float32] | None  # what it counts at its residues; None where it is the protein
+    progress: int  # residues of the protein that no earlier piece has told of
+
+    @property
+    def shares(self) -> NDArray[np.float32]:
+        """What each of its residues counts in the mean over the protein's."""
+        weights = np.ones(self.end - self.begin, dtype=np.float32) if self.weights is None else self.weights
+        return weights / np.float32(self.blend.read)
+
+
+class _Blend:
+    """The answers about one protein, as they come in window by window."""
+
+    def __init__(self, protein: Protein, choice: EmbeddingChoice) -> None:
+        self.protein, self.choice = protein, choice
+        self.cover = choice.cover(protein.residues)
+        self.read = self.cover[-1][1]
+        self.arrays: dict[str, NDArray[np.floating]] = {}
+        self._missing = len(self.cover)
+
+    def pieces(self) -> Iterator[_Piece]:
+        if len(self.cover) == 1:
+            yield _Piece(self, 0, self.read, None, self.protein.residues)
+            return
+        earlier = [0, *(end for _, end in self.cover)]
+        for (begin, end), weights, told in zip(self.cover, blending_weights(self.cover), earlier, strict=False):
+            yield _Piece(self, begin, end, weights, end - told)
+
+    def add(self, piece: _Piece, batch: PooledBatch, index: int) -> None:
+        """What the model said of a piece, which is a sequence of the batch."""
+        for name, sums_SH in batch.sums.items():
+            self._add(name, sums_SH[index], None)
+        for name, first_SH in batch.first.items():
+            self._add(name, first_SH[index] / np.float32(len(self.cover)), None)
+        for name, rows_TX in batch.rows.items():
+            rows = rows_TX[batch.bounds[index] + 1 : batch.bounds[index + 1] - 1]
+            self._add(name, rows if piece.weights is None else rows * piece.weights[:, None], piece)
+        self._missing -= 1
+        if not self._missing:
+            self.arrays = {name: self._narrowed(name, array) for name, array in self.arrays.items()}
+
+    def _add(self, name: str, part: NDArray[np.float32], piece: _Piece | None) -> None:
+        if len(self.cover) == 1:
+            self.arrays[name] = part
+        elif piece is None:
+            self.arrays[name] = part + self.arrays.get(name, np.float32(0))
+        else:
+            if name not in self.arrays:
+                self.arrays[name] = np.zeros((self.read, part.shape[1]), dtype=np.float32)
+            self.arrays[name][piece.begin : piece.end] += part
+
+    def _narrowed(self, name: str, array: NDArray[np.floating]) -> NDArray[np.floating]:
+        """A copy in the dtype that was asked for, so that no row of a whole batch is kept for one protein."""
+        with np.errstate(over="ignore"):
+            narrow: NDArray[np.floating] = array.astype(self.choice.dtype)
+        if not np.isfinite(narrow).all():
+            beyond = f"{self.choice.dtype}'s {np.finfo(self.choice.dtype).max:,.0f}"
+            advice = "ask for dtype=float32" if np.isfinite(array).all() else "the model's own numbers overflow"
+            raise UserError(f"{_named(self.protein)}: {name} is beyond {beyond}; {advice}")
+        return narrow
+
+    def embedding(self, perplexity: float | None) -> Embedding:
+        order = self.choice.layers
+        kinds = [f"{kind}_{layer}" for kind in ("mean", "cls", "residues") for layer in order]
+        arrays = {name: self.arrays[name] for name in (*kinds, "logits") if name in self.arrays}
+        return Embedding(self.protein.id, self.protein.residues, self.read, len(self.cover), arrays, perplexity)
+
+
+@torch.inference_mode()
+def _read(engine: Engine, blends: list[_Blend], choice: EmbeddingChoice, answered: Callable[[int], None]) -> None:
+    """One look at each piece of each protein."""
+    pieces = [piece for blend in blends for piece in blend.pieces()]
+    lengths = np.array([piece.end - piece.begin for piece in pieces], dtype=np.int64)
+    for some in batches_by_length(lengths, engine.batch_tokens):
+        shown = [pieces[index] for index in some.tolist()]
+        row = engine.packed([piece.blend.protein.tokens[piece.begin : piece.end] for piece in shown])
+        batch = pooled(engine, row, [piece.shares for piece in shown], choice)
+        for index, piece in enumerate(shown):
+            piece.blend.add(piece, batch, index)
+        answered(sum(piece.progress for piece in shown))
+
+
+def _named(protein: Protein) -> str:
+    return f"record {protein.number} ({protein.id[:40]})"
+
+
+def _of(window: int | None) -> str:
+    return "" if window is None else f" of {window}"

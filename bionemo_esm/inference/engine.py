@@ -21,7 +21,7 @@ from bionemo_esm.alphabet import MASK_ID
 from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile, is_our_archive
-from bionemo_esm.model.backends import choose_backends, parameter_dtype
+from bionemo_esm.model.backends import PRECISIONS, choose_backends, parameter_dtype
 from bionemo_esm.model.config import ROTARY, EncoderConfig
 from bionemo_esm.model.consistency import check_sizes
 from bionemo_esm.model.encoder import ESMEncoder
@@ -65,8 +65,12 @@ class Engine:
 
         `device`: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one; `precision`: "32", "bf16", or "auto"
         for what the device multiplies faster. Raises `ArchiveError` for a file that is none, or damaged; `ConfigError`
-        for a device that is not there.
+        for a device that is not there, and for an unknown word; all of them before the weights are read.
         """
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ConfigError(f"batch_tokens must be at least 1, not {batch_tokens}")
         place, file = _device(device), _opened(Path(path))
         sizes = check_sizes(file)
         dtype = parameter_dtype(precision, place.type)
@@ -191,6 +195,8 @@ def _opened(path: Path) -> ArchiveFile:
     if path.is_dir() or not path.exists():
         what = "is a folder" if path.exists() else "no such file"
         raise ArchiveError(f"model: {path}: {what}; give a .nemo, which a training run or `bionemo-esm convert` writes")
+    if not os.access(path, os.R_OK):
+        raise ArchiveError(f"model: {path}: may not be read; check its permissions")
     if path.is_file() and not is_our_archive(path):
         raise ArchiveError(
             f"model: {path}: is not an archive of ours; `bionemo-esm convert` makes one of a model of Hugging Face or "

@@ -1,20 +1,21 @@
 """Proteins to ask the model about: FASTA, CSV, TSV or Parquet, from a file or standard input, record by record.
 
 What a record must be is the same everywhere: an id that no other has, and residues that the model knows, one at least.
-Lower case is read as upper case, and a `*` at the end is left out. Memory: a block of the file, or the longest record,
-and nine bytes an id.
+Lower case is read as upper case, white space and a `*` at the end are left out. Memory: a block of the file, or the
+longest record, and nine bytes an id.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from unicodedata import category
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,11 @@ from bionemo_esm.data.fasta import MAX_RECORD_BYTES, read_fasta
 from bionemo_esm.data.sources import STANDARD_INPUT, Source
 from bionemo_esm.errors import ConfigError, UserError
 
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+Sequences: TypeAlias = str | os.PathLike[str] | Mapping[str, str] | Iterable[str | tuple[str, str]]
+"""What `proteins_of` takes."""
 FORMATS = ("fasta", "csv", "tsv", "parquet")
 _SEPARATORS = {"csv": ",", "tsv": "\t"}
 _PACKED = (".gz", ".zst", ".zstd", ".bgz")
@@ -32,7 +38,8 @@ _SEQUENCE_COLUMNS = ("sequence", "seq")
 _ID_COLUMN = "id"
 _X_ID = TOKEN_IDS["X"]
 _GAPS = np.array([TOKEN_IDS["."], TOKEN_IDS["-"]], dtype=np.uint8)
-_CSV_BLOCK = 2**20
+_LONGEST_ID = 1024  # characters; HDF5 has its limits, and a longer one is a mistake
+_BLOCK_BYTES = 2**20
 _ROWS_AT_ONCE = 1024
 
 
@@ -62,7 +69,8 @@ class InputPolicy:
     """How proteins are read.
 
     input_format: one of `FORMATS`, or None to tell by the name; standard input is FASTA unless told otherwise.
-    id_column, sequence_column: of a table; None for `id` (the row's number where there is none), `sequence` or `seq`.
+    id_column, sequence_column: of a table; None for `id` (where there is none, the record's number) and `sequence` or
+    `seq`, in capitals or not.
     bad_records: one that has no residue, an id met before, or an unknown letter ends the work ("error"), or is left out
     and counted ("skip"). unknown_letters: what the model has no token for (J, `*` within, digits), and gaps: makes a
     record bad ("error"), or is read as "X".
@@ -123,19 +131,21 @@ def read_proteins(
 
 
 def proteins_of(
-    sequences: str | os.PathLike[str] | Mapping[str, str] | Iterable[str],
+    sequences: Sequences,
     policy: InputPolicy = InputPolicy(),
 ) -> list[Protein]:
-    """What a notebook has at hand: a mapping of ids to sequences, sequences (numbers are their ids), one sequence, or a
-    file's name, which has a dot or a slash in it, as no sequence has. Raises `InputError`, `SourceError`.
+    """What a notebook has at hand: a mapping of ids to sequences, pairs of both, sequences (numbers are their ids), one
+    sequence, or a file's name, which has a dot or a slash in it, as no sequence has.
+
+    Raises `InputError`, `SourceError`.
     """
     if isinstance(sequences, str) and not set(sequences) & set("./"):
         sequences = [sequences]
     if isinstance(sequences, str | os.PathLike):
         return list(read_proteins(sequences, policy))
-    pairs = sequences.items() if isinstance(sequences, Mapping) else enumerate(sequences, start=1)
-    records = (_Record(str(name), _bytes(sequence)) for name, sequence in pairs)
-    return list(_checked("sequences", records, policy, lambda problem: None))
+    if hasattr(sequences, "columns"):  # whose items would be the names of columns, which may well look like sequences
+        raise InputError("sequences: this is a table; give dict(zip(table['id'], table['sequence'])), or its file")
+    return list(_checked("sequences", _records_at_hand(sequences), policy, lambda problem: None))
 
 
 def take_stock(path: str | os.PathLike[str], policy: InputPolicy = InputPolicy()) -> Inventory:
@@ -164,7 +174,7 @@ def _checked(
     seen = DigestSet()
     for number, record in enumerate(records, start=1):
         where = f"{name}, record {number}" + (f" ({_shown(record.id)})" if record.id else "")
-        tokens = encode(record.sequence.removesuffix(b"*"))
+        tokens = encode(_one_byte_each(record.sequence.removesuffix(b"*")))
         problem = _problem(record, tokens, policy)
         if not problem and not seen.add(np.array([_digest(record.id)], dtype=np.uint64))[0]:
             problem = "an earlier record has the same id; ids must differ, as results are found by them"
@@ -178,7 +188,9 @@ def _checked(
 
 def _problem(record: _Record, tokens: NDArray[np.uint8], policy: InputPolicy) -> str:
     if not record.id:
-        return "it has no id; begin the header with one"
+        return "it has no id; give each record one"
+    if problem := _id_problem(record.id):
+        return problem
     if not len(tokens):
         return "it has no residues"
     if policy.unknown_letters == "X":
@@ -187,9 +199,17 @@ def _problem(record: _Record, tokens: NDArray[np.uint8], policy: InputPolicy) ->
     if not unknown.any():
         return ""
     place = int(unknown.argmax())
-    letter = record.sequence[place : place + 1].decode("latin1")
-    kind = "a gap, as alignments have; take them out" if letter in "-." else "no letter of a protein"
+    letter = record.sequence[place : place + 4].decode("utf-8", "replace")[0]  # before it all are of one byte
+    kind = "a gap, as alignments have; take it out" if letter in "-." else "not a letter of proteins; correct it"
     return f"residue {place + 1} is {letter!r}, {kind}, or read it as X by unknown_letters=X"
+
+
+def _id_problem(identifier: str) -> str:
+    if len(identifier) > _LONGEST_ID:
+        return f"its id has {len(identifier):,} characters, over {_LONGEST_ID:,}; is it the right column, or word?"
+    if not identifier.isprintable() and any(category(letter) in ("Cc", "Cs") for letter in identifier):
+        return "its id has a control character in it, or half of one of Unicode's pairs; take that out"
+    return ""
 
 
 def _with_x(tokens: NDArray[np.uint8], policy: InputPolicy) -> NDArray[np.uint8]:
@@ -198,20 +218,17 @@ def _with_x(tokens: NDArray[np.uint8], policy: InputPolicy) -> NDArray[np.uint8]
     return tokens
 
 
+def _one_byte_each(sequence: bytes) -> bytes:
+    """The sequence with `?` for each character that has several bytes, so that residues are counted right."""
+    return sequence if sequence.isascii() else sequence.decode("utf-8", "replace").encode("ascii", "replace")
+
+
 def _digest(identifier: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(identifier.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
+    return int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "little")
 
 
 def _shown(identifier: str) -> str:
     return identifier if len(identifier) <= 40 else identifier[:37] + "..."
-
-
-def _bytes(sequence: object) -> bytes:
-    if not isinstance(sequence, str):
-        raise InputError(f"sequences: {sequence!r} is not a text of residues")
-    return "".join(sequence.split()).encode("ascii", "replace")
 
 
 # --- where records come from ------------------------------------------------------------------------------------------
@@ -228,84 +245,135 @@ def _records(path: str, name: str, policy: InputPolicy) -> Iterator[_Record]:
         yield from _table_records(path, name, _SEPARATORS[kind], policy)
 
 
+def _records_at_hand(sequences: Mapping[str, str] | Iterable[str | tuple[str, str]]) -> Iterator[_Record]:
+    pairs: Iterable[Any] = sequences.items() if isinstance(sequences, Mapping) else enumerate(sequences, start=1)
+    for number, (name, sequence) in enumerate(pairs, start=1):
+        if isinstance(sequence, tuple) and len(sequence) == 2:  # an id of its own, as in fair-esm's batches
+            name, sequence = sequence
+        if not isinstance(sequence, str):
+            raise InputError(f"sequences, record {number} ({_shown(str(name))}): {sequence!r} is not text")
+        yield _Record(str(name).strip(), _residues(sequence))
+
+
+def _residues(sequence: str) -> bytes:
+    """The text without white space; what is half a pair of Unicode's becomes `?`, as no letter is."""
+    return "".join(sequence.split()).encode("utf-8", "replace")
+
+
 def _table_records(path: str, name: str, separator: str, policy: InputPolicy) -> Iterator[_Record]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     with Source(path) as source:
-        rows = csv.reader(_lines(source, name), delimiter=separator)
+        rows = csv.reader(_lines(source), delimiter=separator, strict=True)
         try:
             header = next(rows, None)
-            if header is None:
-                raise InputError(f"{name}: the file is empty; its first line must name the columns")
+            if not header:
+                raise InputError(f"{name}: the first line is empty; it must name the columns")
             columns = _columns(name, [column.strip() for column in header], policy)
-            for number, row in enumerate(rows, start=1):
-                if not row:
+            number = 0
+            for row in rows:
+                if not any(field.strip() for field in row) and len(row) < 2:
                     continue
+                number += 1
                 if len(row) != len(header):
-                    raise InputError(f"{name}, row {number}: has {len(row)} fields, the header {len(header)}")
+                    where = f"{name}, record {number} (line {rows.line_num})"
+                    raise InputError(f"{where}: has {len(row)} fields, the header {len(header)}; correct it")
                 identifier = str(number) if columns[0] is None else row[columns[0]].strip()
-                yield _Record(identifier, _bytes(row[columns[1]]))
+                yield _Record(identifier, _residues(row[columns[1]]))
         except csv.Error as error:
+            where = f"{name}, line {rows.line_num + 1}"
+            raise InputError(f"{where}: {error}; is it a table with {separator!r} between columns?") from error
+
+
+def _lines(source: Source) -> Iterator[str]:
+    """Lines of text, with their ends. Raises `InputError` for what is no text, or damaged, before it gives its end."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    number, rest, at_end = 1, "", False
+    while not at_end:
+        block = bytearray(_BLOCK_BYTES)  # a new one: the source goes on hashing it
+        filled = source.fill(memoryview(block))
+        at_end = filled < len(block)
+        if source.damage:
+            raise InputError(f"{source.name}: {source.damage}; download or copy the file again")
+        try:
+            *lines, rest = (rest + decoder.decode(memoryview(block)[:filled], final=at_end)).split("\n")
+        except UnicodeDecodeError as error:
             raise InputError(
-                f"{name}, line {rows.line_num}: {error}; is it a {separator!r}-separated table?"
-            ) from error
-
-
-def _lines(source: Source, name: str) -> Iterator[str]:
-    """Lines of text, with their ends, from the blocks of a source."""
-    stream = io.TextIOWrapper(io.BufferedReader(_Raw(source), _CSV_BLOCK), encoding="utf-8-sig", newline="")
-    try:
-        yield from stream
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    if source.damage:
-        raise InputError(f"{name}: {source.damage}; download or copy the file again")
-
-
-class _Raw(io.RawIOBase):
-    """A source as a stream of Python's."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: object) -> int:
-        return self._source.fill(memoryview(buffer))  # type: ignore[arg-type]
+                f"{source.name}, line {number} or later: is not UTF-8 text ({error.reason}); save it as UTF-8"
+            ) from None
+        if len(rest) > MAX_RECORD_BYTES:
+            raise InputError(f"{source.name}, line {number + len(lines)}: is too long for a protein; is it a table?")
+        number += len(lines)
+        yield from (line + "\n" for line in lines)
+    if rest:
+        yield rest
 
 
 def _parquet_records(path: str, name: str, policy: InputPolicy) -> Iterator[_Record]:
     import pyarrow as arrow
-    from pyarrow import parquet
+    from pyarrow.parquet import ParquetFile
 
     try:
-        with open(
-            sys.stdin.fileno() if path == STANDARD_INPUT else path, "rb", closefd=path != STANDARD_INPUT
-        ) as stream:
-            table = parquet.ParquetFile(io.BytesIO(stream.read()) if path == STANDARD_INPUT else stream)
-            identifiers, sequences = _columns(name, table.schema_arrow.names, policy)
-            names = [table.schema_arrow.names[column] for column in (identifiers, sequences) if column is not None]
+        with io.FileIO(0, closefd=False) if path == STANDARD_INPUT else open(path, "rb") as stream:
+            table = ParquetFile(io.BytesIO(stream.read()) if path == STANDARD_INPUT else stream)
+            names = _parquet_columns(name, table, policy)
             number = 0
-            for batch in table.iter_batches(_ROWS_AT_ONCE, columns=names):
-                ids = batch.column(names[0]).to_pylist() if identifiers is not None else [None] * len(batch)
-                for identifier, sequence in zip(ids, batch.column(names[-1]).to_pylist(), strict=True):
+            for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[column for column in names if column is not None]):
+                sequences = batch.column(names[1]).to_pylist()
+                ids = [None] * len(sequences) if names[0] is None else batch.column(names[0]).to_pylist()
+                for identifier, sequence in zip(ids, sequences, strict=True):
                     number += 1
-                    yield _Record(str(number if identifiers is None else identifier or ""), _bytes(sequence or ""))
-    except arrow.ArrowInvalid as error:
+                    own = "" if identifier is None else str(identifier).strip()
+                    yield _Record(str(number) if names[0] is None else own, _residues(sequence or ""))
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{name}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
     except OSError as error:
-        raise InputError(f"{name}: cannot be opened ({error.strerror or error})") from error
+        if error.strerror:
+            raise InputError(f"{name}: cannot be opened ({error.strerror})") from error
+        raise InputError(f"{name}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+
+
+def _parquet_columns(name: str, table: ParquetFile, policy: InputPolicy) -> tuple[str | None, str]:
+    """Names of the columns of ids and sequences, which hold what ids and sequences are made of."""
+    from pyarrow import types
+
+    schema = table.schema_arrow
+    found = _columns(name, schema.names, policy)
+    for place, what in zip(found, ("ids", "sequences"), strict=True):
+        if place is None:
+            continue
+        kind = schema.field(place).type
+        value = kind.value_type if types.is_dictionary(kind) else kind
+        is_text = str(value) in ("string", "large_string", "string_view")
+        if not is_text and not (what == "ids" and types.is_integer(value)):
+            raise InputError(f"{name}: column {schema.names[place]!r}, of {what}, holds {kind}; make it text")
+    return None if found[0] is None else schema.names[found[0]], schema.names[found[1]]
 
 
 def _columns(name: str, header: list[str], policy: InputPolicy) -> tuple[int | None, int]:
-    """Which columns hold ids (None: none does) and sequences. Raises `InputError` where one is not there."""
-    for key, wanted in (("id_column", policy.id_column), ("sequence_column", policy.sequence_column)):
-        if wanted is not None and wanted not in header:
-            raise InputError(f"{name}: {key}={wanted}: there are {', '.join(header[:20])}")
-    identifier = policy.id_column or (_ID_COLUMN if _ID_COLUMN in header else None)
-    sequence = policy.sequence_column or next((column for column in _SEQUENCE_COLUMNS if column in header), None)
+    """Which columns hold ids (None: none does) and sequences. Raises `InputError` where one is not there, or twice."""
+    identifier = _column(name, header, "id_column", policy.id_column, (_ID_COLUMN,))
+    sequence = _column(name, header, "sequence_column", policy.sequence_column, _SEQUENCE_COLUMNS)
     if sequence is None:
-        columns = ", ".join(header[:20])
-        raise InputError(f"{name}: no column named {' or '.join(_SEQUENCE_COLUMNS)}; say by sequence_column=... which "
-                         f"one it is: {columns}")  # fmt: skip
-    return None if identifier is None else header.index(identifier), header.index(sequence)
+        raise InputError(
+            f"{name}: no column named {' or '.join(_SEQUENCE_COLUMNS)}; say by sequence_column=... which one it is: "
+            f"{_listed(header)}"
+        )
+    return identifier, sequence
+
+
+def _column(name: str, header: list[str], key: str, wanted: str | None, usual: tuple[str, ...]) -> int | None:
+    """The place of the column that is wanted, or else of the first of the usual ones, if any is there."""
+    if wanted is not None and wanted not in header:
+        raise InputError(f"{name}: {key}={wanted}: there is no such column, but {_listed(header)}")
+    names = header if wanted is not None else [column.lower() for column in header]
+    chosen = next((each for each in (usual if wanted is None else (wanted,)) if each in names), None)
+    if chosen is None:
+        return None
+    if names.count(chosen) > 1:
+        raise InputError(f"{name}: {names.count(chosen)} columns are named {chosen!r}; rename all but one")
+    return names.index(chosen)
+
+
+def _listed(header: list[str]) -> str:
+    more = f" and {len(header) - 20} more" if len(header) > 20 else ""
+    return ", ".join(column[:40] for column in header[:20]) + more

@@ -10,10 +10,17 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # torch and Megatron take seconds to import
+    import numpy as np
+    from numpy.typing import NDArray
+    from pandas import DataFrame
+
+    from bionemo_esm.inference.embeddings import Embeddings
     from bionemo_esm.inference.engine import Engine
+    from bionemo_esm.inference.inputs import InputPolicy, Sequences
 
 
 class ProteinModel:
@@ -33,6 +40,91 @@ class ProteinModel:
         depends on it but for rounding. Raises `ArchiveError`, `ConfigError`.
         """
         return cls(load_engine(path, device, precision, batch_tokens))
+
+    def embed(
+        self,
+        sequences: Sequences,
+        layers: int | Iterable[int] = -1,
+        mean: bool = True,
+        cls: bool = False,
+        residues: bool = False,
+        logits: bool = False,
+        pseudo_perplexity: bool = False,
+        dtype: str = "float32",
+        long_proteins: str = "windows",
+        window: int | None = None,
+        overlap: int | None = None,
+        policy: InputPolicy | None = None,
+    ) -> Embeddings:
+        """Embeddings of proteins, in their order: `model.embed("proteins.fasta").mean` is a matrix of features.
+
+        `sequences`: ids with their sequences, sequences, one sequence, or the name of a file, read by the policy; the
+        rest is what `EmbeddingChoice` says. All answers are in memory at once. Raises `InputError`, `ConfigError`.
+        """
+        from bionemo_esm.inference.embeddings import EmbeddingChoice, Embeddings, embed_together
+        from bionemo_esm.inference.inputs import InputPolicy, proteins_of
+
+        numbers = (layers,) if isinstance(layers, int) else tuple(layers)
+        choice = EmbeddingChoice(
+            numbers, mean, cls, residues, logits, pseudo_perplexity, dtype, long_proteins, window, overlap
+        ).resolved(self.engine)
+        return Embeddings(embed_together(self.engine, proteins_of(sequences, policy or InputPolicy()), choice))
+
+    def score_variants(
+        self,
+        sequence: str,
+        variants: Sequence[str],
+        method: str = "masked-marginals",
+        masks: str = "together",
+        offset: int = 1,
+        window: int | None = None,
+    ) -> NDArray[np.float64]:
+        """Effects of variants, float64 [V], 0 for the wild type: `model.score_variants(gfp, ["A108D,N144D"])`.
+
+        `sequence`: the wild type's residues, or a FASTA file of it alone; `offset`: the number that `variants` give to
+        its first residue. `method` is one of `METHODS`, and the rest what `ScoringChoice` says. Raises `VariantError`
+        for a variant that does not go with the sequence, `InputError`, `ConfigError`.
+        """
+        from bionemo_esm.inference.mutations import read_wild_type
+        from bionemo_esm.inference.scoring import score
+        from bionemo_esm.inference.scoring_choice import ScoringChoice
+
+        wild_type, choice = read_wild_type(sequence, offset=offset), ScoringChoice((method,), masks, window)
+        read = [wild_type.variant(variant) for variant in variants]
+        return score(self.engine, wild_type, read, choice)[method]
+
+    def scan(
+        self,
+        sequence: str,
+        methods: str | Sequence[str] = "masked-marginals",
+        region: tuple[int, int] | None = None,
+        offset: int = 1,
+        window: int | None = None,
+    ) -> DataFrame:
+        """Every residue replaced by each of the other 19, a row each: `mutant`, `position`, `wildtype`,
+        `mutant_residue`, and the scores, such as `masked_marginals`.
+
+        `region`: the first and last position; None for all. The rest is as for `score_variants`.
+        """
+        from bionemo_esm.inference.mutations import read_wild_type
+        from bionemo_esm.inference.scoring import scan_frame
+        from bionemo_esm.inference.scoring_choice import ScoringChoice
+
+        choice = ScoringChoice((methods,) if isinstance(methods, str) else tuple(methods), window=window)
+        return scan_frame(self.engine, read_wild_type(sequence, offset=offset), choice, region)
+
+    def contacts(self, sequence: str, window: int | None = None, overlap: int | None = None) -> NDArray[np.float32]:
+        """Probabilities of contact between all residues of a protein: float32 [R, R].
+
+        `window`, `overlap`: residues that are read at once of a longer one, and that neighbouring windows share; None:
+        as many as the model was trained on, and half of that. NaN stands where no window has both residues. Raises
+        `InputError`, `ConfigError`; `UserError` for a model without a contact head.
+        """
+        from bionemo_esm.inference.contact_prediction import Reach, contacts_of
+        from bionemo_esm.inference.inputs import proteins_of
+
+        (protein,) = proteins_of([sequence])
+        return contacts_of(self.engine, protein.tokens, Reach.of(self.engine, window, overlap))
 
 
 def load_engine(path: str | os.PathLike[str], device: str, precision: str, batch_tokens: int | None) -> Engine:

@@ -1,0 +1,98 @@
+"""How good predicted contacts are: the precision of the surest ones, as Rao et al. 2020 report it.
+
+P@L is the share of true contacts among the L pairs predicted with the highest probability, L the residues of the
+protein; P@L/2 and P@L/5 take fewer. Pairs are counted by how far apart their residues are in the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bionemo_esm.inference.structures import CONTACT_ANGSTROM, Structure
+
+RANGES: dict[str, tuple[int, int | None]] = {"short": (6, 12), "medium": (12, 24), "long": (24, None)}
+"""Name to the least separation |i - j| and that from which on pairs no longer belong."""
+TOPS: dict[str, int] = {"P@L": 1, "P@L/2": 2, "P@L/5": 5}
+_RESAMPLINGS = 2000
+_COVERED = (2.5, 97.5)  # percentiles
+
+Precisions = dict[tuple[str, str], float]
+"""By name of a range and of a top; what a protein has no pairs for is left out."""
+
+
+class Row(NamedTuple):
+    """A precision over proteins."""
+
+    range: str
+    top: str
+    mean: float
+    low: float  # of a 95% interval
+    high: float
+    proteins: int  # that have such pairs
+
+
+def precision_of_top(scores: NDArray[np.floating], hits: NDArray[np.bool_], count: int) -> float:
+    """Share of hits among the `count` highest scores [P], of all if there are fewer; P > 0.
+
+    Where scores are equal across that line, what a draw among those would give on average: no order of pairs is
+    favoured. NaN stands below every score.
+    """
+    ranked = np.where(np.isnan(scores), -np.inf, scores)
+    count = min(max(count, 1), len(ranked))
+    line = np.partition(ranked, len(ranked) - count)[len(ranked) - count]
+    above, level = ranked > line, ranked == line
+    share = (count - above.sum()) / level.sum()
+    return float((hits[above].sum() + share * hits[level].sum()) / count)
+
+
+def precisions(scores_RR: NDArray[np.floating], structure: Structure, below: float = CONTACT_ANGSTROM) -> Precisions:
+    """Each precision of one protein; pairs with a residue that is not resolved do not count."""
+    first, second = np.triu_indices(structure.residues, min(begin for begin, _ in RANGES.values()))
+    known = structure.resolved[first] & structure.resolved[second]
+    first, second = first[known], second[known]
+    scores, hits = scores_RR[first, second], structure.contacts(below)[first, second]
+    found: Precisions = {}
+    for name, (begin, end) in RANGES.items():
+        within = (second - first >= begin) & (True if end is None else second - first < end)
+        if within.any():
+            for top, part in TOPS.items():
+                count = structure.residues // part
+                found[name, top] = precision_of_top(scores[within], hits[within], count)
+    return found
+
+
+def summary(of_proteins: Sequence[Precisions], seed: int) -> list[Row]:
+    """Mean of each precision over proteins, with its 95% percentile bootstrap interval over proteins."""
+    rows = []
+    for name in RANGES:
+        for top in TOPS:
+            values = np.array([found[name, top] for found in of_proteins if (name, top) in found])
+            if len(values):
+                draws = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLINGS, len(values)))
+                low, high = np.percentile(values[draws].mean(axis=1), _COVERED)
+                rows.append(Row(name, top, float(values.mean()), float(low), float(high), len(values)))
+    return rows
+
+
+def table(predictors: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Lines for a person: a predictor a line, P@L, P@L/2 and P@L/5 of each range; the interval for the first's P@L."""
+    head = "".join(f"{name:^22}" for name in RANGES)
+    tops = "".join(f"{top:>7}" for top in TOPS) + " "
+    width = max(map(len, predictors), default=0)
+    lines = [f"{'':{width}}  {head}".rstrip(), f"{'':{width}}  {tops * len(RANGES)}".rstrip()]
+    for name, rows in predictors.items():
+        found = {(row.range, row.top): row.mean for row in rows}
+        cells = [found.get((range_name, top)) for range_name in RANGES for top in TOPS]
+        texts = ["      -" if cell is None else f"{cell:7.3f}" for cell in cells]
+        groups = ["".join(texts[at : at + len(TOPS)]) + " " for at in range(0, len(texts), len(TOPS))]
+        lines.append(f"{name:{width}}  {''.join(groups)}".rstrip())
+    return lines
+
+
+def as_dicts(rows: Sequence[Row]) -> list[dict[str, str | float | int]]:
+    """For JSON."""
+    return [dict(row._asdict()) for row in rows]

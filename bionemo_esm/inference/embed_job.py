@@ -1,0 +1,195 @@
+"""`bionemo-esm embed`: embeddings of all proteins of an input, into a file or a folder of parts."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from bionemo_esm import config_directory
+from bionemo_esm.command_line import check_command_line
+from bionemo_esm.data.sources import STANDARD_INPUT
+from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference.embed_share import EmbedTask, Share, Tell, chosen, embed_share
+from bionemo_esm.inference.inputs import InputPolicy, take_stock
+from bionemo_esm.inference.processes import Outcome, embed_in_processes, launched
+from bionemo_esm.inference.running import ENGINE_KEYS, EngineConfig
+from bionemo_esm.inference.shards import WorkFolder, copied, sha256_of
+from bionemo_esm.inference.writers import format_of
+from bionemo_esm.outputs import check_absent, check_writable
+from bionemo_esm.screen import RESIDUES, Meter, Screen, exit_of, sigterm_as_exit
+from bionemo_esm.settings import boolean, integer, known, path, plain_values
+
+_GOES_ON = "what is finished is kept: the same command goes on from there."
+_BOOLEANS = ("mean", "cls", "residues", "logits", "pseudo_perplexity")
+_POLICY = ("input_format", "id_column", "sequence_column", "bad_records", "unknown_letters")
+_KEYS = ENGINE_KEYS | {
+    "input", "output", "format", "layers", *_BOOLEANS, "dtype", "long_proteins", "window", "overlap", *_POLICY,
+    "devices", "part_proteins", "part_megabytes",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """The settings of the job; conf/embed.yaml has what they mean."""
+
+    engine: EngineConfig
+    input: str  # a path, or `STANDARD_INPUT`
+    policy: InputPolicy
+    output: Path
+    kind: str  # a format of `writers`
+    is_folder: bool
+    choice: dict[str, Any]  # the arguments of an `EmbeddingChoice`
+    devices: int
+    part_proteins: int
+    part_megabytes: int
+
+    def __post_init__(self) -> None:
+        for key in ("devices", "part_proteins", "part_megabytes"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} must be at least 1, not {getattr(self, key)}")
+        if self.devices > 1 and ":" in self.engine.device:
+            raise ConfigError(
+                f"device={self.engine.device} names one GPU, devices={self.devices} wants more; device=cuda"
+            )
+
+
+def load_embed_config(cfg: DictConfig) -> EmbedConfig:
+    """Raises `ConfigError`, naming the key, for one that is unknown, missing or of the wrong kind."""
+    values = known("", plain_values(cfg), _KEYS)
+    output, source = path("output", values["output"]), values["input"]
+    if output is None or not isinstance(source, str) or not source:
+        raise ConfigError("input and output must be paths")
+    words: dict[str, Any] = {key: None if values[key] is None else str(values[key]) for key in _POLICY}
+    kind, is_folder = format_of(output, None if values["format"] is None else str(values["format"]))
+    return EmbedConfig(
+        EngineConfig.of(values),
+        source if source == STANDARD_INPUT else str(Path(source).expanduser()),
+        InputPolicy(**words),
+        output,
+        kind,
+        is_folder,
+        _choice(values),
+        integer("devices", values["devices"]),
+        integer("part_proteins", values["part_proteins"]),
+        integer("part_megabytes", values["part_megabytes"]),
+    )
+
+
+def _choice(values: dict[str, Any]) -> dict[str, Any]:
+    layers = values["layers"] if isinstance(values["layers"], list) else [values["layers"]]
+    return {
+        "layers": tuple(integer("layers", layer) for layer in layers),
+        **{key: boolean(key, values[key]) for key in _BOOLEANS},
+        "dtype": str(values["dtype"]),
+        "long_proteins": str(values["long_proteins"]),
+        **{key: None if values[key] is None else integer(key, values[key]) for key in ("window", "overlap")},
+    }
+
+
+def embed(cfg: DictConfig) -> None:
+    """Embed as a composed Hydra configuration says. Exits with 2 for what a user can mend, 1 where a process died."""
+    message = f"Stopped; {_GOES_ON}"
+    with sigterm_as_exit(message):
+        exit_of(lambda: _embed(load_embed_config(cfg)), message)
+
+
+def _embed(config: EmbedConfig) -> int:
+    share = launched()
+    screen = Screen(sys.stdout, silent=share is not None and share.rank > 0)
+    if share is not None:
+        return _one_of_many(config, share, screen)
+    check_absent("output", config.output)
+    check_writable("output", config.output)
+    chosen(config.choice)
+    work = WorkFolder(config.output, config.kind, config.is_folder)
+    with work.held():
+        task = _task(config, screen, work)
+        meter = Meter(screen, "embedding", RESIDUES)
+        tell = Tell(screen.say, lambda done: meter(done, task.stock.residues))
+        if config.devices == 1:
+            finished = embed_share(task, Share(), tell)
+            assert finished, "one process alone finishes all parts"
+        else:
+            outcome = embed_in_processes(task, config.devices, tell)
+            if not outcome.finished:
+                return _fail(outcome, work)
+    _say_finished(task, screen)
+    return 0
+
+
+def _one_of_many(config: EmbedConfig, share: Share, screen: Screen) -> int:
+    """One of the processes that a launcher has started: each on its own, until one finds that all is there."""
+    if config.devices != 1:
+        raise ConfigError(f"devices={config.devices}: {share.world} processes were started already; leave devices out")
+    if config.input == STANDARD_INPUT:
+        raise ConfigError("input=-: several processes cannot share standard input; give a file, or use devices=N")
+    check_writable("output", config.output)
+    chosen(config.choice)
+    work = WorkFolder(config.output, config.kind, config.is_folder)
+    with work.shared():
+        task = _task(config, screen, work)
+        meter = Meter(screen, f"embedding, process 1 of {share.world}", RESIDUES)
+        finished = embed_share(
+            task, share, Tell(screen.say, lambda done: meter(done, task.stock.residues // share.world))
+        )
+    if finished:
+        _say_finished(task, screen)
+    else:
+        screen.say(f"This process is done; the last of {share.world} makes {config.output}. If one dies, {_GOES_ON}")
+    return 0
+
+
+def _task(config: EmbedConfig, screen: Screen, work: WorkFolder) -> EmbedTask:
+    """The input read and checked. Raises `InputError`, `SourceError`."""
+    place = Path(config.input)
+    name = config.input
+    if config.input == STANDARD_INPUT:
+        name, place = "standard input", work.input
+        screen.say(f"Reading {name} into {place}")
+        copied(sys.stdin.buffer, place)
+    else:
+        screen.say(f"Reading {name}")
+    try:
+        stock = take_stock(place, config.policy)
+    except UserError as error:
+        raise type(error)(str(error).replace(str(place), name)) from error
+    screen.say(f"  input    {stock.proteins:,} proteins, {stock.residues:,} residues, the longest of {stock.longest:,}")
+    if stock.skipped:
+        screen.say(
+            f"           {stock.skipped:,} records left out; the first: {stock.first_problem.replace(str(place), name)}"
+        )
+    if stock.ids_are_numbers:
+        screen.say("           ids are the numbers of the rows")
+    return EmbedTask(
+        config.engine, place, sha256_of(place), config.policy, stock, config.output, config.kind, config.is_folder,
+        config.choice, config.part_proteins, config.part_megabytes,
+    )  # fmt: skip
+
+
+def _fail(outcome: Outcome, work: WorkFolder) -> int:
+    """Say why processes did not finish: 2 where a user can mend it, 1 where one died."""
+    for error in outcome.errors:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    if outcome.errors:
+        return 2
+    kept = f"{len(work.records()):,} finished parts are kept: the same command goes on from there"
+    print(f"error: {'; '.join(outcome.failed)}. {kept}", file=sys.stderr)  # noqa: T201
+    return 1
+
+
+def _say_finished(task: EmbedTask, screen: Screen) -> None:
+    place = task.output
+    files = list(place.iterdir()) if place.is_dir() else [place]
+    size = sum(file.stat().st_size for file in files)
+    screen.say(f"Wrote {place}, {size:,} bytes{f', {len(files):,} files' if place.is_dir() else ''}")
+
+
+def main() -> None:
+    """`bionemo-esm embed`, where there is no checkout and so no `examples/`."""
+    check_command_line("embed")
+    hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="embed")(embed)()

@@ -1,0 +1,292 @@
+"""A long input worked off in parts, so that a run that was killed goes on, and several processes share the work.
+
+The input is cut, in order, where it and the settings say, whoever computes. Finished parts lie, each whole, in the work
+folder `.NAME.partial` beside the output, with what they hold recorded beside them:
+
+    lock          held by the run that is at work
+    job.json      what shapes the result: another job does not go on here
+    input         standard input, where that was read
+    parts/        part-00000.parquet, ...
+    records/      part-00000.json, ...: proteins, residues, bytes, SHA-256; written after the part
+
+When all parts are there they become the output, by one rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference.embedding_reader import MANIFEST, read_embeddings
+from bionemo_esm.inference.inputs import Protein
+from bionemo_esm.inference.writers import ABOUT, ENDINGS, NPZ, joined_columns, write_file, write_npz, write_part
+from bionemo_esm.outputs import check_absent, sync_folder, written_whole
+
+if TYPE_CHECKING:  # it imports torch
+    from bionemo_esm.inference.embeddings import Embedding
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+_HASH_BYTES = 2**20
+_JOB, _LOCK, _INPUT, _PARTS, _RECORDS, _JOINED = "job.json", "lock", "input", "parts", "records", "joined"
+_FINISHING = "finishing"
+
+
+class WorkError(UserError):
+    """A work folder that another job or process holds, or a disk that is full; the message says what to do."""
+
+
+def cut(
+    proteins: Iterable[Protein], most_proteins: int, most_bytes: int, bytes_of: Callable[[int], int]
+) -> Iterator[list[Protein]]:
+    """Parts of an input, in order: each of up to so many proteins and bytes of answers, or of one protein."""
+    part: list[Protein] = []
+    filled = 0
+    for protein in proteins:
+        needed = bytes_of(protein.residues)
+        if part and (len(part) == most_proteins or filled + needed > most_bytes):
+            yield part
+            part, filled = [], 0
+        part.append(protein)
+        filled += needed
+    if part:
+        yield part
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished part holds."""
+
+    proteins: int
+    residues: int
+    bytes: int
+    sha256: str
+
+
+class WorkFolder:
+    """Parts of one output on their way. `kind`: a format of `writers`; a single file is joined from parts in NPZ."""
+
+    def __init__(self, output: Path, kind: str, is_folder: bool) -> None:
+        self.output, self.kind, self.is_folder = output, kind, is_folder
+        self.folder = output.parent / f".{output.name}.partial"
+        self.input = self.folder / _INPUT
+        self._part_kind = kind if is_folder else NPZ
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder, or take over the one that is there, and keep other runs away for the length of a block.
+
+        What a killed process left half-written is cleared; a folder in which nothing was finished goes with the block.
+        Raises `WorkError` where another run holds it, `ConfigError` where it is none of ours, or the output exists.
+        """
+        with ExitStack() as stack:
+            with _explained(self.folder):
+                stack.enter_context(_locked(self.folder / _LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                self._check_ours()
+                check_absent("output", self.output)  # once more: whoever had the lock may have finished it
+                self._clear_of_halves()
+            try:
+                yield
+            finally:
+                if self.folder.is_dir() and not self.records():
+                    shutil.rmtree(self.folder)
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """As `held`, for one of several processes that nobody has started together: they keep out those that `held`."""
+        with ExitStack() as stack:
+            with _explained(self.folder):
+                stack.enter_context(_locked(self.folder / _LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
+                self._check_ours()
+            try:
+                yield
+            finally:
+                if self.output.exists():  # this process came after the others had finished
+                    shutil.rmtree(self.folder, ignore_errors=True)
+
+    def claim(self, job: Mapping[str, Any]) -> None:
+        """Note what shapes the result, or compare it with what an earlier run, or another process, has noted.
+
+        Raises `WorkError`, naming the settings, where that was something else.
+        """
+        text = json.dumps(job, indent=2, sort_keys=True)
+        path = self.folder / _JOB
+        if not path.exists():
+            with _explained(path), written_whole(path) as stream:
+                stream.write(text.encode())
+            return
+        try:
+            noted = json.loads(path.read_text(encoding="utf-8"))
+            differing = sorted(key for key in {*noted, *job} if noted.get(key) != json.loads(text).get(key))
+        except (OSError, ValueError, AttributeError) as error:
+            raise WorkError(
+                f"{path}: cannot be read ({error}); remove the folder {self.folder} to begin anew"
+            ) from error
+        if differing:
+            shown = "; ".join(f"{key} was {noted.get(key)}, now {job.get(key)}" for key in differing)
+            raise WorkError(
+                f"{self.folder} holds parts of another job for the same output: {shown}. Run that job's command to "
+                f"finish it, or remove the folder to begin anew"
+            )
+
+    def records(self) -> dict[int, Record]:
+        """What the finished parts hold, by their numbers. A part is finished when its record is there."""
+        found = {}
+        for path in (self.folder / _RECORDS).glob("part-*.json"):
+            try:
+                found[int(path.stem.removeprefix("part-"))] = Record(**json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError):
+                path.unlink()  # of a damaged record's part we know nothing: it is computed again
+        return found
+
+    def part(self, number: int) -> Path:
+        return self.folder / _PARTS / f"part-{number:05d}{ENDINGS[self._part_kind]}"
+
+    def _record(self, number: int) -> Path:
+        return self.folder / _RECORDS / f"part-{number:05d}.json"
+
+    def is_intact(self, number: int, record: Record) -> bool:
+        """Whether a part is as it was written, by every byte. One that is not is forgotten, to be computed again."""
+        part = self.part(number)
+        if part.is_file() and part.stat().st_size == record.bytes and sha256_of(part) == record.sha256:
+            return True
+        self._record(number).unlink(missing_ok=True)
+        return False
+
+    def write(self, number: int, about: Mapping[str, Any], embeddings: Sequence[Embedding]) -> None:
+        """Finish a part. Raises `WorkError` for a full disk."""
+        part = self.part(number)
+        with _explained(part):
+            with written_whole(part) as stream:
+                write_part(self._part_kind, stream, about, embeddings)
+            residues = sum(embedding.residues for embedding in embeddings)
+            record = Record(len(embeddings), residues, part.stat().st_size, sha256_of(part))
+            with written_whole(self._record(number)) as stream:
+                stream.write(json.dumps(vars(record)).encode())
+
+    def finish(self, parts: int, about: Mapping[str, Any]) -> bool:
+        """Make the output, if all parts are there; whether it is there now. Of several processes one does it.
+
+        Raises `WorkError` for a full disk, `ConfigError` where something else has taken the output's name.
+        """
+        with ExitStack() as stack, _explained(self.output):
+            try:
+                stack.enter_context(_locked(self.folder / _FINISHING, fcntl.LOCK_EX))
+            except FileNotFoundError:  # another process has finished, and removed the folder
+                return self.output.exists()
+            records = self.records()
+            if set(records) != set(range(parts)):
+                return False
+            check_absent("output", self.output)
+            self._become_output(parts, about, records)
+            shutil.rmtree(self.folder)
+        return True
+
+    def _become_output(self, parts: int, about: Mapping[str, Any], records: Mapping[int, Record]) -> None:
+        files = [self.part(number) for number in range(parts)]
+        for path in set((self.folder / _PARTS).iterdir()) - set(files):
+            path.unlink()  # half of a part, of a process that was killed
+        if self.is_folder:
+            listed = [{"file": file.name, **vars(records[number])} for number, file in enumerate(files)]
+            totals = {key: sum(getattr(record, key) for record in records.values()) for key in ("proteins", "residues")}
+            with written_whole(self.folder / _PARTS / MANIFEST) as stream:
+                stream.write(
+                    json.dumps({ABOUT: about, "format": self.kind, **totals, "parts": listed}, indent=2).encode()
+                )
+            (self.folder / _PARTS).rename(self.output)
+        else:
+            joined = self.folder / _JOINED
+            with written_whole(joined) as stream:
+                self._join(stream, about, files)
+            joined.rename(self.output)
+        sync_folder(self.output.parent)
+
+    def _join(self, stream: IO[bytes], about: Mapping[str, Any], files: Sequence[Path]) -> None:
+        if self.kind == NPZ:
+            write_npz(stream, about, joined_columns(files))
+        else:
+            write_file(self.kind, stream, about, (list(read_embeddings(file)) for file in files))
+
+    def _check_ours(self) -> None:
+        known = {_JOB, _LOCK, _FINISHING, _INPUT, _PARTS, _RECORDS, _JOINED}
+        strange = [path.name for path in self.folder.iterdir() if path.name not in known and path.suffix != ".partial"]
+        if strange:
+            raise ConfigError(f"{self.folder}: is in the way, and not ours: it holds {strange[0]}; move it elsewhere")
+
+    def _clear_of_halves(self) -> None:
+        for path in (*self.folder.glob(".*.partial"), *self.folder.glob("*/.*.partial")):
+            path.unlink()
+        for path in (self.folder / _PARTS).glob("*"):
+            if not (self.folder / _RECORDS / f"{path.stem}.json").exists():
+                path.unlink()  # the run was killed between a part and its record, or the manifest and the renaming
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _locked(lock: Path, how: int) -> Iterator[None]:
+    """Hold a lock file; the system lets go of it when the process ends, however it ends."""
+    while True:
+        if how & fcntl.LOCK_NB:  # the first to come makes the folder; the last to finish removes it
+            lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            stream = lock.open("a+b")
+        except FileNotFoundError:
+            if how & fcntl.LOCK_NB:
+                continue
+            raise
+        with stream:
+            try:
+                fcntl.flock(stream, how)
+            except BlockingIOError:
+                raise WorkError(
+                    f"{lock.parent}: another process is at work on this output; wait for it to end, or choose another"
+                ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            if not lock.exists() or not os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
+                continue  # whoever held it has removed the folder meanwhile
+            yield
+            return
+
+
+@contextmanager
+def _explained(place: Path) -> Iterator[None]:
+    """A full disk, and a place where nothing may be written, as `WorkError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise WorkError(
+                f"{place}: {os.strerror(error.errno or 0).lower()}; finished parts are kept; make room, and run "
+                "the same command again"
+            ) from error
+        if error.errno in (errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise WorkError(
+                f"{error.filename or place}: cannot be written ({error.strerror}); choose another output"
+            ) from error
+        raise
+
+
+def copied(source: IO[bytes], target: Path) -> None:
+    """Copy a stream that can be read once into a file, whole. Raises `WorkError` for a full disk."""
+    with _explained(target), written_whole(target) as stream:
+        shutil.copyfileobj(source, stream, _HASH_BYTES)

@@ -1,0 +1,293 @@
+"""Tables of variants, in and out, and how well scores agree with measurements.
+
+A table is an Arrow table; what was read as text (CSV, TSV) stays text, so that its columns leave as they came.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bionemo_esm.data.sources import STANDARD_INPUT, Source
+from bionemo_esm.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    import pyarrow as arrow
+
+Floats = NDArray[np.float64]
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+PARQUET = (".parquet", ".pq")
+_PACKED = (".gz", ".zst", ".zstd", ".bgz")
+_BLOCK_BYTES = 2**20
+_NOT_MEASURED = ("", "na", "nan", "null", "none")
+_FEWEST_FOR_SPEARMAN = 3
+_COVERED_PERCENT = 95.0
+
+
+class TableError(UserError):
+    """A table that cannot be used; the message names the file, the row or the column, and what to do."""
+
+
+@dataclass(frozen=True)
+class VariantTable:
+    """What was read, and where its rows stand."""
+
+    name: str
+    table: arrow.Table
+    rows: NDArray[np.int64]  # [V]: the number of each row in the file, its header being row 1
+
+    def where(self, index: int) -> str:
+        """A row, for a message."""
+        return f"{self.name}, row {self.rows[index]}"
+
+    def texts(self, column: str, key: str) -> list[str]:
+        """A column as text, '' where nothing stands. Raises `TableError`, naming the key, where it is not there."""
+        names = self.table.column_names
+        if column not in names:
+            raise TableError(f"{self.name}: {key}={column}: there is no such column, but {', '.join(names[:20])}")
+        values: list[Any] = self.table.column(names.index(column)).to_pylist()
+        return ["" if value is None else str(value) for value in values]
+
+    def numbers(self, column: str, key: str) -> Floats:
+        """A column as numbers, NaN where nothing stands, or NA. Raises `TableError` for anything else."""
+        found = np.full(len(self.rows), np.nan)
+        for index, text in enumerate(self.texts(column, key)):
+            if text.strip().lower() in _NOT_MEASURED:
+                continue
+            try:
+                found[index] = float(text)
+            except ValueError:
+                raise TableError(f"{self.where(index)}: {key}={column}: {text[:40]!r} is not a number") from None
+        found[np.isinf(found)] = np.nan
+        return found
+
+
+def read_table(path: str | os.PathLike[str]) -> VariantTable:
+    """A CSV or TSV file with a header, plain or gzip or zstd, or a Parquet file, by its ending; `-`, standard input, is
+    CSV. Raises `TableError`, `SourceError`.
+    """
+    name = "standard input" if os.fspath(path) == STANDARD_INPUT else os.fspath(path)
+    ending = ".csv" if name == "standard input" else _ending(name)
+    if ending in PARQUET:
+        return _read_parquet(name)
+    if ending not in SEPARATORS:
+        raise TableError(f"{name}: a table must end in .csv, .tsv, .parquet, or the first two and .gz or .zst")
+    import pyarrow as arrow
+
+    names, rows, numbers = _split(os.fspath(path), name, SEPARATORS[ending])
+    columns = [arrow.array(column, arrow.string()) for column in zip(*rows, strict=True)]
+    table = arrow.Table.from_arrays(columns, names=names) if columns else None
+    return _checked(name, table, np.array(numbers, dtype=np.int64))
+
+
+def check_ending(key: str, path: Path) -> None:
+    """Raises `ConfigError`, naming the key, unless a table of this name can be written."""
+    if path.suffix not in (*SEPARATORS, *PARQUET):
+        raise ConfigError(f"{key}: {path} must end in .csv, .tsv or .parquet")
+
+
+def with_columns(table: arrow.Table, columns: Mapping[str, NDArray[Any]]) -> arrow.Table:
+    """A table and more columns, NaN as null. Raises `TableError` for a column that is there already."""
+    import pyarrow as arrow
+
+    for name, values in columns.items():
+        if name in table.column_names:
+            raise TableError(f"the input has a column {name} already, as the scores are to be named; rename it")
+        table = table.append_column(name, arrow.array(values, from_pandas=True))
+    return table
+
+
+def write_table(table: arrow.Table, stream: IO[bytes], ending: str, rounded: Collection[str]) -> None:
+    """Write as Parquet, or as CSV or TSV: there with six decimals in the `rounded` columns, and empty fields for null.
+
+    The ending says which.
+    """
+    if ending in PARQUET:
+        from pyarrow import parquet
+
+        parquet.write_table(table, stream)
+        return
+    text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+    rows = csv.writer(text, delimiter=SEPARATORS[ending], lineterminator="\n")
+    rows.writerow(table.column_names)
+    fields = [
+        map(_rounded if name in rounded else _field, column.to_pylist())
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    ]
+    rows.writerows(zip(*fields, strict=True))
+    text.flush()
+    text.detach()
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Spearman's rank correlation of scores and measurements, and the interval that holds 95% of its resamples."""
+
+    spearman: float  # NaN where one of the two is the same everywhere, or there are fewer than three
+    low: float
+    high: float
+    variants: int  # that have both
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """For a summary: NaN as null, six decimals."""
+        return {
+            key: value if isinstance(value, int) else None if np.isnan(value) else round(value, 6)
+            for key, value in asdict(self).items()
+        }
+
+
+def agreement(scores: Floats, measured: Floats, resamples: int = 1000, seed: int = 1) -> Agreement:
+    """Spearman's correlation with a percentile bootstrap over variants; ties have their average rank.
+
+    Pairs with a NaN are left out. Drawn by NumPy's PCG64 from `seed`, so that the same numbers give the same interval.
+    """
+    both = ~(np.isnan(scores) | np.isnan(measured))
+    count = int(both.sum())
+    if count < _FEWEST_FOR_SPEARMAN:
+        return Agreement(np.nan, np.nan, np.nan, count)
+    one, other = (np.unique(values[both], return_inverse=True)[1] for values in (scores, measured))
+    generator = np.random.default_rng(seed)
+    drawn = np.empty(resamples)
+    for index in range(resamples):
+        times = np.bincount(generator.integers(count, size=count), minlength=count).astype(np.float64)
+        drawn[index] = _spearman(one, other, times)
+    drawn = drawn[~np.isnan(drawn)]
+    tail = (100 - _COVERED_PERCENT) / 2
+    low, high = np.percentile(drawn, [tail, 100 - tail]) if len(drawn) else (np.nan, np.nan)
+    return Agreement(_spearman(one, other, np.ones(count)), float(low), float(high), count)
+
+
+def _spearman(one: NDArray[np.int64], other: NDArray[np.int64], times: Floats) -> float:
+    """Of values [N], given as their order among the distinct ones, each of which was drawn so many times.
+
+    Nothing is sorted: the rank of a value follows from how often each smaller one was drawn.
+    """
+    x, y = (_average_ranks(order, times) for order in (one, other))
+    middle = (times.sum() + 1) / 2  # the mean of all ranks
+    x, y = x - middle, y - middle
+    spread = np.sqrt((times * x * x).sum() * (times * y * y).sum())
+    return float((times * x * y).sum() / spread) if spread > 0 else np.nan
+
+
+def _average_ranks(order: NDArray[np.int64], times: Floats) -> Floats:
+    together = np.bincount(order, weights=times)
+    ranks: Floats = (np.cumsum(together) - (together - 1) / 2)[order]
+    return ranks
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _ending(name: str) -> str:
+    name = name.lower()
+    for packed in _PACKED:
+        name = name.removesuffix(packed)
+    return Path(name).suffix
+
+
+def _text(path: str, name: str) -> str:
+    parts = []
+    with Source(path) as source:
+        block = bytearray(_BLOCK_BYTES)
+        while filled := source.fill(memoryview(block)):
+            parts.append(bytes(block[:filled]))
+    if source.damage:
+        raise TableError(f"{name}: {source.damage}; download or copy the file again")
+    try:
+        return b"".join(parts).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TableError(f"{name}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+def _split(path: str, name: str, separator: str) -> tuple[list[str], list[list[str]], list[int]]:
+    """Names of the columns, rows, and the number of each row; blank lines count, and are left out."""
+    reader = csv.reader(io.StringIO(_text(path, name), newline=""), delimiter=separator)
+    names: list[str] = []
+    rows, numbers = [], []
+    try:
+        for number, row in enumerate(reader, start=1):
+            if not row:
+                continue
+            if not names:
+                names = [column.strip() for column in row]
+                continue
+            if len(row) != len(names):
+                raise TableError(f"{name}, row {number}: has {len(row)} fields, the header {len(names)}")
+            rows.append(row)
+            numbers.append(number)
+    except csv.Error as error:
+        raise TableError(f"{name}, line {reader.line_num}: {error}; is it a {separator!r}-separated table?") from error
+    return names, rows, numbers
+
+
+def _read_parquet(name: str) -> VariantTable:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    try:
+        with open(name, "rb") as stream:
+            table = parquet.ParquetFile(stream).read()
+    except arrow.ArrowException as error:
+        raise TableError(f"{name}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+    except OSError as error:
+        raise TableError(f"{name}: cannot be opened ({error.strerror or error})") from error
+    return _checked(name, table, np.arange(2, table.num_rows + 2))
+
+
+def _checked(name: str, table: arrow.Table | None, rows: NDArray[np.int64]) -> VariantTable:
+    if table is None or not table.num_rows:
+        raise TableError(f"{name}: no row in it; its first line must name the columns, each further one is a variant")
+    twice = {column for column in table.column_names if table.column_names.count(column) > 1}
+    if twice:
+        raise TableError(f"{name}: two columns are named {min(twice)!r}; rename one")
+    return VariantTable(name, table, rows)
+
+
+def _field(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{round(value, 6) + 0.0:.6f}"  # + 0.0: never -0.000000
+
+
+# --- said in a few lines ----------------------------------------------------------------------------------------------
+
+
+def agreements(
+    scores: Mapping[str, Floats],
+    measured: Floats,
+    places: NDArray[np.int64],
+    count: Callable[[Floats, Floats], Agreement],
+) -> dict[str, dict[str, Agreement]]:
+    """Of each method, over all variants, and where there are both, over single and multiple mutants apart.
+
+    `places`: how many residues each variant replaces, int64 [V].
+    """
+    groups = {"all": places >= 0}
+    if (places == 1).any() and (places > 1).any():
+        groups |= {"single": places == 1, "multiple": places > 1}
+    return {
+        method: {group: count(values[rows], measured[rows]) for group, rows in groups.items()}
+        for method, values in scores.items()
+    }
+
+
+def lines_of(found: Mapping[str, Mapping[str, Agreement]]) -> Iterable[str]:
+    """The agreements as a small table of text."""
+    yield f"  {'':<22} {'':<9} Spearman  95% interval       variants"
+    for method, groups in found.items():
+        for group, told in groups.items():
+            interval = f"{told.low:.3f} to {told.high:.3f}"
+            yield f"  {method:<22} {group:<9} {told.spearman:8.3f}  {interval:<16} {told.variants:>9,}"

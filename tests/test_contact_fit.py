@@ -1,0 +1,382 @@
+"""A contact head from a few structures: its features, the regression, the figures it is judged by, and the archive."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+import esm
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from transformers import EsmForMaskedLM
+
+from bionemo_esm.alphabet import encode
+from bionemo_esm.data.packing import pack
+from bionemo_esm.data.store import SequenceSplit
+from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference import contact_pairs
+from bionemo_esm.inference.contact_features import attention_features
+from bionemo_esm.inference.contact_fit import (
+    Regression,
+    evaluate,
+    evaluate_separation,
+    fit_head,
+    fit_regression,
+    head_of,
+    untrained,
+    with_head,
+)
+from bionemo_esm.inference.contact_metrics import precision_of_top, precisions, summary, table
+from bionemo_esm.inference.contact_pairs import (
+    FitChoice,
+    Pairs,
+    check_memory,
+    divide,
+    pairs_of,
+    some_of,
+    training_pairs,
+)
+from bionemo_esm.inference.contact_prediction import Reach, contacts_of, predict_contacts
+from bionemo_esm.inference.engine import Engine
+from bionemo_esm.inference.structures import Structure
+from bionemo_esm.model.attention import MapObserver
+from bionemo_esm.model.contact_head import average_product_corrected
+from bionemo_esm.model.interchange.convert import export_model
+from bionemo_esm.model.reading import show_attention_maps
+from models import tiny_model
+from peers import fair_esm
+from structures import walk
+from theirs import Shape
+
+SHAPE = Shape(2, 32, 4)
+
+
+@pytest.fixture(scope="module")
+def structures(tiny_split: SequenceSplit) -> list[Structure]:
+    """Real sequences of 30 to 150 residues on random compact walks; some residues are not resolved."""
+    proteins = [tiny_split[index] for index in range(11, 37)]
+    return [walk(f"s{index}", protein[: 40 + 5 * index], index) for index, protein in enumerate(proteins[:12])]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """An ESM-2 of random weights, without a contact head."""
+    path = tmp_path_factory.mktemp("engine") / "m.nemo"
+    tiny_model(position_embedding="rotary", token_dropout=True, seq_length=130).save_to(str(path))
+    return Engine.load(path, "cpu")
+
+
+CHOICE = FitChoice(train=4, strength=100.0)
+
+
+@pytest.fixture(scope="module")
+def fitted(engine: Engine, structures: list[Structure]) -> Regression:
+    train = divide(structures, CHOICE, engine.window).train
+    return fit_head(engine, train, training_pairs(train, CHOICE), CHOICE)
+
+
+# --- features and regression ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["ESM-1b", "ESM-2"])
+def test_features_and_fit_are_those_of_fair_esms_own_attention_maps(
+    family: str, structures: list[Structure], tmp_path: Path
+) -> None:
+    peer = fair_esm(family, SHAPE, tmp_path / "peer")
+    from bionemo_esm.model.interchange.convert import import_model
+
+    ours = Engine.load(import_model(peer.path, tmp_path / "ours.nemo").output, "cpu")
+    features, touch = [], []
+    for structure in structures[:4]:
+        pairs = pairs_of(structure, 6, 8.0)
+        theirs = torch.from_numpy(np.concatenate([[0], structure.tokens, [2]]).astype(np.int64))[None]
+        with torch.no_grad():
+            maps = peer.model(theirs, repr_layers=[], need_head_weights=True)["attentions"]  # [1, layers, heads, L, L]
+        maps = maps.flatten(1, 2)[0, :, 1:-1, 1:-1]
+        corrected = esm.modules.apc(esm.modules.symmetrize(maps)).permute(1, 2, 0).numpy()
+        features.append(corrected[pairs.first, pairs.second])
+        touch.append(pairs.touch)
+        found = attention_features(ours, structure.tokens, pairs)
+        assert found.dtype == np.float32
+        assert np.abs(found - features[-1]).max() < 1e-5
+    import sklearn
+
+    lasso = {"l1_ratio": 1.0} if tuple(map(int, sklearn.__version__.split(".")[:2])) >= (1, 8) else {"penalty": "l1"}
+    reference = LogisticRegression(C=100.0, solver="liblinear", random_state=0, max_iter=1000, **lasso)
+    reference.fit(np.concatenate(features), np.concatenate(touch))
+    regression = fit_head(ours, structures[:4], training_pairs(structures[:4], CHOICE), CHOICE)
+    assert np.abs(reference.coef_).max() > 0.1
+    expected = reference.predict_proba(np.concatenate(features))[:, 1]
+    with with_head(ours, head_of(regression)):
+        maps_of = dict(predict_contacts(ours, [structure.tokens for structure in structures[:4]], Reach.of(ours)))
+    pairs_of_all = training_pairs(structures[:4], CHOICE)
+    answers = [maps_of[place][pairs.first, pairs.second] for place, pairs in enumerate(pairs_of_all)]
+    assert np.abs(np.concatenate(answers) - expected).max() < 1e-3  # where two fits of nearly equal numbers end
+    own = np.concatenate(
+        [attention_features(ours, s.tokens, p) for s, p in zip(structures, pairs_of_all, strict=False)]
+    )
+    logits = own.astype(np.float64) @ regression.weight + regression.bias
+    assert np.abs(np.concatenate(answers) - 1 / (1 + np.exp(-logits))).max() < 1e-5
+
+
+def test_of_attention_maps_no_more_than_one_layers_are_alive(
+    structures: list[Structure], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model(num_layers=5, position_embedding="rotary").save_to(str(tmp_path / "m.nemo"))
+    engine, alive, most = Engine.load(tmp_path / "m.nemo", "cpu"), [], []
+
+    def watched(encoder: object, batch: object, observer: MapObserver) -> None:
+        def observe(layer: int, maps: list[Tensor]) -> None:
+            observer(layer, maps)
+            alive.extend(weakref.ref(map_NLL) for map_NLL in maps)
+            most.append(sum(reference() is not None for reference in alive))
+
+        show_attention_maps(encoder, batch, observe)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("bionemo_esm.inference.contact_features.show_attention_maps", watched)
+    attention_features(engine, structures[0].tokens, pairs_of(structures[0], 6, 8.0))
+    assert most == [1] * 5
+
+
+def test_a_map_of_zeros_is_corrected_to_zeros() -> None:
+    maps = torch.stack([torch.zeros(5, 5), torch.rand(5, 5)])
+    corrected = average_product_corrected(maps)
+    assert torch.equal(corrected[0], torch.zeros(5, 5)) and corrected[1].isfinite().all()
+    assert torch.equal(corrected[1], esm.modules.apc(maps[1:])[0])
+
+
+def test_a_regression_finds_the_head_that_knows_and_leaves_the_others_out() -> None:
+    random = np.random.default_rng(0)
+    touch = random.random(4000) < 0.1
+    features = random.normal(0, 0.05, (4000, 8)).astype(np.float32)
+    features[:, 3] += 0.5 * touch
+    found = fit_regression(features, touch, 0.15, 0)
+    assert np.flatnonzero(found.weight).tolist() == [3] and found.weight[3] > 1 and found.bias < 0
+    assert found.converged
+    again = fit_regression(features, touch, 0.15, 0)
+    assert np.array_equal(found.weight, again.weight) and found.bias == again.bias
+    assert not fit_regression(features, touch, 1e-4, 0).weight.any()
+
+
+# --- which structures and pairs ---------------------------------------------------------------------------------------
+
+
+def test_no_sequence_is_fitted_on_and_asked_about(structures: list[Structure]) -> None:
+    twin = Structure("twin", structures[0].tokens, structures[0].coordinates)
+    short = walk("short", structures[1].tokens[:6], 1)
+    for seed in range(5):
+        division = divide([*structures, twin, short], FitChoice(train=6, seed=seed), 128)
+        train, held_out = ({found.tokens.tobytes() for found in part} for part in (division.train, division.held_out))
+        assert len(train) == 6 and not train & held_out and len(train | held_out) == 12
+        assert (division.repeated, division.without_pairs) == (1, 1)
+    first, again, other = (
+        [found.id for found in divide(structures, FitChoice(train=6, seed=seed), 128).train] for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    named = divide([twin, *structures], FitChoice(train=("s3", "s2")), 128)
+    assert [found.id for found in named.train] == ["s3", "s2"]
+    assert "s0" not in [found.id for found in named.held_out]
+
+
+def test_structures_to_fit_on_must_be_there_and_fit_the_model(structures: list[Structure]) -> None:
+    lengths = sorted(structure.residues for structure in structures)
+    with pytest.raises(ConfigError, match="train=12: there are 3 structures to fit on"):
+        divide(structures, FitChoice(train=12), lengths[2])
+    assert {found.residues for found in divide(structures, FitChoice(train=3), lengths[2]).train} == set(lengths[:3])
+    for ids, message in (
+        (("s1", "nobody"), "no structure is named nobody; there are s0, s1"),
+        (("s1", "s1"), "s1 is named twice"),
+        (("s11",), "s11 cannot be fitted on"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            divide(structures, FitChoice(train=ids), lengths[2])
+
+
+def test_pairs_are_far_enough_apart_and_resolved(structures: list[Structure]) -> None:
+    structure = structures[0]
+    pairs = pairs_of(structure, 6, 8.0)
+    shown, touching = structure.resolved, structure.contacts()
+    expected = [
+        (i, j) for i in range(structure.residues) for j in range(i + 6, structure.residues) if shown[i] and shown[j]
+    ]
+    assert list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)) == expected
+    assert pairs.touch.tolist() == [bool(touching[pair]) for pair in expected]
+    assert 0 < pairs.touch.sum() < len(expected) and not shown.all()
+
+
+def test_some_pairs_are_drawn_from_all_proteins_alike(structures: list[Structure]) -> None:
+    pairs = [pairs_of(structure, 6, 8.0) for structure in structures]
+    drawn = some_of(pairs, 2000, seed=1)
+    assert sum(len(part.first) for part in drawn) == 2000
+    shares = [len(some.first) / len(part.first) for some, part in zip(drawn, pairs, strict=True)]
+    assert max(shares) < 3 * min(shares) and min(shares) > 0
+    for some, part in zip(drawn, pairs, strict=True):
+        everything = set(zip(*(array.tolist() for array in part), strict=True))
+        assert set(zip(*(array.tolist() for array in some), strict=True)) <= everything
+    assert all(np.array_equal(a.first, b.first) for a, b in zip(drawn, some_of(pairs, 2000, 1), strict=True))
+    assert some_of(pairs, None, 1) is pairs
+
+
+def test_structures_without_contacts_and_fits_beyond_memory_are_refused(
+    structures: list[Structure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"0 of [\d,]+ pairs touch"):
+        training_pairs(structures[:2], FitChoice(contact_angstrom=0.1))
+    check_memory(300_000, 24)
+    monkeypatch.setattr(contact_pairs.os, "sysconf", lambda name: 2**15)  # 2^30 bytes
+    with pytest.raises(
+        UserError, match=r"300,000 pairs x 660 attention heads takes 7.9 GB, more than the 1.1 GB .*=20336"
+    ):
+        check_memory(300_000, 660)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"train": 0}, {"train": ()}, {"strength": 0.0}, {"contact_angstrom": -1.0}, {"most_pairs": 0}, {"seed": -1}],
+)
+def test_a_choice_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        FitChoice(**wrong)  # type: ignore[arg-type]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_precision_counts_the_surest_pairs_and_draws_among_equals() -> None:
+    scores = np.array([0.9, 0.8, 0.5, 0.5, 0.5, 0.1, np.nan])
+    hits = np.array([1, 0, 1, 0, 0, 1, 1], dtype=bool)
+    assert precision_of_top(scores, hits, 1) == 1
+    assert precision_of_top(scores, hits, 2) == 0.5
+    assert precision_of_top(scores, hits, 4) == pytest.approx((1 + 2 / 3) / 4)
+    assert precision_of_top(scores[::-1], hits[::-1], 4) == pytest.approx((1 + 2 / 3) / 4)
+    assert precision_of_top(scores, hits, 6) == pytest.approx(3 / 6)
+    assert precision_of_top(scores, hits, 100) == pytest.approx(4 / 7)
+
+
+def test_precisions_are_those_of_a_plain_count(structures: list[Structure]) -> None:
+    structure = structures[5]
+    scores = np.random.default_rng(0).random((structure.residues,) * 2).astype(np.float32)
+    found = precisions(scores, structure)
+    shown, touching = structure.resolved, structure.contacts()
+    for name, begin, end in (("short", 6, 12), ("medium", 12, 24), ("long", 24, 10**9)):
+        ranked = sorted(
+            (-scores[i, j], touching[i, j])
+            for i in range(structure.residues)
+            for j in range(i + begin, min(i + end, structure.residues))
+            if shown[i] and shown[j]
+        )
+        for top, part in (("P@L", 1), ("P@L/2", 2), ("P@L/5", 5)):
+            surest = ranked[: structure.residues // part]
+            assert found[name, top] == pytest.approx(sum(hit for _, hit in surest) / len(surest))
+    assert ("long", "P@L") not in precisions(scores[:20, :20], walk("short", structure.tokens[:20], 1))
+
+
+def test_the_interval_is_over_proteins_and_the_same_again() -> None:
+    rows = summary([{("long", "P@L"): value} for value in (0.1, 0.2, 0.3, 0.4)] + [{}], seed=0)
+    assert [(row.range, row.top, row.proteins) for row in rows] == [("long", "P@L", 4)]
+    assert rows[0].mean == pytest.approx(0.25) and 0.1 <= rows[0].low < 0.25 < rows[0].high <= 0.4
+    assert rows == summary([{("long", "P@L"): value} for value in (0.1, 0.2, 0.3, 0.4)], seed=0)
+    assert table({"model": rows})[-1].split() == ["model", *"------", "0.250", "-", "-"]
+
+
+def test_separation_alone_predicts_what_is_often_in_touch_in_training() -> None:
+    pairs = [Pairs(np.zeros(4, dtype=int), np.array([6, 6, 7, 8]), np.array([True, False, True, False]))]
+    coordinates = np.zeros((9, 3), dtype=np.float32)
+    coordinates[:, 0] = [0, 50, 100, 150, 200, 250, 300, 0, 400]  # 0 and 7 touch, 1 and 8 do not
+    structure = Structure("a", encode("MKVLAGSTW"), coordinates)
+    (found,) = evaluate_separation(pairs, [structure], FitChoice())
+    assert found["short", "P@L/5"] == pytest.approx(0.5)  # of the two pairs 7 apart one is drawn
+
+
+def test_a_fitted_head_does_better_than_chance_where_attention_tells(
+    engine: Engine, structures: list[Structure], fitted: Regression
+) -> None:
+    train = divide(structures, CHOICE, engine.window).train
+    found, blank = evaluate(engine, fitted, train, CHOICE), Regression(0 * fitted.weight, 0.0, 1, True)
+    chance = evaluate(engine, blank, train, CHOICE)
+    mean = [np.mean([of_one["short", "P@L/5"] for of_one in rows]) for rows in (found, chance)]
+    assert mean[0] > mean[1]
+    assert engine.encoder.contact_head is None, "the head is taken away again"
+
+
+def test_the_untrained_model_has_the_shape_and_none_of_the_weights(engine: Engine) -> None:
+    state = torch.get_rng_state()
+    blank, again = untrained(engine, 3), untrained(engine, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    weights, others = (dict(model.encoder.named_parameters()) for model in (blank, again))
+    for name, parameter in engine.encoder.named_parameters():
+        assert weights[name].shape == parameter.shape and torch.equal(weights[name], others[name])
+        assert parameter.ndim < 2 or not torch.equal(weights[name], parameter)
+
+
+# --- long proteins, and the way to Hugging Face -----------------------------------------------------------------------
+
+
+def test_long_proteins_are_blended_from_windows(engine: Engine, tiny_split: SequenceSplit, fitted: Regression) -> None:
+    tokens = tiny_split[9][:200]
+    with with_head(engine, head_of(fitted)):
+        found = contacts_of(engine, tokens, Reach(120, 60))
+        parts = [contacts_of(engine, tokens[begin : begin + 120], Reach(120, 60)) for begin in (0, 40, 80)]
+        assert Reach(120, 60).cover(200) == [(0, 120), (40, 160), (80, 200)]
+        assert np.allclose(found[:40, :40], parts[0][:40, :40], atol=1e-5)
+        assert np.allclose(found[170:, 170:], parts[2][90:, 90:], atol=1e-5)
+        assert np.array_equal(found, found.T, equal_nan=True)
+        places = np.arange(200)
+        reached = (places[:, None] < 120) & (places[None, :] < 120)
+        reached |= (places[:, None] >= 80) & (places[None, :] >= 80)
+        inner = (places >= 40) & (places < 160)
+        reached |= inner[:, None] & inner[None, :]
+        assert np.array_equal(np.isnan(found), ~reached)
+        low = np.minimum(parts[0][100, 50], parts[1][60, 10])
+        high = np.maximum(parts[0][100, 50], parts[1][60, 10])
+        assert low - 1e-6 <= found[100, 50] <= high + 1e-6
+        one = contacts_of(engine, tokens, Reach(200, 0))
+    assert not np.isnan(one).any()
+
+
+def test_answers_do_not_depend_on_what_else_is_asked(
+    engine: Engine, structures: list[Structure], fitted: Regression
+) -> None:
+    proteins = [structure.tokens for structure in structures]
+    with with_head(engine, head_of(fitted)):
+        every = dict(predict_contacts(engine, proteins, Reach.of(engine)))
+        some = dict(predict_contacts(engine, proteins, Reach.of(engine), lambda place: place in (2, 5)))
+        alone = contacts_of(engine, proteins[5], Reach.of(engine))
+    assert sorted(every) == list(range(12)) and sorted(some) == [2, 5]
+    assert np.array_equal(some[5], every[5]) and np.abs(every[5] - alone).max() < 1e-5
+    with pytest.raises(UserError, match=r"has no contact head; .* fit-contacts model="):
+        contacts_of(engine, proteins[0], Reach.of(engine))
+
+
+def test_a_fitted_archive_gives_the_same_contacts_in_hugging_face(
+    structures: list[Structure], fitted: Regression, tmp_path: Path
+) -> None:
+    model = tiny_model(position_embedding="rotary", token_dropout=True, seq_length=130, contact_head=True)
+    model.encoder.contact_head.load_state_dict(head_of(fitted).state_dict())
+    model.save_to(str(tmp_path / "fitted.nemo"))
+    export_model(tmp_path / "fitted.nemo", tmp_path / "theirs")
+    theirs = EsmForMaskedLM.from_pretrained(tmp_path / "theirs", attn_implementation="eager").eval()
+    ours = Engine.load(tmp_path / "fitted.nemo", "cpu")
+    for structure in structures[:3]:
+        batch = pack(structure.tokens, np.array([structure.residues]))
+        tokens = batch.tokens[None]
+        with torch.no_grad():
+            expected = theirs.predict_contacts(tokens, torch.ones_like(tokens))[0].numpy()
+        assert np.abs(contacts_of(ours, structure.tokens, Reach.of(ours)) - expected).max() < 1e-5
+        assert expected.std() > 0.001
+
+
+def test_a_window_that_the_model_cannot_read_is_refused(engine: Engine, tmp_path: Path) -> None:
+    tiny_model(seq_length=64).save_to(str(tmp_path / "m.nemo"))
+    learned = Engine.load(tmp_path / "m.nemo", "cpu")
+    assert Reach.of(learned) == Reach(62, 31) and Reach.of(engine, window=5000).window == 5000
+    for window, overlap, message in (
+        (63, None, "reads up to 62"),
+        (0, None, "at least 1"),
+        (60, 60, "below the window"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Reach.of(learned, window, overlap)

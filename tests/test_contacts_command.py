@@ -1,0 +1,328 @@
+"""The two commands of contacts: what they write and say, what they refuse, and that they end whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from bionemo_esm.alphabet import TOKENS
+from bionemo_esm.data.store import SequenceSplit
+from bionemo_esm.inference import contact_folder, contacts_job
+from bionemo_esm.inference.contact_folder import file_names
+from bionemo_esm.inference.contacts_job import load_contacts_config, predict_contacts
+from bionemo_esm.inference.fit_job import fit_contacts, load_fit_config
+from bionemo_esm.inference.protein_model import ProteinModel
+from bionemo_esm.inference.structures import read_structures
+from bionemo_esm.model.archive import ArchiveFile, read_archive
+from models import tiny_model
+from runs import ROOT, composed
+from structures import as_table, walk
+
+JOBS = {"fit_contacts": fit_contacts, "contacts": predict_contacts}
+ODD_ID = "../a|b/ç é"
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory, tiny_split: SequenceSplit) -> Path:
+    """A model, structures, proteins, and a model with a contact head fitted to the former; not to be changed."""
+    base = tmp_path_factory.mktemp("there")
+    model = tiny_model(position_embedding="rotary", token_dropout=True, seq_length=102, precision="bf16")
+    model.save_to(str(base / "bf16.nemo"))
+    tiny_model(position_embedding="rotary", token_dropout=True, seq_length=102).save_to(str(base / "m.nemo"))
+    structures = [walk(f"s{n}", tiny_split[11 + n][: 40 + 6 * n], n) for n in range(10)]
+    as_table(structures, base / "s.parquet")
+    proteins = {"1ubq_A": tiny_split[15][:60], "1ubq_a": tiny_split[16][:150], ODD_ID: tiny_split[17][:1]}
+    lines = [f">{name}\n{''.join(TOKENS[token] for token in tokens)}\n" for name, tokens in proteins.items()]
+    (base / "p.csv").write_text("id,sequence\n" + "".join(line[1:].replace("\n", ",", 1) for line in lines))
+    (base / "p.fasta").write_text("".join(lines[:2]))
+    settings = [
+        f"model={base}/m.nemo",
+        f"structures={base}/s.parquet",
+        f"output={base}/fitted.nemo",
+        "train=4",
+        "C=100",
+    ]
+    fit_contacts(configured("fit_contacts", *settings))
+    return base
+
+
+def configured(name: str, *settings: str) -> object:
+    """A configuration as the command line composes it."""
+    model = [text.partition("=")[2] for text in settings if text.startswith("model=")]
+    cfg = composed(*(text for text in settings if not text.startswith("model=")), config=name)
+    for path in model:
+        OmegaConf.update(cfg, "model", path)
+    return cfg
+
+
+Job = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def job(capfd: pytest.CaptureFixture[str]) -> Job:
+    """Run a job here: its exit code, what it said, and its error."""
+
+    def run(name: str, *settings: str) -> tuple[int, str, str]:
+        code = 0
+        try:
+            JOBS[name](configured(name, *settings))
+        except SystemExit as end:
+            code = int(end.code or 0)
+        told = capfd.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+# --- fitting ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_keeps_every_weight_and_says_what_it_is_of(there: Path) -> None:
+    before, after = read_archive(there / "m.nemo"), read_archive(there / "fitted.nemo")
+    heads = {"encoder.contact_head.weight", "encoder.contact_head.bias"}
+    assert set(after.weights) == set(before.weights) | heads
+    for name, tensor in before.weights.items():
+        assert tensor.equal(after.weights[name]) and tensor.dtype == after.weights[name].dtype
+    assert after.weights["encoder.contact_head.weight"].any()
+    assert after.config["encoder"] == before.config["encoder"] | {"contact_head": True}
+    told = after.provenance["contact_head"]
+    assert len(told["fitted_on"]) == 4 and told["held_out_structures"] == 6
+    assert (told["C"], told["separation"], told["contact"]) == (100, 6, "CA nearer than 8 angstrom")
+    assert told["weights_sha256"] == ArchiveFile.open(there / "m.nemo").weights_sha256
+    assert set(told["precision"]) == {"model", "untrained model", "separation alone", "best possible"}
+    assert "s.parquet" in told["structure_files"] and told["solver"].startswith("scikit-learn")
+
+
+def test_the_same_fit_gives_the_same_bytes_and_a_head_is_replaced(there: Path, job: Job, tmp_path: Path) -> None:
+    same = (f"structures={there}/s.parquet", "train=4", "C=100", "baseline=false")
+    first = job("fit_contacts", f"model={there}/m.nemo", f"output={tmp_path}/a.nemo", *same)
+    code, told, _ = job("fit_contacts", f"model={there}/m.nemo", f"output={tmp_path}/b.nemo", *same)
+    assert first[0] == code == 0
+    assert (tmp_path / "a.nemo").read_bytes() == (tmp_path / "b.nemo").read_bytes()
+    assert "fit on   4 structures" in told and "test on  6 others" in told and "best possible" in told
+    assert "long range P@L of the model" in told
+    other = (f"structures={there}/s.parquet", "train=[s1,s2]", "C=50", "baseline=false")
+    code, told, _ = job("fit_contacts", f"model={there}/fitted.nemo", f"output={tmp_path}/c.nemo", *other)
+    assert code == 0 and "replaces" in told
+    assert read_archive(tmp_path / "c.nemo").provenance["contact_head"]["fitted_on"] == ["s1", "s2"]
+    ends = [
+        read_archive(path).weights["encoder.contact_head.weight"]
+        for path in (there / "fitted.nemo", tmp_path / "c.nemo")
+    ]
+    assert not ends[0].equal(ends[1])
+
+
+def test_a_fit_says_when_it_found_nothing_or_has_nothing_to_test_on(there: Path, job: Job, tmp_path: Path) -> None:
+    to = (f"model={there}/bf16.nemo", f"output={tmp_path}/a.nemo", f"structures={there}/s.parquet", "baseline=false")
+    code, told, _ = job("fit_contacts", *to, "train=10", "C=1e-6", "most_pairs=3000")
+    assert code == 0 and "all pairs get the same probability" in told and "how good the head is" in told
+    assert "3,000 pairs" in told
+    weights = read_archive(tmp_path / "a.nemo").weights
+    assert {str(tensor.dtype) for name, tensor in weights.items() if "contact_head" in name} == {"torch.float32"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("train=30",), "train=30: there are 10 structures to fit on"),
+        (("train=[s1,s99]",), "no structure is named s99"),
+        (("C=0",), "C must be over 0"),
+        (("structures=nowhere.parquet",), "nowhere.parquet: no such file"),
+        (("output=x.txt",), "output must be the name of a .nemo"),
+        (("model=nowhere.nemo",), "no such file"),
+        (("chain=A",), "a table is taken as it is"),
+        (("baseline=1",), "baseline must be true or false"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_fitted_ends_with_one_line_and_nothing_written(
+    there: Path, job: Job, tmp_path: Path, settings: tuple[str, ...], message: str
+) -> None:
+    usual = (f"model={there}/m.nemo", f"structures={there}/s.parquet", f"output={tmp_path}/out.nemo", "train=4")
+    code, _, error = job("fit_contacts", *usual, *settings)
+    assert code == 2 and message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_archive_that_exists_is_not_written_over(there: Path, job: Job) -> None:
+    usual = (f"model={there}/m.nemo", f"structures={there}/s.parquet", f"output={there}/fitted.nemo")
+    before = (there / "fitted.nemo").read_bytes()
+    code, _, error = job("fit_contacts", *usual)
+    assert code == 2 and "exists already" in error and (there / "fitted.nemo").read_bytes() == before
+
+
+# --- predicting -------------------------------------------------------------------------------------------------------
+
+
+def test_maps_tables_and_pictures_are_those_of_the_model(there: Path, job: Job, tmp_path: Path) -> None:
+    usual = (f"model={there}/fitted.nemo", f"input={there}/p.csv", "threshold=0.1")
+    code, told, _ = job("contacts", *usual, f"output={tmp_path}/out", "pictures=2")
+    assert code == 0 and "Read 3 proteins, 211 residues" in told
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "contacts.csv", "maps", "pictures", "proteins.csv", "summary.json",
+    ]  # fmt: skip
+    with (out / "proteins.csv").open(newline="", encoding="utf-8") as stream:
+        proteins = list(csv.DictReader(stream))
+    assert [(row["id"], row["residues"], row["windows"]) for row in proteins] == [
+        ("1ubq_A", "60", "1"), ("1ubq_a", "150", "2"), (ODD_ID, "1", "1"),
+    ]  # fmt: skip
+    model = ProteinModel.load(there / "fitted.nemo", "cpu")
+    sequences = dict(line.split(",") for line in (there / "p.csv").read_text().splitlines()[1:])
+    maps = {}
+    for row in proteins:
+        with np.load(out / row["map"]) as file:
+            maps[row["id"]] = file["probabilities"]
+        expected = model.contacts(sequences[row["id"]])
+        assert maps[row["id"]].dtype == expected.dtype == np.float32
+        assert np.allclose(maps[row["id"]], expected, atol=1e-5, equal_nan=True)
+    with (out / "contacts.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    for name, found in maps.items():
+        i, j = np.triu_indices(len(found), 6)
+        own = [row for row in rows if row["id"] == name]
+        assert len(own) == int((found[i, j] >= 0.1).sum())
+        scores = [float(row["probability"]) for row in own]
+        assert scores == sorted(scores, reverse=True)
+        for row in own[:20]:
+            first, second = int(row["i"]) - 1, int(row["j"]) - 1
+            assert float(row["probability"]) == pytest.approx(found[first, second], abs=6e-5)
+            assert sequences[name][first] + sequences[name][second] == row["residue_i"] + row["residue_j"]
+    assert [row["contacts"] for row in proteins][2] == "0" and len(rows) > 50
+    assert len(list((out / "pictures").glob("*.png"))) == 2
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["proteins"], summary["in_windows"], summary["window"], summary["precision"]) == (3, 1, 100, [])
+
+
+def test_structures_are_compared_with_what_is_predicted(there: Path, job: Job, tmp_path: Path) -> None:
+    usual = (f"model={there}/fitted.nemo", f"input={there}/s.parquet", "threshold=0")
+    code, told, _ = job("contacts", *usual, f"output={tmp_path}/out", "pictures=1")
+    assert code == 0 and "Precision over 10 structures" in told
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {(row["range"], row["top"]) for row in summary["precision"]} >= {("short", "P@L"), ("long", "P@L/5")}
+    structures = {structure.id: structure for structure in read_structures(str(there / "s.parquet"))}
+    with (tmp_path / "out" / "contacts.csv").open(newline="") as stream:
+        for row in list(csv.DictReader(stream))[:500]:
+            distance = structures[row["id"]].distances()[int(row["i"]) - 1, int(row["j"]) - 1]
+            assert row["distance"] == ("" if np.isnan(distance) else f"{distance:.2f}")
+
+
+def test_a_job_that_was_killed_goes_on_to_the_same_bytes(
+    there: Path, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = (f"model={there}/fitted.nemo", f"input={there}/s.parquet", "batch_tokens=100", "pictures=1")
+    assert job("contacts", *usual, f"output={tmp_path}/whole")[0] == 0
+    write, written = contact_folder.WorkFolder.write_map, []
+
+    def dying(self: contact_folder.WorkFolder, name: str, found: object) -> None:
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(name)
+        write(self, name, found)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(contact_folder.WorkFolder, "write_map", dying)
+    code, _, error = job("contacts", *usual, f"output={tmp_path}/out")
+    assert code == 130 and "the same command goes on" in error and not (tmp_path / "out").exists()
+
+    def noting(self: contact_folder.WorkFolder, name: str, found: object) -> None:
+        written.append(name)
+        write(self, name, found)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(contact_folder.WorkFolder, "write_map", noting)
+    (tmp_path / ".out.partial" / "maps" / ".s1.npz.abc.partial").write_bytes(b"half")
+    code, _, error = job("contacts", *usual, "window=50", f"output={tmp_path}/out")
+    assert code == 2 and "another model, input or window" in error
+    code, told, _ = job("contacts", *usual, f"output={tmp_path}/out")
+    assert code == 0 and "4 proteins are there already" in told
+    assert len(written) == len(set(written)) == 10
+    folders = (tmp_path / "whole", tmp_path / "out")
+    files = [sorted(path.relative_to(base) for path in base.rglob("*")) for base in folders]
+    assert files[0] == files[1]
+    for path in files[0]:
+        first, second = tmp_path / "whole" / path, tmp_path / "out" / path
+        assert first.is_dir() or first.read_bytes() == second.read_bytes(), path
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_two_processes_do_not_fill_one_folder(there: Path, job: Job, tmp_path: Path) -> None:
+    with contact_folder.WorkFolder.opened(tmp_path / "out", "abc"):
+        code, _, error = job("contacts", f"model={there}/fitted.nemo", f"input={there}/p.csv", f"output={tmp_path}/out")
+    assert code == 2 and "another process is writing" in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("model={there}/m.nemo",), "has no contact head; fit one"),
+        (("input=nowhere.fasta",), "nowhere.fasta"),
+        (("output={there}",), "exists already"),
+        (("max_residues=100",), "1ubq_a has 150 residues, over max_residues=100"),
+        (("long_proteins=error",), "1ubq_a has 150 residues, over the window of 100"),
+        (("long_proteins=truncate",), "long_proteins must be windows or error"),
+        (("threshold=2",), "threshold must be from 0 to 1"),
+        (("overlap=100",), "overlap must be from 0 to below the window"),
+        (("pictures=-1",), "pictures must be at least 0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_predicted_ends_with_one_line_and_nothing_written(
+    there: Path, job: Job, tmp_path: Path, settings: tuple[str, ...], message: str
+) -> None:
+    usual = (f"model={there}/fitted.nemo", f"input={there}/p.fasta", f"output={tmp_path}/out")
+    code, _, error = job("contacts", *usual, *(text.format(there=there) for text in settings))
+    assert code == 2 and message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_files_lead_nowhere_and_never_collide() -> None:
+    ids = ["a", "A", "../up", ".hidden", "x/y", "x" * 300, "x" * 299 + "X", "ç", "sp|P1|N", "con:1", "a%2Fb", "a/b"]
+    names = file_names(ids)
+    assert names[:4] == ["a", names[1], "..%2Fup".replace(".", "%2E", 1), "%2Ehidden"]
+    assert len({name.casefold() for name in names}) == len(ids)
+    assert all(len(name) < 200 and "/" not in name and not name.startswith(".") for name in names)
+    assert file_names(ids) == names
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_nothing_under_the_final_name(there: Path, tmp_path: Path) -> None:
+    lines = [f">p{n}\n{'MKVLAGSTWE' * 30}\n" for n in range(400)]
+    (tmp_path / "p.fasta").write_text("".join(lines))
+    shutil.copy(there / "fitted.nemo", tmp_path / "m.nemo")
+    script = tmp_path / "job.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "from test_contacts_command import configured, predict_contacts\n"
+        f"predict_contacts(configured('contacts', 'model={tmp_path}/m.nemo', 'input={tmp_path}/p.fasta', "
+        f"'output={tmp_path}/out', 'pictures=0'))\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    maps = tmp_path / ".out.partial" / "maps"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(list(maps.glob("*.npz"))) < 5:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists() and list(maps.glob("*.npz"))
+    for path in maps.glob("[!.]*.npz"):
+        with np.load(path) as file:
+            assert file["probabilities"].shape == (300, 300)
+
+
+def test_settings_are_read_as_they_are_meant() -> None:
+    fit = load_fit_config(configured("fit_contacts", "model=m", "structures=[a.cif,b.cif]", "output=x.nemo", "chain=1"))
+    assert (fit.structures, fit.chain, fit.choice.train, fit.choice.strength) == (("a.cif", "b.cif"), "1", 20, 0.15)
+    contacts = load_contacts_config(configured("contacts", "model=m", "input=-", "output=x"))
+    assert (contacts.input, contacts.window, contacts.policy.bad_records) == ("-", None, "error")
+    assert contacts_job.Subject("a", np.zeros(3, dtype=np.uint8), None).residues == 3

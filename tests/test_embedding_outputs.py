@@ -1,0 +1,264 @@
+"""Embeddings in files: what goes in comes out of every format, equal input gives equal bytes, parts become wholes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+from bionemo_esm.alphabet import encode
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.inference.embedding_reader import EmbeddingFileError, read_about, read_embeddings
+from bionemo_esm.inference.embeddings import Embedding
+from bionemo_esm.inference.inputs import Protein
+from bionemo_esm.inference.shards import WorkError, WorkFolder, cut
+from bionemo_esm.inference.writers import ENDINGS, format_of, group_name
+
+ABOUT = {"model": "ESM-1nv", "layers": [0, 2], "window": 510, "overlap": None, "weights_sha256": "0" * 64}
+ODD_IDS = ["sp|P12345|A_HUMAN", "a/b/c", ".", "..", "50%", "%2F", "größe-蛋白", "two words", "id", "a" * 300, "mean_2"]
+KINDS = sorted(ENDINGS)
+
+
+def made(ids: list[str], dtype: str = "float32", perplexity: bool = True, first: int = 0) -> list[Embedding]:
+    """Embeddings of proteins of 1, 2, 3, ... residues, numbers drawn at random; of the third the model read two."""
+    numbers = np.random.default_rng(first)
+    embeddings = []
+    for index, identifier in enumerate(ids):
+        residues, read = index + 1, min(index + 1, 2) if index == 2 else index + 1
+        shapes = {"mean_0": (8,), "mean_2": (8,), "cls_2": (8,), "residues_2": (read, 8), "logits": (read, 33)}
+        arrays = {name: numbers.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+        value = float(numbers.uniform(1, 20)) if perplexity else None
+        embeddings.append(Embedding(identifier, residues, read, 1 + index % 2, arrays, value))
+    return embeddings
+
+
+def equal(one: Embedding, other: Embedding) -> bool:
+    return (
+        one[:4] == other[:4]
+        and one.pseudo_perplexity == other.pseudo_perplexity
+        and one.arrays.keys() == other.arrays.keys()
+        and all(
+            array.dtype == other.arrays[name].dtype and np.array_equal(array, other.arrays[name])
+            for name, array in one.arrays.items()
+        )
+    )
+
+
+def written(folder: Path, kind: str, embeddings: list[Embedding], is_folder: bool = False, each: int = 4) -> Path:
+    """A finished output, made of parts of so many proteins."""
+    output = folder / ("parts" if is_folder else f"whole{ENDINGS[kind]}")
+    work = WorkFolder(output, kind, is_folder)
+    with work.held():
+        parts = [embeddings[begin : begin + each] for begin in range(0, len(embeddings), each)]
+        for number, part in enumerate(parts):
+            work.write(number, ABOUT, part)
+        assert work.finish(len(parts), ABOUT)
+    assert [path.name for path in folder.iterdir()] == [output.name]
+    return output
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("is_folder", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_read_in_order_bit_for_bit(tmp_path: Path, kind: str, is_folder: bool, dtype: str) -> None:
+    embeddings = made(ODD_IDS, dtype)
+    output = written(tmp_path, kind, embeddings, is_folder)
+    found = list(read_embeddings(output))
+    assert [embedding.id for embedding in found] == ODD_IDS
+    assert all(map(equal, found, embeddings))
+    assert read_about(output) == ABOUT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_means_alone_are_read_as_well(tmp_path: Path, kind: str) -> None:
+    embeddings = [
+        embedding._replace(arrays={"mean_2": embedding.arrays["mean_2"]})
+        for embedding in made(ODD_IDS, perplexity=False)
+    ]
+    assert all(map(equal, read_embeddings(written(tmp_path, kind, embeddings)), embeddings))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_rows_of_a_table_are_read_as_they_were_written(tmp_path: Path, kind: str) -> None:
+    """Over what the reader takes at once, and lists that begin anywhere."""
+    embeddings = made([f"protein{number}" for number in range(150)])
+    assert all(map(equal, read_embeddings(written(tmp_path, kind, embeddings, each=101)), embeddings))
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_embeddings_give_the_same_bytes(
+    tmp_path: Path, kind: str, is_folder: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = []
+    for day in (1, 2):
+        monkeypatch.setattr("time.time", lambda day=day: 86400.0 * 9000 * day)
+        (tmp_path / str(day)).mkdir()
+        outputs.append(written(tmp_path / str(day), kind, made(ODD_IDS), is_folder))
+    if is_folder:
+        one, other = ({path.name: path.read_bytes() for path in output.iterdir()} for output in outputs)
+        assert one == other
+    else:
+        assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+def test_files_open_as_the_documents_say(tmp_path: Path) -> None:
+    embeddings = made(ODD_IDS)
+    for name in KINDS:
+        (tmp_path / name).mkdir()
+    with h5py.File(written(tmp_path / "hdf5", "hdf5", embeddings)) as file:
+        assert list(file) == [group_name(identifier) for identifier in ODD_IDS]
+        assert file["a%2Fb%2Fc"].attrs["id"] == "a/b/c"
+        assert file["%2E"].attrs["residues"] == 3
+        np.testing.assert_array_equal(file["two words/residues_2"], embeddings[7].arrays["residues_2"])
+    table = pd.read_parquet(written(tmp_path / "parquet", "parquet", embeddings)).set_index("id")
+    np.testing.assert_array_equal(np.stack(table["mean_2"]), [entry.arrays["mean_2"] for entry in embeddings])
+    np.testing.assert_array_equal(np.stack(table.loc["two words", "residues_2"]), embeddings[7].arrays["residues_2"])
+    with np.load(written(tmp_path / "npz", "npz", embeddings)) as archive:
+        begin, end = archive["offset"][7:9]
+        assert archive["id"].tolist() == ODD_IDS
+        assert archive["mean_2"].shape == (len(ODD_IDS), 8)
+        np.testing.assert_array_equal(archive["residues_2"][begin:end], embeddings[7].arrays["residues_2"])
+
+
+def test_the_manifest_of_a_folder_says_what_its_parts_hold(tmp_path: Path) -> None:
+    output = written(tmp_path, "parquet", made(ODD_IDS), is_folder=True)
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert (manifest["proteins"], manifest["residues"], manifest["about"]) == (11, 66, ABOUT)
+    assert [part["file"] for part in manifest["parts"]] == [f"part-0000{number}.parquet" for number in range(3)]
+    assert [part["proteins"] for part in manifest["parts"]] == [4, 4, 3]
+
+
+def test_the_format_is_told_by_the_name() -> None:
+    assert format_of(Path("a.H5"), None) == ("hdf5", False)
+    assert format_of(Path("a.hdf5"), "hdf5") == ("hdf5", False)
+    assert format_of(Path("a.npz"), None) == ("npz", False)
+    assert format_of(Path("embeddings"), None) == ("parquet", True)
+    assert format_of(Path("v1.2"), "npz") == ("npz", True)
+    with pytest.raises(ConfigError, match=r"format=npz: .*a\.h5 ends as hdf5"):
+        format_of(Path("a.h5"), "npz")
+    with pytest.raises(ConfigError, match="format must be one of hdf5, parquet, npz, or null, not 'csv'"):
+        format_of(Path("a"), "csv")
+
+
+def test_an_input_is_cut_by_proteins_and_by_bytes() -> None:
+    lengths = [3, 3, 3, 50, 1, 1, 1, 1, 1]
+    proteins = [Protein(str(number), encode("A" * length), number) for number, length in enumerate(lengths)]
+    parts = list(cut(iter(proteins), 4, 100, lambda residues: residues * 10))
+    assert [[protein.residues for protein in part] for part in parts] == [[3, 3, 3], [50], [1, 1, 1, 1], [1]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    output = written(tmp_path, kind, made(ODD_IDS))
+    content = output.read_bytes()
+    output.write_bytes(content[: len(content) // 2])
+    with pytest.raises(EmbeddingFileError, match=output.name):
+        list(read_embeddings(output))
+    output.write_bytes(b"nothing of the kind")
+    with pytest.raises(EmbeddingFileError, match="neither HDF5, Parquet nor NPZ"):
+        list(read_embeddings(output))
+    with pytest.raises(EmbeddingFileError, match="cannot be opened"):
+        list(read_embeddings(tmp_path / "absent"))
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"about": {}, "parts": [{"file": "../secret.npz"}]}))
+    with pytest.raises(EmbeddingFileError, match="names files elsewhere"):
+        list(read_embeddings(tmp_path))
+
+
+def test_an_array_of_python_objects_is_not_unpickled(tmp_path: Path) -> None:
+    np.savez(tmp_path / "evil.npz", id=np.array([{}], dtype=object), about=np.array("{}"), offset=np.zeros(1))
+    with pytest.raises(EmbeddingFileError, match="it holds Python objects"):
+        list(read_embeddings(tmp_path / "evil.npz"))
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[int], None]]:
+    """No file may grow over so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_disk_leaves_no_half_and_what_was_finished(
+    tmp_path: Path, kind: str, is_folder: bool, small_disk: Callable[[int], None]
+) -> None:
+    output = tmp_path / ("parts" if is_folder else f"whole{ENDINGS[kind]}")
+    work = WorkFolder(output, kind, is_folder)
+    embeddings = made([f"protein{number}" for number in range(120)])
+    with work.held():
+        work.write(0, ABOUT, embeddings[:3])
+        small_disk(60_000)
+        with pytest.raises(WorkError, match="make room, and run the same command again"):
+            work.write(1, ABOUT, embeddings[3:])
+    assert not output.exists()
+    assert list(work.records()) == [0]
+    assert work.is_intact(0, work.records()[0])
+    small_disk(resource.RLIM_INFINITY)
+    with work.held():
+        work.write(1, ABOUT, embeddings[3:])
+        small_disk(60_000)
+        if not is_folder:
+            with pytest.raises(WorkError, match="make room"):
+                work.finish(2, ABOUT)
+            assert not output.exists()
+        small_disk(resource.RLIM_INFINITY)
+        assert work.finish(2, ABOUT)
+    assert all(map(equal, read_embeddings(output), embeddings))
+
+
+def test_a_part_that_was_changed_is_made_again(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path / "a.npz", "npz", False)
+    with work.held():
+        work.write(0, ABOUT, made(["a"]))
+        content = bytearray(work.part(0).read_bytes())
+        content[-100] ^= 1
+        work.part(0).write_bytes(content)
+        assert not work.is_intact(0, work.records()[0])
+        assert not work.records()
+        assert not work.finish(1, ABOUT)
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path / "a.npz", "npz", False)
+    work.folder.mkdir()
+    (work.folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"not ours: it holds thesis\.txt"), work.held():
+        pass
+    assert (work.folder / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_that_of_a_part_however_many_there_are(tmp_path: Path, kind: str) -> None:
+    def peak(parts: int) -> int:
+        work = WorkFolder(tmp_path / f"whole{ENDINGS[kind]}", kind, False)
+        with work.held():
+            for number in range(parts):
+                work.write(number, ABOUT, made([f"{number}-{index}" for index in range(100)], first=number))
+            tracemalloc.start()
+            assert work.finish(parts, ABOUT)
+            seen = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        work.output.unlink()
+        return seen
+
+    peak(1)
+    assert peak(12) < 1.5 * peak(3)

@@ -1,0 +1,383 @@
+"""Embeddings: what they are, whatever the batch, the window or the precision that they were computed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID
+from bionemo_esm.data.packing import pack
+from bionemo_esm.data.store import SequenceSplit
+from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference import pooling
+from bionemo_esm.inference.embeddings import EmbeddingChoice, embed_together
+from bionemo_esm.inference.engine import Engine
+from bionemo_esm.inference.inputs import InputError, Protein
+from bionemo_esm.inference.windows import windows
+from bionemo_esm.model.reading import representations
+from models import tiny_model
+from peers import brought_here, hugging_face
+from theirs import SMALL
+
+EVERYTHING = EmbeddingChoice((0, 1, 2), mean=True, cls=True, residues=True, logits=True)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "ESM-1nv": {},
+    "ESM-1b": {"token_dropout": True, "embedding_layernorm": True, "position_offset": 2},
+    "ESM-2": {"token_dropout": True, "position_embedding": "rotary"},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A second thread gains nothing on so small models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def engine_of(batch_tokens: int | None = None, **sizes: Any) -> Engine:
+    model = tiny_model(**sizes)
+    return Engine(model.encoder, model.encoder_config, batch_tokens)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """An ESM-2 that was trained on 64 residues at once."""
+    return engine_of(**FAMILIES["ESM-2"], seq_length=66)
+
+
+@pytest.fixture(scope="module")
+def proteins(tiny_split: SequenceSplit) -> list[Protein]:
+    """A dozen real ones of 1 to 64 residues, rare letters among them, two of each of some lengths."""
+    lengths = (30, 1, 64, 2, 30, 50, 64, 7, 3, 1, 41, 50)
+    return [Protein(f"p{i}", tiny_split[10 + i][:length], i + 1) for i, length in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module")
+def long_proteins(tiny_split: SequenceSplit) -> list[Protein]:
+    return [Protein(f"l{i}", tiny_split[9][:length], i + 1) for i, length in enumerate((200, 20, 65, 64, 129))]
+
+
+@torch.inference_mode()
+def seen(engine: Engine, tokens: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+    """Of one sequence, alone: all its tokens' states by layer, and logits."""
+    row = pack(tokens, np.array([len(tokens)]))
+    states = representations(engine.encoder, row, range(engine.layers + 1))
+    told = {f"states_{layer}": state.float().numpy() for layer, state in states.items()}
+    return told | {"logits": engine.encoder.logits(states[engine.layers]).numpy()}
+
+
+def expected_of(engine: Engine, tokens: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+    told, found = seen(engine, tokens), {}
+    for layer in range(engine.layers + 1):
+        state = told[f"states_{layer}"]
+        found |= {f"mean_{layer}": state[1:-1].mean(axis=0), f"cls_{layer}": state[0], f"residues_{layer}": state[1:-1]}
+    return found | {"logits": told["logits"][1:-1]}
+
+
+def assert_close(ours: dict[str, Any], theirs: dict[str, Any], atol: float = 1e-5) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_allclose(ours[name], array, rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_about_each_protein_alone(family: str, proteins: list[Protein]) -> None:
+    engine = engine_of(**FAMILIES[family])
+    found = embed_together(engine, proteins, EVERYTHING)
+    assert [each.id for each in found] == [protein.id for protein in proteins]
+    for embedding, protein in zip(found, proteins, strict=True):
+        assert (embedding.residues, embedding.read, embedding.windows) == (protein.residues, protein.residues, 1)
+        assert embedding.pseudo_perplexity is None
+        assert all(array.dtype == np.float32 for array in embedding.arrays.values())
+        assert_close(embedding.arrays, expected_of(engine, protein.tokens))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_hugging_face_for_the_same_weights(
+    family: str, proteins: list[Protein], tmp_path: Path
+) -> None:
+    peer = hugging_face(family, SMALL, tmp_path / "theirs")
+    brought_here(peer, tmp_path)
+    found = embed_together(Engine.load(tmp_path / "imported.nemo", "cpu"), proteins, EVERYTHING)
+    for embedding, protein in zip(found, proteins, strict=True):
+        tokens = torch.tensor([[CLS_ID, *protein.tokens.tolist(), EOS_ID]])
+        with torch.no_grad():
+            told = peer.model(tokens, attention_mask=torch.ones_like(tokens), output_hidden_states=True)
+        theirs = {"logits": told.logits[0, 1:-1].numpy()}
+        for layer, state in enumerate(told.hidden_states):
+            theirs[f"mean_{layer}"] = state[0, 1:-1].mean(dim=0).numpy()
+            theirs[f"cls_{layer}"], theirs[f"residues_{layer}"] = state[0, 0].numpy(), state[0, 1:-1].numpy()
+        assert_close(embedding.arrays, theirs, 3e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 70, 200, 100_000])
+def test_answers_do_not_depend_on_the_batch(
+    engine: Engine, proteins: list[Protein], long_proteins: list[Protein], batch_tokens: int
+) -> None:
+    everyone = [*proteins, *long_proteins]
+    usual = embed_together(engine, everyone, EVERYTHING)
+    other = Engine(engine.encoder, engine.config, batch_tokens)
+    for place in range(len(everyone)):
+        assert_close(embed_together(engine, everyone[place:][:1], EVERYTHING)[0].arrays, usual[place].arrays)
+    for one, two in zip(usual, reversed(embed_together(other, everyone[::-1], EVERYTHING)), strict=True):
+        assert one.id == two.id
+        assert_close(two.arrays, one.arrays)
+
+
+def test_the_same_question_has_the_same_answer_to_the_last_bit(engine: Engine, long_proteins: list[Protein]) -> None:
+    first, second = (embed_together(engine, long_proteins, EVERYTHING) for _ in range(2))
+    for one, two in zip(first, second, strict=True):
+        assert {name: array.tobytes() for name, array in one.arrays.items()} == {
+            name: array.tobytes() for name, array in two.arrays.items()
+        }
+
+
+# --- long proteins ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("window", "overlap"), [(None, None), (40, 0), (40, 39), (33, 7), (200, 5)])
+def test_windows_are_blended_by_the_distance_from_where_they_cut(
+    engine: Engine, long_proteins: list[Protein], window: int | None, overlap: int | None
+) -> None:
+    choice = replace(EVERYTHING, window=window, overlap=overlap)
+    size = window or 64
+    for embedding, protein in zip(embed_together(engine, long_proteins, choice), long_proteins, strict=True):
+        cover = windows(protein.residues, size, size // 2 if overlap is None else overlap)
+        assert (embedding.read, embedding.windows) == (protein.residues, len(cover))
+        told = [seen(engine, protein.tokens[begin:end]) for begin, end in cover]
+        for name, kind in (("residues_1", "states_1"), ("residues_2", "states_2"), ("logits", "logits")):
+            for place in range(protein.residues):
+                total = weights = 0.0
+                for (begin, end), each in zip(cover, told, strict=True):
+                    if begin <= place < end:
+                        to_begin = place - begin + 1 if begin else size
+                        to_end = end - place if end < protein.residues else size
+                        weight = min(to_begin, to_end, size)
+                        total, weights = total + weight * each[kind][place - begin + 1], weights + weight
+                np.testing.assert_allclose(embedding.arrays[name][place], total / weights, atol=1e-5, rtol=0)
+        for layer in range(3):
+            blended = embedding.arrays[f"residues_{layer}"].mean(axis=0)
+            np.testing.assert_allclose(embedding.arrays[f"mean_{layer}"], blended, atol=1e-5, rtol=0)
+            cls = np.mean([each[f"states_{layer}"][0] for each in told], axis=0)
+            np.testing.assert_allclose(embedding.arrays[f"cls_{layer}"], cls, atol=1e-5, rtol=0)
+
+
+def test_truncating_reads_the_beginning_and_says_so(engine: Engine, long_proteins: list[Protein]) -> None:
+    found = embed_together(engine, long_proteins, replace(EVERYTHING, long_proteins="truncate"))
+    for embedding, protein in zip(found, long_proteins, strict=True):
+        read = min(protein.residues, 64)
+        assert (embedding.residues, embedding.read, embedding.windows) == (protein.residues, read, 1)
+        assert_close(embedding.arrays, expected_of(engine, protein.tokens[:read]))
+
+
+def test_a_long_protein_is_an_error_on_request_before_anything_is_computed(
+    engine: Engine, long_proteins: list[Protein], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = EmbeddingChoice(long_proteins="error")
+    assert embed_together(engine, long_proteins[3:4], choice)[0].read == 64
+    monkeypatch.setattr(engine.encoder, "hidden_states", lambda *_: pytest.fail("computed"))
+    with pytest.raises(InputError, match=r"record 3 \(l2\) has 65 residues, over the window of 64; .*truncate"):
+        embed_together(engine, long_proteins[1:4], choice)
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_numbered_from_either_end_and_come_once(engine: Engine, proteins: list[Protein]) -> None:
+    choice = EmbeddingChoice((-1, 0, 2, -3), cls=True)
+    assert choice.resolved(engine).layers == (2, 0)
+    found = embed_together(engine, proteins[:1], choice)[0]
+    assert list(found.arrays) == ["mean_2", "mean_0", "cls_2", "cls_0"]
+    assert_close(found.arrays, {name: expected_of(engine, proteins[0].tokens)[name] for name in found.arrays})
+
+
+def test_rows_of_residues_stay_where_they_are_unless_asked_for(
+    engine: Engine, long_proteins: list[Protein], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+    real = pooling._on_cpu
+
+    def moving(rows: torch.Tensor) -> NDArray[np.float32]:
+        moved.append(len(rows))
+        return real(rows)
+
+    monkeypatch.setattr(pooling, "_on_cpu", moving)
+    embed_together(engine, long_proteins, EmbeddingChoice((0, 1, 2), cls=True))
+    pieces = sum(len(windows(protein.residues, 64, 32)) for protein in long_proteins)
+    assert sum(moved) == 6 * pieces
+
+
+@pytest.mark.parametrize(("choice", "asked"), [
+    (EmbeddingChoice(), {2}),
+    (EmbeddingChoice((0,), logits=True), {0, 2}),
+    (EmbeddingChoice((0, 1), mean=False, logits=True), {2}),
+])  # fmt: skip
+def test_no_layer_is_looked_at_that_was_not_asked_for(
+    engine: Engine, proteins: list[Protein], monkeypatch: pytest.MonkeyPatch, choice: EmbeddingChoice, asked: set[int]
+) -> None:
+    def looking(encoder: Any, batch: Any, layers: set[int]) -> Any:
+        assert set(layers) == asked
+        return representations(encoder, batch, layers)
+
+    monkeypatch.setattr(pooling, "representations", looking)
+    assert embed_together(engine, proteins[:2], choice)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"layers": (3,)}, "layer 3: the model has 0 .* to 2"),
+    ({"layers": (-4,)}, "layer -4"),
+    ({"layers": ("last",)}, "layers: 'last' is not the number of a layer"),
+    ({"layers": (True,)}, "layers: True"),
+    ({"layers": ()}, "layers: name one"),
+    ({"mean": False}, "nothing is asked for"),
+    ({"dtype": "bfloat16"}, "dtype must be one of float32, float16, not 'bfloat16'"),
+    ({"long_proteins": "cut"}, "long_proteins must be one of windows, truncate, error, not 'cut'"),
+    ({"window": 0}, "window must be at least 1 residue, not 0"),
+    ({"window": 65}, "window=65: the model reads up to 64 residues"),
+    ({"window": 10, "overlap": 10}, "overlap must be from 0 to below the window of 10, not 10"),
+    ({"overlap": 64}, "overlap must be from 0 to below the window of 64, not 64"),
+    ({"overlap": -1}, "overlap must be from 0"),
+])  # fmt: skip
+def test_what_cannot_be_chosen_is_refused_by_its_key(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EmbeddingChoice(**settings).resolved(engine_of(seq_length=66))
+
+
+def test_a_model_that_can_read_more_than_it_was_trained_on_may_be_asked_to(engine: Engine) -> None:
+    choice = EmbeddingChoice(window=1000).resolved(engine)
+    assert (choice.window, choice.overlap) == (1000, 500)
+    assert EmbeddingChoice().resolved(engine) == replace(choice, layers=(2,), window=64, overlap=32)
+
+
+@pytest.mark.parametrize("choice", [
+    EVERYTHING,
+    EmbeddingChoice((0, 2), dtype="float16", residues=True),
+    EmbeddingChoice(mean=False, logits=True, long_proteins="truncate", pseudo_perplexity=True),
+])  # fmt: skip
+def test_the_size_of_an_answer_is_known_beforehand(
+    engine: Engine, long_proteins: list[Protein], choice: EmbeddingChoice
+) -> None:
+    resolved = choice.resolved(engine)
+    for embedding, protein in zip(embed_together(engine, long_proteins, choice), long_proteins, strict=True):
+        told = sum(array.nbytes for array in embedding.arrays.values()) + 8 * choice.pseudo_perplexity
+        assert resolved.bytes_of(protein.residues, 32) == told
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"long_proteins": "truncate"}, {"pseudo_perplexity": True},
+    {"mean": False, "pseudo_perplexity": True, "long_proteins": "truncate"}, {"window": 30, "overlap": 29},
+])  # fmt: skip
+def test_progress_adds_up_to_all_residues(
+    engine: Engine, long_proteins: list[Protein], settings: dict[str, Any]
+) -> None:
+    told: list[int] = []
+    small_batches = Engine(engine.encoder, engine.config, 150)
+    embed_together(small_batches, long_proteins, EmbeddingChoice(**settings), told.append)
+    assert sum(told) == sum(protein.residues for protein in long_proteins)
+    assert len(told) > 1
+    assert min(told) > 0
+
+
+def test_of_no_proteins_there_are_no_embeddings(engine: Engine) -> None:
+    assert embed_together(engine, [], EVERYTHING) == []
+
+
+# --- pseudo-perplexity ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def surprise(model: torch.nn.Module, tokens: NDArray[np.uint8], place: int) -> float:
+    """-log p of a residue that alone is hidden, all in float64."""
+    shown = tokens.copy()
+    shown[place] = MASK_ID
+    row = pack(shown, np.array([len(shown)]))
+    scores = model.double()(row.tokens, row.positions, row.cu_seqlens, row.max_seqlen)
+    return -float(scores[place + 1].double().log_softmax(-1)[tokens[place]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pseudo_perplexity_hides_each_residue_once(family: str, proteins: list[Protein]) -> None:
+    some = [proteins[1], proteins[7], proteins[0]]
+    choice = EmbeddingChoice(mean=False, pseudo_perplexity=True)
+    found = embed_together(engine_of(100, **FAMILIES[family]), some, choice)
+    twin = tiny_model(**FAMILIES[family]).encoder
+    for embedding, protein in zip(found, some, strict=True):
+        surprises = [surprise(twin, protein.tokens, place) for place in range(protein.residues)]
+        assert embedding.arrays == {}
+        assert embedding.pseudo_perplexity == pytest.approx(np.exp(np.mean(surprises)), rel=1e-5)
+
+
+def test_in_a_long_protein_each_residue_is_hidden_in_the_middle_of_its_window(long_proteins: list[Protein]) -> None:
+    sizes = FAMILIES["ESM-2"] | {"seq_length": 66}
+    protein = long_proteins[4]
+    choice = EmbeddingChoice(pseudo_perplexity=True)
+    found = embed_together(engine_of(**sizes), [protein], choice)[0]
+    twin, surprises = tiny_model(**sizes).encoder, []
+    for place in range(129):
+        begin = min(max(place - 32, 0), 129 - 64)
+        surprises.append(surprise(twin, protein.tokens[begin : begin + 64], place - begin))
+    assert found.pseudo_perplexity == pytest.approx(np.exp(np.mean(surprises)), rel=1e-5)
+    cut = replace(choice, long_proteins="truncate")
+    short = Protein("short", protein.tokens[:64], 1)
+    cut_found = embed_together(engine_of(**sizes), [protein, short], cut)
+    assert cut_found[0].pseudo_perplexity == pytest.approx(cut_found[1].pseudo_perplexity, rel=1e-9)
+    assert cut_found[0].pseudo_perplexity != pytest.approx(found.pseudo_perplexity, rel=1e-3)
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_float16_is_rounded_at_the_end(engine: Engine, long_proteins: list[Protein]) -> None:
+    exact = embed_together(engine, long_proteins, EVERYTHING)
+    for rounded, whole in zip(
+        embed_together(engine, long_proteins, replace(EVERYTHING, dtype="float16")), exact, strict=True
+    ):
+        for name, array in whole.arrays.items():
+            assert rounded.arrays[name].dtype == np.float16
+            assert np.array_equal(rounded.arrays[name], array.astype(np.float16))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_float16_does_not_hold_is_an_error(long_proteins: list[Protein], which: int) -> None:
+    engine = engine_of(**FAMILIES["ESM-2"], seq_length=66)
+    with torch.no_grad():
+        engine.encoder.encoder.final_layernorm.weight *= 1e6
+    some = [long_proteins[which]]
+    assert np.abs(embed_together(engine, some, EmbeddingChoice(cls=True))[0].arrays["cls_2"]).max() > 65_504
+    with pytest.raises(UserError, match=rf"record {which + 1} \(l{which}\): \w+_2 is beyond .*65,504; .*dtype=float32"):
+        embed_together(engine, some, EmbeddingChoice((0, 2), cls=True, dtype="float16"))
+
+
+def test_numbers_that_are_none_are_an_error(proteins: list[Protein]) -> None:
+    engine = engine_of()
+    with torch.no_grad():
+        engine.encoder.encoder.final_layernorm.weight *= 1e39
+    with pytest.raises(UserError, match="model's own numbers overflow"):
+        embed_together(engine, proteins, EmbeddingChoice())
+
+
+def test_bfloat16_answers_are_near_and_means_are_taken_in_float32(
+    tmp_path: Path, proteins: list[Protein], long_proteins: list[Protein]
+) -> None:
+    tiny_model(**FAMILIES["ESM-2"], seq_length=66, init_method_std=0.1).save_to(str(tmp_path / "m.nemo"))
+    exact, coarse = (Engine.load(tmp_path / "m.nemo", "cpu", precision) for precision in ("32", "bf16"))
+    assert coarse.dtype == torch.bfloat16
+    everyone = [*proteins, *long_proteins]
+    for one, two in zip(
+        embed_together(exact, everyone, EVERYTHING), embed_together(coarse, everyone, EVERYTHING), strict=True
+    ):
+        assert one.arrays.keys() == two.arrays.keys()
+        for layer in range(3):
+            near = np.abs(two.arrays[f"residues_{layer}"] - one.arrays[f"residues_{layer}"]).mean()
+            assert near < 0.05, layer
+            own_mean = two.arrays[f"residues_{layer}"].astype(np.float64).mean(axis=0)
+            np.testing.assert_allclose(two.arrays[f"mean_{layer}"], own_mean, atol=2e-6, rtol=0)

@@ -1,0 +1,222 @@
+"""The engine: models out of files of any precision, and questions about places, answered whatever the batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from bionemo_esm.alphabet import MASK_ID, encode
+from bionemo_esm.data.packing import pack
+from bionemo_esm.data.store import SequenceSplit
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.inference.engine import Engine, Question, batches_by_length, each_masked, masked
+from bionemo_esm.inference.protein_model import ProteinModel
+from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, read_archive, write_archive
+from bionemo_esm.model.esm1nv import ESM1nvModel
+from models import tiny_model
+
+CRAMBIN = encode("TTCCPSIVARSNFNVCRLPGTPEALCATYTGCIIIPGATCPGDYAN")
+FAMILIES: dict[str, dict[str, Any]] = {
+    "ESM-1nv": {},
+    "ESM-1b": {"token_dropout": True, "embedding_layernorm": True, "position_offset": 2},
+    "ESM-2": {"token_dropout": True, "position_embedding": "rotary", "contact_head": True},
+}
+
+
+def logits_of(model: ESM1nvModel, tokens: NDArray[np.uint8]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.logits(pack(tokens, np.array([len(tokens)])))
+
+
+def saved(model: ESM1nvModel, path: Path) -> Path:
+    model.save_to(str(path))
+    return path
+
+
+# --- from a file ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stored", ["32", "bf16"])
+def test_a_model_answers_as_before_it_was_saved(family: str, stored: str, tmp_path: Path) -> None:
+    model = tiny_model(stored, **FAMILIES[family])
+    engine = Engine.load(saved(model, tmp_path / "m.nemo"), "cpu", stored)
+    row = engine.packed([CRAMBIN])
+    with torch.no_grad():
+        states = engine.encoder.hidden_states(row.tokens, row.positions, row.cu_seqlens, row.max_seqlen)
+    assert torch.equal(engine.encoder.logits(states), logits_of(model, CRAMBIN))
+    assert engine.dtype == {"32": torch.float32, "bf16": torch.bfloat16}[stored]
+    assert engine.weights_sha256 == ArchiveFile.open(tmp_path / "m.nemo").weights_sha256
+    assert engine.source == tmp_path / "m.nemo"
+
+
+@pytest.mark.parametrize(("stored", "precision"), [("32", "bf16"), ("bf16", "32")])
+def test_a_model_computes_in_another_precision_than_it_was_stored_in(
+    stored: str, precision: str, tmp_path: Path
+) -> None:
+    model = tiny_model(stored, **FAMILIES["ESM-2"])
+    engine = Engine.load(saved(model, tmp_path / "m.nemo"), "cpu", precision)
+    weights = dict(model.encoder.named_parameters())
+    for name, parameter in engine.encoder.named_parameters():
+        assert parameter.dtype == engine.dtype
+        assert torch.equal(parameter, weights[name].to(engine.dtype)), name
+    for name, buffer in engine.encoder.named_buffers():
+        assert buffer.dtype == torch.float32, name
+        assert torch.equal(buffer, dict(model.encoder.named_buffers())[name])
+
+
+def test_a_checkpoint_of_training_will_do(tmp_path: Path) -> None:
+    model = tiny_model()
+    archive = read_archive(saved(model, tmp_path / "m.nemo"))
+    state = {"optimizer": {"step": 7}, "moments": torch.ones(3)}
+    path = write_archive(
+        tmp_path / "step.ckpt", Archive(archive.model_class, archive.config, archive.weights, state=state)
+    )
+    row = (engine := Engine.load(path, "cpu")).packed([CRAMBIN])
+    with torch.no_grad():
+        assert torch.equal(engine.encoder(row.tokens, row.positions, row.cu_seqlens, row.max_seqlen),
+                           logits_of(model, CRAMBIN))  # fmt: skip
+
+
+def test_dropout_is_off(tmp_path: Path) -> None:
+    path = saved(tiny_model(hidden_dropout=0.5, attention_dropout=0.5), tmp_path / "m.nemo")
+    first, second = (next(Engine.load(path, "cpu").log_probabilities([masked(CRAMBIN, np.array([3]))])) for _ in "12")
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(("family", "window", "longest"), [("ESM-1b", 510, 510), ("ESM-2", 510, None)])
+def test_an_engine_knows_how_much_it_reads(family: str, window: int, longest: int | None) -> None:
+    model = tiny_model(**FAMILIES[family])
+    engine = Engine(model.encoder, model.encoder_config)
+    assert (engine.window, engine.longest, engine.layers) == (window, longest, 2)
+    assert [engine.layer(number) for number in (-3, -2, -1, 0, 1, 2)] == [0, 1, 2, 0, 1, 2]
+    for number in (-4, 3):
+        with pytest.raises(ConfigError, match=rf"layer {number}: the model has 0 \(the embeddings\) to 2"):
+            engine.layer(number)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
+    ({"device": "mps"}, "device must be auto, cpu, cuda or cuda:N, not 'mps'"),
+    ({"device": "cuda:99"}, "device=cuda:99: there are [0-9]+ CUDA devices here; device=cpu works"),
+    ({"precision": "16"}, "^precision must be one of auto, 32, bf16, not '16'"),
+    ({"batch_tokens": 0}, "batch_tokens must be at least 1, not 0"),
+])  # fmt: skip
+def test_settings_are_checked_before_the_file_is_opened(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Engine.load("nowhere.nemo", **settings)
+
+
+def spoil(path: Path, name: str) -> None:
+    content = bytearray(path.read_bytes())
+    section = ArchiveFile.open(path).sections[name]
+    content[section.start + section.size - 3] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder.nemo").mkdir()
+    (tmp_path / "text.nemo").write_text(">P1\nMKV\n")
+    saved(tiny_model(), tmp_path / "damaged.nemo")
+    spoil(tmp_path / "damaged.nemo", "model_weights.safetensors")
+    saved(tiny_model(), tmp_path / "cut.nemo")
+    os.truncate(tmp_path / "cut.nemo", 9000)
+    for name, message in (
+        ("none.nemo", "none.nemo: no such file; give a .nemo"),
+        ("folder.nemo", "folder.nemo: is a folder"),
+        ("text.nemo", "text.nemo: is not an archive of ours; `bionemo-esm convert`"),
+        ("damaged.nemo", "damaged.nemo.*model_weights.safetensors"),
+        ("cut.nemo", "cut.nemo"),
+    ):
+        with pytest.raises(ArchiveError, match=message):
+            ProteinModel.load(tmp_path / name, "cpu")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    archive = read_archive(saved(tiny_model(), tmp_path / "m.nemo"))
+    weights = dict(archive.weights)
+    name = "encoder.encoder.final_layernorm.bias"
+    weights[name] = torch.full_like(weights[name], torch.nan)
+    write_archive(tmp_path / "nan.nemo", Archive(archive.model_class, archive.config, weights))
+    with pytest.raises(ArchiveError, match=r"final_layernorm\.bias"):
+        Engine.load(tmp_path / "nan.nemo", "cpu")
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def questions(tiny_split: SequenceSplit) -> list[Question]:
+    """About one place and several, hidden and shown, of proteins from 1 residue to 60."""
+    generator, asked = np.random.default_rng(1), []
+    for index, length in enumerate((46, 1, 60, 2, 33, 46, 46, 9)):
+        tokens = tiny_split[10 + index][:length]
+        places = np.sort(generator.choice(length, size=min(length, 1 + index), replace=False))
+        asked.append(masked(tokens, places) if index % 3 else Question(tokens, places))
+    return [*asked, Question(CRAMBIN, np.arange(len(CRAMBIN)))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_tokens", [1, 100, 100_000])
+def test_answers_are_those_of_all_logits(family: str, batch_tokens: int, questions: list[Question]) -> None:
+    model = tiny_model(**FAMILIES[family])
+    told: list[int] = []
+    answers = list(Engine(model.encoder, model.encoder_config, batch_tokens).log_probabilities(questions, told.append))
+    assert sum(told) == sum(len(question.tokens) for question in questions)
+    assert len(told) == {1: 9, 100: 5, 100_000: 1}[batch_tokens]
+    for question, answer in zip(questions, answers, strict=True):
+        scores = logits_of(model, question.tokens)[1:-1][question.places].double().log_softmax(-1)
+        assert answer.dtype == np.float64
+        assert answer.shape == (len(question.places), 33)
+        np.testing.assert_allclose(answer, scores.numpy(), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(np.exp(answer).sum(axis=1), 1, rtol=1e-12)
+
+
+def test_questions_are_taken_only_as_they_are_needed(questions: list[Question]) -> None:
+    model, taken = tiny_model(), 0
+
+    def asked() -> Iterator[Question]:
+        nonlocal taken
+        for question in questions:
+            taken += 1
+            yield question
+
+    answers = Engine(model.encoder, model.encoder_config, 100).log_probabilities(asked())
+    next(answers)
+    assert taken == 3, "a batch, and the question that did not fit into it"
+    assert list(Engine(model.encoder, model.encoder_config).log_probabilities([])) == []
+
+
+def test_to_hide_places_is_to_leave_the_protein_as_it_was() -> None:
+    tokens = CRAMBIN.copy()
+    question = masked(tokens, np.array([1, 4]))
+    assert np.array_equal(tokens, CRAMBIN)
+    assert np.flatnonzero(question.tokens == MASK_ID).tolist() == [1, 4]
+    alone = list(each_masked(tokens, [0, 45]))
+    assert [np.flatnonzero(each.tokens == MASK_ID).tolist() for each in alone] == [[0], [45]]
+    assert [each.places.tolist() for each in alone] == [[0], [45]]
+    assert np.array_equal(np.delete(alone[1].tokens, 45), np.delete(CRAMBIN, 45))
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 50, 1000])
+def test_batches_are_full_sorted_and_hold_everyone(batch_tokens: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 120, size=60)
+    batches = batches_by_length(lengths, batch_tokens)
+    order = np.concatenate(batches)
+    assert sorted(order.tolist()) == list(range(60))
+    assert np.all(np.diff(lengths[order]) <= 0)
+    tokens = [int((lengths[batch] + 2).sum()) for batch in batches]
+    assert all(size <= batch_tokens or len(batch) == 1 for size, batch in zip(tokens, batches, strict=True))
+    for size, following in zip(tokens, batches[1:], strict=False):
+        assert size + lengths[following[0]] + 2 > batch_tokens, "the next one would have fitted"
+    assert batches_by_length(np.zeros(0, dtype=np.int64), 100) == []

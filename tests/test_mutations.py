@@ -1,0 +1,178 @@
+"""Variants as people write them: what is read, what is refused, and what the refusal says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bionemo_esm.alphabet import STANDARD_RESIDUES, TOKENS, decode, encode
+from bionemo_esm.errors import UserError
+from bionemo_esm.inference.baselines import FEWER_MUTATIONS, SUBSTITUTION_MATRIX, baselines
+from bionemo_esm.inference.mutations import (
+    Substitution,
+    VariantError,
+    WildType,
+    all_single,
+    offsets_that_fit,
+    read_variants,
+    read_wild_type,
+)
+
+UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
+
+
+def wild_type(sequence: str = UBIQUITIN, offset: int = 1) -> WildType:
+    return WildType("ubiquitin", encode(sequence), offset)
+
+
+def texts_at(*places: int, offset: int) -> list[str]:
+    return [f"{UBIQUITIN[place]}{place + offset}W" for place in places]
+
+
+def where(index: int) -> str:
+    return f"mutants.csv, row {index + 2}"
+
+
+def test_a_variant_is_read_by_ascending_place_whatever_stands_between_its_substitutions() -> None:
+    told = wild_type().variant("K6R,Q2A,L8W")
+    assert [(one.place, TOKENS[one.wildtype], TOKENS[one.mutant]) for one in told] == [
+        (1, "Q", "A"), (5, "K", "R"), (7, "L", "W"),
+    ]  # fmt: skip
+    for separator in (",", ":", ";", "/", "+", " ", ", ", "\t"):
+        assert wild_type().variant(separator.join(("K6R", "Q2A", "L8W"))) == told
+    assert wild_type().variant(" k6r,q2a ,l8w,") == told
+    assert wild_type().write(told) == "Q2A,K6R,L8W"
+    assert decode(wild_type().mutated(told))[:9] == "MAIFVRTWT"
+
+
+@pytest.mark.parametrize("text", ["", " ", "WT", "wt", "_wt", "WildType", "M1M", "M1=", "M1M,Q2Q"])
+def test_the_wild_type_may_be_written_in_many_ways(text: str) -> None:
+    assert wild_type().variant(text) == ()
+    assert wild_type().write(()) == "WT"
+
+
+def test_a_residue_by_itself_adds_nothing_to_a_variant() -> None:
+    assert wild_type().variant("M1M,Q2A") == wild_type().variant("Q2A")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("A2G", r"A2G: position 2 of ubiquitin is Q, not A, by offset=1"),
+        ("G77A", r"position 77 is outside ubiquitin, whose 76 residues are 1 to 76 by offset=1"),
+        ("M0A", r"position 0 is outside"),
+        ("M-3A", r"position -3 is outside"),
+        ("Q2*", r"Q2\*: .*deletions, insertions and stops cannot be scored"),
+        ("Q2del", r"deletions, insertions"),
+        ("Q2_I3insG", r"deletions, insertions"),
+        ("Gln2Ala", r"not written like A108D"),
+        ("2A", r"not written like A108D"),
+        ("Q2A,Q2C", r"position 2 is mutated twice"),
+        ("Q2X", r"X is no amino acid"),
+        ("Q2J", r"J is no amino acid"),
+        ("Q" + "9" * 5000 + "A", r"not written like A108D"),
+        ("Q٢A", r"not written like A108D"),
+    ],
+)
+def test_what_is_no_variant_of_this_protein_is_refused_by_name(text: str, said: str) -> None:
+    with pytest.raises(VariantError, match=said) as caught:
+        wild_type().variant(text)
+    assert isinstance(caught.value, UserError)
+    assert len(str(caught.value)) < 200
+
+
+def test_the_first_residue_has_the_number_of_the_offset() -> None:
+    assert wild_type(offset=24).variant("M24A") == wild_type().variant("M1A")
+    assert wild_type(offset=0).variant("M0A") == wild_type().variant("M1A")
+    assert wild_type(offset=-2).variant("M-2A") == wild_type().variant("M1A")
+    assert wild_type(offset=-2).write(wild_type().variant("M1A,Q2C")) == "M-2A,Q-1C"
+    with pytest.raises(VariantError, match="24 to 99 by offset=24"):
+        wild_type(offset=24).variant("M1A")
+
+
+def test_a_bad_row_is_named_with_its_file_and_its_number() -> None:
+    with pytest.raises(VariantError, match=r"^mutants.csv, row 4: A2G: .*is Q, not A.*bad_rows=skip"):
+        read_variants(["M1A", "WT", "A2G", "A3G"], wild_type(), where)
+
+
+def test_bad_rows_may_be_left_out_and_are_told() -> None:
+    told: list[str] = []
+    read = read_variants(["M1A", "A2G", "Q2*", "Q2A"], wild_type(), where, told.append)
+    assert [variant is None for variant in read] == [False, True, True, False]
+    assert [problem.split(":")[0] for problem in told] == ["mutants.csv, row 3", "mutants.csv, row 4"]
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_table_that_counts_from_elsewhere_is_told_its_offset(skips: bool) -> None:
+    texts = texts_at(0, 5, 20, 40, 41, 42, 75, offset=24)
+    with pytest.raises(VariantError, match=r"every substitution fits with offset=24$"):
+        read_variants([*texts, "Q25*", "WT"], wild_type(), where, print if skips else None)
+    assert None not in read_variants(texts, wild_type(offset=24), where)
+
+
+def test_no_offset_is_told_where_few_residues_or_none_would_fit() -> None:
+    for texts in (["A2G"], [*texts_at(0, 5, 20, 40, 75, offset=24), "W30A"]):
+        with pytest.raises(VariantError) as caught:
+            read_variants(texts, wild_type(), where)
+        assert "fits with" not in str(caught.value)
+
+
+@given(st.integers(-3000, 3000), st.lists(st.integers(0, 75), min_size=12, unique=True))
+def test_the_offset_of_a_table_is_among_those_that_fit(offset: int, places: list[int]) -> None:
+    texts = texts_at(*places, offset=offset)
+    found = offsets_that_fit(texts, encode(UBIQUITIN))
+    assert offset in found
+    for other in found:
+        assert None not in read_variants(texts, wild_type(offset=int(other)), where)
+
+
+def test_a_scan_has_each_residue_replaced_by_each_of_the_other_19() -> None:
+    every = all_single(wild_type(offset=10))
+    assert len(every) == len(set(every)) == 19 * len(UBIQUITIN)
+    assert {wild_type().write(variant)[-1] for variant in every if variant[0].place == 0} == set(STANDARD_RESIDUES) - {
+        "M"
+    }
+    some = all_single(wild_type(offset=10), (11, 12))
+    assert [wild_type(offset=10).write(variant) for variant in some[:3]] == ["Q11A", "Q11C", "Q11D"]
+    assert {variant[0].place for variant in some} == {1, 2}
+
+
+def test_a_scan_leaves_out_what_is_none_of_the_20_and_refuses_what_is_outside() -> None:
+    assert {variant[0].place for variant in all_single(wild_type("MXKUA"))} == {0, 2, 4}
+    for region in ((0, 3), (3, 77), (5, 4)):
+        with pytest.raises(VariantError, match="scan_region"):
+            all_single(wild_type(), region)
+    with pytest.raises(VariantError, match="none of residues 1 to 2"):
+        all_single(wild_type("XX"))
+
+
+def test_the_wild_type_is_residues_or_the_record_of_a_file(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.fasta", tmp_path / "two.fasta"
+    one.write_text(f">sp|P0CG48 ubiquitin\n{UBIQUITIN[:40]}\n{UBIQUITIN[40:].lower()}*\n")
+    two.write_text(f">a\nMKV\n>b\n{UBIQUITIN}\n")
+    assert decode(read_wild_type(f" {UBIQUITIN[:30]} {UBIQUITIN[30:]}* ").tokens) == UBIQUITIN
+    assert decode(read_wild_type(str(one)).tokens) == UBIQUITIN
+    assert read_wild_type(str(one), offset=7).name == "sp|P0CG48"
+    assert read_wild_type(str(one), offset=7).last == 82
+    assert decode(read_wild_type(str(two), "b").tokens) == UBIQUITIN
+    for arguments, said in (
+        ((str(two),), "several records; say by sequence_id"),
+        ((str(two), "c"), "no record has the id c"),
+        ((UBIQUITIN, "c"), "sequence_id=c"),
+        (("MKJV",), "residue 3 is 'J'"),
+        ((str(tmp_path / "none.fasta"),), "no such file"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_wild_type(*arguments)
+
+
+def test_the_baselines_are_what_blosum62_and_counting_say() -> None:
+    read = [wild_type().variant(text) for text in ("M1L", "M1W", "M1L,K6R", "")]
+    found = baselines([*read, None, (Substitution(0, 24, 4),)])
+    np.testing.assert_array_equal(found[SUBSTITUTION_MATRIX], [2 - 5, -1 - 5, 2 - 5 + 2 - 5, 0, np.nan, np.nan])
+    np.testing.assert_array_equal(found[FEWER_MUTATIONS], [-1, -1, -2, 0, np.nan, -1])
+    assert FEWER_MUTATIONS not in baselines(read[:2])
