@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from omegaconf import OmegaConf
 
 from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.data.store import SequenceSplit
-from bionemo_esm.inference import contact_folder, contacts_job
+from bionemo_esm.inference import contact_fit, contact_folder, contacts_job
 from bionemo_esm.inference.contact_folder import file_names
 from bionemo_esm.inference.contacts_job import load_contacts_config, predict_contacts
 from bionemo_esm.inference.fit_job import fit_contacts, load_fit_config
@@ -154,6 +155,22 @@ def test_what_cannot_be_fitted_ends_with_one_line_and_nothing_written(
     code, _, error = job("fit_contacts", *usual, *settings)
     assert code == 2 and message in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_replaced_during_a_fit_is_not_taken_for_the_one_that_was_read(
+    there: Path, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(there / "m.nemo", tmp_path / "m.nemo")
+    fit = contact_fit.fit_head
+
+    def replacing(*arguments: Any) -> contact_fit.Regression:
+        shutil.copy(there / "fitted.nemo", tmp_path / "m.nemo")
+        return fit(*arguments)
+
+    monkeypatch.setattr(contact_fit, "fit_head", replacing)
+    usual = (f"model={tmp_path}/m.nemo", f"structures={there}/s.parquet", f"output={tmp_path}/out.nemo")
+    code, _, error = job("fit_contacts", *usual, "train=[s1,s2]", "baseline=false")
+    assert code == 2 and "was replaced while the head was fitted" in error and not (tmp_path / "out.nemo").exists()
 
 
 def test_an_archive_that_exists_is_not_written_over(there: Path, job: Job) -> None:

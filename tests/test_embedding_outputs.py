@@ -20,7 +20,7 @@ from bionemo_esm.inference.embedding_reader import EmbeddingFileError, read_abou
 from bionemo_esm.inference.embeddings import Embedding
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.inference.shards import WorkError, WorkFolder, cut
-from bionemo_esm.inference.writers import ENDINGS, format_of, group_name
+from bionemo_esm.inference.writers import ENDINGS, Hdf5Writer, format_of, group_name
 
 ABOUT = {"model": "ESM-1nv", "layers": [0, 2], "window": 510, "overlap": None, "weights_sha256": "0" * 64}
 ODD_IDS = ["sp|P12345|A_HUMAN", "a/b/c", ".", "..", "50%", "%2F", "größe-蛋白", "two words", "id", "a" * 300, "mean_2"]
@@ -223,6 +223,16 @@ def test_a_full_disk_leaves_no_half_and_what_was_finished(
         small_disk(resource.RLIM_INFINITY)
         assert work.finish(2, ABOUT)
     assert all(map(equal, read_embeddings(output), embeddings))
+
+
+def test_a_disk_that_is_full_at_the_very_end_is_noticed(tmp_path: Path, small_disk: Callable[[int], None]) -> None:
+    """HDF5 writes most of what it knows about a file as it closes it."""
+    with (tmp_path / "a.h5").open("w+b") as stream:
+        writer = Hdf5Writer(stream, ABOUT)
+        writer.add(made(["a"]))
+        small_disk(100)
+        with pytest.raises(OSError, match="File too large"):
+            writer.close()
 
 
 def test_a_part_that_was_changed_is_made_again(tmp_path: Path) -> None:

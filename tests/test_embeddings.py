@@ -218,6 +218,7 @@ def test_rows_of_residues_stay_where_they_are_unless_asked_for(
 
 @pytest.mark.parametrize(("choice", "asked"), [
     (EmbeddingChoice(), {2}),
+    (EmbeddingChoice((0,)), {0}),
     (EmbeddingChoice((0,), logits=True), {0, 2}),
     (EmbeddingChoice((0, 1), mean=False, logits=True), {2}),
 ])  # fmt: skip

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from bionemo_esm.alphabet import MASK_ID, TOKEN_IDS, encode
 from bionemo_esm.data.packing import pack
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.engine import Engine, Question
+from bionemo_esm.inference import scoring
+from bionemo_esm.inference.engine import Engine, Question, masked
 from bionemo_esm.inference.mutations import Variant, VariantError, WildType, all_single
 from bionemo_esm.inference.protein_model import ProteinModel
 from bionemo_esm.inference.scoring import plan, score
@@ -218,6 +219,23 @@ def test_masked_one_at_a_time_there_are_as_many_passes_as_places(some_engine: En
         asked = Asked(engine := Engine(some_engine.encoder, some_engine.config))
         score(engine, wild_type, pairs, ScoringChoice((MASKED,), masks))
         assert len(asked.questions) == passes
+
+
+def test_passes_are_made_as_they_are_needed(some_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else those of 50,000 variants, each its protein's length, would fill the memory."""
+    made, seen = [0], []
+
+    def counted(*arguments: Any) -> Question:
+        made[0] += 1
+        return masked(*arguments)
+
+    monkeypatch.setattr(scoring, "masked", counted)
+    some_engine.batch_tokens = 4 * (len(CUT) + 2)
+    wild_type = WildType("ubiquitin", encode(CUT))
+    choice = ScoringChoice((PSEUDO,))
+    score(some_engine, wild_type, all_single(wild_type)[:9], choice, lambda *_: seen.append(made[0]))
+    assert seen[0] <= 5
+    assert made[0] == 10 * len(CUT)
 
 
 # --- long proteins ----------------------------------------------------------------------------------------------------

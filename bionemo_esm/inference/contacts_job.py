@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,10 +232,10 @@ def _describe_all(
     ):
         for place, (subject, name) in enumerate(zip(subjects, names, strict=True)):
             found_RR = work.read_map(name, subject.residues)
-            rows = _pairs(subject, found_RR, config)
-            pairs.writerows(rows)
+            probable = _probable(found_RR, config)
+            pairs.writerows(_rows(subject, *probable))
             count = len(reach.cover(subject.residues))
-            proteins.writerow([subject.id, subject.residues, count, len(rows), f"maps/{name}.npz"])
+            proteins.writerow([subject.id, subject.residues, count, len(probable[0]), f"maps/{name}.npz"])
             if subject.structure is not None:
                 all_found.append(precisions(found_RR, subject.structure, config.contact_angstrom))
             if place < config.pictures:
@@ -245,22 +245,28 @@ def _describe_all(
     return all_found
 
 
-def _pairs(subject: Subject, found_RR: Map, config: ContactsConfig) -> list[list[Any]]:
-    """Rows of contacts.csv of a protein, the surest first; residues are numbered from 1."""
-    first, second = np.triu_indices(subject.residues, config.separation)
+def _probable(
+    found_RR: Map, config: ContactsConfig
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Both places and the probability of the pairs that are listed, the surest first."""
+    first, second = np.triu_indices(len(found_RR), config.separation)
     probable = found_RR[first, second] >= np.float32(config.threshold)  # NaN is not
     first, second = first[probable], second[probable]
     scores = found_RR[first, second]
     order = np.lexsort((second, first, -scores))
+    return first[order], second[order], scores[order]
+
+
+def _rows(
+    subject: Subject, first: NDArray[np.int64], second: NDArray[np.int64], scores: NDArray[np.float32]
+) -> Iterator[list[Any]]:
+    """Rows of contacts.csv; residues are numbered from 1."""
     distances = None if subject.structure is None else subject.structure.distances()
-    rows: list[list[Any]] = []
-    for i, j, score in zip(first[order].tolist(), second[order].tolist(), scores[order].tolist(), strict=True):
-        letters = TOKENS[subject.tokens[i]], TOKENS[subject.tokens[j]]
-        row = [subject.id, i + 1, j + 1, *letters, f"{score:.4f}"]
+    for i, j, score in zip(first, second, scores, strict=True):
+        row = [subject.id, i + 1, j + 1, TOKENS[subject.tokens[i]], TOKENS[subject.tokens[j]], f"{score:.4f}"]
         if distances is not None:
             row.append("" if np.isnan(distances[i, j]) else f"{distances[i, j]:.2f}")
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _write_summary(

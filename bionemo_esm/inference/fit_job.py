@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.errors import ConfigError
+from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.contact_metrics import Row, as_dicts, summary, table
 from bionemo_esm.inference.contact_pairs import (
     Division,
@@ -226,14 +226,22 @@ def _provenance(
 
 def _save(engine: Engine, regression: Regression, provenance: Mapping[str, Any], output: Path) -> None:
     """The engine's archive again, bit for bit, with this contact head; one it had is replaced."""
+    import torch
+
     from bionemo_esm.inference.contact_fit import head_of
-    from bionemo_esm.model.archive import Archive, ArchiveFile, write_archive
+    from bionemo_esm.model.archive import WEIGHTS, Archive, ArchiveFile, write_archive
+    from bionemo_esm.model.tensors import LazyTensors
 
     assert engine.source is not None
     file = ArchiveFile.open(engine.source)
-    head = head_of(regression)
-    weights = file.load_weights()
-    weights |= {f"encoder.contact_head.{name}": tensor for name, tensor in head.state_dict().items()}
+    if file.weights_sha256 != engine.weights_sha256:
+        raise UserError(f"model: {engine.source} was replaced while the head was fitted; run the same command again")
+    file.verify(WEIGHTS)
+    fitted = {f"encoder.contact_head.{name}": tensor for name, tensor in head_of(regression).state_dict().items()}
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
+    infos = file.weights.infos.items()
+    outline = {name: torch.empty(info.shape, dtype=dtypes[info.dtype], device="meta") for name, info in infos}
+    weights = LazyTensors(outline | fitted, lambda name: fitted[name] if name in fitted else file.load_finite(name))
     config = {**file.config, "encoder": {**file.config["encoder"], "contact_head": True}}
     write_archive(output, Archive(file.model_class, config, weights, {**file.provenance, "contact_head": provenance}))
 

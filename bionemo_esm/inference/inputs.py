@@ -37,7 +37,7 @@ _PACKED = (".gz", ".zst", ".zstd", ".bgz")
 _SEQUENCE_COLUMNS = ("sequence", "seq")
 _ID_COLUMN = "id"
 _X_ID = TOKEN_IDS["X"]
-_GAPS = np.array([TOKEN_IDS["."], TOKEN_IDS["-"]], dtype=np.uint8)
+_IS_UNKNOWN = np.isin(np.arange(len(TOKEN_IDS)), [UNK_ID, TOKEN_IDS["."], TOKEN_IDS["-"]])  # gaps counted
 _LONGEST_ID = 1024  # characters; HDF5 has its limits, and a longer one is a mistake
 _BLOCK_BYTES = 2**20
 _ROWS_AT_ONCE = 1024
@@ -195,7 +195,7 @@ def _problem(record: _Record, tokens: NDArray[np.uint8], policy: InputPolicy) ->
         return "it has no residues"
     if policy.unknown_letters == "X":
         return ""
-    unknown = (tokens == UNK_ID) | np.isin(tokens, _GAPS)
+    unknown = _IS_UNKNOWN[tokens]
     if not unknown.any():
         return ""
     place = int(unknown.argmax())
@@ -214,7 +214,7 @@ def _id_problem(identifier: str) -> str:
 
 def _with_x(tokens: NDArray[np.uint8], policy: InputPolicy) -> NDArray[np.uint8]:
     if policy.unknown_letters == "X":
-        tokens[(tokens == UNK_ID) | np.isin(tokens, _GAPS)] = _X_ID
+        tokens[_IS_UNKNOWN[tokens]] = _X_ID
     return tokens
 
 
@@ -264,13 +264,14 @@ def _table_records(path: str, name: str, separator: str, policy: InputPolicy) ->
     csv.field_size_limit(MAX_RECORD_BYTES)
     with Source(path) as source:
         rows = csv.reader(_lines(source), delimiter=separator, strict=True)
+        number = good = 0  # records, and lines that could be read
         try:
             header = next(rows, None)
             if not header:
                 raise InputError(f"{name}: the first line is empty; it must name the columns")
             columns = _columns(name, [column.strip() for column in header], policy)
-            number = 0
             for row in rows:
+                good = rows.line_num
                 if not any(field.strip() for field in row) and len(row) < 2:
                     continue
                 number += 1
@@ -280,8 +281,8 @@ def _table_records(path: str, name: str, separator: str, policy: InputPolicy) ->
                 identifier = str(number) if columns[0] is None else row[columns[0]].strip()
                 yield _Record(identifier, _residues(row[columns[1]]))
         except csv.Error as error:
-            where = f"{name}, line {rows.line_num + 1}"
-            raise InputError(f"{where}: {error}; is it a table with {separator!r} between columns?") from error
+            advice = f"close quotes, and is it a table with {separator!r} between columns?"
+            raise InputError(f"{name}, after line {good}: {error}; {advice}") from error
 
 
 def _lines(source: Source) -> Iterator[str]:
