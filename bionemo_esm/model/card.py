@@ -40,7 +40,8 @@ _SPLITS = ("train", "validation", "test")
 _DATA = ("data", "data_release", "data_sequences", "data_manifest_sha256")
 _START = ("restored_from", "restored_weights_sha256", "imported_from", "converted_from")
 _TRAINING = ("recipe", "seed", "steps", "consumed_samples", *_DATA, *_START)
-_KNOWN = {*_TRAINING, "continued_from", "data_samples_of_an_epoch", "averaged_from", "checkpoint", "package_versions"}
+_KNOWN = {*_TRAINING, "continued_from", "data_samples_of_an_epoch", "averaged_from", "checkpoint", "package_versions",
+          "contact_head"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,8 @@ class ArchiveCard:
         """The card for people: plain text of some thirty lines, without the last line's end."""
         kind = "checkpoint of a training" if self.is_checkpoint else "model archive"
         totals = f"{kind}, {self.parameters:,} parameters, {self.size:,} bytes"
-        blocks = [self._model(), self._training(), self._averaged(), self._packages(), self._others()]
+        head = {"contact head fitted on": _contact_head(self._told_of("contact_head"))}
+        blocks = [self._model(), self._training(), self._averaged(), head, self._packages(), self._others()]
         rows = [[line for entry in block.items() for line in _labelled(*entry)] for block in blocks]
         return "\n\n".join("\n".join(lines) for lines in [[*_row(self.name, ""), totals], *rows] if lines)
 
@@ -273,6 +275,21 @@ def _imported(origin: Any) -> Any:
     hashes = files if isinstance(files, dict) else {}
     lines += [f"SHA-256 {_told(digest)[:12]}…, {name}" for name, digest in hashes.items()]
     return (f"{source}, {library}", *_shortened(lines))
+
+
+def _contact_head(told: Any) -> Any:
+    """Which structures it was fitted on, and how precise it is on others; what is no account of that, as it is."""
+    ids, rows = _at(told, "fitted_on"), _at(told, "precision", "model")
+    if not isinstance(ids, list):
+        return told
+    settings = [f"{key} {_told(_at(told, key))}" for key in ("contact", "separation", "C", "solver")]
+    means = [
+        f"{_told(_at(row, 'range'))} {_told(_at(row, 'top'))} {mean:.3f}"
+        for row in (rows if isinstance(rows, list) else [])
+        if (mean := _real(_at(row, "mean"))) is not None
+    ]
+    held_out = f"on {_told(_at(told, 'held_out_structures'))} others: {', '.join(means)}" if means else ""
+    return (f"{len(ids):,} structures: {_told(ids)}", ", ".join(settings), *([held_out] if held_out else []))
 
 
 def _shortened(lines: list[str]) -> tuple[str, ...]:
