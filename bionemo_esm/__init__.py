@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from bionemo_esm.model.esm1nv import ESM1nvModel
 
 
-def config_directory() -> Path:
-    """Where the Hydra configurations lie: `conf/` of a checkout, or their copy inside an installed package."""
+def config_directory(part: str = "") -> Path:
+    """Where the Hydra configurations lie: `conf/` of a checkout, or their copy inside an installed package.
+
+    `part` "inference": those of jobs over a model. They have a key `model`, which in `conf/` is a group.
+    """
     package = Path(__file__).resolve().parent
     installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
+    return (installed if installed.is_dir() else package.parent / "conf") / part
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ _HYDRAS_FLAGS = (
 )
 
 
-def check_command_line(config_name: str) -> None:
+def check_command_line(config_name: str, part: str = "") -> None:
     """Exits with 2, after one message, for arguments that this configuration cannot be composed with.
 
     Hydra's own flags (`--help`, `--cfg`, ...) and what follows them are left to Hydra.
@@ -36,10 +36,10 @@ def check_command_line(config_name: str) -> None:
     arguments = sys.argv[1:]
     if any(re.match(_HYDRAS_FLAGS, argument) for argument in arguments):
         return
-    exit_of(lambda: _check(config_name, arguments), "Interrupted.", silent=not is_rank_zero())
+    exit_of(lambda: _check(config_name, part, arguments), "Interrupted.", silent=not is_rank_zero())
 
 
-def _check(config_name: str, arguments: list[str]) -> int:
+def _check(config_name: str, part: str, arguments: list[str]) -> int:
     for argument in arguments:
         if argument.startswith("-"):
             key = argument.lstrip("-").split("=")[0]
@@ -47,7 +47,7 @@ def _check(config_name: str, arguments: list[str]) -> int:
         if "=" not in argument and not argument.startswith("~"):
             raise ConfigError(f"{argument!r} is not key=value; --help lists every key")
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+    with initialize_config_dir(str(config_directory(part)), version_base="1.3"):
         try:
             compose(config_name, overrides=arguments)
         except (HydraException, OmegaConfBaseException) as error:

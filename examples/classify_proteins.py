@@ -127,7 +127,10 @@ def main(settings: dict[str, str]) -> None:
         raise UserError(f"give {'=..., '.join(wanted)}=...; the head of {Path(__file__).name} has an example")
     sequences, classes = read_classes(Path(settings["input"]), settings["label"])
     model = ProteinModel.load(settings["model"])
-    panels = {"one-hot": composition(list(sequences.values())), "embeddings": model.embed(sequences).mean.astype(np.float64)}
+    panels = {
+        "one-hot": composition(list(sequences.values())),
+        "embeddings": model.embed(sequences).mean.astype(np.float64),
+    }
     report: dict[str, Any] = {"proteins": len(classes), "classes": dict(Counter(classes.tolist()).most_common())}
     print(f"{len(classes):,} proteins of {len(report['classes'])} classes")
     for name, features in panels.items():

@@ -12,11 +12,11 @@ from bionemo_esm.command_line import check_command_line
 from bionemo_esm.inference.embed_job import embed
 
 
-@hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="embed")
+@hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="embed")
 def main(cfg: DictConfig) -> None:
     embed(cfg)
 
 
 if __name__ == "__main__":
-    check_command_line("embed")
+    check_command_line("embed", "inference")
     main()

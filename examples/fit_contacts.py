@@ -11,11 +11,11 @@ from bionemo_esm.command_line import check_command_line
 from bionemo_esm.inference.fit_job import fit_contacts
 
 
-@hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="fit_contacts")
+@hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="fit_contacts")
 def main(cfg: DictConfig) -> None:
     fit_contacts(cfg)
 
 
 if __name__ == "__main__":
-    check_command_line("fit_contacts")
+    check_command_line("fit_contacts", "inference")
     main()

@@ -11,11 +11,11 @@ from bionemo_esm.command_line import check_command_line
 from bionemo_esm.inference.contacts_job import predict_contacts
 
 
-@hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="contacts")
+@hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="contacts")
 def main(cfg: DictConfig) -> None:
     predict_contacts(cfg)
 
 
 if __name__ == "__main__":
-    check_command_line("contacts")
+    check_command_line("contacts", "inference")
     main()

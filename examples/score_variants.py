@@ -12,11 +12,11 @@ from bionemo_esm.command_line import check_command_line
 from bionemo_esm.inference.score_job import score_variants
 
 
-@hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="score")
+@hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="score")
 def main(cfg: DictConfig) -> None:
     score_variants(cfg)
 
 
 if __name__ == "__main__":
-    check_command_line("score")
+    check_command_line("score", "inference")
     main()

@@ -124,7 +124,7 @@ def overrides_of(inputs: Inputs, *overrides: str) -> list[str]:
 def settings_of(inputs: Inputs, *overrides: str) -> dict[str, Any]:
     from runs import composed
 
-    settings = OmegaConf.to_container(composed(*overrides_of(inputs, *overrides), config="embed"))
+    settings = OmegaConf.to_container(composed(*overrides_of(inputs, *overrides), config="embed", part="inference"))
     assert isinstance(settings, dict)
     return {str(key): value for key, value in settings.items()}
 

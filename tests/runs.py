@@ -43,8 +43,8 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
-def composed(*overrides: str, config: str = "pretrain_esm1nv") -> DictConfig:
-    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+def composed(*overrides: str, config: str = "pretrain_esm1nv", part: str = "") -> DictConfig:
+    with initialize_config_dir(str(config_directory(part)), version_base="1.3"):
         return compose(config, overrides=list(overrides))
 
 

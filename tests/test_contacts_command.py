@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
 from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.data.store import SequenceSplit
@@ -61,11 +60,7 @@ def there(tmp_path_factory: pytest.TempPathFactory, tiny_split: SequenceSplit) -
 
 def configured(name: str, *settings: str) -> object:
     """A configuration as the command line composes it."""
-    model = [text.partition("=")[2] for text in settings if text.startswith("model=")]
-    cfg = composed(*(text for text in settings if not text.startswith("model=")), config=name)
-    for path in model:
-        OmegaConf.update(cfg, "model", path)
-    return cfg
+    return composed(*settings, config=name, part="inference")
 
 
 Job = Callable[..., tuple[int, str, str]]

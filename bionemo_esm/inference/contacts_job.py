@@ -299,5 +299,7 @@ def _write_summary(
 
 def main() -> None:
     """`bionemo-esm contacts`, where there is no checkout and so no `examples/`."""
-    check_command_line("contacts")
-    hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="contacts")(predict_contacts)()
+    check_command_line("contacts", "inference")
+    hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="contacts")(
+        predict_contacts
+    )()

@@ -191,5 +191,5 @@ def _say_finished(task: EmbedTask, screen: Screen) -> None:
 
 def main() -> None:
     """`bionemo-esm embed`, where there is no checkout and so no `examples/`."""
-    check_command_line("embed")
-    hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="embed")(embed)()
+    check_command_line("embed", "inference")
+    hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="embed")(embed)()

@@ -248,5 +248,7 @@ def _save(engine: Engine, regression: Regression, provenance: Mapping[str, Any],
 
 def main() -> None:
     """`bionemo-esm fit-contacts`, where there is no checkout and so no `examples/`."""
-    check_command_line("fit_contacts")
-    hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="fit_contacts")(fit_contacts)()
+    check_command_line("fit_contacts", "inference")
+    hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="fit_contacts")(
+        fit_contacts
+    )()

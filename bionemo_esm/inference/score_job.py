@@ -317,5 +317,7 @@ def _at_least(key: str, value: Any, least: int) -> int:
 
 def main() -> None:
     """`bionemo-esm score`, where there is no checkout and so no `examples/`."""
-    check_command_line("score")
-    hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="score")(score_variants)()
+    check_command_line("score", "inference")
+    hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="score")(
+        score_variants
+    )()
