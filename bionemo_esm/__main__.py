@@ -46,10 +46,10 @@ _CONFIGURED = {  # where the function is that runs a job
     "preprocess": ("bionemo_esm.data.jobs", "main"),
     "average": ("bionemo_esm.training.jobs", "average_main"),
     "convert": ("bionemo_esm.model.interchange.jobs", "main"),
-    "embed": ("bionemo_esm.inference.embed_job", "main"),
-    "score": ("bionemo_esm.inference.score_job", "main"),
-    "contacts": ("bionemo_esm.inference.contacts_job", "main"),
-    "fit-contacts": ("bionemo_esm.inference.fit_job", "main"),
+    "embed": ("bionemo_esm.inference.embedding.job", "main"),
+    "score": ("bionemo_esm.inference.variants.job", "main"),
+    "contacts": ("bionemo_esm.inference.contacts.job", "main"),
+    "fit-contacts": ("bionemo_esm.inference.contacts.fit_job", "main"),
 }
 
 

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import pytest
 from omegaconf import OmegaConf
 
-from bionemo_esm.inference import embed_job
-from bionemo_esm.inference import embeddings as computation
+from bionemo_esm.inference.embedding import embeddings as computation
+from bionemo_esm.inference.embedding import job as embed_job
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTEINS = 30
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["bionemo_esm.inference.embed_job", "bionemo_esm.inference.embeddings"])
+_SERVER.set_forkserver_preload(["bionemo_esm.inference.embedding.job", "bionemo_esm.inference.embedding.embeddings"])
 
 
 class Stop(NamedTuple):

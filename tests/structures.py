@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from bionemo_esm.alphabet import TOKENS
-from bionemo_esm.inference.structures import Structure
+from bionemo_esm.inference.contacts.structures import Structure
 
 STEP_ANGSTROM = 3.8  # between neighbouring C-alphas
 

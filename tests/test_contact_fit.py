@@ -17,9 +17,9 @@ from bionemo_esm.alphabet import encode
 from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference import contact_pairs
-from bionemo_esm.inference.contact_features import attention_features
-from bionemo_esm.inference.contact_fit import (
+from bionemo_esm.inference.contacts import pairs as contact_pairs
+from bionemo_esm.inference.contacts.features import attention_features
+from bionemo_esm.inference.contacts.fit import (
     Regression,
     evaluate,
     evaluate_separation,
@@ -29,8 +29,8 @@ from bionemo_esm.inference.contact_fit import (
     untrained,
     with_head,
 )
-from bionemo_esm.inference.contact_metrics import precision_of_top, precisions, summary, table
-from bionemo_esm.inference.contact_pairs import (
+from bionemo_esm.inference.contacts.metrics import precision_of_top, precisions, summary, table
+from bionemo_esm.inference.contacts.pairs import (
     FitChoice,
     Pairs,
     check_memory,
@@ -39,9 +39,9 @@ from bionemo_esm.inference.contact_pairs import (
     some_of,
     training_pairs,
 )
-from bionemo_esm.inference.contact_prediction import Reach, contacts_of, predict_contacts
+from bionemo_esm.inference.contacts.prediction import Reach, contacts_of, predict_contacts
+from bionemo_esm.inference.contacts.structures import Structure
 from bionemo_esm.inference.engine import Engine
-from bionemo_esm.inference.structures import Structure
 from bionemo_esm.model.attention import MapObserver
 from bionemo_esm.model.contact_head import average_product_corrected
 from bionemo_esm.model.interchange.convert import export_model
@@ -136,7 +136,7 @@ def test_of_attention_maps_no_more_than_one_layers_are_alive(
 
         show_attention_maps(encoder, batch, observe)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("bionemo_esm.inference.contact_features.show_attention_maps", watched)
+    monkeypatch.setattr("bionemo_esm.inference.contacts.features.show_attention_maps", watched)
     attention_features(engine, structures[0].tokens, pairs_of(structures[0], 6, 8.0))
     assert most == [1] * 5
 

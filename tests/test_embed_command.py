@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bionemo_esm.inference import embed_job, embed_share
-from bionemo_esm.inference import embeddings as computation
-from bionemo_esm.inference.embedding_reader import read_about, read_embeddings
-from bionemo_esm.inference.embeddings import EmbeddingChoice, embed_together
+from bionemo_esm.inference.embedding import embeddings as computation
+from bionemo_esm.inference.embedding import job as embed_job
+from bionemo_esm.inference.embedding import share as embed_share
+from bionemo_esm.inference.embedding.embeddings import EmbeddingChoice, embed_together
+from bionemo_esm.inference.embedding.reader import read_about, read_embeddings
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import read_proteins
 from embed_runs import Inputs, Job, Stop, content, names, run_apart

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from bionemo_esm.inference import embed_share, processes
-from bionemo_esm.inference.embedding_reader import read_about, read_embeddings
+from bionemo_esm.inference.embedding import processes
+from bionemo_esm.inference.embedding import share as embed_share
+from bionemo_esm.inference.embedding.reader import read_about, read_embeddings
 from embed_runs import PROTEINS, Inputs, Job, content, ended, names, overrides_of, run_apart, settings_of, started
 from runs import ROOT
 

@@ -16,11 +16,11 @@ import pytest
 
 from bionemo_esm.alphabet import encode
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.embedding_reader import EmbeddingFileError, read_about, read_embeddings
-from bionemo_esm.inference.embeddings import Embedding
+from bionemo_esm.inference.embedding.embeddings import Embedding
+from bionemo_esm.inference.embedding.reader import EmbeddingFileError, read_about, read_embeddings
+from bionemo_esm.inference.embedding.shards import WorkError, WorkFolder, cut
+from bionemo_esm.inference.embedding.writers import ENDINGS, Hdf5Writer, format_of, group_name
 from bionemo_esm.inference.inputs import Protein
-from bionemo_esm.inference.shards import WorkError, WorkFolder, cut
-from bionemo_esm.inference.writers import ENDINGS, Hdf5Writer, format_of, group_name
 
 ABOUT = {"model": "ESM-1nv", "layers": [0, 2], "window": 510, "overlap": None, "weights_sha256": "0" * 64}
 ODD_IDS = ["sp|P12345|A_HUMAN", "a/b/c", ".", "..", "50%", "%2F", "größe-蛋白", "two words", "id", "a" * 300, "mean_2"]

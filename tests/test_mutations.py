@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from bionemo_esm.alphabet import STANDARD_RESIDUES, TOKENS, decode, encode
 from bionemo_esm.errors import UserError
-from bionemo_esm.inference.baselines import FEWER_MUTATIONS, SUBSTITUTION_MATRIX, baselines
-from bionemo_esm.inference.mutations import (
+from bionemo_esm.inference.variants.baselines import FEWER_MUTATIONS, SUBSTITUTION_MATRIX, baselines
+from bionemo_esm.inference.variants.mutations import (
     Substitution,
     VariantError,
     WildType,

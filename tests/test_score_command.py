@@ -24,10 +24,11 @@ from scipy.stats import spearmanr
 
 from bionemo_esm.alphabet import encode
 from bionemo_esm.errors import UserError
-from bionemo_esm.inference import heat_map, score_job
-from bionemo_esm.inference.mutations import WildType, all_single
 from bionemo_esm.inference.protein_model import ProteinModel
-from bionemo_esm.inference.variant_table import agreement, agreements, read_table
+from bionemo_esm.inference.variants import heat_map
+from bionemo_esm.inference.variants import job as score_job
+from bionemo_esm.inference.variants.mutations import WildType, all_single
+from bionemo_esm.inference.variants.table import agreement, agreements, read_table
 from models import tiny_model
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"

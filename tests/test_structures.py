@@ -14,7 +14,13 @@ from pyarrow import parquet
 
 from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.structures import Structure, StructureError, files_of, holds_structures, read_structures
+from bionemo_esm.inference.contacts.structures import (
+    Structure,
+    StructureError,
+    files_of,
+    holds_structures,
+    read_structures,
+)
 
 HELIX = ("MET", "GLY", "LYS", "LEU", "SER", "ASP", "TRP", "ARG")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # torch and Megatron take seconds to import
     from numpy.typing import NDArray
     from pandas import DataFrame
 
-    from bionemo_esm.inference.embeddings import Embeddings
+    from bionemo_esm.inference.embedding.embeddings import Embeddings
     from bionemo_esm.inference.engine import Engine
     from bionemo_esm.inference.inputs import InputPolicy, Sequences
 
@@ -61,7 +61,7 @@ class ProteinModel:
         `sequences`: ids with their sequences, sequences, one sequence, or the name of a file, read by the policy; the
         rest is what `EmbeddingChoice` says. All answers are in memory at once. Raises `InputError`, `ConfigError`.
         """
-        from bionemo_esm.inference.embeddings import EmbeddingChoice, Embeddings, embed_together
+        from bionemo_esm.inference.embedding.embeddings import EmbeddingChoice, Embeddings, embed_together
         from bionemo_esm.inference.inputs import InputPolicy, proteins_of
 
         numbers = (layers,) if isinstance(layers, int) else tuple(layers)
@@ -85,9 +85,9 @@ class ProteinModel:
         its first residue. `method` is one of `METHODS`, and the rest what `ScoringChoice` says. Raises `VariantError`
         for a variant that does not go with the sequence, `InputError`, `ConfigError`.
         """
-        from bionemo_esm.inference.mutations import read_wild_type
-        from bionemo_esm.inference.scoring import score
-        from bionemo_esm.inference.scoring_choice import ScoringChoice
+        from bionemo_esm.inference.variants.choice import ScoringChoice
+        from bionemo_esm.inference.variants.mutations import read_wild_type
+        from bionemo_esm.inference.variants.scoring import score
 
         wild_type, choice = read_wild_type(sequence, offset=offset), ScoringChoice((method,), masks, window)
         read = [wild_type.variant(variant) for variant in variants]
@@ -106,9 +106,9 @@ class ProteinModel:
 
         `region`: the first and last position; None for all. The rest is as for `score_variants`.
         """
-        from bionemo_esm.inference.mutations import read_wild_type
-        from bionemo_esm.inference.scoring import scan_frame
-        from bionemo_esm.inference.scoring_choice import ScoringChoice
+        from bionemo_esm.inference.variants.choice import ScoringChoice
+        from bionemo_esm.inference.variants.mutations import read_wild_type
+        from bionemo_esm.inference.variants.scoring import scan_frame
 
         choice = ScoringChoice((methods,) if isinstance(methods, str) else tuple(methods), window=window)
         return scan_frame(self.engine, read_wild_type(sequence, offset=offset), choice, region)
@@ -120,7 +120,7 @@ class ProteinModel:
         as many as the model was trained on, and half of that. NaN stands where no window has both residues. Raises
         `InputError`, `ConfigError`; `UserError` for a model without a contact head.
         """
-        from bionemo_esm.inference.contact_prediction import Reach, contacts_of
+        from bionemo_esm.inference.contacts.prediction import Reach, contacts_of
         from bionemo_esm.inference.inputs import proteins_of
 
         (protein,) = proteins_of([sequence])

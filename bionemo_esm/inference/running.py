@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # it imports torch
     from bionemo_esm.inference.engine import Engine
 
 ENGINE_KEYS = {"model", "device", "precision", "batch_tokens"}
-"""Of every job's configuration: `conf/engine.yaml`."""
+"""Of every job's configuration: `conf/inference/engine.yaml`."""
 
 
 @dataclass(frozen=True)

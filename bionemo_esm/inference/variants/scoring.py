@@ -24,8 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.inference.engine import Engine, Question, Residues, masked
-from bionemo_esm.inference.mutations import Substitution, Variant, VariantError, WildType, all_single, scan_columns
-from bionemo_esm.inference.scoring_choice import MASKED, MUTANT, PSEUDO, ScoringChoice, column_of
+from bionemo_esm.inference.variants.choice import MASKED, MUTANT, PSEUDO, ScoringChoice, column_of
+from bionemo_esm.inference.variants.mutations import (
+    Substitution,
+    Variant,
+    VariantError,
+    WildType,
+    all_single,
+    scan_columns,
+)
 from bionemo_esm.inference.windows import window_around
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bionemo_esm.inference.contact_features import attention_features
-from bionemo_esm.inference.contact_metrics import Precisions, precisions
-from bionemo_esm.inference.contact_pairs import FitChoice, Pairs
-from bionemo_esm.inference.contact_prediction import Reach, predict_contacts
+from bionemo_esm.inference.contacts.features import attention_features
+from bionemo_esm.inference.contacts.metrics import Precisions, precisions
+from bionemo_esm.inference.contacts.pairs import FitChoice, Pairs
+from bionemo_esm.inference.contacts.prediction import Reach, predict_contacts
+from bionemo_esm.inference.contacts.structures import Structure
 from bionemo_esm.inference.engine import Engine
-from bionemo_esm.inference.structures import Structure
 from bionemo_esm.model.backends import choose_backends
 from bionemo_esm.model.contact_head import ContactHead
 from bionemo_esm.model.encoder import ESMEncoder

@@ -14,12 +14,12 @@ from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
 from bionemo_esm.data.sources import STANDARD_INPUT
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.embed_share import EmbedTask, Share, Tell, chosen, embed_share
+from bionemo_esm.inference.embedding.processes import Outcome, embed_in_processes, launched
+from bionemo_esm.inference.embedding.shards import WorkFolder, copied, sha256_of
+from bionemo_esm.inference.embedding.share import EmbedTask, Share, Tell, chosen, embed_share
+from bionemo_esm.inference.embedding.writers import format_of
 from bionemo_esm.inference.inputs import InputPolicy, take_stock
-from bionemo_esm.inference.processes import Outcome, embed_in_processes, launched
 from bionemo_esm.inference.running import ENGINE_KEYS, EngineConfig
-from bionemo_esm.inference.shards import WorkFolder, copied, sha256_of
-from bionemo_esm.inference.writers import format_of
 from bionemo_esm.outputs import check_absent, check_writable
 from bionemo_esm.screen import RESIDUES, Meter, Screen, exit_of, sigterm_as_exit
 from bionemo_esm.settings import boolean, integer, known, path, plain_values
@@ -35,7 +35,7 @@ _KEYS = ENGINE_KEYS | {
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """The settings of the job; conf/embed.yaml has what they mean."""
+    """The settings of the job; conf/inference/embed.yaml has what they mean."""
 
     engine: EngineConfig
     input: str  # a path, or `STANDARD_INPUT`

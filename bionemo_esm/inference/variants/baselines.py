@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import TOKENS
-from bionemo_esm.inference.mutations import Variant
+from bionemo_esm.inference.variants.mutations import Variant
 
 FEWER_MUTATIONS, SUBSTITUTION_MATRIX = "(fewer mutations)", "(BLOSUM62)"
 _ORDER = "ARNDCQEGHILKMFPSTWYV"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.structures import CONTACT_ANGSTROM, Structure
+from bionemo_esm.inference.contacts.structures import CONTACT_ANGSTROM, Structure
 
 _BYTES_OF_A_FEATURE = 40
 """4 as a float32; liblinear turns each into 16 bytes, an index and a float64, and for L1 transposes a copy of those."""

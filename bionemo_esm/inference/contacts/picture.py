@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.drawing import FAINT, GRID, INK, LINE, MARK, MUTED, styled, write_png
-from bionemo_esm.inference.contact_prediction import Map
-from bionemo_esm.inference.structures import Structure
+from bionemo_esm.inference.contacts.prediction import Map
+from bionemo_esm.inference.contacts.structures import Structure
 
 _INCHES = 7.5
 _LONGEST_TITLE = 60  # characters of an id

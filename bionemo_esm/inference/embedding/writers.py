@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bionemo_esm.errors import ConfigError
 
 if TYPE_CHECKING:  # it imports torch
-    from bionemo_esm.inference.embeddings import Embedding
+    from bionemo_esm.inference.embedding.embeddings import Embedding
 
 HDF5, PARQUET, NPZ = "hdf5", "parquet", "npz"
 ENDINGS = {HDF5: ".h5", PARQUET: ".parquet", NPZ: ".npz"}

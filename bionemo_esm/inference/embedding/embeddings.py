@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import VOCABULARY_SIZE
 from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference.embedding.pooling import PooledBatch, pooled
+from bionemo_esm.inference.embedding.pseudo_perplexity import pseudo_perplexities
 from bionemo_esm.inference.engine import Engine, batches_by_length
 from bionemo_esm.inference.inputs import InputError, Protein
-from bionemo_esm.inference.pooling import PooledBatch, pooled
-from bionemo_esm.inference.pseudo_perplexity import pseudo_perplexities
 from bionemo_esm.inference.windows import blending_weights, windows
 
 DTYPES = ("float32", "float16")

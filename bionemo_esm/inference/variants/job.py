@@ -20,12 +20,19 @@ from bionemo_esm import __version__, config_directory
 from bionemo_esm.alphabet import decode
 from bionemo_esm.command_line import check_command_line
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference import heat_map
-from bionemo_esm.inference.baselines import baselines
-from bionemo_esm.inference.mutations import Variant, WildType, all_single, read_variants, read_wild_type, scan_columns
 from bionemo_esm.inference.running import ENGINE_KEYS, EngineConfig, describe, run
-from bionemo_esm.inference.scoring_choice import EACH, MASKED, TOGETHER, ScoringChoice, column_of
-from bionemo_esm.inference.variant_table import (
+from bionemo_esm.inference.variants import heat_map
+from bionemo_esm.inference.variants.baselines import baselines
+from bionemo_esm.inference.variants.choice import EACH, MASKED, TOGETHER, ScoringChoice, column_of
+from bionemo_esm.inference.variants.mutations import (
+    Variant,
+    WildType,
+    all_single,
+    read_variants,
+    read_wild_type,
+    scan_columns,
+)
+from bionemo_esm.inference.variants.table import (
     Agreement,
     VariantTable,
     agreement,
@@ -199,7 +206,7 @@ def _variants(config: ScoreConfig) -> Variants:
 
 def _scored(config: ScoreConfig, work: Variants, engine: Engine, screen: Screen) -> dict[str, NDArray[np.float64]]:
     """The scores of each method, NaN for what is left out; those whose places lie too far apart are left out too."""
-    from bionemo_esm.inference.scoring import plan, score
+    from bionemo_esm.inference.variants.scoring import plan, score
 
     choice, window = config.choice, config.choice.window_of(engine)
     if window < len(work.wild_type.tokens):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bionemo_esm.inference.structures import CONTACT_ANGSTROM, Structure
+from bionemo_esm.inference.contacts.structures import CONTACT_ANGSTROM, Structure
 
 RANGES: dict[str, tuple[int, int | None]] = {"short": (6, 12), "medium": (12, 24), "long": (24, None)}
 """Name to the least separation |i - j| and that from which on pairs no longer belong."""

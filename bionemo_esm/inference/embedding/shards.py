@@ -27,13 +27,21 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.embedding_reader import MANIFEST, read_embeddings
+from bionemo_esm.inference.embedding.reader import MANIFEST, read_embeddings
+from bionemo_esm.inference.embedding.writers import (
+    ABOUT,
+    ENDINGS,
+    NPZ,
+    joined_columns,
+    write_file,
+    write_npz,
+    write_part,
+)
 from bionemo_esm.inference.inputs import Protein
-from bionemo_esm.inference.writers import ABOUT, ENDINGS, NPZ, joined_columns, write_file, write_npz, write_part
 from bionemo_esm.outputs import check_absent, sync_folder, written_whole
 
 if TYPE_CHECKING:  # it imports torch
-    from bionemo_esm.inference.embeddings import Embedding
+    from bionemo_esm.inference.embedding.embeddings import Embedding
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)

@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.contact_metrics import Row, as_dicts, summary, table
-from bionemo_esm.inference.contact_pairs import (
+from bionemo_esm.inference.contacts.metrics import Row, as_dicts, summary, table
+from bionemo_esm.inference.contacts.pairs import (
     Division,
     FitChoice,
     Pairs,
@@ -26,14 +26,14 @@ from bionemo_esm.inference.contact_pairs import (
     divide,
     training_pairs,
 )
+from bionemo_esm.inference.contacts.structures import files_of, read_structures
 from bionemo_esm.inference.running import ENGINE_KEYS, EngineConfig, describe, run
-from bionemo_esm.inference.structures import files_of, read_structures
 from bionemo_esm.outputs import check_absent, check_writable
 from bionemo_esm.screen import RESIDUES, Meter, Screen
 from bionemo_esm.settings import boolean, integer, known, number, path, plain_values
 
 if TYPE_CHECKING:  # they import torch
-    from bionemo_esm.inference.contact_fit import Regression
+    from bionemo_esm.inference.contacts.fit import Regression
     from bionemo_esm.inference.engine import Engine
 
 _KEYS = ENGINE_KEYS | {
@@ -105,7 +105,7 @@ def _fit(config: FitConfig) -> int:
 
     engine = config.engine.load()
 
-    from bionemo_esm.inference.contact_fit import fit_head  # torch takes a second to import
+    from bionemo_esm.inference.contacts.fit import fit_head  # torch takes a second to import
 
     screen.say(f"  model    {describe(engine)}")
     if engine.config.contact_head:
@@ -162,7 +162,7 @@ def _results(
     engine: Engine, regression: Regression, division: Division, pairs: list[Pairs], config: FitConfig, screen: Screen
 ) -> dict[str, list[Row]]:
     """Precisions over the held-out structures by the name of the predictor; told as well."""
-    from bionemo_esm.inference import contact_fit as fitting
+    from bionemo_esm.inference.contacts import fit as fitting
 
     if not division.held_out:
         screen.say("  note     all structures were fitted on: how good the head is on others is not known")
@@ -228,7 +228,7 @@ def _save(engine: Engine, regression: Regression, provenance: Mapping[str, Any],
     """The engine's archive again, bit for bit, with this contact head; one it had is replaced."""
     import torch
 
-    from bionemo_esm.inference.contact_fit import head_of
+    from bionemo_esm.inference.contacts.fit import head_of
     from bionemo_esm.model.archive import WEIGHTS, Archive, ArchiveFile, write_archive
     from bionemo_esm.model.tensors import LazyTensors
 

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.embed_share import EmbedTask, Share, Tell, embed_share
+from bionemo_esm.inference.embedding.share import EmbedTask, Share, Tell, embed_share
 
 _SECONDS_TO_END = 5.0  # for a process that was asked to; then it is killed
 

@@ -21,11 +21,11 @@ from bionemo_esm import config_directory
 from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.command_line import check_command_line
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.contact_folder import WorkFolder, file_names, written_table
-from bionemo_esm.inference.contact_metrics import Precisions, as_dicts, precisions, summary, table
+from bionemo_esm.inference.contacts.folder import WorkFolder, file_names, written_table
+from bionemo_esm.inference.contacts.metrics import Precisions, as_dicts, precisions, summary, table
+from bionemo_esm.inference.contacts.structures import Structure, holds_structures, read_structures
 from bionemo_esm.inference.inputs import InputError, InputPolicy, read_proteins
 from bionemo_esm.inference.running import ENGINE_KEYS, EngineConfig, describe, run
-from bionemo_esm.inference.structures import Structure, holds_structures, read_structures
 from bionemo_esm.outputs import check_absent, check_writable, written_whole
 from bionemo_esm.screen import RESIDUES, Meter, Screen
 from bionemo_esm.settings import integer, known, number, path, plain_values
@@ -33,7 +33,7 @@ from bionemo_esm.settings import integer, known, number, path, plain_values
 if TYPE_CHECKING:  # they import torch
     from numpy.typing import NDArray
 
-    from bionemo_esm.inference.contact_prediction import Map, Reach
+    from bionemo_esm.inference.contacts.prediction import Map, Reach
     from bionemo_esm.inference.engine import Engine
 
 _POLICY = ("input_format", "id_column", "sequence_column", "bad_records", "unknown_letters")
@@ -135,7 +135,7 @@ def _predict(config: ContactsConfig) -> int:
     engine = config.engine.load()
     screen.say(f"  model    {describe(engine)}")
 
-    from bionemo_esm.inference.contact_prediction import Reach, check_head  # torch takes a second to import
+    from bionemo_esm.inference.contacts.prediction import Reach, check_head  # torch takes a second to import
 
     check_head(engine)
     reach = Reach.of(engine, config.window, config.overlap)
@@ -201,7 +201,7 @@ def _fill(
     work: WorkFolder, engine: Engine, subjects: Sequence[Subject], names: Sequence[str], reach: Reach, screen: Screen
 ) -> None:
     """Write the map of each protein that has none yet."""
-    from bionemo_esm.inference.contact_prediction import predict_contacts as predict
+    from bionemo_esm.inference.contacts.prediction import predict_contacts as predict
 
     todo = {place for place, name in enumerate(names) if not work.has_map(name)}
     total = sum(subject.residues for subject in subjects)
@@ -220,7 +220,7 @@ def _describe_all(
     work: WorkFolder, config: ContactsConfig, subjects: Sequence[Subject], names: Sequence[str], reach: Reach
 ) -> list[Precisions]:
     """contacts.csv, proteins.csv and the pictures; the precisions of each protein whose structure is known."""
-    from bionemo_esm.inference.contact_picture import draw_contacts
+    from bionemo_esm.inference.contacts.picture import draw_contacts
 
     all_found: list[Precisions] = []
     extra = ["distance"] * any(subject.structure is not None for subject in subjects)

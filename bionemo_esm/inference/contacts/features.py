@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bionemo_esm.inference.contact_pairs import Pairs
+from bionemo_esm.inference.contacts.pairs import Pairs
 from bionemo_esm.inference.engine import Engine, Residues
 from bionemo_esm.model.contact_head import corrected_maps
 from bionemo_esm.model.reading import show_attention_maps

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.embedding_reader import read_about
+from bionemo_esm.inference.embedding.reader import read_about
+from bionemo_esm.inference.embedding.shards import WorkFolder, cut
 from bionemo_esm.inference.inputs import InputPolicy, Inventory, Protein, read_proteins
 from bionemo_esm.inference.running import EngineConfig, describe
-from bionemo_esm.inference.shards import WorkFolder, cut
 
 if TYPE_CHECKING:  # they import torch
-    from bionemo_esm.inference.embeddings import EmbeddingChoice
+    from bionemo_esm.inference.embedding.embeddings import EmbeddingChoice
     from bionemo_esm.inference.engine import Engine
 
 ABOUT_VERSION = 1
@@ -68,7 +68,7 @@ def chosen(values: Mapping[str, Any]) -> EmbeddingChoice:
     """The choice of these arguments. Raises `ConfigError`, naming the key, for what no model could do."""
     with warnings.catch_warnings():  # Megatron warns where neither Apex nor Transformer Engine is installed
         warnings.simplefilter("ignore")
-        from bionemo_esm.inference.embeddings import EmbeddingChoice
+        from bionemo_esm.inference.embedding.embeddings import EmbeddingChoice
 
     return EmbeddingChoice(**values)
 
@@ -213,7 +213,7 @@ def _compute(
     task: EmbedTask, share: Share, engine: Engine, choice: EmbeddingChoice, about: dict[str, Any], progress: _Progress
 ) -> int | None:
     """Compute what is not there of the share. The number of parts of the whole input; None if all were finished."""
-    from bionemo_esm.inference.embeddings import embed_together
+    from bionemo_esm.inference.embedding.embeddings import embed_together
 
     work, before = task.work, task.input.stat()
     number = -1

@@ -19,7 +19,7 @@ from bionemo_esm.errors import UserError
 from bionemo_esm.outputs import check_absent, sync_folder, written_whole
 
 if TYPE_CHECKING:
-    from bionemo_esm.inference.contact_prediction import Map
+    from bionemo_esm.inference.contacts.prediction import Map
 
 _LONGEST_NAME = 150  # characters; file systems take 255 bytes
 _JOB, _LOCK = "job.sha256", ".lock"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.mutations import Variant
+from bionemo_esm.inference.variants.mutations import Variant
 
 if TYPE_CHECKING:  # it imports torch
     from bionemo_esm.inference.engine import Engine

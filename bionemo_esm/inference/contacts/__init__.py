@@ -1,0 +1,1 @@
+"""Which residues touch, read from attention maps."""

@@ -1,0 +1,1 @@
+"""Embeddings: hidden states as features, for files of any size."""

@@ -1,0 +1,1 @@
+"""Effects of variants, by what a model finds likely."""
