@@ -37,6 +37,7 @@ from bionemo_esm.drawing import MUTED, WIDTH, styled, write_png
 from bionemo_esm.errors import UserError
 
 Features = NDArray[np.float64]  # [proteins, features]
+KEYS = {"model", "input", "label", "output"}
 FOLDS, SEED, RESAMPLES = 5, 0, 1000
 FEWEST = 2 * FOLDS  # proteins of a class; rarer classes are left out
 SHOWN = 9  # classes with a colour of their own in the picture
@@ -122,9 +123,10 @@ def draw(panels: dict[str, Features], classes: NDArray[np.str_], path: Path) -> 
 
 
 def main(settings: dict[str, str]) -> None:
-    wanted = ("model", "input", "label", "output")
-    if set(settings) != set(wanted):
-        raise UserError(f"give {'=..., '.join(wanted)}=...; the head of {Path(__file__).name} has an example")
+    for key in settings.keys() - KEYS:
+        raise UserError(f"{key} is not a key; --help lists every key")
+    for key in KEYS - settings.keys():
+        raise UserError(f"{key} must be given: {key}=...")
     sequences, classes = read_classes(Path(settings["input"]), settings["label"])
     model = ProteinModel.load(settings["model"])
     panels = {
@@ -144,8 +146,10 @@ def main(settings: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        sys.exit(__doc__)
     try:
-        main(dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument))
+        main({key: value for key, _, value in (argument.partition("=") for argument in sys.argv[1:])})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
