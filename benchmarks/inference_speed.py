@@ -29,7 +29,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID, PAD_ID
-from bionemo_esm.inference.embedding.embeddings import EmbeddingChoice, embed_together
+from bionemo_esm.inference.embedding.choice import EmbeddingChoice
+from bionemo_esm.inference.embedding.embeddings import embed_together
 from bionemo_esm.inference.engine import Engine, each_masked
 from bionemo_esm.inference.inputs import Protein, read_proteins
 from bionemo_esm.model.interchange.convert import import_model

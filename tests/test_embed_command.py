@@ -15,7 +15,8 @@ import pytest
 from bionemo_esm.inference.embedding import embeddings as computation
 from bionemo_esm.inference.embedding import job as embed_job
 from bionemo_esm.inference.embedding import share as embed_share
-from bionemo_esm.inference.embedding.embeddings import EmbeddingChoice, embed_together
+from bionemo_esm.inference.embedding.choice import EmbeddingChoice
+from bionemo_esm.inference.embedding.embeddings import embed_together
 from bionemo_esm.inference.embedding.reader import read_about, read_embeddings
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import read_proteins

@@ -17,7 +17,8 @@ from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.embedding import pooling
-from bionemo_esm.inference.embedding.embeddings import EmbeddingChoice, embed_together
+from bionemo_esm.inference.embedding.choice import EmbeddingChoice
+from bionemo_esm.inference.embedding.embeddings import embed_together
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import InputError, Protein
 from bionemo_esm.inference.windows import windows

@@ -61,7 +61,8 @@ class ProteinModel:
         `sequences`: ids with their sequences, sequences, one sequence, or the name of a file, read by the policy; the
         rest is what `EmbeddingChoice` says. All answers are in memory at once. Raises `InputError`, `ConfigError`.
         """
-        from bionemo_esm.inference.embedding.embeddings import EmbeddingChoice, Embeddings, embed_together
+        from bionemo_esm.inference.embedding.choice import EmbeddingChoice
+        from bionemo_esm.inference.embedding.embeddings import Embeddings, embed_together
         from bionemo_esm.inference.inputs import InputPolicy, proteins_of
 
         numbers = (layers,) if isinstance(layers, int) else tuple(layers)

@@ -14,9 +14,10 @@ from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
 from bionemo_esm.data.sources import STANDARD_INPUT
 from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference.embedding.choice import EmbeddingChoice
 from bionemo_esm.inference.embedding.processes import Outcome, embed_in_processes, launched
 from bionemo_esm.inference.embedding.shards import WorkFolder, copied, sha256_of
-from bionemo_esm.inference.embedding.share import EmbedTask, Share, Tell, chosen, embed_share
+from bionemo_esm.inference.embedding.share import EmbedTask, Share, Tell, embed_share
 from bionemo_esm.inference.embedding.writers import format_of
 from bionemo_esm.inference.inputs import InputPolicy, take_stock
 from bionemo_esm.inference.running import ENGINE_KEYS, EngineConfig
@@ -43,7 +44,7 @@ class EmbedConfig:
     output: Path
     kind: str  # a format of `writers`
     is_folder: bool
-    choice: dict[str, Any]  # the arguments of an `EmbeddingChoice`
+    choice: EmbeddingChoice
     devices: int
     part_proteins: int
     part_megabytes: int
@@ -80,15 +81,16 @@ def load_embed_config(cfg: DictConfig) -> EmbedConfig:
     )
 
 
-def _choice(values: dict[str, Any]) -> dict[str, Any]:
+def _choice(values: dict[str, Any]) -> EmbeddingChoice:
     layers = values["layers"] if isinstance(values["layers"], list) else [values["layers"]]
-    return {
-        "layers": tuple(integer("layers", layer) for layer in layers),
+    return EmbeddingChoice(
+        layers=tuple(integer("layers", layer) for layer in layers),
+        dtype=str(values["dtype"]),
+        long_proteins=str(values["long_proteins"]),
+        window=None if values["window"] is None else integer("window", values["window"]),
+        overlap=None if values["overlap"] is None else integer("overlap", values["overlap"]),
         **{key: boolean(key, values[key]) for key in _BOOLEANS},
-        "dtype": str(values["dtype"]),
-        "long_proteins": str(values["long_proteins"]),
-        **{key: None if values[key] is None else integer(key, values[key]) for key in ("window", "overlap")},
-    }
+    )
 
 
 def embed(cfg: DictConfig) -> None:
@@ -105,7 +107,6 @@ def _embed(config: EmbedConfig) -> int:
         return _one_of_many(config, share, screen)
     check_absent("output", config.output)
     check_writable("output", config.output)
-    chosen(config.choice)
     work = WorkFolder(config.output, config.kind, config.is_folder)
     with work.held():
         task = _task(config, screen, work)
@@ -129,7 +130,6 @@ def _one_of_many(config: EmbedConfig, share: Share, screen: Screen) -> int:
     if config.input == STANDARD_INPUT:
         raise ConfigError("input=-: several processes cannot share standard input; give a file, or use devices=N")
     check_writable("output", config.output)
-    chosen(config.choice)
     work = WorkFolder(config.output, config.kind, config.is_folder)
     with work.shared():
         task = _task(config, screen, work)

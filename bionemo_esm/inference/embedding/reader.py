@@ -9,16 +9,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.errors import UserError
+from bionemo_esm.inference.embedding.choice import Embedding
 from bionemo_esm.inference.embedding.writers import ABOUT, COUNTS, HDF5, NPZ, PARQUET, PARQUET_ABOUT, PSEUDO_PERPLEXITY
-
-if TYPE_CHECKING:  # it imports torch
-    from bionemo_esm.inference.embedding.embeddings import Embedding
 
 MANIFEST = "manifest.json"
 """Of a folder of parts: which files, in which order, and what they hold."""
@@ -87,8 +85,6 @@ def _kind(file: Path) -> str:
 def _embedding(
     identifier: str, counts: list[int], arrays: dict[str, NDArray[np.floating]], perplexity: float | None
 ) -> Embedding:
-    from bionemo_esm.inference.embedding.embeddings import Embedding
-
     return Embedding(identifier, counts[0], counts[1], counts[2], arrays, perplexity)
 
 

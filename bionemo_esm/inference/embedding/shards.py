@@ -24,9 +24,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference.embedding.choice import Embedding
 from bionemo_esm.inference.embedding.reader import MANIFEST, read_embeddings
 from bionemo_esm.inference.embedding.writers import (
     ABOUT,
@@ -39,9 +40,6 @@ from bionemo_esm.inference.embedding.writers import (
 )
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.outputs import check_absent, sync_folder, written_whole
-
-if TYPE_CHECKING:  # it imports torch
-    from bionemo_esm.inference.embedding.embeddings import Embedding
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)

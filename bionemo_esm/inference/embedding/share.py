@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.inference.embedding.choice import EmbeddingChoice
 from bionemo_esm.inference.embedding.reader import read_about
 from bionemo_esm.inference.embedding.shards import WorkFolder, cut
 from bionemo_esm.inference.inputs import InputPolicy, Inventory, Protein, read_proteins
 from bionemo_esm.inference.running import EngineConfig, describe
 
-if TYPE_CHECKING:  # they import torch
-    from bionemo_esm.inference.embedding.embeddings import EmbeddingChoice
+if TYPE_CHECKING:  # it imports torch
     from bionemo_esm.inference.engine import Engine
 
 ABOUT_VERSION = 1
@@ -39,7 +38,7 @@ class EmbedTask:
     output: Path
     kind: str  # a format of `writers`
     is_folder: bool
-    choice: Mapping[str, Any]  # the arguments of an `EmbeddingChoice`
+    choice: EmbeddingChoice
     part_proteins: int
     part_megabytes: int
 
@@ -64,22 +63,13 @@ class Tell(NamedTuple):
     progress: Callable[[int], None]
 
 
-def chosen(values: Mapping[str, Any]) -> EmbeddingChoice:
-    """The choice of these arguments. Raises `ConfigError`, naming the key, for what no model could do."""
-    with warnings.catch_warnings():  # Megatron warns where neither Apex nor Transformer Engine is installed
-        warnings.simplefilter("ignore")
-        from bionemo_esm.inference.embedding.embeddings import EmbeddingChoice
-
-    return EmbeddingChoice(**values)
-
-
 def embed_share(task: EmbedTask, share: Share, tell: Tell) -> bool:
     """Embed the parts of one process; whether the output is there now, of this process's making or another's.
 
     Raises `UserError` for what a user can mend, before anything is computed where that can be known.
     """
     engine = _loaded(task, share)
-    choice = chosen(task.choice).resolved(engine)
+    choice = task.choice.resolved(engine)
     about = _about(task, engine, choice)
     work = task.work
     if share.world > 1 and _finished_by_others(task, about):

@@ -13,15 +13,13 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.errors import ConfigError
-
-if TYPE_CHECKING:  # it imports torch
-    from bionemo_esm.inference.embedding.embeddings import Embedding
+from bionemo_esm.inference.embedding.choice import Embedding
 
 HDF5, PARQUET, NPZ = "hdf5", "parquet", "npz"
 ENDINGS = {HDF5: ".h5", PARQUET: ".parquet", NPZ: ".npz"}
