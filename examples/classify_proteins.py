@@ -82,9 +82,15 @@ def composition(sequences: list[str]) -> Features:
 
 def read_classes(path: Path, pattern: str) -> tuple[dict[str, str], NDArray[np.str_]]:
     """Sequences by id, and the class of each: those of classes with at least `FEWEST` proteins."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"label={pattern} is no regular expression with a group ({error})") from error
+    if not expression.groups:
+        raise UserError(f"label={pattern} is no regular expression with a group: put the class into parentheses")
     sequences, classes = {}, {}
     for record in read_fasta(path):
-        if (found := re.search(pattern, record.header)) is None:
+        if (found := expression.search(record.header)) is None:
             raise UserError(f"{path}, record {record.number}: label={pattern} finds nothing in {record.header!r}")
         sequences[record.id], classes[record.id] = record.sequence.decode(), found[1]
     frequent = {name for name, count in Counter(classes.values()).items() if count >= FEWEST}

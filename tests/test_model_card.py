@@ -245,6 +245,16 @@ def test_a_converted_model_tells_from_what_and_with_which_notes(tmp_path: Path) 
     assert told["notes"] == "one was padded; no dropout"
 
 
+def test_a_fitted_contact_head_tells_of_its_structures_and_of_its_precision_on_others(tmp_path: Path) -> None:
+    precision = {"model": [{"range": "long", "top": "P@L", "mean": 0.412, "low": 0.3, "high": 0.5}]}
+    head = {"fitted_on": ["1ubq_A", "2gb1_A"], "contact": "CA < 8", "C": 0.15, "held_out_structures": 7}
+    path = written(tmp_path / "x.nemo", {"contact_head": head | {"precision": precision}})
+    told = ArchiveCard.of(ArchiveFile.open(path)).text().partition("contact head fitted on")[2]
+    assert "2 structures: 1ubq_A, 2gb1_A" in told
+    assert "contact CA < 8" in told and "C 0.15" in told
+    assert "on 7 others: long P@L 0.412" in told
+
+
 def test_no_line_is_longer_than_a_terminal_is_wide(tmp_path: Path) -> None:
     path = written(tmp_path / f"{'x' * 200}.nemo", PROVENANCE | {"data": "a b " * 5000, "restored_from": "/" * 400})
     text = ArchiveCard.of(ArchiveFile.open(path)).text()
@@ -359,7 +369,7 @@ ODD_VALUES = [
 
 @pytest.mark.parametrize("odd", ODD_VALUES, ids=lambda odd: repr(odd)[:40])
 def test_any_type_is_borne_wherever_it_stands(odd: Any, tmp_path: Path, inspect: Inspect) -> None:
-    keys = [*PROVENANCE, "averaged_from", "checkpoint", "converted_from", "notes"]
+    keys = [*PROVENANCE, "averaged_from", "checkpoint", "converted_from", "contact_head", "notes"]
     states = (
         *(dict.fromkeys(STATE, odd), {"identity": {"samples of an epoch": odd}, "lr_schedulers": [odd]}),
         {"lr_schedulers": [{"_last_lr": [odd]}], "callbacks": {"Checkpoints": {"best_loss": odd, "best_step": odd}}},

@@ -41,12 +41,7 @@ _DATA = ("data", "data_release", "data_sequences", "data_manifest_sha256")
 _START = ("restored_from", "restored_weights_sha256", "imported_from", "converted_from")
 _TRAINING = ("recipe", "seed", "steps", "consumed_samples", *_DATA, *_START)
 _KNOWN = {
-    *_TRAINING,
-    "continued_from",
-    "data_samples_of_an_epoch",
-    "averaged_from",
-    "checkpoint",
-    "package_versions",
+    *(*_TRAINING, "continued_from", "data_samples_of_an_epoch", "averaged_from", "checkpoint", "package_versions"),
     "contact_head",
 }
 

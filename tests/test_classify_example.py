@@ -1,0 +1,76 @@
+"""The example of a classifier on embeddings: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models import tiny_model
+from runs import ROOT
+
+LABEL = r"label=^\S+ (\w+)-"
+COMPOSITIONS = {"helix": "AELK", "sheet": "VIYT", "loop": "GPNS"}  # told apart by what they are made of
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.nemo"
+    tiny_model().save_to(str(path))
+    return path
+
+
+@pytest.fixture
+def proteins(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(1)
+    records = [
+        f">{name}{number} {name}-{number}\n{''.join(generator.choice(list(letters), 40))}\n"
+        for name, letters in COMPOSITIONS.items()
+        for number in range(12)
+    ]
+    path = tmp_path / "proteins.fasta"
+    path.write_text("".join(records) + ">odd rare-1\nMKT\n")
+    return path
+
+
+def classify(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "examples" / "classify_proteins.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_it_tells_classes_apart_and_says_so_beside_the_baseline(model: Path, proteins: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    done = classify(f"model={model}", f"input={proteins}", LABEL, f"output={folder}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((folder / "report.json").read_text())
+    assert report["classes"] == {"helix": 12, "sheet": 12, "loop": 12}  # of the rare one there are too few
+    assert report["one-hot"]["features"] == 20 and report["embeddings"]["features"] == 32
+    for name in ("one-hot", "embeddings"):
+        accuracy = report[name]["accuracy"]
+        assert accuracy["value"] > 0.9 and accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+        assert f"{accuracy['value']:.3f}" in done.stdout
+    assert (folder / "classes.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ((), "must be given"),
+        (("label=(nothing)",), "finds nothing in 'helix0 helix-0'"),
+        ((r"label=^(\S+)",), "two are needed at least"),
+        (("label=(",), "is no regular expression with a group"),
+        (("label=helix",), "is no regular expression with a group"),
+        ((LABEL, "labels=x"), "labels is not a key"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(
+    model: Path, proteins: Path, tmp_path: Path, settings: tuple[str, ...], complaint: str
+) -> None:
+    done = classify(f"model={model}", f"input={proteins}", f"output={tmp_path / 'out'}", *settings)
+    assert done.returncode == 2
+    assert complaint in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
