@@ -250,7 +250,7 @@ def test_a_fitted_contact_head_tells_of_its_structures_and_of_its_precision_on_o
     head = {"fitted_on": ["1ubq_A", "2gb1_A"], "contact": "CA < 8", "C": 0.15, "held_out_structures": 7}
     path = written(tmp_path / "x.nemo", {"contact_head": head | {"precision": precision}})
     told = ArchiveCard.of(ArchiveFile.open(path)).text().partition("contact head fitted on")[2]
-    assert "2 structures: 1ubq_A, 2gb1_A" in told
+    assert "2 structures: 1ubq_A; 2gb1_A" in told
     assert "contact CA < 8" in told and "C 0.15" in told
     assert "on 7 others: long P@L 0.412" in told
 

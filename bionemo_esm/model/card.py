@@ -284,7 +284,8 @@ def _contact_head(told: Any) -> Any:
     ids, rows = _at(told, "fitted_on"), _at(told, "precision", "model")
     if not isinstance(ids, list):
         return told
-    settings = [f"{key} {_told(_at(told, key))}" for key in ("contact", "separation", "C", "solver")]
+    keys = [key for key in ("contact", "separation", "C", "solver") if _at(told, key) is not None]
+    settings = [f"{key} {_told(_at(told, key))}" for key in keys]
     means = [
         f"{_told(_at(row, 'range'))} {_told(_at(row, 'top'))} {mean:.3f}"
         for row in (rows if isinstance(rows, list) else [])
