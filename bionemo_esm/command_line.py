@@ -1,6 +1,7 @@
 """The command line of a job that Hydra configures, looked at before Hydra does.
 
-Hydra answers a misspelt key with lines of its own and exit code 1, which a batch script takes for a crash.
+Hydra answers a misspelt key with lines of its own and exit code 1, which a batch script takes for a crash; and its help
+has the keys of a configuration without their meaning.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -23,20 +25,63 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.screen import exit_of, is_rank_zero
 
 _HYDRAS_FLAGS = (
-    r"--(help|hydra-help|version|cfg|resolve|package|run|multirun|shell-completion|config-path|config-name|config-dir|"
-    r"experimental-rerun|info)\b|-(h|c|p|r|m|sc|cp|cn|cd|i)$"
+    r"--(help|hydra-help|version|cfg|resolve|package|run|shell-completion|config-path|config-name|config-dir|"
+    r"experimental-rerun|info)\b|-(h|c|p|r|sc|cp|cn|cd|i)$"
 )
+_SWEEPS = r"(-m|--multirun)$|\+{0,2}hydra\.mode=(?i:multirun)"
+_HELP = ("--help", "-h")
 
 
 def check_command_line(config_name: str, part: str = "") -> None:
-    """Exits with 2, after one message, for arguments that this configuration cannot be composed with.
+    """Exits with 2, after one message, for arguments that this configuration cannot be composed with, or a sweep.
 
-    Hydra's own flags (`--help`, `--cfg`, ...) and what follows them are left to Hydra.
+    `--help` of a configuration without groups prints its keys with their comments, and exits with 0. Hydra's own flags
+    (`--cfg`, `--help` of one with groups, ...) and what follows them are left to Hydra.
     """
     arguments = sys.argv[1:]
+    if any(argument in _HELP for argument in arguments) and (text := help_text(config_name, part)):
+        if is_rank_zero():
+            print(_as_called(text), end="")  # noqa: T201
+        raise SystemExit(0)
+    exit_of(lambda: _check_no_sweep(arguments), "Interrupted.", silent=not is_rank_zero())
     if any(re.match(_HYDRAS_FLAGS, argument) for argument in arguments):
         return
     exit_of(lambda: _check(config_name, part, arguments), "Interrupted.", silent=not is_rank_zero())
+
+
+def help_text(config_name: str, part: str = "") -> str:
+    """What the files of a configuration say: its header, and all keys with their comments; "" where it has groups."""
+    folder = config_directory(part)
+    parts = [config_name]
+    blocks: list[str] = []
+    while parts:
+        name = parts.pop(0)
+        text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+        defaults = [each for each in yaml.safe_load(text)["defaults"] if each != "_self_"]
+        if any(not isinstance(each, str) and not next(iter(each)).startswith("override hydra/") for each in defaults):
+            return ""
+        parts += [each for each in defaults if isinstance(each, str)]
+        text = re.sub(r"^(defaults|hydra):\n(?:[ -].*\n)+", "", text, flags=re.MULTILINE)  # Hydra's business
+        header = re.match(r"(?:#.*\n)*", text)
+        assert header is not None
+        if not blocks:
+            blocks.append(re.sub(r"^# ?", "", header[0], flags=re.MULTILINE))
+            blocks.append("Keys and what they are unless you say otherwise; ??? must be given:\n")
+        blocks.append(text[header.end() :])
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(block.strip("\n") + "\n" for block in blocks))
+
+
+def _as_called(text: str) -> str:
+    """Help with the commands in its header as they are where there is no checkout, if that is how it was asked for."""
+    program = sys.argv[0] if sys.argv[0].startswith("bionemo-esm ") else f"python {sys.argv[0]}"
+    return f"{program} key=value ...\n\n" + re.sub(r"\bpython examples/\w+\.py\b", program, text)
+
+
+def _check_no_sweep(arguments: list[str]) -> int:
+    for argument in arguments:
+        if re.match(_SWEEPS, argument):
+            raise ConfigError(f"{argument}: one job a command; for several, write a loop in the shell")
+    return 0
 
 
 def _check(config_name: str, part: str, arguments: list[str]) -> int:

@@ -23,9 +23,14 @@ def check_absent(key: str, target: Path) -> None:
 
 def check_writable(key: str, target: Path) -> None:
     """Raises `ConfigError`, naming the key, where no file or folder of this name could be made."""
-    place = nearest_folder(target)
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}: {target} cannot be made: {place} is not a folder that you may write to")
+    place = target.absolute().parent
+    try:
+        place = nearest_folder(target)
+        with tempfile.TemporaryFile(dir=place, prefix=".writable."):  # what permissions say is not all there is to it
+            pass
+    except OSError as error:
+        what = f"{place} is not a folder that you may write to"
+        raise ConfigError(f"{key}: {target} cannot be made: {what} ({error.strerror})") from error
 
 
 def nearest_folder(target: Path) -> Path:

@@ -7,7 +7,7 @@ record. A protein's features are the mean over its residues: of the last layer's
 one-hot vectors, which is its composition. Both are standardised and go through the same logistic regression
 (scikit-learn), scored by five-fold cross-validation on the same folds. Random folds put relatives on both sides, for
 both alike; for a number to publish, split by identity. Written are report.json, and classes.png: the first two
-principal components. In Jupyter, import `classify` and `draw`.
+principal components of either, with the accuracy. In Jupyter, import `classify` and `draw`.
 """
 
 from __future__ import annotations
@@ -72,6 +72,13 @@ def estimated(score: Callable[..., float], classes: NDArray[np.str_], told: NDAr
     return Estimate(float(score(classes, told)), float(low), float(high))
 
 
+def verdict(baseline: Estimate, embeddings: Estimate) -> str:
+    """What embeddings add to the accuracy, and whether the two intervals have something in common."""
+    apart = embeddings.low > baseline.high or baseline.low > embeddings.high
+    where = "beyond the intervals" if apart else "within the intervals: no difference is shown"
+    return f"embeddings: {embeddings.value - baseline.value:+.3f} accuracy, {where}"
+
+
 def composition(sequences: list[str]) -> Features:
     """The mean of one-hot vectors over the residues of each protein: [proteins, 20]."""
     counts = [np.bincount(encode(sequence), minlength=33) for sequence in sequences]
@@ -116,11 +123,8 @@ def draw(panels: dict[str, Features], classes: NDArray[np.str_], path: Path) -> 
             for index, name in enumerate(shown):
                 colour = colormaps["tab10"](index)
                 axes.scatter(*places[classes == name].T, s=9, color=colour, alpha=0.7, linewidths=0, label=name)
-            low, high = np.percentile(places, [0.5, 99.5], axis=0)
-            margin = 0.05 * (high - low)
-            axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
-            axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
-            axes.set_title(title, loc="left", weight="bold")
+            axes.margins(0.05)  # no point is cut
+            axes.set_title(title, loc="left", weight="bold", fontsize="medium")
             first, second = components.explained_variance_ratio_
             axes.set_xlabel(f"first component, {first:.0%} of the variance")
             axes.set_ylabel(f"second, {second:.0%}")
@@ -135,16 +139,20 @@ def main(settings: dict[str, str]) -> None:
         raise UserError(f"{key} must be given: {key}=...")
     sequences, classes = read_classes(Path(settings["input"]), settings["label"])
     model = ProteinModel.load(settings["model"])
-    panels = {
+    sets = {
         "one-hot": composition(list(sequences.values())),
         "embeddings": model.embed(sequences).mean.astype(np.float64),
     }
     report: dict[str, Any] = {"proteins": len(classes), "classes": dict(Counter(classes.tolist()).most_common())}
     print(f"{len(classes):,} proteins of {len(report['classes'])} classes")
-    for name, features in panels.items():
+    panels, accuracies = {}, []
+    for name, features in sets.items():
         scores = classify(features, classes)
+        accuracies.append(scores["accuracy"])
+        panels[f"{name}: accuracy {scores['accuracy']}"] = features
         report[name] = {"features": features.shape[1], **{key: score._asdict() for key, score in scores.items()}}
         print(f"  {name:<12}" + "".join(f"{key} {score}   " for key, score in scores.items()).rstrip())
+    print(f"  {verdict(*accuracies)}")
     folder = Path(settings["output"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -152,8 +160,9 @@ def main(settings: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    if "--help" in sys.argv:
-        sys.exit(__doc__)
+    if {"--help", "-h"} & set(sys.argv):
+        print(__doc__)
+        sys.exit()
     try:
         main({key: value for key, _, value in (argument.partition("=") for argument in sys.argv[1:])})
     except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -53,7 +54,26 @@ def test_it_tells_classes_apart_and_says_so_beside_the_baseline(model: Path, pro
         accuracy = report[name]["accuracy"]
         assert accuracy["value"] > 0.9 and accuracy["low"] <= accuracy["value"] <= accuracy["high"]
         assert f"{accuracy['value']:.3f}" in done.stdout
+    difference = report["embeddings"]["accuracy"]["value"] - report["one-hot"]["accuracy"]["value"]
+    assert f"embeddings: {difference:+.3f} accuracy, within the intervals" in done.stdout
     assert (folder / "classes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_verdict_says_whether_a_difference_is_shown() -> None:
+    spec = importlib.util.spec_from_file_location("classify_proteins", ROOT / "examples" / "classify_proteins.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    low, middle, high = (example.Estimate(value, value - 0.02, value + 0.02) for value in (0.5, 0.53, 0.6))
+    assert example.verdict(low, middle).startswith("embeddings: +0.030 accuracy, within the intervals")
+    assert example.verdict(low, high) == "embeddings: +0.100 accuracy, beyond the intervals"
+    assert example.verdict(high, low) == "embeddings: -0.100 accuracy, beyond the intervals"
+
+
+def test_help_is_no_error() -> None:
+    done = classify("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "regular expression" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ from runs import ROOT, composed
         (["data.fasta=lr=3(1).fa"], """give it with quotes within quotes: 'data.fasta="lr=3(1).fa"'\n"""),
         (["--data.fasta", "mine.fa"], "there is no option --data.fasta; settings are key=value, as in data.fasta=..."),
         (["-x"], "there is no option -x"),
+        (["-m", "seed=1,2"], "error: -m: one job a command; for several, write a loop in the shell\n"),
+        (["seed=1,2", "--multirun", "--cfg", "job"], "error: --multirun: one job a command"),
+        (["hydra.mode=MULTIRUN"], "error: hydra.mode=MULTIRUN: one job a command"),
     ],
 )
 def test_what_cannot_be_composed_is_said_in_one_line(
@@ -56,6 +59,35 @@ def test_what_cannot_be_composed_is_said_in_one_line(
 def test_what_can_be_composed_and_hydras_own_flags_pass(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["pretrain", *arguments])
     check_command_line("pretrain_esm1nv")
+
+
+HELP = {  # of each command a key of its own with what it means, and one that every such job has
+    "embed": ("extract_embeddings", "layers: [-1]  # whose hidden states", "device: auto  # auto (a GPU"),
+    "score": ("score_variants", "offset: 1  # the number", "device: auto  # auto (a GPU"),
+    "contacts": ("predict_contacts", "threshold: 0.3  # contacts.csv", "device: auto  # auto (a GPU"),
+    "fit-contacts": ("fit_contacts", "train: 20  # structures", "device: auto  # auto (a GPU"),
+    "preprocess": ("preprocess_uniref50", "release: null  # to download", "  gaps: remove  # - and .: remove"),
+    "average": ("average_checkpoints", "checkpoints: ???  # .ckpt or .nemo", "output: "),
+    "convert": ("convert_checkpoint", "source: ???  # ", "target: ???  # "),
+}
+
+
+@pytest.mark.parametrize("command", HELP)
+@pytest.mark.parametrize("is_example", [True, False])
+def test_help_is_every_key_with_its_meaning(command: str, is_example: bool) -> None:
+    example, *keys = HELP[command]
+    program = [str(ROOT / "examples" / f"{example}.py")] if is_example else ["-m", "bionemo_esm", command]
+    done = subprocess.run(
+        [sys.executable, *program, "-h" if is_example else "--help"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for key in keys:
+        assert f"\n{key}" in done.stdout
+    assert "defaults:" not in done.stdout
+    assert "hydra" not in done.stdout
+    called = f"python {program[0]}" if is_example else f"bionemo-esm {command}"
+    assert done.stdout.startswith(f"{called} key=value ...\n")
+    assert done.stdout.count(called) >= 2  # in the commands to begin with
 
 
 def test_a_setting_that_must_be_given_is_named() -> None:

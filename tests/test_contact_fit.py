@@ -29,7 +29,7 @@ from bionemo_esm.inference.contacts.fit import (
     untrained,
     with_head,
 )
-from bionemo_esm.inference.contacts.metrics import precision_of_top, precisions, summary, table
+from bionemo_esm.inference.contacts.metrics import Row, intervals, precision_of_top, precisions, summary, table, verdict
 from bionemo_esm.inference.contacts.pairs import (
     FitChoice,
     Pairs,
@@ -282,6 +282,19 @@ def test_the_interval_is_over_proteins_and_the_same_again() -> None:
     assert table({"model": rows})[-1].split() == ["model", *"------", "0.250", "-", "-"]
 
 
+def test_the_verdict_says_better_only_where_the_intervals_tell() -> None:
+    def row(mean: float, half: float) -> list[Row]:
+        return [Row("long", "P@L", mean, mean - half, mean + half, 9)]
+
+    told = verdict({"m": row(0.5, 0.1), "a": row(0.2, 0.1), "b": row(0.4, 0.1), "c": row(0.5, 0.1), "d": []})
+    assert [line.split(":")[0].removeprefix("At long range the head is ") for line in told] == [
+        "better than a", "above b, but the intervals overlap", "no better than c",
+    ]  # fmt: skip
+    assert intervals({"m": row(0.5, 0.1)}) == [
+        "long range P@L of m  0.500, 95% interval over 9 proteins 0.400 to 0.600"
+    ]
+
+
 def test_separation_alone_predicts_what_is_often_in_touch_in_training() -> None:
     pairs = [Pairs(np.zeros(4, dtype=int), np.array([6, 6, 7, 8]), np.array([True, False, True, False]))]
     coordinates = np.zeros((9, 3), dtype=np.float32)
@@ -302,7 +315,9 @@ def test_a_fitted_head_does_better_than_chance_where_attention_tells(
     assert engine.encoder.contact_head is None, "the head is taken away again"
 
 
-def test_the_untrained_model_has_the_shape_and_none_of_the_weights(engine: Engine) -> None:
+def test_the_untrained_model_has_the_shape_and_none_of_the_weights(
+    engine: Engine, recwarn: pytest.WarningsRecorder
+) -> None:
     state = torch.get_rng_state()
     blank = untrained(engine, 3)
     assert torch.equal(torch.get_rng_state(), state)
@@ -312,6 +327,7 @@ def test_the_untrained_model_has_the_shape_and_none_of_the_weights(engine: Engin
     for name, parameter in engine.encoder.named_parameters():
         assert weights[name].shape == parameter.shape and torch.equal(weights[name], others[name])
         assert parameter.ndim < 2 or not torch.equal(weights[name], parameter)
+    assert not recwarn.list  # Megatron's, in the middle of what is told
 
 
 # --- long proteins, and the way to Hugging Face -----------------------------------------------------------------------

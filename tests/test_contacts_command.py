@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from bionemo_esm.inference.contacts import fit as contact_fit
 from bionemo_esm.inference.contacts import folder as contact_folder
 from bionemo_esm.inference.contacts import job as contacts_job
 from bionemo_esm.inference.contacts.fit_job import fit_contacts, load_fit_config
-from bionemo_esm.inference.contacts.folder import file_names
 from bionemo_esm.inference.contacts.job import load_contacts_config, predict_contacts
 from bionemo_esm.inference.contacts.structures import read_structures
 from bionemo_esm.inference.protein_model import ProteinModel
@@ -110,7 +110,8 @@ def test_the_same_fit_gives_the_same_bytes_and_a_head_is_replaced(there: Path, j
     assert first[0] == code == 0
     assert (tmp_path / "a.nemo").read_bytes() == (tmp_path / "b.nemo").read_bytes()
     assert "fit on   4 structures" in told and "test on  6 others" in told and "best possible" in told
-    assert "long range P@L of the model" in told
+    assert "long range P@L of model" in told and "than separation alone" in told.replace("above ", "than ")
+    assert "Pairs with the same probability" in told
     other = (f"structures={there}/s.parquet", "train=[s1,s2]", "C=50", "baseline=false")
     code, told, _ = job("fit_contacts", f"model={there}/fitted.nemo", f"output={tmp_path}/c.nemo", *other)
     assert code == 0 and "replaces" in told
@@ -223,8 +224,11 @@ def test_maps_tables_and_pictures_are_those_of_the_model(there: Path, job: Job, 
 def test_structures_are_compared_with_what_is_predicted(there: Path, job: Job, tmp_path: Path) -> None:
     usual = (f"model={there}/fitted.nemo", f"input={there}/s.parquet", "threshold=0")
     code, told, _ = job("contacts", *usual, f"output={tmp_path}/out", "pictures=1")
-    assert code == 0 and "Precision over 10 structures" in told
+    assert code == 0 and "Precision over 6 structures" in told and "best possible" in told
+    assert "left out of the precision: 4 that" in told
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["structures_fitted_on"], summary["precision"][0]["proteins"]) == (4, 6)
+    assert len(summary["best_possible"]) == len(summary["precision"])
     assert {(row["range"], row["top"]) for row in summary["precision"]} >= {("short", "P@L"), ("long", "P@L/5")}
     structures = {structure.id: structure for structure in read_structures(str(there / "s.parquet"))}
     with (tmp_path / "out" / "contacts.csv").open(newline="") as stream:
@@ -257,7 +261,7 @@ def test_a_job_that_was_killed_goes_on_to_the_same_bytes(
     monkeypatch.setattr(contact_folder.WorkFolder, "write_map", noting)
     (tmp_path / ".out.partial" / "maps" / ".s1.npz.abc.partial").write_bytes(b"half")
     code, _, error = job("contacts", *usual, "window=50", f"output={tmp_path}/out")
-    assert code == 2 and "another model, input or window" in error
+    assert code == 2 and "job with another window and overlap;" in error
     code, told, _ = job("contacts", *usual, f"output={tmp_path}/out")
     assert code == 0 and "4 proteins are there already" in told
     assert len(written) == len(set(written)) == 10
@@ -300,13 +304,38 @@ def test_what_cannot_be_predicted_ends_with_one_line_and_nothing_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_of_files_lead_nowhere_and_never_collide() -> None:
-    ids = ["a", "A", "../up", ".hidden", "x/y", "x" * 300, "x" * 299 + "X", "ç", "sp|P1|N", "con:1", "a%2Fb", "a/b"]
-    names = file_names(ids)
-    assert names[:4] == ["a", names[1], "..%2Fup".replace(".", "%2E", 1), "%2Ehidden"]
-    assert len({name.casefold() for name in names}) == len(ids)
-    assert all(len(name) < 200 and "/" not in name and not name.startswith(".") for name in names)
-    assert file_names(ids) == names
+def test_structures_with_the_sequence_of_one_that_was_fitted_on_do_not_count(
+    there: Path, job: Job, tmp_path: Path
+) -> None:
+    listed = ArchiveFile.open(there / "fitted.nemo").provenance["contact_head"]["fitted_on"]
+    structures = read_structures(str(there / "s.parquet"))
+    twin = next(structure for structure in structures if structure.id == listed[0])
+    other = next(structure for structure in structures if structure.id not in listed)
+    as_table([twin, replace(twin, id="twin")], tmp_path / "a.parquet")
+    as_table([replace(other, id="other")], tmp_path / "b.parquet")
+    inputs = f"input=[{tmp_path}/a.parquet,{tmp_path}/b.parquet]"
+    code, told, _ = job("contacts", f"model={there}/fitted.nemo", inputs, f"output={tmp_path}/out", "pictures=0")
+    assert code == 0 and "precision: 2 that" in told and "Precision over 1 structure:" in told
+    code, _, error = job(
+        "contacts", f"model={there}/fitted.nemo", f"{inputs[:-1]},{there}/p.fasta]", f"output={tmp_path}/b"
+    )
+    assert code == 2 and "p.fasta holds no structures, of which alone there may be a list" in error
+
+
+def test_an_empty_table_is_told_with_the_surest_pair(there: Path, job: Job, tmp_path: Path) -> None:
+    usual = (f"model={there}/fitted.nemo", "pictures=0")
+    code, told, _ = job("contacts", *usual, f"input={there}/p.csv", f"output={tmp_path}/out", "threshold=1")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    highest = 0.0
+    for path in (tmp_path / "out" / "maps").glob("*.npz"):
+        with np.load(path) as file:
+            found = file["probabilities"]
+        highest = max([highest, *found[np.triu_indices(len(found), 6)].tolist()])
+    assert code == 0 and f"Found: 0 pairs reach threshold=1; the surest of all is {highest:.2f}" in told
+    assert (summary["pairs"], summary["highest_probability"]) == (0, pytest.approx(highest, abs=1e-6))
+    (tmp_path / "short.csv").write_text("id,sequence\na,MKV\n")
+    code, told, _ = job("contacts", *usual, f"input={tmp_path}/short.csv", f"output={tmp_path}/short")
+    assert code == 0 and "Read 1 protein, 3 residues" in told and "0 pairs reach threshold=0.3\n" in told
 
 
 @pytest.mark.slow
@@ -338,5 +367,5 @@ def test_settings_are_read_as_they_are_meant() -> None:
     fit = load_fit_config(configured("fit_contacts", "model=m", "structures=[a.cif,b.cif]", "output=x.nemo", "chain=1"))
     assert (fit.structures, fit.chain, fit.choice.train, fit.choice.strength) == (("a.cif", "b.cif"), "1", 20, 0.15)
     contacts = load_contacts_config(configured("contacts", "model=m", "input=-", "output=x"))
-    assert (contacts.input, contacts.window, contacts.policy.bad_records) == ("-", None, "error")
+    assert (contacts.input, contacts.window, contacts.policy.bad_records) == (("-",), None, "error")
     assert contacts_job.Subject("a", np.zeros(3, dtype=np.uint8), None).residues == 3

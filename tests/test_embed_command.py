@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bionemo_esm import screen
 from bionemo_esm.inference.embedding import embeddings as computation
 from bionemo_esm.inference.embedding import job as embed_job
 from bionemo_esm.inference.embedding import share as embed_share
@@ -85,7 +86,7 @@ def test_standard_input_serves_as_a_file_does(job: Job, inputs: Inputs, monkeypa
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(inputs.proteins.read_bytes())))
     code, out, _ = job("input=-", "output=piped.npz")
     assert code == 0
-    assert out.startswith("Reading standard input into")
+    assert out.startswith("Reading standard input\n")
     assert Path("piped.npz").read_bytes() == Path("out.npz").read_bytes()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b">a\nMKT\n>a\nMKT\n")))
     code, _, err = job("input=-", "output=bad.npz")
@@ -111,10 +112,16 @@ def test_standard_input_serves_as_a_file_does(job: Job, inputs: Inputs, monkeypa
         (["input=absent.fasta"], "absent.fasta"),
         (["input=bad.fasta"], "bad.fasta, record 2 (b): residue 2 is '1'"),
         (["model=absent.nemo"], "model: absent.nemo: no such file"),
+        (["input=bad.fasta", "model=absent.nemo"], "model: absent.nemo: no such file"),  # whose reading may take long
+        (["input=bad.fasta", "layers=[3]"], "layer 3: the model has 0 (the embeddings) to 2"),
+        (["input=bad.fasta", "device=gpu"], "device must be auto, cpu, cuda or cuda:N, not 'gpu'"),
+        (["input=bad.fasta", "precision=16"], "precision must be one of auto, 32, bf16, not '16'"),
+        (["input=bad.fasta", "batch_tokens=0"], "batch_tokens must be at least 1"),
         (["devices=0"], "devices must be at least 1"),
         (["part_proteins=0"], "part_proteins must be at least 1"),
         (["devices=2", "device=cuda:1"], "device=cuda:1 names one GPU"),
         (["output=there.h5/out.npz"], "cannot be made"),
+        (["output=/proc/out.npz"], "output: /proc/out.npz cannot be made: /proc is not a folder that you may write to"),
     ],
 )
 def test_what_cannot_work_is_one_clear_line_and_leaves_nothing(
@@ -171,13 +178,53 @@ def test_a_signal_ends_it_with_a_message_and_keeps_what_is_finished(
     folder = tmp_path / "run"
     folder.mkdir()
     assert run_apart(folder, inputs, stop=Stop(number, 14)) == code
-    assert "the same command goes on from there" in (tmp_path / "errors.txt").read_text()
+    assert (
+        "Stopped.\n1 finished part is kept: the same command goes on from there."
+        in (tmp_path / "errors.txt").read_text()
+    )
     assert names(folder) == [".out.npz.partial"]
     kept = len(list((folder / ".out.npz.partial" / "records").iterdir()))
-    assert kept >= 1
+    assert kept == 1
     assert not [path for path in folder.rglob("*.partial") if path.is_file()]
     assert run_apart(folder, inputs) == 0
-    assert f"  resumed  {kept} parts are there from an earlier run" in (tmp_path / "screen.txt").read_text()
+    assert "  resumed  1 part is there from an earlier run" in (tmp_path / "screen.txt").read_text()
+
+
+def test_stopped_before_the_first_part_it_says_that_nothing_is_kept(
+    tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert run_apart(folder, inputs, stop=Stop(signal.SIGINT, 1)) == 130
+    errors = (tmp_path / "errors.txt").read_text()
+    assert errors == "\nStopped.\nNo part was finished: the same command begins anew.\n"
+    assert names(folder) == []
+
+
+def test_progress_begins_after_the_model_and_its_rate_is_of_what_is_computed_now(
+    job: Job, tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(tmp_path, inputs)
+    clock, loaded = [0.0], embed_share._loaded
+
+    def tick(seconds: float = 6.0) -> float:
+        clock[0] += seconds
+        return clock[0]
+
+    def slowly(*arguments: Any) -> Engine:
+        tick(100)
+        return loaded(*arguments)
+
+    monkeypatch.setattr(screen.time, "monotonic", tick)
+    monkeypatch.setattr(embed_share, "_loaded", slowly)
+    code, out, _ = job()
+    assert code == 0
+    lines = out.splitlines()
+    begun = next(place for place, line in enumerate(lines) if "resumed" in line)
+    assert not [line for line in lines[:begun] if "residues/s" in line]
+    rates = [int(line.split("), ")[1].split(" residues/s")[0]) for line in lines[begun + 1 :] if "residues/s" in line]
+    assert len(rates) > 1
+    assert 0 < min(rates) <= max(rates) < 12_875 / 6
 
 
 def stopped(tmp_path: Path, inputs: Inputs, *overrides: str) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,9 +80,26 @@ def test_embeddings_are_found_by_number_and_by_id(notebook: ProteinModel) -> Non
 
 
 def test_a_notebook_may_leave_bad_records_out(notebook: ProteinModel) -> None:
-    with pytest.raises(InputError, match=r"sequences, record 2 \(b\): it has no residues"):
+    with pytest.raises(InputError, match=r"record 2 \(b\): it has no residues; policy=InputPolicy\("):
         notebook.embed({"a": CRAMBIN, "b": ""})
     assert notebook.embed({"a": CRAMBIN, "b": ""}, policy=InputPolicy(bad_records="skip")).ids == ["a"]
+
+
+def test_no_protein_at_all_is_an_error(notebook: ProteinModel) -> None:
+    with pytest.raises(InputError, match=r"^sequences: no protein is there$"):
+        notebook.embed({})
+
+
+def test_a_model_says_what_it_is(notebook: ProteinModel) -> None:
+    assert re.fullmatch(
+        "<ProteinModel: ESM-1nv, 2 layers, hidden 32, [0-9,]+ parameters, float32 on cpu, window of [0-9]+ residues>",
+        repr(notebook),
+    )
+
+
+def test_embeddings_are_read_without_waiting_for_torch() -> None:
+    script = "import sys, bionemo_esm.inference.embedding.reader; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_a_table_is_not_taken_for_sequences(notebook: ProteinModel) -> None:

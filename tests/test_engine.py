@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ from bionemo_esm.alphabet import MASK_ID, encode
 from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.inference import model_file
 from bionemo_esm.inference.engine import Engine, Question, batches_by_length, each_masked, masked
 from bionemo_esm.inference.protein_model import ProteinModel
+from bionemo_esm.inference.running import EngineConfig
+from bionemo_esm.model import backends
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, read_archive, write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from models import tiny_model
@@ -116,6 +121,21 @@ def test_an_engine_knows_how_much_it_reads(family: str, window: int, longest: in
 def test_settings_are_checked_before_the_file_is_opened(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Engine.load("nowhere.nemo", **settings)
+
+
+def test_precisions_are_those_that_there_are_kernels_for() -> None:
+    assert model_file.PRECISIONS == backends.PRECISIONS
+
+
+def test_sizes_are_told_without_loading_the_model(tmp_path: Path) -> None:
+    engine = Engine.load(saved(tiny_model(), tmp_path / "m.nemo"), "cpu")
+    sizes = EngineConfig(tmp_path / "m.nemo").check()
+    assert (sizes.config, sizes.window, sizes.longest) == (engine.config, engine.window, engine.longest)
+    script = (
+        "import sys; from pathlib import Path; from bionemo_esm.inference.running import EngineConfig\n"
+        f"EngineConfig(Path({str(tmp_path / 'm.nemo')!r})).check(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def spoil(path: Path, name: str) -> None:

@@ -278,7 +278,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 def test_what_is_no_input_is_refused_with_its_name_and_the_reason(name: str, tmp_path: Path) -> None:
     content, message = BROKEN[name]
     with pytest.raises((InputError, SourceError), match=message) as raised:
-        take_stock(written(tmp_path, name, content))
+        take_stock(written(tmp_path, name, content), USUAL)
     assert name in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -353,7 +353,6 @@ def test_memory_does_not_grow_with_the_input(form: str, tmp_path: Path) -> None:
     (lambda: (sequence for sequence in ("MKV", "ACD")), {"1": "MKV", "2": "ACD"}),
     (lambda: [("a", "MKV"), ("b", "ACD*")], {"a": "MKV", "b": "ACD"}),
     (lambda: "MKV", {"1": "MKV"}),
-    (lambda: [], {}),
 ])  # fmt: skip
 def test_a_notebook_gives_what_it_has(given: Callable[[], Any], expected: dict[str, str]) -> None:
     assert {protein.id: decode(protein.tokens) for protein in proteins_of(given())} == expected
@@ -365,12 +364,32 @@ def test_a_notebook_gives_what_it_has(given: Callable[[], Any], expected: dict[s
     ([("a", "MKV", 1)], r"record 1 \(1\): \('a', 'MKV', 1\) is not text"),
     (["MKV", "M\ud800"], r"record 2 \(2\): residue 2 is '\?'"),
     ([("a", "MKV"), ("a", "ACD")], r"record 2 \(a\): an earlier record has the same id"),
-    ("", r"record 1 \(1\): it has no residues"),
+    ("", r"record 1 \(1\): it has no residues$"),
+    ({}, "sequences: no protein is there"),
     ("proteins.fasta", r"proteins\.fasta: no such file"),
 ])  # fmt: skip
 def test_a_notebook_is_told_what_cannot_be_used(given: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         proteins_of(given)
+
+
+@pytest.mark.parametrize("place", ["at hand", "a file"])
+def test_advice_is_in_the_words_of_who_can_follow_it(place: str, tmp_path: Path) -> None:
+    path = written(tmp_path, "in.fasta", ">a\nMKJ\n")
+    given: Any = path if place == "a file" else {"a": "MKJ"}
+    with pytest.raises(InputError) as raised:
+        proteins_of(given, USUAL)
+    assert "by policy=InputPolicy(unknown_letters='X'); policy=InputPolicy(bad_records='skip')" in str(raised.value)
+    with pytest.raises(InputError, match=r"correct it$"):
+        proteins_of(given)
+    with pytest.raises(InputError, match=r"is left: .*record 1"):
+        proteins_of(given, SKIP)
+    with pytest.raises(InputError, match="by unknown_letters=X; bad_records=skip leaves"):
+        read(path)
+    with pytest.raises(InputError, match=r"correct it$"):
+        list(read_proteins(path))
+    with pytest.raises(InputError, match=r"seq; say by policy=InputPolicy\(sequence_column='...'\) which one it is: x"):
+        proteins_of(written(tmp_path, "in.csv", "x\nMK\n"), USUAL)
 
 
 def test_a_damaged_fasta_is_told_as_the_data_reader_tells_it(tmp_path: Path) -> None:

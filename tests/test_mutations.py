@@ -20,6 +20,7 @@ from bionemo_esm.inference.variants.mutations import (
     offsets_that_fit,
     read_variants,
     read_wild_type,
+    variants_at_hand,
 )
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
@@ -69,7 +70,10 @@ def test_a_residue_by_itself_adds_nothing_to_a_variant() -> None:
         ("Q2*", r"Q2\*: .*deletions, insertions and stops cannot be scored"),
         ("Q2del", r"deletions, insertions"),
         ("Q2_I3insG", r"deletions, insertions"),
-        ("Gln2Ala", r"not written like A108D"),
+        ("Gln2Ala", r"not written like A108D.*; write Q2A$"),
+        ("p.Lys6Arg", r"not written like A108D.*; write K6R$"),
+        ("p.(Q2A)", r"; write Q2A$"),
+        ("p.Foo6Arg", r"residue of the mutant$"),
         ("2A", r"not written like A108D"),
         ("Q2A,Q2C", r"position 2 is mutated twice"),
         ("Q2X", r"X is no amino acid"),
@@ -114,11 +118,45 @@ def test_a_table_that_counts_from_elsewhere_is_told_its_offset(skips: bool) -> N
     assert None not in read_variants(texts, wild_type(offset=24), where)
 
 
-def test_no_offset_is_told_where_few_residues_or_none_would_fit() -> None:
-    for texts in (["A2G"], [*texts_at(0, 5, 20, 40, 75, offset=24), "W30A"]):
+def test_no_offset_is_told_where_none_would_fit_or_one_residue_is_named() -> None:
+    for texts in (["A2G"], ["Q24A", "Q24C"], [*texts_at(0, 5, 20, 40, 75, offset=24), "W30A"]):
         with pytest.raises(VariantError) as caught:
             read_variants(texts, wild_type(), where)
         assert "fits with" not in str(caught.value)
+
+
+def test_a_short_table_is_told_the_offset_at_which_all_of_it_fits() -> None:
+    with pytest.raises(VariantError, match=r"row 2: M24W: .*every substitution fits with offset=24$"):
+        read_variants(texts_at(0, 58, 67, offset=24), wild_type(), where)
+
+
+def test_rows_are_not_skipped_where_most_do_not_fit() -> None:
+    stray = ["W30A", "W31A"]  # nowhere a tryptophan: no offset fits all
+    texts = [*texts_at(0, 5, 20, 40, 41, 42, 75, offset=24), *stray]
+    with pytest.raises(VariantError, match=r"8 of 9 substitutions do not fit .*offset=24 would fit 7$"):
+        read_variants(texts, wild_type(), where, print)
+    with pytest.raises(VariantError, match="is it the protein that the table is of"):
+        read_variants(["W30A", "W31A", "W32A", "M1A"], wild_type(), where, print)
+    read = read_variants([*texts_at(0, 5, offset=1), *stray], wild_type(), where, [].append)
+    assert [variant is None for variant in read] == [False, False, True, True]
+
+
+def test_a_notebooks_variants_are_text_or_empty_and_named_by_their_index() -> None:
+    read = variants_at_hand(np.array(["Q2A", None, float("nan"), "WT"], dtype=object), wild_type())
+    assert read == [wild_type().variant("Q2A"), (), (), ()]
+    for wrong, said in ((["Q2A", "A2G"], r"variants\[1\]: A2G: position 2"), ([3], r"variants\[0\]: 3 is no text"),
+                        ("Q2A", r"give a list, as in \['Q2A'\]")):  # fmt: skip
+        with pytest.raises(VariantError, match=said):
+            variants_at_hand(wrong, wild_type())
+
+
+@pytest.mark.parametrize(
+    ("sequence", "said"), [("", "no residue in it"), (" *", "no residue"), ("MKJ", "residue 3 is 'J'")]
+)
+def test_a_wild_type_that_is_none_is_refused(sequence: str, said: str) -> None:
+    with pytest.raises(VariantError, match=said) as caught:
+        read_wild_type(sequence)
+    assert "bad_records" not in str(caught.value)
 
 
 @given(st.integers(-3000, 3000), st.lists(st.integers(0, 75), min_size=12, unique=True))

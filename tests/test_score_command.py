@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as arrow
 import pytest
+from matplotlib.image import imread
 from pyarrow import parquet
 from scipy.stats import spearmanr
 
@@ -28,7 +29,7 @@ from bionemo_esm.inference.protein_model import ProteinModel
 from bionemo_esm.inference.variants import heat_map
 from bionemo_esm.inference.variants import job as score_job
 from bionemo_esm.inference.variants.mutations import WildType, all_single
-from bionemo_esm.inference.variants.table import agreement, agreements, read_table
+from bionemo_esm.inference.variants.table import Agreement, agreement, agreements, lines_of, read_table, verdict_of
 from models import tiny_model
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
@@ -162,15 +163,19 @@ def test_the_picture_has_a_cell_for_each_single_mutant() -> None:
 
 def test_a_picture_of_a_long_scan_is_wrapped_and_a_far_too_long_one_is_refused() -> None:
     heights = []
-    for length in (75, 577):
+    for length in (1, 75, 577):
         wild_type = WildType("long", encode((UBIQUITIN * 40)[:length]))
         variants = all_single(wild_type)
         picture = io.BytesIO()
-        heat_map.draw(wild_type, *heat_map.grid_of(variants, np.zeros(len(variants))), "masked-marginals", picture)
+        heat_map.draw(
+            wild_type, *heat_map.grid_of(variants, np.zeros(len(variants))), "masked-marginals", picture, "x" * 99
+        )
         width, height = (int.from_bytes(picture.getvalue()[at : at + 4], "big") for at in (16, 20))
         assert width == 1500
+        if length == 1:  # its cells are no wall
+            assert imread(io.BytesIO(picture.getvalue()))[120:, 500:].min() == 1
         heights.append(height)
-    assert heights[1] > 4 * heights[0]
+    assert heights[0] == heights[1] and heights[2] > 4 * heights[1]
     long = WildType("long", encode(UBIQUITIN * 30))
     assert "2,000 positions at most, and these span 2,280" in heat_map.undrawable(all_single(long))
 
@@ -217,6 +222,30 @@ def test_single_and_multiple_mutants_are_told_apart_where_there_are_both() -> No
     found = agreements({"m": scores}, scores, count, agreement)["m"]
     assert {group: told.variants for group, told in found.items()} == {"all": 7, "single": 3, "multiple": 3}
     assert list(agreements({"m": scores}, scores, np.ones(8), agreement)["m"]) == ["all"]
+    measured = np.where(count > 1, 1.0, scores)  # the multiple ones all alike
+    assert list(agreements({"m": scores}, measured, count, agreement)["m"]) == ["all", "single"]
+    assert list(agreements({"m": scores}, np.where(count == 1, np.nan, scores), count, agreement)["m"]) == [
+        "all",
+        "multiple",
+    ]
+
+
+def test_what_cannot_be_computed_is_a_dash_and_no_interval() -> None:
+    (_, line) = lines_of({"m": {"all": Agreement(np.nan, np.nan, np.nan, 2)}})
+    assert line.split() == ["m", "all", "-", "2"]
+
+
+def test_it_is_said_where_no_method_beats_what_needs_no_model() -> None:
+    def told(**values: float) -> dict[str, dict[str, Agreement]]:
+        return {name: {"all": Agreement(value, value, value, 9)} for name, value in values.items()}
+
+    assert (
+        verdict_of(told(m=0.3, b=0.3, few=0.1), ("b", "few"))
+        == "No method does better than b here, which needs no model"
+    )
+    assert verdict_of(told(m=0.3, b=0.2), ("b",)) == ""
+    assert verdict_of(told(m=0.3, b=np.nan), ("b",)) == ""
+    assert "than b here" in verdict_of(told(m=np.nan, b=0.1), ("b",))
 
 
 def test_50_000_measured_variants_take_seconds() -> None:
@@ -318,6 +347,8 @@ def test_an_output_that_exists_is_left_alone(name: str, job: Job) -> None:
 
 
 def test_bad_rows_may_be_left_without_a_score(job: Job) -> None:
+    Path("one.csv").write_text("mutant\nQ2A\n")
+    assert "Scoring 1 variant of ubiquitin, 76 residues" in job(input="one.csv", output="one_out.csv")[1]
     Path("some.csv").write_text('mutant,y\nQ2A,1\nQ2*,2\nK6R,3\nK7R,4\nQ2W,5\nT9C,5\n"Q2W,T9C",1\n')
     code, told, errors = job("bad_rows=skip", "window=7", input="some.csv", measurement_column="y")
     assert code == 0, errors

@@ -312,8 +312,10 @@ def test_a_notebook_scores_variants_and_scans_in_two_lines(files: Path) -> None:
     row = frame[frame.mutant == "Q11W"].iloc[0]
     assert (row.position, row.wildtype, row.mutant_residue) == (11, "Q", "W")
     assert row.masked_marginals == pytest.approx(scores[1], abs=2e-5)
-    with pytest.raises(VariantError, match="is Q, not A"):
-        model.score_variants(CUT, ["A2G"])
+    with pytest.raises(VariantError, match=r"variants\[1\]: .*is Q, not A"):
+        model.score_variants(CUT, ["Q2A", "A2G"])
+    assert model.score_variants(CUT, [None, float("nan")]).tolist() == [0, 0]
+    assert model.scan(CUT, method=WILD_TYPE, region=(2, 2)).columns[-1] == "wildtype_marginals"
 
 
 def test_residues_that_are_none_of_the_20_can_be_put_in_and_replaced(some_engine: Engine, files: Path) -> None:

@@ -126,6 +126,14 @@ def test_beta_carbons_stand_for_residues_where_asked_and_glycines_keep_their_alp
         read_structures(path, atom="N")
 
 
+def test_beta_carbons_are_not_asked_of_a_file_that_has_none(tmp_path: Path) -> None:
+    lines = [line for line in backbone("A", ("ALA", "GLY", "SER")) if line[12:16].strip() == "CA"]
+    path = str(pdb(tmp_path, *lines))
+    assert read_structures(path)[0].resolved.all()
+    with pytest.raises(StructureError, match="no C-beta is in it"):
+        read_structures(path, "CB")
+
+
 def test_without_a_full_sequence_breaks_are_filled_with_x_as_they_are_numbered(tmp_path: Path) -> None:
     first, second = backbone("A", HELIX[:4]), backbone("A", HELIX)[-12:]  # 1 to 4, and 6 to 8
     moved = [line[:22] + f"{int(line[22:26]) + 2:>4}" + line[26:] for line in second]

@@ -20,9 +20,10 @@ from torch import Tensor
 from bionemo_esm.alphabet import MASK_ID
 from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile, is_our_archive
-from bionemo_esm.model.backends import PRECISIONS, choose_backends, parameter_dtype
-from bionemo_esm.model.config import ROTARY, EncoderConfig
+from bionemo_esm.inference.model_file import ModelSizes, check_words, opened
+from bionemo_esm.model.archive import WEIGHTS, ArchiveFile
+from bionemo_esm.model.backends import choose_backends, parameter_dtype
+from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.consistency import check_sizes
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.parallel import ensure_groups
@@ -43,12 +44,13 @@ class Question:
     places: NDArray[np.int64]  # [K], ascending, one or more; 0 is the first residue
 
 
-class Engine:
+class Engine(ModelSizes):
     """An encoder in evaluation mode, without gradients; `Engine.load` makes one from a file."""
 
     def __init__(self, encoder: ESMEncoder, config: EncoderConfig, batch_tokens: int | None = None) -> None:
         """`config` is that of the encoder; `batch_tokens`: None for what `BATCH_TOKENS` has for the device."""
-        self.encoder, self.config = encoder.eval(), config
+        super().__init__(config)
+        self.encoder = encoder.eval()
         self.device = next(encoder.parameters()).device
         self.dtype = next(encoder.parameters()).dtype
         self.batch_tokens = BATCH_TOKENS[self.device.type] if batch_tokens is None else batch_tokens
@@ -67,11 +69,8 @@ class Engine:
         for what the device multiplies faster. Raises `ArchiveError` for a file that is none, or damaged; `ConfigError`
         for a device that is not there, and for an unknown word; all of them before the weights are read.
         """
-        if precision not in PRECISIONS:
-            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-        if batch_tokens is not None and batch_tokens < 1:
-            raise ConfigError(f"batch_tokens must be at least 1, not {batch_tokens}")
-        place, file = _device(device), _opened(Path(path))
+        check_words(device, precision, batch_tokens)
+        place, file = _device(device), opened(Path(path))
         sizes = check_sizes(file)
         dtype = parameter_dtype(precision, place.type)
         ensure_groups()
@@ -81,29 +80,6 @@ class Engine:
         engine = cls(encoder.to(place), sizes, batch_tokens)
         engine.source, engine.weights_sha256 = file.path, file.weights_sha256
         return engine
-
-    @property
-    def layers(self) -> int:
-        return self.config.num_layers
-
-    @property
-    def window(self) -> int:
-        """Residues of the longest protein that the model was trained to see whole."""
-        return self.config.seq_length - SPECIAL_TOKENS_PER_SEQUENCE
-
-    @property
-    def longest(self) -> int | None:
-        """Residues of the longest protein that the model can read at all; None with rotary positions: any."""
-        return None if self.config.position_embedding == ROTARY else self.window
-
-    def layer(self, number: int) -> int:
-        """A layer by its number, 0 (the embeddings) to `layers`, or from the end: -1 is the last.
-
-        Raises `ConfigError` for one that the model does not have.
-        """
-        if not -self.layers - 1 <= number <= self.layers:
-            raise ConfigError(f"layer {number}: the model has 0 (the embeddings) to {self.layers}, -1 is the last")
-        return number if number >= 0 else self.layers + 1 + number
 
     def packed(self, proteins: Sequence[Residues]) -> PackedBatch:
         """Proteins as one packed row, on the device. Each must fit: see `longest`."""
@@ -179,30 +155,10 @@ def _up_to(batch_tokens: int, questions: Iterable[Question]) -> Iterator[list[Qu
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in BATCH_TOKENS:
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={name}: there are {torch.cuda.device_count()} CUDA devices here; device=cpu works")
     return device
-
-
-def _opened(path: Path) -> ArchiveFile:
-    path = path.expanduser()
-    if path.is_dir() or not path.exists():
-        what = "is a folder" if path.exists() else "no such file"
-        raise ArchiveError(f"model: {path}: {what}; give a .nemo, which a training run or `bionemo-esm convert` writes")
-    if not os.access(path, os.R_OK):
-        raise ArchiveError(f"model: {path}: may not be read; check its permissions")
-    if path.is_file() and not is_our_archive(path):
-        raise ArchiveError(
-            f"model: {path}: is not an archive of ours; `bionemo-esm convert` makes one of a model of Hugging Face or "
-            "fair-esm, `bionemo-esm convert-legacy` of a .nemo of NeMo 1"
-        )
-    return ArchiveFile.open(path)
 
 
 @torch.no_grad()

@@ -24,16 +24,19 @@ from bionemo_esm.alphabet import TOKEN_IDS, UNK_ID, encode
 from bionemo_esm.data.digests import DigestSet
 from bionemo_esm.data.fasta import MAX_RECORD_BYTES, read_fasta
 from bionemo_esm.data.sources import STANDARD_INPUT, Source
-from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.errors import UserError
+from bionemo_esm.inference.policy import FixedPolicy, InputPolicy, PythonPolicy
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
+__all__ = [
+    "InputError", "InputPolicy", "Inventory", "Protein", "Sequences", "proteins_of", "read_proteins", "take_stock",
+]  # fmt: skip
+
 Sequences: TypeAlias = str | os.PathLike[str] | Mapping[str, str] | Iterable[str | tuple[str, str]]
 """What `proteins_of` takes."""
-FORMATS = ("fasta", "csv", "tsv", "parquet")
 _SEPARATORS = {"csv": ",", "tsv": "\t"}
-_PACKED = (".gz", ".zst", ".zstd", ".bgz")
 _SEQUENCE_COLUMNS = ("sequence", "seq")
 _ID_COLUMN = "id"
 _X_ID = TOKEN_IDS["X"]
@@ -65,45 +68,6 @@ class _Record(NamedTuple):
 
 
 @dataclass(frozen=True)
-class InputPolicy:
-    """How proteins are read.
-
-    input_format: one of `FORMATS`, or None to tell by the name; standard input is FASTA unless told otherwise.
-    id_column, sequence_column: of a table; None for `id` (where there is none, the record's number) and `sequence` or
-    `seq`, in capitals or not.
-    bad_records: one that has no residue, an id met before, or an unknown letter ends the work ("error"), or is left out
-    and counted ("skip"). unknown_letters: what the model has no token for (J, `*` within, digits), and gaps: makes a
-    record bad ("error"), or is read as "X".
-    """
-
-    input_format: str | None = None
-    id_column: str | None = None
-    sequence_column: str | None = None
-    bad_records: str = "error"
-    unknown_letters: str = "error"
-
-    def __post_init__(self) -> None:
-        for key, value, allowed in (
-            ("input_format", self.input_format, (None, *FORMATS)),
-            ("bad_records", self.bad_records, ("error", "skip")),
-            ("unknown_letters", self.unknown_letters, ("error", "X")),
-        ):
-            if value not in allowed:
-                words = ", ".join("null" if word is None else word for word in allowed)
-                raise ConfigError(f"{key} must be one of {words}, not {value!r}")
-
-    def format_of(self, path: str) -> str:
-        """The format of a file, by `input_format` or its name."""
-        if self.input_format is not None:
-            return self.input_format
-        name = path.lower()
-        for packed in _PACKED:
-            name = name.removesuffix(packed)
-        endings = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".pq": "parquet"}
-        return next((kind for ending, kind in endings.items() if name.endswith(ending)), "fasta")
-
-
-@dataclass(frozen=True)
 class Inventory:
     """What an input holds, of a first reading that computes nothing."""
 
@@ -117,38 +81,46 @@ class Inventory:
 
 def read_proteins(
     path: str | os.PathLike[str],
-    policy: InputPolicy = InputPolicy(),
+    policy: InputPolicy | None = None,
     skipped: Callable[[str], None] = lambda problem: None,
 ) -> Iterator[Protein]:
     """The proteins of an input in order, `-` for standard input; plain, gzip or zstd.
+
+    Without a policy the usual one holds, and no error tells of its keys.
 
     `skipped` is told why a record is left out, where the policy leaves it out; else `InputError` says so.
     Raises `SourceError` for what cannot be opened or decompressed, `InputError` for a table that is none, or lacks a
     column.
     """
     name = "standard input" if os.fspath(path) == STANDARD_INPUT else os.fspath(path)
+    policy = FixedPolicy() if policy is None else policy
     yield from _checked(name, _records(os.fspath(path), name, policy), policy, skipped)
 
 
-def proteins_of(
-    sequences: Sequences,
-    policy: InputPolicy = InputPolicy(),
-) -> list[Protein]:
+def proteins_of(sequences: Sequences, policy: InputPolicy | None = None) -> list[Protein]:
     """What a notebook has at hand: a mapping of ids to sequences, pairs of both, sequences (numbers are their ids), one
     sequence, or a file's name, which has a dot or a slash in it, as no sequence has.
 
-    Raises `InputError`, `SourceError`.
+    Without a policy the usual one holds, and no error tells of its keys. Raises `InputError`, also where there is no
+    protein, and `SourceError`.
     """
+    policy = FixedPolicy() if policy is None else PythonPolicy(**vars(policy))
+    problems: list[str] = []
     if isinstance(sequences, str) and not set(sequences) & set("./"):
         sequences = [sequences]
     if isinstance(sequences, str | os.PathLike):
-        return list(read_proteins(sequences, policy))
-    if hasattr(sequences, "columns"):  # whose items would be the names of columns, which may well look like sequences
+        name, proteins = os.fspath(sequences), read_proteins(sequences, policy, problems.append)
+    elif hasattr(sequences, "columns"):  # whose items would be the names of columns, which may well look like sequences
         raise InputError("sequences: this is a table; give dict(zip(table['id'], table['sequence'])), or its file")
-    return list(_checked("sequences", _records_at_hand(sequences), policy, lambda problem: None))
+    else:
+        name = "sequences"
+        proteins = _checked(name, _records_at_hand(sequences), policy, problems.append)
+    if found := list(proteins):
+        return found
+    raise InputError(f"{name}: no protein {f'is left: {problems[0]}' if problems else 'is there'}")
 
 
-def take_stock(path: str | os.PathLike[str], policy: InputPolicy = InputPolicy()) -> Inventory:
+def take_stock(path: str | os.PathLike[str], policy: InputPolicy | None = None) -> Inventory:
     """Read and check a whole input. Raises as `read_proteins`, and `InputError` where no protein is left."""
     proteins = residues = longest = skipped = 0
     first_problem, numbered = "", True
@@ -183,7 +155,8 @@ def _checked(
         elif policy.bad_records == "skip":
             skipped(f"{where}: {problem}")
         else:
-            raise InputError(f"{where}: {problem}; bad_records=skip leaves such records out")
+            advice = policy.advice("; {} leaves such records out", "bad_records", "skip")
+            raise InputError(f"{where}: {problem}{advice}")
 
 
 def _problem(record: _Record, tokens: NDArray[np.uint8], policy: InputPolicy) -> str:
@@ -201,7 +174,8 @@ def _problem(record: _Record, tokens: NDArray[np.uint8], policy: InputPolicy) ->
     place = int(unknown.argmax())
     letter = record.sequence[place : place + 4].decode("utf-8", "replace")[0]  # before it all are of one byte
     kind = "a gap, as alignments have; take it out" if letter in "-." else "not a letter of proteins; correct it"
-    return f"residue {place + 1} is {letter!r}, {kind}, or read it as X by unknown_letters=X"
+    advice = policy.advice(", or read it as X by {}", "unknown_letters", "X")
+    return f"residue {place + 1} is {letter!r}, {kind}{advice}"
 
 
 def _id_problem(identifier: str) -> str:
@@ -356,8 +330,8 @@ def _columns(name: str, header: list[str], policy: InputPolicy) -> tuple[int | N
     sequence = _column(name, header, "sequence_column", policy.sequence_column, _SEQUENCE_COLUMNS)
     if sequence is None:
         raise InputError(
-            f"{name}: no column named {' or '.join(_SEQUENCE_COLUMNS)}; say by sequence_column=... which one it is: "
-            f"{_listed(header)}"
+            f"{name}: no column named {' or '.join(_SEQUENCE_COLUMNS)}"
+            f"{policy.advice('; say by {} which one it is', 'sequence_column', '...')}: {_listed(header)}"
         )
     return identifier, sequence
 

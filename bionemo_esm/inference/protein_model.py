@@ -29,6 +29,11 @@ class ProteinModel:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
+    def __repr__(self) -> str:
+        from bionemo_esm.inference.running import describe
+
+        return f"<ProteinModel: {describe(self.engine)}, window of {self.engine.window:,} residues>"
+
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], device: str = "auto", precision: str = "32", batch_tokens: int | None = None
@@ -59,7 +64,9 @@ class ProteinModel:
         """Embeddings of proteins, in their order: `model.embed("proteins.fasta").mean` is a matrix of features.
 
         `sequences`: ids with their sequences, sequences, one sequence, or the name of a file, read by the policy; the
-        rest is what `EmbeddingChoice` says. All answers are in memory at once. Raises `InputError`, `ConfigError`.
+        rest is what `EmbeddingChoice` says. Of what comes back `.mean`, `.cls`, `.pseudo_perplexity` and `.stacked` are
+        arrays with a row a protein, `["its id"].arrays["residues_6"]` is what there is of one. All answers are in
+        memory at once. Raises `InputError`, `ConfigError`.
         """
         from bionemo_esm.inference.embedding.choice import EmbeddingChoice
         from bionemo_esm.inference.embedding.embeddings import Embeddings, embed_together
@@ -74,7 +81,7 @@ class ProteinModel:
     def score_variants(
         self,
         sequence: str,
-        variants: Sequence[str],
+        variants: Iterable[str | float | None],
         method: str = "masked-marginals",
         masks: str = "together",
         offset: int = 1,
@@ -83,21 +90,21 @@ class ProteinModel:
         """Effects of variants, float64 [V], 0 for the wild type: `model.score_variants(gfp, ["A108D,N144D"])`.
 
         `sequence`: the wild type's residues, or a FASTA file of it alone; `offset`: the number that `variants` give to
-        its first residue. `method` is one of `METHODS`, and the rest what `ScoringChoice` says. Raises `VariantError`
-        for a variant that does not go with the sequence, `InputError`, `ConfigError`.
+        its first residue; None and NaN among these are the wild type. `method` is one of `METHODS`, and the rest what
+        `ScoringChoice` says. Raises `VariantError` for a variant that does not go with the sequence, `InputError`,
+        `ConfigError`.
         """
         from bionemo_esm.inference.variants.choice import ScoringChoice
-        from bionemo_esm.inference.variants.mutations import read_wild_type
+        from bionemo_esm.inference.variants.mutations import read_wild_type, variants_at_hand
         from bionemo_esm.inference.variants.scoring import score
 
         wild_type, choice = read_wild_type(sequence, offset=offset), ScoringChoice((method,), masks, window)
-        read = [wild_type.variant(variant) for variant in variants]
-        return score(self.engine, wild_type, read, choice)[method]
+        return score(self.engine, wild_type, variants_at_hand(variants, wild_type), choice)[method]
 
     def scan(
         self,
         sequence: str,
-        methods: str | Sequence[str] = "masked-marginals",
+        method: str | Sequence[str] = "masked-marginals",
         region: tuple[int, int] | None = None,
         offset: int = 1,
         window: int | None = None,
@@ -105,13 +112,14 @@ class ProteinModel:
         """Every residue replaced by each of the other 19, a row each: `mutant`, `position`, `wildtype`,
         `mutant_residue`, and the scores, such as `masked_marginals`.
 
-        `region`: the first and last position; None for all. The rest is as for `score_variants`.
+        `region`: the first and last position; None for all. `method` may be several; the rest is as for
+        `score_variants`.
         """
         from bionemo_esm.inference.variants.choice import ScoringChoice
         from bionemo_esm.inference.variants.mutations import read_wild_type
         from bionemo_esm.inference.variants.scoring import scan_frame
 
-        choice = ScoringChoice((methods,) if isinstance(methods, str) else tuple(methods), window=window)
+        choice = ScoringChoice((method,) if isinstance(method, str) else tuple(method), window=window)
         return scan_frame(self.engine, read_wild_type(sequence, offset=offset), choice, region)
 
     def contacts(self, sequence: str, window: int | None = None, overlap: int | None = None) -> NDArray[np.float32]:
@@ -119,13 +127,11 @@ class ProteinModel:
 
         `window`, `overlap`: residues that are read at once of a longer one, and that neighbouring windows share; None:
         as many as the model was trained on, and half of that. NaN stands where no window has both residues. Raises
-        `InputError`, `ConfigError`; `UserError` for a model without a contact head.
+        `ConfigError`; `UserError` for what is no sequence, and for a model without a contact head.
         """
-        from bionemo_esm.inference.contacts.prediction import Reach, contacts_of
-        from bionemo_esm.inference.inputs import proteins_of
+        from bionemo_esm.inference.contacts.prediction import Reach, contacts_of, residues_at_hand
 
-        (protein,) = proteins_of([sequence])
-        return contacts_of(self.engine, protein.tokens, Reach.of(self.engine, window, overlap))
+        return contacts_of(self.engine, residues_at_hand(sequence), Reach.of(self.engine, window, overlap))
 
 
 def load_engine(path: str | os.PathLike[str], device: str, precision: str, batch_tokens: int | None) -> Engine:

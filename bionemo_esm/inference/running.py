@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.inference.model_file import ModelSizes, check_words, opened
 from bionemo_esm.inference.protein_model import load_engine
+from bionemo_esm.model.consistency import check_sizes
 from bionemo_esm.screen import exit_of, sigterm_as_exit
 from bionemo_esm.settings import integer, path
 
@@ -21,12 +23,18 @@ ENGINE_KEYS = {"model", "device", "precision", "batch_tokens"}
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Which model, and what computes it; `Engine.load` has what the values mean."""
+    """Which model, and what computes it; `Engine.load` has what the values mean.
+
+    Raises `ConfigError` as `check_words`.
+    """
 
     model: Path
     device: str = "auto"
     precision: str = "32"
     batch_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_words(self.device, self.precision, self.batch_tokens)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> EngineConfig:
@@ -36,6 +44,13 @@ class EngineConfig:
             raise ConfigError("model must be given: model=....nemo")
         tokens = None if tokens is None else integer("batch_tokens", tokens)
         return cls(model, str(values["device"]), str(values["precision"]), tokens)
+
+    def check(self) -> ModelSizes:
+        """The model's sizes, out of its file's small members: to be asked before an input is read.
+
+        Raises `ArchiveError` for a file that is not there, is no model of ours, or contradicts itself.
+        """
+        return ModelSizes(check_sizes(opened(self.model)))
 
     def load(self) -> Engine:
         """The model, ready. Raises `ArchiveError`, `ConfigError`."""

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.contacts.metrics import Row, as_dicts, summary, table
+from bionemo_esm.inference.contacts.metrics import TIES, Row, as_dicts, intervals, summary, table, verdict
 from bionemo_esm.inference.contacts.pairs import (
     Division,
     FitChoice,
@@ -26,7 +26,7 @@ from bionemo_esm.inference.contacts.pairs import (
     divide,
     training_pairs,
 )
-from bionemo_esm.inference.contacts.structures import files_of, read_structures
+from bionemo_esm.inference.contacts.structures import files_of, read_structures, source_paths
 from bionemo_esm.inference.running import ENGINE_KEYS, EngineConfig, describe, run
 from bionemo_esm.outputs import check_absent, check_writable
 from bionemo_esm.screen import RESIDUES, Meter, Screen
@@ -81,15 +81,6 @@ def load_fit_config(cfg: DictConfig) -> FitConfig:
     )
 
 
-def source_paths(key: str, value: Any) -> tuple[str, ...]:
-    """One path, or a list of them. Raises `ConfigError`."""
-    several = value if isinstance(value, list) else [value]
-    paths = [path(key, one) for one in several]
-    if not paths or None in paths:
-        raise ConfigError(f"{key} must be a path, or a list of paths, not {value!r}")
-    return tuple(str(one) for one in paths)
-
-
 def fit_contacts(cfg: DictConfig) -> None:
     """Fit as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
     run(lambda: _fit(load_fit_config(cfg)), "Stopped; nothing was written.")
@@ -101,7 +92,8 @@ def _fit(config: FitConfig) -> int:
     screen = Screen(sys.stdout)
     choice = config.choice
     structures = read_structures(config.structures, config.atom, config.chain)
-    screen.say(f"Read {len(structures):,} chains from {', '.join(config.structures)}")
+    chains = f"{len(structures):,} chain{'s' * (len(structures) != 1)}"
+    screen.say(f"Read {chains} from {', '.join(config.structures)}")
 
     engine = config.engine.load()
 
@@ -128,19 +120,23 @@ def _fit(config: FitConfig) -> int:
 
 def _tell_division(screen: Screen, division: Division, pairs: Sequence[Pairs], heads: int) -> None:
     count, touching = sum(len(part.first) for part in pairs), sum(int(part.touch.sum()) for part in pairs)
-    screen.say(f"  fit on   {len(division.train)} structures, {count:,} pairs of residues, {touching:,} in contact")
+    structures = f"{len(division.train)} structure{'s' * (len(division.train) != 1)}"
+    screen.say(f"  fit on   {structures}, {count:,} pairs of residues, {touching:,} in contact")
     left_out = [
         f"{division.repeated} with the sequence of another" if division.repeated else "",
         f"{division.without_pairs} without pairs to ask about" if division.without_pairs else "",
     ]
     told = ", ".join(filter(None, left_out))
-    screen.say(f"  test on  {len(division.held_out)} others{f'; left out: {told}' if told else ''}")
+    others = f"{len(division.held_out)} other{'s' * (len(division.held_out) != 1)}"
+    screen.say(f"  test on  {others}{f'; left out: {told}' if told else ''}")
     screen.say(f"  features {heads:,} attention heads; fitting takes up to {bytes_to_fit(count, heads) / 1e9:.2f} GB")
 
 
 def _tell_fit(screen: Screen, regression: Regression) -> None:
     used = int((regression.weight != 0).sum())
-    screen.say(f"  head     {used:,} of {len(regression.weight):,} attention heads have a weight")
+    screen.say(
+        f"  head     {used:,} of {len(regression.weight):,} attention heads ha{'s' if used == 1 else 've'} a weight"
+    )
     if not used:
         screen.say("  note     none has: all pairs get the same probability. A higher C allows more, e.g. C=1")
     if not regression.converged:
@@ -183,12 +179,10 @@ def _results(
     screen.say("Precision on the held-out structures:")
     for line in table(rows):
         screen.say(f"  {line}")
-    long = next((row for row in rows["model"] if (row.range, row.top) == ("long", "P@L")), None)
-    if long is not None:
-        screen.say(
-            f"  long range P@L of the model {long.mean:.3f}, 95% interval over {long.proteins} proteins "
-            f"{long.low:.3f} to {long.high:.3f}"
-        )
+    screen.say(f"  {TIES}")
+    compared = {name: rows[name] for name in rows if name != "best possible"}
+    for line in (*intervals(compared), *verdict(compared)):
+        screen.say(f"  {line}")
     return rows
 
 

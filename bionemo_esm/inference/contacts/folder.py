@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import hashlib
 import io
@@ -15,7 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from bionemo_esm.errors import UserError
+from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.outputs import check_absent, sync_folder, written_whole
 
 if TYPE_CHECKING:
@@ -36,11 +37,20 @@ class WorkFolder:
     def opened(cls, output: Path, fingerprint: str) -> Iterator[WorkFolder]:
         """The work folder of an output, new or of a job that was stopped, kept for this process.
 
-        Raises `UserError` where another process fills it, or it was begun by a job with another `fingerprint`.
+        `fingerprint`: a line for each thing that must be the same to go on: a word for it, and its digest.
+
+        Raises `ConfigError` where it cannot be made, `UserError` where another process fills it, or it was begun by a
+        job with another `fingerprint`.
         """
         folder = output.absolute().parent / f".{output.name}.partial"
-        (folder / "maps").mkdir(parents=True, exist_ok=True)
-        with (folder / _LOCK).open("wb") as lock:
+        try:
+            (folder / "maps").mkdir(parents=True, exist_ok=True)
+            locked = (folder / _LOCK).open("wb")
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ConfigError(f"output: {output} cannot be made: {error.filename}: {error.strerror}") from error
+        with locked as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -49,10 +59,10 @@ class WorkFolder:
             if not job.exists():
                 with written_whole(job) as stream:
                     stream.write(fingerprint.encode())
-            elif job.read_text() != fingerprint:
+            elif differing := _differing(job.read_text(errors="replace"), fingerprint):
                 raise UserError(
-                    f"output: {folder} is of an unfinished job with another model, input or window; remove it, or "
-                    "choose another output"
+                    f"output: {folder} is of an unfinished job with another {differing}; remove it, or choose another "
+                    "output"
                 )
             yield cls(folder, output)
 
@@ -90,6 +100,15 @@ class WorkFolder:
 
     def _map(self, name: str) -> Path:
         return self.folder / "maps" / f"{name}.npz"
+
+
+def _differing(before: str, now: str) -> str:
+    """The words of the lines in which two fingerprints differ; "" where none does."""
+    lines = dict(line.partition(" ")[::2] for line in before.splitlines())
+    wanted = [line.partition(" ")[::2] for line in now.splitlines()]
+    if before != now and set(lines) != {word for word, _ in wanted}:
+        return "version of this program"
+    return " and ".join(word for word, digest in wanted if lines.get(word) != digest)
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hydra
 import numpy as np
@@ -22,8 +22,8 @@ from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.command_line import check_command_line
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference.contacts.folder import WorkFolder, file_names, written_table
-from bionemo_esm.inference.contacts.metrics import Precisions, as_dicts, precisions, summary, table
-from bionemo_esm.inference.contacts.structures import Structure, holds_structures, read_structures
+from bionemo_esm.inference.contacts.metrics import TIES, Precisions, as_dicts, precisions, summary, table
+from bionemo_esm.inference.contacts.structures import Structure, holds_structures, read_structures, source_paths
 from bionemo_esm.inference.inputs import InputError, InputPolicy, read_proteins
 from bionemo_esm.inference.running import ENGINE_KEYS, EngineConfig, describe, run
 from bionemo_esm.outputs import check_absent, check_writable, written_whole
@@ -49,7 +49,7 @@ class ContactsConfig:
     """Which model, which proteins, what is written of them. Raises `ConfigError`, naming the key."""
 
     engine: EngineConfig
-    input: str
+    input: tuple[str, ...]  # several only of structures
     output: Path
     policy: InputPolicy
     threshold: float
@@ -84,15 +84,15 @@ class ContactsConfig:
 def load_contacts_config(cfg: DictConfig) -> ContactsConfig:
     """Raises `ConfigError`, naming the key, for one that is unknown, missing or of the wrong kind."""
     values = known("", plain_values(cfg), _KEYS)
-    source, output = path("input", values["input"]), path("output", values["output"])
-    if source is None or output is None:
-        raise ConfigError(f"{'input' if source is None else 'output'} must be a path, not null")
+    output = path("output", values["output"])
+    if output is None:
+        raise ConfigError("output must be a path, not null")
     words = {key: None if values[key] is None else str(values[key]) for key in (*_POLICY, "chain")}
     chain = words.pop("chain")
     window, overlap = (None if values[key] is None else integer(key, values[key]) for key in ("window", "overlap"))
     return ContactsConfig(
         EngineConfig.of(values),
-        str(source),
+        source_paths("input", values["input"]),
         output,
         InputPolicy(**words),  # type: ignore[arg-type]
         number("threshold", values["threshold"]),
@@ -122,6 +122,16 @@ class Subject:
         return len(self.tokens)
 
 
+class Found(NamedTuple):
+    """What is said of the answers."""
+
+    pairs: int  # that are listed
+    surest: float | None  # the highest probability; None where no pair is far enough apart
+    precisions: list[Precisions]  # of each structure but those fitted on
+    best: list[Precisions]  # of their true contacts
+    fitted_on: int  # structures that the head was fitted on
+
+
 def predict_contacts(cfg: DictConfig) -> None:
     """Predict as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
     run(lambda: _predict(load_contacts_config(cfg)), "Stopped; the same command goes on.")
@@ -132,6 +142,7 @@ def _predict(config: ContactsConfig) -> int:
     check_writable("output", config.output)
     screen = Screen(sys.stdout)
     subjects, skipped = _read(config, screen)
+    fitted = _fitted_on(config.engine.model, subjects)
     engine = config.engine.load()
     screen.say(f"  model    {describe(engine)}")
 
@@ -143,36 +154,68 @@ def _predict(config: ContactsConfig) -> int:
     with WorkFolder.opened(config.output, _fingerprint(engine, reach, subjects)) as work:
         names = file_names([subject.id for subject in subjects])
         _fill(work, engine, subjects, names, reach, screen)
-        rows = _describe_all(work, config, subjects, names, reach)
-        _write_summary(work, config, engine, subjects, skipped, reach, rows)
+        found = _describe_all(work, config, subjects, names, reach, fitted, screen)
+        _write_summary(work, config, engine, subjects, skipped, reach, found)
         work.finish()
-    if rows:
-        screen.say(f"Precision over {len(rows):,} structures:")
-        for line in table({"model": summary(rows, config.seed)}):
-            screen.say(f"  {line}")
+    _tell(config, found, screen)
     screen.say(f"Wrote {config.output}: contacts.csv, proteins.csv, summary.json, maps/ and pictures/")
     return 0
+
+
+def _tell(config: ContactsConfig, found: Found, screen: Screen) -> None:
+    pairs = "1 pair reaches" if found.pairs == 1 else f"{found.pairs:,} pairs reach"
+    surest = "" if found.surest is None else f"; the surest of all is {found.surest:.2f}"
+    screen.say(f"Found: {pairs} threshold={config.threshold:g}{surest}")
+    if found.fitted_on:
+        screen.say(f"  left out of the precision: {found.fitted_on:,} that the contact head was fitted on")
+    if found.precisions:
+        screen.say(f"Precision over {len(found.precisions):,} structure{'s' * (len(found.precisions) != 1)}:")
+        rows = {"model": found.precisions, "best possible": found.best}
+        for line in table({name: summary(of_proteins, config.seed) for name, of_proteins in rows.items()}):
+            screen.say(f"  {line}")
+        screen.say(f"  {TIES}")
+
+
+def _fitted_on(model: Path, subjects: Sequence[Subject]) -> set[int]:
+    """The places of the structures that the model's contact head was fitted on, by what its archive says: those of the
+    ids there, and those with the same sequence as one of these."""
+    if all(subject.structure is None for subject in subjects):
+        return set()
+    from bionemo_esm.model.archive import ArchiveFile
+
+    told = ArchiveFile.open(model).provenance.get("contact_head")
+    listed = told.get("fitted_on") if isinstance(told, dict) else None
+    ids = set(map(str, listed)) if isinstance(listed, list) else set()
+    sequences = {subject.tokens.tobytes() for subject in subjects if subject.id in ids}
+    return {place for place, subject in enumerate(subjects) if subject.tokens.tobytes() in sequences}
 
 
 def _read(config: ContactsConfig, screen: Screen) -> tuple[list[Subject], int]:
     """The proteins in the input's order, and how many records were left out."""
     skipped: list[str] = []
-    if holds_structures(config.input):
+    source = ", ".join(config.input)
+    if all(map(holds_structures, config.input)):
         structures = read_structures(config.input, config.atom, config.chain)
         subjects = [Subject(structure.id, structure.tokens, structure) for structure in structures]
+    elif len(config.input) > 1:
+        one = next(one for one in config.input if not holds_structures(one))
+        raise InputError(f"input: {one} holds no structures, of which alone there may be a list; give one input")
     else:
-        proteins = read_proteins(config.input, config.policy, skipped.append)
+        proteins = read_proteins(source, config.policy, skipped.append)
         subjects = [Subject(protein.id, protein.tokens, None) for protein in proteins]
     if not subjects:
-        raise InputError(f"{config.input}: no protein {f'is left: {skipped[0]}' if skipped else 'in it'}")
+        raise InputError(f"{source}: no protein {f'is left: {skipped[0]}' if skipped else 'in it'}")
     for subject in subjects:
         if subject.residues > config.max_residues:
             raise InputError(
-                f"{config.input}: {subject.id[:40]} has {subject.residues:,} residues, over max_residues="
+                f"{source}: {subject.id[:40]} has {subject.residues:,} residues, over max_residues="
                 f"{config.max_residues}; its map would take {4 * subject.residues**2 / 1e9:.1f} GB on disk, and twice "
-                "that in memory"
+                f"that in memory; where there is as much, max_residues={subject.residues} allows it"
             )
-    screen.say(f"Read {len(subjects):,} proteins, {sum(subject.residues for subject in subjects):,} residues")
+    proteins_read, residues = len(subjects), sum(subject.residues for subject in subjects)
+    screen.say(
+        f"Read {proteins_read:,} protein{'s' * (proteins_read != 1)}, {residues:,} residue{'s' * (residues != 1)}"
+    )
     if skipped:
         screen.say(f"  left out {len(skipped):,}, the first: {skipped[0]}")
     return subjects, len(skipped)
@@ -183,18 +226,21 @@ def _check_lengths(config: ContactsConfig, subjects: Sequence[Subject], window: 
         for subject in subjects:
             if subject.residues > window:
                 raise InputError(
-                    f"{config.input}: {subject.id[:40]} has {subject.residues:,} residues, over the window of "
-                    f"{window}; long_proteins=windows reads it in windows"
+                    f"{', '.join(config.input)}: {subject.id[:40]} has {subject.residues:,} residues, over the window "
+                    f"of {window}; long_proteins=windows reads it in windows"
                 )
 
 
 def _fingerprint(engine: Engine, reach: Reach, subjects: Sequence[Subject]) -> str:
-    """Of all that the maps depend on."""
-    digest = hashlib.sha256(f"{engine.weights_sha256} {engine.dtype} {engine.device.type} {reach}".encode())
+    """Of all that the maps depend on: a line for each thing."""
+    digest = hashlib.sha256()
     for subject in subjects:
         digest.update(f"{len(subject.id)} {subject.id} {subject.residues} ".encode("utf-8", "surrogatepass"))
         digest.update(subject.tokens.tobytes())
-    return digest.hexdigest()
+    return (
+        f"model {engine.weights_sha256}\ninput {digest.hexdigest()}\nprecision {engine.dtype}\n"
+        f"device {engine.device.type}\nwindow {reach.window}\noverlap {reach.overlap}\n"
+    )
 
 
 def _fill(
@@ -207,7 +253,8 @@ def _fill(
     total = sum(subject.residues for subject in subjects)
     done = total - sum(subjects[place].residues for place in todo)
     if done:
-        screen.say(f"  going on {len(subjects) - len(todo):,} proteins are there already")
+        there = len(subjects) - len(todo)
+        screen.say(f"  going on {there:,} protein{'s are' if there != 1 else ' is'} there already")
     meter = Meter(screen, "contacts", RESIDUES)
     meter(done, total)
     for place, found_RR in predict(engine, [subject.tokens for subject in subjects], reach, todo.__contains__):
@@ -217,12 +264,21 @@ def _fill(
 
 
 def _describe_all(
-    work: WorkFolder, config: ContactsConfig, subjects: Sequence[Subject], names: Sequence[str], reach: Reach
-) -> list[Precisions]:
-    """contacts.csv, proteins.csv and the pictures; the precisions of each protein whose structure is known."""
+    work: WorkFolder,
+    config: ContactsConfig,
+    subjects: Sequence[Subject],
+    names: Sequence[str],
+    reach: Reach,
+    fitted: Set[int],
+    screen: Screen,
+) -> Found:
+    """contacts.csv, proteins.csv and the pictures; precisions only where no head was fitted on the structure."""
     from bionemo_esm.inference.contacts.picture import draw_contacts
 
     all_found: list[Precisions] = []
+    best: list[Precisions] = []
+    below, listed, surest, done = config.contact_angstrom, 0, None, 0
+    meter, total = Meter(screen, "tables and pictures", RESIDUES), sum(subject.residues for subject in subjects)
     extra = ["distance"] * any(subject.structure is not None for subject in subjects)
     pairs_header = ["id", "i", "j", "residue_i", "residue_j", "probability", *extra]
     proteins_header = ["id", "residues", "windows", "contacts", "map"]
@@ -236,13 +292,24 @@ def _describe_all(
             pairs.writerows(_rows(subject, *probable))
             count = len(reach.cover(subject.residues))
             proteins.writerow([subject.id, subject.residues, count, len(probable[0]), f"maps/{name}.npz"])
-            if subject.structure is not None:
-                all_found.append(precisions(found_RR, subject.structure, config.contact_angstrom))
+            listed, surest = listed + len(probable[0]), _surest(found_RR, config.separation, surest)
+            if subject.structure is not None and place not in fitted:
+                all_found.append(precisions(found_RR, subject.structure, below))
+                truth_RR = subject.structure.contacts(below).astype(np.float32)
+                best.append(precisions(truth_RR, subject.structure, below))
             if place < config.pictures:
                 picture = work.folder / "pictures" / f"{name}.png"
-                how = (config.separation, subject.structure, config.contact_angstrom)
-                draw_contacts(picture, subject.id, found_RR, *how)
-    return all_found
+                draw_contacts(picture, subject.id, found_RR, config.separation, subject.structure, below)
+            done += subject.residues
+            meter(done, total)
+    return Found(listed, surest, all_found, best, len(fitted))
+
+
+def _surest(found_RR: Map, separation: int, before: float | None) -> float | None:
+    """The highest probability of a pair so far apart, or that of before; None where there is none."""
+    scores = found_RR[np.triu_indices(len(found_RR), separation)]
+    highest = max(scores[~np.isnan(scores)].tolist(), default=None)
+    return max((one for one in (highest, before) if one is not None), default=None)
 
 
 def _probable(
@@ -276,7 +343,7 @@ def _write_summary(
     subjects: Sequence[Subject],
     skipped: int,
     reach: Reach,
-    rows: Sequence[Precisions],
+    found: Found,
 ) -> None:
     told = {
         "proteins": len(subjects),
@@ -290,8 +357,12 @@ def _write_summary(
         "weights_sha256": engine.weights_sha256,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "device": engine.device.type,
-        "contact_angstrom": config.contact_angstrom if rows else None,
-        "precision": as_dicts(summary(rows, config.seed)),
+        "pairs": found.pairs,
+        "highest_probability": None if found.surest is None else round(found.surest, 6),
+        "contact_angstrom": config.contact_angstrom if any(subject.structure for subject in subjects) else None,
+        "structures_fitted_on": found.fitted_on,
+        "precision": as_dicts(summary(found.precisions, config.seed)),
+        "best_possible": as_dicts(summary(found.best, config.seed)),
     }
     with written_whole(work.folder / "summary.json") as stream:
         stream.write((json.dumps(told, indent=2) + "\n").encode())

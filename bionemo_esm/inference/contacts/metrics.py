@@ -93,6 +93,46 @@ def table(predictors: Mapping[str, Sequence[Row]]) -> list[str]:
     return lines
 
 
+TIES = "Pairs with the same probability count by what a draw among them would give on average."
+
+
+def intervals(predictors: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Lines for a person: the long range P@L of each predictor with its interval."""
+    found = {name: row for name, rows in predictors.items() if (row := _long(rows))}
+    width = max(map(len, found), default=0)
+    return [
+        f"long range P@L of {name:{width}}  {row.mean:.3f}, 95% interval over {row.proteins:,} "
+        f"protein{'s' * (row.proteins != 1)} {row.low:.3f} to {row.high:.3f}"
+        for name, row in found.items()
+    ]
+
+
+def verdict(predictors: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Lines that say whether the long range P@L of the first predictor is above that of each other one.
+
+    "Better" is said only where its interval lies above the other's.
+    """
+    (_, first), *others = predictors.items()
+    model = _long(first)
+    lines = []
+    for name, rows in others:
+        other = _long(rows)
+        if model is None or other is None:
+            continue
+        figures = f"{model.mean:.3f} against {other.mean:.3f}"
+        if model.mean <= other.mean:
+            lines.append(f"At long range the head is no better than {name}: {figures}")
+        elif model.low <= other.high:
+            lines.append(f"At long range the head is above {name}, but the intervals overlap: {figures}")
+        else:
+            lines.append(f"At long range the head is better than {name}: {figures}")
+    return lines
+
+
+def _long(rows: Sequence[Row]) -> Row | None:
+    return next((row for row in rows if (row.range, row.top) == ("long", "P@L")), None)
+
+
 def as_dicts(rows: Sequence[Row]) -> list[dict[str, str | float | int]]:
     """For JSON."""
     return [dict(row._asdict()) for row in rows]

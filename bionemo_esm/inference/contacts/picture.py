@@ -38,18 +38,27 @@ def draw_contacts(
         highest = max(float(np.nanmax(found_RR, where=shown_RR, initial=0.0)), 1e-6)
         image = axes.imshow(np.where(shown_RR, found_RR, np.nan), cmap=blues, vmin=0, vmax=highest, **how)
         unknown_RR = np.isnan(found_RR) & shown_RR
+        resolved = np.ones(len(found_RR), dtype=bool) if structure is None else structure.resolved
         if structure is not None:
             true_RR = structure.contacts(below) & (apart_RR <= -separation)
             axes.imshow(_only(true_RR), cmap=ListedColormap([MARK]), **how)
-            resolved = structure.resolved
             unknown_RR |= ~(resolved[:, None] & resolved[None, :]) & (apart_RR <= -separation)
         axes.imshow(_only(unknown_RR), cmap=ListedColormap([GRID]), **how)
-        figure.colorbar(image, ax=axes, label="predicted probability of contact", shrink=0.8)
+        label = f"predicted probability of contact, {highest:.2g} at most"
+        figure.colorbar(image, ax=axes, label=label, shrink=0.8)
         axes.set(xlabel="residue", ylabel="residue")
         axes.set_title(name if len(name) <= _LONGEST_TITLE else name[: _LONGEST_TITLE - 1] + "…", loc="left")
+        grey = ["never seen together in a window"] * bool((np.isnan(found_RR) & shown_RR).any())
+        told = []
         if structure is not None:
-            told = f"above: predicted; below: true, nearer than {below:g} Å (grey: not resolved)"
-            axes.text(1, 1.01, told, ha="right", va="bottom", transform=axes.transAxes, fontsize=8.5, color=MUTED)
+            told.append(f"above: predicted; below: true, nearer than {below:g} Å")
+            grey += ["not resolved (below)"] * (not resolved.all())
+        if grey:
+            told.append(f"grey: {', '.join(grey)}")
+        if told:
+            axes.text(
+                1, 1.01, "\n".join(told), ha="right", va="bottom", transform=axes.transAxes, fontsize=8.5, color=MUTED
+            )
         return write_png(figure, path)
 
 

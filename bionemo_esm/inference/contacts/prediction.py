@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bionemo_esm.alphabet import encode
 from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference.contacts.structures import GAPS
 from bionemo_esm.inference.engine import Engine, Residues, batches_by_length
 from bionemo_esm.inference.windows import blending_weights, windows
 from bionemo_esm.model.reading import contacts
@@ -44,6 +46,23 @@ class Reach:
     def cover(self, residues: int) -> list[tuple[int, int]]:
         """Begin and end of each window."""
         return windows(residues, self.window, self.overlap)
+
+
+def residues_at_hand(sequence: object) -> Residues:
+    """The token ids of one protein's sequence, given as text. Raises `UserError` for anything else."""
+    if not isinstance(sequence, str):
+        raise UserError(
+            f"contacts are asked for of one protein: give its sequence as text, not a {type(sequence).__name__}"
+        )
+    letters = "".join(sequence.split()).removesuffix("*")
+    if not letters:
+        raise UserError("sequence: no residue in it")
+    tokens = encode(letters.encode("ascii", "replace"))
+    if unknown := [place for place, token in enumerate(tokens.tolist()) if token in GAPS]:
+        hint = "; give residues, not a file's name" if set(letters) & set("./") else "; put X there"
+        place = unknown[0]
+        raise UserError(f"sequence: residue {place + 1} is {letters[place]!r}, no letter of a protein{hint}")
+    return tokens
 
 
 def check_head(engine: Engine) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import TOKEN_IDS, UNK_ID, encode
 from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.settings import path as path_of
 
 if TYPE_CHECKING:
     import gemmi
@@ -29,7 +30,8 @@ _MODELS = (".cif", ".mmcif", ".pdb", ".ent")
 _TABLES = (".parquet", ".pq")
 _ENDINGS = f"{', '.join(_TABLES)}, or {', '.join(_MODELS)} with or without .gz"
 _BOND_ANGSTROM = 4.5  # C-alphas of neighbours are 3.8 apart
-_GAPS = {TOKEN_IDS["."], TOKEN_IDS["-"], UNK_ID}
+GAPS = {TOKEN_IDS["."], TOKEN_IDS["-"], UNK_ID}
+"""What a sequence's letters become that are none of a protein."""
 
 
 class StructureError(UserError):
@@ -64,6 +66,15 @@ class Structure:
         """Which pairs of residues [R, R] are nearer than so many angstrom; False where one is not resolved."""
         with np.errstate(invalid="ignore"):
             return self.distances() < below
+
+
+def source_paths(key: str, value: Any) -> tuple[str, ...]:
+    """One path, or a list of them. Raises `ConfigError`."""
+    several = value if isinstance(value, list) else [value]
+    paths = [path_of(key, one) for one in several]
+    if not paths or None in paths:
+        raise ConfigError(f"{key} must be a path, or a list of paths, not {value!r}")
+    return tuple(str(one) for one in paths)
 
 
 def holds_structures(path: str) -> bool:
@@ -180,7 +191,7 @@ def _of_row(where: str, identifier: str, row: dict[str, Any]) -> Structure:
     if not isinstance(row["sequence"], str) or not row["sequence"]:
         raise StructureError(f"{where}: it has no sequence")
     tokens = encode(row["sequence"].encode("ascii", "replace"))
-    if unknown := [place for place, token in enumerate(tokens.tolist()) if token in _GAPS]:
+    if unknown := [place for place, token in enumerate(tokens.tolist()) if token in GAPS]:
         raise StructureError(
             f"{where}: residue {unknown[0] + 1} is {row['sequence'][unknown[0]]!r}, no letter of a protein; put X there"
         )
@@ -248,6 +259,8 @@ def _of_chain(
     coordinates = np.full((len(names), 3), np.nan, dtype=np.float32)
     for place, residue in zip(places, shown, strict=True):
         coordinates[place] = _point(residue, atom)
+    if atom == "CB" and not any(place.name == "CB" for residue in shown for place in residue):
+        raise StructureError(f"{path}: {identifier}: no C-beta is in it, which atom=CB asks for; take atom=CA")
     tokens = encode("".join(map(_letter, names)).encode())
     return Structure(identifier, tokens, coordinates)
 

@@ -15,7 +15,7 @@ from bionemo_esm.inference.inputs import InputError, Protein
 from bionemo_esm.inference.windows import windows
 
 if TYPE_CHECKING:
-    from bionemo_esm.inference.engine import Engine
+    from bionemo_esm.inference.model_file import ModelSizes
 
 DTYPES = ("float32", "float16")
 LONG_PROTEINS = ("windows", "truncate", "error")
@@ -62,16 +62,16 @@ class EmbeddingChoice:
     def reads_layers(self) -> bool:
         return self.mean or self.cls or self.residues
 
-    def resolved(self, engine: Engine) -> EmbeddingChoice:
+    def resolved(self, model: ModelSizes) -> EmbeddingChoice:
         """The same choice in terms of a model: layers from 0, each once; window and overlap as numbers.
 
         Raises `ConfigError` for a layer that the model does not have, a window over what it can read, or an overlap
         that is none of its windows.
         """
-        layers = [engine.layer(layer) for layer in self.layers] if self.reads_layers else []
-        window = engine.window if self.window is None else self.window
-        if engine.longest is not None and window > engine.longest:
-            raise ConfigError(f"window={window}: the model reads up to {engine.longest} residues at once")
+        layers = [model.layer(layer) for layer in self.layers] if self.reads_layers else []
+        window = model.window if self.window is None else self.window
+        if model.longest is not None and window > model.longest:
+            raise ConfigError(f"window={window}: the model reads up to {model.longest} residues at once")
         overlap = window // 2 if self.overlap is None else self.overlap
         return replace(self, layers=tuple(dict.fromkeys(layers)), window=window, overlap=overlap)
 
@@ -119,6 +119,11 @@ class Embedding(NamedTuple):
 def named(protein: Protein) -> str:
     """A protein in a message."""
     return f"record {protein.number} ({protein.id[:40]})"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 part`, `2 parts`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _of(window: int | None) -> str:

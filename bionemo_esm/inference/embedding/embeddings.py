@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from bionemo_esm.errors import UserError
-from bionemo_esm.inference.embedding.choice import Embedding, EmbeddingChoice, named
+from bionemo_esm.inference.embedding.choice import Embedding, EmbeddingChoice, counted, named
 from bionemo_esm.inference.embedding.pooling import PooledBatch, pooled
 from bionemo_esm.inference.embedding.pseudo_perplexity import pseudo_perplexities
 from bionemo_esm.inference.engine import Engine, batches_by_length
@@ -45,7 +45,7 @@ class Embeddings(Sequence[Embedding]):
 
     def __repr__(self) -> str:
         names = ", ".join(self._found[0].arrays) if self._found else "none"
-        return f"<Embeddings of {len(self)} proteins: {names}>"
+        return f"<Embeddings of {counted(len(self), 'protein')}: {names}>"
 
     @property
     def ids(self) -> list[str]:

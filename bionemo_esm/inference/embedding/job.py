@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
 from bionemo_esm.data.sources import STANDARD_INPUT
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.embedding.choice import EmbeddingChoice
+from bionemo_esm.inference.embedding.choice import EmbeddingChoice, counted
 from bionemo_esm.inference.embedding.processes import Outcome, embed_in_processes, launched
 from bionemo_esm.inference.embedding.shards import WorkFolder, copied, sha256_of
 from bionemo_esm.inference.embedding.share import EmbedTask, Share, Tell, embed_share
@@ -22,10 +24,12 @@ from bionemo_esm.inference.embedding.writers import format_of
 from bionemo_esm.inference.inputs import InputPolicy, take_stock
 from bionemo_esm.inference.running import ENGINE_KEYS, EngineConfig
 from bionemo_esm.outputs import check_absent, check_writable
-from bionemo_esm.screen import RESIDUES, Meter, Screen, exit_of, sigterm_as_exit
+from bionemo_esm.screen import EXIT_INTERRUPTED, RESIDUES, Meter, Screen, exit_of, sigterm_as_exit
 from bionemo_esm.settings import boolean, integer, known, path, plain_values
 
-_GOES_ON = "what is finished is kept: the same command goes on from there."
+_STOPPED = "Stopped."
+_SIGNALLED = (EXIT_INTERRUPTED, 128 + signal.SIGTERM)
+_GOES_ON = "the same command goes on from there"
 _BOOLEANS = ("mean", "cls", "residues", "logits", "pseudo_perplexity")
 _POLICY = ("input_format", "id_column", "sequence_column", "bad_records", "unknown_letters")
 _KEYS = ENGINE_KEYS | {
@@ -48,6 +52,10 @@ class EmbedConfig:
     devices: int
     part_proteins: int
     part_megabytes: int
+
+    @property
+    def work(self) -> WorkFolder:
+        return WorkFolder(self.output, self.kind, self.is_folder)
 
     def __post_init__(self) -> None:
         for key in ("devices", "part_proteins", "part_megabytes"):
@@ -95,9 +103,20 @@ def _choice(values: dict[str, Any]) -> EmbeddingChoice:
 
 def embed(cfg: DictConfig) -> None:
     """Embed as a composed Hydra configuration says. Exits with 2 for what a user can mend, 1 where a process died."""
-    message = f"Stopped; {_GOES_ON}"
-    with sigterm_as_exit(message):
-        exit_of(lambda: _embed(load_embed_config(cfg)), message)
+    config: EmbedConfig | None = None
+
+    def job() -> int:
+        nonlocal config
+        config = load_embed_config(cfg)
+        return _embed(config)
+
+    try:
+        with sigterm_as_exit(_STOPPED):
+            exit_of(job, _STOPPED)
+    except SystemExit as stop:
+        if stop.code in _SIGNALLED and config is not None and not config.output.exists():
+            print(f"{_kept(config.work)}.", file=sys.stderr)  # noqa: T201
+        raise
 
 
 def _embed(config: EmbedConfig) -> int:
@@ -107,11 +126,11 @@ def _embed(config: EmbedConfig) -> int:
         return _one_of_many(config, share, screen)
     check_absent("output", config.output)
     check_writable("output", config.output)
-    work = WorkFolder(config.output, config.kind, config.is_folder)
+    config.choice.resolved(config.engine.check())
+    work = config.work
     with work.held():
         task = _task(config, screen, work)
-        meter = Meter(screen, "embedding", RESIDUES)
-        tell = Tell(screen.say, lambda done: meter(done, task.stock.residues))
+        tell = Tell(screen.say, _metered(screen, "embedding", task.stock.residues))
         if config.devices == 1:
             finished = embed_share(task, Share(), tell)
             assert finished, "one process alone finishes all parts"
@@ -130,18 +149,33 @@ def _one_of_many(config: EmbedConfig, share: Share, screen: Screen) -> int:
     if config.input == STANDARD_INPUT:
         raise ConfigError("input=-: several processes cannot share standard input; give a file, or use devices=N")
     check_writable("output", config.output)
-    work = WorkFolder(config.output, config.kind, config.is_folder)
+    config.choice.resolved(config.engine.check())
+    work = config.work
     with work.shared():
         task = _task(config, screen, work)
-        meter = Meter(screen, f"embedding, process 1 of {share.world}", RESIDUES)
-        finished = embed_share(
-            task, share, Tell(screen.say, lambda done: meter(done, task.stock.residues // share.world))
-        )
+        what = f"embedding, process 1 of {share.world}"
+        tell = Tell(screen.say, _metered(screen, what, task.stock.residues // share.world))
+        finished = embed_share(task, share, tell)
     if finished:
         _say_finished(task, screen)
     else:
-        screen.say(f"This process is done; the last of {share.world} makes {config.output}. If one dies, {_GOES_ON}")
+        screen.say(
+            f"This process is done; the last of {share.world} makes {config.output}. If one dies, finished parts are "
+            f"kept: {_GOES_ON}."
+        )
     return 0
+
+
+def _metered(screen: Screen, what: str, residues: int) -> Callable[[int], None]:
+    """Shows how many residues are done; the clock begins with the first answer, as a model may take long to load."""
+    meter: Meter | None = None
+
+    def progress(done: int) -> None:
+        nonlocal meter
+        meter = meter or Meter(screen, what, RESIDUES)
+        meter(done, residues)
+
+    return progress
 
 
 def _task(config: EmbedConfig, screen: Screen, work: WorkFolder) -> EmbedTask:
@@ -150,7 +184,7 @@ def _task(config: EmbedConfig, screen: Screen, work: WorkFolder) -> EmbedTask:
     name = config.input
     if config.input == STANDARD_INPUT:
         name, place = "standard input", work.input
-        screen.say(f"Reading {name} into {place}")
+        screen.say(f"Reading {name}")
         copied(sys.stdin.buffer, place)
     else:
         screen.say(f"Reading {name}")
@@ -158,10 +192,12 @@ def _task(config: EmbedConfig, screen: Screen, work: WorkFolder) -> EmbedTask:
         stock = take_stock(place, config.policy)
     except UserError as error:
         raise type(error)(str(error).replace(str(place), name)) from error
-    screen.say(f"  input    {stock.proteins:,} proteins, {stock.residues:,} residues, the longest of {stock.longest:,}")
+    sizes = f"{counted(stock.proteins, 'protein')}, {counted(stock.residues, 'residue')}, the longest of"
+    screen.say(f"  input    {sizes} {stock.longest:,}")
     if stock.skipped:
         screen.say(
-            f"           {stock.skipped:,} records left out; the first: {stock.first_problem.replace(str(place), name)}"
+            f"           {counted(stock.skipped, 'record')} left out; "
+            f"the first: {stock.first_problem.replace(str(place), name)}"
         )
     if stock.ids_are_numbers:
         screen.say("           ids are the numbers of the rows")
@@ -177,16 +213,23 @@ def _fail(outcome: Outcome, work: WorkFolder) -> int:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
     if outcome.errors:
         return 2
-    kept = f"{len(work.records()):,} finished parts are kept: the same command goes on from there"
-    print(f"error: {'; '.join(outcome.failed)}. {kept}", file=sys.stderr)  # noqa: T201
+    print(f"error: {'; '.join(outcome.failed)}. {_kept(work)}", file=sys.stderr)  # noqa: T201
     return 1
+
+
+def _kept(work: WorkFolder) -> str:
+    parts = len(work.records())
+    if not parts:
+        return "No part was finished: the same command begins anew"
+    return f"{counted(parts, 'finished part')} {'is' if parts == 1 else 'are'} kept: {_GOES_ON}"
 
 
 def _say_finished(task: EmbedTask, screen: Screen) -> None:
     place = task.output
     files = list(place.iterdir()) if place.is_dir() else [place]
     size = sum(file.stat().st_size for file in files)
-    screen.say(f"Wrote {place}, {size:,} bytes{f', {len(files):,} files' if place.is_dir() else ''}")
+    parts = f", {counted(len(files), 'file')}" if place.is_dir() else ""
+    screen.say(f"Wrote {place}, {size:,} bytes{parts}")
 
 
 def main() -> None:

@@ -79,7 +79,7 @@ def embed_in_processes(task: EmbedTask, devices: int, tell: Tell) -> Outcome:
 
 def _listen(ends: dict[Connection, int], devices: int, tell: Tell) -> tuple[bool, list[str]]:
     """What the processes say, until all have ended."""
-    done = [0] * devices
+    done: dict[int, int] = {}  # of those that have begun
     finished, errors = False, []
     while ends:
         for end in wait(list(ends)):
@@ -98,7 +98,8 @@ def _listen(ends: dict[Connection, int], devices: int, tell: Tell) -> tuple[bool
                 finished = finished or message["finished"]
             else:
                 done[ends[end]] = message["done"]
-                tell.progress(sum(done))
+                if len(done) == devices:  # what the last to begin finds done must not look like speed
+                    tell.progress(sum(done.values()))
     return finished, errors
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.embedding.choice import EmbeddingChoice
+from bionemo_esm.inference.embedding.choice import EmbeddingChoice, counted
 from bionemo_esm.inference.embedding.reader import read_about
 from bionemo_esm.inference.embedding.shards import WorkFolder, cut
 from bionemo_esm.inference.inputs import InputPolicy, Inventory, Protein, read_proteins
@@ -83,9 +83,11 @@ def embed_share(task: EmbedTask, share: Share, tell: Tell) -> bool:
     tell.say(f"  model    {describe(engine)}")
     tell.say(f"           layers {', '.join(map(str, choice.layers)) or 'none'}; {_windows(choice)}")
     if progress.there:
-        tell.say(f"  resumed  {progress.there:,} parts are there from an earlier run")
+        there = f"{counted(progress.there, 'part')} {'is' if progress.there == 1 else 'are'} there"
+        tell.say(f"  resumed  {there} from an earlier run")
     else:
         _check_space(task, choice, engine.config.hidden_size)
+    progress.start()
     parts = _compute(task, share, engine, choice, about, progress)
     return parts is None or work.finish(parts, about)
 
@@ -100,7 +102,9 @@ class _Progress:
         self.kept = {number: record for number, record in records.items() if number % share.world == share.rank}
         self._done = sum(record.residues for record in self.kept.values())
         self._at_hand = self._most = 0
-        report(self._done)
+
+    def start(self) -> None:
+        self._report(self._done)
 
     def begin(self, residues: int) -> None:
         self._at_hand, self._most = 0, residues

@@ -24,7 +24,9 @@ ENOUGH_COVERED = 0.2
 _ACROSS = 100  # positions beside one another, at most
 _BAND, _TOP, _BOTTOM, _BETWEEN = 1.9, 0.85, 0.45, 0.55  # inches
 _LEFT, _RIGHT = 0.035, 0.925  # share of the width
-_CLIPPED = 99.0  # percentile of the absolute scores at which the colours end
+_FEWEST_ACROSS = 25  # positions a band has room for: of a few the cells are no wider than so
+_CLIPPED = 98.0  # percentile of the absolute scores at which the colours end
+_LONGEST_NAME = 60  # characters of a title's parts
 _UNKNOWN = "#d8d8d8"
 _COLOURS = (MARK, "#f0c8ab", "#ffffff", "#b5cde6", LINE)
 
@@ -60,18 +62,24 @@ def covered(grid: NDArray[np.float64]) -> float:
     return float(np.mean(~np.isnan(grid))) * len(RESIDUES) / (len(RESIDUES) - 1)
 
 
-def draw(wild_type: WildType, grid: NDArray[np.float64], first: int, method: str, stream: IO[bytes]) -> None:
-    """A PNG of a grid; the same bytes for the same grid."""
+def draw(
+    wild_type: WildType, grid: NDArray[np.float64], first: int, method: str, stream: IO[bytes], model: str = ""
+) -> None:
+    """A PNG of a grid, whose title names the method and the model's file; the same bytes for the same grid.
+
+    Colours end where 98% of the absolute scores do, so that a few outliers do not leave the others pale.
+    """
     from matplotlib.figure import Figure
 
     positions = grid.shape[1]
     bands = -(-positions // _ACROSS)
-    across = positions if bands == 1 else -(-positions // bands // 10) * 10
+    across = max(positions, _FEWEST_ACROSS) if bands == 1 else -(-positions // bands // 10) * 10
     height = _TOP + bands * _BAND + (bands - 1) * _BETWEEN + _BOTTOM
     limit = float(np.nanpercentile(np.abs(grid), _CLIPPED)) or 1.0
     with styled(**{"axes.spines.left": False, "axes.spines.bottom": False, "axes.grid": False}):
         figure = Figure(figsize=(WIDTH, height))
-        figure.text(_LEFT, 1 - 0.3 / height, f"{wild_type.name}: {method}", size=14, weight="bold", parse_math=False)
+        title = f"{_cut(wild_type.name)}: {method}{f' by {_cut(model)}' if model else ''}"
+        figure.text(_LEFT, 1 - 0.3 / height, title, size=14, weight="bold", parse_math=False)
         said = "log-odds of each residue against the wild type's, which is dotted; grey: no score"
         figure.text(_LEFT, 1 - 0.52 / height, said, size=9.5, color=MUTED, parse_math=False)
         for band in range(bands):
@@ -82,8 +90,11 @@ def draw(wild_type: WildType, grid: NDArray[np.float64], first: int, method: str
             axes = figure.add_axes((_LEFT, bottom / height, width, _BAND / height))
             mesh = _band(axes, wild_type, some, first + begin, limit)
         tall = _BAND / height
-        bar = figure.add_axes((_RIGHT + 0.018, 1 - _TOP / height - tall, 0.012, tall))
-        figure.colorbar(mesh, cax=bar, extend="both").ax.tick_params(labelsize=8, length=2)
+        right = _LEFT + (_RIGHT - _LEFT) * min(positions / across, 1.0)
+        bar = figure.add_axes((right + 0.012, 1 - _TOP / height - tall, 0.010, tall))
+        colours = figure.colorbar(mesh, cax=bar, extend="both")
+        colours.ax.tick_params(labelsize=8, length=2)
+        colours.set_label("log-odds (nats)", size=8)
         _save(figure, stream)
 
 
@@ -108,6 +119,10 @@ def _band(axes: Any, wild_type: WildType, grid: NDArray[np.float64], first: int,
     for place, letter in enumerate(letters):
         axes.text(place, -0.75, letter, size=max(size, 5.5), ha="center", va="bottom", color=MUTED)
     return mesh
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
 def _save(figure: Figure, stream: IO[bytes]) -> None:

@@ -22,7 +22,7 @@ from bionemo_esm.command_line import check_command_line
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference.running import ENGINE_KEYS, EngineConfig, describe, run
 from bionemo_esm.inference.variants import heat_map
-from bionemo_esm.inference.variants.baselines import baselines
+from bionemo_esm.inference.variants.baselines import FEWER_MUTATIONS, SUBSTITUTION_MATRIX, baselines
 from bionemo_esm.inference.variants.choice import EACH, MASKED, TOGETHER, ScoringChoice, column_of
 from bionemo_esm.inference.variants.mutations import (
     Variant,
@@ -40,6 +40,7 @@ from bionemo_esm.inference.variants.table import (
     check_ending,
     lines_of,
     read_table,
+    verdict_of,
     with_columns,
     write_table,
 )
@@ -152,7 +153,8 @@ def _score(config: ScoreConfig) -> int:
     config.check_outputs()
     work = _variants(config)
     screen.say(
-        f"Scoring {len(work.variants):,} variants of {work.wild_type.name}, {len(work.wild_type.tokens):,} residues"
+        f"Scoring {_variants_in_words(len(work.variants))} of {work.wild_type.name}, "
+        f"{len(work.wild_type.tokens):,} residue{'s' * (len(work.wild_type.tokens) != 1)}"
     )
     engine = config.engine.load()
     screen.say(f"  model    {describe(engine)}")
@@ -171,7 +173,8 @@ def _score(config: ScoreConfig) -> int:
         summary.write((json.dumps(_summary(config, work, engine, found), indent=2) + "\n").encode())
         if drawn is not None:
             picture = stack.enter_context(written_whole(config.picture_file))
-            heat_map.draw(work.wild_type, *drawn, config.choice.methods[0], picture)
+            assert engine.source is not None
+            heat_map.draw(work.wild_type, *drawn, config.choice.methods[0], picture, engine.source.name)
     _tell(config, work, found, drawn is not None, screen)
     return 0
 
@@ -294,13 +297,19 @@ def _tell(
         screen.say(f"Left out {len(work.problems):,}; the first: {work.problems[0]}")
     if work.measured is not None:
         if missing := int(np.isnan(work.measured).sum()):
-            screen.say(f"Not measured: {missing:,} variants, which have a score but do not count below")
+            screen.say(f"Not measured: {_variants_in_words(missing)}; they do not count below")
         for line in lines_of(found):
             screen.say(line)
-    screen.say(f"Wrote {config.output}, {len(work.variants):,} variants")
+        if verdict := verdict_of(found, (FEWER_MUTATIONS, SUBSTITUTION_MATRIX)):
+            screen.say(f"  {verdict}")
+    screen.say(f"Wrote {config.output}, {_variants_in_words(len(work.variants))}")
     screen.say(f"  summary  {config.summary_file}")
     if drawn:
         screen.say(f"  picture  {config.picture_file}")
+
+
+def _variants_in_words(count: int) -> str:
+    return f"{count:,} variant{'s' * (count != 1)}"
 
 
 def _text(key: str, value: object) -> str:

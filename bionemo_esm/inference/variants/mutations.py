@@ -6,6 +6,7 @@ A position counts from `offset`, the number that the table gives to the first re
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,9 +15,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bionemo_esm.alphabet import ENCODING_TABLE, NUM_STANDARD_RESIDUES, STANDARD_RESIDUES, TOKEN_IDS, TOKENS
+from bionemo_esm.alphabet import (
+    ENCODING_TABLE,
+    NUM_STANDARD_RESIDUES,
+    STANDARD_RESIDUES,
+    TOKEN_IDS,
+    TOKENS,
+    UNK_ID,
+    encode,
+)
 from bionemo_esm.errors import UserError
-from bionemo_esm.inference.inputs import proteins_of, read_proteins
+from bionemo_esm.inference.inputs import read_proteins
 
 REPLACEMENTS = STANDARD_RESIDUES + "UO"
 """What a residue can be replaced by: amino acids. B, Z and X stand for several."""
@@ -25,7 +34,11 @@ _SEPARATORS = re.compile(r"[,:;/+\s]+")
 _SUBSTITUTION = re.compile(r"([A-Z])(-?[0-9]{1,9})([A-Z=])")
 _NO_SUBSTITUTION = re.compile(r"del|ins|dup|fs|ter|stop|[*-]$|^[*-]", re.IGNORECASE)
 _OFFSETS_TOLD = 3  # more offsets that fit say nothing
-_PAIRS_THAT_TELL = 5  # fewer residues fit at many an offset
+_PAIRS_THAT_TELL = 5  # fewer residues fit at many an offset, be it by chance
+_PAIRS_FOR_A_HINT = 2
+_THREE_LETTERS = re.compile(r"(?:[pP]\.)?\(?([A-Za-z]{1,3})(-?[0-9]{1,9})([A-Za-z]{1,3}|=)\)?")
+_THREE = "AlaArgAsnAspCysGlnGluGlyHisIleLeuLysMetPheProSerThrTrpTyrValSecPyl"
+_AMINO_ACIDS = {_THREE[3 * at : 3 * at + 3].upper(): letter for at, letter in enumerate("ARNDCQEGHILKMFPSTWYVUO")}
 
 
 class VariantError(UserError):
@@ -93,6 +106,7 @@ class WildType:
             what = "is no substitution of a residue; deletions, insertions and stops cannot be scored"
             if not _NO_SUBSTITUTION.search(word):
                 what = "is not written like A108D: residue of the wild type, position, residue of the mutant"
+                what += _one_letter_hint(word)
             raise VariantError(f"{_shown(word)}: {what}")
         wildtype, position, mutant = parts[1], int(parts[2]), parts[3].replace("=", parts[1])
         place = position - self.offset
@@ -120,7 +134,8 @@ def read_variants(
     """All variants of a table; `where` says in which row the one of an index stands.
 
     Raises `VariantError` for the first bad one; or tells `skipped` of each, if it is given, and leaves None in its
-    place. Where every substitution would fit at another offset it is that which is wrong: this is raised in any case.
+    place. Where every substitution would fit at another offset, or most of them do not fit at this one, it is the
+    offset or the sequence that is wrong: this is raised in any case.
     """
     variants: list[Variant | None] = []
     looked = False
@@ -130,7 +145,7 @@ def read_variants(
         except VariantError as error:
             problem, hint = f"{where(index)}: {error}", ""
             if isinstance(error, MisfitError) and not looked:
-                hint, looked = _better_offset(texts, wild_type), True
+                hint, looked = _misfit_of_the_table(texts, wild_type, skipped is not None), True
             if hint or skipped is None:
                 hint = hint or "; correct it, or leave such rows without a score by bad_rows=skip"
                 raise VariantError(problem + hint) from None
@@ -139,16 +154,41 @@ def read_variants(
     return variants
 
 
+def variants_at_hand(values: Iterable[object], wild_type: WildType) -> list[Variant]:
+    """What a notebook has of variants: text; None and NaN, an empty cell of a table, are the wild type.
+
+    Raises `VariantError`, naming the index, for a bad one; for a lone text, which would be taken letter by letter.
+    """
+    if isinstance(values, str):
+        raise VariantError(f"variants: give a list, as in [{_shown(values)!r}]")
+    read: list[Variant] = []
+    for index, value in enumerate(values):
+        empty = value is None or (isinstance(value, float) and np.isnan(value))
+        if not empty and not isinstance(value, str):
+            raise VariantError(f"variants[{index}]: {_shown(repr(value))} is no text like 'A108D'")
+        try:
+            read.append(() if empty else wild_type.variant(str(value)))
+        except VariantError as error:
+            raise VariantError(f"variants[{index}]: {error}") from None
+    return read
+
+
 def read_wild_type(sequence: str, identifier: str | None = None, offset: int = 1) -> WildType:
     """The wild type: its residues, which are letters alone, or a file of one record, or that with an id in a file.
 
     Raises `InputError`, `SourceError` for what cannot be read, `VariantError` for the wrong number of records.
     """
     bare = "".join(sequence.split()).removesuffix("*")
+    if not bare:
+        raise VariantError("sequence: no residue in it; it must be the wild type's residues, or the name of a file")
     if bare.isalpha():
         if identifier is not None:
             raise VariantError(f"sequence_id={identifier}: is for a file, and {_shown(sequence)} is none")
-        return WildType("the sequence", proteins_of([bare])[0].tokens, offset)
+        tokens = encode(bare.encode("ascii", "replace"))
+        if (tokens == UNK_ID).any():
+            place = int(np.flatnonzero(tokens == UNK_ID)[0])
+            raise VariantError(f"sequence: residue {place + 1} is {bare[place]!r}, no letter of a protein; put X there")
+        return WildType("the sequence", tokens, offset)
     proteins = read_proteins(sequence)
     if identifier is not None:
         found = [protein for protein in proteins if protein.id == identifier]
@@ -195,17 +235,16 @@ def scan_columns(wild_type: WildType, variants: Sequence[Variant]) -> dict[str, 
     }
 
 
-def offsets_that_fit(texts: Iterable[str], tokens: NDArray[np.uint8]) -> NDArray[np.int64]:
+def offsets_that_fit(
+    texts: Iterable[str], tokens: NDArray[np.uint8], fewest: int = _PAIRS_THAT_TELL
+) -> NDArray[np.int64]:
     """At which offsets every substitution lies inside the sequence and names the residue there: int64, ascending.
 
-    What is not written as a substitution is passed over; where fewer than five residues are named, no offset is told.
+    What is not written as a substitution is passed over; where fewer than `fewest` residues are named, no offset is
+    told.
     """
-    pairs = set()
-    for text in texts:
-        for word in _SEPARATORS.split(text.strip().upper()):
-            if parts := _SUBSTITUTION.fullmatch(word):
-                pairs.add((int(parts[2]), parts[1]))
-    if len(pairs) < _PAIRS_THAT_TELL:
+    pairs = set(_named(texts))
+    if len(pairs) < fewest:
         return np.empty(0, dtype=np.int64)
     positions = [position for position, _ in pairs]
     offsets = np.arange(max(positions) - len(tokens) + 1, min(positions) + 1, dtype=np.int64)
@@ -214,11 +253,63 @@ def offsets_that_fit(texts: Iterable[str], tokens: NDArray[np.uint8]) -> NDArray
     return offsets
 
 
-def _better_offset(texts: Sequence[str], wild_type: WildType) -> str:
-    offsets = offsets_that_fit(texts, wild_type.tokens)
-    if not 0 < len(offsets) <= _OFFSETS_TOLD or wild_type.offset in offsets:
+def most_fitting_offset(texts: Iterable[str], tokens: NDArray[np.uint8]) -> tuple[int, int]:
+    """The offset at which most substitutions name the residue that stands there, and how many; of several the least.
+
+    (0, 0) where none fits anywhere.
+    """
+    offsets, times = [], []
+    for (position, letter), count in _named(texts).items():
+        found = position - np.flatnonzero(tokens == ENCODING_TABLE[ord(letter)])
+        offsets.append(found)
+        times.append(np.full(len(found), count))
+    if not sum(map(len, offsets)):
+        return 0, 0
+    distinct, which = np.unique(np.concatenate(offsets), return_inverse=True)
+    fits = np.bincount(which.ravel(), weights=np.concatenate(times)).astype(np.int64)
+    return int(distinct[fits.argmax()]), int(fits.max())
+
+
+def _named(texts: Iterable[str]) -> Counter[tuple[int, str]]:
+    """The positions and the residues of the wild type that substitutions name, and how often each is named."""
+    words = (word for text in texts for word in _SEPARATORS.split(text.strip().upper()))
+    return Counter((int(parts[2]), parts[1]) for word in words if (parts := _SUBSTITUTION.fullmatch(word)))
+
+
+def _misfit_of_the_table(texts: Sequence[str], wild_type: WildType, skips: bool) -> str:
+    """What is wrong with a table as a whole, one substitution of which does not fit; "" where nothing seems to be.
+
+    Another offset at which every one fits; fewer than five residues fit somewhere by chance, so that rows that are
+    skipped are not held against the offset by them. If rows are skipped, also that most do not fit.
+    """
+    offsets = offsets_that_fit(texts, wild_type.tokens, _PAIRS_THAT_TELL if skips else _PAIRS_FOR_A_HINT)
+    if 0 < len(offsets) <= _OFFSETS_TOLD and wild_type.offset not in offsets:
+        return f"; every substitution fits with {' or '.join(f'offset={offset}' for offset in offsets)}"
+    if not skips:
         return ""
-    return f"; every substitution fits with {' or '.join(f'offset={offset}' for offset in offsets)}"
+    named = _named(texts)
+    total = sum(named.values())
+    fitting = sum(count for pair, count in named.items() if _stands(pair, wild_type))
+    if 2 * fitting >= total:
+        return ""
+    best, most = most_fitting_offset(texts, wild_type.tokens)
+    told = f"; {total - fitting:,} of {total:,} substitutions do not fit the wild type, too many to skip: "
+    return told + (f"offset={best} would fit {most:,}" if most > fitting else "is it the protein that the table is of?")
+
+
+def _stands(pair: tuple[int, str], wild_type: WildType) -> bool:
+    position, letter = pair
+    place = position - wild_type.offset
+    return 0 <= place < len(wild_type.tokens) and bool(wild_type.tokens[place] == ENCODING_TABLE[ord(letter)])
+
+
+def _one_letter_hint(word: str) -> str:
+    """How what is written by HGVS, or in three letters, is to be written here; "" for anything else."""
+    parts = _THREE_LETTERS.fullmatch(word)
+    letters = [_AMINO_ACIDS.get(part.upper(), part.upper()) for part in parts.group(1, 3)] if parts else []
+    if parts is None or any(len(letter) != 1 for letter in letters):
+        return ""
+    return f"; write {letters[0]}{parts[2]}{letters[1]}"
 
 
 def _shown(text: str) -> str:

@@ -271,15 +271,17 @@ def agreements(
     places: NDArray[np.int64],
     count: Callable[[Floats, Floats], Agreement],
 ) -> dict[str, dict[str, Agreement]]:
-    """Of each method, over all variants, and where there are both, over single and multiple mutants apart.
+    """Of each method, over all variants, and where there are both, over single and multiple mutants apart; but not over
+    a group of which fewer than three are measured, or of which all measure the same: no method can tell it apart.
 
     `places`: how many residues each variant replaces, int64 [V].
     """
     groups = {"all": places >= 0}
     if (places == 1).any() and (places > 1).any():
         groups |= {"single": places == 1, "multiple": places > 1}
+    told = [group for group, rows in groups.items() if group == "all" or _varies(measured[rows])]
     return {
-        method: {group: count(values[rows], measured[rows]) for group, rows in groups.items()}
+        method: {group: count(values[groups[group]], measured[groups[group]]) for group in told}
         for method, values in scores.items()
     }
 
@@ -289,5 +291,21 @@ def lines_of(found: Mapping[str, Mapping[str, Agreement]]) -> Iterable[str]:
     yield f"  {'':<22} {'':<9} Spearman  95% interval       variants"
     for method, groups in found.items():
         for group, told in groups.items():
-            interval = f"{told.low:.3f} to {told.high:.3f}"
-            yield f"  {method:<22} {group:<9} {told.spearman:8.3f}  {interval:<16} {told.variants:>9,}"
+            interval = "" if np.isnan(told.low) else f"{told.low:.3f} to {told.high:.3f}"
+            shown = "-" if np.isnan(told.spearman) else f"{told.spearman:.3f}"
+            yield f"  {method:<22} {group:<9} {shown:>8}  {interval:<16} {told.variants:>9,}"
+
+
+def verdict_of(found: Mapping[str, Mapping[str, Agreement]], baselines: Collection[str]) -> str:
+    """A sentence where over all variants no method does better than the best of the baselines; "" where one does."""
+    over_all = {name: groups["all"].spearman for name, groups in found.items()}
+    told = {name: value for name, value in over_all.items() if not np.isnan(value)}
+    best = max((name for name in told if name in baselines), key=lambda name: told[name], default=None)
+    if best is None or any(value > told[best] for name, value in told.items() if name not in baselines):
+        return ""
+    return f"No method does better than {best.strip('()')} here, which needs no model"
+
+
+def _varies(measured: Floats) -> bool:
+    known = measured[~np.isnan(measured)]
+    return len(known) >= _FEWEST_FOR_SPEARMAN and len(np.unique(known)) > 1
