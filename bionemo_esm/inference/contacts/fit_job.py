@@ -89,6 +89,7 @@ def fit_contacts(cfg: DictConfig) -> None:
 def _fit(config: FitConfig) -> int:
     check_absent("output", config.output)
     check_writable("output", config.output)
+    config.engine.check()
     screen = Screen(sys.stdout)
     choice = config.choice
     structures = read_structures(config.structures, config.atom, config.chain)

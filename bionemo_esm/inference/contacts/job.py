@@ -140,6 +140,7 @@ def predict_contacts(cfg: DictConfig) -> None:
 def _predict(config: ContactsConfig) -> int:
     check_absent("output", config.output)
     check_writable("output", config.output)
+    config.engine.check()
     screen = Screen(sys.stdout)
     subjects, skipped = _read(config, screen)
     fitted = _fitted_on(config.engine.model, subjects)
