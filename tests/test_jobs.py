@@ -363,7 +363,7 @@ def test_inspect_verifies_every_byte(shell: Shell, finished: Path) -> None:
     [
         (["absent"], "absent: no such folder"),
         (["."], "manifest.json: no manifest, so this is no finished store"),
-        (["STORE", "--picture", "absent/card.png"], "absent/card.png: cannot be written (No such file or directory)"),
+        (["STORE", "--picture", "/proc/card.png"], "/proc/card.png: cannot be written (No such file or directory)"),
     ],
 )
 def test_inspect_tells_a_mistake_in_one_line(shell: Shell, finished: Path, arguments: list[str], names: str) -> None:
