@@ -23,8 +23,7 @@ from bionemo_esm.inference.embedding import job as embed_job
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTEINS = 30
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["bionemo_esm.inference.embedding.job", "bionemo_esm.inference.embedding.embeddings"])
+_SERVER = multiprocessing.get_context("forkserver")  # faults.py has it import what takes long
 
 
 class Stop(NamedTuple):

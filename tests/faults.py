@@ -21,7 +21,9 @@ from typing import Any
 from runs import SMALL, composed
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["faults", "bionemo_esm.training.fit", "bionemo_esm.training.report"])
+_SERVER.set_forkserver_preload(  # for all tests: a process has one fork server, and one list
+    ["faults", "bionemo_esm.training.fit", "bionemo_esm.training.report", "bionemo_esm.inference.embedding.embeddings"]
+)
 _SECONDS = 120  # for a run; one that hangs is a failure
 
 

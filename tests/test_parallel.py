@@ -198,7 +198,7 @@ def half_of_a_model(whole: Path) -> Tensors:
     seen["wet/after"] = torch.rand(3)
     attention = next(module for module in wet.modules() if isinstance(module, PackedAttention))
     ones = torch.ones(40, 2, 8)
-    layout = PackedRow(cu_seqlens_q=torch.tensor([0, 40]))
+    layout = PackedRow(cu_seqlens_q=torch.tensor([0, 40]), cu_seqlens_kv=torch.tensor([0, 40]))
     seen["own heads"] = attention(ones, ones, ones, None, layout)
     return seen
 

@@ -151,7 +151,6 @@ def score_variants(cfg: DictConfig) -> None:
 def _score(config: ScoreConfig) -> int:
     screen = Screen(sys.stdout)
     config.check_outputs()
-    config.engine.check()
     work = _variants(config)
     screen.say(
         f"Scoring {_variants_in_words(len(work.variants))} of {work.wild_type.name}, "
