@@ -124,7 +124,10 @@ def test_settings_are_checked_before_the_file_is_opened(settings: dict[str, Any]
 
 
 def test_precisions_are_those_that_there_are_kernels_for() -> None:
-    assert model_file.PRECISIONS == backends.PRECISIONS
+    dtypes = {precision: backends.parameter_dtype(precision, "cpu") for precision in model_file.PRECISIONS}
+    assert (
+        dtypes["32"] == torch.float32 and dtypes["bf16"] == torch.bfloat16 and dtypes.keys() == {"auto", "32", "bf16"}
+    )
 
 
 def test_sizes_are_told_without_loading_the_model(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveError, ArchiveFile, is_our_archive
-from bionemo_esm.model.config import ROTARY, EncoderConfig
+from bionemo_esm.model.config import PRECISIONS, ROTARY, EncoderConfig
 
-PRECISIONS = ("auto", "32", "bf16")  # as `model.backends` has them, which imports torch
 _SPECIAL_TOKENS = 2  # <cls> and <eos>
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from bionemo_esm.errors import ConfigError
 
@@ -38,6 +40,11 @@ class InputPolicy:
                 words = ", ".join("null" if word is None else word for word in allowed)
                 raise ConfigError(f"{key} must be one of {words}, not {value!r}")
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> InputPolicy:
+        """The policy of a job's configuration, by `POLICY_KEYS`. Raises `ConfigError`, naming the key."""
+        return cls(**{key: None if values[key] is None else str(values[key]) for key in POLICY_KEYS})  # type: ignore[arg-type]
+
     def format_of(self, path: str) -> str:
         """The format of a file, by `input_format` or its name."""
         if self.input_format is not None:
@@ -51,6 +58,10 @@ class InputPolicy:
     def advice(self, text: str, key: str, value: str) -> str:
         """The text with how to set a key in the place of `{}`, in the words of who can."""
         return text.format(f"{key}={value}")
+
+
+POLICY_KEYS = tuple(field.name for field in fields(InputPolicy))
+"""Of a job's configuration."""
 
 
 class PythonPolicy(InputPolicy):

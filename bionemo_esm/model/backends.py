@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from bionemo_esm.errors import ConfigError
-
-PRECISIONS = ("auto", "32", "bf16")
+from bionemo_esm.model.config import PRECISIONS
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ COSINE, INVERSE_SQUARE_ROOT = "CosineAnnealing", "InverseSquareRoot"
 SCHEDULES = (COSINE, INVERSE_SQUARE_ROOT)
 """Names of learning-rate schedules; `model/schedule.py` has their formulas."""
 LEARNED, ROTARY = "learned", "rotary"
+PRECISIONS = ("auto", "32", "bf16")
+"""What parameters are computed in; `model.backends.parameter_dtype` has what "auto" is."""
 POSITION_OFFSETS = (0, PAD_ID + 1)
 """Rows of a position table before that of the first token: fairseq's, and so ESM-1b's, begins with two unused ones."""
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
+from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.contacts.metrics import TIES, Row, as_dicts, intervals, summary, table, verdict
 from bionemo_esm.inference.contacts.pairs import (
@@ -198,9 +199,7 @@ def _provenance(
     """What the new archive says of its contact head."""
     import sklearn
 
-    files = {
-        Path(file).name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files_of(config.structures)
-    }
+    files = {Path(file).name: sha256_of_file(Path(file)) for file in files_of(config.structures)}
     digest = hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
     return {
         "fitted_on": [structure.id for structure in division.train],

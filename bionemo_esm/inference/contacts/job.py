@@ -24,7 +24,8 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference.contacts.folder import WorkFolder, file_names, written_table
 from bionemo_esm.inference.contacts.metrics import TIES, Precisions, as_dicts, precisions, summary, table
 from bionemo_esm.inference.contacts.structures import Structure, holds_structures, read_structures, source_paths
-from bionemo_esm.inference.inputs import InputError, InputPolicy, read_proteins
+from bionemo_esm.inference.inputs import InputError, read_proteins
+from bionemo_esm.inference.policy import POLICY_KEYS, InputPolicy
 from bionemo_esm.inference.running import ENGINE_KEYS, EngineConfig, describe, run
 from bionemo_esm.outputs import check_absent, check_writable, written_whole
 from bionemo_esm.screen import RESIDUES, Meter, Screen
@@ -36,11 +37,10 @@ if TYPE_CHECKING:  # they import torch
     from bionemo_esm.inference.contacts.prediction import Map, Reach
     from bionemo_esm.inference.engine import Engine
 
-_POLICY = ("input_format", "id_column", "sequence_column", "bad_records", "unknown_letters")
 _KEYS = ENGINE_KEYS | {
     *("input", "output", "threshold", "separation", "pictures", "long_proteins", "window", "overlap", "max_residues"),
     *("atom", "chain", "contact_angstrom", "seed"),
-    *_POLICY,
+    *POLICY_KEYS,
 }
 
 
@@ -87,14 +87,12 @@ def load_contacts_config(cfg: DictConfig) -> ContactsConfig:
     output = path("output", values["output"])
     if output is None:
         raise ConfigError("output must be a path, not null")
-    words = {key: None if values[key] is None else str(values[key]) for key in (*_POLICY, "chain")}
-    chain = words.pop("chain")
     window, overlap = (None if values[key] is None else integer(key, values[key]) for key in ("window", "overlap"))
     return ContactsConfig(
         EngineConfig.of(values),
         source_paths("input", values["input"]),
         output,
-        InputPolicy(**words),  # type: ignore[arg-type]
+        InputPolicy.of(values),
         number("threshold", values["threshold"]),
         integer("separation", values["separation"]),
         integer("pictures", values["pictures"]),
@@ -103,7 +101,7 @@ def load_contacts_config(cfg: DictConfig) -> ContactsConfig:
         overlap,
         integer("max_residues", values["max_residues"]),
         str(values["atom"]),
-        chain,
+        None if values["chain"] is None else str(values["chain"]),
         number("contact_angstrom", values["contact_angstrom"]),
         integer("seed", values["seed"]),
     )

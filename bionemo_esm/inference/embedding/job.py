@@ -15,13 +15,15 @@ from omegaconf import DictConfig
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
 from bionemo_esm.data.sources import STANDARD_INPUT
+from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.embedding.choice import EmbeddingChoice, counted
 from bionemo_esm.inference.embedding.processes import Outcome, embed_in_processes, launched
-from bionemo_esm.inference.embedding.shards import WorkFolder, copied, sha256_of
+from bionemo_esm.inference.embedding.shards import WorkFolder, copied
 from bionemo_esm.inference.embedding.share import EmbedTask, Share, Tell, embed_share
 from bionemo_esm.inference.embedding.writers import format_of
-from bionemo_esm.inference.inputs import InputPolicy, take_stock
+from bionemo_esm.inference.inputs import take_stock
+from bionemo_esm.inference.policy import POLICY_KEYS, InputPolicy
 from bionemo_esm.inference.running import ENGINE_KEYS, EngineConfig
 from bionemo_esm.outputs import check_absent, check_writable
 from bionemo_esm.screen import EXIT_INTERRUPTED, RESIDUES, Meter, Screen, exit_of, sigterm_as_exit
@@ -31,9 +33,8 @@ _STOPPED = "Stopped."
 _SIGNALLED = (EXIT_INTERRUPTED, 128 + signal.SIGTERM)
 _GOES_ON = "the same command goes on from there"
 _BOOLEANS = ("mean", "cls", "residues", "logits", "pseudo_perplexity")
-_POLICY = ("input_format", "id_column", "sequence_column", "bad_records", "unknown_letters")
 _KEYS = ENGINE_KEYS | {
-    "input", "output", "format", "layers", *_BOOLEANS, "dtype", "long_proteins", "window", "overlap", *_POLICY,
+    "input", "output", "format", "layers", *_BOOLEANS, "dtype", "long_proteins", "window", "overlap", *POLICY_KEYS,
     "devices", "part_proteins", "part_megabytes",
 }  # fmt: skip
 
@@ -73,12 +74,11 @@ def load_embed_config(cfg: DictConfig) -> EmbedConfig:
     output, source = path("output", values["output"]), values["input"]
     if output is None or not isinstance(source, str) or not source:
         raise ConfigError("input and output must be paths")
-    words: dict[str, Any] = {key: None if values[key] is None else str(values[key]) for key in _POLICY}
     kind, is_folder = format_of(output, None if values["format"] is None else str(values["format"]))
     return EmbedConfig(
         EngineConfig.of(values),
         source if source == STANDARD_INPUT else str(Path(source).expanduser()),
-        InputPolicy(**words),
+        InputPolicy.of(values),
         output,
         kind,
         is_folder,
@@ -202,7 +202,7 @@ def _task(config: EmbedConfig, screen: Screen, work: WorkFolder) -> EmbedTask:
     if stock.ids_are_numbers:
         screen.say("           ids are the numbers of the rows")
     return EmbedTask(
-        config.engine, place, sha256_of(place), config.policy, stock, config.output, config.kind, config.is_folder,
+        config.engine, place, sha256_of_file(place), config.policy, stock, config.output, config.kind, config.is_folder,
         config.choice, config.part_proteins, config.part_megabytes,
     )  # fmt: skip
 

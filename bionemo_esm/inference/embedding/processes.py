@@ -126,7 +126,7 @@ def _work(task: EmbedTask, share: Share, end: Connection) -> None:
     except UserError as error:
         send(error=str(error))
         code = 2
-    except Exception:
+    except Exception:  # told here, as the process ends without unwinding; its exit code tells the others
         traceback.print_exc()
         code = 1
     end.close()

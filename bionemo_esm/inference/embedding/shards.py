@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.embedding.choice import Embedding
 from bionemo_esm.inference.embedding.reader import MANIFEST, read_embeddings
@@ -43,7 +43,7 @@ from bionemo_esm.outputs import check_absent, sync_folder, written_whole
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-_HASH_BYTES = 2**20
+_COPIED_BYTES = 2**20
 _JOB, _LOCK, _INPUT, _PARTS, _RECORDS, _JOINED = "job.json", "lock", "input", "parts", "records", "joined"
 _FINISHING = "finishing"
 
@@ -164,7 +164,7 @@ class WorkFolder:
     def is_intact(self, number: int, record: Record) -> bool:
         """Whether a part is as it was written, by every byte. One that is not is forgotten, to be computed again."""
         part = self.part(number)
-        if part.is_file() and part.stat().st_size == record.bytes and sha256_of(part) == record.sha256:
+        if part.is_file() and part.stat().st_size == record.bytes and sha256_of_file(part) == record.sha256:
             return True
         self._record(number).unlink(missing_ok=True)
         return False
@@ -176,7 +176,7 @@ class WorkFolder:
             with written_whole(part) as stream:
                 write_part(self._part_kind, stream, about, embeddings)
             residues = sum(embedding.residues for embedding in embeddings)
-            record = Record(len(embeddings), residues, part.stat().st_size, sha256_of(part))
+            record = Record(len(embeddings), residues, part.stat().st_size, sha256_of_file(part))
             with written_whole(self._record(number)) as stream:
                 stream.write(json.dumps(vars(record)).encode())
 
@@ -237,15 +237,6 @@ class WorkFolder:
                 path.unlink()  # the run was killed between a part and its record, or the manifest and the renaming
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_HASH_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 @contextmanager
 def _locked(lock: Path, how: int) -> Iterator[None]:
     """Hold a lock file; the system lets go of it when the process ends, however it ends."""
@@ -295,4 +286,4 @@ def _explained(place: Path) -> Iterator[None]:
 def copied(source: IO[bytes], target: Path) -> None:
     """Copy a stream that can be read once into a file, whole. Raises `WorkError` for a full disk."""
     with _explained(target), written_whole(target) as stream:
-        shutil.copyfileobj(source, stream, _HASH_BYTES)
+        shutil.copyfileobj(source, stream, _COPIED_BYTES)

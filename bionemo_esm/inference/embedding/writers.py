@@ -1,7 +1,7 @@
 """Embeddings into files: HDF5, Parquet or NPZ, each streamed, so that memory holds the proteins that are added at once.
 
 The same embeddings give the same bytes: there is no date in a file, and nothing is compressed, as random digits do not
-shrink. `embedding_reader.read_embeddings` reads all three. Shape suffixes: N proteins, R residues of one, H hidden
+shrink. `reader.read_embeddings` reads all three. Shape suffixes: N proteins, R residues of one, H hidden
 size.
 """
 
