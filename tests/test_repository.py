@@ -21,7 +21,7 @@ from runs import ROOT, composed
 PACKAGE = ROOT / "bionemo_esm"
 FLOORS = (  # from the ground up
     "alphabet", "errors", "settings", "screen", "outputs", "drawing", "command_line", "data", "model", "inference",
-    "training",
+    "finetuning", "training",
 )  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 README = (ROOT / "README.md").read_text()

@@ -1,0 +1,137 @@
+"""What a fine-tuned model is made of, as an archive says it and a job's configuration asks for it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.settings import typed
+
+LINEAR, MLP, CONVNET, ATTENTION = "linear", "mlp", "convnet", "attention"
+HEADS = (LINEAR, MLP, CONVNET, ATTENTION)
+MEAN, MAX = "mean", "max"
+POOLINGS = (MEAN, MAX, ATTENTION)
+FROZEN, FULL, LORA = "frozen", "full", "lora"
+MODES = (FROZEN, FULL, LORA)
+TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+"""Megatron's names of the linear layers of a block: query, key and value; attention's output; the two of the MLP."""
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What turns the features of residues into predictions; `finetuning/heads.py` has the shapes.
+
+    kind: linear; mlp; convnet (Dallago et al. 2021, FLIP: two convolutions along the protein); attention (a weight of
+    each residue is learned; Stark et al. 2021, light attention), for tasks per sequence only.
+    hidden: features within an mlp, channels of a convnet. kernel_size: residues that a convolution sees, odd.
+    pooling: of tasks per sequence: mean, max or attention over residues; the head `attention` brings its own.
+    """
+
+    kind: str = LINEAR
+    hidden: int = 32
+    kernel_size: int = 7
+    dropout: float = 0.25
+    pooling: str = MEAN
+
+    def __post_init__(self) -> None:
+        _one_of("head.kind", self.kind, HEADS)
+        _one_of("head.pooling", self.pooling, POOLINGS)
+        if self.hidden < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ConfigError(
+                f"head.hidden must be at least 1 and head.kernel_size odd, not {self.hidden} and {self.kernel_size}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"head.dropout must lie in [0, 1), not {self.dropout}")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters (LoRA, Hu et al. 2021): W x + alpha / rank * B A x, of which A and B alone are trained.
+
+    rank: rows of A. targets: of `TARGETS`, in every block. dropout: of what A is given, in training.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("linear_qkv", "linear_proj")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ConfigError(f"lora.rank and lora.alpha must be positive, not {self.rank} and {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout must lie in [0, 1), not {self.dropout}")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ConfigError("lora.targets must name one or more layers, each once")
+        for target in self.targets:
+            _one_of("lora.targets", target, TARGETS)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class ReadingConfig:
+    """How the encoder reads a protein: which layer's states are the features, and how those over the window are read.
+
+    layer: 0 is what goes into the first block, num_layers what comes out of the last one, after the final layer norm.
+    window: residues read at once; longer proteins are looked at through windows with `overlap` residues in common,
+    and what they show is blended (`inference/windows.py`).
+    """
+
+    layer: int
+    window: int
+    overlap: int
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise ConfigError(f"layer must be 0 or more, not {self.layer}")
+        if not 0 <= self.overlap < self.window:
+            raise ConfigError(f"an overlap of {self.overlap} does not go with windows of {self.window} residues")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that an archive's configuration has of a fine-tuned model beside encoder, precision, seed and task."""
+
+    head: HeadConfig
+    reading: ReadingConfig
+    adapters: AdapterConfig | None  # None: none, or merged into the encoder's weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values: keys head, reading, adapters."""
+        adapters = None if self.adapters is None else {**asdict(self.adapters), "targets": list(self.adapters.targets)}
+        return {"head": asdict(self.head), "reading": asdict(self.reading), "adapters": adapters}
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Parts:
+        """From what `to_dict` gave. Raises `ConfigError`, naming the key, for what is missing, unknown or mistyped."""
+        adapters = values["adapters"]
+        return cls(
+            HeadConfig(**_complete("head", values["head"], HeadConfig)),
+            ReadingConfig(**_complete("reading", values["reading"], ReadingConfig)),
+            None if adapters is None else adapter_config("adapters", adapters),
+        )
+
+
+def adapter_config(section: str, values: Any) -> AdapterConfig:
+    """Raises `ConfigError`, naming the key."""
+    checked = _complete(section, values, AdapterConfig)
+    if not isinstance(checked["targets"], list) or not all(isinstance(name, str) for name in checked["targets"]):
+        raise ConfigError(f"{section}.targets must be a list of names, not {checked['targets']!r}")
+    return AdapterConfig(**{**checked, "targets": tuple(checked["targets"])})
+
+
+def _complete(section: str, values: Any, kind: Any) -> dict[str, Any]:
+    checked = typed(section, values, kind)
+    if missing := sorted(set(kind.__dataclass_fields__) - set(checked)):
+        raise ConfigError(f"{section}.{missing[0]} is missing")
+    return checked
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key} must be one of {', '.join(allowed)}, not {value!r}")
