@@ -1,7 +1,8 @@
 """bionemo_esm: pretrain ESM-1nv and ESM-1b protein language models, and use them.
 
 Importing this package is cheap. `bionemo_esm.ESM1nvModel` brings in NeMo and Megatron when it is first named;
-`bionemo_esm.ProteinModel` asks a trained model, and imports what it needs when it loads one.
+`bionemo_esm.ProteinModel` asks a pretrained model, `bionemo_esm.FineTunedPredictor` a fine-tuned one; both import what
+they need when they load one.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from bionemo_esm import nemo_plugin
 
 __version__ = "0.1.0"
-__all__ = ["ESM1nvModel", "ProteinModel", "__version__", "config_directory"]
+__all__ = ["ESM1nvModel", "FineTunedPredictor", "ProteinModel", "__version__", "config_directory"]
 
 if TYPE_CHECKING:
+    from bionemo_esm.finetuning.predicting import FineTunedPredictor
     from bionemo_esm.inference.protein_model import ProteinModel
     from bionemo_esm.model.esm1nv import ESM1nvModel
 
@@ -34,6 +36,10 @@ def __getattr__(name: str) -> Any:
         from bionemo_esm.model.esm1nv import ESM1nvModel
 
         return ESM1nvModel
+    if name == "FineTunedPredictor":
+        from bionemo_esm.finetuning.predicting import FineTunedPredictor
+
+        return FineTunedPredictor
     if name == "ProteinModel":
         from bionemo_esm.inference.protein_model import ProteinModel
 

@@ -36,6 +36,8 @@ USAGE = f"""bionemo-esm {__version__}: protein language models
                                                                      a contact head from a few structures
   bionemo-esm contacts model=x_contacts.nemo input=proteins.fasta output=contacts
                                                                      which residues touch, with pictures
+  bionemo-esm predict model=finetuned.nemo input=proteins.fasta output=predictions.csv
+                                                                     what a fine-tuned model says of proteins
   bionemo-esm doctor                                                 whether this machine can train, and what is missing
   bionemo-esm convert-legacy old.nemo new.nemo                       an ESM-1nv of NeMo 1, which holds a pickle
 
@@ -50,6 +52,7 @@ _CONFIGURED = {  # where the function is that runs a job
     "score": ("bionemo_esm.inference.variants.job", "main"),
     "contacts": ("bionemo_esm.inference.contacts.job", "main"),
     "fit-contacts": ("bionemo_esm.inference.contacts.fit_job", "main"),
+    "predict": ("bionemo_esm.finetuning.predict_job", "main"),
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from typing import IO
 from bionemo_esm.errors import ConfigError
 
 _BUFFER_BYTES = 2**22
+_LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems
 
 
 def check_absent(key: str, target: Path) -> None:
@@ -69,3 +73,33 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def alone_in(folder: Path, key: str, otherwise: str) -> Iterator[None]:
+    """Hold a folder for the length of a block.
+
+    Raises `ConfigError`, naming the key, where it cannot be written to, and naming the holder, where another process
+    holds it: wait, or do `otherwise`. The system lets go of it when the process ends, however it ends. Where the file
+    system knows no locks there is none.
+    """
+    try:
+        file = (folder / _LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{key}: {folder} cannot be written to ({error.strerror}); choose another place") from error
+    with file as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                lock.seek(0)
+                holder = lock.read().strip() or "unnamed"
+                raise ConfigError(
+                    f"{folder}: another process is at work on this run ({holder}); wait for it to end, or {otherwise}"
+                ) from None
+            if error.errno not in _NO_LOCKS:
+                raise
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield

@@ -117,6 +117,49 @@ class Parts:
         )
 
 
+@dataclass(frozen=True)
+class TuningConfig:
+    """What is trained, how, and for how long.
+
+    mode: frozen (the head alone), full (the encoder, too), or lora (low-rank adapters of the encoder, and the head).
+    lr, encoder_lr: of the head, and of what is trained in the encoder; with layer_decay below 1 each block has that
+    times the rate of the block above it (Howard and Ruder 2018). Rates rise over the first warmup_epochs and then
+    stay as they are: how many epochs are made is found by early stopping.
+    class_weights: each class of a classification counts as if it were as frequent as the others.
+    patience: epochs without a better validation score after which training ends; the best epoch is what is kept.
+    """
+
+    mode: str = FROZEN
+    lr: float = 1e-3
+    encoder_lr: float = 1e-4
+    layer_decay: float = 1.0
+    weight_decay: float = 0.01
+    warmup_epochs: float = 0.2
+    gradient_clip_val: float = 1.0
+    class_weights: bool = False
+    max_epochs: int = 50
+    patience: int = 5
+    global_batch_size: int = 32  # proteins
+    micro_batch_tokens: int = 16384  # the most that a device sees at a time
+    keep_adapters: bool = False  # in the archive, beside the weights that they were made for; else they are merged
+
+    def __post_init__(self) -> None:
+        _one_of("tuning.mode", self.mode, MODES)
+        for key in ("lr", "encoder_lr", "layer_decay"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise ConfigError(f"tuning.{key} must be positive and finite, not {getattr(self, key)}")
+        for key in ("weight_decay", "warmup_epochs", "gradient_clip_val"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise ConfigError(f"tuning.{key} must be 0 or more, not {getattr(self, key)}")
+        for key in ("max_epochs", "patience", "global_batch_size", "micro_batch_tokens"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"tuning.{key} must be at least 1, not {getattr(self, key)}")
+        if self.layer_decay > 1:
+            raise ConfigError(f"tuning.layer_decay must be at most 1, not {self.layer_decay}")
+        if self.keep_adapters and self.mode != LORA:
+            raise ConfigError(f"tuning.keep_adapters is for tuning.mode={LORA}")
+
+
 def adapter_config(section: str, values: Any) -> AdapterConfig:
     """Raises `ConfigError`, naming the key."""
     checked = _complete(section, values, AdapterConfig)

@@ -24,7 +24,7 @@ from bionemo_esm.inference.model_file import ModelSizes, check_words, opened
 from bionemo_esm.model.archive import WEIGHTS, ArchiveFile
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.consistency import check_sizes
+from bionemo_esm.model.consistency import check_sizes, extension_of
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.parallel import ensure_groups
 
@@ -70,13 +70,22 @@ class Engine(ModelSizes):
         for a device that is not there, and for an unknown word; all of them before the weights are read.
         """
         check_words(device, precision, batch_tokens)
-        place, file = _device(device), opened(Path(path))
-        sizes = check_sizes(file)
+        _device(device)
+        return cls.of(opened(Path(path)), device, precision, batch_tokens)
+
+    @classmethod
+    def of(cls, file: ArchiveFile, device: str, precision: str, batch_tokens: int | None) -> Engine:
+        """The encoder of an opened file, that of a fine-tuned model included; the rest as `load`."""
+        check_words(device, precision, batch_tokens)
+        place, sizes = _device(device), check_sizes(file)
         dtype = parameter_dtype(precision, place.type)
         ensure_groups()
         quiet = replace(sizes, hidden_dropout=0.0, attention_dropout=0.0)  # so that any attention kernel will do
         encoder = ESMEncoder(quiet, dtype, choose_backends(place.type, dtype, 0.0), initialize=False).to(dtype)
-        _fill(encoder, file)
+        if (extension := extension_of(file)) is None:
+            _fill(encoder, file)
+        else:
+            extension.fill(encoder, file.config, lambda: _fill(encoder, file))
         engine = cls(encoder.to(place), sizes, batch_tokens)
         engine.source, engine.weights_sha256 = file.path, file.weights_sha256
         return engine

@@ -42,8 +42,8 @@ _START = ("restored_from", "restored_weights_sha256", "imported_from", "converte
 _TRAINING = ("recipe", "seed", "steps", "consumed_samples", *_DATA, *_START)
 _KNOWN = {
     *(*_TRAINING, "continued_from", "data_samples_of_an_epoch", "averaged_from", "checkpoint", "package_versions"),
-    "contact_head",
-}
+    "contact_head", "finetuning",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,8 @@ class ArchiveCard:
         kind = "checkpoint of a training" if self.is_checkpoint else "model archive"
         totals = f"{kind}, {self.parameters:,} parameters, {self.size:,} bytes"
         head = {"contact head fitted on": _contact_head(self._told_of("contact_head"))}
-        blocks = [self._model(), self._training(), self._averaged(), head, self._packages(), self._others()]
+        blocks = [self._model(), self._finetuning(), self._training(), self._averaged(), head]
+        blocks += [self._packages(), self._others()]
         rows = [[line for entry in block.items() for line in _labelled(*entry)] for block in blocks]
         return "\n\n".join("\n".join(lines) for lines in [[*_row(self.name, ""), totals], *rows] if lines)
 
@@ -126,6 +127,12 @@ class ArchiveCard:
             "parameters": ", ".join(f"{number:,} in {dtype}" for dtype, number in self.parameters_by_dtype.items()),
             "SHA-256 of the weights": _at(self.manifest, "files", WEIGHTS, "sha256"),
         }
+
+    def _finetuning(self) -> dict[str, Any]:
+        """Of a fine-tuned model: what it predicts, by which parts, and what it says of how it came to be."""
+        task, told = _at(self.config, "task"), self._told_of("finetuning")
+        parts = {key: _at(self.config, key) for key in ("head", "reading", "adapters")}
+        return {"task": _task(task), "classes": _at(task, "classes"), **parts, "fine-tuning": _entries(told)}
 
     def _training(self) -> dict[str, Any]:
         told = {key.replace("_", " "): self._told_of(key) for key in _TRAINING}
@@ -266,6 +273,23 @@ def _told(value: Any) -> str:
 def _part(value: Any) -> Any:
     """Of the encoder: a part that is there, or what it is; nothing for one that is not there."""
     return "yes" if value is True else None if value is False else value
+
+
+def _task(task: Any) -> Any:
+    """What a fine-tuned model predicts, in words; what describes no task, as it is."""
+    name, kind, level, classes = (_at(task, key) for key in ("name", "kind", "level", "classes"))
+    if not isinstance(classes, list) or not all(isinstance(word, str) for word in (name, kind, level)):
+        return task
+    return f"{name}: {kind} per {level}" + (f", {len(classes):,} classes" if classes else "")
+
+
+def _entries(told: Any) -> Any:
+    """A line for each entry of a mapping; what is none, as it is."""
+    if not isinstance(told, Mapping) or not told:
+        return told
+    lines = [f"{key.replace('_', ' ')}: {_told(value) or 'none'}" for key, value in told.items()]
+    more = [f"… {len(lines) - _MOST_OTHERS:,} more; --json has all"] if len(lines) > _MOST_OTHERS else []
+    return (*lines[:_MOST_OTHERS], *more)
 
 
 def _imported(origin: Any) -> Any:

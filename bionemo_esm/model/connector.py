@@ -26,6 +26,8 @@ from bionemo_esm.model.parallel import own_shard
 
 MODEL_CLASSES: dict[str, Any] = {}
 """Our registry: the names that an archive may give, and the classes they stand for."""
+_MODULES = {"ESM1nvModel": "bionemo_esm.model.esm1nv", "ESMFineTunedModel": "bionemo_esm.finetuning.model"}
+"""By name: the module that, once imported, has put the class into the registry."""
 
 _UNSAFE_TORCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -104,7 +106,8 @@ class ESMSaveRestoreConnector(SaveRestoreConnector):
         check_sizes(file)
         if return_config:
             return config
-        import_module("bionemo_esm.model.esm1nv")  # fills the registry
+        if file.model_class in _MODULES:
+            import_module(_MODULES[file.model_class])
         model_class = MODEL_CLASSES.get(file.model_class)
         if model_class is None or not issubclass(model_class, calling_cls):
             raise ArchiveError(

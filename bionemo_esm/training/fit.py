@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation
+from bionemo_esm.model.strategy import MegatronStrategy
 from bionemo_esm.screen import Screen
 from bionemo_esm.training.background import BackgroundWriter
 from bionemo_esm.training.callbacks import History, InitialValidation, Progress, initial_validation
@@ -30,7 +31,6 @@ from bionemo_esm.training.recipe import Recipe, TrainerConfig
 from bionemo_esm.training.resiliency import resiliency_callbacks
 from bionemo_esm.training.starting import Start, choose_start
 from bionemo_esm.training.stopping import StopSignals
-from bionemo_esm.training.strategy import MegatronStrategy
 
 PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16 with float32 masters"}
 

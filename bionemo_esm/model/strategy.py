@@ -11,7 +11,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.optimization import MasterWeights
 from bionemo_esm.model.parallel import destroy_groups, ensure_groups, tensor_parallel_size
 from bionemo_esm.model.sharding import load_whole_state, whole_state
@@ -20,20 +19,25 @@ from bionemo_esm.model.sharding import load_whole_state, whole_state
 class MegatronStrategy(DDPStrategy):
     """Data and tensor parallelism over Megatron's groups, without a wrapper around the model.
 
-    `ESM1nvModel` adds up its gradients in one float32 buffer and reduces that while the last backward pass of a step
-    runs, so Lightning's DistributedDataParallel, which would reduce bfloat16 gradients of every micro batch, is left
-    out. Works over NCCL and gloo, under Lightning's own launcher, torchrun and Slurm.
+    Our models have `masters`: they add up their gradients in one float32 buffer and reduce that while the last backward
+    pass of a step runs, so Lightning's DistributedDataParallel, which would reduce bfloat16 gradients of every micro
+    batch, is left out. Works over NCCL and gloo, under Lightning's own launcher, torchrun and Slurm.
     """
 
     def __init__(
-        self, tensor_model_parallel_size: int = 1, timeout: timedelta = timedelta(minutes=30), **kwargs: Any
+        self,
+        tensor_model_parallel_size: int = 1,
+        timeout: timedelta = timedelta(minutes=30),
+        leave_groups_up: bool = False,
+        **kwargs: Any,
     ) -> None:
         """`tensor_model_parallel_size`: ranks that share one copy of the model; it must divide their number.
 
         `timeout`: of a collective operation; longer than the time after which `HangWatch` ends a run, for that says
-        more.
+        more. `leave_groups_up`: for who trains several models one after another, and takes the groups down at the end.
         """
         super().__init__(timeout=timeout, **kwargs)
+        self._leave_groups_up = leave_groups_up
         self._collective_timeout = timeout
         self.tensor_model_parallel_size = tensor_model_parallel_size
         self._owns_groups = False
@@ -53,7 +57,7 @@ class MegatronStrategy(DDPStrategy):
         else:
             super().setup_distributed()
         ensure_groups(self.tensor_model_parallel_size, self._collective_timeout)
-        self._owns_groups = True
+        self._owns_groups = not self._leave_groups_up
         assert tensor_parallel_size() == self.tensor_model_parallel_size, "other groups were up in this process before"
 
     def setup(self, trainer: Trainer) -> None:
@@ -66,8 +70,9 @@ class MegatronStrategy(DDPStrategy):
 
     @property
     def _masters(self) -> MasterWeights:
-        assert isinstance(self.lightning_module, ESM1nvModel) and self.lightning_module.masters is not None
-        return self.lightning_module.masters
+        masters = getattr(self.lightning_module, "masters", None)
+        assert isinstance(masters, MasterWeights)
+        return masters
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """For a checkpoint: the whole state on rank 0, nothing on others; every rank takes part."""

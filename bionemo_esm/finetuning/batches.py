@@ -1,0 +1,240 @@
+"""Labelled proteins as batches: residues laid end to end, with what a head, or the encoder before it, reads of them.
+
+Shape suffixes: S proteins, R residues of all of them (or S rows, where features are pooled), F features, T tokens of a
+packed row, W residues of the row's sequences: one where a protein is read whole, more where windows overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from bionemo_esm.data.dealing import BatchPlan, deal
+from bionemo_esm.data.order import EpochOrder
+from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack
+from bionemo_esm.finetuning.config import ReadingConfig
+from bionemo_esm.finetuning.labelled import LabelledSet
+from bionemo_esm.finetuning.task import Targets, Task, standardised
+from bionemo_esm.inference.inputs import Protein
+from bionemo_esm.inference.windows import blending_weights, windows
+
+Numbers = NDArray[np.int64]  # [S], of proteins in their set, from 0
+
+
+class Features(Protocol):
+    """Features of the proteins of a set that are there before training: one-hot, or of a frozen encoder."""
+
+    @property
+    def size(self) -> int:
+        """F."""
+        ...
+
+    def of(self, number: int) -> NDArray[np.float32]:
+        """Of one protein: float32 [its residues, F], or [1, F] where they are pooled."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncoderRow:
+    """Proteins as the encoder reads them, and where its answers belong."""
+
+    row: PackedBatch
+    sources: Tensor  # int64 [W], places of residues in the row
+    places: Tensor  # int64 [W], which residue of the batch each is
+    weights: Tensor | None  # float32 [W], what each window counts; None where all proteins are read whole
+
+    def to(self, device: torch.device) -> EncoderRow:
+        weights = None if self.weights is None else self.weights.to(device)
+        return EncoderRow(self.row.to(device), self.sources.to(device), self.places.to(device), weights)
+
+    def blended(self, hidden_TH: Tensor, residues: int) -> Tensor:
+        """States of the batch's residues, [residues, H] in float32, from those of the row's tokens."""
+        states_WH = hidden_TH[self.sources].float()
+        if self.weights is None:
+            return states_WH
+        blank = states_WH.new_zeros(residues, states_WH.shape[1])
+        return blank.index_add(0, self.places, states_WH * self.weights[:, None])
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Some proteins of a set. Either `features` or `row` is there; without any protein neither is."""
+
+    numbers: Numbers
+    bounds: Tensor  # int64 [S + 1], 0 to R
+    targets: Tensor  # float32 [R], or [S] of a task per sequence: as heads are fitted on, NaN where not known
+    features: Tensor | None = None  # float32 [R, F]
+    row: EncoderRow | None = None
+
+    def to(self, device: torch.device) -> LabelledBatch:
+        features = None if self.features is None else self.features.to(device)
+        row = None if self.row is None else self.row.to(device)
+        return LabelledBatch(self.numbers, self.bounds.to(device), self.targets.to(device), features, row)
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return int(self.bounds[-1])
+
+
+@dataclass(frozen=True)
+class StepShare:
+    """One rank's part of an optimizer step."""
+
+    batches: list[LabelledBatch]
+    weight: (
+        float  # of all known targets of the global batch, all ranks together; their number where classes count alike
+    )
+    residues: int  # of the global batch
+    epoch: int
+
+
+class Collator:
+    """Makes batches of a set by the numbers of its proteins."""
+
+    def __init__(self, task: Task, labelled: LabelledSet, source: Features | ReadingConfig) -> None:
+        """`source`: the features; or, where the encoder is to compute them, how it reads proteins."""
+        self.task, self.labelled, self.source = task, labelled, source
+        self.targets: Sequence[Targets] = standardised(task, labelled.targets)
+
+    @property
+    def costs(self) -> NDArray[np.int64]:
+        """What each protein counts against the limit of a batch, int64 [S]: its tokens."""
+        return self.labelled.lengths + SPECIAL_TOKENS_PER_SEQUENCE
+
+    def __call__(self, numbers: Numbers) -> LabelledBatch:
+        chosen = numbers.tolist()
+        targets = [self.targets[number] for number in chosen]
+        told = torch.from_numpy(np.concatenate(targets or [np.zeros(0, dtype=np.float32)]))
+        if not chosen:
+            return LabelledBatch(numbers, torch.zeros(1, dtype=torch.int64), told)
+        if isinstance(self.source, ReadingConfig):
+            proteins = [self.labelled.proteins[number] for number in chosen]
+            bounds = _bounds([protein.residues for protein in proteins])
+            return LabelledBatch(numbers, bounds, told, row=encoder_row(proteins, self.source))
+        features = [self.source.of(number) for number in chosen]
+        bounds = _bounds([len(rows) for rows in features])
+        return LabelledBatch(numbers, bounds, told, features=torch.from_numpy(np.concatenate(features)))
+
+
+def encoder_row(proteins: Sequence[Protein], reading: ReadingConfig) -> EncoderRow:
+    """Proteins, or windows of those that are longer than one, packed for the encoder."""
+    pieces, places, weights = [], [], []
+    first, blends = 0, False
+    for protein in proteins:
+        cover = windows(protein.residues, reading.window, reading.overlap)
+        blends = blends or len(cover) > 1
+        for (begin, end), share in zip(cover, blending_weights(cover), strict=True):
+            pieces.append(protein.tokens[begin:end])
+            places.append(np.arange(first + begin, first + end))
+            weights.append(share)
+        first += protein.residues
+    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    row = pack(np.concatenate(pieces), lengths)
+    shift = SPECIAL_TOKENS_PER_SEQUENCE * np.arange(len(lengths)) + 1  # the specials before each piece's residues
+    sources = np.arange(int(lengths.sum())) + np.repeat(shift, lengths)
+    return EncoderRow(
+        row,
+        torch.from_numpy(sources),
+        torch.from_numpy(np.concatenate(places)),
+        torch.from_numpy(np.concatenate(weights)) if blends else None,
+    )
+
+
+class TrainingSteps(IterableDataset[StepShare]):
+    """Steps of an endless training from one on, as one rank sees them.
+
+    Each epoch shows every protein once, in an order that depends on (seed, epoch) alone; its last step may be smaller.
+    A step's proteins are dealt to the ranks by length, so the sum over ranks is the same however many there are.
+    """
+
+    def __init__(
+        self,
+        collator: Collator,
+        plan: BatchPlan,
+        seed: int,
+        class_weights: NDArray[np.float32] | None = None,
+        first_step: int = 0,
+    ) -> None:
+        """`plan`: the global batch in sequences, micro batches in tokens. `class_weights`: float32 [C]."""
+        assert plan.global_batch_size is not None and plan.micro_batch_tokens is not None
+        self.collator, self.plan, self.class_weights, self.first_step = collator, plan, class_weights, first_step
+        self.order = EpochOrder(len(collator.labelled), seed)
+        self.batch = plan.global_batch_size
+
+    def on_rank(self, rank: int, world_size: int) -> TrainingSteps:
+        """The same training as that rank of so many sees it."""
+        plan = replace(self.plan, rank=rank, world_size=world_size)
+        return TrainingSteps(self.collator, plan, self.order.seed, self.class_weights, self.first_step)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.order.size // self.batch)
+
+    def __iter__(self) -> Iterator[StepShare]:
+        step = self.first_step
+        while True:
+            yield self.share(step)
+            step += 1
+
+    def share(self, step: int) -> StepShare:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        begin = epoch * self.order.size + place * self.batch
+        end = min(begin + self.batch, (epoch + 1) * self.order.size)
+        _, numbers = self.order.samples(np.arange(begin, end))
+        hands = self.plan.share(self.collator.costs[numbers]) if len(numbers) >= self.plan.world_size else None
+        if hands is None:  # a last step of fewer proteins than ranks: the first ranks have one each
+            own = np.arange(len(numbers))[self.plan.rank : self.plan.rank + 1]
+            hands = [own]
+        batches = [self.collator(numbers[hand]) for hand in hands]
+        residues = int(self.collator.labelled.lengths[numbers].sum())
+        return StepShare(batches, self._weight(numbers), residues, epoch)
+
+    def _weight(self, numbers: Numbers) -> float:
+        known = np.concatenate([self.collator.targets[number] for number in numbers.tolist()])
+        known = known[np.isfinite(known)]
+        return float(len(known) if self.class_weights is None else self.class_weights[known.astype(np.int64)].sum())
+
+
+class EvaluationBatches(Dataset[LabelledBatch]):
+    """One rank's part of a set, each protein on one rank only; at least one batch, which may be of no protein."""
+
+    def __init__(self, collator: Collator, batch_tokens: int, rank: int = 0, world_size: int = 1) -> None:
+        self.collator, self.batch_tokens = collator, batch_tokens
+        own = deal(collator.costs, world_size)[rank]
+        longest_first = own[np.argsort(-collator.costs[own], kind="stable")]  # neighbours of like length go together
+        self.parts: list[Numbers] = []
+        filled = batch_tokens
+        for number in longest_first.tolist():
+            cost = int(collator.costs[number])
+            if filled + cost > batch_tokens or not self.parts:
+                self.parts.append(np.zeros(0, dtype=np.int64))
+                filled = 0
+            self.parts[-1] = np.append(self.parts[-1], number)
+            filled += cost
+        self.parts = self.parts or [np.zeros(0, dtype=np.int64)]
+
+    def on_rank(self, rank: int, world_size: int) -> EvaluationBatches:
+        return EvaluationBatches(self.collator, self.batch_tokens, rank, world_size)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: int) -> LabelledBatch:
+        return self.collator(self.parts[index])
+
+
+def loader(batches: Dataset[Any]) -> DataLoader[Any]:
+    """Of batches that are ready: nothing is put together from them."""
+    return DataLoader(batches, batch_size=None)
+
+
+def _bounds(lengths: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))

@@ -1,0 +1,335 @@
+"""A pretrained model and its baselines, fitted to the same data from the same seeds, and what came of each.
+
+Ways to predict are `rows` of the report: the pretrained encoder; one-hot features under the same head; an encoder of
+the same shape that was never trained, tuned in the same way; and composition, which needs no network.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bionemo_esm.finetuning.bootstrap import differences, estimates
+from bionemo_esm.finetuning.composition import composition_predictions
+from bionemo_esm.finetuning.config import FROZEN, LINEAR, MEAN, MLP, ReadingConfig
+from bionemo_esm.finetuning.features import FeatureCache, Moments, OneHot, StoredFeatures, moments
+from bionemo_esm.finetuning.fit import FitPlan, Fitted, Sources, fit
+from bionemo_esm.finetuning.labelled import LabelledSet, Splits
+from bionemo_esm.finetuning.metrics import scores
+from bionemo_esm.finetuning.model_file import archive_config
+from bionemo_esm.finetuning.report import TEST, VALIDATION, Detail, Difference, Report, Row, SetFacts, write_report
+from bionemo_esm.finetuning.saving import merged, write_fine_tuned
+from bionemo_esm.finetuning.settings import COMPOSITION, ONE_HOT, UNTRAINED, FinetuneConfig, told_settings
+from bionemo_esm.finetuning.task import Prediction
+from bionemo_esm.inference.engine import Engine
+from bionemo_esm.inference.inputs import Protein
+from bionemo_esm.inference.model_file import ModelSizes
+from bionemo_esm.model.archive import ArchiveFile
+from bionemo_esm.model.backends import choose_backends, parameter_dtype
+from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.encoder import ESMEncoder
+from bionemo_esm.model.parallel import destroy_groups, ensure_groups
+from bionemo_esm.screen import RESIDUES, Meter, Screen, duration, is_rank_zero
+
+PRETRAINED = "pretrained"
+_FITS, _CACHE = "fits", "cache"
+_SAMPLE_RESIDUES = 2**17  # of which the encoder's states are looked at before it is tuned, for their mean and spread
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to predict, with what each of its runs predicted."""
+
+    name: str
+    description: str
+    validation: list[list[Prediction]] = field(default_factory=list)
+    test: list[list[Prediction]] = field(default_factory=list)
+    fitted: list[Fitted] = field(default_factory=list)
+
+
+class Comparison:
+    """The fits of one job, one after another."""
+
+    def __init__(self, config: FinetuneConfig, base: ArchiveFile, splits: Splits, folder: Path, screen: Screen) -> None:
+        self.config, self.base, self.splits, self.folder, self.screen = config, base, splits, folder, screen
+        self.encoder = EncoderConfig.from_mapping(base.config["encoder"])
+        self.parts = config.parts(ModelSizes(self.encoder))
+        if not config.is_frozen:
+            self.encoder = replace(self.encoder, contact_head=False)
+        self.test: Sequence[Protein] = () if splits.test is None else splits.test.proteins
+        self.cache = FeatureCache(config.cache or folder / _CACHE)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a head reads nothing but the mean over a protein's residues."""
+        head = self.config.head
+        return not self.splits.task.is_per_residue and head.kind in (LINEAR, MLP) and head.pooling == MEAN
+
+    def ways(self) -> list[Way]:
+        """All that were asked for, fitted."""
+        found = [self._way(PRETRAINED, f"{self.encoder.family}, {self.config.tuning.mode}")]
+        if ONE_HOT in self.config.baselines:
+            found.append(self._way("one-hot", "20 amino acids, the same head"))
+        if UNTRAINED in self.config.baselines:
+            found.append(self._way("untrained", f"random weights, {self.config.tuning.mode}"))
+        if COMPOSITION in self.config.baselines:
+            self.screen.say("  composition")
+            known = [composition_predictions(self.splits, proteins) for proteins in self._sets()]
+            test = [known[2]] if self.test else []
+            found.append(Way("composition", "amino-acid composition, linear", [known[1]], test))
+        return found
+
+    def _sets(self) -> tuple[Sequence[Protein], Sequence[Protein], Sequence[Protein]]:
+        return self.splits.train.proteins, self.splits.validation.proteins, self.test
+
+    def _way(self, name: str, description: str) -> Way:
+        way = Way(name, description)
+        sources, standard = self._sources(name)
+        for seed in self.config.seeds:
+            fitted = fit(self._plan(name, seed, sources, standard), self.screen)
+            way.fitted.append(fitted)
+            way.validation.append(fitted.validation)
+            way.test.extend([fitted.test] if self.test else [])
+            metric = self.splits.task.metric
+            self.screen.say(
+                f"  {name}, seed {seed}: {len(fitted.history)} epochs, the best {fitted.best_epoch}, "
+                f"validation {metric} {fitted.scores[metric]:.4g}, {duration(fitted.seconds)}"
+            )
+        return way
+
+    def _plan(
+        self,
+        name: str,
+        seed: int,
+        sources: Sources | ReadingConfig,
+        standard: Moments,
+    ) -> FitPlan:
+        config, one_hot = self.config, name == "one-hot"
+        tuning = replace(config.tuning, mode=FROZEN, keep_adapters=False) if one_hot else config.tuning
+        parts = replace(self.parts, adapters=None) if one_hot else self.parts
+        return FitPlan(
+            name=f"{name}, seed {seed}",
+            file=self.folder / _FITS / f"{name}-{seed}.ckpt",
+            config=archive_config(self.encoder, config.trainer.precision, seed, self.splits.task, parts),
+            initial_weights=self.base.path if name == PRETRAINED else None,
+            tuning=tuning,
+            train=self.splits.train,
+            validation=self.splits.validation,
+            test=self.test,
+            sources=sources,
+            standard=standard,
+            accelerator=config.trainer.accelerator,
+            devices=config.trainer.devices,
+            num_nodes=config.trainer.num_nodes,
+        )
+
+    # --- what heads read ----------------------------------------------------------------------------------------------
+
+    def _sources(self, name: str) -> tuple[Sources | ReadingConfig, Moments]:
+        """What the head reads of the three sets, and mean and spread of it over the training set."""
+        if name == "one-hot":
+            one_hot = [OneHot(proteins, self.pooled) for proteins in self._sets()]
+            return (one_hot[0], one_hot[1], one_hot[2]), moments(one_hot[0], range(len(self.splits.train)))
+        engine = _Once(lambda: self._engine(name))
+        if not self.config.is_frozen:
+            return self.parts.reading, self._first_look(name, engine)
+        proteins = [protein for part in self._sets() for protein in part]
+        stored = self._stored(name, engine, proteins)
+        bounds = np.cumsum([0, *map(len, self._sets())]).tolist()
+        parts = [stored.part(begin, end) for begin, end in pairwise(bounds)]
+        return (parts[0], parts[1], parts[2]), moments(parts[0], range(len(self.splits.train)))
+
+    def _stored(self, name: str, engine: Callable[[], Engine], proteins: Sequence[Protein]) -> StoredFeatures:
+        total = sum(protein.residues for protein in proteins)
+        meter, done = Meter(self.screen, f"{name}, states", RESIDUES), 0
+
+        def answered(residues: int) -> None:
+            nonlocal done
+            done += residues
+            meter(done, total)
+
+        first, reading = is_rank_zero(), self.parts.reading
+        return self.cache.features(engine, self._identity(name), proteins, reading, self.pooled, answered, first)
+
+    def _identity(self, name: str) -> str:
+        """Of an encoder's states."""
+        weights = self.base.weights_sha256 if name == PRETRAINED else f"untrained {self.encoder} {self.config.seeds[0]}"
+        return f"{weights} {self.config.trainer.precision}"
+
+    def _first_look(self, name: str, engine: Callable[[], Engine]) -> Moments:
+        """Mean and spread of the states of some training proteins, before the encoder is tuned."""
+        train, some, filled = self.splits.train.proteins, list[Protein](), 0
+        for number in np.random.default_rng(0).permutation(len(train)).tolist():
+            if filled and filled + train[number].residues > _SAMPLE_RESIDUES:
+                break
+            some.append(train[number])
+            filled += train[number].residues
+        cache = FeatureCache(self.folder / _CACHE)
+        first, identity = is_rank_zero(), self._identity(name)
+        stored = cache.features(engine, identity, some, self.parts.reading, self.pooled, mine=first)
+        return moments(stored, range(len(some)))
+
+    def _engine(self, name: str) -> Engine:
+        trainer = self.config.trainer
+        device = {"auto": "auto", "cpu": "cpu", "gpu": "cuda"}[trainer.accelerator]
+        if name == PRETRAINED:
+            return Engine.load(self.base.path, device, trainer.precision)
+        ensure_groups()
+        place = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+        dtype = parameter_dtype(trainer.precision, place)
+        quiet = replace(self.encoder, hidden_dropout=0.0, attention_dropout=0.0, contact_head=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seeds[0])
+            encoder = ESMEncoder(quiet, dtype, choose_backends(place, dtype, 0.0)).to(dtype)
+        return Engine(encoder.to(place), quiet)
+
+
+class _Once:
+    """A model that is loaded when it is first needed."""
+
+    def __init__(self, load: Callable[[], Engine]) -> None:
+        self._load = load
+        self._engine: Engine | None = None
+
+    def __call__(self) -> Engine:
+        self._engine = self._engine or self._load()
+        return self._engine
+
+
+def compare(
+    config: FinetuneConfig, base: ArchiveFile, splits: Splits, folder: Path, screen: Screen, started: float
+) -> None:
+    """Fit all ways, then open the test set, and write model and report."""
+    comparison = Comparison(config, base, splits, folder, screen)
+    try:
+        ways = comparison.ways()
+    finally:
+        destroy_groups()
+    if not is_rank_zero():
+        return
+    test = None if splits.test is None else splits.test.open()
+    report = _report(comparison, ways, test)
+    best = _best(ways[0], comparison)
+    model = _save(comparison, ways[0].fitted[best], config.seeds[best], report, folder / "model.nemo")
+    written = write_report(folder, report)
+    shutil.rmtree(folder / _FITS, ignore_errors=True)
+    shutil.rmtree(folder / _CACHE, ignore_errors=True)
+    for line in _closing(report, model, written, started):
+        screen.say(line)
+
+
+def _best(way: Way, comparison: Comparison) -> int:
+    """Which run validates best; the first of equals."""
+    task = comparison.splits.task
+    best = 0
+    for index, fitted in enumerate(way.fitted):
+        if task.is_better(fitted.scores[task.metric], way.fitted[best].scores[task.metric]):
+            best = index
+    return best
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def _report(comparison: Comparison, ways: Sequence[Way], test: LabelledSet | None) -> Report:
+    config, splits = comparison.config, comparison.splits
+    task, on = splits.task, TEST if test is not None else VALIDATION
+    resamples = config.resamples
+    rows = [
+        Row(
+            way.name,
+            way.description,
+            [scores(task, splits.validation.targets, run) for run in way.validation],
+            estimates(task, splits.validation.targets, way.validation, resamples),
+            None if test is None else estimates(task, test.targets, way.test, resamples),
+            sum(fitted.seconds for fitted in way.fitted) if way.fitted else None,
+            [fitted.best_epoch for fitted in way.fitted],
+            way.fitted[0].parameters if way.fitted else None,
+        )
+        for way in ways
+    ]
+    compared = []
+    for which, labelled in ((VALIDATION, splits.validation), (TEST, test)):
+        for other in ways[1:] if labelled is not None else ():
+            runs = [(way.validation if which == VALIDATION else way.test) for way in (ways[0], other)]
+            assert labelled is not None
+            found = differences(task, labelled.targets, runs[0], runs[1], resamples)
+            compared.append(Difference(ways[0].name, other.name, which, found))
+    best = _best(ways[0], comparison)
+    shown = (splits.validation, ways[0].validation) if test is None else (test, ways[0].test)
+    sets = {"train": splits.train, VALIDATION: splits.validation} | ({} if test is None else {TEST: test})
+    return Report(
+        task=task,
+        sets={name: SetFacts.of(task, labelled) for name, labelled in sets.items()},
+        rows=rows,
+        differences=compared,
+        detail=Detail.of(task, ways[0].name, on, config.seeds[best], shown[0].targets, shown[1][best]),
+        seeds=config.seeds,
+        resamples=resamples,
+        notes=splits.notes,
+        files=splits.files,
+        model={
+            "file": comparison.base.path.name,
+            "weights_sha256": comparison.base.weights_sha256,
+            "family": comparison.encoder.family,
+            "layers": comparison.encoder.num_layers,
+            "hidden_size": comparison.encoder.hidden_size,
+            "parameters": comparison.encoder.parameters,
+        },
+        settings=dict(told_settings(config)) | {"reading": dict(vars(comparison.parts.reading))},
+    )
+
+
+def _save(comparison: Comparison, fitted: Fitted, seed: int, report: Report, path: Path) -> Path:
+    """The model of one run, with what is known of it."""
+    config, base, parts = comparison.config, comparison.base, comparison.parts
+    trained = fitted.weights
+    if parts.adapters is not None and not config.tuning.keep_adapters:
+        trained, parts = merged(base, trained, parts), replace(parts, adapters=None)
+    row = report.rows[0]
+    told: dict[str, Any] = {
+        "base_model": base.path.name,
+        "base_weights_sha256": base.weights_sha256,
+        "mode": config.tuning.mode,
+        "seed": seed,
+        "epochs": fitted.best_epoch,
+        "validation": _rounded(fitted.scores),
+        "data": dict(report.files),
+        "training_proteins": len(comparison.splits.train),
+        "settings": {key: value for key, value in report.settings.items() if key != "seeds"},
+    }
+    if row.test is not None:
+        told[f"test, mean of {len(config.seeds)} seeds"] = _rounded({name: e.value for name, e in row.test.items()})
+    provenance = {key: value for key, value in base.provenance.items() if key != "package_versions"}
+    if config.tuning.mode != FROZEN:
+        provenance.pop("contact_head", None)
+    return write_fine_tuned(
+        path, base, trained, comparison.splits.task, parts, config.tuning.mode, seed,
+        {**provenance, "finetuning": told},
+    )  # fmt: skip
+
+
+def _rounded(found: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if np.isnan(value) else round(value, 6) for name, value in found.items()}
+
+
+def _closing(report: Report, model: Path, written: Sequence[Path], started: float) -> list[str]:
+    from bionemo_esm.finetuning.report import lines
+
+    return [
+        "",
+        *lines(report),
+        "",
+        f"Done in {duration(time.monotonic() - started)}.",
+        f"  model    {model}",
+        f"  report   {written[0]}",
+        f"Predict:  bionemo-esm predict model={model} input=proteins.fasta output=predictions.csv",
+    ]

@@ -1,0 +1,169 @@
+"""Features that are there before training: one-hot, or those of a frozen encoder, computed once and kept on disk.
+
+An epoch of a head then takes seconds. Shape suffixes: R residues of a protein, F features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bionemo_esm.alphabet import FIRST_RESIDUE_ID, NUM_STANDARD_RESIDUES
+from bionemo_esm.finetuning.config import ReadingConfig
+from bionemo_esm.inference.embedding.choice import EmbeddingChoice
+from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.engine import Engine
+from bionemo_esm.inference.inputs import Protein
+from bionemo_esm.outputs import written_whole
+
+_RESIDUES_AT_ONCE = 2**17
+_SECONDS_BETWEEN_LOOKS = 0.2
+_IDENTITY = np.eye(NUM_STANDARD_RESIDUES, dtype=np.float32)
+
+
+class Moments(NamedTuple):
+    """Of each feature, float32 [F]."""
+
+    mean: NDArray[np.float32]
+    deviation: NDArray[np.float32]
+
+
+class OneHot:
+    """Which of the 20 amino acids a residue is: the features that need no model. Zeros for any other letter."""
+
+    size = NUM_STANDARD_RESIDUES
+
+    def __init__(self, proteins: Sequence[Protein], pooled: bool = False) -> None:
+        """`pooled`: of each protein the mean over its residues, which is its composition."""
+        self.proteins, self.pooled = proteins, pooled
+
+    def of(self, number: int) -> NDArray[np.float32]:
+        kinds = self.proteins[number].tokens.astype(np.int64) - FIRST_RESIDUE_ID
+        is_standard = (kinds >= 0) & (kinds < NUM_STANDARD_RESIDUES)
+        rows_RF = _IDENTITY[np.where(is_standard, kinds, 0)] * is_standard[:, None].astype(np.float32)
+        return rows_RF.mean(axis=0, keepdims=True) if self.pooled else rows_RF
+
+
+class StoredFeatures:
+    """States of a frozen encoder, in a file that is mapped and not read: float32 [all rows, F], protein by protein."""
+
+    def __init__(self, table: NDArray[np.float32], first: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        """`first`, `rows`: int64 [proteins], of each the number of its first row, and how many it has."""
+        self.table, self.first, self.rows = table, first, rows
+
+    @property
+    def size(self) -> int:
+        return int(self.table.shape[1])
+
+    def of(self, number: int) -> NDArray[np.float32]:
+        begin = int(self.first[number])
+        return np.array(self.table[begin : begin + int(self.rows[number])])
+
+    def part(self, begin: int, end: int) -> StoredFeatures:
+        """Of the proteins from one to before another."""
+        return StoredFeatures(self.table, self.first[begin:end], self.rows[begin:end])
+
+
+def moments(source: OneHot | StoredFeatures, numbers: Iterable[int]) -> Moments:
+    """Mean and standard deviation of each feature over all rows of some proteins, float32 [F]; sums are float64."""
+    total, squares = np.zeros(source.size), np.zeros(source.size)
+    count = 0
+    for number in numbers:
+        rows = source.of(number).astype(np.float64)
+        total, squares, count = total + rows.sum(axis=0), squares + (rows * rows).sum(axis=0), count + len(rows)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean * mean, 0.0))
+    return Moments(mean.astype(np.float32), deviation.astype(np.float32))
+
+
+class FeatureCache:
+    """A folder of states of frozen encoders, each of which is computed once.
+
+    A file's name is a hash of all that its content depends on: weights, layer, windows, precision, and the sequences.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def features(
+        self,
+        load: Callable[[], Engine],
+        identity: str,
+        proteins: Sequence[Protein],
+        reading: ReadingConfig,
+        pooled: bool,
+        answered: Callable[[int], None] = lambda residues: None,
+        mine: bool = True,
+    ) -> StoredFeatures:
+        """The features of these proteins; equal sequences are computed and stored once.
+
+        `load` gives the encoder, if it is needed; `identity` says which it is, and in what precision it computes.
+        `answered` is told the residues of proteins as they are done. Written whole or not at all. `mine`: False where
+        another process writes the file, and this one is to wait for it.
+        """
+        texts = [protein.tokens.tobytes() for protein in proteins]
+        place_of = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        distinct = _first_of_each(proteins, texts)
+        sizes = np.array([1 if pooled else protein.residues for protein in distinct], dtype=np.int64)
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        path = self.folder / f"{_digest(identity, reading, pooled, place_of)}.npy"
+        while not path.exists() and not mine:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if not path.exists():
+            self._compute(path, load(), distinct, reading, pooled, int(starts[-1]), answered)
+        places = np.array([place_of[text] for text in texts], dtype=np.int64)
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+        return StoredFeatures(table, starts[places], sizes[places])
+
+    def _compute(
+        self,
+        path: Path,
+        engine: Engine,
+        proteins: Sequence[Protein],
+        reading: ReadingConfig,
+        pooled: bool,
+        rows: int,
+        answered: Callable[[int], None],
+    ) -> None:
+        choice = EmbeddingChoice(
+            (reading.layer,), mean=pooled, residues=not pooled, window=reading.window, overlap=reading.overlap
+        )
+        name = f"{'mean' if pooled else 'residues'}_{reading.layer}"
+        with written_whole(path) as stream:
+            shape = (rows, engine.config.hidden_size)
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[arg-type]
+            for some in in_groups(proteins, _RESIDUES_AT_ONCE):
+                for embedding in embed_together(engine, some, choice, answered):
+                    stream.write(np.atleast_2d(embedding.arrays[name]).astype("<f4").tobytes())
+
+
+def in_groups(proteins: Sequence[Protein], residues: int) -> list[Sequence[Protein]]:
+    """Neighbours, as many as come to about so many residues, one at least."""
+    groups, begin, filled = [], 0, 0
+    for place, protein in enumerate(proteins):
+        if filled and filled + protein.residues > residues:
+            groups.append(proteins[begin:place])
+            begin, filled = place, 0
+        filled += protein.residues
+    return [*groups, proteins[begin:]] if proteins else []
+
+
+def _first_of_each(proteins: Sequence[Protein], texts: Sequence[bytes]) -> list[Protein]:
+    first: dict[bytes, Protein] = {}
+    for protein, text in zip(proteins, texts, strict=True):
+        first.setdefault(text, protein)
+    return list(first.values())
+
+
+def _digest(identity: str, reading: ReadingConfig, pooled: bool, texts: dict[bytes, int]) -> str:
+    digest = hashlib.sha256(f"{identity} {reading} {pooled}\n".encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text).digest())
+    return digest.hexdigest()[:32]

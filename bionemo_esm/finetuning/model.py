@@ -1,0 +1,273 @@
+"""The fine-tuned model as a NeMo model: a pretrained encoder, a head on its states, and one optimizer step of both.
+
+Shape suffixes: S proteins of a batch, R residues of all of them, H hidden size, C outputs of the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from nemo.core.classes import ModelPT
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from bionemo_esm.data.hashing import derive_key
+from bionemo_esm.finetuning.adapters import add_adapters
+from bionemo_esm.finetuning.batches import EvaluationBatches, LabelledBatch, StepShare, TrainingSteps, loader
+from bionemo_esm.finetuning.config import Parts, TuningConfig
+from bionemo_esm.finetuning.features import Moments
+from bionemo_esm.finetuning.heads import Head, build_head
+from bionemo_esm.finetuning.metrics import gathered, scores
+from bionemo_esm.finetuning.rates import parameter_groups, set_trainable
+from bionemo_esm.finetuning.task import Prediction, Targets, Task
+from bionemo_esm.model.archive import ArchiveFile
+from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter_dtype
+from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.connector import ESMSaveRestoreConnector, load_weights, register_model
+from bionemo_esm.model.encoder import ESMEncoder
+from bionemo_esm.model.optimization import MasterWeights
+from bionemo_esm.model.parallel import data_parallel_rank, data_parallel_size, data_parallel_sum, ensure_groups
+from bionemo_esm.model.reading import representations
+
+_DROPOUT_STREAM, _HEAD_STREAM = 16, 17  # keep their seeds apart from one another, and from those of pretraining
+_ENCODER, CONTACT_HEAD = "encoder.", "contact_head."
+
+
+@register_model
+class ESMFineTunedModel(ModelPT):
+    """An encoder and a head that answers about residues or proteins.
+
+    `cfg`: `encoder`, `precision` and `seed` as of `ESM1nvModel`, `task` (`Task.to_dict`), and head, reading and
+    adapters (`Parts.to_dict`). With a trainer it is built when the trainer has brought the process groups up; without
+    one at once. For training set `tuning`, and, where features are there beforehand, `head_inputs`: then there is no
+    encoder.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
+        values: Any = OmegaConf.to_container(cfg)
+        self.encoder_config = EncoderConfig.from_mapping(values["encoder"])
+        self.task, self.parts = Task.from_mapping(values["task"]), Parts.from_mapping(values)
+        super().__init__(OmegaConf.create(values), trainer=trainer)
+        self._save_restore_connector = ESMSaveRestoreConnector()
+        self.automatic_optimization = False  # a batch is a whole optimizer step: see training_step
+        self.seed = int(values["seed"])
+        self.tuning = TuningConfig()
+        self.head_inputs: int | None = None
+        self.encoder: ESMEncoder | None = None
+        self.head: Head | None = None
+        self.backends: FusedBackends | None = None
+        self.masters: MasterWeights | None = None
+        self.initial_weights: Path | None = None  # a pretrained archive; None: random ones
+        self.resumed: Mapping[str, Tensor] | None = None  # trained weights of an earlier session
+        self.resumed_optimizer: Mapping[str, Any] | None = None
+        self.class_weights: Tensor | None = None
+        self.standard: Moments | None = None  # of what the head reads
+        self.provenance: dict[str, Any] = {}
+        self.steps = 0
+        self.last_loss = float("nan")
+        self.last_scores: dict[str, float] = {}
+        self.last_predictions: list[Prediction] = []
+        self._answers: list[tuple[int, Prediction]] = []
+        if trainer is None:
+            ensure_groups()
+            self.configure_model()
+
+    # --- its parts --------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build encoder and head, with weights that depend on the seed alone, then load what there is to load."""
+        if self.head is not None:
+            return
+        device_type = self._trainer.strategy.root_device.type if self._trainer else "cpu"
+        dtype = parameter_dtype(str(self.cfg.precision), device_type)
+        self.backends = choose_backends(device_type, dtype, self.encoder_config.attention_dropout)
+        with torch.random.fork_rng(devices=[]):
+            if self.head_inputs is None:
+                torch.manual_seed(self.seed)
+                self.encoder = ESMEncoder(self.encoder_config, dtype, self.backends).to(dtype)
+                if self.initial_weights is not None:
+                    load_encoder(self.encoder, ArchiveFile.open(self.initial_weights))
+                if self.parts.adapters is not None:
+                    add_adapters(self.encoder, self.parts.adapters)
+            torch.manual_seed(_seed_of(self.seed, _HEAD_STREAM))
+            self.head = build_head(self.parts.head, self.task, self.head_inputs or self.encoder_config.hidden_size)
+        if self.standard is not None:
+            self.head.standardise(*map(torch.from_numpy, self.standard))
+        if self.encoder is not None:
+            set_trainable(self.encoder, self.tuning.mode, self.parts.reading.layer)
+
+    def trained(self) -> dict[str, Tensor]:
+        """What training changes, float32 masters by name, and what it found out about the features."""
+        assert self.masters is not None and self.head is not None
+        fixed = {f"head.{name}": buffer.detach() for name, buffer in self.head.named_buffers()}
+        return {name: master.detach() for name, master in self.masters.masters.items()} | fixed
+
+    @torch.no_grad()
+    def load_trained(self, weights: Mapping[str, Tensor]) -> None:
+        """The inverse of `trained`."""
+        assert self.masters is not None and self.head is not None
+        self.masters.load_state_dict({name: weights[name] for name in self.masters.masters})
+        for name, buffer in self.head.named_buffers():
+            buffer.copy_(weights[f"head.{name}"])
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: LabelledBatch) -> Tensor:
+        """What the head says of each residue, or protein: float32 [R, C] or [S, C]; logits, or standardised numbers."""
+        assert self.head is not None
+        features, bounds = batch.features, batch.bounds
+        if features is None:
+            assert self.encoder is not None and batch.row is not None
+            row, layer = batch.row.row, self.parts.reading.layer
+            states_TH = representations(self.encoder, row, {layer})[layer]
+            features = batch.row.blended(states_TH, batch.rows)
+        answers: Tensor = self.head(features, bounds)
+        return answers
+
+    @torch.no_grad()
+    def predictions(self, batch: LabelledBatch) -> list[Prediction]:
+        """Of each protein, on the CPU: probabilities, or numbers in the target's unit."""
+        if not len(batch.numbers):
+            return []
+        answers = self(batch)
+        if self.task.is_classification:
+            told = answers.softmax(dim=-1)
+        else:
+            told = answers * self.task.target_scale + self.task.target_mean
+        rows = torch.diff(batch.bounds).tolist() if self.task.is_per_residue else [1] * len(batch.numbers)
+        return [part.numpy() for part in told.cpu().split(rows)]
+
+    def loss(self, batch: LabelledBatch) -> Tensor:
+        """Summed over known targets: cross-entropy in nats, times the weight of the class, or the squared error."""
+        answers, known = self(batch), batch.targets.isfinite()
+        answers, targets = answers[known], batch.targets[known]
+        if not self.task.is_classification:
+            squares: Tensor = (answers.squeeze(-1) - targets).square().sum()
+            return squares
+        return cross_entropy(answers, targets.long(), weight=self.class_weights, reduction="sum")
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, share: StepShare, batch_idx: int) -> None:
+        """One optimizer step: the loss is summed over all known targets of the global batch, and divided by their
+        weight, so it does not depend on how the batch was dealt to ranks and micro batches.
+        """
+        assert self.masters is not None
+        torch.manual_seed(_seed_of(self.seed, _DROPOUT_STREAM, self.steps, data_parallel_rank()))
+        self.masters.zero_gradients()
+        total = torch.zeros((), device=self.device)
+        batches = [batch for batch in share.batches if len(batch.numbers)]
+        for index, batch in enumerate(batches):
+            with self.masters.reducing() if index == len(batches) - 1 else nullcontext():
+                part = self.loss(batch) / max(share.weight, 1e-9)
+                self.manual_backward(part)
+            total += part.detach()
+        if not batches:
+            with self.masters.reducing():
+                pass
+        self.masters.clip_gradients(self.tuning.gradient_clip_val)
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        optimizer.step()
+        self.masters.write_back()
+        schedule.step()
+        self.steps += 1
+        self.last_loss = float(data_parallel_sum(total))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if isinstance(batch, StepShare):
+            return StepShare([part.to(device) for part in batch.batches], batch.weight, batch.residues, batch.epoch)
+        return batch.to(device)
+
+    def configure_optimizers(self) -> Any:
+        """Fused Adam over what is trained, each part at its rate, which rises over the first steps and then stays."""
+        assert self.head is not None and self.backends is not None
+        if self.masters is not None:
+            self.masters.release()
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        self.masters = MasterWeights(trained)
+        if self.resumed is not None:
+            self.load_trained(self.resumed)
+        config = self.tuning
+        groups = parameter_groups(
+            self.masters.masters.items(), self.encoder_config.num_layers, config.encoder_lr, config.lr,
+            config.layer_decay, config.weight_decay,
+        )  # fmt: skip
+        optimizer = self.backends.adam(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
+        if self.resumed_optimizer is not None:
+            optimizer.load_state_dict(dict(self.resumed_optimizer))
+        warmup = max(round(config.warmup_epochs * self._steps.steps_per_epoch), 1)
+        first = self.steps  # the schedule counts the steps of this session only
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((first + step + 1) / warmup, 1.0))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    # --- validation -------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._answers = []
+
+    def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
+        self._answers += zip(batch.numbers.tolist(), self.predictions(batch), strict=True)
+
+    def on_validation_epoch_end(self) -> None:  # type: ignore[override]
+        """Every rank has all predictions, whoever made them, and comes to the same scores."""
+        labelled = self._validation.collator.labelled
+        self.last_predictions = gathered(self._answers, len(labelled))
+        self.last_scores = scores(self.task, labelled.targets, self.last_predictions)
+
+    # --- data, as NeMo and Lightning ask for them -------------------------------------------------------------------
+
+    def setup_training_data(self, train_data_config: TrainingSteps) -> None:
+        """Train on these steps, of which each rank takes its part."""
+        self._steps = train_data_config
+
+    def setup_validation_data(self, val_data_config: EvaluationBatches) -> None:
+        """Validate on a set, of which each rank takes its part."""
+        self._validation = val_data_config
+
+    def train_dataloader(self) -> DataLoader[StepShare]:
+        return loader(self._steps.on_rank(data_parallel_rank(), data_parallel_size()))
+
+    def val_dataloader(self) -> DataLoader[LabelledBatch]:
+        return loader(self._validation.on_rank(data_parallel_rank(), data_parallel_size()))
+
+    @classmethod
+    def list_available_models(cls) -> list[Any]:
+        """None: weights are files that people bring; nothing is fetched from a catalogue."""
+        return []
+
+    # --- what is saved ----------------------------------------------------------------------------------------------
+
+    def archive_provenance(self) -> dict[str, Any]:
+        return dict(self.provenance)
+
+
+def load_encoder(encoder: ESMEncoder, file: ArchiveFile) -> None:
+    """The verified weights of a pretrained archive, and no other tensor. Raises `ArchiveError`."""
+    weights = {
+        name.removeprefix(_ENCODER): tensor for name, tensor in file.load_weights().items() if name.startswith(_ENCODER)
+    }
+    if encoder.contact_head is None:  # fitted to the weights as they were, and so left behind
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(CONTACT_HEAD)}
+    load_weights(encoder, weights, str(file.path))
+
+
+def class_weights(task: Task, targets: Sequence[Targets]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """So that each class counts as much as all others: float32 [C], 1 on average over the known targets."""
+    known = np.concatenate([target[np.isfinite(target)] for target in targets]).astype(np.int64)
+    counts = np.bincount(known, minlength=len(task.classes)).astype(np.float64)
+    present = counts > 0
+    weights = np.where(present, counts.sum() / (present.sum() * np.maximum(counts, 1)), 0.0)
+    return weights.astype(np.float32)
+
+
+def _seed_of(*parts: int) -> int:
+    return int(derive_key(*parts)[0] >> 1)

@@ -1,0 +1,251 @@
+"""A task's files, as sets of labelled proteins, with all that can be wrong with them found before any training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bionemo_esm.data.sources import SourceError
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.finetuning.entries import Entry, Notes, Reader, known_of, read_sets, shorter, with_targets
+from bionemo_esm.finetuning.labelled import LabelledSet, SealedSet, Splits
+from bionemo_esm.finetuning.labels import class_numbers, classes_of, counts_in_words, strange_label
+from bionemo_esm.finetuning.records import SETS, TEST, TRAIN, VALIDATION, LabelError
+from bionemo_esm.finetuning.splitting import split_off
+from bionemo_esm.finetuning.task import Task
+from bionemo_esm.finetuning.tasks import SKIP, DataConfig, TaskConfig
+
+if TYPE_CHECKING:
+    from bionemo_esm.data.download import Progress
+
+_IMBALANCED = 10  # times as many of the most frequent class as of the least
+_NAMES = {TRAIN: "training", VALIDATION: "validation", TEST: "test"}
+
+
+def read_splits(task: TaskConfig, data: DataConfig, seed: int, progress: Progress | None = None) -> Splits:
+    """The sets of a task, every label checked; of the test set, the labels sealed.
+
+    seed: of what is split off at random. progress: of a download. Raises `LabelError`, `InputError`, `TableError`,
+    `SourceError` for files, `ConfigError` for keys, `ReleaseError` for a download.
+    """
+    if data.mask and not task.is_per_residue:
+        raise ConfigError(f"data.mask is of residues, and {task.name} asks for one target a protein; leave it out")
+    data = with_files(task, data, progress)
+    notes = Notes([])
+    reader = Reader(task, data)
+    sets = read_sets(reader, data, notes)
+    notes.count("records left out by data.bad_records=skip", len(reader.problems), next(iter(reader.problems), ""))
+    notes.count("proteins without a mask, all of whose residues count as resolved", reader.unmasked)
+    sets = _shorter(sets, data, notes)
+    sets = _shared_out(sets, data, seed, notes)
+    classes = _classes(sets[TRAIN], task, data)
+    if task.is_classification:
+        sets = {name: _numbered(name, entries, classes, task, data, notes) for name, entries in sets.items()}
+    sets = {name: _labelled(name, entries, data, notes) for name, entries in sets.items()}
+    _check_sets(sets, task, data)
+    _note_repeats(sets, notes)
+    _note_classes(sets[TRAIN], classes, notes)
+    mean, scale = (0.0, 1.0) if task.is_classification else _moments(sets[TRAIN])
+    train, validation, test = (_set_of(sets[name]) for name in SETS)
+    return Splits(
+        task=Task(task.name, task.level, task.kind, task.metric, classes, mean, scale),
+        train=train,
+        validation=validation,
+        test=SealedSet(test) if len(test) else None,
+        notes=tuple(notes.lines),
+        files=_digests(data),
+    )
+
+
+def with_files(task: TaskConfig, data: DataConfig, progress: Progress | None = None) -> DataConfig:
+    """The configuration with local files: those that it names, or the task's own, downloaded where they are not there.
+
+    Raises `ConfigError` where neither is asked for, or the task has none; `ReleaseError`.
+    """
+    if data.train:
+        return data
+    if data.download is None:
+        own = "" if task.download is None else ", or the task's own files by data.download=FOLDER"
+        raise ConfigError(f"data.train must be given: data.train=FILE{own}")
+    if task.download is None:
+        raise ConfigError(
+            f"data.download: of task {task.name}, no file is known that could be downloaded and checked; give local "
+            "ones by data.train=..."
+        )
+    from bionemo_esm.finetuning.downloads import download_task
+
+    found = download_task(task.name, task.download, data.download, progress)
+    train, sequences, mask = ((str(found[key]),) if key in found else () for key in ("train", "sequences", "mask"))
+    return replace(data, download=None, train=train, sequences=sequences, mask=mask)
+
+
+# --- which set --------------------------------------------------------------------------------------------------------
+
+
+def _shorter(sets: Mapping[str, list[Entry]], data: DataConfig, notes: Notes) -> dict[str, list[Entry]]:
+    kept = {name: shorter(entries, data.max_residues) for name, entries in sets.items()}
+    for name, entries in sets.items():
+        if left := len(entries) - len(kept[name]):
+            notes.lines.append(f"{_NAMES[name]}: {left:,} of {len(entries):,} proteins left out, as too long")
+    return kept
+
+
+def _shared_out(sets: Mapping[str, list[Entry]], data: DataConfig, seed: int, notes: Notes) -> dict[str, list[Entry]]:
+    """With what is split off at random. Raises `LabelError` for a set that is missing, or that is empty."""
+    files = ", ".join(data.train)
+    for name, share in ((VALIDATION, data.split.validation), (TEST, data.split.test)):
+        if share and sets[name]:
+            raise ConfigError(f"data.split.{name}: {files} has proteins marked for {name} already; leave it out")
+    if not sets[TRAIN]:
+        raise LabelError(f"{files}: no protein is left to train on; check the marks of sets, and data.max_residues")
+    if not data.split.validation and not sets[VALIDATION]:
+        if data.validation:
+            raise LabelError(f"{', '.join(data.validation)}: no protein is left to validate on; check the file")
+        raise LabelError(
+            f"{files}: no protein is marked for validation; give a file by data.validation=..., mark some "
+            "(VALIDATION=True in a FASTA header, a column `validation`), or split some off at random by "
+            "data.split.validation=0.1"
+        )
+    if data.test and not sets[TEST]:
+        raise LabelError(f"{', '.join(data.test)}: no protein is left to test on; check the file")
+    if not (data.split.validation or data.split.test):
+        return dict(sets)
+    parts = split_off(sets[TRAIN], data.split, seed)
+    for name in (VALIDATION, TEST):
+        if parts[name]:
+            notes.lines.append(f"{_NAMES[name]}: {len(parts[name]):,} proteins, split off the training set at random")
+    return {name: parts[name] or (list(sets[name]) if name != TRAIN else []) for name in SETS}
+
+
+# --- what is known ----------------------------------------------------------------------------------------------------
+
+
+def _classes(train: Sequence[Entry], task: TaskConfig, data: DataConfig) -> tuple[str, ...]:
+    if not task.is_classification:
+        return ()
+    return classes_of((entry.known for entry in train), task, ", ".join(data.train))  # type: ignore[misc]
+
+
+def _numbered(
+    name: str, entries: Sequence[Entry], classes: Sequence[str], task: TaskConfig, data: DataConfig, notes: Notes
+) -> list[Entry]:
+    """With numbers of classes in the place of labels. Raises `LabelError` for a label that is none of the classes."""
+    numbers: dict[str | None, float] = {None: np.nan} | {label: float(place) for place, label in enumerate(classes)}  # type: ignore[dict-item]
+    numbered, strange = [], 0
+    for entry in entries:
+        assert not isinstance(entry.known, np.ndarray)
+        if found := strange_label(entry.known, numbers):
+            if name == TRAIN or data.unseen_classes != SKIP:
+                raise LabelError(_strange(name, entry, found, classes, task))
+            strange += sum(label not in numbers for label in entry.known)
+        numbered.append(with_targets(entry, class_numbers(entry.known, numbers)))
+    notes.count(f"{_NAMES[name]}: labels of classes that are none of the task's, treated as not known", strange)
+    return numbered
+
+
+def _strange(name: str, entry: Entry, found: tuple[int, str], classes: Sequence[str], task: TaskConfig) -> str:
+    place, label = found
+    where = f"{entry.where}, residue {place + 1}" if task.is_per_residue else entry.where
+    of = "task.classes" if task.classes is not None else "the classes of the training set"
+    listed = ", ".join(classes[:20]) + (f" and {len(classes) - 20:,} more" if len(classes) > 20 else "")
+    advice = "correct it, or list it in task.unknown where it says that nothing is known"
+    if name != TRAIN:
+        advice += "; data.unseen_classes=skip treats all such as not known"
+    return f"{where}: the label {label[:40]!r} is none of {of} ({listed}); {advice}"
+
+
+def _labelled(name: str, entries: Sequence[Entry], data: DataConfig, notes: Notes) -> list[Entry]:
+    """Those of which anything is known. Raises `LabelError` where there is none."""
+    kept = [entry for entry in entries if len(known_of(entry))]
+    if entries and not kept:
+        raise LabelError(f"{_files(name, data)}: no target of the {_NAMES[name]} set is known; check the labels")
+    notes.count(f"{_NAMES[name]}: proteins left out, of which no target is known", len(entries) - len(kept))
+    targets, known = sum(len(entry.known) for entry in kept), sum(len(known_of(entry)) for entry in kept)
+    if known < targets:
+        notes.lines.append(f"{_NAMES[name]}: {known:,} of {targets:,} targets are known")
+    return kept
+
+
+def _check_sets(sets: Mapping[str, Sequence[Entry]], task: TaskConfig, data: DataConfig) -> None:
+    """Something to learn, and something to measure it by."""
+    for name in (TRAIN, VALIDATION):
+        values = np.unique(np.concatenate([known_of(entry) for entry in sets[name]]))
+        needed = name == TRAIN or task.metric in ("spearman", "pearson")
+        if len(values) < 2 and needed:
+            what = "are of one class" if task.is_classification else f"are equal ({values[0]:g})"
+            why = "nothing can be learned from them" if name == TRAIN else f"task.metric={task.metric} cannot be had"
+            raise LabelError(
+                f"{_files(name, data)}: all targets of the {_NAMES[name]} set {what}; {why}. Check the labels"
+            )
+
+
+def _files(name: str, data: DataConfig) -> str:
+    """Those of a set, for a message."""
+    own = {TRAIN: data.train, VALIDATION: data.validation, TEST: data.test}[name]
+    return ", ".join(own or data.train)
+
+
+def _moments(entries: Sequence[Entry]) -> tuple[float, float]:
+    """Mean and standard deviation of the known targets."""
+    values = np.concatenate([known_of(entry) for entry in entries]).astype(np.float64)
+    return float(values.mean()), float(values.std())
+
+
+# --- what is worth a word ---------------------------------------------------------------------------------------------
+
+
+def _note_repeats(sets: Mapping[str, Sequence[Entry]], notes: Notes) -> None:
+    """Equal sequences: of sets that should have none in common, and with different targets to train on."""
+    sequences = {name: [entry.sequence for entry in entries] for name, entries in sets.items()}
+    for one, other in ((TRAIN, VALIDATION), (TRAIN, TEST), (VALIDATION, TEST)):
+        common = set(sequences[one])
+        notes.count(
+            f"{_NAMES[other]}: proteins whose sequence is in the {_NAMES[one]} set too",
+            sum(sequence in common for sequence in sequences[other]),
+        )
+    targets: dict[bytes, set[bytes]] = {}
+    for entry in sets[TRAIN]:
+        assert isinstance(entry.known, np.ndarray)
+        targets.setdefault(entry.sequence, set()).add(entry.known.tobytes())
+    notes.count(
+        "training: sequences that occur more than once, with different targets",
+        sum(len(different) > 1 for different in targets.values()),
+    )
+
+
+def _note_classes(train: Sequence[Entry], classes: Sequence[str], notes: Notes) -> None:
+    if not classes:
+        return
+    values = np.concatenate([known_of(entry) for entry in train]).astype(np.int64)
+    counts = Counter(dict(zip(classes, np.bincount(values, minlength=len(classes)).tolist(), strict=True)))
+    notes.count("classes of which the training set has none", sum(not count for count in counts.values()))
+    if max(counts.values()) > _IMBALANCED * min(counts.values()):
+        notes.lines.append(f"training: the classes are far from equally frequent: {counts_in_words(counts)}")
+
+
+# --- what is handed on ------------------------------------------------------------------------------------------------
+
+
+def _set_of(entries: Sequence[Entry]) -> LabelledSet:
+    return LabelledSet([entry.protein for entry in entries], [entry.known for entry in entries])  # type: ignore[misc]
+
+
+def _digests(data: DataConfig) -> dict[str, str]:
+    """SHA-256 of every file, by its name; where two have the same name, with the folder it is in."""
+    every = dict.fromkeys((*data.train, *data.validation, *data.test, *data.sequences, *data.mask))
+    names = Counter(Path(path).name for path in every)
+    found = {}
+    for path in map(Path, every):
+        try:
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
+        found[path.name if names[path.name] == 1 else f"{path.absolute().parent.name}/{path.name}"] = digest
+    return found

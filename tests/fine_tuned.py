@@ -1,0 +1,82 @@
+"""Fine-tuned models for tests: a tiny encoder, and a head with random weights, written as archives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bionemo_esm import FineTunedPredictor
+from bionemo_esm.alphabet import encode
+from bionemo_esm.finetuning.config import CONVNET, AdapterConfig, HeadConfig, Parts, ReadingConfig
+from bionemo_esm.finetuning.model_file import MODEL_CLASS, archive_config, extra_tensors
+from bionemo_esm.finetuning.task import CLASSIFICATION, REGRESSION, RESIDUE, SEQUENCE, Task
+from bionemo_esm.inference.inputs import Protein
+from bionemo_esm.model.archive import Archive, write_archive
+from models import tiny_model
+
+LETTERS = Task("secondary_structure", RESIDUE, CLASSIFICATION, "accuracy", ("H", "E", "C"))
+WORDS = Task("disorder", RESIDUE, CLASSIFICATION, "mcc", ("ordered", "disordered"))
+PROFILE = Task("flexibility", RESIDUE, REGRESSION, "spearman", (), 3.0, 2.5)
+PLACES = Task("location", SEQUENCE, CLASSIFICATION, "f1", ("Nucleus", "id", "Cell, membrane", "prediction"))
+NUMBER = Task("melting", SEQUENCE, REGRESSION, "mse", (), 50.0, 8.0)
+TASKS = (LETTERS, WORDS, PROFILE, PLACES, NUMBER)
+LINEAR = HeadConfig()
+CONV = HeadConfig(CONVNET, hidden=4, kernel_size=5)
+READING = ReadingConfig(layer=2, window=100, overlap=40)
+ADAPTERS = AdapterConfig(rank=2, targets=("linear_qkv", "linear_fc2"))
+PROVENANCE = {
+    "base": {"file": "pretrained.nemo", "weights_sha256": "0123456789abcdef" * 4},
+    "validation": {"accuracy": 0.71875},
+}
+PROTEINS = {
+    "ubiquitin": "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG",
+    "one": "M",
+    "long": "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ" * 8,
+    "two": "WK",
+    "crambin": "TTCCPSIVARSNFNVCRLPGTPEALCATYTGCIIIPGATCPGDYAN",
+}
+
+
+def fine_tuned(
+    path: Path,
+    task: Task,
+    head: HeadConfig = LINEAR,
+    reading: ReadingConfig = READING,
+    adapters: AdapterConfig | None = None,
+    precision: str = "32",
+    **sizes: Any,
+) -> Path:
+    """An archive of a fine-tuned tiny model, whose head and adapters have weights far from zero."""
+    return write_archive(path, archive(task, Parts(head, reading, adapters), precision, **sizes))
+
+
+def archive(task: Task, parts: Parts, precision: str = "32", **sizes: Any) -> Archive:
+    model = tiny_model(precision, **sizes)
+    weights = model.archive_weights()
+    config = archive_config(model.encoder_config, precision, 1, task, parts)
+    generator = torch.Generator().manual_seed(7)
+    for name, shape in extra_tensors(config, model.encoder_config).items():
+        weights[name] = (0.1 if "lora" in name else 0.3) * torch.randn(shape, generator=generator)
+    return Archive(MODEL_CLASS, config, weights, {"finetuning": PROVENANCE})
+
+
+def changed(archive: Archive, config: Mapping[str, Any] | None = None, **weights: Any) -> Archive:
+    """The same archive with other values in its configuration, or other tensors; `...` takes one out."""
+    both = (dict(archive.config) | dict(config or {}), dict(archive.weights) | weights)
+    whole, tensors = ({key: value for key, value in each.items() if value is not ...} for each in both)
+    return Archive(archive.model_class, whole, tensors, archive.provenance)
+
+
+def proteins(sequences: Mapping[str, str] = PROTEINS) -> list[Protein]:
+    """Real proteins, and some of one or two residues."""
+    pairs = enumerate(sequences.items(), start=1)
+    return [Protein(name, encode(sequence.encode()), number) for number, (name, sequence) in pairs]
+
+
+def predictor(folder: Path, task: Task, head: HeadConfig = CONV, batch_tokens: int = 200) -> FineTunedPredictor:
+    """The fine-tuned model that it writes into the folder, as `tuned.nemo`."""
+    path = fine_tuned(folder / "tuned.nemo", task, head, adapters=ADAPTERS)
+    return FineTunedPredictor.load(path, "cpu", "32", batch_tokens)
