@@ -11,7 +11,8 @@ from bionemo_esm.finetuning.labelled import Splits
 from bionemo_esm.finetuning.reading import read_splits
 from bionemo_esm.finetuning.tasks import load_data_config, load_task_config
 from bionemo_esm.settings import plain_values
-from runs import ROOT
+
+ROOT = Path(__file__).resolve().parent.parent
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 STRUCTURE = (

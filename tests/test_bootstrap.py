@@ -24,13 +24,13 @@ TASKS = {
 
 
 def labelled(task: Task, proteins: int, runs: int, skill: float = 1.0) -> tuple[list[Targets], list[list[Prediction]]]:
-    """Targets with ties, some unknown, of two proteins none known; runs that are worse one by one."""
+    """Targets with ties, numbers far from zero; some unknown, of two proteins all; runs that are worse one by one."""
     rng = np.random.default_rng(7)
     lengths = rng.integers(1, 30, proteins) if task.is_per_residue else np.ones(proteins, dtype=int)
     if task.is_classification:
         targets = [rng.integers(0, task.outputs, length).astype(np.float32) for length in lengths]
     else:
-        targets = [np.round(rng.normal(200, 1, length), 1).astype(np.float32) for length in lengths]
+        targets = [np.round(rng.normal(1e5, 1, length), 1).astype(np.float32) for length in lengths]
 
     def prediction(target: Targets, run: int) -> Prediction:
         noise = rng.normal(scale=1 + run, size=(len(target), task.outputs))
@@ -125,7 +125,7 @@ def test_what_is_not_defined_has_no_interval() -> None:
         assert all(np.isnan(estimate).all() for estimate in estimates(task, unknown, runs).values())
     task = TASKS["numbers of proteins"]
     targets, runs = labelled(task, 30, 1)
-    constant = [[np.full_like(one, 200.0) for one in runs[0]]]
+    constant = [[np.full_like(one, 1e5) for one in runs[0]]]
     found = estimates(task, targets, constant)
     assert np.isnan(found["spearman"]).all()
     assert np.isnan(found["pearson"]).all()

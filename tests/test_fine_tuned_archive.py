@@ -197,7 +197,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank-without-end": (part("adapters", rank=10**12), "adapters.rank may be up to"),
     "adapters-that-are-not-there": (part("adapters"), "one of the two is not of this model"),
     "adapters-on-nothing": (part("adapters", targets=["linear_zero"]), "lora.targets must be one of"),
-    "endless-encoder": ({"encoder": {"hidden_size": 2**40, "num_attention_heads": 1}}, "one of the two is not"),
+    "endless-encoder": ({"encoder": {"hidden_size": 2**62, "num_attention_heads": 1}}, "one of the two is not"),
 }  # fmt: skip
 
 
@@ -312,7 +312,7 @@ def test_the_card_bears_whatever_stands_where_fine_tuning_is_told(
     told: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = archive(LETTERS, Parts(LINEAR, READING, None))
-    for number, odd in enumerate((LETTERS.to_dict(), {"classes": []}, [], "task", {"classes": {}})):
+    for number, odd in enumerate((LETTERS.to_dict(), {"classes": []}, [], "task", LETTERS.to_dict() | {"classes": 7})):
         path = tmp_path / f"odd{number}.nemo"
         write_archive(
             path, Archive(whole.model_class, {**whole.config, "task": odd}, whole.weights, {"finetuning": told})

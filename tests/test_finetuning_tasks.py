@@ -9,8 +9,7 @@ import pytest
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.finetuning.tasks import DataConfig, SplitConfig, TaskConfig, load_data_config, load_task_config
-from labelled_files import preset
-from runs import ROOT
+from labelled_files import ROOT, preset
 
 TASKS = sorted((ROOT / "conf" / "finetuning" / "task").glob("*.yaml"))
 PUBLISHED = {

@@ -168,7 +168,7 @@ def test_every_rank_has_all_predictions_in_the_order_of_the_set(tmp_path: Path, 
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
         process.kill()
     assert not [path.read_text() for path in tmp_path.glob("error-*")]
     assert len(list(tmp_path.glob("done-*"))) == ranks

@@ -80,7 +80,9 @@ def test_no_prediction_depends_on_what_else_is_asked(
 ) -> None:
     some = [protein._replace(id=f"{protein.id}{copy}") for copy in range(3) for protein in proteins()]
     whole = predictor(tmp_path, task, head, 10_000).predict(some)
-    by_small_batches = predictor(tmp_path, task, head, 60).predict(some)
+    in_small_batches = predictor(tmp_path, task, head, 60)
+    assert in_small_batches.engine.batch_tokens == 60
+    by_small_batches = in_small_batches.predict(some)
     backwards = predictor(tmp_path, task, head).predict(some[::-1])[::-1]
     monkeypatch.setattr(predicting, "_GROUP_BYTES", 4 * 32 * 100)
     in_groups = predictor(tmp_path, task, head).predict(some)

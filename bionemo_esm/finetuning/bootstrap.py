@@ -44,7 +44,11 @@ class Estimate(NamedTuple):
 def estimates(
     task: Task, targets: Sequence[Targets], runs: Runs, resamples: int = RESAMPLES, seed: int = 1
 ) -> dict[str, Estimate]:
-    """Each metric of the task, of one or more training runs on the same proteins."""
+    """Each metric of the task, of one or more training runs on the same proteins.
+
+    A resample in which a metric is not defined (MCC, when all proteins drawn are of one class) is left out of its
+    interval.
+    """
     of_runs = [scores(task, targets, run) for run in runs]
     drawn = _resampled(task, targets, runs, resamples, seed)
     found = {}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from bionemo_esm.finetuning.bootstrap import differences, estimates
-from bionemo_esm.finetuning.composition import composition_predictions
+from bionemo_esm.finetuning.composition import fitted_composition
 from bionemo_esm.finetuning.config import FROZEN, LINEAR, MEAN, MLP, ReadingConfig
 from bionemo_esm.finetuning.features import FeatureCache, Moments, OneHot, StoredFeatures, moments
 from bionemo_esm.finetuning.fit import FitPlan, Fitted, Sources, fit
@@ -36,7 +36,7 @@ from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.encoder import ESMEncoder
-from bionemo_esm.model.parallel import destroy_groups, ensure_groups
+from bionemo_esm.model.parallel import data_parallel_size, destroy_groups, ensure_groups
 from bionemo_esm.screen import RESIDUES, Meter, Screen, duration, is_rank_zero
 
 PRETRAINED = "pretrained"
@@ -82,9 +82,10 @@ class Comparison:
             found.append(self._way("untrained", f"random weights, {self.config.tuning.mode}"))
         if COMPOSITION in self.config.baselines:
             self.screen.say("  composition")
-            known = [composition_predictions(self.splits, proteins) for proteins in self._sets()]
-            test = [known[2]] if self.test else []
-            found.append(Way("composition", "amino-acid composition, linear", [known[1]], test))
+            predict = fitted_composition(self.splits)
+            test = [predict(self.test)] if self.test else []
+            validation = predict(self.splits.validation.proteins)
+            found.append(Way("composition", "amino-acid composition, linear", [validation], test))
         return found
 
     def _sets(self) -> tuple[Sequence[Protein], Sequence[Protein], Sequence[Protein]]:
@@ -93,6 +94,8 @@ class Comparison:
     def _way(self, name: str, description: str) -> Way:
         way = Way(name, description)
         sources, standard = self._sources(name)
+        if self.config.trainer.ranks > 1 and data_parallel_size() == 1:
+            destroy_groups()  # an encoder's, of this process alone; the first trainer brings up those of all
         for seed in self.config.seeds:
             fitted = fit(self._plan(name, seed, sources, standard), self.screen)
             way.fitted.append(fitted)

@@ -22,15 +22,20 @@ from bionemo_esm.finetuning.task import Prediction, Task
 from bionemo_esm.inference.inputs import Protein
 
 Floats = NDArray[np.float64]
+Predict = Callable[[Sequence[Protein]], list[Prediction]]
 INVERSE_PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)  # scikit-learn's C of a logistic regression; 1 / C is a ridge's alpha
 _MANY_CLASSES = 100  # from which on the penalty is not chosen: a fit takes long, and there is little to choose
 _STEPS, _STEPS_OF_MANY = 1000, 50  # of L-BFGS, at most; what it has come to by then is the answer
 
 
+def fitted_composition(splits: Splits) -> Predict:
+    """What the composition says, fitted on the training set; shapes and units as `Prediction` has them."""
+    return _per_residue(splits) if splits.task.is_per_residue else _per_protein(splits)
+
+
 def composition_predictions(splits: Splits, proteins: Sequence[Protein]) -> list[Prediction]:
-    """For each protein what its composition says, fitted on the training set; shapes as `Prediction` has them."""
-    predict = _per_residue(splits) if splits.task.is_per_residue else _per_protein(splits)
-    return predict(proteins)
+    """What `fitted_composition` says of some proteins; for several sets, fit once."""
+    return fitted_composition(splits)(proteins)
 
 
 def composition(proteins: Sequence[Protein]) -> Floats:
@@ -41,9 +46,6 @@ def composition(proteins: Sequence[Protein]) -> Floats:
         row[:-1] = counts[FIRST_RESIDUE_ID : FIRST_RESIDUE_ID + NUM_STANDARD_RESIDUES] / protein.residues
         row[-1] = np.log(protein.residues)
     return found
-
-
-Predict = Callable[[Sequence[Protein]], list[Prediction]]
 
 
 def _per_residue(splits: Splits) -> Predict:

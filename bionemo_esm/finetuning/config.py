@@ -45,6 +45,14 @@ class HeadConfig:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"head.dropout must lie in [0, 1), not {self.dropout}")
 
+    def check_for(self, task: str, per_residue: bool) -> None:
+        """Raises `ConfigError` for a head that such a task cannot have."""
+        if self.kind == ATTENTION and per_residue:
+            raise ConfigError(
+                f"head.kind {ATTENTION} weighs the residues of a protein, and {task} asks about each of them; "
+                f"take {LINEAR}, {MLP} or {CONVNET}"
+            )
+
 
 @dataclass(frozen=True)
 class AdapterConfig:

@@ -118,7 +118,7 @@ class FeatureCache:
         if not path.exists():
             self._compute(path, load(), distinct, reading, pooled, int(starts[-1]), answered)
         places = np.array([place_of[text] for text in texts], dtype=np.int64)
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
+        table = np.load(path, mmap_mode="r")
         return StoredFeatures(table, starts[places], sizes[places])
 
     def _compute(

@@ -250,7 +250,7 @@ def _predicted(model: ESMFineTunedModel, plan: FitPlan) -> list[Prediction]:
     for index in range(len(batches)):
         batch = batches[index].to(model.device)
         own += zip(batch.numbers.tolist(), model.predictions(batch), strict=True)
-    return gathered(own, len(plan.test))
+    return gathered(own, len(plan.test), model.device)
 
 
 # --- on disk ----------------------------------------------------------------------------------------------------------

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu
 
-from bionemo_esm.errors import ConfigError
-from bionemo_esm.finetuning.config import ATTENTION, CONVNET, LINEAR, MAX, MEAN, MLP, HeadConfig
+from bionemo_esm.finetuning.config import ATTENTION, LINEAR, MAX, MEAN, MLP, HeadConfig
 from bionemo_esm.finetuning.segments import Segments
 from bionemo_esm.finetuning.task import Task
-
 
 SMALLEST_DEVIATION = 1e-6
 """Of a feature that is taken to differ between residues."""
@@ -54,18 +52,9 @@ class Head(nn.Module):
         raise NotImplementedError
 
 
-def check_head(config: HeadConfig, task: Task) -> None:
-    """Raises `ConfigError` for a head that such a task cannot have."""
-    if config.kind == ATTENTION and task.is_per_residue:
-        raise ConfigError(
-            f"head.kind {ATTENTION} weighs the residues of a protein, and {task.name} asks about each of them; "
-            f"take {LINEAR}, {MLP} or {CONVNET}"
-        )
-
-
 def build_head(config: HeadConfig, task: Task, features: int) -> Head:
     """A head for features [R, `features`], its weights drawn from PyTorch's generator. Raises `ConfigError`."""
-    check_head(config, task)
+    config.check_for(task.name, task.is_per_residue)
     per_residue = task.is_per_residue
     if config.kind == LINEAR:
         return LinearHead(config, features, task.outputs, per_residue)
@@ -124,7 +113,7 @@ class PackedConvolution(nn.Conv1d):
         slices_FKH = self.weight.permute(1, 2, 0)
         parts_RKH = (rows_RF @ slices_FKH.flatten(1)).unflatten(1, slices_FKH.shape[1:])
         parts_RH = parts_RKH.unbind(1)
-        sum_RH = parts_RH[reach] if self.bias is None else parts_RH[reach] + self.bias
+        sum_RH: Tensor = parts_RH[reach] if self.bias is None else parts_RH[reach] + self.bias
         for offset in (*range(-reach, 0), *range(1, reach + 1)):
             neighbours_RH = parts_RH[reach + offset].roll(-offset, 0)
             sum_RH = sum_RH + neighbours_RH.where(segments.has_neighbour(offset)[:, None], 0.0)

@@ -26,6 +26,7 @@ from bionemo_esm.finetuning.config import Parts, TuningConfig
 from bionemo_esm.finetuning.features import Moments
 from bionemo_esm.finetuning.heads import Head, build_head
 from bionemo_esm.finetuning.metrics import gathered, scores
+from bionemo_esm.finetuning.predicting import in_own_unit
 from bionemo_esm.finetuning.rates import parameter_groups, set_trainable
 from bionemo_esm.finetuning.task import Prediction, Targets, Task
 from bionemo_esm.model.archive import ArchiveFile
@@ -137,11 +138,7 @@ class ESMFineTunedModel(ModelPT):
         """Of each protein, on the CPU: probabilities, or numbers in the target's unit."""
         if not len(batch.numbers):
             return []
-        answers = self(batch)
-        if self.task.is_classification:
-            told = answers.softmax(dim=-1)
-        else:
-            told = answers * self.task.target_scale + self.task.target_mean
+        told = in_own_unit(self.task, self(batch))
         rows = torch.diff(batch.bounds).tolist() if self.task.is_per_residue else [1] * len(batch.numbers)
         return [part.numpy() for part in told.cpu().split(rows)]
 
@@ -198,8 +195,8 @@ class ESMFineTunedModel(ModelPT):
             self.load_trained(self.resumed)
         config = self.tuning
         groups = parameter_groups(
-            self.masters.masters.items(), self.encoder_config.num_layers, config.encoder_lr, config.lr,
-            config.layer_decay, config.weight_decay,
+            self.masters.masters.items(), self.parts.reading.layer, config.encoder_lr, config.lr, config.layer_decay,
+            config.weight_decay,
         )  # fmt: skip
         optimizer = self.backends.adam(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
         if self.resumed_optimizer is not None:
@@ -220,7 +217,7 @@ class ESMFineTunedModel(ModelPT):
     def on_validation_epoch_end(self) -> None:  # type: ignore[override]
         """Every rank has all predictions, whoever made them, and comes to the same scores."""
         labelled = self._validation.collator.labelled
-        self.last_predictions = gathered(self._answers, len(labelled))
+        self.last_predictions = gathered(self._answers, len(labelled), self.device)
         self.last_scores = scores(self.task, labelled.targets, self.last_predictions)
 
     # --- data, as NeMo and Lightning ask for them -------------------------------------------------------------------

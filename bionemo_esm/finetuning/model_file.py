@@ -8,6 +8,7 @@ the encoder's, as in a pretrained archive, then `head.*`, and where adapters wer
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,9 @@ def extra_tensors(config: Mapping[str, Any], sizes: EncoderConfig) -> dict[str, 
     shapes = head_shapes(parts.head, task, sizes.hidden_size).items()
     found = {_HEAD + name: tuple(shape) for name, shape in shapes}
     if parts.adapters is not None:
-        from bionemo_esm.finetuning.adapters import adapter_shapes
+        with warnings.catch_warnings():  # of Megatron, where neither Apex nor Transformer Engine is installed
+            warnings.simplefilter("ignore")
+            from bionemo_esm.finetuning.adapters import adapter_shapes
 
         adapters = adapter_shapes(parts.adapters, sizes).items()
         found |= {f"encoder.{name}": tuple(shape) for name, shape in adapters}

@@ -53,6 +53,11 @@ class TrainerConfig:
             if getattr(self, key) < 1:
                 raise ConfigError(f"trainer.{key} must be at least 1, not {getattr(self, key)}")
 
+    @property
+    def ranks(self) -> int:
+        """Processes that train together."""
+        return self.devices * self.num_nodes
+
 
 @dataclass(frozen=True)
 class ReadingChoice:
@@ -97,15 +102,14 @@ class FinetuneConfig:
                 raise ConfigError(f"baselines are {', '.join(BASELINES)}, not {name!r}")
         if self.resamples < 2:
             raise ConfigError(f"resamples must be at least 2, not {self.resamples}")
-        if self.head.kind == ATTENTION and self.task.is_per_residue:
-            raise ConfigError(
-                f"head.kind={ATTENTION} gives one answer a protein, and {self.task.name} asks per residue"
-            )
+        self.head.check_for(self.task.name, self.task.is_per_residue)
 
     def parts(self, model: ModelSizes) -> Parts:
         """Of the model that is fitted. Raises `ConfigError`."""
-        adapters = self.lora if self.tuning.mode == LORA else None
-        return Parts(self.head, self.reading.resolved(model), adapters)
+        reading = self.reading.resolved(model)
+        if self.tuning.mode == LORA and reading.layer == 0:
+            raise ConfigError(f"tuning.mode={LORA} adapts blocks, and reading.layer=0 lies before all of them")
+        return Parts(self.head, reading, self.lora if self.tuning.mode == LORA else None)
 
     @property
     def is_frozen(self) -> bool:

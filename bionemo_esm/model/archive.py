@@ -40,7 +40,7 @@ CONFIG, WEIGHTS, MANIFEST = "model_config.yaml", "model_weights.safetensors", "m
 STATE, STATE_TENSORS = "state.json", "state.safetensors"
 FORMAT_VERSION = 2
 _MODEL, _TRAINING = (CONFIG, MANIFEST, WEIGHTS), (STATE, STATE_TENSORS)
-_SIZE_LIMITS = {CONFIG: 1 << 14, MANIFEST: 1 << 20, WEIGHTS: 1 << 38, STATE: 1 << 20, STATE_TENSORS: 1 << 40}
+_SIZE_LIMITS = {CONFIG: 1 << 16, MANIFEST: 1 << 20, WEIGHTS: 1 << 38, STATE: 1 << 20, STATE_TENSORS: 1 << 40}
 """Bytes; no honest member comes near, and a hostile one cannot keep a parser busy."""
 _WEIGHT_DTYPES = ("F32", "BF16")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch import distributed
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -58,6 +59,7 @@ class MegatronStrategy(DDPStrategy):
             super().setup_distributed()
         ensure_groups(self.tensor_model_parallel_size, self._collective_timeout)
         self._owns_groups = not self._leave_groups_up
+        assert distributed.get_world_size() == self.num_processes * self.num_nodes, "another world was up before"
         assert tensor_parallel_size() == self.tensor_model_parallel_size, "other groups were up in this process before"
 
     def setup(self, trainer: Trainer) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveError, ArchiveFile
+from bionemo_esm.model.consistency import extension_of
 from bionemo_esm.model.config import LEARNED, EncoderConfig
 from bionemo_esm.model.interchange.route import Kind, kind_of
 from bionemo_esm.settings import boolean
@@ -110,7 +111,10 @@ def _file(restore_from: Path | None, continue_from: Path | None, is_needed: bool
             raise ConfigError(f"restore_from_path: {advice}")
         if not restore_from.is_file():
             raise ConfigError(f"restore_from_path: {restore_from} is not a file; name a .nemo")
-        return ArchiveFile.open(restore_from)
+        file = ArchiveFile.open(restore_from)
+        if extension_of(file) is not None:
+            raise ConfigError(f"restore_from_path: {restore_from} is a fine-tuned model; name the pretrained .nemo")
+        return file
     if restore_from is None and continue_from is not None:
         try:
             return newest_archive(continue_from)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ _NOTABLE_DATA_WAIT, _NOTABLE_EXCESS = 0.05, 0.1  # of a step, and over the media
 
 
 class History(Callback):
-    """Appends what happened to `metrics.jsonl`: a line every n steps, and one for each validation.
+    """Appends what happened to `metrics.jsonl`: a line every n steps, and one for each validation and each probe.
 
     A run that goes on from a checkpoint drops the lines past it first, so the file reads like that of an unbroken run.
     """
@@ -49,9 +49,9 @@ class History(Callback):
         self._first_step = trainer.global_step
 
     def on_initial_validation_end(self, trainer: Trainer, pl_module: ESM1nvModel) -> None:
-        """As `on_validation_end`; what it took says nothing of how long the rest will."""
+        """As `on_validation_end`, before the first step."""
         self.on_validation_end(trainer, pl_module)
-        self._started = time.monotonic()
+        self.begin()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, ESM1nvModel) and pl_module.last_step is not None
@@ -104,6 +104,16 @@ class History(Callback):
             residues=result.residues,
         )
 
+    def on_probe_end(self, trainer: Trainer, found: Mapping[str, Any] | None) -> None:
+        """What a probe found, if it was not broken off; the time it took is no step's."""
+        self._lap()
+        if found is not None:
+            self._append(trainer, kind="probe", **found)
+
+    def begin(self) -> None:
+        """The first step begins now: what came before says nothing of how long the rest will take."""
+        self._started = time.monotonic()
+
     @staticmethod
     def _precedes(line: dict[str, Any], trainer: Trainer) -> bool:
         """Whether a line lies before what training does next: where a validation was due, Lightning repeats it."""
@@ -141,6 +151,12 @@ def initial_validation(path: Path) -> Evaluation | None:
         if line["kind"] == "validation" and line["step"] == 0:
             return Evaluation(line["loss"], line["accuracy"], line["residues"])
     return None
+
+
+def last_probe(path: Path) -> dict[str, Any] | None:
+    """What the last probe found, from a `metrics.jsonl`: step, task, metric and scores; None where there was none."""
+    lines = [line for line in read_history(path) if line["kind"] == "probe"]
+    return {key: value for key, value in lines[-1].items() if key not in ("kind", "seconds")} if lines else None
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

@@ -20,13 +20,15 @@ from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation
 from bionemo_esm.model.strategy import MegatronStrategy
 from bionemo_esm.screen import Screen
 from bionemo_esm.training.background import BackgroundWriter
-from bionemo_esm.training.callbacks import History, InitialValidation, Progress, initial_validation
+from bionemo_esm.training.callbacks import History, InitialValidation, Progress, initial_validation, last_probe
 from bionemo_esm.training.checkpoint_averaging import CheckpointAveraging
 from bionemo_esm.training.checkpoints import Checkpoints, SafeCheckpointIO
 from bionemo_esm.training.hangs import HangWatch, collective_timeout
 from bionemo_esm.training.measurements import Gauges, device_name
 from bionemo_esm.training.muster import Muster, slurm_environment
 from bionemo_esm.training.prepared import PreparedRun
+from bionemo_esm.training.probe import Probe, ProbeAtStart
+from bionemo_esm.training.probe_config import ProbeSet
 from bionemo_esm.training.recipe import Recipe, TrainerConfig
 from bionemo_esm.training.resiliency import resiliency_callbacks
 from bionemo_esm.training.starting import Start, choose_start
@@ -46,6 +48,7 @@ class FitResult:
     best_checkpoint: Path | None  # the one with the lowest validation loss
     seconds: float  # of training and validation, earlier sessions of the run included
     initial: Evaluation | None  # before the first step; None where the run did not start from weights
+    probe: dict[str, Any] | None  # what the last one found: `last_probe`
     measured: dict[str, float]  # over the last logging interval: `Measurements`
     resumed_from_step: int
     first_step: int  # over 0 where the run continues another
@@ -70,12 +73,15 @@ def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
     if saving.average_last:
         averaging = CheckpointAveraging(folder / "averaging", saving.average_last, saving.every_n_train_steps, writer)
     progress = Progress(screen, history, run.unigram_perplexity)
-    callbacks: list[Callback] = [watch, history, progress]  # first: on record, then saved
+    probe = None if run.probe is None else _probe(run, run.probe, signals, watch, history, screen)
+    callbacks: list[Callback] = [watch, history, progress, *([probe] if probe else [])]  # first: on record, then saved
     callbacks += [*([averaging] if averaging else []), checkpoints]
     if recipe.restore_from_path is not None and start.checkpoint is None:
         limit = recipe.trainer.limit_val_batches
         initial = InitialValidation(limit, checkpoints.must_stop, watch, history, progress)
         callbacks.append(initial)  # last: all others are ready
+    if probe is not None:
+        callbacks.append(ProbeAtStart(probe))
     trainer = _trainer(recipe.trainer, callbacks, SafeCheckpointIO(writer), gauges.data_wait)
     _start_experiment(trainer, recipe, folder)
     theirs = resiliency_callbacks(trainer.strategy.root_device.type, folder)
@@ -101,6 +107,7 @@ def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
         best_checkpoint=best if best and best.is_file() else None,
         seconds=history.seconds,
         initial=initial_validation(history.path),
+        probe=last_probe(history.path),
         measured=gauges.latest.known() if gauges.latest else {},
         resumed_from_step=start.steps,
         first_step=start.first_step,
@@ -108,6 +115,15 @@ def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
         precision=PRECISION_NAMES[dtype],
         device_name=device_name(trainer.strategy.root_device),
     )
+
+
+def _probe(
+    run: PreparedRun, probed: ProbeSet, signals: StopSignals, watch: HangWatch, history: History, screen: Screen
+) -> Probe:
+    """With at most as many tokens at a time as training may have, which also keeps what it needs for gradients."""
+    data, longest = run.recipe.data, run.recipe.model.seq_length
+    most_tokens = data.micro_batch_tokens or (data.micro_batch_size or 1) * longest
+    return Probe(probed, most_tokens, signals, watch, history, screen)
 
 
 def _start_to_tell(run: PreparedRun, screen: Screen) -> dict[str, Any]:

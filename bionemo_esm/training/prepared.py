@@ -12,6 +12,7 @@ from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore, SequenceSplit, s
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.config import INVERSE_SQUARE_ROOT
+from bionemo_esm.training.probe_config import ProbeSet, read_probe
 from bionemo_esm.training.proteins import describe_source
 from bionemo_esm.training.recipe import Recipe
 
@@ -28,6 +29,7 @@ class PreparedRun:
     stream: TrainingStream
     validation: ValidationBatches
     unigram_perplexity: float  # of the validation targets, under the residue frequencies of the training split
+    probe: ProbeSet | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, folder: Path, store: ProteinStore) -> PreparedRun:
@@ -40,7 +42,8 @@ class PreparedRun:
         unigram = unigram_perplexity(reader.split, validation)
         if math.isnan(unigram):
             raise ConfigError("no residue of the validation set is masked; raise data.validation_sequences")
-        return cls(recipe, folder, store, stream, validation, unigram)
+        probe = None if recipe.probe is None else read_probe(recipe.probe, recipe.model)
+        return cls(recipe, folder, store, stream, validation, unigram, probe)
 
     @property
     def train(self) -> SequenceSplit:
@@ -98,6 +101,8 @@ class PreparedRun:
             "fused": backends,
             "results": f"{short(self.folder)} (messages of other libraries: {short(self.folder / OUTPUT_LOG)})",
         }
+        if self.probe is not None:
+            lines["probe"] = self.probe.describe()
         if recipe.restore_from_path is not None and not resumed_from_step:
             lines["start"] = f"from the weights of {recipe.restore_from_path}"
         if (departure := recipe.departure()) is not None:

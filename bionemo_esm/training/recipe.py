@@ -22,11 +22,12 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import SCHEDULES, EncoderConfig, OptimConfig
 from bionemo_esm.settings import boolean, integer, known, number, path, plain_values, typed
 from bionemo_esm.training.architecture import find_architecture
+from bionemo_esm.training.probe_config import ProbeConfig, load_probe_config
 
 ACCELERATORS = ("cpu", "gpu")
 _OPTIM_KEYS = ("name", "lr", "betas", "eps", "weight_decay", "max_skipped_steps", "skip_loss_above", "sched")
 _TOP_KEYS = {"name", "seed", "restore_from_path", "continue_from_path", "published", "plan"}
-_TOP_KEYS |= {"model", "data", "optim", "trainer", "exp_manager"}
+_TOP_KEYS |= {"model", "data", "optim", "trainer", "exp_manager", "probe"}
 _BATCH_KEYS = ("micro_batch_size", "micro_batch_tokens", "global_batch_size", "global_batch_tokens")
 _SCHEDULE_KEYS = ("name", "warmup_steps", "warmup_ratio", "constant_steps", "min_lr", "max_steps")
 
@@ -187,6 +188,7 @@ class Recipe:
     optim: OptimConfig
     trainer: TrainerConfig
     exp_manager: ExperimentConfig
+    probe: ProbeConfig | None = None
     restored_sha256: str | None = None  # of the weights in restore_from_path; None: not set, or no such file
 
     def __post_init__(self) -> None:
@@ -347,6 +349,7 @@ def load_recipe(cfg: DictConfig) -> Recipe:
         optim=_optim(top["optim"], trainer),
         trainer=trainer,
         exp_manager=_experiment(top["exp_manager"]),
+        probe=load_probe_config(top.get("probe")),
         restored_sha256=architecture.weights_sha256,
     )
 

@@ -90,6 +90,8 @@ class _Run(NamedTuple):
     train: dict[str, FloatArray]
     validation: dict[str, FloatArray]
     summary: dict[str, Any]
+    probe: dict[str, FloatArray]
+    probe_name: str  # its task and metric
     perplexity: float  # of validation; this and the next are NaN where the summary has none
     unigram_perplexity: float
     accuracy: float
@@ -115,9 +117,22 @@ def _read_run(folder: Path) -> _Run:
     train = _columns(records, "train", ("loss", "learning_rate", "residues_per_second"))
     validation = _columns(records, "validation", ("perplexity",))
     scores = ("validation_perplexity", "unigram_perplexity", "masked_accuracy", "initial_validation_perplexity")
-    run = _Run(train, validation, summary, *[_number(summary, key, where) for key in scores])
+    probe = _probe_of(records)
+    run = _Run(train, validation, summary, *probe, *[_number(summary, key, where) for key in scores])
     same_questions = summary.get("initial_masked_residues") == summary.get("masked_residues")
     return run if same_questions else run._replace(initial_perplexity=math.nan)
+
+
+def _probe_of(records: dict[str, dict[str, Any]]) -> tuple[dict[str, FloatArray], str]:
+    """Steps and scores of the probe that came last, and its task and metric."""
+
+    def name(record: dict[str, Any]) -> str:
+        return _plain(f"{record.get('task')} {record.get('metric')}")
+
+    probes = {where: record for where, record in records.items() if record.get("kind") == "probe"}
+    last = name(list(probes.values())[-1]) if probes else ""
+    same = {where: record for where, record in probes.items() if name(record) == last}
+    return _columns(same, "probe", ("score", "one_hot")), last
 
 
 def _objects(path: Path) -> dict[str, dict[str, Any]]:
@@ -182,8 +197,11 @@ def _draw(run: _Run) -> tuple[str, bytes]:
         _loss_panel(panels[0, 0], run.train["step"], run.train["loss"])
         _validation_panel(panels[0, 1], run)
         _rate_panel(panels[1, 0], run.train["step"], run.train["learning_rate"])
-        _throughput_panel(panels[1, 1], run.train["step"], run.train["residues_per_second"])
-        panels[0, 0].set_xlim(0, max([1.0, *run.train["step"], *run.validation["step"]]))
+        if run.probe["step"].size:  # the page has the throughput, too
+            _probe_panel(panels[1, 1], run)
+        else:
+            _throughput_panel(panels[1, 1], run.train["step"], run.train["residues_per_second"])
+        panels[0, 0].set_xlim(0, max([1.0, *run.train["step"], *run.validation["step"], *run.probe["step"]]))
         panels[0, 0].xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         panels[0, 0].xaxis.set_major_formatter(EngFormatter(sep=""))
         for panel in panels[1]:
@@ -228,6 +246,17 @@ def _rate_panel(axes: Any, step: FloatArray, rate: FloatArray) -> None:
     unit = "×10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     if _curve(axes, "Learning rate", f"{unit}, peak {peak / 10.0**power:.3g}", step, rate / 10.0**power):
         axes.set_ylim(0, peak / 10.0**power * 1.12 or 1.0)
+
+
+def _probe_panel(axes: Any, run: _Run) -> None:
+    step, score, base = run.probe["step"], run.probe["score"], run.probe["one_hot"]
+    if _curve(axes, "Probe", f"{run.probe_name}, a linear head on the states", step, score):
+        last = np.flatnonzero(np.isfinite(score))[-1]
+        axes.annotate(f"{score[last]:.3g}", (step[last], score[last]), **LABEL)
+        if np.isfinite(base[-1]):
+            axes.axhline(base[-1], color=MARK, linewidth=1.3, linestyle=(0, (5, 3)))
+            style = {"color": MARK, "ha": "right", "va": "top", "xycoords": axes.get_yaxis_transform()}
+            axes.annotate(f"one-hot ({base[-1]:.3g})", (1, base[-1]), (-2, -4), textcoords="offset points", **style)
 
 
 def _throughput_panel(axes: Any, step: FloatArray, rate: FloatArray) -> None:

@@ -8,6 +8,7 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.backends import parameter_dtype
 from bionemo_esm.training.architecture import check_that_it_is_the_archives, how_to_bring
 from bionemo_esm.training.origin import find_origin
+from bionemo_esm.training.probe_config import read_probe
 from bionemo_esm.training.recipe import Recipe, TrainerConfig
 from bionemo_esm.training.storage import Storage, free_space
 
@@ -18,7 +19,7 @@ def check_requirements(recipe: Recipe, launched: int | None = None) -> None:
     """Raises `ConfigError` with everything that is missing here, in one message, or for a start that does not fit.
 
     launched: processes that torchrun or Slurm started together, if they did. An archive to start from that is damaged
-    raises `ArchiveError`.
+    raises `ArchiveError`; labels of a probe, another `UserError`.
     """
     parameter_dtype(recipe.trainer.precision, "cpu")
     missing = [
@@ -38,6 +39,8 @@ def check_requirements(recipe: Recipe, launched: int | None = None) -> None:
         check_that_it_is_the_archives(recipe.model, recipe.restore_from_path)
     if not _has_checkpoints(recipe):
         find_origin(recipe)
+    if recipe.probe is not None:
+        read_probe(recipe.probe, recipe.model)  # a label that is wrong is told before a store is built
 
 
 def _missing_processes(trainer: TrainerConfig, launched: int | None) -> list[str]:

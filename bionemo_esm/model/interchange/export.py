@@ -23,7 +23,7 @@ from bionemo_esm.alphabet import EOS_ID, MASK_ID, PAD_ID, TOKEN_IDS, TOKENS, VOC
 from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile
 from bionemo_esm.model.card import ArchiveCard
 from bionemo_esm.model.config import LEARNED, EncoderConfig
-from bionemo_esm.model.consistency import check_sizes
+from bionemo_esm.model.consistency import check_sizes, extension_of
 from bionemo_esm.model.container import Member, quoted, written_whole
 from bionemo_esm.model.interchange.dialects import HUGGING_FACE
 from bionemo_esm.model.interchange.model_card import model_card
@@ -67,6 +67,10 @@ def export_hugging_face(
     weights, or one tensor. Raises `InterchangeError`, and `ArchiveError` for a damaged archive or a disk that does not
     take it.
     """
+    if extension_of(file) is not None:
+        raise InterchangeError(
+            f"{file.path}: is a fine-tuned model, whose head Hugging Face's ESM has no place for; give a pretrained one"
+        )
     config, precision = check_sizes(file), precision or str(file.config["precision"])
     total = file.sections[WEIGHTS].size
     check_absent("target", folder)
