@@ -36,6 +36,8 @@ USAGE = f"""bionemo-esm {__version__}: protein language models
                                                                      a contact head from a few structures
   bionemo-esm contacts model=x_contacts.nemo input=proteins.fasta output=contacts
                                                                      which residues touch, with pictures
+  bionemo-esm finetune task=secondary_structure restore_from_path=x.nemo data.download=flip output=structure
+                                                                     a task learned: FLIP's, TAPE's, or your own
   bionemo-esm predict model=finetuned.nemo input=proteins.fasta output=predictions.csv
                                                                      what a fine-tuned model says of proteins
   bionemo-esm doctor                                                 whether this machine can train, and what is missing
@@ -52,6 +54,7 @@ _CONFIGURED = {  # where the function is that runs a job
     "score": ("bionemo_esm.inference.variants.job", "main"),
     "contacts": ("bionemo_esm.inference.contacts.job", "main"),
     "fit-contacts": ("bionemo_esm.inference.contacts.fit_job", "main"),
+    "finetune": ("bionemo_esm.finetuning.job", "main"),
     "predict": ("bionemo_esm.finetuning.predict_job", "main"),
 }
 

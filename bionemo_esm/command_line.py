@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -30,6 +31,7 @@ _HYDRAS_FLAGS = (
 )
 _SWEEPS = r"(-m|--multirun)$|\+{0,2}hydra\.mode=(?i:multirun)"
 _HELP = ("--help", "-h")
+_MUST_BE_CHOSEN = "???"
 
 
 def check_command_line(config_name: str, part: str = "") -> None:
@@ -50,7 +52,10 @@ def check_command_line(config_name: str, part: str = "") -> None:
 
 
 def help_text(config_name: str, part: str = "") -> str:
-    """What the files of a configuration say: its header, and all keys with their comments; "" where it has groups."""
+    """What the files of a configuration say: its header, and all keys with their comments.
+
+    Of a group that must be chosen, its members and the keys of `custom`; "" where there are groups of another kind.
+    """
     folder = config_directory(part)
     parts = [config_name]
     blocks: list[str] = []
@@ -58,17 +63,32 @@ def help_text(config_name: str, part: str = "") -> str:
         name = parts.pop(0)
         text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
         defaults = [each for each in yaml.safe_load(text)["defaults"] if each != "_self_"]
-        if any(not isinstance(each, str) and not next(iter(each)).startswith("override hydra/") for each in defaults):
+        groups = [next(iter(each.items())) for each in defaults if not isinstance(each, str)]
+        groups = [(group, chosen) for group, chosen in groups if not group.startswith("override hydra/")]
+        if any(chosen != _MUST_BE_CHOSEN for _, chosen in groups):
             return ""
         parts += [each for each in defaults if isinstance(each, str)]
+        chosen_ones = [_group_help(folder / group) for group, _ in groups]
         text = re.sub(r"^(defaults|hydra):\n(?:[ -].*\n)+", "", text, flags=re.MULTILINE)  # Hydra's business
         header = re.match(r"(?:#.*\n)*", text)
         assert header is not None
         if not blocks:
             blocks.append(re.sub(r"^# ?", "", header[0], flags=re.MULTILINE))
             blocks.append("Keys and what they are unless you say otherwise; ??? must be given:\n")
-        blocks.append(text[header.end() :])
+        blocks += [*chosen_ones, text[header.end() :]]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(block.strip("\n") + "\n" for block in blocks))
+
+
+def _group_help(folder: Path) -> str:
+    """The members of a group, and the keys that `custom` leaves to whoever chooses it."""
+    names = ", ".join(_members(folder))
+    text = (folder / "custom.yaml").read_text(encoding="utf-8")
+    keys = re.sub(r"^(?:#.*\n|\n)*", "", text)
+    return f"{folder.name}: ???  # {names}; of custom:\n" + re.sub(r"^(?=.)", "  ", keys, flags=re.MULTILINE)
+
+
+def _members(folder: Path) -> list[str]:
+    return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
 def _as_called(text: str) -> str:
@@ -96,29 +116,43 @@ def _check(config_name: str, part: str, arguments: list[str]) -> int:
         try:
             compose(config_name, overrides=arguments)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_explained(config_name, arguments, error)) from error
+            raise ConfigError(_explained(config_name, config_directory(part), arguments, error)) from error
     return 0
 
 
-def _explained(config_name: str, arguments: list[str], error: Exception) -> str:
+def _explained(config_name: str, folder: Path, arguments: list[str], error: Exception) -> str:
     """In one line: which argument it is, and what may have been meant."""
     text, override = str(error), getattr(error, "override", None)
     first = next(line for line in text.splitlines() if line.strip()).rstrip(".:")
+    if missing := re.match(r"You must specify '(\w+)'", first):
+        return _without_group(config_name, folder, arguments, missing[1])
     if names := _choices(text):
         return first.removeprefix(f"In '{config_name}': ") + names
     if isinstance(override, str):
         key, _, value = override.partition("=")
         quoted = shlex.quote(f'{key}="{value}"')
         return f"{override} cannot be read as key=value ({first}); give it with quotes within quotes: {quoted}"
-    return _misspelt(config_name, arguments, text) or first
+    return _misspelt(config_name, folder, arguments, text) or first
 
 
-def _misspelt(config_name: str, arguments: list[str], text: str) -> str | None:
+def _without_group(config_name: str, folder: Path, arguments: list[str], group: str) -> str:
+    """That a group must be chosen; or what else is wrong, which would be so whatever is chosen."""
+    chosen = [*arguments, f"{group}=custom"]
+    try:
+        compose(config_name, overrides=chosen)
+    except (HydraException, OmegaConfBaseException) as error:
+        return _explained(config_name, folder, chosen, error)
+    return f"{group} must be given: {group}=NAME; there are {', '.join(_members(folder / group))}"
+
+
+def _misspelt(config_name: str, folder: Path, arguments: list[str], text: str) -> str | None:
+    choices = [argument for argument in arguments if (folder / argument.split("=")[0]).is_dir()]
     for argument in arguments:
         key = argument.lstrip("+~").split("=")[0]
         if f"'{key}'" not in text:
             continue
-        close = difflib.get_close_matches(key, list(_keys("", OmegaConf.to_container(compose(config_name)))), 1, 0.7)
+        whole = list(_keys("", OmegaConf.to_container(compose(config_name, overrides=choices))))
+        close = difflib.get_close_matches(key, whole, 1, 0.7)
         return f"{key} is not a key; " + (f"did you mean {close[0]}?" if close else "--help lists every key")
     return None
 

@@ -150,12 +150,15 @@ def sigterm_as_exit(message: str) -> Iterator[None]:
     """SIGTERM, which a scheduler sends when time is up, clears up as Ctrl-C does, and exits with 143."""
 
     def end(number: int, frame: object) -> NoReturn:
-        print(f"\n{message}", file=sys.stderr)  # noqa: T201
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except SystemExit as stop:
+        if stop.code == 128 + signal.SIGTERM:
+            print(f"\n{message}", file=sys.stderr)  # noqa: T201
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -66,6 +66,8 @@ HELP = {  # of each command a key of its own with what it means, and one that ev
     "score": ("score_variants", "offset: 1  # the number", "device: auto  # auto (a GPU"),
     "contacts": ("predict_contacts", "threshold: 0.3  # contacts.csv", "device: auto  # auto (a GPU"),
     "fit-contacts": ("fit_contacts", "train: 20  # structures", "device: auto  # auto (a GPU"),
+    "finetune": ("finetune", "seeds: [1, 2, 3]  # a fit", "  level: ???  # residue"),
+    "predict": ("predict", "residues: null  # of a task", "device: auto  # auto (a GPU"),
     "preprocess": ("preprocess_uniref50", "release: null  # to download", "  gaps: remove  # - and .: remove"),
     "average": ("average_checkpoints", "checkpoints: ???  # .ckpt or .nemo", "output: "),
     "convert": ("convert_checkpoint", "source: ???  # ", "target: ???  # "),
@@ -93,6 +95,27 @@ def test_help_is_every_key_with_its_meaning(command: str, is_example: bool) -> N
 def test_a_setting_that_must_be_given_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^target must be given: target=\.\.\.$"):
         plain_values(composed("source=here", config="convert_checkpoint"))
+
+
+def test_a_group_that_must_be_chosen_is_named_with_its_members(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["finetune", "restore_from_path=x.nemo", "output=out"])
+    with pytest.raises(SystemExit) as stopped:
+        check_command_line("finetune", "finetuning")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        "error: task must be given: task=NAME; there are conservation, custom, gb1"
+    )
+
+
+def test_a_misspelt_key_is_told_where_a_group_was_chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["finetune", "task=gb1", "data.trian=x.csv"])
+    with pytest.raises(SystemExit):
+        check_command_line("finetune", "finetuning")
+    assert capsys.readouterr().err == "error: data.trian is not a key; did you mean data.train?\n"
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))

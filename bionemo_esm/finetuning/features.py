@@ -6,6 +6,7 @@ An epoch of a head then takes seconds. Shape suffixes: R residues of a protein, 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import FIRST_RESIDUE_ID, NUM_STANDARD_RESIDUES
+from bionemo_esm.errors import UserError
 from bionemo_esm.finetuning.config import ReadingConfig
 from bionemo_esm.inference.embedding.choice import EmbeddingChoice
 from bionemo_esm.inference.embedding.embeddings import embed_together
@@ -113,8 +115,8 @@ class FeatureCache:
         sizes = np.array([1 if pooled else protein.residues for protein in distinct], dtype=np.int64)
         starts = np.concatenate([[0], np.cumsum(sizes)])
         path = self.folder / f"{_digest(identity, reading, pooled, place_of)}.npy"
-        while not path.exists() and not mine:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if not mine:
+            _wait_for(path)
         if not path.exists():
             self._compute(path, load(), distinct, reading, pooled, int(starts[-1]), answered)
         places = np.array([place_of[text] for text in texts], dtype=np.int64)
@@ -142,6 +144,15 @@ class FeatureCache:
             for some in in_groups(proteins, _RESIDUES_AT_ONCE):
                 for embedding in embed_together(engine, some, choice, answered):
                     stream.write(np.atleast_2d(embedding.arrays[name]).astype("<f4").tobytes())
+
+
+def _wait_for(path: Path) -> None:
+    """Until the first process has written a file. Raises `UserError` where that process has ended before."""
+    launcher = os.getppid()
+    while not path.exists():
+        if os.getppid() != launcher:
+            raise UserError("the process that was to compute the encoder's states has ended; see its message")
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def in_groups(proteins: Sequence[Protein], residues: int) -> list[Sequence[Protein]]:

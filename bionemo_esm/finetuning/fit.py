@@ -111,8 +111,8 @@ def fit(plan: FitPlan, screen: Screen) -> Fitted:
     model = _model(plan, trainer, saved)
     try:
         trainer.fit(model)
-    except SystemExit:  # what Lightning makes of KeyboardInterrupt
-        if trainer.interrupted:
+    except SystemExit as stop:
+        if trainer.interrupted and stop.code == 1:  # what Lightning makes of KeyboardInterrupt
             raise KeyboardInterrupt from None
         raise
     return watch.result(model, trainer.strategy.root_device)
@@ -183,8 +183,14 @@ class _Watch(Callback):
         left = (now - self._started) / done * (steps - done)
         self.screen.progress(
             f"  {self.plan.name}: epoch {len(self.history) + 1}, {done / steps:.0%}, loss {pl_module.last_loss:.3f}, "
-            f"{rate:,.0f} residues/s, {duration(left)} left of the epoch"
+            f"{rate:,.0f} residues/s, {duration(left)} left of the epoch{self._best_so_far(pl_module.task)}"
         )
+
+    def _best_so_far(self, task: Task) -> str:
+        if not self.history:
+            return ""
+        best = self.history[self.best_epoch - 1]
+        return f"; best {task.metric} {best['scores'][task.metric]:.4g}, epoch {best['epoch']}"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ESMFineTunedModel)

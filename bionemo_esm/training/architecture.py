@@ -14,8 +14,8 @@ from typing import Any
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveError, ArchiveFile
-from bionemo_esm.model.consistency import extension_of
 from bionemo_esm.model.config import LEARNED, EncoderConfig
+from bionemo_esm.model.consistency import extension_of
 from bionemo_esm.model.interchange.route import Kind, kind_of
 from bionemo_esm.settings import boolean
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MOST_RESIDUES = 20_000  # that a head per residue is fitted on: the fit must take seconds
 _KEYS = {"task", "data", "every_n_train_steps", "proteins", "layer"}
+_TASK_KEYS, _DATA_KEYS = ({item.name for item in fields(kind)} for kind in (TaskConfig, DataConfig))
 _SEED = 0  # of what is split off and chosen: runs of any seed are asked the same
 _OWN_TASK = "probe.task={name: mine, level: sequence, kind: regression, target_column: activity}"
 _OUR_KEY = re.compile(
@@ -79,7 +80,8 @@ class ProbeSet:
             sizes += f" of {len(self.train):,} proteins"
         sizes += f", scored on {self.validation.known:,}"
         every = f"every {self.config.every_n_train_steps:,} steps"
-        return "; ".join((f"{self.task.name}, {every}: {sizes}", *self.notes))
+        notes = f" (the files: {'; '.join(self.notes)})" if self.notes else ""
+        return f"{self.task.name}, {every}: {sizes}{notes}"
 
 
 def load_probe_config(values: Any) -> ProbeConfig | None:
@@ -87,9 +89,9 @@ def load_probe_config(values: Any) -> ProbeConfig | None:
     if values is None:
         return None
     values = known("probe", values, _KEYS)
-    files = {} if values.get("data") is None else values["data"]
+    files = known("probe.data", {} if values.get("data") is None else values["data"], _DATA_KEYS)
     if values.get("task") is None:
-        if isinstance(files, dict) and files.get("train") is not None:
+        if files.get("train") is not None:
             raise ConfigError("probe.data.train is given, but no task: probe.task=secondary_structure, or another")
         return None
     numbers = {
@@ -99,7 +101,7 @@ def load_probe_config(values: Any) -> ProbeConfig | None:
     }
     task = _task_values(values["task"])
     try:
-        return ProbeConfig(load_task_config(task), load_data_config(known("probe.data", files, set(files))), **numbers)
+        return ProbeConfig(load_task_config(task), load_data_config(files), **numbers)
     except ConfigError as error:
         raise ConfigError(_in_terms_of_the_probe(error)) from error
 
@@ -116,6 +118,8 @@ def read_probe(config: ProbeConfig, model: EncoderConfig) -> ProbeSet:
         raise ConfigError(f"probe.{error}") from error
     try:
         splits = read_splits(config.task, config.data, _SEED)
+    except ConfigError as error:
+        raise ConfigError(_in_terms_of_the_probe(error)) from error
     except UserError as error:
         raise UserError(f"probe: {_in_terms_of_the_probe(error)}") from error
     train = _some_residues(_some_proteins(splits.train, config.proteins))
@@ -130,18 +134,20 @@ def read_probe(config: ProbeConfig, model: EncoderConfig) -> ProbeSet:
 
 
 def _task_values(task: Any) -> Mapping[str, Any]:
-    """The keys of a task: those given, or those of the shipped one of this name."""
-    if isinstance(task, dict):
-        return {str(key): value for key, value in task.items()}
+    """The keys of a task: of the shipped one of this name; those of a mapping go over those of its name, if any."""
     folder = config_directory("finetuning") / "task"
     names = sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "custom")
-    if task not in names:
+    given = known("probe.task", task, _TASK_KEYS) if isinstance(task, dict) else {}
+    name = given.get("name") if isinstance(task, dict) else task
+    if name in names:
+        preset = OmegaConf.load(folder / f"{name}.yaml")
+        assert isinstance(preset, DictConfig)
+        return plain_values(preset) | given
+    if not given:
         raise ConfigError(
             f"probe.task must be one of {', '.join(names)}; or keys of your own: '{_OWN_TASK}'; not {task!r}"
         )
-    preset = OmegaConf.load(folder / f"{task}.yaml")
-    assert isinstance(preset, DictConfig)
-    return plain_values(preset)
+    return given
 
 
 def _in_terms_of_the_probe(error: UserError) -> str:

@@ -1,0 +1,79 @@
+"""Labelled proteins to probe a model with: made from real ones, so that a model can know something of them."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from bionemo_esm.training.hangs import HangWatch
+from bionemo_esm.training.probe import Probe
+from bionemo_esm.training.probe_config import ProbeSet, read_probe
+from bionemo_esm.training.recipe import Recipe, load_recipe
+from bionemo_esm.training.stopping import StopSignals
+from conftest import SAMPLE
+from runs import composed
+
+RESIDUES = "{name: neighbour, level: residue, kind: classification}"
+NUMBERS = "{name: share, level: sequence, kind: regression, metric: pearson}"
+HYDROPHOBIC = set("AILMFVWC")
+SLOW = "bionemo_esm.training.probe.representations"
+
+
+def sample_sequences() -> list[str]:
+    """Of real proteins, most cut to 30 residues, some longer than what small models see at once."""
+    with gzip.open(SAMPLE / "test.fasta.gz", "rt") as stream:
+        records = stream.read().split(">")[1:61]
+    whole = ["".join(record.split("\n")[1:]) for record in records]
+    return [sequence if place % 8 == 0 else sequence[place : place + 30] for place, sequence in enumerate(whole)]
+
+
+def write_labels(folder: Path) -> Path:
+    """Two tables: of each residue whether the one before it is hydrophobic; of each protein the share of such."""
+    residues, shares = ["sequence,target,set,validation"], ["sequence,target,set,validation"]
+    for place, sequence in enumerate(sample_sequences()):
+        oily = [letter in HYDROPHOBIC for letter in sequence]
+        known = "".join("HP"[letter] for letter in [False, *oily[:-1]])
+        validation = place % 3 == 1
+        residues.append(f"{sequence},{known},train,{validation}")
+        shares.append(f"{sequence},{sum(oily) / len(oily) + 5:.4f},train,{validation}")
+    (folder / "residues.csv").write_text("\n".join(residues) + "\n")
+    (folder / "shares.csv").write_text("\n".join(shares) + "\n")
+    return folder
+
+
+def asking(labels: Path, *more: str, every: int = 2) -> tuple[str, ...]:
+    """Overrides for a probe per residue."""
+    files = f"probe.data.train={labels / 'residues.csv'}"
+    return (f"probe.task={RESIDUES}", files, f"probe.every_n_train_steps={every}", *more)
+
+
+def probed(labels: Path, table: str = "residues", task: str = RESIDUES, tokens: int = 128, **values: Any) -> ProbeSet:
+    """What a probe reads, for a model of so many tokens."""
+    chosen = [f"probe.{key}={value}" for key, value in values.items()]
+    recipe = load_recipe(
+        composed(
+            "recipe=laptop",
+            f"probe.task={task}",
+            f"probe.data.train={labels / table}.csv",
+            f"model.seq_length={tokens}",
+            *chosen,
+        )
+    )
+    assert recipe.probe is not None
+    return read_probe(recipe.probe, recipe.model)
+
+
+def recipe_of(labels: Path, *overrides: str) -> Recipe:
+    return load_recipe(composed("recipe=laptop", *asking(labels), *overrides))
+
+
+def stub() -> Any:
+    return SimpleNamespace(global_step=0)
+
+
+def probe_of(some: ProbeSet, most_tokens: int = 4096) -> Probe:
+    screen: Any = None
+    watch = HangWatch(Path(), None, screen)
+    return Probe(some, most_tokens, StopSignals(), watch, screen, screen)

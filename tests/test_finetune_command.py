@@ -1,0 +1,194 @@
+"""What `bionemo-esm finetune` refuses, with one line, before any model is loaded; and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bionemo_esm.finetuning import comparison
+from fine_tuned import WORDS, fine_tuned
+from finetuning_runs import QUICK, per_protein, per_residue, pretrained, run_here
+from runs import ROOT
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pretrained(tmp_path_factory.mktemp("pretrained"))
+
+
+def refused(
+    folder: Path, model: Path, *overrides: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What is said, in one line, of a job that ends before anything is loaded."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(comparison, "compare", never)
+    with pytest.raises(SystemExit) as stopped:
+        run_here(folder / "out", model, *overrides)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["head.kind=attention"], "head.kind attention weighs the residues of a protein, and neighbours asks about"),
+        (["head.kind=transformer"], "head.kind must be one of linear, mlp, convnet, attention, not 'transformer'"),
+        (["head.kernel_size=4"], "head.kernel_size odd"),
+        (["reading.layer=3"], "layer 3"),
+        (["reading.window=200"], "reading.window must be from 1 to 126 residues, not 200"),
+        (["reading.window=20", "reading.overlap=20"], "an overlap of 20 does not go with windows of 20 residues"),
+        (["tuning.mode=partial"], "tuning.mode must be one of frozen, full, lora, not 'partial'"),
+        (["tuning.mode=lora", "reading.layer=0"], "reading.layer=0 lies before all of them"),
+        (["tuning.mode=lora", "lora.targets=[qkv]"], "lora.targets must be one of linear_qkv"),
+        (["tuning.keep_adapters=true"], "tuning.keep_adapters is for tuning.mode=lora"),
+        (["tuning.lr=-1"], "tuning.lr must be positive and finite, not -1"),
+        (["seeds=[1,1]"], "seeds must be different numbers"),
+        (["baselines=[one-hot]"], "baselines are one_hot, untrained, composition, not 'one-hot'"),
+        (["trainer.precision=16"], "trainer.precision must be one of auto, 32, bf16, not '16'"),
+        (["task.classes=[N,O]"], "'B'"),
+        (["task.metric=spearman"], "task.metric must be one of accuracy, f1, mcc, not 'spearman'"),
+        (["data.train=nowhere.fasta"], "nowhere.fasta"),
+        (["data.validation=null", "data.train=null"], "data.train"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
+    overrides: list[str],
+    words: str,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = per_residue(tmp_path)
+    error = refused(tmp_path, base, *given, *overrides, monkeypatch=monkeypatch, capsys=capsys)
+    assert words in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("NOB", "NO", ("labels.fasta, record ", "residues")),  # a label short
+        ("VALIDATION=True", "VALIDATION=False", ("data.split.validation",)),
+    ],
+)
+def test_bad_labels_are_told_by_record(
+    old: str,
+    new: str,
+    words: tuple[str, ...],
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = per_residue(tmp_path)
+    labels = tmp_path / "labels.fasta"
+    text = labels.read_text()
+    assert old in text
+    labels.write_text(text.replace(old, new, 1 if old == "NOB" else -1))
+    error = refused(tmp_path, base, *given, monkeypatch=monkeypatch, capsys=capsys)
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("bad", ["nan", "", "much", "inf"])
+def test_a_target_that_is_no_number_is_told_by_row(
+    bad: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = per_protein(tmp_path)
+    table = tmp_path / "shares.csv"
+    lines = table.read_text().splitlines()
+    fields = lines[4].split(",")
+    lines[4] = ",".join([*fields[:2], bad, *fields[3:]])
+    table.write_text("\n".join(lines) + "\n")
+    error = refused(tmp_path, base, *given, monkeypatch=monkeypatch, capsys=capsys)
+    assert "shares.csv, record 4" in error
+
+
+def test_targets_that_are_all_equal_teach_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = per_protein(tmp_path)
+    table = tmp_path / "shares.csv"
+    header, *rows = (line.split(",") for line in table.read_text().splitlines())
+    table.write_text("\n".join(",".join(row) for row in [header, *([*r[:2], "7", *r[3:]] for r in rows)]) + "\n")
+    error = refused(tmp_path, base, *given, monkeypatch=monkeypatch, capsys=capsys)
+    assert "7" in error
+
+
+def test_a_model_that_has_learned_a_task_is_no_place_to_start_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = fine_tuned(tmp_path / "tuned.nemo", WORDS)
+    error = refused(tmp_path, tuned, *per_residue(tmp_path), monkeypatch=monkeypatch, capsys=capsys)
+    assert "has learned a task already; give the pretrained archive that it came from" in error
+
+
+def test_a_file_that_is_no_archive_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.nemo"
+    other.write_bytes(b"PK\x03\x04 something else")
+    error = refused(tmp_path, other, *per_residue(tmp_path), monkeypatch=monkeypatch, capsys=capsys)
+    assert "other.nemo" in error
+
+
+def test_an_output_with_something_else_in_it_is_left_alone(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = per_residue(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    error = refused(tmp_path, base, *given, monkeypatch=monkeypatch, capsys=capsys)
+    assert "has other files in it" in error
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_finished_output_is_left_alone_and_one_of_other_settings_too(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = per_residue(tmp_path)
+    run_here(tmp_path / "out", base, *given)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    assert "has a finished report" in refused(tmp_path, base, *given, monkeypatch=monkeypatch, capsys=capsys)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    for name in ("report.json", "report.md", "report.png", "model.nemo"):
+        (tmp_path / "out" / name).unlink()
+    error = refused(tmp_path, base, *given, "head.hidden=9", monkeypatch=monkeypatch, capsys=capsys)
+    assert "another fine-tuning was stopped, whose head.hidden was 32, not 9" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_signal_leaves_what_the_same_command_goes_on_from(
+    number: signal.Signals, code: int, base: Path, tmp_path: Path
+) -> None:
+    given = (*QUICK, *per_residue(tmp_path), "tuning.max_epochs=100000", "tuning.patience=100000", "seeds=[1,2]")
+    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *given]
+    command += [f"restore_from_path={base}", f"output={tmp_path / 'out'}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "out").glob("fits/*.ckpt")) and time.monotonic() < deadline:
+            time.sleep(0.2)  # until the first epoch is saved
+        os.kill(job.pid, number)
+        assert job.stderr is not None
+        told = job.stderr.read()
+        assert job.wait(60) == code
+    if code > 0:
+        assert "the same command goes on" in told
+        assert "Traceback" not in told
+    assert not (tmp_path / "out" / "model.nemo").exists()
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert list((tmp_path / "out").glob("fits/*.ckpt"))
