@@ -51,7 +51,7 @@ Throughput | residues_per_second | {:,.0f} residues/s;      Device | device | {}
 Model FLOPs utilization (MFU) | mfu | {:.1%};               Waiting for data | data_wait_share | {:.1%} of each step
 Highest memory of a device | memory_gb | {:.2f} GB;         Tokens a second | tokens_per_second | {:,.0f}
 Fused backends | fused_backends | {};                       Seed | seed | {}
-Data | data | ; Command | command | ; Model file | nemo |
+Data | data | ; Probe | probe | ; Command | command | ; Model file | nemo |
 Averaged model | averaged_nemo | ; Sequence store | store | ; Versions | package_versions |
 """
 PAGE = """<!DOCTYPE html>

@@ -169,6 +169,7 @@ def _summary(run: PreparedRun, result: FitResult, restored: ESM1nvModel, archive
         "initial_validation_loss": result.initial and result.initial.loss,
         "initial_validation_perplexity": result.initial and result.initial.perplexity,
         "initial_masked_residues": result.initial and result.initial.residues,
+        "probe": result.probe,
         "precision": result.precision,
         "fused_backends": result.backends,
         "device": f"{recipe.trainer.world_size} x {recipe.trainer.accelerator} ({result.device_name})",
