@@ -67,9 +67,11 @@ def main() -> None:
     elif command in ("--version", "-V"):
         print(__version__)  # noqa: T201
     elif command == "pretrain":
+        from bionemo_esm.command_line import start_ranks_by
         from bionemo_esm.training import __main__ as job
 
-        sys.argv = [job.__file__, *arguments]  # a file that Lightning can start again for the other ranks of a node
+        sys.argv[1:] = arguments
+        start_ranks_by(job.__file__)
         job.main()
     elif command == "inspect":
         inspect(arguments)

@@ -51,6 +51,15 @@ def check_command_line(config_name: str, part: str = "") -> None:
     exit_of(lambda: _check(config_name, part, arguments), "Interrupted.", silent=not is_rank_zero())
 
 
+def start_ranks_by(module_file: str) -> None:
+    """Have Lightning start the other ranks of this node by this file, which runs the job that is called now.
+
+    It would otherwise repeat what it takes for the command line: `-m` and a package, or a name with the job's in it.
+    """
+    sys.argv[0] = module_file
+    sys.modules["__main__"].__spec__ = None
+
+
 def help_text(config_name: str, part: str = "") -> str:
     """What the files of a configuration say: its header, and all keys with their comments.
 

@@ -114,7 +114,19 @@ def test_labels_of_residues_that_cannot_be_used_are_told_with_their_record(
             r"x\.csv, record 2 \(b\): 'high' is not a number; .*classification",
         ),
         (NUMBERS, "a,MK,1,train\nb,AC,inf,train\n", r"record 2 \(b\): 'inf' is not finite"),
-        (NUMBERS, "a,MK,1e39,train\n", r"record 1 \(a\): '1e39' is not finite"),
+        (NUMBERS, "a,MK,1e39,train\n", r"record 1 \(a\): '1e39' is too large for a 32-bit number"),
+        (NUMBERS, "a,MK,-1e400,train\n", r"record 1 \(a\): '-1e400' is too large for a 32-bit number"),
+        (NUMBERS, 'a,MK,"-1,5",train\n', r"'-1,5' is not a number; write it with a decimal point$"),
+        (CLASSES, "a,MK,x,train\nb,AC,z${y},train\n", r"x\.csv, record 2 \(b\): the label 'z\$\{y\}' .*\. Rename it$"),
+        (CLASSES, "a,MK,x,train\nb,AC,Nemo:ä,train\n", r"record 2 \(b\): the label 'Nemo:ä' cannot be kept in a model"),
+        (CLASSES, 'a,MK,"x\nb",train\nc,AC,y,train\n', r"record 1 \(a\): the label 'x\\nb' .* is a quote not closed\?"),
+        (CLASSES, "a,MK,x,train\nb,AC\n", r"x\.csv, row 3 \(record 2\): has 2 fields, the header 4; correct it"),
+        (CLASSES, 'a,MK,x,train\nb,"AC,y,train\n', r"row 3 \(record 2\): has 2 fields, .* is its quote not closed\?"),
+        (
+            {**CLASSES, "target_column": "fold"},
+            "a,MK,x,train\n",
+            r"set; say which it is by task\.target_column=\.\.\.$",
+        ),
         (NUMBERS, "a,MK,nan,train\n", r"record 1 \(a\): the target is 'nan'; .*data\.missing_targets=skip"),
         (NUMBERS, "a,MK,,train\n", r"record 1 \(a\): has no target; .*data\.missing_targets=skip"),
         (NUMBERS, "a,MK,2,train\nb,AC,2.0,train\nc,DE,3,valid\n", r"all targets of the training set are equal \(2\)"),
@@ -146,6 +158,14 @@ def test_labels_of_residues_that_cannot_be_used_are_told_with_their_record(
         "text",
         "infinite",
         "too large",
+        "too large by far",
+        "decimal comma",
+        "interpolation",
+        "reference",
+        "lines in a label",
+        "ragged",
+        "open quote",
+        "other target column",
         "nan",
         "empty",
         "all equal",
@@ -186,7 +206,7 @@ def test_a_table_that_cannot_be_used_is_told_with_its_record(
         (
             "gb1",
             {"train": "gb1.fasta"},
-            r"record 1 \(a\): no TARGET= in its header.*; say where it is by task\.header_p",
+            r"record 1 \(a\): no TARGET= .*; say where it is, as by 'task\.header_pattern=\"class=\(\\S\+\)\"'$",
         ),
         ("secondary_structure", {"train": "gb1.fasta"}, r"give the sequences by data\.sequences="),
         ("subcellular_localization", {"train": "gb1.fasta"}, r"neither has its header 'a SET=train' a TARGET=, nor"),
@@ -222,6 +242,40 @@ def test_files_that_do_not_go_together_are_told(tmp_path: Path, task: str, data:
     files |= {"train.csv": "sequence,target,set\nMK,1,train\n", "two.csv": "sequence,target\nMK,1\nMK,2\n"}
     with pytest.raises(UserError, match=told):
         read(tmp_path, files, preset(task), **data)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("x.csv", b"", r"x\.csv: is empty; its first line must name the columns"),
+        ("x.csv", b"\n\n", r"x\.csv: is empty"),
+        ("x.csv", b"sequence,target\n", r"x\.csv: has a header \(sequence, target\), but no row below it"),
+        (
+            "x.csv",
+            b"sequence;target\nMK;1\n",
+            r"target_column=target: .* separated by ';'\? Save it with commas, or as \.t",
+        ),
+        ("x.csv", b"sequence;target\nMK;1,5\n", r"record 1\): has 2 fields.* separated by ';'\? Save it with commas"),
+        ("x.csv", b"sequence\ttarget\nMK\t1\n", r"is it separated by tabs\? Name it \.tsv"),
+        ("x.tsv", b"sequence,target\nMK,1\n", r"is it separated by commas\? Name it \.csv"),
+        ("x.csv", b"aa,y\nMK,1\n", r"but aa, y; .*by task\.target_column=\.\.\., .* by task\.sequence_column=\.\.\.$"),
+        ("x.csv", "sequence,target\nMK,1\n".encode("utf-16"), r"x\.csv: is UTF-16 text; save it as UTF-8"),
+        ("x.csv", bytes(range(256)), r"x\.csv: is no text; is it the right file\?"),
+        ("folder", None, r"folder: is a folder; name a file in it"),
+    ],
+    ids=[
+        *("empty", "blank lines", "header alone", "semicolons", "decimal commas", "tabs", "commas", "other columns"),
+        *("utf-16", "binary", "folder"),
+    ],
+)
+def test_a_file_that_is_no_such_table_is_told(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=told) as caught:
+        read(tmp_path, {}, NUMBERS, train=name)
+    assert "variant" not in str(caught.value)
 
 
 def test_records_that_do_not_fit_can_be_left_out(tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 import bionemo_esm.finetuning.bootstrap as bootstrap
-from bionemo_esm.finetuning.bootstrap import Estimate, differences, draws, estimates, in_brackets, told, verdict
+from bionemo_esm.finetuning.bootstrap import (
+    Estimate,
+    decimals,
+    differences,
+    draws,
+    estimates,
+    in_brackets,
+    told,
+    verdict,
+)
 from bionemo_esm.finetuning.metrics import scores
 from bionemo_esm.finetuning.task import METRICS, Prediction, Targets, Task
 
@@ -149,8 +158,8 @@ def test_a_thousand_resamples_of_many_residues_take_seconds() -> None:
     [
         ("accuracy", (0.021, 0.017, 0.025), "A beats B by 0.021 accuracy (0.017 to 0.025)"),
         ("f1", (-0.021, -0.025, -0.017), "B beats A by 0.021 macro F1 (0.017 to 0.025)"),
-        ("mse", (-3.5, -12.25, -1), "A beats B by 3.500 MSE (1.000 to 12.250)"),
-        ("mse", (12.34, 11, 13), "B beats A by 12.34 MSE (11.00 to 13.00)"),
+        ("mse", (-3.5, -12.25, -1), "A beats B by 3.50 MSE (1.00 to 12.25)"),
+        ("mse", (12.34, 11, 13), "B beats A by 12.3 MSE (11.0 to 13.0)"),
         ("mcc", (0.01, -0.002, 0.03), "no difference is shown between A and B: MCC +0.010 (-0.002 to +0.030)"),
         ("mcc", (0.01, 0.0, 0.03), "no difference is shown between A and B: MCC +0.010 (+0.000 to +0.030)"),
     ],
@@ -162,9 +171,15 @@ def test_a_row_beats_another_only_where_the_interval_leaves_out_zero(
 
 
 def test_numbers_are_written_in_as_many_digits_as_they_need() -> None:
-    assert [told(value) for value in (0.77349, -0.0001, 0.0, 82.847, 1234.56, math.nan)] == [
-        *("0.773", "-1.00e-04", "0.000", "82.85", "1,234.6", "-"),
+    scores = (0.77349, -0.0001, 4.59e-4, 0.0, 1.0, math.nan)
+    assert [told(value, decimals("mcc", value)) for value in scores] == [
+        *("0.773", "0.000", "0.000", "0.000", "1.000", "-"),
     ]
-    assert told(-0.0004, like=1.0) == "0.000"
-    assert in_brackets(Estimate(2.5e7, 1e7, 3e7)) == "2.50e+07 (1.00e+07 to 3.00e+07)"
-    assert in_brackets(Estimate(0.5, math.nan, math.nan)) == "0.500"
+    errors = (4.59e-4, 1.5e-3, 0.004, 0.0, 82.847, 1234.56, 2.5e7, 1e-5, math.nan)
+    assert [told(value, decimals("mse", value)) for value in errors] == [
+        *("0.000459", "0.00150", "0.00400", "0.000", "82.8", "1,235", "2.50e+07", "1.00e-05", "-"),
+    ]
+    assert in_brackets(Estimate(2.5e7, 1e7, 3e7), "mse") == "2.50e+07 (1.00e+07 to 3.00e+07)"
+    assert in_brackets(Estimate(1e-7, -0.5, 0.6), "mse", signed=True) == "+0.0000 (-0.5000 to +0.6000)"
+    assert in_brackets(Estimate(0.001, 9e-5, 0.0121), "mse") == "0.00100 (0.00009 to 0.01210)"
+    assert in_brackets(Estimate(0.5, math.nan, math.nan), "mcc") == "0.500"

@@ -188,7 +188,7 @@ def test_an_unreadable_file_is_refused_with_place_and_advice(tmp_path: Path, con
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"absent\.fasta: no such file; check the path"):
         next(read_fasta(tmp_path / "absent.fasta"))
-    with pytest.raises(SourceError, match="is a folder; name one FASTA file"):
+    with pytest.raises(SourceError, match="is a folder; name a file in it"):
         next(read_fasta(tmp_path))
 
 

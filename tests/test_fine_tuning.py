@@ -98,7 +98,9 @@ def test_a_task_is_learned_in_every_mode_and_the_archive_stands_alone(
     assert (FineTunedFile.open(path).parts.adapters is not None) == (mode == "lora kept")
 
 
-def test_a_frozen_encoder_is_in_the_archive_bit_for_bit(base: Path, residues: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_a_frozen_encoder_is_in_the_archive_bit_for_bit(precision: str, residues: list[str], tmp_path: Path) -> None:
+    base = pretrained(tmp_path, precision=precision)
     run_here(tmp_path / "out", base, *residues, *CONVNET, "tuning.max_epochs=1")
     before, after = read_archive(base).weights, read_archive(tmp_path / "out" / "model.nemo").weights
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -189,6 +191,34 @@ def test_a_stopped_fit_goes_on_bit_for_bit(
     assert (tmp_path / "cut" / "model.nemo").read_bytes() == (tmp_path / "whole" / "model.nemo").read_bytes()
 
 
+def test_the_best_epoch_may_lie_before_the_stop(
+    base: Path, residues: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: dict[int, float] = {4: 0.9}  # after four steps, which are the first epoch
+
+    def scripted(self: ESMFineTunedModel) -> None:
+        on_end(self)
+        self.last_scores = {"accuracy": known.get(self.steps, 0.1), "f1": 0.0, "mcc": 0.0}
+
+    on_end = ESMFineTunedModel.on_validation_epoch_end
+    monkeypatch.setattr(ESMFineTunedModel, "on_validation_epoch_end", scripted)
+    monkeypatch.setattr(fit, "_SECONDS_BETWEEN_SAVES", 0.0)
+    run_here(tmp_path / "whole", base, *residues, *CONVNET)
+    step = ESMFineTunedModel.training_step
+
+    def interrupted(self: ESMFineTunedModel, *arguments: Any) -> None:
+        if self.steps == 9:
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ESMFineTunedModel, "training_step", interrupted)
+        with pytest.raises(SystemExit):
+            run_here(tmp_path / "cut", base, *residues, *CONVNET)
+    assert run_here(tmp_path / "cut", base, *residues, *CONVNET)["rows"][0]["epochs"] == [1]
+    assert (tmp_path / "cut" / "model.nemo").read_bytes() == (tmp_path / "whole" / "model.nemo").read_bytes()
+
+
 def test_training_ends_when_validation_gets_no_better_and_keeps_the_best_epoch(
     base: Path, residues: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +282,37 @@ def test_baselines_learn_from_the_same_data_under_the_same_head(
     assert not (tmp_path / "out" / "cache").exists()
 
 
+def test_of_several_seeds_the_model_that_validates_best_is_kept(
+    base: Path, residues: list[str], tmp_path: Path
+) -> None:
+    report = run_here(tmp_path / "out", base, *residues, *CONVNET, "seeds=[5,4,6]")
+    found = [run["accuracy"] for run in report["rows"][0]["runs_validation"]]
+    told = ArchiveFile.open(tmp_path / "out" / "model.nemo")
+    assert len(set(found)) == 3
+    assert told.config["seed"] == [5, 4, 6][int(np.argmax(found))]
+    assert told.provenance["finetuning"]["validation"]["accuracy"] == pytest.approx(max(found), abs=1e-5)
+    assert int(np.argmax(found)) > 0, "choose seeds of which the first is not the best"
+
+
+def test_an_untrained_encoder_has_other_weights_in_full_tuning_too(
+    base: Path, residues: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: dict[str, Any] = {}
+    one_fit = comparison.fit
+
+    def told(plan: Any, screen: Any) -> Any:
+        plans[plan.name.split(",")[0]] = plan
+        return one_fit(plan, screen)
+
+    monkeypatch.setattr(comparison, "fit", told)
+    baselines = "baselines=[one_hot,untrained]"
+    run_here(tmp_path / "out", base, *residues, *CONVNET, *MODES["full"], baselines, "tuning.max_epochs=1")
+    assert plans["pretrained"].initial_weights == base
+    assert plans["untrained"].initial_weights is plans["one-hot"].initial_weights is None
+    assert plans["one-hot"].tuning.mode == "frozen"
+    assert plans["untrained"].tuning == plans["pretrained"].tuning
+
+
 def test_states_in_a_cache_of_ones_own_are_computed_once(
     base: Path, residues: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,10 +337,11 @@ def test_long_proteins_are_learned_from_window_by_window(base: Path, tmp_path: P
     assert report["data"]["sets"]["train"]["known_targets"] == report["data"]["sets"]["train"]["residues"]
 
 
-def test_two_ranks_learn_what_one_does(base: Path, residues: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", [[str(ROOT / "examples" / "finetune.py")], ["-m", "bionemo_esm", "finetune"]])
+def test_two_ranks_learn_what_one_does(program: list[str], base: Path, residues: list[str], tmp_path: Path) -> None:
     arguments = (*residues, *CONVNET, *MODES["full"], "head.dropout=0", "tuning.max_epochs=2", "seeds=[1,2]")
     alone = run_here(tmp_path / "alone", base, *arguments)
-    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *QUICK, *arguments, "trainer.devices=2"]
+    command = [sys.executable, *program, *QUICK, *arguments, "trainer.devices=2"]
     done = subprocess.run(
         [*command, f"restore_from_path={base}", f"output={tmp_path / 'both'}"],
         capture_output=True, text=True, check=False, timeout=300,

@@ -135,6 +135,18 @@ def test_a_model_that_has_learned_a_task_is_no_place_to_start_from(
     assert "has learned a task already; give the pretrained archive that it came from" in error
 
 
+def test_a_damaged_model_is_told_before_anything_is_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray(base.read_bytes())
+    content[-3000] ^= 1
+    (tmp_path / "damaged.nemo").write_bytes(content)
+    given = per_residue(tmp_path)
+    error = refused(tmp_path, tmp_path / "damaged.nemo", *given, monkeypatch=monkeypatch, capsys=capsys)
+    assert "damaged.nemo" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_that_is_no_archive_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,12 +174,13 @@ def test_a_finished_output_is_left_alone_and_one_of_other_settings_too(
     run_here(tmp_path / "out", base, *given)
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     capsys.readouterr()
-    assert "has a finished report" in refused(tmp_path, base, *given, monkeypatch=monkeypatch, capsys=capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "compare", None)
+        run_here(tmp_path / "out", base, *given)
+    assert capsys.readouterr().out.startswith("Finished already: ")
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    for name in ("report.json", "report.md", "report.png", "model.nemo"):
-        (tmp_path / "out" / name).unlink()
     error = refused(tmp_path, base, *given, "head.hidden=9", monkeypatch=monkeypatch, capsys=capsys)
-    assert "another fine-tuning was stopped, whose head.hidden was 32, not 9" in error
+    assert "is of another fine-tuning, whose head.hidden was 32, not 9" in error
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from bionemo_esm.finetuning.report import (
     lines,
     write_report,
 )
+from bionemo_esm.finetuning.report_page import page as page_of
 from bionemo_esm.finetuning.task import Prediction, Targets, Task
 from bionemo_esm.inference.inputs import Protein
 
@@ -108,13 +109,13 @@ def test_equal_reports_are_equal_bytes_and_hold_every_number(tmp_path: Path, tas
     for row in report.rows:
         for which in sets:
             value, low, high, sd = row.on(which)[task.metric]
-            digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+            digits = 0 if task is NUMBERS else 3
             told_so = f"{value:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
             assert told_so in screen
-            assert f"{told_so}; sd {sd:.3g}"[:-2] in page
+            assert f"{told_so}; sd {sd:,.{digits}f}" in page
     for text in (page, screen):
         assert report.verdicts[0].replace("\n", " ") in text.replace("\n", " ")
-        assert TOO_GOOD in text.replace("\n", " ")
+        assert text.replace("\n", " ").count(TOO_GOOD) == 1
         assert ("There is no test set." in text.replace("\n", " ")) == (TEST not in sets)
     assert "200 times" in page
     assert max(map(len, lines(report))) <= WITHIN
@@ -191,3 +192,71 @@ def test_a_report_that_cannot_be_made_leaves_no_file_half_written(tmp_path: Path
     with pytest.raises(TypeError):
         write_report(tmp_path, report)
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_classes_stand_in_the_order_of_the_task_everywhere() -> None:
+    counts = np.array([[1, 0, 0], [0, 9, 0], [0, 0, 5]])
+    sets = dict.fromkeys(("train", VALIDATION, TEST), SetFacts(40, 120, 15, (1, 9, 5)))
+    report = dataclasses.replace(report_of(CLASSES), sets=sets, detail=Detail("pretrained", TEST, 1, confusion=counts))
+    tables = re.findall(r"^\| (in|out|a\\\|b)\S* .*\|$", page_of(report), re.MULTILINE)
+    assert tables == ["in", "out", "a\\|b"] * 3
+
+
+def test_how_to_read_the_numbers_says_what_is_so_of_this_report() -> None:
+    of_proteins = page_of(report_of(CLASSES))
+    assert "(seeds 1, 2); sd is" in of_proteins
+    assert "residues of a protein go together" not in of_proteins
+    residues = dataclasses.replace(CLASSES, level="residue")
+    one = page_of(dataclasses.replace(report_of(CLASSES, seeds=(1,)), task=residues))
+    assert "that of one training run (seed 1)." in one
+    assert "residues of a protein go together" in one
+    assert "sd" not in one
+
+
+@pytest.mark.parametrize(("mode", "told"), [("frozen", False), ("full", True), ("lora", True)])
+def test_settings_of_an_encoder_are_told_where_it_was_trained(mode: str, told: bool) -> None:
+    tuning = {"mode": mode, "lr": 1e-3, "encoder_lr": 1e-4, "layer_decay": 0.9, "keep_adapters": False}
+    text = page_of(dataclasses.replace(report_of(CLASSES), settings={"tuning": tuning}))
+    assert "| tuning.lr |" in text
+    for key in ("encoder_lr", "layer_decay", "keep_adapters"):
+        assert (f"| tuning.{key} |" in text) == told
+
+
+def test_rows_that_ran_out_of_epochs_are_told() -> None:
+    report = report_of(CLASSES)
+    first, second = report.rows
+    for made, expected in (
+        (([3, 3], [3, 3]), "tuning.max_epochs=3: pretrained, one-hot."),
+        (([4, 3], [8, 8]), "tuning.max_epochs=8: pretrained (1 of 2 runs)."),
+        (([8, 8], [8, 8]), None),
+        (((), ()), None),
+    ):
+        rows = [dataclasses.replace(row, epochs_made=of) for row, of in zip((first, second), made, strict=True)]
+        some = dataclasses.replace(report, rows=rows)
+        for text in (page_of(some), " ".join(lines(some))):
+            assert ("Still improving" in text) == (expected is not None)
+            assert expected is None or expected in text
+
+
+def test_what_makes_a_score_doubtful_stands_below_its_table() -> None:
+    seen = "24 of 30 test proteins are in the training set too: the test scores are not those of new proteins"
+    report = report_of(CLASSES)
+    few = {**report.sets, VALIDATION: dataclasses.replace(report.sets[VALIDATION], proteins=29)}
+    doubtful = dataclasses.replace(report, notes=(seen, "test: 3 left out"), sets=few)
+    parts = re.split(r"^## ", page_of(doubtful), flags=re.MULTILINE)
+    on_test, on_validation = parts[1], parts[2]
+    assert on_test.endswith(f"|\n\n**{seen}**\n\n")
+    assert "The validation set has 29 proteins: its intervals are rough." in on_validation
+    assert seen not in on_validation
+    assert "rough" not in on_test
+    screen = lines(doubtful)
+    assert screen[3].strip() == seen
+    assert sum("rough" in line for line in screen) == 1
+    assert not any("rough" in line or "too:" in line for line in lines(report))
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.04, "0.0 s"), (12.3, "12 s"), (59.8, "1:00"), (61, "1:01")])
+def test_times_below_a_minute_are_in_seconds(seconds: float, told: str) -> None:
+    report = report_of(CLASSES)
+    text = page_of(dataclasses.replace(report, rows=[dataclasses.replace(report.rows[0], seconds=seconds)]))
+    assert f"| {told} |" in text

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.finetuning.records import _AS_BY_PATTERN
 from bionemo_esm.finetuning.tasks import DataConfig, SplitConfig, TaskConfig, load_data_config, load_task_config
 from labelled_files import ROOT, preset
 
@@ -85,6 +88,7 @@ def test_what_flip_publishes_is_fixed_to_a_commit_and_a_checksum_and_what_tape_d
         ({**BASE, "classes": [0.5, 1.5]}, r"in quotes"),
         ({**BASE, "classes": "ab"}, r"must be a list of labels"),
         ({**BASE, "classes": ["a", "b"], "unknown": ["b"]}, r"'b' is in task\.classes and in task\.unknown"),
+        ({**BASE, "classes": ["a", "${b}"]}, r"task\.classes: '\$\{b\}' cannot be kept .*; rename it"),
         ({**BASE, "kind": "regression", "classes": ["a", "b"]}, r"task\.classes is for a classification"),
         ({**BASE, "header_pattern": "("}, r"no regular expression"),
         ({**BASE, "header_pattern": "a"}, r"must have one group"),
@@ -97,6 +101,14 @@ def test_what_flip_publishes_is_fixed_to_a_commit_and_a_checksum_and_what_tape_d
 def test_a_task_that_cannot_work_is_told_by_its_key(values: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         load_task_config(values)
+
+
+def test_the_advice_on_patterns_is_what_hydra_takes() -> None:
+    text = next(path for path in TASKS if path.stem == "custom").read_text()
+    (given,) = re.findall(r"'(task\.header_pattern=[^']+)'", text)
+    assert given in _AS_BY_PATTERN
+    override = OverridesParser.create().parse_override(given)
+    assert load_task_config({**BASE, "header_pattern": override.value()}).header_pattern == r"class=(\S+)"
 
 
 def test_whole_numbers_may_name_classes() -> None:

@@ -245,7 +245,7 @@ TEST = f"input={FILES['test']}"
         ([TEST, "threads=two"], "threads must be an integer, not 'two'"),
         ([TEST, "output=null"], "output and download_folder must each name a folder"),
         (["input=absent.fasta"], "absent.fasta: no such file; check the path"),
-        (["input=."], ".: is a folder; name one FASTA file in it"),
+        (["input=."], ".: is a folder; name a file in it"),
         (["input='absent/*.fasta'"], "input: no file matches absent/*.fasta; check the pattern"),
         ([f"input=[{FILES['test']},{FILES['test']}]"], "input: names a file twice"),
         (["release=2022-05"], "no release '2022-05': give a number such as 2022_05, or 'current'"),

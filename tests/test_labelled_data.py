@@ -198,16 +198,31 @@ def notes_of(tmp_path: Path, rows: str, task: dict[str, Any], **data: Any) -> st
 def test_sequences_in_two_sets_and_with_two_labels_are_told(tmp_path: Path) -> None:
     rows = "MK,a,train\nMK,b,train\nAC,a,train\nmk,a,valid\nDE,a,valid\nAC,b,test\nDE,b,test\n"
     notes = notes_of(tmp_path, rows, CLASSES)
-    assert "validation: proteins whose sequence is in the training set too: 1" in notes
-    assert "test: proteins whose sequence is in the training set too: 1" in notes
-    assert "test: proteins whose sequence is in the validation set too: 1" in notes
+    assert "1 of 2 validation proteins are in the training set too: its scores are not those of new proteins" in notes
+    assert "1 of 2 test proteins are in the training set too: its scores are not those of new proteins" in notes
+    assert "1 of 2 test proteins are in the validation set too\n" in notes
     assert "training: sequences that occur more than once, with different targets: 1" in notes
+
+
+def test_labels_of_one_sequence_contradict_where_both_are_known_and_differ(tmp_path: Path) -> None:
+    rows = "MKV,H-E,train\nMKV,HHE,train\nMKV,-HE,train\nAC,HH,train\nDE,EH,valid\n"
+    task = {**RESIDUES, "unknown": ["-"]}
+    assert "different targets" not in notes_of(tmp_path, rows, task)
+    assert "with different targets: 1" in notes_of(tmp_path, rows + "MKV,-EE,train\n", task)
 
 
 def test_classes_far_from_equally_frequent_are_told_with_their_counts(tmp_path: Path) -> None:
     rows = "MK,rare,train\nAC,some,valid\n" + "".join(f"{UBIQUITIN[n : n + 8]},often,train\n" for n in range(12))
     assert "often 12, rare 1" in notes_of(tmp_path, rows.replace("some", "often"), CLASSES)
     assert "frequent" not in notes_of(tmp_path, rows.replace("some", "often") + "WW,rare,train\n", CLASSES)
+
+
+def test_of_very_many_classes_the_most_and_the_least_frequent_are_told(tmp_path: Path) -> None:
+    times = {0: 30, 1: 20, 2: 10} | dict.fromkeys(range(3, 20), 2)
+    labels = [f"c{label:02}" for label, count in times.items() for _ in range(count)] + ["c20", "c21", "c22"]
+    rows = "".join(f"{UBIQUITIN[n % 60 :]}{'A' * (n // 60)},{label},train\n" for n, label in enumerate(labels))
+    told = "frequent: c00 30, c01 20, c02 10, ... 17 others ..., c20 1, c21 1, c22 1"
+    assert told in notes_of(tmp_path, rows + "WW,c00,valid\n", CLASSES)
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
@@ -226,4 +241,27 @@ def test_a_class_that_training_never_saw_can_be_treated_as_not_known(tmp_path: P
         notes_of(tmp_path, rows, CLASSES)
     splits = read(tmp_path, {}, CLASSES, train="x.csv", unseen_classes="skip")
     assert sequences(splits.validation) == {"FG"}
-    assert "validation: labels of classes that are none of the task's, treated as not known: 1" in splits.notes
+    (note,) = splits.notes  # told once, though label and protein both go
+    assert note == "validation: proteins left out, as their classes are none of the task's: 1"
+    some = read(tmp_path, {"x.csv": f"sequence,target,set\n{rows}HI,,valid\n"}, CLASSES, train="x.csv",
+                unseen_classes="skip", missing_targets="skip")  # fmt: skip
+    assert some.notes == (
+        "validation: labels of classes that are none of the task's, treated as not known: 1",
+        "validation: proteins left out, of which no target is known: 2",
+    )
+
+
+def test_labels_of_residues_that_training_never_saw_are_counted_apart_from_proteins(tmp_path: Path) -> None:
+    rows = "MK,HE,train\nAC,HX,valid\nDE,--,valid\n"
+    notes = notes_of(tmp_path, rows, {**RESIDUES, "unknown": ["-"]}, unseen_classes="skip")
+    assert "validation: labels of classes that are none of the task's, treated as not known: 1" in notes
+    assert "validation: proteins left out, of which no target is known: 1" in notes
+
+
+def test_numbers_of_rows_are_said_to_be_ids_where_a_column_of_names_is_there(tmp_path: Path) -> None:
+    table = "Name,sequence,target,set\nown,MK,1,train\nother,AC,2,train\nthird,DE,1,valid\n"
+    (note,) = read(tmp_path, {"x.csv": table}, NUMBERS, train="x.csv").notes
+    assert note.endswith("x.csv: ids are the numbers of the rows; task.id_column=Name takes those of the column Name")
+    named = read(tmp_path, {}, {**NUMBERS, "id_column": "Name"}, train="x.csv")
+    assert named.notes == ()
+    assert [protein.id for protein in named.train.proteins] == ["own", "other"]

@@ -313,13 +313,15 @@ def test_what_cannot_work_is_said_in_one_line_before_the_model_is_read(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no row in it"),
-        ("mutant\n", "no row in it"),
-        ("mutant,score\nQ2A,1\nK6R\n", "row 3: has 1 fields, the header 2"),
+        ("", "bad.csv: is empty; its first line must name the columns"),
+        ("mutant\n", "bad.csv: has a header (mutant), but no row below it"),
+        ("mutant,score\nQ2A,1\nK6R\n", "row 3 (record 2): has 1 fields, the header 2; correct it"),
         ("mutant,mutant\nQ2A,K6R\n", "two columns are named 'mutant'"),
         ("mutant,masked_marginals\nQ2A,1\n", "has a column masked_marginals already"),
         ("mutant\n\nQ2A\n\nK7R\n", "row 5: K7R: position 7 of ubiquitin is T, not K"),
         (b"mutant\n\xff\n", "is not UTF-8"),
+        ("mutant\nQ2A\n".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\r", "is no text; is it the right file?"),
         (gzip.compress(b"mutant\n" + b"Q2A\n" * 99, mtime=0)[:-9], "gzip stream is damaged"),
     ],
 )

@@ -213,6 +213,6 @@ def _open(path: Path) -> io.FileIO:
     except FileNotFoundError:
         raise SourceError(f"{path}: no such file; check the path (the working folder is {Path.cwd()})") from None
     except IsADirectoryError:
-        raise SourceError(f"{path}: is a folder; name one FASTA file in it") from None
+        raise SourceError(f"{path}: is a folder; name a file in it") from None
     except OSError as error:
         raise SourceError(f"{path}: cannot be opened ({error.strerror}); check who may read it") from None

@@ -11,6 +11,7 @@ each protein, weighted by how often it was drawn. Spearman's ranks follow from h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ Scoring = Callable[[Floats], dict[str, Floats]]
 RESAMPLES = 1000
 COVERED = (2.5, 97.5)  # percentiles
 _FEWEST_PROTEINS = 2
+_DECIMALS = 3  # of a score from -1 to 1
+_LEAST, _MOST = 1e-4, 1e6  # squared errors that are written without powers of ten
 _ROUNDING = 1e-12  # of a sum of squares: what is left of a spread that is none
 _BLOCK_NUMBERS = 2**22  # float64 at once: 32 MB
 
@@ -79,27 +82,40 @@ def verdict(metric: str, name_a: str, name_b: str, difference: Estimate) -> str:
     if np.isnan([value, low, high]).any():
         return f"{name_a} and {name_b} cannot be compared by {named}: it is not defined for both"
     if low <= 0 <= high:
-        return f"no difference is shown between {name_a} and {name_b}: {named} {in_brackets(difference, signed=True)}"
+        told_so = in_brackets(difference, metric, signed=True)
+        return f"no difference is shown between {name_a} and {name_b}: {named} {told_so}"
     better, worse = (name_a, name_b) if (value < 0) == (metric in LOWER_IS_BETTER) else (name_b, name_a)
     least, most = sorted((abs(low), abs(high)))
-    return f"{better} beats {worse} by {in_brackets(Estimate(abs(value), least, most), unit=f' {named}')}"
+    return f"{better} beats {worse} by {in_brackets(Estimate(abs(value), least, most), metric, unit=f' {named}')}"
 
 
-def in_brackets(estimate: Estimate, unit: str = "", signed: bool = False) -> str:
-    """`0.773 (0.765 to 0.781)`, written as the value is; what of it is not defined is left out."""
+def in_brackets(estimate: Estimate, metric: str, unit: str = "", signed: bool = False) -> str:
+    """`0.773 (0.765 to 0.781)`, all with the same decimals; what of it is not defined is left out."""
     value, low, high, _ = estimate
-    interval = "" if np.isnan([value, low]).any() else f" ({told(low, signed, value)} to {told(high, signed, value)})"
-    return f"{told(value, signed)}{unit}{interval}"
+    places = decimals(metric, value, low, high)
+    interval = "" if np.isnan([value, low]).any() else f" ({told(low, places, signed)} to {told(high, places, signed)})"
+    return f"{told(value, places, signed)}{unit}{interval}"
 
 
-def told(value: float, signed: bool = False, like: float | None = None) -> str:
-    """A score for a person, in as many digits as `like` (None: itself) needs; - where it is not defined."""
+def decimals(metric: str, value: float, *beside: float) -> int | None:
+    """Decimals of a score, and of what stands beside it: three of what lies from -1 to 1; of a squared error, which
+    may be anything, as many as give three digits (of a value far smaller than what is beside it, fewer), and None,
+    powers of ten, below 0.0001 and from a million on.
+    """
+    if metric not in LOWER_IS_BETTER:
+        return _DECIMALS
+    sizes = [abs(number) for number in (value, *beside) if np.isfinite(number)]
+    size = max(abs(value) if np.isfinite(value) else 0, max(sizes, default=0) / 10)
+    if size == 0:
+        return _DECIMALS
+    return max(0, 2 - math.floor(math.log10(size))) if _LEAST <= size < _MOST else None
+
+
+def told(value: float, places: int | None = _DECIMALS, signed: bool = False) -> str:
+    """A score for a person, with so many decimals (None: as a power of ten); - where it is not defined."""
     if np.isnan(value):
         return "-"
-    size = abs(value if like is None else like)
-    many = size >= 1e6 or 0 < size < 1e-3  # a squared error may be anything
-    style = ".2e" if many else ",.3f" if size < 10 else ",.2f" if size < 100 else ",.1f"
-    text = f"{value:{'+' if signed else ''}{style}}"
+    text = f"{value:{'+' if signed else ''}{'.2e' if places is None else f',.{places}f'}}"
     return text if text.strip("-0.") else text.removeprefix("-")
 
 

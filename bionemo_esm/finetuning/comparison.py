@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bionemo_esm.finetuning.bootstrap import differences, estimates
+from bionemo_esm.finetuning.bootstrap import decimals, differences, estimates, told
 from bionemo_esm.finetuning.composition import fitted_composition
 from bionemo_esm.finetuning.config import FROZEN, LINEAR, MEAN, MLP, ReadingConfig
 from bionemo_esm.finetuning.features import FeatureCache, Moments, OneHot, StoredFeatures, moments
@@ -102,9 +102,10 @@ class Comparison:
             way.validation.append(fitted.validation)
             way.test.extend([fitted.test] if self.test else [])
             metric = self.splits.task.metric
+            found = fitted.scores[metric]
             self.screen.say(
                 f"  {name}, seed {seed}: {len(fitted.history)} epochs, the best {fitted.best_epoch}, "
-                f"validation {metric} {fitted.scores[metric]:.4g}, {duration(fitted.seconds)}"
+                f"validation {metric} {told(found, decimals(metric, found))}, {duration(fitted.seconds)}"
             )
         return way
 
@@ -256,6 +257,7 @@ def _report(comparison: Comparison, ways: Sequence[Way], test: LabelledSet | Non
             sum(fitted.seconds for fitted in way.fitted) if way.fitted else None,
             [fitted.best_epoch for fitted in way.fitted],
             way.fitted[0].parameters if way.fitted else None,
+            [len(fitted.history) for fitted in way.fitted],
         )
         for way in ways
     ]

@@ -60,6 +60,7 @@ class Reader:
         self.task, self.data = task, data
         self.policy = DataPolicy.for_reading(task, data)
         self.problems: list[str] = []  # of records that are left out
+        self.told: list[str] = []  # what is worth a note
         self.unmasked = 0
         self._files: dict[str, list[Entry]] = {}
         self._sequences: dict[str, Protein] | None = None
@@ -69,7 +70,7 @@ class Reader:
     def read(self, path: str) -> list[Entry]:
         """The entries of a file, in order."""
         if path not in self._files:
-            records = read_records(path, self.task, bool(self.data.sequences))
+            records = read_records(path, self.task, bool(self.data.sequences), self.told.append)
             proteins = self._by_id(records) if self.data.sequences else self._by_number(path)
             entries = (self._entry(record, proteins) for record in records)
             self._files[path] = [entry for entry in entries if entry is not None]

@@ -16,11 +16,11 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from bionemo_esm import config_directory
-from bionemo_esm.command_line import check_command_line
+from bionemo_esm.command_line import check_command_line, start_ranks_by
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.finetuning.settings import FinetuneConfig, load_finetune_config
+from bionemo_esm.finetuning.settings import load_finetune_config
 from bionemo_esm.inference.model_file import ModelSizes, opened
-from bionemo_esm.model.archive import ArchiveError, ArchiveFile
+from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile
 from bionemo_esm.model.consistency import check_sizes
 from bionemo_esm.outputs import alone_in, check_writable
 from bionemo_esm.screen import Screen, exit_of, is_rank_zero, sigterm_as_exit, third_party_output_in
@@ -43,13 +43,16 @@ def _finetune(cfg: DictConfig) -> int:
     started = time.monotonic()
     config = load_finetune_config(cfg)
     folder = config.output.absolute()
-    if is_rank_zero():
-        _check_output(config, cfg, folder)
+    if is_rank_zero() and _is_finished(cfg, folder):
+        print(f"Finished already: {folder / 'report.md'}, {folder / 'model.nemo'}")  # noqa: T201
+        return 0
     base, sizes = _pretrained(config.restore_from_path)
     config.parts(sizes)
     from bionemo_esm.finetuning.reading import read_splits
 
     splits = read_splits(config.task, config.data, config.seeds[0])
+    if is_rank_zero():
+        base.verify(WEIGHTS)
     with _at_work_in(folder, cfg) as screen:
         _say_data(screen, splits)
         from bionemo_esm.finetuning.comparison import compare
@@ -69,26 +72,28 @@ def _pretrained(path: Path) -> tuple[ArchiveFile, ModelSizes]:
     return file, ModelSizes(check_sizes(file))
 
 
-def _check_output(config: FinetuneConfig, cfg: DictConfig, folder: Path) -> None:
-    """Raises `ConfigError` unless the folder is new, or one in which this very job was stopped."""
+def _is_finished(cfg: DictConfig, folder: Path) -> bool:
+    """Whether this very job has come to its end there.
+
+    Raises `ConfigError` unless the folder is new, or one in which this job, and no other, has been at work.
+    """
     check_writable("output", folder)
     if not folder.exists():
-        return
+        return False
     if not folder.is_dir():
         raise ConfigError(f"output: {folder} is a file; give a folder that is not there yet")
-    if (folder / _REPORT).exists():
-        raise ConfigError(f"output: {folder} has a finished report; remove the folder or choose another name")
     if not (folder / _CONFIG).exists():
         if any(folder.iterdir()):
             raise ConfigError(f"output: {folder} has other files in it; give a folder that is not there yet")
-        return
+        return False
     earlier = OmegaConf.to_container(OmegaConf.load(folder / _CONFIG))
     now = OmegaConf.to_container(cfg, resolve=True)
     if different := _first_difference("", earlier, now):
         raise ConfigError(
-            f"output: in {folder} another fine-tuning was stopped, whose {different}; give its command to go on, "
-            "remove the folder, or choose another name"
+            f"output: {folder} is of another fine-tuning, whose {different}; give its command to go on with it, remove "
+            "the folder, or choose another name"
         )
+    return (folder / _REPORT).exists()
 
 
 def _first_difference(key: str, earlier: object, now: object) -> str:
@@ -130,4 +135,5 @@ def _say_data(screen: Screen, splits: Splits) -> None:
 def main() -> None:
     """`bionemo-esm finetune`, where there is no checkout and so no `examples/`."""
     check_command_line("finetune", "finetuning")
+    start_ranks_by(str(Path(__file__).with_name("__main__.py")))
     hydra.main(version_base="1.3", config_path=str(config_directory("finetuning")), config_name="finetune")(finetune)()

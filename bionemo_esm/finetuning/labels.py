@@ -17,6 +17,7 @@ Labels: TypeAlias = Sequence[str | None]
 """Of one protein: a label for each residue, or one; None where it is not known."""
 _NO_LABEL = ("", "nan")
 _NO_NUMBER = ("", "nan", "na", "null", "none")
+_DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
 _SEPARATORS = re.compile(r"\s*[,;]\s*|\s+")
 
 
@@ -94,12 +95,12 @@ def strange_label(labels: Labels, numbers: dict[str | None, float]) -> tuple[int
     return next((place, label) for place, label in enumerate(labels) if label is not None and label not in numbers)
 
 
-def counts_in_words(counts: Counter[str], most: int = 12) -> str:
-    """How often each class occurs; of many, the most and the least frequent ones."""
+def counts_in_words(counts: Counter[str], most: int = 12, shown: int = 3) -> str:
+    """How often each class occurs; of more than `most`, the most and the least frequent, so many of each."""
     ordered = counts.most_common()
     told = [f"{label} {count:,}" for label, count in ordered]
     if len(told) > most:
-        told = [*told[: most // 2], f"... {len(told) - most:,} more ...", *told[-(most // 2) :]]
+        told = [*told[:shown], f"... {len(told) - 2 * shown:,} others ...", *told[-shown:]]
     return ", ".join(told)
 
 
@@ -146,14 +147,15 @@ def _number(record: Record, place: int, item: Any, task: TaskConfig, data: DataC
         _check_missing(record, place, text, task, data)
         return float("nan")
     if not _is_number(text):
-        raise LabelError(
-            f"{_place(record, place, task)}: {text[:40]!r} is not a number; correct it, or is it "
-            "task.kind=classification?"
-        )
+        advice = "correct it, or is it task.kind=classification?"
+        if _DECIMAL_COMMA.fullmatch(text):
+            advice = "write it with a decimal point"
+        raise LabelError(f"{_place(record, place, task)}: {text[:40]!r} is not a number; {advice}")
     with np.errstate(over="ignore"):
         number = float(np.float32(float(text)))
     if not np.isfinite(number):
-        raise LabelError(f"{_place(record, place, task)}: {text[:40]!r} is not finite; correct it")
+        what = "not finite" if "inf" in text.lower() else "too large for a 32-bit number"
+        raise LabelError(f"{_place(record, place, task)}: {text[:40]!r} is {what}; correct it")
     return number
 
 

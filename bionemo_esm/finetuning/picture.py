@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bionemo_esm.drawing import FAINT, GRID, INK, LINE, MARK, MUTED, WIDTH, styled, write_png
-from bionemo_esm.finetuning.bootstrap import told
+from bionemo_esm.drawing import FAINT, GRID, INK, LINE, MARK, MUTED, STYLE, WIDTH, styled, write_png
+from bionemo_esm.finetuning.bootstrap import decimals, told
 from bionemo_esm.finetuning.report import VALIDATION, cut
 from bionemo_esm.finetuning.task import LOWER_IS_BETTER
 
@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 MOST_CLASSES = 30  # of a confusion matrix; more could not be read
 _MOST_WRITTEN = 12  # classes whose cells have room for a number
 _MOST_POINTS = 5000
-_LONGEST_NAME, _LONGEST_CLASS = 22, 18  # characters
+_LONGEST_NAME = 22  # characters
+_FEW_CLASSES = 5  # whose cells stay large beside long names
 _LABELS = {"accuracy": "Accuracy", "f1": "Macro F1", "mcc": "Matthews' correlation", "mse": "Mean squared error"}
 _LABELS |= {"spearman": "Spearman's correlation", "pearson": "Pearson's correlation"}
+_TICKS = "{x:.6g}"  # whole numbers, without a power of ten set apart, which would stand in the title
 _TOP, _BOTTOM, _RIGHT, _SQUARE, _DETAIL = 1.35, 0.6, 0.35, 4.2, 6.75  # inches; the last: where the right half begins
-_CHARACTER = 0.085  # inches, of a label
+_CHARACTER, _ROW = 0.085, 0.85  # inches: of a label, at most of a row
+_DARK = 0.85  # of the colours of shares, from where white can be read better than ink
 
 
 def draw(report: Report, path: Path) -> Path:
@@ -34,7 +37,8 @@ def draw(report: Report, path: Path) -> Path:
     if detail is not None:
         beside = _room_for_classes(report) if detail.confusion is not None else 0.35  # what stands left of a square
         side = min(_SQUARE, WIDTH - _DETAIL - beside - _RIGHT)
-        tall, below = max(tall, side), side + (beside if detail.confusion is not None else 0.0)
+        tall = max(tall, min(side, _ROW * len(report.rows) + 0.5))  # a single row in a tall panel is lost
+        below = side + (beside + 0.25 if detail.confusion is not None else 0.0)
     height = _TOP + max(tall, below) + _BOTTOM
     with styled(**{"axes.grid": False}):
         figure = Figure(figsize=(WIDTH, height))
@@ -63,8 +67,7 @@ def _is_drawable(report: Report) -> bool:
 
 
 def _said(report: Report) -> str:
-    runs = max(len(row.runs_validation) for row in report.rows)
-    mean = f"mean over {runs} training runs" if runs > 1 else "one training run"
+    mean = f"mean over {report.runs} training runs" if report.runs > 1 else "one training run"
     return f"dots: {mean}; lines: 95% interval over the proteins of the set"
 
 
@@ -87,11 +90,14 @@ def _scores(axes: Any, report: Report) -> None:
                 axes.plot([low, high], [place + shift] * 2, color=colour, linewidth=2.4, solid_capstyle="round")
             axes.plot(value, place + shift, "o", color=colour, markersize=7)
             end = (value if np.isnan(high) else high, place + shift)
-            axes.annotate(told(value), end, (8, 0), textcoords="offset points", va="center", size=9, color=text)
+            text_of = told(value, decimals(metric, value, low, high))
+            axes.annotate(text_of, end, (8, 0), textcoords="offset points", va="center", size=9, color=text)
     axes.set_yticks(range(len(report.rows)), [cut(row.name, _LONGEST_NAME) for row in report.rows], color=INK)
     _plainly(axes.get_yticklabels())
     axes.set_ylim(len(report.rows) - 0.5, -0.5)
     axes.margins(x=0.14)
+    axes.xaxis.set_major_formatter(_TICKS)
+    axes.locator_params(axis="x", nbins=6)
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -109,8 +115,17 @@ def _scores(axes: Any, report: Report) -> None:
 
 
 def _room_for_classes(report: Report) -> float:
-    """Inches that the names under a confusion matrix take."""
-    return max(len(cut(name, _LONGEST_CLASS)) for name in report.task.classes) * _CHARACTER
+    """Inches that the names beside and under a confusion matrix take."""
+    names, size = _classes(report)
+    return max(map(len, names)) * _CHARACTER * size / float(STYLE["font.size"])
+
+
+def _classes(report: Report) -> tuple[list[str], float]:
+    """The names that a confusion matrix shows, and their size in points."""
+    classes = report.task.classes
+    size = 9.0 if len(classes) <= _MOST_WRITTEN else 6.5
+    longest = 22 if _FEW_CLASSES < len(classes) <= _MOST_WRITTEN else 30  # where cells are large, or letters small
+    return [cut(name, longest) for name in classes], size
 
 
 def _detail(axes: Any, report: Report, detail: Detail) -> None:
@@ -120,7 +135,7 @@ def _detail(axes: Any, report: Report, detail: Detail) -> None:
     if detail.confusion is not None:
         _confusion(axes, report, detail)
     else:
-        _scatter(axes, detail)
+        _scatter(axes, report, detail)
 
 
 def _confusion(axes: Any, report: Report, detail: Detail) -> None:
@@ -133,8 +148,7 @@ def _confusion(axes: Any, report: Report, detail: Detail) -> None:
     share = np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
     colours = LinearSegmentedColormap.from_list("shares", ("#ffffff", FAINT, LINE)).with_extremes(bad=GRID)
     axes.imshow(share, cmap=colours, vmin=0, vmax=1, interpolation="none")
-    names = [cut(name, _LONGEST_CLASS) for name in report.task.classes]
-    size = 9.0 if len(names) <= _MOST_WRITTEN else 6.5
+    names, size = _classes(report)
     axes.set_yticks(range(len(names)), names, size=size, color=INK)
     axes.set_xticks(range(len(names)), names, size=size, color=INK, rotation=90 if max(map(len, names)) > 3 else 0)
     _plainly([*axes.get_xticklabels(), *axes.get_yticklabels()])
@@ -142,17 +156,16 @@ def _confusion(axes: Any, report: Report, detail: Detail) -> None:
     for side in axes.spines.values():
         side.set(visible=True, color=GRID)
     axes.set_ylabel("true class", size=9.5)
-    axes.set_xlabel(
-        "predicted class, % of the true one" if len(names) <= _MOST_WRITTEN else "predicted class", size=9.5
-    )
+    label = "predicted class, % of the true one" if len(names) <= _MOST_WRITTEN else "predicted class"
+    axes.set_xlabel(label if totals.all() else f"{label}\ngrey: a class without targets", size=9.5)
     if len(names) <= _MOST_WRITTEN:
         for (row, column), value in np.ndenumerate(share):
             if value > 0:
-                ink = "white" if value > 0.6 else INK
+                ink = "white" if value > _DARK else INK
                 axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", size=size, color=ink)
 
 
-def _scatter(axes: Any, detail: Detail) -> None:
+def _scatter(axes: Any, report: Report, detail: Detail) -> None:
     """Measured across, predicted up, on the same scale; of very many a part, evenly chosen."""
     assert detail.pairs is not None
     pairs = detail.pairs[np.isfinite(detail.pairs).all(axis=1)]
@@ -164,8 +177,13 @@ def _scatter(axes: Any, detail: Detail) -> None:
     axes.plot(limits, limits, color=MARK, linewidth=1.1, linestyle=(0, (5, 3)))
     axes.scatter(*shown.T, s=float(np.clip(6000 / len(shown), 4, 22)), color=LINE, alpha=0.35, linewidths=0)
     axes.set(xlim=limits, ylim=limits)
-    axes.set_xlabel("measured" + (f" ({len(shown):,} of {len(pairs):,} shown)" if every > 1 else ""))
-    axes.set_ylabel("predicted")
+    name = cut(report.task.name.replace("_", " "), _LONGEST_NAME)
+    part = f" ({len(shown):,} of {len(pairs):,} shown)" if every > 1 else ""
+    axes.set_xlabel(f"{name}, measured{part}", parse_math=False)
+    axes.set_ylabel(f"{name}, predicted", parse_math=False)
+    axes.xaxis.set_major_formatter(_TICKS)
+    axes.yaxis.set_major_formatter(_TICKS)
+    axes.locator_params(nbins=5)
     axes.grid(True)
 
 

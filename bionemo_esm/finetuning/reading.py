@@ -18,8 +18,8 @@ from bionemo_esm.finetuning.labelled import LabelledSet, SealedSet, Splits
 from bionemo_esm.finetuning.labels import class_numbers, classes_of, counts_in_words, strange_label
 from bionemo_esm.finetuning.records import SETS, TEST, TRAIN, VALIDATION, LabelError
 from bionemo_esm.finetuning.splitting import split_off
-from bionemo_esm.finetuning.task import Task
-from bionemo_esm.finetuning.tasks import SKIP, DataConfig, TaskConfig
+from bionemo_esm.finetuning.task import Targets, Task
+from bionemo_esm.finetuning.tasks import SKIP, DataConfig, TaskConfig, class_problem
 
 if TYPE_CHECKING:
     from bionemo_esm.data.download import Progress
@@ -40,14 +40,16 @@ def read_splits(task: TaskConfig, data: DataConfig, seed: int, progress: Progres
     notes = Notes([])
     reader = Reader(task, data)
     sets = read_sets(reader, data, notes)
+    notes.lines += reader.told
     notes.count("records left out by data.bad_records=skip", len(reader.problems), next(iter(reader.problems), ""))
     notes.count("proteins without a mask, all of whose residues count as resolved", reader.unmasked)
     sets = _shorter(sets, data, notes)
     sets = _shared_out(sets, data, seed, notes)
     classes = _classes(sets[TRAIN], task, data)
+    strange: Counter[str] = Counter()  # labels that are no class, of each set
     if task.is_classification:
-        sets = {name: _numbered(name, entries, classes, task, data, notes) for name, entries in sets.items()}
-    sets = {name: _labelled(name, entries, data, notes) for name, entries in sets.items()}
+        sets = {name: _numbered(name, entries, classes, task, data, strange) for name, entries in sets.items()}
+    sets = {name: _labelled(name, entries, task, data, strange[name], notes) for name, entries in sets.items()}
     _check_sets(sets, task, data)
     _note_repeats(sets, notes)
     _note_classes(sets[TRAIN], classes, notes)
@@ -129,23 +131,35 @@ def _shared_out(sets: Mapping[str, list[Entry]], data: DataConfig, seed: int, no
 def _classes(train: Sequence[Entry], task: TaskConfig, data: DataConfig) -> tuple[str, ...]:
     if not task.is_classification:
         return ()
-    return classes_of((entry.known for entry in train), task, ", ".join(data.train))  # type: ignore[misc]
+    classes = classes_of((entry.known for entry in train), task, ", ".join(data.train))  # type: ignore[misc]
+    for label in classes:
+        if problem := class_problem(label):
+            where = next(entry.where for entry in train if label in entry.known)
+            raise LabelError(f"{where}: the label {label[:40]!r} {problem}. Rename it")
+    return classes
 
 
 def _numbered(
-    name: str, entries: Sequence[Entry], classes: Sequence[str], task: TaskConfig, data: DataConfig, notes: Notes
+    name: str,
+    entries: Sequence[Entry],
+    classes: Sequence[str],
+    task: TaskConfig,
+    data: DataConfig,
+    strange: Counter[str],
 ) -> list[Entry]:
-    """With numbers of classes in the place of labels. Raises `LabelError` for a label that is none of the classes."""
+    """With numbers of classes in the place of labels; what is none of the classes is counted in `strange`.
+
+    Raises `LabelError` for such a label, where it is to be an error.
+    """
     numbers: dict[str | None, float] = {None: np.nan} | {label: float(place) for place, label in enumerate(classes)}  # type: ignore[dict-item]
-    numbered, strange = [], 0
+    numbered = []
     for entry in entries:
         assert not isinstance(entry.known, np.ndarray)
         if found := strange_label(entry.known, numbers):
             if name == TRAIN or data.unseen_classes != SKIP:
                 raise LabelError(_strange(name, entry, found, classes, task))
-            strange += sum(label not in numbers for label in entry.known)
+            strange[name] += sum(label not in numbers for label in entry.known)
         numbered.append(with_targets(entry, class_numbers(entry.known, numbers)))
-    notes.count(f"{_NAMES[name]}: labels of classes that are none of the task's, treated as not known", strange)
     return numbered
 
 
@@ -160,12 +174,19 @@ def _strange(name: str, entry: Entry, found: tuple[int, str], classes: Sequence[
     return f"{where}: the label {label[:40]!r} is none of {of} ({listed}); {advice}"
 
 
-def _labelled(name: str, entries: Sequence[Entry], data: DataConfig, notes: Notes) -> list[Entry]:
-    """Those of which anything is known. Raises `LabelError` where there is none."""
+def _labelled(
+    name: str, entries: Sequence[Entry], task: TaskConfig, data: DataConfig, strange: int, notes: Notes
+) -> list[Entry]:
+    """Those of which anything is known; of the labels so many were strange. Raises `LabelError` where none is left."""
     kept = [entry for entry in entries if len(known_of(entry))]
     if entries and not kept:
         raise LabelError(f"{_files(name, data)}: no target of the {_NAMES[name]} set is known; check the labels")
-    notes.count(f"{_NAMES[name]}: proteins left out, of which no target is known", len(entries) - len(kept))
+    left = len(entries) - len(kept)
+    if not task.is_per_residue and strange == left:  # the same proteins: told once
+        notes.count(f"{_NAMES[name]}: proteins left out, as their classes are none of the task's", left)
+    else:
+        notes.count(f"{_NAMES[name]}: labels of classes that are none of the task's, treated as not known", strange)
+        notes.count(f"{_NAMES[name]}: proteins left out, of which no target is known", left)
     targets, known = sum(len(entry.known) for entry in kept), sum(len(known_of(entry)) for entry in kept)
     if known < targets:
         notes.lines.append(f"{_NAMES[name]}: {known:,} of {targets:,} targets are known")
@@ -205,18 +226,20 @@ def _note_repeats(sets: Mapping[str, Sequence[Entry]], notes: Notes) -> None:
     sequences = {name: [entry.sequence for entry in entries] for name, entries in sets.items()}
     for one, other in ((TRAIN, VALIDATION), (TRAIN, TEST), (VALIDATION, TEST)):
         common = set(sequences[one])
-        notes.count(
-            f"{_NAMES[other]}: proteins whose sequence is in the {_NAMES[one]} set too",
-            sum(sequence in common for sequence in sequences[other]),
-        )
-    targets: dict[bytes, set[bytes]] = {}
+        if repeated := sum(sequence in common for sequence in sequences[other]):
+            told = (
+                f"{repeated:,} of {len(sequences[other]):,} {_NAMES[other]} proteins are in the {_NAMES[one]} set too"
+            )
+            notes.lines.append(told + (": its scores are not those of new proteins" if one == TRAIN else ""))
+    known: dict[bytes, Targets] = {}
+    contradicting: set[bytes] = set()
     for entry in sets[TRAIN]:
         assert isinstance(entry.known, np.ndarray)
-        targets.setdefault(entry.sequence, set()).add(entry.known.tobytes())
-    notes.count(
-        "training: sequences that occur more than once, with different targets",
-        sum(len(different) > 1 for different in targets.values()),
-    )
+        earlier = known.get(entry.sequence, entry.known)
+        if (np.isfinite(earlier) & np.isfinite(entry.known) & (earlier != entry.known)).any():
+            contradicting.add(entry.sequence)
+        known[entry.sequence] = np.where(np.isfinite(earlier), earlier, entry.known)
+    notes.count("training: sequences that occur more than once, with different targets", len(contradicting))
 
 
 def _note_classes(train: Sequence[Entry], classes: Sequence[str], notes: Notes) -> None:

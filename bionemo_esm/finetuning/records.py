@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bionemo_esm.data.fasta import MAX_RECORD_BYTES, FastaRecord, read_fasta
 from bionemo_esm.errors import UserError
 from bionemo_esm.finetuning.tasks import TaskConfig
 from bionemo_esm.inference.policy import InputPolicy
-from bionemo_esm.inference.variants.table import VariantTable, read_table
+from bionemo_esm.inference.variants.table import VariantTable, no_column, read_table
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SETS = (TRAIN, VALIDATION, TEST)
@@ -23,6 +23,7 @@ _SET_WORDS = {"train": TRAIN, "training": TRAIN, "test": TEST} | dict.fromkeys(
     ("validation", "valid", "val"), VALIDATION
 )
 _TRUTHS = {"true": True, "1": True, "1.0": True} | dict.fromkeys(("false", "0", "0.0", "", "nan", "none"), False)
+_AS_BY_PATTERN = r"""'task.header_pattern="class=(\S+)"'"""  # as a shell, and then Hydra, has to be given it
 _ATTRIBUTE = re.compile(r"(?:^|\s)([A-Z]+)=")
 
 
@@ -40,15 +41,18 @@ class Record(NamedTuple):
     where: str  # "train.csv, record 3 (1abc-A)", for messages
 
 
-def read_records(path: str, task: TaskConfig, labels_stand_alone: bool) -> list[Record]:
+def read_records(
+    path: str, task: TaskConfig, labels_stand_alone: bool, told: Callable[[str], None] = lambda note: None
+) -> list[Record]:
     """The records of a file in order; FASTA, CSV, TSV or Parquet, by its name.
 
     labels_stand_alone: sequences are in another file, so that a FASTA record of a task per residue holds labels.
+    told: gets what is worth a note, of a table whose ids may stand in a column of another name.
     Raises `LabelError` for a record without a label, a set or VALIDATION that is none, a column that is not there;
     and what reading the file raises.
     """
     if InputPolicy().format_of(path) != "fasta":
-        return list(_of_table(path, task))
+        return list(_of_table(path, task, labels_stand_alone, told))
     return [_of_fasta(path, record, task, labels_stand_alone) for record in read_fasta(path)]
 
 
@@ -82,15 +86,15 @@ def _target_in_header(header: str, said: dict[str, str], task: TaskConfig, where
     if "TARGET" in said:
         return said["TARGET"]
     if task.header_pattern is None:
-        advice = "say where it is by task.header_pattern='...'"
+        advice = f"say where it is, as by {_AS_BY_PATTERN}"
         if task.is_per_residue:
             advice = "if the record holds labels, give the sequences by data.sequences=...; else " + advice
         raise LabelError(f"{where}: no TARGET= in its header, which would be the label; {advice}")
     match = re.search(task.header_pattern, header)
     if match is None or match[1] is None:
         raise LabelError(
-            f"{where}: neither has its header {header[:60]!r} a TARGET=, nor does task.header_pattern="
-            f"'{task.header_pattern}' fit; correct one of both"
+            f"{where}: neither has its header {header[:60]!r} a TARGET=, nor does {task.header_pattern} fit, "
+            "which is task.header_pattern; correct one of both"
         )
     return match[1]
 
@@ -98,11 +102,13 @@ def _target_in_header(header: str, said: dict[str, str], task: TaskConfig, where
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _of_table(path: str, task: TaskConfig) -> Iterator[Record]:
+def _of_table(path: str, task: TaskConfig, labels_stand_alone: bool, told: Callable[[str], None]) -> Iterator[Record]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     table = read_table(path)
-    targets = _column(table, "target_column", task.target_column)
+    targets = _column(table, "target_column", task.target_column, _target_advice(table, task, labels_stand_alone))
     ids = _optional(table, "id_column", task.id_column, "id")
+    if ids is None and (name := next((each for each in table.table.column_names if each.lower() == "name"), None)):
+        told(f"{path}: ids are the numbers of the rows; task.id_column={name} takes those of the column {name}")
     sets = _optional(table, "set_column", task.set_column, "set")
     marks = _optional(table, "validation_column", task.validation_column, "validation")
     for index, target in enumerate(targets):
@@ -114,10 +120,19 @@ def _of_table(path: str, task: TaskConfig) -> Iterator[Record]:
         yield Record(index + 1, identifier, target, own, where)
 
 
-def _column(table: VariantTable, key: str, column: str) -> Sequence[Any]:
+def _target_advice(table: VariantTable, task: TaskConfig, labels_stand_alone: bool) -> str:
+    """What to do where the column of targets is not there; the sequences' may be of another name, too."""
+    advice = "; say which it is by task.target_column=..."
+    usual = any(name.lower() in ("sequence", "seq") for name in table.table.column_names)
+    if not (usual or task.sequence_column is not None or labels_stand_alone):
+        advice += ", and which has the sequences by task.sequence_column=..."
+    return advice
+
+
+def _column(table: VariantTable, key: str, column: str, advice: str = "") -> Sequence[Any]:
     names = table.table.column_names
     if column not in names:
-        raise LabelError(f"{table.name}: task.{key}={column}: there is no such column, but {', '.join(names[:20])}")
+        raise LabelError(no_column(table.name, f"task.{key}", column, names, advice))
     values: list[Any] = table.table.column(names.index(column)).to_pylist()
     return values
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 TOO_GOOD = "Validation chose the epoch, so its numbers are a little too good."
 _SCHEMA = 1
 _SCREEN = 110  # columns
+_FEW = 30  # proteins, of which fewer are too few to be resampled well
+_SEEN = "in the training set too"  # in a note of the data: what makes a score too good
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Row:
     seconds: float | None = None  # of training, all runs together
     epochs: Sequence[int] = ()  # for each seed, up to the one that was kept
     parameters: int | None = None  # trained
+    epochs_made: Sequence[int] = ()  # for each seed, with those after the one that was kept
 
     def on(self, which: str) -> Mapping[str, Estimate] | None:
         """Its estimates on validation or test."""
@@ -126,6 +130,34 @@ class Report:
         return per_class(self.task, self.detail.confusion)
 
     @property
+    def runs(self) -> int:
+        """Training runs of the row that has most."""
+        return max(len(row.runs_validation) for row in self.rows)
+
+    def seen(self, which: str) -> list[str]:
+        """Notes that proteins of a set are in the training set."""
+        return [note for note in self.notes if _SEEN in note and re.search(rf"\b{which}\b", note)]
+
+    def too_few(self, which: str) -> str:
+        """A sentence where a set is too small for its intervals; or nothing."""
+        proteins = self.sets[which].proteins if which in self.sets else _FEW
+        return "" if proteins >= _FEW else f"The {which} set has {proteins} proteins: its intervals are rough."
+
+    @property
+    def unfinished(self) -> str:
+        """A sentence on the rows whose best epoch was the last that they were allowed; or nothing.
+
+        Patience ends a run only when epochs have passed since its best, so one that ends with it was out of epochs.
+        """
+        found = []
+        for row in self.rows:
+            made = row.epochs_made
+            count = sum(best == last for best, last in zip(row.epochs, made, strict=True)) if made else 0
+            found += [row.name if count == len(made) else f"{row.name} ({count} of {len(made)} runs)"] if count else []
+        most = max((made for row in self.rows for made in row.epochs_made), default=0)
+        return f"Still improving when it ended at tuning.max_epochs={most}: {', '.join(found)}." if found else ""
+
+    @property
     def verdicts(self) -> list[str]:
         """A sentence for each difference, by the task's metric."""
         metric = self.task.metric
@@ -163,7 +195,9 @@ def lines(report: Report) -> list[str]:
         for name, texts in zip((which, *(f"  {cut(row.name, width)}" for row in report.rows)), table, strict=True):
             columns = "".join(f"  {text:{w}}" for text, w in zip(texts, wide, strict=True))
             found.append(f"{name:{width + 2}}{columns}".rstrip())
-    for sentence in (*report.verdicts, how_made(report)):
+        for remark in filter(None, (*report.seen(which), report.too_few(which))):
+            found += textwrap.wrap(remark, _SCREEN, initial_indent="  ", subsequent_indent="  ")
+    for sentence in filter(None, (*report.verdicts, report.unfinished, how_made(report))):
         found += textwrap.wrap(sentence, _SCREEN)
     return found
 
@@ -175,13 +209,12 @@ def metrics_of(task: Task) -> list[str]:
 
 def cell(of: Mapping[str, Estimate] | None, metric: str) -> str:
     """`0.773 (0.765 to 0.781)`, or what of it there is."""
-    return "-" if of is None else in_brackets(of[metric])
+    return "-" if of is None else in_brackets(of[metric], metric)
 
 
 def how_made(report: Report) -> str:
     """How the numbers and their intervals come about, and what validation's are worth."""
-    runs = max(len(row.runs_validation) for row in report.rows)
-    mean = f"Means over {runs} training runs" if runs > 1 else "Of one training run"
+    mean = f"Means over {report.runs} training runs" if report.runs > 1 else "Of one training run"
     without = "" if TEST in report.measured_on else " There is no test set."
     return f"{mean}; in brackets what 95% of resamples of the proteins come to.{without} {TOO_GOOD}"
 
@@ -245,6 +278,7 @@ def _row(row: Row) -> dict[str, Any]:
         "test": None if row.test is None else _estimates(row.test),
         "seconds": row.seconds,
         "epochs": row.epochs,
+        "epochs_made": row.epochs_made,
         "trained_parameters": row.parameters,
     }
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
-from bionemo_esm.finetuning.bootstrap import told
+from bionemo_esm.finetuning.bootstrap import decimals, told
+from bionemo_esm.finetuning.config import FROZEN
 from bionemo_esm.finetuning.metrics import METRIC_NAMES
-from bionemo_esm.finetuning.report import TEST, TOO_GOOD, Report, Row, cell, metrics_of
+from bionemo_esm.finetuning.report import TEST, TOO_GOOD, VALIDATION, Report, Row, cell, metrics_of
 from bionemo_esm.finetuning.task import LOWER_IS_BETTER, Task
 from bionemo_esm.screen import duration
 
@@ -23,6 +23,7 @@ _MEANINGS = {
 }
 _MOST_CLASSES = 30  # that a table lists
 _MOST_ACROSS = 12  # classes of a confusion matrix
+_OF_ENCODERS = ("encoder_lr", "layer_decay", "keep_adapters")  # of tuning: no matter where the encoder is frozen
 
 
 def page(report: Report) -> str:
@@ -33,14 +34,12 @@ def page(report: Report) -> str:
     parts = [f"# {safe(task.name)}", f"A {what}. The metric that counts: {METRIC_NAMES[task.metric]}."]
     parts += _verdicts(report)
     for which in report.measured_on:
-        parts += [f"## On {which}", _results(report, which)]
-    if TEST not in report.measured_on:
-        parts.append(f"There is no test set. {TOO_GOOD}")
-    parts += ["![Scores with their intervals, and predictions in detail](report.png)", *_rows(report.rows)]
+        parts += [f"## On {which}", _results(report, which), *_remarks(report, which)]
+    parts += ["![Scores with their intervals, and predictions in detail](report.png)", *_rows(report)]
     parts += ["## How to read the numbers", _bullets(_reading(report))]
     parts += ["## Data", *_data(report)]
     parts += _classes(report)
-    for title, values in (("Model", report.model), ("Settings", report.settings)):
+    for title, values in (("Model", report.model), ("Settings", _that_matter(report.settings))):
         if values:
             parts += [f"## {title}", _table(("key", "value"), ((key, _value(one)) for key, one in _flat(values)))]
     return "\n\n".join(parts) + "\n"
@@ -70,10 +69,21 @@ def _cell(row: Row, which: str, metric: str) -> str:
     of = row.on(which)
     text = cell(of, metric)
     spread = math.nan if of is None else of[metric].spread
-    return text if math.isnan(spread) or text == "-" else f"{text}; sd {told(spread)}"
+    if of is None or math.isnan(spread) or text == "-":
+        return text
+    return f"{text}; sd {told(spread, decimals(metric, *of[metric][:3]))}"
 
 
-def _rows(rows: Sequence[Row]) -> Iterator[str]:
+def _remarks(report: Report, which: str) -> Iterator[str]:
+    """What is to be known of the numbers of a set."""
+    yield from (f"**{safe(note)}**" for note in report.seen(which))
+    without = "" if TEST in report.measured_on else "There is no test set."
+    sentences = (report.too_few(which), *((without, TOO_GOOD) if which == VALIDATION else ()))
+    if remark := " ".join(filter(None, sentences)):
+        yield remark
+
+
+def _rows(report: Report) -> Iterator[str]:
     yield "## What was compared"
     head = ("", "what it is", "trained parameters", "runs", "epochs", "training time")
     yield _table(
@@ -85,24 +95,37 @@ def _rows(rows: Sequence[Row]) -> Iterator[str]:
                 "-" if row.parameters is None else f"{row.parameters:,}",
                 str(len(row.runs_validation)),
                 ", ".join(map(str, row.epochs)) or "-",
-                "-" if row.seconds is None else duration(row.seconds),
+                "-" if row.seconds is None else _time(row.seconds),
             )
-            for row in rows
+            for row in report.rows
         ),
     )
+    if report.unfinished:
+        yield safe(report.unfinished)
+
+
+def _time(seconds: float) -> str:
+    """`2.3 s`, `12 s`, `4:05`."""
+    if round(seconds) >= 60:
+        return duration(seconds)
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def _reading(report: Report) -> Iterator[str]:
-    seeds = f" (seeds {', '.join(map(str, report.seeds))})" if report.seeds else ""
-    yield f"A score is the mean over training runs{seeds}; sd is the standard deviation over them."
+    several = report.runs > 1
+    named = f" (seed{'s' if len(report.seeds) > 1 else ''} {', '.join(map(str, report.seeds))})" if report.seeds else ""
+    if several:
+        yield f"A score is the mean over training runs{named}; sd is the standard deviation over them."
+    else:
+        yield f"A score is that of one training run{named}."
+    together = " The residues of a protein go together." if report.task.is_per_residue else ""
+    of_seeds = "; what hangs on the seed the sd says" if several else ", not how much hangs on the seed"
     yield (
         f"In brackets stands its 95% interval: {report.resamples:,} times the proteins with a known target are drawn "
-        "anew, with replacement, and the scores of these sets are taken from the 2.5th to the 97.5th percentile. The "
-        "residues of a protein go together. The interval says how much hangs on which proteins are in the set; what "
-        "hangs on the seed the sd says."
+        f"anew, with replacement, and the scores of these sets are taken from the 2.5th to the 97.5th percentile."
+        f"{together} The interval says how much hangs on which proteins are in the set{of_seeds}."
     )
     yield "Two rows are compared on the same draws; one beats the other where the interval of the difference has no 0."
-    yield TOO_GOOD
     if TEST in report.measured_on:
         yield "Test labels were looked at once, when every model had been chosen."
     yield "Targets that are not known are in no score."
@@ -129,23 +152,23 @@ def _class_counts(report: Report) -> Iterator[str]:
     columns = [(name, facts.classes) for name, facts in report.sets.items() if facts.classes]
     if not columns:
         return
-    order = sorted(range(task.outputs), key=lambda number: (-columns[0][1][number], number))
-    rows = ((task.classes[number], *(f"{counts[number]:,}" for _, counts in columns)) for number in order)
-    yield _table(("class", *(name for name, _ in columns)), islice(rows, _MOST_CLASSES))
+    shown = _most_frequent(columns[0][1])
+    rows = ((task.classes[number], *(f"{counts[number]:,}" for _, counts in columns)) for number in shown)
+    yield _table(("class", *(name for name, _ in columns)), rows)
     yield from _left_out(task)
 
 
 def _classes(report: Report) -> Iterator[str]:
-    """The classes of the detail one by one, the most frequent first, and which was taken for which."""
+    """The classes of the detail one by one, and which was taken for which."""
     task, detail = report.task, report.detail
     if detail is None or detail.confusion is None:
         return
     yield "## By class"
     yield f"{safe(detail.row)} on {detail.on}, the training run with seed {detail.seed}."
-    scores = sorted(report.class_scores, key=lambda score: -score.support)
+    scores = report.class_scores
     shown = (
         (one.name, told(one.precision), told(one.recall), told(one.f1), f"{one.support:,}", f"{one.predicted:,}")
-        for one in scores[:_MOST_CLASSES]
+        for one in (scores[number] for number in _most_frequent([score.support for score in scores]))
     )
     yield _table(("class", "precision", "recall", "F1", "targets", "predicted"), shown)
     yield from _left_out(task)
@@ -155,9 +178,21 @@ def _classes(report: Report) -> Iterator[str]:
         yield _table(("", *task.classes), ((name, *(f"{count:,}" for count in row)) for name, row in counts))
 
 
+def _most_frequent(counts: Sequence[int]) -> list[int]:
+    """Numbers of the classes that a table lists, in the task's order."""
+    return sorted(sorted(range(len(counts)), key=lambda number: (-counts[number], number))[:_MOST_CLASSES])
+
+
 def _left_out(task: Task) -> Iterator[str]:
     if task.outputs > _MOST_CLASSES:
         yield f"The {_MOST_CLASSES} most frequent of {task.outputs:,} classes; report.json has all."
+
+
+def _that_matter(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    tuning = settings.get("tuning")
+    if not isinstance(tuning, Mapping) or tuning.get("mode") != FROZEN:
+        return settings
+    return {**settings, "tuning": {key: value for key, value in tuning.items() if key not in _OF_ENCODERS}}
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------

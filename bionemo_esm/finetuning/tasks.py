@@ -14,6 +14,7 @@ from typing import Any
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.finetuning.task import CLASSIFICATION, LEVELS, METRICS
 from bionemo_esm.inference.policy import InputPolicy
+from bionemo_esm.model.plain import check_plain
 from bionemo_esm.settings import integer, known, number, path
 
 ERROR, SKIP = "error", "skip"
@@ -79,13 +80,7 @@ class TaskConfig:
         _one_of("task.level", self.level, LEVELS)
         _one_of("task.kind", self.kind, tuple(METRICS))
         _one_of("task.metric", self.metric, METRICS[self.kind])
-        if self.classes is not None:
-            if self.kind != CLASSIFICATION:
-                raise ConfigError("task.classes is for a classification; set it to null, or task.kind=classification")
-            if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
-                raise ConfigError(f"task.classes must be two or more different labels, not {list(self.classes)}")
-            if both := set(self.classes) & set(self.unknown):
-                raise ConfigError(f"{min(both)!r} is in task.classes and in task.unknown; it is one of the two")
+        self._check_classes()
         if self.header_pattern is not None:
             try:
                 groups = re.compile(self.header_pattern).groups
@@ -93,6 +88,18 @@ class TaskConfig:
                 raise ConfigError(f"task.header_pattern is no regular expression: {error}") from error
             if groups != 1:
                 raise ConfigError(f"task.header_pattern must have one group in parentheses, the label, not {groups}")
+
+    def _check_classes(self) -> None:
+        if self.classes is not None:
+            if self.kind != CLASSIFICATION:
+                raise ConfigError("task.classes is for a classification; set it to null, or task.kind=classification")
+            if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+                raise ConfigError(f"task.classes must be two or more different labels, not {list(self.classes)}")
+            for label in self.classes:
+                if problem := class_problem(label):
+                    raise ConfigError(f"task.classes: {label[:40]!r} {problem}; rename it, here and in the files")
+            if both := set(self.classes) & set(self.unknown):
+                raise ConfigError(f"{min(both)!r} is in task.classes and in task.unknown; it is one of the two")
 
     @property
     def is_classification(self) -> bool:
@@ -171,6 +178,17 @@ class DataPolicy(InputPolicy):
     def advice(self, text: str, key: str, value: str) -> str:
         section = "data" if key in ("bad_records", "unknown_letters") else "task"
         return text.format(f"{section}.{key}={value}")
+
+
+def class_problem(label: str) -> str:
+    """Why a label cannot name a class, for a message; "" where it can. An archive's configuration has to hold it."""
+    if len(label.splitlines()) > 1:
+        return "runs over several lines: is a quote not closed?"
+    try:
+        check_plain(label)
+    except ValueError:
+        return "cannot be kept in a model's archive, where ${ and nemo: at the beginning refer to something else"
+    return ""
 
 
 def load_task_config(values: Mapping[str, Any]) -> TaskConfig:

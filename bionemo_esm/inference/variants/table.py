@@ -5,10 +5,11 @@ A table is an Arrow table; what was read as text (CSV, TSV) stays text, so that 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet", ".pq")
+_OTHER_SEPARATORS = {
+    ";": "is it separated by ';'? Save it with commas, or as .tsv with tabs",
+    "\t": "is it separated by tabs? Name it .tsv",
+    ",": "is it separated by commas? Name it .csv",
+}
 _PACKED = (".gz", ".zst", ".zstd", ".bgz")
 _BLOCK_BYTES = 2**20
 _NOT_MEASURED = ("", "na", "nan", "null", "none")
@@ -52,7 +58,7 @@ class VariantTable:
         """A column as text, '' where nothing stands. Raises `TableError`, naming the key, where it is not there."""
         names = self.table.column_names
         if column not in names:
-            raise TableError(f"{self.name}: {key}={column}: there is no such column, but {', '.join(names[:20])}")
+            raise TableError(no_column(self.name, key, column, names))
         values: list[Any] = self.table.column(names.index(column)).to_pylist()
         return ["" if value is None else str(value) for value in values]
 
@@ -84,8 +90,23 @@ def read_table(path: str | os.PathLike[str]) -> VariantTable:
 
     names, rows, numbers = _split(os.fspath(path), name, SEPARATORS[ending])
     columns = [arrow.array(column, arrow.string()) for column in zip(*rows, strict=True)]
-    table = arrow.Table.from_arrays(columns, names=names) if columns else None
+    table = arrow.Table.from_arrays(columns, names=names)
     return _checked(name, table, np.array(numbers, dtype=np.int64))
+
+
+def no_column(name: str, key: str, column: str, columns: Sequence[str], advice: str = "") -> str:
+    """What to say of a table that lacks the column of a key; the advice is for a header with the right separator."""
+    listed = ", ".join(columns[:20]) + (f" and {len(columns) - 20:,} more" if len(columns) > 20 else "")
+    return f"{name}: {key}={column}: there is no such column, but {listed}{_separator_advice(columns) or advice}"
+
+
+def _separator_advice(columns: Sequence[str]) -> str:
+    """What to do about a header of one column that looks like several; "" for any other."""
+    if len(columns) == 1:
+        for separator, advice in _OTHER_SEPARATORS.items():
+            if separator in columns[0]:
+                return f"; {advice}"
+    return ""
 
 
 def check_ending(key: str, path: Path) -> None:
@@ -204,8 +225,13 @@ def _text(path: str, name: str) -> str:
             parts.append(bytes(block[:filled]))
     if source.damage:
         raise TableError(f"{name}: {source.damage}; download or copy the file again")
+    content = b"".join(parts)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise TableError(f"{name}: is UTF-16 text; save it as UTF-8")
+    if b"\0" in content:
+        raise TableError(f"{name}: is no text; is it the right file?")
     try:
-        return b"".join(parts).decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TableError(f"{name}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
@@ -214,7 +240,8 @@ def _split(path: str, name: str, separator: str) -> tuple[list[str], list[list[s
     """Names of the columns, rows, and the number of each row; blank lines count, and are left out."""
     reader = csv.reader(io.StringIO(_text(path, name), newline=""), delimiter=separator)
     names: list[str] = []
-    rows, numbers = [], []
+    rows: list[list[str]] = []
+    numbers = []
     try:
         for number, row in enumerate(reader, start=1):
             if not row:
@@ -223,12 +250,26 @@ def _split(path: str, name: str, separator: str) -> tuple[list[str], list[list[s
                 names = [column.strip() for column in row]
                 continue
             if len(row) != len(names):
-                raise TableError(f"{name}, row {number}: has {len(row)} fields, the header {len(names)}")
+                raise TableError(f"{name}, row {number} (record {len(rows) + 1}): {_ragged(row, names)}")
             rows.append(row)
             numbers.append(number)
     except csv.Error as error:
         raise TableError(f"{name}, line {reader.line_num}: {error}; is it a {separator!r}-separated table?") from error
+    if not rows:
+        raise TableError(
+            f"{name}: has a header ({', '.join(names[:20])}), but no row below it; is it the right file?"
+            if names
+            else f"{name}: is empty; its first line must name the columns, each further one is a record"
+        )
     return names, rows, numbers
+
+
+def _ragged(row: Sequence[str], names: Sequence[str]) -> str:
+    """What is wrong with a row of another number of fields than the header."""
+    advice = _separator_advice(names)
+    if not advice and any("\n" in field for field in row):  # what follows an open quote is of its field, line by line
+        advice = "; a field runs over several lines: is its quote not closed?"
+    return f"has {len(row)} fields, the header {len(names)}{advice or '; correct it'}"
 
 
 def _read_parquet(name: str) -> VariantTable:
@@ -245,9 +286,9 @@ def _read_parquet(name: str) -> VariantTable:
     return _checked(name, table, np.arange(2, table.num_rows + 2))
 
 
-def _checked(name: str, table: arrow.Table | None, rows: NDArray[np.int64]) -> VariantTable:
-    if table is None or not table.num_rows:
-        raise TableError(f"{name}: no row in it; its first line must name the columns, each further one is a variant")
+def _checked(name: str, table: arrow.Table, rows: NDArray[np.int64]) -> VariantTable:
+    if not table.num_rows:
+        raise TableError(f"{name}: has no row; is it the right file?")
     twice = {column for column in table.column_names if table.column_names.count(column) > 1}
     if twice:
         raise TableError(f"{name}: two columns are named {min(twice)!r}; rename one")
