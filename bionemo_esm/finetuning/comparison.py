@@ -25,7 +25,17 @@ from bionemo_esm.finetuning.fit import FitPlan, Fitted, Sources, fit
 from bionemo_esm.finetuning.labelled import LabelledSet, Splits
 from bionemo_esm.finetuning.metrics import scores
 from bionemo_esm.finetuning.model_file import archive_config
-from bionemo_esm.finetuning.report import TEST, VALIDATION, Detail, Difference, Report, Row, SetFacts, write_report
+from bionemo_esm.finetuning.report import (
+    TEST,
+    VALIDATION,
+    Detail,
+    Difference,
+    Report,
+    Row,
+    SetFacts,
+    lines,
+    write_report,
+)
 from bionemo_esm.finetuning.saving import merged, write_fine_tuned
 from bionemo_esm.finetuning.settings import COMPOSITION, ONE_HOT, UNTRAINED, FinetuneConfig, told_settings
 from bionemo_esm.finetuning.task import Prediction
@@ -300,7 +310,7 @@ def _save(comparison: Comparison, fitted: Fitted, seed: int, report: Report, pat
     if parts.adapters is not None and not config.tuning.keep_adapters:
         trained, parts = merged(base, trained, parts), replace(parts, adapters=None)
     row = report.rows[0]
-    told: dict[str, Any] = {
+    account: dict[str, Any] = {
         "base_model": base.path.name,
         "base_weights_sha256": base.weights_sha256,
         "mode": config.tuning.mode,
@@ -312,13 +322,13 @@ def _save(comparison: Comparison, fitted: Fitted, seed: int, report: Report, pat
         "settings": {key: value for key, value in report.settings.items() if key != "seeds"},
     }
     if row.test is not None:
-        told[f"test, mean of {len(config.seeds)} seeds"] = _rounded({name: e.value for name, e in row.test.items()})
+        account[f"test, mean of {len(config.seeds)} seeds"] = _rounded({name: e.value for name, e in row.test.items()})
     provenance = {key: value for key, value in base.provenance.items() if key != "package_versions"}
     if config.tuning.mode != FROZEN:
         provenance.pop("contact_head", None)
     return write_fine_tuned(
         path, base, trained, comparison.splits.task, parts, config.tuning.mode, seed,
-        {**provenance, "finetuning": told},
+        {**provenance, "finetuning": account},
     )  # fmt: skip
 
 
@@ -327,8 +337,6 @@ def _rounded(found: dict[str, float]) -> dict[str, float | None]:
 
 
 def _closing(report: Report, model: Path, written: Sequence[Path], started: float) -> list[str]:
-    from bionemo_esm.finetuning.report import lines
-
     return [
         "",
         *lines(report),
