@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,14 @@ def residues(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return per_protein(tmp_path_factory.mktemp("shares"))
+
+
+@pytest.fixture(autouse=True)
+def sigint() -> Iterator[None]:
+    """Lightning leaves SIGINT ignored after an interruption, and processes that other tests start would inherit that."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def some_proteins() -> list[Protein]:
