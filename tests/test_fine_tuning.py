@@ -57,7 +57,7 @@ def shares(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def sigint() -> Iterator[None]:
-    """Lightning leaves SIGINT ignored after an interruption, and processes that other tests start would inherit that."""
+    """Lightning leaves SIGINT ignored after an interruption; processes that other tests start would inherit that."""
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
