@@ -22,6 +22,7 @@ from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, p
 from bionemo_esm.finetuning.config import ReadingConfig
 from bionemo_esm.finetuning.labelled import LabelledSet
 from bionemo_esm.finetuning.task import Targets, Task, standardised
+from bionemo_esm.inference.engine import batches_by_length
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.inference.windows import blending_weights, windows
 
@@ -209,17 +210,8 @@ class EvaluationBatches(Dataset[LabelledBatch]):
     def __init__(self, collator: Collator, batch_tokens: int, rank: int = 0, world_size: int = 1) -> None:
         self.collator, self.batch_tokens = collator, batch_tokens
         own = deal(collator.costs, world_size)[rank]
-        longest_first = own[np.argsort(-collator.costs[own], kind="stable")]  # neighbours of like length go together
-        self.parts: list[Numbers] = []
-        filled = batch_tokens
-        for number in longest_first.tolist():
-            cost = int(collator.costs[number])
-            if filled + cost > batch_tokens or not self.parts:
-                self.parts.append(np.zeros(0, dtype=np.int64))
-                filled = 0
-            self.parts[-1] = np.append(self.parts[-1], number)
-            filled += cost
-        self.parts = self.parts or [np.zeros(0, dtype=np.int64)]
+        batches = batches_by_length(collator.labelled.lengths[own], batch_tokens)
+        self.parts: list[Numbers] = [own[batch] for batch in batches] or [own]
 
     def on_rank(self, rank: int, world_size: int) -> EvaluationBatches:
         return EvaluationBatches(self.collator, self.batch_tokens, rank, world_size)

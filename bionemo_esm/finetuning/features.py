@@ -20,7 +20,7 @@ from bionemo_esm.errors import UserError
 from bionemo_esm.finetuning.config import ReadingConfig
 from bionemo_esm.inference.embedding.choice import EmbeddingChoice
 from bionemo_esm.inference.embedding.embeddings import embed_together
-from bionemo_esm.inference.engine import Engine
+from bionemo_esm.inference.engine import Engine, up_to
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.outputs import written_whole
 
@@ -141,7 +141,7 @@ class FeatureCache:
             shape = (rows, engine.config.hidden_size)
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[arg-type]
-            for some in in_groups(proteins, _RESIDUES_AT_ONCE):
+            for some in up_to(_RESIDUES_AT_ONCE, proteins, lambda protein: protein.residues):
                 for embedding in embed_together(engine, some, choice, answered):
                     stream.write(np.atleast_2d(embedding.arrays[name]).astype("<f4").tobytes())
 
@@ -153,17 +153,6 @@ def _wait_for(path: Path) -> None:
         if os.getppid() != launcher:
             raise UserError("the process that was to compute the encoder's states has ended; see its message")
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-
-
-def in_groups(proteins: Sequence[Protein], residues: int) -> list[Sequence[Protein]]:
-    """Neighbours, as many as come to about so many residues, one at least."""
-    groups, begin, filled = [], 0, 0
-    for place, protein in enumerate(proteins):
-        if filled and filled + protein.residues > residues:
-            groups.append(proteins[begin:place])
-            begin, filled = place, 0
-        filled += protein.residues
-    return [*groups, proteins[begin:]] if proteins else []
 
 
 def _first_of_each(proteins: Sequence[Protein], texts: Sequence[bytes]) -> list[Protein]:

@@ -79,7 +79,10 @@ class FineTunedPredictor:
         to those of the proteins. No answer depends on the other proteins but for rounding, 1e-5 in float32. Raises
         `UserError` for a protein of which the model says NaN or infinity.
         """
-        for some in _grouped(proteins, max(1, _GROUP_BYTES // (4 * self.engine.config.hidden_size))):
+        from bionemo_esm.inference.engine import up_to
+
+        residues = max(1, _GROUP_BYTES // (4 * self.engine.config.hidden_size))
+        for some in up_to(residues, proteins, lambda protein: protein.residues):
             states = self._states(some, answered)
             found = answers(self.head, self.task, states, self.engine.device, self.engine.batch_tokens)
             for protein, prediction in zip(some, found, strict=True):
@@ -126,9 +129,11 @@ def answers(
     """
     import torch
 
+    from bionemo_esm.inference.engine import up_to
+
     found: list[Prediction] = []
     with torch.inference_mode():
-        for some in _up_to(batch_tokens, states):
+        for some in up_to(batch_tokens, states, len):
             bounds = np.cumsum([0, *map(len, some)])
             packed_RH = torch.from_numpy(np.concatenate(some)).to(device)  # type: ignore[call-overload]
             outputs = head(packed_RH, torch.from_numpy(bounds).to(device))  # type: ignore[call-overload]
@@ -149,30 +154,3 @@ def asked(task: Task) -> str:
     """A task in a few words."""
     what = f"one of {len(task.classes):,} classes" if task.is_classification else "a number"
     return f"{task.name}, {what} for each {'residue' if task.is_per_residue else 'protein'}"
-
-
-def _grouped(proteins: Iterable[Protein], residues: int) -> Iterator[list[Protein]]:
-    """Proteins in order, as many together as have so many residues, or one."""
-    some: list[Protein] = []
-    filled = 0
-    for protein in proteins:
-        if some and filled + protein.residues > residues:
-            yield some
-            some, filled = [], 0
-        some.append(protein)
-        filled += protein.residues
-    if some:
-        yield some
-
-
-def _up_to(residues: int, states: Sequence[NDArray[np.floating]]) -> Iterator[list[NDArray[np.floating]]]:
-    some: list[NDArray[np.floating]] = []
-    filled = 0
-    for rows in states:
-        if some and filled + len(rows) > residues:
-            yield some
-            some, filled = [], 0
-        some.append(rows)
-        filled += len(rows)
-    if some:
-        yield some

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from bionemo_esm.model.consistency import check_sizes, extension_of
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.parallel import ensure_groups
 
+Thing = TypeVar("Thing")
 Residues = NDArray[np.uint8]
 """Token ids of a protein's residues, uint8 [R], without <cls> and <eos>."""
 
@@ -106,7 +108,7 @@ class Engine(ModelSizes):
         Questions are taken as they are needed, as many at a time as make up a batch; of each the last block is computed
         at its places only. `answered` is told the residues of each batch.
         """
-        for some in _up_to(self.batch_tokens, questions):
+        for some in up_to(self.batch_tokens, questions, _tokens):
             batch = self.packed([question.tokens for question in some])
             first = batch.cu_seqlens[:-1].long().cpu().numpy() + 1  # after each <cls>
             places = np.concatenate([question.places + start for question, start in zip(some, first, strict=True)])
@@ -147,18 +149,22 @@ def batches_by_length(lengths: NDArray[np.int64], batch_tokens: int) -> list[NDA
     return [np.array(batch, dtype=np.int64) for batch in batches]
 
 
-def _up_to(batch_tokens: int, questions: Iterable[Question]) -> Iterator[list[Question]]:
-    some: list[Question] = []
+def up_to(most: int, things: Iterable[Thing], size: Callable[[Thing], int]) -> Iterator[list[Thing]]:
+    """Neighbours together, as many as come to `most` by their sizes, one at least; taken as they are needed."""
+    some: list[Thing] = []
     filled = 0
-    for question in questions:
-        tokens = len(question.tokens) + SPECIAL_TOKENS_PER_SEQUENCE
-        if some and filled + tokens > batch_tokens:
+    for thing in things:
+        if some and filled + size(thing) > most:
             yield some
             some, filled = [], 0
-        some.append(question)
-        filled += tokens
+        some.append(thing)
+        filled += size(thing)
     if some:
         yield some
+
+
+def _tokens(question: Question) -> int:
+    return len(question.tokens) + SPECIAL_TOKENS_PER_SEQUENCE
 
 
 def _device(name: str) -> torch.device:
