@@ -283,7 +283,8 @@ def test_baselines_learn_from_the_same_data_under_the_same_head(
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["pretrained", "one-hot", "untrained", "composition"]
     assert rows["pretrained"]["trained_parameters"] == rows["untrained"]["trained_parameters"]
-    assert rows["untrained"]["trained_parameters"] > rows["one-hot"]["trained_parameters"]
+    one_hot = 20 * 3 * 8 + 8 + 8 * 3 * 3 + 3  # two convolutions over 3 residues, with 8 channels between them
+    assert rows["untrained"]["trained_parameters"] > rows["one-hot"]["trained_parameters"] == one_hot
     assert len(rows["one-hot"]["runs_validation"]) == 2
     assert {(each["one"], each["other"]) for each in report["differences"]} == {
         ("pretrained", other) for other in ("one-hot", "untrained", "composition")
@@ -336,8 +337,20 @@ def test_states_in_a_cache_of_ones_own_are_computed_once(
     monkeypatch.setattr(comparison.Engine, "load", never)
     again = run_here(tmp_path / "other", base, *residues, *CONVNET, cache)
     assert first["rows"][0]["test"] == again["rows"][0]["test"]
-    with pytest.raises(AssertionError):
-        run_here(tmp_path / "another", base, *residues, *CONVNET, cache, "reading.layer=1")
+    for name, other in (("layer", "reading.layer=1"), ("precision", "trainer.precision=bf16")):
+        with pytest.raises(AssertionError):
+            run_here(tmp_path / name, base, *residues, *CONVNET, cache, other)
+
+
+def test_states_are_kept_by_the_precision_that_computed_them(
+    base: Path, residues: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = f"cache={tmp_path / 'cache'}"
+    for multiplies, files in ((True, 1), (False, 2)):  # what "auto" is on this machine, and on another
+        monkeypatch.setattr("bionemo_esm.model.backends._multiplies_bf16", lambda device, answer=multiplies: answer)
+        auto = ("trainer.precision=auto", "tuning.max_epochs=1")
+        run_here(tmp_path / str(files), base, *residues, *CONVNET, cache, *auto)
+        assert len(list((tmp_path / "cache").iterdir())) == files
 
 
 def test_long_proteins_are_learned_from_window_by_window(base: Path, tmp_path: Path) -> None:

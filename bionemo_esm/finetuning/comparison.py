@@ -49,7 +49,8 @@ from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.parallel import data_parallel_size, destroy_groups, ensure_groups
 from bionemo_esm.screen import RESIDUES, Meter, Screen, duration, is_rank_zero
 
-PRETRAINED = "pretrained"
+PRETRAINED, BARE = "pretrained", "one-hot"
+"""Rows of the report; `BARE` is that of the baseline `ONE_HOT`."""
 _FITS, _CACHE = "fits", "cache"
 _SAMPLE_RESIDUES = 2**17  # of which the encoder's states are looked at before it is tuned, for their mean and spread
 
@@ -87,7 +88,7 @@ class Comparison:
         """All that were asked for, fitted."""
         found = [self._way(PRETRAINED, f"{self.encoder.family}, {self.config.tuning.mode}")]
         if ONE_HOT in self.config.baselines:
-            found.append(self._way("one-hot", "20 amino acids, the same head"))
+            found.append(self._way(BARE, "20 amino acids, the same head"))
         if UNTRAINED in self.config.baselines:
             found.append(self._way("untrained", f"random weights, {self.config.tuning.mode}"))
         if COMPOSITION in self.config.baselines:
@@ -126,7 +127,7 @@ class Comparison:
         sources: Sources | ReadingConfig,
         standard: Moments,
     ) -> FitPlan:
-        config, one_hot = self.config, name == "one-hot"
+        config, one_hot = self.config, name == BARE
         tuning = replace(config.tuning, mode=FROZEN, keep_adapters=False) if one_hot else config.tuning
         parts = replace(self.parts, adapters=None) if one_hot else self.parts
         return FitPlan(
@@ -149,7 +150,7 @@ class Comparison:
 
     def _sources(self, name: str) -> tuple[Sources | ReadingConfig, Moments]:
         """What the head reads of the three sets, and mean and spread of it over the training set."""
-        if name == "one-hot":
+        if name == BARE:
             one_hot = [OneHot(proteins, self.pooled) for proteins in self._sets()]
             return (one_hot[0], one_hot[1], one_hot[2]), moments(one_hot[0], range(len(self.splits.train)))
         engine = _Once(lambda: self._engine(name))
@@ -176,7 +177,7 @@ class Comparison:
     def _identity(self, name: str) -> str:
         """Of an encoder's states."""
         weights = self.base.weights_sha256 if name == PRETRAINED else f"untrained {self.encoder} {self.config.seeds[0]}"
-        return f"{weights} {self.config.trainer.precision}"
+        return f"{weights} {parameter_dtype(self.config.trainer.precision, self._place)}"
 
     def _first_look(self, name: str, engine: Callable[[], Engine]) -> Moments:
         """Mean and spread of the states of some training proteins, before the encoder is tuned."""
@@ -191,14 +192,18 @@ class Comparison:
         stored = cache.features(engine, identity, some, self.parts.reading, self.pooled, mine=first)
         return moments(stored, range(len(some)))
 
+    @property
+    def _place(self) -> str:
+        """The kind of device that computes a frozen encoder's states."""
+        accelerator = self.config.trainer.accelerator
+        return "cuda" if accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available()) else "cpu"
+
     def _engine(self, name: str) -> Engine:
-        trainer = self.config.trainer
-        device = {"auto": "auto", "cpu": "cpu", "gpu": "cuda"}[trainer.accelerator]
+        precision, place = self.config.trainer.precision, self._place
         if name == PRETRAINED:
-            return Engine.load(self.base.path, device, trainer.precision)
+            return Engine.load(self.base.path, place, precision)
         ensure_groups()
-        place = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
-        dtype = parameter_dtype(trainer.precision, place)
+        dtype = parameter_dtype(precision, place)
         quiet = replace(self.encoder, hidden_dropout=0.0, attention_dropout=0.0, contact_head=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seeds[0])

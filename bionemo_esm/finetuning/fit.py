@@ -22,6 +22,7 @@ from bionemo_esm.data.dealing import BatchPlan
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches, Features, TrainingSteps
 from bionemo_esm.finetuning.config import ReadingConfig, TuningConfig
 from bionemo_esm.finetuning.features import Moments
+from bionemo_esm.finetuning.heads import BUFFERS
 from bionemo_esm.finetuning.labelled import LabelledSet
 from bionemo_esm.finetuning.metrics import gathered
 from bionemo_esm.finetuning.model import ESMFineTunedModel, class_weights
@@ -75,7 +76,7 @@ class Fitted:
     @property
     def parameters(self) -> int:
         """Numbers that were trained."""
-        return sum(tensor.numel() for tensor in self.weights.values())
+        return sum(tensor.numel() for name, tensor in self.weights.items() if name not in BUFFERS)
 
     @property
     def seconds(self) -> float:
@@ -166,7 +167,6 @@ class _Watch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.monotonic()
-        self._stop_where_it_is_time(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -15,6 +15,8 @@ from bionemo_esm.finetuning.config import ATTENTION, LINEAR, MAX, MEAN, MLP, Hea
 from bionemo_esm.finetuning.segments import Segments
 from bionemo_esm.finetuning.task import Task
 
+BUFFERS = ("head.shift", "head.scale")
+"""Of every head, by their names in an archive: found out from the features, and not trained."""
 SMALLEST_DEVIATION = 1e-6
 """Of a feature that is taken to differ between residues."""
 

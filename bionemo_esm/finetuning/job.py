@@ -43,8 +43,9 @@ def _finetune(cfg: DictConfig) -> int:
     started = time.monotonic()
     config = load_finetune_config(cfg)
     folder = config.output.absolute()
-    if is_rank_zero() and _is_finished(cfg, folder):
-        print(f"Finished already: {folder / 'report.md'}, {folder / 'model.nemo'}")  # noqa: T201
+    if _is_finished(cfg, folder) if is_rank_zero() else (folder / _REPORT).exists():
+        if is_rank_zero():
+            print(f"Finished already: {folder / 'report.md'}, {folder / 'model.nemo'}")  # noqa: T201
         return 0
     base, sizes = _pretrained(config.restore_from_path)
     config.parts(sizes)
