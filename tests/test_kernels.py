@@ -193,5 +193,5 @@ def test_kernels_compile_where_nothing_can_be_cached(tmp_path: Path, monkeypatch
         return lambda function: function
 
     monkeypatch.setattr(kernels.numba, "njit", njit)
-    assert kernels._compiled(len) is len
+    assert kernels.compiled(len) is len
     assert [options.get("cache") for options in calls] == [True, None]

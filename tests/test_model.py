@@ -192,7 +192,8 @@ def test_every_scored_token_counts_towards_the_evaluation(batch: PackedBatch) ->
 
 def test_backends_on_cpu_are_pytorchs_and_say_so() -> None:
     backends = choose_backends("cpu", torch.float32, 0.1)
-    assert backends.describe() == "layer norm: PyTorch fused; Adam: PyTorch AdamW(fused); attention: sdpa-by-sequence"
+    ours = "layer norm: PyTorch fused; Adam: PyTorch AdamW(fused); attention: sdpa-by-sequence; linear: oneDNN"
+    assert backends.describe() == ours
 
 
 def test_gpu_attention_is_chosen_by_what_the_kernel_can_do() -> None:

@@ -47,7 +47,7 @@ BYTE_CLASSES = _byte_classes()
 """uint8 [256]: the token id of each byte of a sequence, or what it is instead."""
 
 
-def _compiled(function: Function) -> Function:
+def compiled(function: Function) -> Function:
     """Machine code, kept on disk where there is a place for it, so that only the first use pays a second or two."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -57,12 +57,15 @@ def _compiled(function: Function) -> Function:
             return cast(Function, numba.njit(nogil=True)(function))
 
 
+_compiled = compiled
+
+
 def words_of(content: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """Every eight neighbouring bytes of uint8 [n] as a number: a view, uint64 [n - 7], of overlapping elements."""
     return np.ndarray((max(content.size - 7, 0),), np.dtype("<u8"), buffer=content.data, strides=(1,))
 
 
-@_compiled
+@compiled
 def _word(content: Any, words: Any, at: Any, count: Any) -> Any:
     """The next `count` bytes, below eight, as a number, with a one above them so that zeros at the end count."""
     if at + _U(8) <= content.size:
@@ -73,7 +76,7 @@ def _word(content: Any, words: Any, at: Any, count: Any) -> Any:
     return word
 
 
-@_compiled
+@compiled
 def _digest(content: Any, words: Any, begin: Any, end: Any, key: Any) -> Any:
     """64-bit hash of content[begin:end] under a key: a multiply-and-shift chain over 8-byte words, then splitmix64."""
     state = key ^ (_U(end - begin) * _MULTIPLIER)
@@ -90,7 +93,7 @@ def _digest(content: Any, words: Any, begin: Any, end: Any, key: Any) -> Any:
     return state ^ (state >> _U(31))
 
 
-@_compiled
+@compiled
 def _is_plain(word: Any) -> Any:
     """Whether none of eight bytes is a line end, a carriage return, NUL, or over 127 (Mycroft's zero-byte test)."""
     found = word & _HIGH_BITS
@@ -100,7 +103,7 @@ def _is_plain(word: Any) -> Any:
     return found == _U(0)
 
 
-@_compiled
+@compiled
 def _encode_run(text: Any, at: Any, count: Any, classes: Any, tokens: Any, end: Any) -> Any:
     """Encode `count` bytes at once; whether all of them were residues (else what was written does not count)."""
     seen = np.uint8(0)
@@ -111,7 +114,7 @@ def _encode_run(text: Any, at: Any, count: Any, classes: Any, tokens: Any, end: 
     return seen < BLANK
 
 
-@_compiled
+@compiled
 def parse(  # noqa: C901
     text: Any,
     words: Any,
@@ -206,7 +209,7 @@ def parse(  # noqa: C901
     return record, end
 
 
-@_compiled
+@compiled
 def _trimmed(text: Any, begin: Any, end: Any) -> Any:
     """Where text[begin:end] ends without the blanks at its end."""
     while end > begin and text[end - _U(1)] <= _SPACE:
@@ -214,7 +217,7 @@ def _trimmed(text: Any, begin: Any, end: Any) -> Any:
     return end
 
 
-@_compiled
+@compiled
 def parse_map(text: Any, words: Any, key: Any, cluster_first: Any, members: Any, clusters: Any) -> Any:  # noqa: C901
     """Hash the fields of a table of clusters, line by line.
 
@@ -254,7 +257,7 @@ def parse_map(text: Any, words: Any, key: Any, cluster_first: Any, members: Any,
     return pairs, size
 
 
-@_compiled
+@compiled
 def _slot_of(slots: Any, digest: Any) -> Any:
     """Where a digest is in a hash set, or the free slot where it would be."""
     capacity = _U(slots.size)
@@ -266,7 +269,7 @@ def _slot_of(slots: Any, digest: Any) -> Any:
     return slot
 
 
-@_compiled
+@compiled
 def insert(slots: Any, digests: Any, is_new: Any) -> Any:
     """Add digests to a hash set by linear probing.
 
@@ -283,7 +286,7 @@ def insert(slots: Any, digests: Any, is_new: Any) -> Any:
     return added
 
 
-@_compiled
+@compiled
 def find(slots: Any, digests: Any, is_there: Any) -> Any:
     """Fill is_there, bool [n], with whether each of digests, uint64 [n], is in the hash set `slots`."""
     for index in range(digests.size):
@@ -292,7 +295,7 @@ def find(slots: Any, digests: Any, is_there: Any) -> Any:
         is_there[index] = slots[slot] == digest
 
 
-@_compiled
+@compiled
 def select(tokens: Any, lengths: Any, chosen: Any, selected: Any) -> Any:
     """Copy the chosen sequences together: tokens uint8, lengths [n], chosen bool [n], selected uint8, filled."""
     begin, end, index = _U(0), _U(0), 0
@@ -310,7 +313,7 @@ def select(tokens: Any, lengths: Any, chosen: Any, selected: Any) -> Any:
         begin += run
 
 
-@_compiled
+@compiled
 def count_tokens(tokens: Any, counts: Any) -> Any:
     """Add how often each id occurs in tokens uint8 [n], n < 2**32, to counts int64 [33]; by pairs, which halves it."""
     pairs = np.zeros(_PAIR_BASE * _PAIR_BASE, dtype=np.uint32)

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from bionemo_esm.model.dropout import keep_scale
 from bionemo_esm.model.parallel import own_randomness
 from bionemo_esm.model.rotary import Rotation, rotate
 
@@ -55,9 +56,42 @@ def attention_by_sequence(
     outputs = []
     for count, piece in zip(counts.tolist(), pieces, strict=True):
         query, key, value = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in piece)
-        attended = scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        if dropout == 0:
+            attended = scaled_dot_product_attention(query, key, value)
+        else:
+            heads = query.shape[:2]
+            flat = (part.flatten(0, 1) for part in (query, key, value))
+            attended = _AttentionWithDropout.apply(*flat, dropout).unflatten(0, heads)  # type: ignore[no-untyped-call]
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
+
+
+class _AttentionWithDropout(torch.autograd.Function):
+    """Attention of sequences of one length on a CPU, where no fused kernel takes dropout.
+
+    PyTorch's way without a fused kernel computes bfloat16 in float32, and draws dropout one number after another. Here
+    only the scores are float32. query [S N, Q, D], key and value [S N, L, D].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        scale = query.shape[-1] ** -0.5
+        scores = torch.bmm(query.float() * scale, key.float().transpose(1, 2))
+        weights = scores.softmax(dim=-1).to(query.dtype)
+        kept = keep_scale(weights.shape, dropout, weights.dtype)
+        ctx.save_for_backward(query, key, value, weights, kept)
+        ctx.scale = scale
+        return torch.bmm(weights * kept, value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, weights, kept = ctx.saved_tensors
+        of_value = torch.bmm((weights * kept).transpose(1, 2), gradient)
+        of_weights = torch.bmm(gradient, value.transpose(1, 2)).mul_(kept)
+        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        of_query = torch.bmm(of_scores, key).mul_(ctx.scale)
+        of_key = torch.bmm(of_scores.transpose(1, 2), query).mul_(ctx.scale)
+        return of_query, of_key, of_value, None
 
 
 def varlen_flash_attention(

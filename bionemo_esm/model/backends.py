@@ -25,9 +25,11 @@ class FusedBackends:
     adam_name: str
     adam: Any  # built as adam(parameter_groups, lr=, betas=, eps=)
     attention: str
+    linear: str = "Megatron"  # or "oneDNN": who takes the products of linear layers
 
     def describe(self) -> str:
-        return f"layer norm: {self.layer_norm_name}; Adam: {self.adam_name}; attention: {self.attention}"
+        parts = {"layer norm": self.layer_norm_name, "Adam": self.adam_name, "attention": self.attention}
+        return "; ".join(f"{part}: {name}" for part, name in {**parts, "linear": self.linear}.items())
 
 
 def choose_backends(device_type: str, dtype: torch.dtype, attention_dropout: float) -> FusedBackends:
@@ -35,7 +37,7 @@ def choose_backends(device_type: str, dtype: torch.dtype, attention_dropout: flo
     layer_norm_name, layer_norm = _choose_layer_norm(device_type)
     adam_name, adam = _choose_adam(device_type)
     attention = _choose_attention(device_type, dtype, attention_dropout)
-    return FusedBackends(layer_norm_name, layer_norm, adam_name, adam, attention)
+    return FusedBackends(layer_norm_name, layer_norm, adam_name, adam, attention, _choose_linear(device_type, dtype))
 
 
 def parameter_dtype(precision: str, device_type: str) -> torch.dtype:
@@ -95,6 +97,14 @@ def _choose_adam(device_type: str) -> tuple[str, Any]:
         return torch.optim.AdamW(groups, fused=True, **options)
 
     return "PyTorch AdamW(fused)", fused_adamw
+
+
+def _choose_linear(device_type: str, dtype: torch.dtype) -> str:
+    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+        return "Megatron"
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "Megatron"
+    return "oneDNN"
 
 
 def _choose_attention(device_type: str, dtype: torch.dtype, attention_dropout: float) -> str:

@@ -46,6 +46,8 @@ def training_flops(config: EncoderConfig, tokens: float, squared_lengths: float,
       + squared_lengths x L x 4 H       attention scores, and values weighted by them
       + targets x (2 H^2 + 2 H V)       the head
 
+    These are the model's operations, as MFU counts them. Training takes fewer: its last block answers at the masked
+    positions only (`ESMEncoder.forward`), which spares up to 1 / L of them and is not deducted.
     Layer norms, GELU, softmax, embeddings and the optimizer are left out. After Kaplan et al. 2020 (arXiv:2001.08361,
     table 1) and Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B, which has the attention term and MFU).
     """
@@ -104,17 +106,22 @@ def _activations(config: EncoderConfig, tokens: float, width: int, tensor_parall
     A token and layer keep, of H: the input and output of both layer norms, which every device holds whole; of the
     split part 3 H for query, key, value, H for the context, F before and F after GELU; a float32 for the softmax of
     each head; and a mask for each of the two dropouts. Rotary positions keep the turned query and key beside the ones
-    that they were made from, which the value's memory holds, and once the angles' cosine and sine.
+    that they were made from, which the value's memory holds, and once the angles' cosine and sine. Of the last block,
+    what comes after its queries, keys and values is kept for the masked positions alone.
     """
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
     copies, mask_bytes = (1, width) if device_type == "cpu" else (0, 1)
     masks = hidden * mask_bytes if config.hidden_dropout > 0 else 0
     turned = 2 if config.position_embedding == ROTARY else 0  # query and key
-    split = ((4 + turned + copies) * hidden + 2 * ffn) * width + config.num_attention_heads * _FLOAT32
-    statistics = 2 * _FLOAT32  # mean and deviation, which a layer norm keeps
-    layer = 4 * hidden * width + 2 * statistics + split / tensor_parallel + 2 * masks
-    norms = 2 if config.embedding_layernorm else 1  # before the blocks, and after them
-    ends = norms * (hidden * width + statistics) + masks + 2 * 8  # with dropout of the embedding, and int64 ids
+    norm = 2 * hidden * width + 2 * _FLOAT32  # its input, its output, mean and deviation
+    asking = norm + 3 * hidden * width / tensor_parallel
+    attended = (1 + copies) * hidden * width + config.num_attention_heads * _FLOAT32
+    answering = norm + (attended + 2 * ffn * width) / tensor_parallel + 2 * masks
+    rotated = turned * hidden * width / tensor_parallel
+    ends = masks + 2 * 8  # with dropout of the embedding, and int64 ids
+    ends += norm - hidden * width if config.embedding_layernorm else 0
     ends += 2 * config.head_size * _FLOAT32 if turned else 0
-    head = 5 * hidden * width + VOCABULARY_SIZE * _FLOAT32
-    return math.ceil(tokens * (config.num_layers * layer + ends + CHOSEN_SHARE * head))
+    chosen_queries, final_norm = hidden * width / tensor_parallel, norm - hidden * width
+    head = chosen_queries + answering + final_norm + 5 * hidden * width + VOCABULARY_SIZE * _FLOAT32
+    blocks = (config.num_layers - 1) * (asking + rotated + answering) + asking + rotated / 2  # of the last, the keys
+    return math.ceil(tokens * (blocks + ends + CHOSEN_SHARE * head))

@@ -27,6 +27,8 @@ from bionemo_esm.model.attention import MapObserver, PackedAttention, PackedRow
 from bionemo_esm.model.backends import FusedBackends
 from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
 from bionemo_esm.model.contact_head import ContactHead
+from bionemo_esm.model.dropout import Dropout, get_dropout_add
+from bionemo_esm.model.linear import ColumnLinear, RowLinear
 from bionemo_esm.model.parallel import tensor_parallel_rank, tensor_parallel_size
 from bionemo_esm.model.rotary import RotaryEmbedding
 
@@ -62,29 +64,37 @@ def megatron_config(config: EncoderConfig, dtype: torch.dtype, initialize: bool 
     )
 
 
+LAYERS: dict[str, tuple[Any, Any, Any]] = {
+    "Megatron": (ColumnParallelLinear, RowParallelLinear, get_bias_dropout_add),
+    "oneDNN": (ColumnLinear, RowLinear, get_dropout_add),
+}
+"""Linear layers split along their outputs and along their inputs, and what adds them to the residual."""
+
+
 def layer_spec(backends: FusedBackends) -> ModuleSpec:
     """One pre-norm block: layer norm, self-attention, layer norm, MLP, each with its residual."""
+    column, row, add = LAYERS[backends.linear]
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.no_mask},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=column,
             core_attention=ModuleSpec(module=PackedAttention, params={"backend": backends.attention}),
-            linear_proj=RowParallelLinear,
+            linear_proj=row,
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,
         ),
     )
-    mlp_parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp_parts = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=backends.layer_norm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add,
             pre_mlp_layernorm=backends.layer_norm,
             mlp=ModuleSpec(module=MLP, submodules=mlp_parts),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
         ),
     )
 
@@ -159,6 +169,8 @@ class ESMEncoder(BertModel):
             self.embedding_layernorm = backends.layer_norm(
                 config=self.config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
+        if backends.linear == "oneDNN":
+            self.embedding.embedding_dropout = Dropout(config.hidden_dropout)
         self._clear_unused_rows()
 
     @torch.no_grad()
@@ -226,7 +238,7 @@ class ESMEncoder(BertModel):
         attended = last.self_attention(
             last.input_layernorm(hidden_T1H), attention_mask=None, packed_seq_params=layout.asked_at(places_M)
         )
-        add = get_bias_dropout_add(self.training, False)
+        add = last.self_attn_bda(self.training, False)
         hidden_M1H = add(attended, hidden_T1H[places_M], last.hidden_dropout)
         hidden_M1H = add(last.mlp(last.pre_mlp_layernorm(hidden_M1H)), hidden_M1H, last.hidden_dropout)
         final_MH: Tensor = self.encoder.final_layernorm(hidden_M1H).squeeze(1)
@@ -260,6 +272,14 @@ class ESMEncoder(BertModel):
         max_seqlen: int,
         selected_M: Tensor | None = None,
     ) -> Tensor:
-        """Logits float32 [M, V] at the selected places of the row (int64 [M]), or at all T of them."""
-        hidden_TH = self.hidden_states(tokens_T, positions_T, cu_seqlens, max_seqlen)
-        return self.logits(hidden_TH if selected_M is None else hidden_TH[selected_M])
+        """Logits float32 [M, V] at the selected places of the row (int64 [M], no <cls>), or at all T of them.
+
+        The last block answers at the selected places alone, and at each <cls>, so that no sequence asks nothing, which
+        not every kernel takes.
+        """
+        if selected_M is None:
+            return self.logits(self.hidden_states(tokens_T, positions_T, cu_seqlens, max_seqlen))
+        first_S = cu_seqlens[:-1].long()
+        asked, origin = torch.cat([first_S, selected_M]).sort()
+        hidden = self.hidden_states_at(tokens_T, positions_T, cu_seqlens, max_seqlen, asked)
+        return self.logits(hidden[origin.argsort()[len(first_S) :]])

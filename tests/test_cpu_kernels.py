@@ -1,0 +1,182 @@
+"""What a CPU computes by our own hand: linear layers by oneDNN, dropout, and attention with dropout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as reference_linear
+from torch.profiler import ProfilerActivity, profile
+
+from bionemo_esm.alphabet import encode
+from bionemo_esm.model.attention import PackedRow, attention_by_sequence
+from bionemo_esm.model.backends import choose_backends
+from bionemo_esm.model.dropout import Dropout, get_dropout_add, keep_scale
+from bionemo_esm.model.linear import linear
+from models import TINY, tiny_model
+from peers import PROTEIN, batch_of
+
+DTYPES = [torch.float32] + ([torch.bfloat16] if choose_backends("cpu", torch.bfloat16, 0.0).linear == "oneDNN" else [])
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def close(mine: Tensor, exact: Tensor) -> bool:
+    """Within the dtype's tolerance of the largest number."""
+    return bool((mine.double() - exact).abs().max() <= TOLERANCE[mine.dtype] * exact.abs().max())
+
+
+def leaves(parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies that want gradients."""
+    return [part.to(dtype, copy=True).requires_grad_() for part in parts]
+
+
+# --- linear layers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 130])
+def test_a_linear_layer_and_its_gradients_are_those_of_float64(tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    parts = [torch.randn(*shape).to(dtype) for shape in ((tokens, 1, 48), (72, 48), (72,))]
+    sent_back = torch.randn(tokens, 1, 72).to(dtype)
+    mine, exact = (
+        [part.detach().to(kind, copy=True).requires_grad_() for part in parts] for kind in (dtype, torch.float64)
+    )
+    output, expected = linear(*mine), reference_linear(*exact)
+    output.backward(sent_back)
+    expected.backward(sent_back.double())
+    assert close(output, expected)
+    for own, other in zip(mine, exact, strict=True):
+        assert own.grad is not None
+        assert other.grad is not None
+        assert own.grad.shape == own.shape
+        assert close(own.grad, other.grad)
+
+
+def test_nothing_is_computed_for_what_is_frozen() -> None:
+    weight, bias = torch.randn(8, 4), torch.randn(8)
+    given = torch.randn(3, 1, 4, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        linear(given, weight, bias).sum().backward()
+    (products,) = (event.count for event in seen.key_averages() if event.key == "mkldnn::_linear_pointwise")
+    assert products == 2  # the output, and the gradient of the input
+    assert weight.grad is bias.grad is None
+
+
+def test_every_large_product_of_a_step_is_onednns() -> None:
+    """MKL, to which PyTorch gives float32, is half as fast on AMD's processors."""
+    model = tiny_model().train()
+    batch = batch_of([encode(PROTEIN * times) for times in (1, 3, 2)])
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        model(batch).sum().backward()
+    counts = {event.key: event.count for event in seen.key_averages()}
+    assert counts["mkldnn::_linear_pointwise"] == TINY["num_layers"] * 4 * 3
+    others = [event for event in seen.key_averages(group_by_input_shape=True) if event.key == "aten::mm"]
+    assert all(event.input_shapes[0][0] < len(batch.tokens) for event in others), "only the head, which is small"
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("probability", [0.1, 0.5])
+def test_a_share_is_dropped_and_the_rest_scaled_so_that_the_mean_stays(probability: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    scales = keep_scale((400, 500), probability, dtype)
+    kept = torch.tensor(1 / (1 - round(probability * 65536) / 65536), dtype=torch.float64).to(dtype)
+    assert set(scales.unique().tolist()) == {0.0, kept.item()}
+    deviation = (probability * (1 - probability) / scales.numel()) ** 0.5
+    assert (scales == 0).double().mean().item() == pytest.approx(probability, abs=5 * deviation)
+
+
+def test_what_is_dropped_follows_from_pytorchs_seed_and_is_another_at_every_call() -> None:
+    torch.manual_seed(3)
+    first, second = keep_scale((64, 64), 0.3, torch.float32), keep_scale((64, 64), 0.3, torch.float32)
+    torch.manual_seed(3)
+    assert torch.equal(first, keep_scale((64, 64), 0.3, torch.float32))
+    assert not torch.equal(first, second)
+
+
+def test_both_precisions_drop_the_same() -> None:
+    torch.manual_seed(3)
+    wide = keep_scale((33, 7), 0.3, torch.float32)
+    torch.manual_seed(3)
+    assert torch.equal(wide == 0, keep_scale((33, 7), 0.3, torch.bfloat16) == 0)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1,), (3,), (5, 1, 3), (2, 4)])
+def test_any_shape_is_filled(shape: tuple[int, ...]) -> None:
+    scales = keep_scale(shape, 0.5, torch.float32)
+    assert scales.shape == shape
+    assert set(scales.unique().tolist()) <= {0.0, 2.0}
+
+
+def test_draws_do_not_hang_together() -> None:
+    """Neither neighbours, nor the four draws of a word, nor rows of an activation, nor one call with the next."""
+    torch.manual_seed(0)
+    size = 2**20
+    one, other = ((keep_scale((size,), 0.5, torch.float64) - 1) for _ in range(2))
+    for lag in (1, 2, 64, 768, size // 4, size // 2, 3 * size // 4):
+        assert abs((one[lag:] * one[:-lag]).mean().item()) < 5 / (size - lag) ** 0.5, lag
+    assert abs((one * other).mean().item()) < 5 / size**0.5
+
+
+def test_dropout_is_for_training() -> None:
+    layer, ones = Dropout(0.5), torch.ones(100, 10)
+    assert set(layer(ones).unique().tolist()) == {0.0, 2.0}
+    assert layer.eval()(ones) is ones
+
+
+def test_output_bias_and_residual_are_added_with_what_is_kept() -> None:
+    output, residual = (torch.randn(20, 1, 8, requires_grad=True) for _ in range(2))
+    bias = torch.randn(8)
+    torch.manual_seed(5)
+    added = get_dropout_add(True, False)((output, bias), residual, 0.25)
+    torch.manual_seed(5)
+    kept = keep_scale((20, 1, 8), 0.25, torch.float32)
+    assert torch.allclose(added, residual + (output + bias) * kept, atol=1e-6)
+    added.sum().backward()
+    assert output.grad is not None
+    assert torch.equal(output.grad, kept)
+    assert torch.equal(get_dropout_add(False, False)((output, bias), residual, 0.25), residual + (output + bias))
+
+
+def test_without_gradients_the_residual_is_left_as_it_was() -> None:
+    output, residual = torch.ones(4, 1, 2), torch.ones(4, 1, 2)
+    with torch.no_grad():
+        assert get_dropout_add(False, False)((output, None), residual, 0.0).eq(2).all()
+    assert residual.eq(1).all()
+
+
+# --- attention with dropout -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_drops_weights_as_the_formula_does(dtype: torch.dtype) -> None:
+    """softmax(q k^T / sqrt(D)) with some weights dropped, times v; in float64, with what our draws keep."""
+    torch.manual_seed(0)
+    lengths, heads, size, dropout = (9, 9, 4), 3, 16, 0.2
+    bounds = torch.tensor([0, 9, 18, 22], dtype=torch.int32)
+    rows = [torch.randn(22, heads, size).to(dtype) for _ in range(3)]
+    layout = PackedRow(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=9, max_seqlen_kv=9)
+    mine, exact = (
+        [row.detach().to(kind, copy=True).requires_grad_() for row in rows] for kind in (dtype, torch.float64)
+    )
+
+    torch.manual_seed(8)
+    output = attention_by_sequence(*mine, layout, dropout)
+    torch.manual_seed(8)
+    kept = [*keep_scale((6, 9, 9), dropout, dtype).double().split(3), keep_scale((3, 4, 4), dropout, dtype).double()]
+    pieces = zip(*(row.transpose(0, 1).split(lengths, dim=1) for row in exact), kept, strict=True)
+    attended = [((q @ k.mT * size**-0.5).softmax(-1) * keep) @ v for q, k, v, keep in pieces]
+    expected = torch.cat(attended, dim=1).transpose(0, 1)
+
+    sent_back = torch.randn(22, heads, size).to(dtype)
+    output.backward(sent_back)
+    expected.backward(sent_back.double())
+    assert output.dtype == dtype
+    assert close(output, expected)
+    for own, other in zip(mine, exact, strict=True):
+        assert own.grad is not None
+        assert other.grad is not None
+        assert close(own.grad, other.grad)
