@@ -53,6 +53,16 @@ def test_a_linear_layer_and_its_gradients_are_those_of_float64(tokens: int, dtyp
         assert close(own.grad, other.grad)
 
 
+def test_rows_with_gaps_between_them_are_taken_and_given_back() -> None:
+    """A product over such rows is right, and so slow that nobody would wait for it: they are copied first."""
+    wide, weight, bias = torch.randn(40, 1, 64), torch.randn(16, 24), torch.randn(16)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        output = linear(wide[..., :24].requires_grad_(), weight, bias)
+        output.backward(torch.ones(1, 1, 1).expand(40, 1, 16))
+    assert torch.allclose(output, reference_linear(wide[..., :24], weight, bias), atol=1e-5)
+    assert {event.key: event.count for event in seen.key_averages()}["aten::clone"] == 2
+
+
 def test_nothing_is_computed_for_what_is_frozen() -> None:
     weight, bias = torch.randn(8, 4), torch.randn(8)
     given = torch.randn(3, 1, 4, requires_grad=True)
@@ -151,11 +161,12 @@ def test_without_gradients_the_residual_is_left_as_it_was() -> None:
 # --- attention with dropout -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_drops_weights_as_the_formula_does(dtype: torch.dtype) -> None:
+def test_attention_drops_weights_as_the_formula_does(dtype: torch.dtype, dropout: float) -> None:
     """softmax(q k^T / sqrt(D)) with some weights dropped, times v; in float64, with what our draws keep."""
     torch.manual_seed(0)
-    lengths, heads, size, dropout = (9, 9, 4), 3, 16, 0.2
+    lengths, heads, size = (9, 9, 4), 3, 16
     bounds = torch.tensor([0, 9, 18, 22], dtype=torch.int32)
     rows = [torch.randn(22, heads, size).to(dtype) for _ in range(3)]
     layout = PackedRow(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=9, max_seqlen_kv=9)

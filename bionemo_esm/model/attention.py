@@ -56,21 +56,21 @@ def attention_by_sequence(
     outputs = []
     for count, piece in zip(counts.tolist(), pieces, strict=True):
         query, key, value = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in piece)
-        if dropout == 0:
-            attended = scaled_dot_product_attention(query, key, value)
-        else:
-            heads = query.shape[:2]
+        if dropout or (torch.is_grad_enabled() and query.dtype == torch.bfloat16):
             flat = (part.flatten(0, 1) for part in (query, key, value))
-            attended = _AttentionWithDropout.apply(*flat, dropout).unflatten(0, heads)  # type: ignore[no-untyped-call]
+            attended = _WrittenOutAttention.apply(*flat, dropout).unflatten(0, query.shape[:2])  # type: ignore[no-untyped-call]
+        else:
+            attended = scaled_dot_product_attention(query, key, value)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
 
 
-class _AttentionWithDropout(torch.autograd.Function):
-    """Attention of sequences of one length on a CPU, where no fused kernel takes dropout.
+class _WrittenOutAttention(torch.autograd.Function):
+    """Attention as products and a softmax, for training on a CPU: there no fused kernel takes dropout, and the one that
+    takes bfloat16 computes in float32, forward and backward.
 
-    PyTorch's way without a fused kernel computes bfloat16 in float32, and draws dropout one number after another. Here
-    only the scores are float32. query [S N, Q, D], key and value [S N, L, D].
+    Here the scores alone are float32, and the weights are kept in the dtype of the rest. query [S N, Q, D], key and
+    value [S N, L, D].
     """
 
     @staticmethod
@@ -78,16 +78,18 @@ class _AttentionWithDropout(torch.autograd.Function):
         scale = query.shape[-1] ** -0.5
         scores = torch.bmm(query.float() * scale, key.float().transpose(1, 2))
         weights = scores.softmax(dim=-1).to(query.dtype)
-        kept = keep_scale(weights.shape, dropout, weights.dtype)
+        kept = keep_scale(weights.shape, dropout, weights.dtype) if dropout else None
         ctx.save_for_backward(query, key, value, weights, kept)
         ctx.scale = scale
-        return torch.bmm(weights * kept, value)
+        return torch.bmm(weights if kept is None else weights * kept, value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, weights, kept = ctx.saved_tensors
-        of_value = torch.bmm((weights * kept).transpose(1, 2), gradient)
-        of_weights = torch.bmm(gradient, value.transpose(1, 2)).mul_(kept)
+        of_value = torch.bmm((weights if kept is None else weights * kept).transpose(1, 2), gradient)
+        of_weights = torch.bmm(gradient, value.transpose(1, 2))
+        if kept is not None:
+            of_weights.mul_(kept)
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
         of_query = torch.bmm(of_scores, key).mul_(ctx.scale)
         of_key = torch.bmm(of_scores.transpose(1, 2), query).mul_(ctx.scale)

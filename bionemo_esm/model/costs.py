@@ -74,8 +74,8 @@ def memory_per_device(
     model, over which `shard_optimizer` splits Adam's moments; tensor_parallel: devices that share one copy;
     device_type: "cuda", or "cpu", where dropout keeps its masks in full width and attention copies its output.
 
-    Attention keeps no scores, as flash attention does not. (On a CPU, where dropout of attention is not zero, PyTorch
-    falls back to a kernel that keeps them; they are not counted.)
+    Attention keeps no weights, as flash attention does not. (On a CPU it does with dropout, and in bfloat16; that
+    is not counted.)
     """
     width, parameters = BYTES[precision], parameters_per_device(config, tensor_parallel)
     largest = max(math.prod(shape) for _, shape in config.tensors()) / tensor_parallel  # tensors are not cut further
