@@ -1,17 +1,21 @@
 # Two commands do everything on a machine with Python 3.11, make and git:
 #   make pretrain   set up .venv, and train a small ESM-1nv on the shipped sample
 #   make test       set up .venv, and check style, types and behaviour
+# `make bench` measures side by side with what people use, on a machine that has nothing else to do.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: pretrain test lint format clean
+.PHONY: pretrain test bench lint format clean
 
 pretrain: .venv/.ready
 	@$(BIN)/python examples/pretrain_esm1nv.py recipe=laptop
 
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
+bench: .venv/.ready
+	@$(BIN)/python -m benchmarks
 
 lint: .venv/.ready
 	@$(BIN)/ruff check .

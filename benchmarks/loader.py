@@ -1,6 +1,6 @@
 """How many packed, masked sequences a core delivers, as one of 176 ranks of ESM-1nv's phase 1.
 
-    python benchmarks/loader.py --fasta proteins.fasta.gz --sequences 8000000
+    python -m benchmarks.loader --fasta proteins.fasta.gz --sequences 8000000
 
 Real proteins, repeated to a store of so many, in the page cache: what is measured is the loader, not a disk. Each rank
 looks at the lengths of the whole global batch of 65,120 to find its own 370 of equal work (`data/dealing.py`); `by
@@ -22,31 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.scaling import MAX_TOKENS, MICRO_BATCH, RANKS, repeated_store
 from bionemo_esm.data.dealing import BatchPlan
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.pretraining import SampleReader, TrainingStream, training_loader
-from bionemo_esm.data.store import ProteinStore
-from bionemo_esm.data.uniref50 import BuildPolicy, build_store
-from bionemo_esm.data.writing import StoreWriter
 
 WANTED = 60_000  # sequences a second for a node of eight devices
-RANKS, MICRO_BATCH, MAX_TOKENS = 176, 370, 512
 RANKS_OF_A_NODE = 8
-
-
-def repeated_store(fasta: Path, folder: Path, sequences: int) -> ProteinStore:
-    """A store that repeats a FASTA file's proteins until there are so many."""
-    policy = BuildPolicy(validation_sequences=1, test_sequences=1)
-    real = build_store(fasta, folder / "real", policy).split("train")
-    everyone = np.arange(len(real))
-    lengths = real.lengths.astype(np.int64)
-    residues = real.gather(everyone, np.zeros_like(lengths), lengths)
-    with StoreWriter(folder / "repeated") as writer:
-        for begin in range(0, sequences, len(real)):
-            count = min(len(real), sequences - begin)
-            writer.add_many("train", residues[: lengths[:count].sum()], lengths[:count])
-        writer.finish({"source": "benchmarks/loader.py"})
-    return ProteinStore.open(folder / "repeated")
 
 
 def per_second(work: Callable[[int], object], steps: int, repeats: int) -> tuple[float, list[float]]:

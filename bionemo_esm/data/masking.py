@@ -4,6 +4,8 @@ The policy is that of BERT (Devlin et al. 2019, section 3.1) as the ESM-1nv and 
 residues are chosen; of those 80% show `<mask>`, 10% another amino acid, 10% stay as they are. Special tokens are never
 chosen: they are added after. Each draw is a hash of (key of the sample, place of the residue), so what happens to a
 sample depends on (seed, epoch, sample) and on nothing around it.
+
+`corrupt` is the definition; `batching.py` does the same in one pass from the store, and is tested against it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from bionemo_esm.alphabet import FIRST_RESIDUE_ID, MASK_ID, NUM_STANDARD_RESIDUES
 from bionemo_esm.data.hashing import UInt64Array, derive_key, mix, threshold, uniform_integers
 
-_CROP_STREAM, _CHOICE_STREAM, _ACTION_STREAM, _LETTER_STREAM = 2, 3, 4, 5
+CROP_STREAM, CHOICE_STREAM, ACTION_STREAM, LETTER_STREAM = 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def crop_windows(
     Sequences within the limit are kept whole; of longer ones every window is equally likely.
     """
     kept = np.minimum(lengths, max_residues)
-    return uniform_integers(derive_key(keys, _CROP_STREAM), lengths - kept + 1), kept
+    return uniform_integers(derive_key(keys, CROP_STREAM), lengths - kept + 1), kept
 
 
 def corrupt(
@@ -78,13 +80,13 @@ def corrupt(
     """
     ends = np.cumsum(lengths)
     places = np.arange(len(residues), dtype=np.int64) - np.repeat(ends - lengths, lengths)
-    draws = np.repeat(derive_key(keys, _CHOICE_STREAM), lengths)
+    draws = np.repeat(derive_key(keys, CHOICE_STREAM), lengths)
     draws ^= places.astype(np.uint64)
     draws = mix(draws)
     chosen = draws < threshold(policy.chosen)
 
     where = np.flatnonzero(chosen)
-    actions = derive_key(draws[where], _ACTION_STREAM)
+    actions = derive_key(draws[where], ACTION_STREAM)
     masked = actions < threshold(policy.masked)
     replaced = ~masked & (actions < threshold(policy.masked + policy.replaced))
 
@@ -98,6 +100,6 @@ def _another_residue(originals: NDArray[np.uint8], draws: UInt64Array) -> NDArra
     """A standard amino acid other than the original, each equally likely: uint8 [n] -> uint8 [n]."""
     letters = originals.astype(np.int64) - FIRST_RESIDUE_ID
     standard = (letters >= 0) & (letters < NUM_STANDARD_RESIDUES)
-    steps = uniform_integers(derive_key(draws, _LETTER_STREAM), np.where(standard, NUM_STANDARD_RESIDUES - 1, 20))
+    steps = uniform_integers(derive_key(draws, LETTER_STREAM), np.where(standard, NUM_STANDARD_RESIDUES - 1, 20))
     shifted = np.where(standard, letters + 1 + steps, steps)  # 1..19 places on: never back on the original
     return (shifted % NUM_STANDARD_RESIDUES + FIRST_RESIDUE_ID).astype(np.uint8)

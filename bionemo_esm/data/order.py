@@ -11,15 +11,19 @@ Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bionemo_esm.data.hashing import UInt64Array, derive_key, mix
+from bionemo_esm.data.compiled_hashing import derived, mixed
+from bionemo_esm.data.hashing import UInt64Array, derive_key
+from bionemo_esm.data.kernels import compiled
 
 _ROUNDS = 8  # even, so that unequal halves end where they began
-_ORDER_STREAM, _MEMBER_STREAM = 1, 6  # keep the order's keys apart from the keys of crop and corruption
+_ORDER_STREAM, MEMBER_STREAM = 1, 6  # keep the order's keys apart from the keys of crop and corruption
+_U = np.uint64
 
 
 @dataclass(frozen=True)
@@ -31,38 +35,62 @@ class EpochOrder:
 
     size: int
     seed: int
+    _root: UInt64Array = field(init=False, repr=False, compare=False)  # [1], the key of all epochs
 
     def __post_init__(self) -> None:
         if not 0 < self.size <= 2**48:
             raise ValueError(f"an order needs between 1 and 2**48 samples, not {self.size}")
+        object.__setattr__(self, "_root", derive_key(self.seed, _ORDER_STREAM))
 
     def samples(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Epoch and sample at each position of the stream: positions int64 [n] -> (int64 [n], int64 [n])."""
-        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.size)
-        return epochs, self._permute(places, derive_key(self.seed, _ORDER_STREAM, epochs))
-
-    def _permute(self, places: NDArray[np.int64], keys: UInt64Array) -> NDArray[np.int64]:
-        """The sample at each place under each key; cycle-walking takes under two rounds on average."""
-        bits = max(2, (self.size - 1).bit_length())
-        values = places.astype(np.uint64)
-        outside = np.arange(len(values))
-        while outside.size:
-            values[outside] = _feistel(values[outside], keys[outside], bits)
-            outside = outside[values[outside] >= np.uint64(self.size)]
-        return values.astype(np.int64)
+        epochs, samples = np.divmod(np.asarray(positions, dtype=np.int64), self.size)
+        _permute(samples, epochs, self._root, self.size, max(2, (self.size - 1).bit_length()))
+        return epochs, samples
 
 
 def member_words(keys: UInt64Array) -> UInt64Array:
     """Uniform words to draw the member of a cluster by, from the keys of samples in their epochs: uint64 [n]."""
-    return derive_key(keys, _MEMBER_STREAM)
+    return derive_key(keys, MEMBER_STREAM)
 
 
-def _feistel(values: UInt64Array, keys: UInt64Array, bits: int) -> UInt64Array:
-    """A keyed permutation of [0, 2**bits), element by element."""
-    left_bits, right_bits = bits // 2, bits - bits // 2
-    left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
-    for round_number in range(_ROUNDS):
-        scrambled = mix(keys ^ mix(right + np.uint64(round_number << 56)))
-        left, right = right, left ^ (scrambled & np.uint64((1 << left_bits) - 1))
-        left_bits, right_bits = right_bits, left_bits
-    return (left << np.uint64(right_bits)) | right
+@compiled
+def _half_round(changed: Any, other: Any, keys: Any, bits: Any, number: Any) -> None:
+    """One round: a half, of `bits` bits, is changed by the hash of the other; both and the keys uint64 [n]."""
+    mask, salt = (_U(1) << bits) - _U(1), _U(number) << _U(56)
+    for at in range(changed.size):
+        changed[at] ^= mixed(keys[at] ^ mixed(other[at] + salt)) & mask
+
+
+@compiled
+def _feistel(values: Any, keys: Any, bits: Any) -> None:
+    """A keyed permutation of [0, 2**bits), element by element: values uint64 [n], changed; keys uint64 [n]."""
+    left_bits = bits // _U(2)
+    right_bits = bits - left_bits
+    left, right = values >> right_bits, values & ((_U(1) << right_bits) - _U(1))
+    for number in range(0, _ROUNDS, 2):  # all elements at a time, which the compiler does side by side
+        _half_round(left, right, keys, left_bits, number)
+        _half_round(right, left, keys, right_bits, number + 1)
+    values[:] = (left << right_bits) | right
+
+
+@compiled
+def _permute(places: Any, epochs: Any, root: Any, size: Any, bits: Any) -> None:
+    """The sample at each place of its epoch; cycle-walking takes under two rounds on average.
+
+    places int64 [n], changed into samples; epochs int64 [n]; root uint64 [1], the key of all epochs; 2**bits >= size.
+    """
+    end = _U(size)
+    keys, values, where, left = np.empty(places.size, _U), places.astype(_U), np.arange(places.size), places.size
+    for at in range(left):
+        keys[at] = derived(root[0], epochs[at])
+    while left > 0:
+        _feistel(values[:left], keys[:left], _U(bits))
+        outside = 0
+        for at in range(left):
+            if values[at] < end:
+                places[where[at]] = np.int64(values[at])
+            else:
+                values[outside], keys[outside], where[outside] = values[at], keys[at], where[at]
+                outside += 1
+        left = outside

@@ -47,6 +47,11 @@ class PackedBatch:
     def pin_memory(self) -> PackedBatch:
         return self._map(Tensor.pin_memory)
 
+    def __reduce__(self) -> tuple[Any, tuple[bytes, ...]]:
+        """Between processes: what the rest follows from, in two bytes a token instead of twenty."""
+        narrow = (self.tokens.byte(), self.cu_seqlens, self.target_index.int(), self.targets.byte())
+        return _widened, tuple(tensor.numpy().tobytes() for tensor in narrow)
+
     def _map(self, function: Any) -> PackedBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return PackedBatch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
@@ -77,6 +82,20 @@ def pack(residues: NDArray[np.uint8], lengths: NDArray[np.int64], corruption: Co
         max_seqlen=int(np.diff(boundaries).max(initial=0)),
         target_index=torch.from_numpy(places[chosen]),
         targets=torch.from_numpy(residues[chosen].astype(np.int64)),
+    )
+
+
+def _widened(tokens: bytes, cu_seqlens: bytes, target_index: bytes, targets: bytes) -> PackedBatch:
+    """The batch of which `PackedBatch.__reduce__` gave these."""
+    boundaries = np.frombuffer(cu_seqlens, dtype=np.int32).copy()
+    lengths = np.diff(boundaries)
+    return PackedBatch(
+        tokens=torch.from_numpy(np.frombuffer(tokens, dtype=np.uint8).astype(np.int64)),
+        positions=torch.from_numpy(np.arange(boundaries[-1]) - np.repeat(boundaries[:-1].astype(np.int64), lengths)),
+        cu_seqlens=torch.from_numpy(boundaries),
+        max_seqlen=int(lengths.max(initial=0)),
+        target_index=torch.from_numpy(np.frombuffer(target_index, dtype=np.int32).astype(np.int64)),
+        targets=torch.from_numpy(np.frombuffer(targets, dtype=np.uint8).astype(np.int64)),
     )
 
 

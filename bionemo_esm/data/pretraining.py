@@ -15,11 +15,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bionemo_esm.alphabet import VOCABULARY_SIZE
+from bionemo_esm.data import batching
 from bionemo_esm.data.dealing import BatchPlan, IntArray
-from bionemo_esm.data.hashing import UInt64Array
-from bionemo_esm.data.masking import MaskingPolicy, corrupt, crop_windows, sample_keys
+from bionemo_esm.data.hashing import UInt64Array, derive_key, threshold
+from bionemo_esm.data.masking import MaskingPolicy, crop_windows, sample_keys
 from bionemo_esm.data.order import EpochOrder, member_words
-from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack
+from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch
 from bionemo_esm.data.store import SequenceSplit
 
 
@@ -48,6 +49,13 @@ class SampleReader:
     max_tokens: int
     policy: MaskingPolicy
     seed: int
+    _root: UInt64Array = field(init=False, repr=False, compare=False)  # [1], the key of the seed
+    _bounds: UInt64Array = field(init=False, repr=False, compare=False)  # [3], the policy's
+
+    def __post_init__(self) -> None:
+        fractions = self.policy.chosen, self.policy.masked, self.policy.masked + self.policy.replaced
+        object.__setattr__(self, "_root", derive_key(self.seed))
+        object.__setattr__(self, "_bounds", np.array(list(map(threshold, fractions))))
 
     @property
     def num_samples(self) -> int:
@@ -55,22 +63,63 @@ class SampleReader:
         return self.split.num_clusters
 
     def packed(self, epochs: IntArray, samples: IntArray) -> PackedBatch:
-        """One micro batch of the given samples (int64 [n]) as they appear in the given epochs (int64 [n])."""
-        keys = sample_keys(self.seed, epochs, samples)
-        sequences, lengths = self._drawn(keys, samples)
-        starts, kept = crop_windows(lengths, self.max_tokens - SPECIAL_TOKENS_PER_SEQUENCE, keys)
-        residues = self.split.gather(sequences, starts, kept)
-        return pack(residues, kept, corrupt(residues, kept, keys, self.policy))
+        """One micro batch of the given samples (int64 [n]) as they appear in the given epochs (int64 [n]).
+
+        Crop, corruption and packing are those of `masking.py` and `packing.py`, in one compiled pass. Raises
+        `IndexError` for a sample outside the split, `StoreError` for what its files must not hold.
+        """
+        epochs, samples = _plain(epochs), _plain(samples)
+        begins, keys = np.empty(len(samples), dtype=np.int64), np.empty(len(samples), dtype=np.uint64)
+        cu_seqlens = np.empty(len(samples) + 1, dtype=np.int32)
+        files = self.split.lengths, self.split.offsets, self.split.cluster_starts, self.split.residues
+        most = self.max_tokens - SPECIAL_TOKENS_PER_SEQUENCE
+        longest = batching.draw(*files, self._root, epochs, samples, most, begins, keys, cu_seqlens)
+        if longest < 0:
+            self._judge(epochs[-1 - longest], samples[-1 - longest])
+        assert longest >= 0, "a sample that one reader refuses and the other does not"
+        room = batching.room_for_chosen(int(cu_seqlens[-1]), longest, self.policy.chosen)
+        drawn = self.split.tokens, begins, keys, cu_seqlens, self._bounds
+        while True:
+            # One piece of memory for all: allocated once, and handed over by a loader's worker as one.
+            size = int(cu_seqlens[-1])
+            row = np.empty(2 * (size + room), dtype=np.int64)
+            parts = row[:size], row[size : 2 * size], row[2 * size : 2 * size + room], row[2 * size + room :]
+            chosen = batching.fill(*drawn, *parts)
+            if chosen >= 0:
+                break
+            if chosen == batching.NO_LETTER:
+                for epoch, sample in zip(epochs, samples, strict=True):
+                    self._judge(epoch, sample)
+            assert chosen == batching.NO_ROOM
+            room = size
+        tokens, positions, target_index, targets = torch.from_numpy(row).split([size, size, room, room])
+        boundaries = torch.from_numpy(cu_seqlens)
+        return PackedBatch(tokens, positions, boundaries, longest, target_index[:chosen], targets[:chosen])
 
     def tokens(self, epochs: IntArray, samples: IntArray) -> IntArray:
         """Length of each sample as it appears in its epoch, cropped, specials counted: int64 [n]."""
-        _, lengths = self._drawn(sample_keys(self.seed, epochs, samples), samples)
-        return np.minimum(lengths + SPECIAL_TOKENS_PER_SEQUENCE, self.max_tokens)
+        epochs, samples, tokens = _plain(epochs), _plain(samples), np.empty(len(samples), dtype=np.int64)
+        lengths, clusters = self.split.lengths, self.split.cluster_starts
+        unknown = batching.measure(lengths, clusters, self._root, epochs, samples, self.max_tokens, tokens)
+        if unknown >= 0:
+            self._judge(epochs[unknown], samples[unknown])
+        assert unknown < 0, "a sample that one reader refuses and the other does not"
+        return tokens
 
-    def _drawn(self, keys: UInt64Array, samples: IntArray) -> tuple[IntArray, IntArray]:
-        """The sequences that stand for the samples, and their residues: int64 [n] each."""
+    def _judge(self, epoch: np.int64, sample: np.int64) -> None:
+        """Look at a sample slowly, and raise what is wrong with it."""
+        epochs, samples = np.array([epoch]), np.array([sample])
+        keys = sample_keys(self.seed, epochs, samples)
         sequences = self.split.draw_members(samples, member_words(keys))
-        return sequences, self.split.lengths[sequences].astype(np.int64)
+        self.split.gather(sequences, [0], [0])  # refuses one that is not in the split
+        lengths = self.split.lengths[sequences].astype(np.int64)
+        starts, kept = crop_windows(lengths, self.max_tokens - SPECIAL_TOKENS_PER_SEQUENCE, keys)
+        self.split.gather(sequences, starts, kept)
+
+
+def _plain(numbers: IntArray) -> IntArray:
+    """As compiled loops take them."""
+    return np.ascontiguousarray(numbers, dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -102,18 +102,21 @@ class SequenceSplit:
         sequences, clusters, self.residues = summary.sequences, summary.clusters, summary.residues
         index_path = self.prefix.with_name(f"{prefix.name}.idx")
         index = _map(index_path, index_bytes(sequences, clusters))
-        self._tokens = _map(self.prefix.with_name(f"{prefix.name}.bin"), self.residues)
-        self._token_bytes = self._tokens.data
+        self.tokens: NDArray[np.uint8] = _map(self.prefix.with_name(f"{prefix.name}.bin"), self.residues)
+        """Token ids of all sequences, uint8 [residues], read-only, as they are in the file: not checked."""
+        self._token_bytes = self.tokens.data
         _check_header(index_path, index, sequences, clusters)
         after_lengths = INDEX_HEADER.size + 4 * sequences
         after_pointers = after_lengths + 8 * sequences
         self.lengths: NDArray[np.int32] = index[INDEX_HEADER.size : after_lengths].view("<i4")
         """Residues of each sequence, int32 [sequences], read-only."""
-        self._pointers: NDArray[np.int64] = index[after_lengths:after_pointers].view("<i8")
-        self._clusters: NDArray[np.int64] = index[after_pointers:].view("<i8")
-        if sequences and int(self._pointers[-1]) + int(self.lengths[-1]) != self.residues:
+        self.offsets: NDArray[np.int64] = index[after_lengths:after_pointers].view("<i8")
+        """Where each sequence begins in `tokens`, int64 [sequences], read-only, as it is in the file: not checked."""
+        self.cluster_starts: NDArray[np.int64] = index[after_pointers:].view("<i8")
+        """The first sequence of each cluster, and the number of all, int64 [clusters + 1], read-only, not checked."""
+        if sequences and int(self.offsets[-1]) + int(self.lengths[-1]) != self.residues:
             raise StoreError(f"{index_path}: its last sequence does not end where the .bin file does; {_REBUILD}")
-        if int(self._clusters[-1]) != sequences:
+        if int(self.cluster_starts[-1]) != sequences:
             raise StoreError(f"{index_path}: its last cluster does not end with the last sequence; {_REBUILD}")
 
     def __reduce__(self) -> tuple[type[SequenceSplit], tuple[Path, SplitSummary]]:
@@ -134,8 +137,8 @@ class SequenceSplit:
             return chosen
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.num_clusters:
             raise IndexError(f"clusters {chosen.min()}..{chosen.max()} of {self.prefix}, which has {self.num_clusters}")
-        first = self._clusters[chosen]
-        return first + uniform_integers(words, self._clusters[chosen + 1] - first)
+        first = self.cluster_starts[chosen]
+        return first + uniform_integers(words, self.cluster_starts[chosen + 1] - first)
 
     def __len__(self) -> int:
         return self.summary.sequences
@@ -152,8 +155,8 @@ class SequenceSplit:
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"sequence {index} of {self.prefix}, which has {len(self)}")
-        begin = int(self._pointers[position])
-        return self._tokens[begin : begin + int(self.lengths[position])]
+        begin = int(self.offsets[position])
+        return self.tokens[begin : begin + int(self.lengths[position])]
 
     def gather(self, sequences: ArrayLike, starts: ArrayLike, lengths: ArrayLike) -> NDArray[np.uint8]:
         """Windows of sequences, one after another: uint8 [sum of lengths], a writable copy.
@@ -171,7 +174,7 @@ class SequenceSplit:
             at = int(outside.argmax())
             window = f"{count[at]} residues from {first[at]} of sequence {chosen[at]}"
             raise IndexError(f"{window} of {self.prefix}, which has {self.lengths[chosen[at]]}")
-        begins = self._pointers[chosen] + first
+        begins = self.offsets[chosen] + first
         ends = begins + count
         if chosen.size and not 0 <= begins.min() <= ends.max() <= self.residues:
             raise StoreError(f"{self.prefix}.idx: a sequence lies outside the .bin file; {_REBUILD}")
@@ -198,7 +201,7 @@ def _map(path: Path, expected_bytes: int) -> NDArray[np.uint8]:
         if size != expected_bytes:
             raise StoreError(f"{path}: has {size} bytes, by the manifest {expected_bytes}; copy it again or {_REBUILD}")
         if size == 0:
-            return np.empty(0, dtype=np.uint8)  # an empty file cannot be mapped
+            return np.frombuffer(b"", dtype=np.uint8)  # an empty file cannot be mapped
         return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
 
 

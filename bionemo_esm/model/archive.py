@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from bionemo_esm.model.container import (
     ArchiveError,
     Member,
     Section,
+    SectionReader,
+    Summary,
     find_members,
     hash_section,
     quoted,
@@ -29,7 +32,7 @@ from bionemo_esm.model.container import (
     write_container,
 )
 from bionemo_esm.model.plain import check_plain, parse_json, parse_yaml, put_tensors_back, take_out_tensors
-from bionemo_esm.model.tensors import TensorTable, tensor_member
+from bionemo_esm.model.tensors import TensorTable, bytes_of, tensor_member
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,28 +64,37 @@ class Archive:
 
 def write_archive(path: Path, archive: Archive) -> Path:
     """Write an archive whole or not at all. Raises `ArchiveError` where the disk does not take it."""
-    members = {
+    members: dict[str, Member | Summary] = {
         CONFIG: Member.of(yaml.safe_dump(dict(archive.config), sort_keys=True).encode()),
         WEIGHTS: tensor_member(archive.weights),
     }
     if archive.state is not None:
         state, tensors = take_out_tensors(archive.state)
         members |= {STATE: Member.of(_json(state)), STATE_TENSORS: tensor_member(tensors)}
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "model_class": archive.model_class,
-        "alphabet": " ".join(TOKENS),
-        "files": {name: member.fingerprint() for name, member in members.items()},
-        "provenance": dict(archive.provenance),
-    }
-    manifest["manifest_sha256"] = _self_hash(manifest)
-    first = {CONFIG: members.pop(CONFIG), MANIFEST: Member.of(_json(manifest))}  # what is read alone stands in front
+    sizes = {name: member.size for name, member in members.items()}
+
+    def manifest(digests: Mapping[str, str]) -> bytes:
+        return _manifest_of(archive, {name: {"size": size, "sha256": digests[name]} for name, size in sizes.items()})
+
+    length = len(manifest(dict.fromkeys(members, "0" * 64)))  # it stands in front of what it lists the hashes of
+    first = {CONFIG: members.pop(CONFIG), MANIFEST: Summary(length, manifest)}  # what is read alone stands in front
     members = first | members
     for name, member in members.items():
         if member.size > _SIZE_LIMITS[name]:
             raise ArchiveError(f"{path}: {name} would have {member.size:,} bytes, more than {_SIZE_LIMITS[name]:,}")
     write_container(path, members)
     return path
+
+
+def _manifest_of(archive: Archive, files: Mapping[str, Mapping[str, int | str]]) -> bytes:
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "model_class": archive.model_class,
+        "alphabet": " ".join(TOKENS),
+        "files": files,
+        "provenance": dict(archive.provenance),
+    }
+    return _json(manifest | {"manifest_sha256": _self_hash(manifest)})
 
 
 def read_archive(path: Path, with_weights: bool = True) -> Archive:
@@ -172,17 +184,33 @@ class ArchiveFile:
         for name in names:
             _compare(self.path, name, hash_section(self.path, self.sections[name], tell), self.manifest)
 
+    def read_weights_once(self) -> TensorReader:
+        """A pass over the weights that needs no second one to verify them."""
+        return TensorReader(self, self.weights)
+
     def load_weights(self) -> dict[str, Tensor]:
         """The verified weights. Raises `ArchiveError` for damage, and for a number that is not finite."""
-        self.verify(WEIGHTS)
-        return {name: self.load_finite(name) for name in self.weights.infos}
+        return self._load_once(self.weights, self._check_finite)
 
     def load_finite(self, name: str) -> Tensor:
         """One tensor of the weights, not verified. Raises `ArchiveError` for a number that is not finite."""
         tensor = self.weights.load(name)
-        if not tensor.isfinite().all():
-            raise ArchiveError(f"{self.path}: tensor {quoted(name)} holds NaN or infinity; the model is of no use")
+        self._check_finite(name, tensor)
         return tensor
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
+        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):  # which a NaN anywhere makes NaN
+            raise ArchiveError(f"{self.path}: tensor {quoted(name)} holds NaN or infinity; the model is of no use")
+
+    def _load_once(self, table: TensorTable, check: Callable[[str, Tensor], None]) -> dict[str, Tensor]:
+        """All tensors of a member, read once, and each checked. Raises `ArchiveError` for damage, before any check."""
+        with ThreadPoolExecutor(1) as beside:
+            reader = TensorReader(self, table, beside)
+            tensors = {name: reader.read_into(table.empty(name)) for name in table.infos}
+            reader.finish()
+        for name, tensor in tensors.items():
+            check(name, tensor)
+        return tensors
 
     def load_outline(self) -> dict[str, Any]:
         """The state of training without its tensors, verified: small, and quick to read."""
@@ -200,15 +228,45 @@ class ArchiveFile:
     def load_state(self) -> dict[str, Any]:
         """The state of training that a checkpoint holds, verified. Raises `ArchiveError` for damage."""
         outline = self.load_outline()
-        self.verify(STATE_TENSORS)
-        table = TensorTable.open(self.path, STATE_TENSORS, self.sections[STATE_TENSORS])
         try:
-            state = put_tensors_back(outline, table.load_all())
+            table = TensorTable.open(self.path, STATE_TENSORS, self.sections[STATE_TENSORS])
+        except ArchiveError:
+            self.verify(STATE_TENSORS)  # damage is called damage
+            raise
+        tensors = self._load_once(table, check=lambda name, tensor: None)
+        try:
+            state = put_tensors_back(outline, tensors)
         except (ValueError, TypeError) as error:
             raise ArchiveError(f"{self.path}: {STATE} cannot be used: {error}") from error
         if not isinstance(state, dict):
             raise ArchiveError(f"{self.path}: {STATE} is not a mapping")
         return state
+
+
+class TensorReader:
+    """The tensors of a member read once: one after another in the order of the file, hashed on the way.
+
+    What it gave is to be trusted once `finish` has returned, and not before.
+    """
+
+    def __init__(self, file: ArchiveFile, table: TensorTable, beside: Executor | None = None) -> None:
+        """beside: as of `SectionReader`."""
+        self._file, self._table = file, table
+        section = file.sections[table.member]
+        self._reader = SectionReader(file.path, section, beside)
+        self._reader.read_into(memoryview(bytearray(table.data.start - section.start)))  # their header
+
+    def read_into(self, tensor: Tensor) -> Tensor:
+        """Fill a contiguous tensor with the numbers that come next, of their dtype; the same tensor.
+
+        Raises `ArchiveError` where the file ends before.
+        """
+        self._reader.read_into(bytes_of(tensor))
+        return tensor
+
+    def finish(self) -> None:
+        """Raises `ArchiveError` where the bytes that were read are not those that were written."""
+        _compare(self._file.path, self._table.member, self._reader.hexdigest(), self._file.manifest)
 
 
 def _manifest(path: Path, content: bytes, sections: Mapping[str, Section]) -> dict[str, Any]:

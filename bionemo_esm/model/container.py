@@ -13,6 +13,7 @@ import io
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +56,13 @@ class Member:
     def of(cls, content: bytes) -> Member:
         return cls(len(content), lambda stream: (stream.write(content), None)[1])
 
-    def fingerprint(self) -> dict[str, int | str]:
-        """Size in bytes and SHA-256 of the content, as a manifest lists them."""
-        sink = _HashSink()
-        self.write(cast(IO[bytes], sink))
-        return {"size": self.size, "sha256": sink.sha256.hexdigest()}
+
+@dataclass(frozen=True)
+class Summary:
+    """Content that is made of the SHA-256, in hex, of all other members by their names, once they are written."""
+
+    size: int
+    make: Callable[[Mapping[str, str]], bytes]
 
 
 @dataclass(frozen=True)
@@ -70,33 +73,48 @@ class Section:
     size: int
 
 
-class _HashSink(io.RawIOBase):
-    """A stream that keeps nothing but the SHA-256 of what is written to it."""
+class _HashingStream(io.RawIOBase):
+    """Passes on what is written to it, and hashes it meanwhile: a core does one, a second the other."""
 
-    def __init__(self) -> None:
-        self.sha256 = hashlib.sha256()
+    def __init__(self, stream: IO[bytes], beside: Executor) -> None:
+        self._stream, self._beside, self.sha256 = stream, beside, hashlib.sha256()
 
     def write(self, content: object) -> int:
-        self.sha256.update(content)  # type: ignore[arg-type]
-        return memoryview(content).nbytes  # type: ignore[arg-type]
+        hashed = self._beside.submit(self.sha256.update, content)  # type: ignore[arg-type]
+        count = self._stream.write(content)  # type: ignore[call-overload]
+        hashed.result()  # the writer may change its memory as soon as we return
+        return int(count)
 
 
-def write_container(path: Path, members: Mapping[str, Member]) -> None:
+def write_container(path: Path, members: Mapping[str, Member | Summary]) -> None:
     """Write the members, in their order, under a temporary name; sync it and its folder; then rename.
 
     The final name never holds half a file, and what stood there before stays until the whole is safe. Raises
     `ArchiveError`, saying why, where the disk does not take it.
     """
-    with written_whole(path) as stream:
+    digests: dict[str, str] = {}
+    summaries: dict[int, Summary] = {}  # by their places in the file
+    with written_whole(path) as stream, ThreadPoolExecutor(1) as beside:
         for name, member in members.items():
             info = tarfile.TarInfo(name)  # time, owner and group stay 0: equal content, equal bytes
             info.size = member.size
             stream.write(info.tobuf(tarfile.GNU_FORMAT))
             before = stream.tell()
-            member.write(stream)
+            if isinstance(member, Summary):
+                summaries[before] = member
+                stream.write(bytes(member.size))
+            else:
+                hashing = _HashingStream(stream, beside)
+                member.write(cast(IO[bytes], hashing))
+                digests[name] = hashing.sha256.hexdigest()
             assert stream.tell() - before == member.size, name
             stream.write(bytes(-member.size % _BLOCK))
         stream.write(bytes(2 * _BLOCK))
+        for place, summary in summaries.items():
+            content = summary.make(digests)
+            assert len(content) == summary.size
+            stream.seek(place)
+            stream.write(content)
 
 
 @contextmanager
@@ -227,6 +245,43 @@ def hash_section(path: Path, section: Section, tell: Callable[[int], None] = lam
             sha256.update(chunk)
             tell(len(chunk))
     return sha256.hexdigest()
+
+
+class SectionReader:
+    """Reads the content of a member once, from its front to its back, and hashes what it reads.
+
+    Its file is open only while it is read from, so that any number of members may be read side by side.
+    """
+
+    def __init__(self, path: Path, section: Section, beside: Executor | None = None) -> None:
+        """beside: has one thread, which hashes while the caller goes on; what was read must not change before that."""
+        self.path, self._position, self._end = path, section.start, section.start + section.size
+        self._sha256, self._beside = hashlib.sha256(), beside
+        self._hashing: Future[None] | None = None
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Fill the buffer with the bytes that come next. Raises `ArchiveError` where the file ends before."""
+        assert self._position + buffer.nbytes <= self._end
+        with readable(self.path), self.path.open("rb", buffering=0) as stream:
+            stream.seek(self._position)
+            rest = buffer
+            while rest:
+                count = stream.readinto(rest)
+                if not count:
+                    raise _cut_short(self.path, "its end is missing")
+                rest = rest[count:]
+        self._position += buffer.nbytes
+        if self._beside is None:
+            self._sha256.update(buffer)
+        else:
+            self._hashing = self._beside.submit(self._sha256.update, buffer)
+
+    def hexdigest(self) -> str:
+        """SHA-256 of the content, in hex, once all of it is read."""
+        assert self._position == self._end, "not yet read to its end"
+        if self._hashing is not None:
+            self._hashing.result()  # the last of a queue
+        return self._sha256.hexdigest()
 
 
 def _chunks(stream: IO[bytes], size: int) -> Iterator[memoryview]:

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from bionemo_esm.model.container import ArchiveError, Member, Section, quoted, readable
 
 if TYPE_CHECKING:  # a card is printed without waiting for torch
+    import torch
     from torch import Tensor
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -73,6 +74,20 @@ class TensorTable:
             raise ArchiveError(f"{path}: {member} is not a proper safetensors file: {error}") from error
         return cls(path, member, infos, data)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+        import torch
+
+        dtype = getattr(torch, _TORCH_NAMES[self.infos[name].dtype])
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def empty(self, name: str) -> Tensor:
+        """Memory for a tensor."""
+        import torch
+
+        return torch.empty(self.infos[name].shape, dtype=self.dtype(name))
+
     @property
     def elements(self) -> int:
         """Numbers in all tensors together."""
@@ -89,14 +104,11 @@ class TensorTable:
             return {name: self._read(stream, name) for name in self.infos}
 
     def _read(self, stream: RawIOBase, name: str, out: Tensor | None = None) -> Tensor:
-        import torch
-
         info = self.infos[name]
-        dtype = getattr(torch, _TORCH_NAMES[info.dtype])
-        tensor = torch.empty(info.shape, dtype=dtype) if out is None else out
-        assert tensor.shape == info.shape and tensor.dtype == dtype
+        tensor = self.empty(name) if out is None else out
+        assert tensor.shape == info.shape and tensor.dtype == self.dtype(name)
         stream.seek(self.data.start + info.start)
-        rest = _bytes_of(tensor)
+        rest = bytes_of(tensor)
         while rest:
             count = stream.readinto(rest)
             if not count:
@@ -145,12 +157,12 @@ def tensor_member(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None
         stream.write(len(header).to_bytes(8, "little"))
         stream.write(header)
         for name in sorted(outline):
-            stream.write(_bytes_of(tensors[name].detach().cpu().contiguous()))
+            stream.write(bytes_of(tensors[name].detach().cpu().contiguous()))
 
     return Member(8 + len(header) + end, write)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     import torch
 

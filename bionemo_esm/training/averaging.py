@@ -1,24 +1,31 @@
 """The average of the last checkpoints' weights, as ESM-1nv's final model is one of the last 47.
 
 One function for the end of a run and for the command; so the two agree bit for bit. Weights are added up in float64,
-oldest first, one tensor at a time: what is held is the averaged model and one tensor more, however many there are.
+oldest first, a piece of a tensor at a time: what is held is the averaged model and a few pieces more, however many
+there are. Each file is read once, and hashed while it is: no mean is given out before every hash has been compared.
 """
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bionemo_esm.errors import UserError
-from bionemo_esm.model.archive import WEIGHTS, Archive, ArchiveFile, write_archive
-from bionemo_esm.model.tensors import TensorTable
+from bionemo_esm.model.archive import WEIGHTS, Archive, ArchiveFile, TensorReader, write_archive
+
+_PIECE = 2**18  # numbers of a tensor at a time, whose sum in float64 stays within the cache of a core
+_MOST_THREADS = 4  # to read and hash; more than a disk and a memory serve
 
 Progress = Callable[[int, int], None]
 """Called with bytes read and bytes to read."""
@@ -118,15 +125,7 @@ def average(sources: Sequence[Source], progress: Progress = lambda done, total: 
     """
     last = sources[-1]
     _check_same_model(sources)
-    total = 2 * sum(source.file.weights.data.size for source in sources)  # once to hash, once to add
-    done = 0
-    for source in sources:
-        source.file.verify(WEIGHTS)
-        progress(done := done + source.file.weights.data.size, total)
-    weights = {}
-    for name, info in last.file.weights.infos.items():
-        weights[name] = _mean([source.file.weights for source in sources], name)
-        progress(done := done + info.size * len(sources), total)
+    weights = _means([source.file for source in sources], progress)
     provenance = {key: value for key, value in last.file.provenance.items() if key != "checkpoint"}
     provenance["averaged_from"] = [source.describe() for source in sources]
     return Archive(last.file.model_class, {**last.file.config, "precision": "32"}, weights, provenance)
@@ -149,23 +148,62 @@ def average_checkpoints(
     return AverageReport(sources, notes)
 
 
-def _mean(tables: Sequence[TensorTable], name: str) -> Tensor:
-    """The mean over the files of one tensor: float32, added up in float64; of integers, the last."""
-    last = tables[-1].load(name)
-    if not last.is_floating_point():
-        return last
-    total, read = torch.full(last.shape, -0.0, dtype=torch.float64), last  # adds nothing, not even a sign
-    for table in tables:
-        same_kind = table.infos[name].dtype == tables[-1].infos[name].dtype
-        read = table.load(name, out=read if same_kind else None)
-        total += read
-    if not total.isfinite().all():  # float32 cannot overflow float64: one of them is not finite itself
-        raise AveragingError(f"{_culprit(tables, name)}: tensor {name!r} holds NaN or infinity; leave this file out")
-    return total.div_(len(tables)).float()
+def _means(files: Sequence[ArchiveFile], progress: Progress) -> dict[str, Tensor]:
+    """The means of all tensors, float32, from one pass over the files side by side."""
+    last, readers = files[-1].weights, [file.read_weights_once() for file in files]
+    means = {name: torch.empty(info.shape, dtype=torch.float32) for name, info in last.infos.items()}
+    done, total = 0, sum(file.weights.data.size for file in files)
+    with ThreadPoolExecutor(threads := min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
+        ahead = _Ahead(pool, readers, torch.empty(threads + 1, _PIECE, dtype=torch.float32))
+        for name, mean in means.items():
+            dtypes = [file.weights.dtype(name) for file in files]
+            for piece in mean.view(-1).split(_PIECE):
+                if not _mean(ahead.read(dtypes, len(piece)), len(files), piece):
+                    raise _not_finite(files, name)
+                progress(done := done + len(piece) * sum(dtype.itemsize for dtype in dtypes), total)
+    for reader in readers:
+        reader.finish()
+    return means
 
 
-def _culprit(tables: Sequence[TensorTable], name: str) -> Path:
-    return next(table.path for table in tables if not table.load(name).isfinite().all())
+def _mean(numbers: Iterator[Tensor], count: int, mean: Tensor) -> bool:
+    """Put the mean of `count` tensors into `mean` (float32 [n]), added up in float64; False where one is not finite."""
+    total = np.full(len(mean), -0.0)  # adds nothing, not even a sign
+    with np.errstate(invalid="ignore"):
+        for read in numbers:
+            np.add(total, read.float().numpy(), out=total)
+    if not np.isfinite(total).all():  # float32 cannot overflow float64: one of them is not finite itself
+        return False
+    np.divide(total, count, out=total)
+    mean.numpy()[:] = total
+    return True
+
+
+class _Ahead:
+    """Reads the next piece of every file in turn, and hashes it, in threads: while one is added up, others are read."""
+
+    def __init__(self, pool: Executor, readers: Sequence[TensorReader], buffers: Tensor) -> None:
+        """buffers: float32 [pieces under way, numbers of a piece]."""
+        self.pool, self.readers, self.buffers = pool, readers, buffers
+
+    def read(self, dtypes: Sequence[torch.dtype], count: int) -> Iterator[Tensor]:
+        """The next `count` numbers of each file, [count] of its dtype; good until the next is asked for."""
+        under_way: deque[Future[Tensor]] = deque()
+        for number, (reader, dtype) in enumerate(zip(self.readers, dtypes, strict=True)):
+            if len(under_way) == len(self.buffers):
+                yield under_way.popleft().result()
+            buffer = self.buffers[number % len(self.buffers)].view(dtype)[:count]
+            under_way.append(self.pool.submit(reader.read_into, buffer))
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def _not_finite(files: Sequence[ArchiveFile], name: str) -> UserError:
+    """Which file it is; damage, which may look like this, is told first."""
+    for file in files:
+        file.verify(WEIGHTS)
+    culprit = next(file.path for file in files if not file.weights.load(name).isfinite().all())
+    return AveragingError(f"{culprit}: tensor {name!r} holds NaN or infinity; leave this file out")
 
 
 def _check_series(sources: Sequence[Source]) -> None:
@@ -206,6 +244,8 @@ def _check_same_model(sources: Sequence[Source]) -> None:
                     f"{file.path}: is another architecture than {last.path}: tensor {name!r} has shape "
                     f"{ours.get(name, 'none')} there, and {theirs.get(name, 'none')} here"
                 )
+        if list(ours) != list(theirs):
+            raise AveragingError(f"{file.path}: its tensors lie in another order than in {last.path}; write it anew")
         here, there = _sizes(file), _sizes(last)
         for key in sorted(here.keys() | there.keys()):
             if here.get(key) != there.get(key):

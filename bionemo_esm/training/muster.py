@@ -25,6 +25,7 @@ from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
 from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.training.imports import large_imports
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -169,7 +170,8 @@ def slurm_environment() -> SLURMEnvironment | None:
     script requeues (examples/slurm/pretrain.sbatch). Raises `ConfigError` for a job of several tasks that were not
     started by srun, or not by number a node.
     """
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # half a second
+    with large_imports():
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # seconds
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that srun is installed and was not used

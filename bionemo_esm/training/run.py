@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.screen import Meter, Screen, duration, exit_of, is_rank_zero, third_party_output_in
 from bionemo_esm.training.folder import alone_in, make_folder
+from bionemo_esm.training.imports import large_imports
 from bionemo_esm.training.muster import assembled, versions
 from bionemo_esm.training.prepared import OUTPUT_LOG, PreparedRun, describe_model, short
 from bionemo_esm.training.proteins import build_proteins, describe_source, open_proteins
@@ -56,7 +57,8 @@ def _pretrain(cfg: DictConfig) -> int:
         run = muster.together(
             lambda: PreparedRun.of(recipe, folder, open_proteins(recipe, folder)), lambda run: run.identity
         )
-        from bionemo_esm.training.fit import fit
+        with large_imports():
+            from bionemo_esm.training.fit import fit
 
         result = fit(run, screen, muster)
         if result.stopped_by is not None:

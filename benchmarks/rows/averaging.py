@@ -1,0 +1,116 @@
+"""Row: the average of the last 47 checkpoints, as ESM-1nv's final weights are, against the usual loop.
+
+Ours verifies every byte, checks every number to be finite, and adds up in float64; the loops load and add in float32,
+as the averaging scripts of most projects do. Every side reads files of its own, all different, and writes a model that
+is synced. Averages are made on a CPU wherever training ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.comparison import Row, Setting, Side
+from benchmarks.rows.archives import check_space, model_of, synced
+from bionemo_esm.model.archive import Archive, ArchiveFile, write_archive
+from bionemo_esm.model.connector import describe
+from bionemo_esm.training.averaging import average_checkpoints
+
+COPIES, QUICK_COPIES = 47, 5
+Weights = Mapping[str, Tensor]
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """The one row. Raises `ConfigError` where its files have no room: 47 models for each of two formats."""
+    copies = QUICK_COPIES if setting.quick else COPIES
+    ours, theirs, exact = _write_sources(setting, copies)
+    output, averaged = setting.folder / "averaged.nemo", setting.folder / "averaged.pt"
+
+    def average_ours() -> None:
+        average_checkpoints(ours, copies, output)
+
+    average_ours()
+    found = ArchiveFile.open(output).load_weights()
+    wrong = sum(int((found[name] != mean.float()).sum()) for name, mean in exact.items())
+    assert not wrong, "ours is to be the mean in float64, rounded once"
+    sides = [Side("ours", average_ours, copies, "float64; every byte verified, every number checked to be finite")]
+    for name, average, settings in (
+        ("torch.load in a loop", loop, "float32, weights_only=True"),
+        ("torch.load in a loop, tuned", tuned_loop, "float32, weights_only=True, mmap=True, added in place"),
+    ):
+        work = _averager(average, theirs, averaged)
+        work()
+        error = farthest(torch.load(averaged, weights_only=True), exact)
+        sides.append(Side(name, work, copies, settings, error, ("torch",)))
+    megabytes = ours[0].stat().st_size / 1e6
+    yield Row(
+        "averaging", f"Average of {copies} checkpoints of {megabytes:,.0f} MB", "checkpoint", "float32", sides,
+        "largest difference from the mean in float64, over the largest weight", 1e-5, seconds_matter=True, turns=3,
+        note="Ours is the mean in float64, rounded once, to the last bit; the time includes SHA-256 of every byte.",
+    )  # fmt: skip
+
+
+def _write_sources(setting: Setting, copies: int) -> tuple[list[Path], list[Path], dict[str, Tensor]]:
+    """As many checkpoints in our format and in PyTorch's, of the same weights, and their mean in float64."""
+    archive = describe(model_of(setting))
+    base = {name: tensor.detach().cpu() for name, tensor in archive.weights.items()}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in base.values())
+    check_space(setting.folder, (2 * copies + 3) * size)
+    exact = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in base.items()}
+    ours, theirs = [], []
+    for number in range(copies):
+        step = 1000 * (number + 1)
+        generator = torch.Generator().manual_seed(number)
+        weights = {name: tensor + 0.01 * _noise(tensor, generator) for name, tensor in base.items()}
+        for name, tensor in weights.items():
+            exact[name] += tensor
+        said = Archive(archive.model_class, archive.config, weights, {"steps": step})
+        ours.append(write_archive(setting.folder / f"step-{step:09d}.nemo", said))
+        theirs.append(setting.folder / f"step-{step:09d}.pt")
+        synced(theirs[-1], partial(torch.save, weights))
+    for total in exact.values():
+        total.div_(copies)
+    return ours, theirs, exact
+
+
+def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(tensor.shape, generator=generator)
+
+
+def _averager(
+    average: Callable[[list[Path]], dict[str, Tensor]], paths: list[Path], output: Path
+) -> Callable[[], None]:
+    return lambda: synced(output, lambda to: torch.save(average(paths), to))
+
+
+def loop(paths: list[Path]) -> dict[str, Tensor]:
+    """The loop of the usual scripts: whole files, float32."""
+    total: dict[str, Tensor] = {}
+    for path in paths:
+        for name, tensor in torch.load(path, weights_only=True).items():
+            total[name] = total[name] + tensor if name in total else tensor.clone()
+    return {name: tensor / len(paths) for name, tensor in total.items()}
+
+
+def tuned_loop(paths: list[Path]) -> dict[str, Tensor]:
+    """The same without its copies."""
+    total: dict[str, Tensor] = {}
+    for path in paths:
+        for name, tensor in torch.load(path, weights_only=True, mmap=True).items():
+            if name in total:
+                total[name] += tensor
+            else:
+                total[name] = tensor.clone()
+    return {name: tensor.div_(len(paths)) for name, tensor in total.items()}
+
+
+def farthest(found: Weights, exact: Weights) -> float:
+    """The largest difference, over the largest number of `exact`; infinite where tensors are missing."""
+    if found.keys() != exact.keys():
+        return float("inf")
+    largest = max(float(mean.abs().max()) for mean in exact.values())
+    return max(float((found[name].double() - mean).abs().max()) for name, mean in exact.items()) / largest

@@ -1,0 +1,339 @@
+"""Embeddings and masked marginals beside Hugging Face and fair-esm, of the same random weights and proteins.
+
+Embeddings: the mean of the last layer's states over the residues of each protein, float32, in memory. Ours packs what
+is of like length; theirs pad, in the order of the file and sorted by length. Masked marginals: the log-probabilities
+at places of a protein, each masked alone.
+
+bf16 is each library's own at its most exact: Hugging Face's model in bfloat16 with float32 rotary frequencies, as it
+loads them; fair-esm under autocast, as its code rounds positions over 256 in a model that is bfloat16 itself. On CUDA
+nothing here has been run.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+from benchmarks.comparison import Row, Setting, Side, Target, best_of
+from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID, PAD_ID
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.inference.embedding.choice import EmbeddingChoice
+from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.engine import Engine, each_masked
+from bionemo_esm.inference.inputs import Protein, read_proteins
+from bionemo_esm.model.archive import read_archive
+from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.interchange.convert import import_model
+from bionemo_esm.model.interchange.dialects import FAIR_ESM
+from bionemo_esm.model.interchange.translation import give
+from theirs import Shape, fair_esm_model, hugging_face_model, saved  # type: ignore[import-not-found]
+
+SAMPLE = Path(__file__).parents[2] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
+HUGGING_FACE, FAIR = "Hugging Face", "fair-esm"
+LIBRARIES = {HUGGING_FACE: ("torch", "transformers"), FAIR: ("torch", "fair-esm")}
+TYPICAL = 8  # proteins of a padded batch in the order of the file
+TOLERANCE = {"32": 1e-5, "bf16": 5e-2}
+NAMES = {"32": "float32", "bf16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model to be asked, of proteins that it reads whole."""
+
+    key: str
+    title: str
+    family: str  # of `theirs.FAMILIES`
+    shape: Shape
+    tokens: int  # of the longest protein, <cls> and <eos> counted
+    peers: tuple[str, ...]
+
+
+ESM2 = Form("esm2-8m", "ESM-2 8M", "ESM-2", Shape(6, 320, 20, 0.02), 1024, (HUGGING_FACE, FAIR))
+ESM1NV = Form("esm1nv", "ESM-1nv", "ESM-1nv", Shape(6, 768, 12, 0.02), 512, (HUGGING_FACE,))
+TINY = Shape(2, 32, 4, 0.2)  # of any form, to show that a row runs
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many proteins are embedded, and in what batches the peers are tried."""
+
+    proteins: int
+    arrival: int  # the first of them, which are padded in the order of the file: the slowest sides by far
+    tuning: int  # spread over all lengths, with which the best size is found
+    sizes: tuple[int, ...]  # that are tried, as far as there are proteins
+
+
+SCALES = {
+    "quick": {ESM2: Scale(5, 4, 4, (1, 2)), ESM1NV: Scale(5, 4, 4, (1, 2))},
+    "cpu": {ESM2: Scale(100, 48, 32, (1, 2, 4, 8, 16, 32)), ESM1NV: Scale(24, 16, 8, (1, 2, 4, 8))},
+    "cuda": {
+        ESM2: Scale(2400, 1200, 512, (1, 8, 16, 32, 64, 128)),
+        ESM1NV: Scale(2000, 1000, 512, (1, 8, 16, 32, 64, 128)),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Masked marginals at the first `places` of a protein, cut to so many residues."""
+
+    places: int
+    residues: int
+    tuning: int  # places with which the best size is found
+
+
+SCANS = {"quick": Scan(6, 40, 4), "cpu": Scan(104, 300, 32), "cuda": Scan(300, 300, 256)}
+
+
+# --- the sides --------------------------------------------------------------------------------------------------------
+
+
+class Peer:
+    """A model of another library in evaluation mode, rounding as `precision` says, "32" or "bf16"."""
+
+    def __init__(self, library: str, form: Form, shape: Shape, archive: Path, precision: str, device: str) -> None:
+        """The weights are those of `archive`, which came of Hugging Face's model of this form and shape."""
+        self.library, self.device = library, device
+        fast = library == HUGGING_FACE
+        model: Any = hugging_face_peer(form, shape) if fast else fair_esm_peer(form, shape, archive)
+        self.autocasts = precision == "bf16" and not fast
+        self.model = model.to(device)
+        if precision == "bf16" and fast:
+            exact = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+            self.model.to(torch.bfloat16)
+            for name, buffer in exact.items():
+                owner, _, own = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), own, buffer)
+        rounding = {"32": "float32", "bf16": "bf16 autocast" if self.autocasts else "bfloat16"}[precision]
+        self.settings = f"{rounding}, {'SDPA' if fast else 'its own attention'}"
+
+    def rounding(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device, torch.bfloat16) if self.autocasts else nullcontext()
+
+    def states(self, tokens_BT: Tensor) -> Tensor:
+        """Of the last layer, [B, T, H]; Hugging Face's without the language-model head, which fair-esm always asks."""
+        if self.library == FAIR:
+            last = self.model.num_layers
+            found = self.model(tokens_BT, repr_layers=[last])["representations"][last]
+        else:
+            found = self.model.esm(tokens_BT, attention_mask=tokens_BT.ne(PAD_ID).long()).last_hidden_state
+        states_BTH: Tensor = found
+        return states_BTH
+
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """[B, T, V]."""
+        if self.library == FAIR:
+            found = self.model(tokens_BT)["logits"]
+        else:
+            found = self.model(tokens_BT, attention_mask=tokens_BT.ne(PAD_ID).long()).logits
+        logits_BTV: Tensor = found
+        return logits_BTV
+
+    @torch.inference_mode()
+    def embed(self, proteins: Sequence[Protein], size: int) -> NDArray[np.float32]:
+        """The mean states of proteins, `size` at a time in the order given: float32 [proteins, H]."""
+        means = []
+        with self.rounding():
+            for begin in range(0, len(proteins), size):
+                tokens_BT = padded([protein.tokens for protein in proteins[begin : begin + size]]).to(self.device)
+                residues_BT = tokens_BT.ne(PAD_ID) & tokens_BT.ne(CLS_ID) & tokens_BT.ne(EOS_ID)
+                sums_BH = (self.states(tokens_BT) * residues_BT[:, :, None]).sum(1, dtype=torch.float32)
+                means.append(sums_BH / residues_BT.sum(1, keepdim=True))
+        found: NDArray[np.float32] = torch.cat(means).cpu().numpy()
+        return found
+
+    @torch.inference_mode()
+    def marginals(self, tokens: NDArray[np.uint8], places: int, size: int) -> NDArray[np.float64]:
+        """Log-probabilities at the first places of a protein, each masked alone: float64 [places, V]."""
+        row_1T = padded([tokens]).to(self.device)
+        found = []
+        with self.rounding():
+            for begin in range(0, places, size):
+                asked = torch.arange(begin + 1, min(begin + size, places) + 1, device=self.device)
+                batch_BT = row_1T.repeat(len(asked), 1)
+                each = torch.arange(len(asked), device=self.device)
+                batch_BT[each, asked] = MASK_ID
+                found.append(self.logits(batch_BT)[each, asked].double().log_softmax(-1))
+        answers: NDArray[np.float64] = torch.cat(found).cpu().numpy()
+        return answers
+
+
+def hugging_face_peer(form: Form, shape: Shape) -> nn.Module:
+    """Hugging Face's model of a form, with its fastest attention and the same random weights each time."""
+    model: nn.Module = hugging_face_model(form.family, shape, form.tokens, attn_implementation="sdpa")
+    return model
+
+
+def fair_esm_peer(form: Form, shape: Shape, archive: Path) -> nn.Module:
+    """fair-esm's model of a form, with the weights of an archive of ours."""
+    model: nn.Module = fair_esm_model(form.family, shape, form.tokens)
+    whole = read_archive(archive)
+    config, dtypes = EncoderConfig.from_mapping(whole.config["encoder"]), dict.fromkeys(whole.weights, torch.float32)
+    missing, unknown = model.load_state_dict(dict(give(config, dtypes, whole.weights.__getitem__, FAIR_ESM)), False)
+    assert not unknown
+    assert all(name == "lm_head.weight" for name in missing), missing  # tied to the embeddings
+    return model
+
+
+def padded(some: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """int64 [proteins, longest], <cls> and <eos> around each, <pad> behind."""
+    rows = [torch.from_numpy(np.concatenate([[CLS_ID], tokens, [EOS_ID]]).astype(np.int64)) for tokens in some]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+
+
+def our_embeddings(engine: Engine, proteins: Sequence[Protein]) -> NDArray[np.float32]:
+    """As `Peer.embed`."""
+    found = embed_together(engine, proteins, EmbeddingChoice())
+    (name,) = found[0].arrays
+    return np.stack([embedding.arrays[name] for embedding in found])
+
+
+def our_marginals(engine: Engine, tokens: NDArray[np.uint8], places: int) -> NDArray[np.float64]:
+    """As `Peer.marginals`."""
+    return np.concatenate(list(engine.log_probabilities(each_masked(tokens, range(places)))))
+
+
+def farthest(theirs: NDArray[Any], ours: NDArray[Any]) -> float:
+    """The largest difference of a row from ours, in the norm, relative to the row."""
+    if theirs.shape != ours.shape:
+        raise ValueError(f"shapes {theirs.shape} and {ours.shape} are of different work")
+    return float((np.linalg.norm(theirs - ours, axis=1) / np.linalg.norm(ours, axis=1)).max())
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Embeddings of ESM-2 8M and of ESM-1nv in float32 and bf16; masked marginals of ESM-2 8M."""
+    for form in (ESM2, ESM1NV):
+        for precision in ("32", "bf16"):
+            yield _embeddings(setting, form, precision)
+            gc.collect()
+    yield _marginals(setting, ESM2, "bf16" if setting.device == "cuda" else "32")
+
+
+def _built(setting: Setting, form: Form, precision: str) -> tuple[Engine, list[Peer]]:
+    """Our engine and the peers, of the same weights."""
+    shape = TINY if setting.quick else form.shape
+    archive = setting.folder / f"{form.key}.nemo"
+    if not archive.exists():
+        import_model(str(saved(hugging_face_peer(form, shape), setting.folder / form.key)), archive)
+    peers = [Peer(library, form, shape, archive, precision, setting.device) for library in form.peers]
+    return Engine.load(archive, setting.device, precision), peers
+
+
+def proteins_that_fit(path: Path | None, tokens: int, count: int) -> list[Protein]:
+    """The first `count` of a FASTA file (None: the sample's) with at most so many tokens, <cls> and <eos> counted.
+
+    Raises `ConfigError` for a file with fewer.
+    """
+    fitting = (protein for protein in read_proteins(path or SAMPLE) if protein.residues + 2 <= tokens)
+    chosen = list(itertools.islice(fitting, count))
+    if len(chosen) < count:
+        raise ConfigError(
+            f"{path or SAMPLE}: holds {len(chosen)} proteins of up to {tokens} tokens, and {count} are needed; "
+            "give a larger file"
+        )
+    return chosen
+
+
+def _embeddings(setting: Setting, form: Form, precision: str) -> Row:
+    scale = SCALES[_size(setting)][form]
+    proteins = proteins_that_fit(setting.fasta, form.tokens, scale.proteins)
+    engine, peers = _built(setting, form, precision)
+    work = _call(our_embeddings, engine, proteins)
+    sides = [Side("ours, packed", work, _residues(proteins), _told(engine, precision), libraries=("torch",))]
+
+    first = proteins[: scale.arrival]
+    by_length = sorted(proteins, key=lambda protein: protein.residues, reverse=True)
+    few = by_length[:: max(len(by_length) // scale.tuning, 1)]
+    sizes = [size for size in scale.sizes if size <= len(few)]
+    for peer in peers:
+        best = best_of(sizes, _call(peer.embed, few))
+        for name, order, size, how in (
+            ("arrival order", first, min(TYPICAL, len(first)), f", the first {len(first)}"),
+            ("sorted by length", by_length, best, _best(sizes)),
+        ):
+            off = farthest(peer.embed(order, size), our_embeddings(engine, order))
+            settings, work = f"{peer.settings}, {size} at a time{how}", _call(peer.embed, order, size)
+            libraries = LIBRARIES[peer.library]
+            sides.append(Side(f"{peer.library}, {name}", work, _residues(order), settings, off, libraries))
+    targets = [Target("Hugging Face, sorted by length", ratio=2)]
+    if setting.device == "cuda" and precision == "bf16":
+        targets.append(Target(least_per_second=5e6))
+    return Row(
+        key=f"embed-{form.key}-{NAMES[precision]}",
+        title=f"Embeddings, {form.title}",
+        unit="residue",
+        precision=NAMES[precision],
+        sides=sides,
+        parity="mean embeddings, against ours: the largest difference of a protein's, relative, in the norm",
+        tolerance=TOLERANCE[precision],
+        targets=targets,
+        note=f"{len(proteins)} proteins, {_residues(proteins):,} residues, at most {form.tokens - 2} in one.",
+    )
+
+
+def _marginals(setting: Setting, form: Form, precision: str) -> Row:
+    size_of, scan = _size(setting), SCANS[_size(setting)]
+    proteins = proteins_that_fit(setting.fasta, form.tokens, SCALES[size_of][form].proteins)
+    tokens = next((protein.tokens for protein in proteins if protein.residues >= scan.residues), None)
+    if tokens is None:
+        raise ConfigError(f"{setting.fasta or SAMPLE}: no protein has {scan.residues} residues; give a larger file")
+    tokens, places = tokens[: scan.residues], scan.places
+    engine, peers = _built(setting, form, precision)
+    settings = f"{_told(engine, precision)}, the last block at the places alone"
+    sides = [Side("ours, packed", _call(our_marginals, engine, tokens, places), places, settings, libraries=("torch",))]
+    expected = our_marginals(engine, tokens, places)
+    sizes = [size for size in SCALES[size_of][form].sizes if size <= scan.tuning]
+    for peer in peers:
+        best = best_of(sizes, _call(peer.marginals, tokens, scan.tuning))
+        for name, size, how in (("single masks in a loop", 1, ""), ("several masks at a time", best, _best(sizes))):
+            off = farthest(peer.marginals(tokens, places, size), expected)
+            settings, work = f"{peer.settings}, {size} at a time{how}", _call(peer.marginals, tokens, places, size)
+            sides.append(Side(f"{peer.library}, {name}", work, places, settings, off, LIBRARIES[peer.library]))
+    return Row(
+        key=f"marginals-{form.key}",
+        title=f"Masked marginals, {form.title}",
+        unit="masked place",
+        precision=NAMES[precision],
+        sides=sides,
+        parity="log-probabilities, against ours: the largest difference of a place's, relative, in the norm",
+        tolerance=TOLERANCE[precision],
+        targets=[Target("Hugging Face, single masks in a loop", ratio=3)],
+        note=f"{places} places of a protein of {len(tokens)} residues.",
+    )
+
+
+def _size(setting: Setting) -> str:
+    return "quick" if setting.quick else setting.device
+
+
+def _residues(proteins: Sequence[Protein]) -> int:
+    return sum(protein.residues for protein in proteins)
+
+
+def _told(engine: Engine, precision: str) -> str:
+    return f"{NAMES[precision]}, batches of up to {engine.batch_tokens:,} tokens"
+
+
+def _best(sizes: Sequence[int]) -> str:
+    return f", its best of {', '.join(map(str, sizes))}"
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """The function with its first arguments given."""
+    return lambda *rest: function(*arguments, *rest)

@@ -1,0 +1,74 @@
+"""A training with Hugging Face's `Trainer`, as short as one can be written: the program that `starting.py` times.
+
+    python benchmarks/rows/huggingface_start.py SETTINGS
+
+SETTINGS is a JSON file: where the proteins and the vocabulary lie, how large the model is, and where to say that the
+first step is done, and on how many proteins and residues. It imports nothing of ours.
+"""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+from transformers import (
+    DataCollatorForLanguageModeling,
+    EsmConfig,
+    EsmForMaskedLM,
+    EsmTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+settings = json.loads(Path(sys.argv[1]).read_text())
+
+
+class Proteins:
+    """Tokenized when they are asked for, which makes for the quickest start."""
+
+    def __init__(self, fasta, tokenizer, max_tokens):
+        with gzip.open(fasta, "rt") as stream:
+            records = stream.read().split(">")[1:]
+        self.sequences = [record.split("\n", 1)[1].replace("\n", "") for record in records]
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+
+    def __len__(self):
+        return len(self.sequences)
+
+    def __getitem__(self, index):
+        return self.tokenizer(self.sequences[index], truncation=True, max_length=self.max_tokens)
+
+
+class FirstStep(TrainerCallback):
+    """Says that it is done."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        found = {"sequences": len(proteins), "residues": sum(map(len, proteins.sequences))}
+        partial = Path(settings["record"] + ".partial")
+        partial.write_text(json.dumps(found) + "\n")
+        partial.replace(settings["record"])
+
+
+tokenizer = EsmTokenizer(settings["vocabulary"])
+proteins = Proteins(settings["fasta"], tokenizer, settings["max_tokens"])
+model = EsmForMaskedLM(EsmConfig(**settings["model"], vocab_size=len(tokenizer), pad_token_id=1, mask_token_id=32))
+arguments = TrainingArguments(
+    output_dir=settings["output"],
+    max_steps=1000,
+    per_device_train_batch_size=settings["batch"],
+    use_cpu=settings["device"] == "cpu",
+    save_strategy="no",
+    logging_strategy="no",
+    report_to=[],
+    remove_unused_columns=False,
+    disable_tqdm=True,
+)
+trainer = Trainer(
+    model=model,
+    args=arguments,
+    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15),
+    train_dataset=proteins,
+    callbacks=[FirstStep()],
+)
+trainer.train()

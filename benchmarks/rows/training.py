@@ -1,0 +1,223 @@
+"""One optimizer step's work beside Hugging Face's: forward, loss at the masked places, backward, clipping, AdamW.
+
+Weights, proteins and masked places are identical on all sides, and so is dropout: 0.1 after attention and MLP, 0.1 on
+attention weights. Ours is `ESM1nvModel.training_step`, without Lightning around it; Hugging Face's is
+`EsmForMaskedLM` with PyTorch's fused AdamW over micro batches whose summed losses are divided by the masked places of
+all, so that every side comes to the same gradients. Batches are made beforehand: how long that takes is another row.
+
+Parity is measured with dropout off, by the very functions that are timed: loss, and norm of the gradients.
+
+Hugging Face's code has no dropout after the embeddings, which ours has. On CUDA nothing here has been run.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.comparison import Row, Setting, Side, Target, best_of
+from benchmarks.steps import (
+    AUTOCAST,
+    BF16,
+    DROPOUT,
+    FLOAT32,
+    WIDTH,
+    Found,
+    MaskedProtein,
+    Ours,
+    PaddedBatch,
+    Theirs,
+    alike,
+    apart,
+    in_evaluation,
+    masked_proteins,
+    peer_model,
+    tokens_of,
+)
+from bionemo_esm.model.interchange.convert import import_model
+from theirs import Shape, saved  # type: ignore[import-not-found]
+
+LIBRARIES = ("torch", "transformers")
+TOLERANCE = {"32": 1e-5, "bf16": 2e-2}
+ATTENTIONS = ("sdpa", "eager")
+FIXED, ARRIVAL, BY_LENGTH = "padded to 512", "padded to the longest", "sorted by length"
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model to be trained, and on how much."""
+
+    key: str
+    title: str
+    family: str  # of `theirs.FAMILIES`
+    shape: Shape
+
+
+ESM1NV = Form("train-esm1nv", "Training step, ESM-1nv", "ESM-1nv", Shape(6, 768, 12, 0.02))
+ESM1B = Form("train-esm1b", "Training step, ESM-1b's form with 2 layers", "ESM-1b", Shape(2, 1280, 20, 0.02))
+WHOLE_ESM1B = Form("train-esm1b-650m", "Training step, ESM-1b, 33 layers", "ESM-1b", Shape(33, 1280, 20, 0.02))
+TINY = Shape(2, 32, 4, 0.2, ffn=64)  # of any form, to show that a row runs
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Proteins of a step of ours, and of a turn of slower sides; those are about as long on average."""
+
+    proteins: int
+    at_once: int  # proteins in a packed row of ours
+    sizes: tuple[int, ...]  # of their micro batches, that are tried, as far as there are proteins
+    fixed: int  # proteins of a turn, where every one is padded to `WIDTH`
+    others: int  # where they are padded to the longest
+
+
+SCALES = {
+    "quick": Scale(3, 2, (1, 2), 2, 3),
+    "cpu": Scale(16, 8, (1, 2, 4, 8, 16), 4, 8),
+    "cuda": Scale(2048, 256, (16, 32, 64, 128), 512, 1024),
+    "cuda, large": Scale(256, 64, (4, 8, 16, 32), 64, 128),  # of the whole ESM-1b
+}
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Steps of ESM-1nv and of ESM-1b's form, in float32 and in bf16."""
+    forms = [ESM1NV, ESM1B]
+    if setting.device == "cuda" and not setting.quick:
+        forms.append(WHOLE_ESM1B)
+    for form in forms:
+        for precision in ("bf16",) if form is WHOLE_ESM1B else ("32", "bf16"):
+            yield _Comparison(setting, form, precision).row()
+            gc.collect()  # the models of the row are gone when it is; some of their parts refer to each other
+
+
+class _Comparison:
+    """The sides of one row, on the same proteins and weights."""
+
+    def __init__(self, setting: Setting, form: Form, precision: str) -> None:
+        self.form, self.precision, self.device = form, precision, setting.device
+        self.shape = TINY if setting.quick else form.shape
+        size = "quick" if setting.quick else setting.device
+        self.scale = SCALES["cuda, large" if form is WHOLE_ESM1B else size]
+        self.proteins = masked_proteins(setting.fasta, self.scale.proteins)
+        self.archive = setting.folder / f"{form.key}.nemo"
+        if not self.archive.exists():
+            folder = saved(peer_model(form.family, self.shape), setting.folder / form.key)
+            import_model(str(folder), self.archive)
+        self.reference = Ours(self.archive, "32", self.device)  # what float32 finds: every side is held against it
+        self._found: dict[frozenset[int], Found] = {}  # by the proteins
+
+    def row(self) -> Row:
+        ours = self._ours()
+        sides = [ours, *self._theirs()]
+        del self.reference
+        name = "float32" if self.precision == "32" else "bf16"
+        return Row(
+            key=f"{self.form.key}-{name}",
+            title=self.form.title,
+            unit="unpadded token",
+            precision=name,
+            sides=sides,
+            parity="without dropout, against ours in float32: loss and gradient norm, the larger relative difference",
+            tolerance=TOLERANCE[self.precision],
+            targets=list(self._targets()),
+            turns=3,
+            note=f"Dropout {DROPOUT:g} of states and of attention weights on all sides while timed. Tokens count <cls> "
+            "and <eos>, and no padding; where a side has fewer proteins, their mean length is about that of all.",
+        )
+
+    def _ours(self) -> Side:
+        ours = self.reference if self.precision == "32" else Ours(self.archive, self.precision, self.device)
+        batches = ours.batches(self.proteins, self.scale.at_once)
+        off = apart(in_evaluation(ours, batches), self._reference(self.proteins))
+        settings = f"{ours.backends}; {len(self.proteins)} proteins a step, {self.scale.at_once} in a row"
+        if self.precision != "32":
+            settings += f"; {_off(off)}"
+        return Side(
+            "ours, packed", lambda: ours.step(batches), tokens_of(self.proteins), settings, libraries=("torch",)
+        )
+
+    def _reference(self, proteins: Sequence[MaskedProtein]) -> Found:
+        """What ours finds in float32."""
+        key = frozenset(map(id, proteins))
+        if key not in self._found:
+            batches = self.reference.batches(proteins, self.scale.at_once)
+            self._found[key] = in_evaluation(self.reference, batches)
+        return self._found[key]
+
+    def _theirs(self) -> Iterator[Side]:
+        precisions = (FLOAT32,) if self.precision == "32" else (AUTOCAST, BF16)
+        for precision in precisions:
+            yield from self._sides(precision, "")
+        if self.device == "cuda" and self.form is not WHOLE_ESM1B:
+            yield from self._sides(precisions[0], "compiled", compiled=True)
+            yield from self._sides(precisions[0], "eager", attention="eager")
+
+    def _sides(self, precision: str, kind: str, **options: Any) -> Iterator[Side]:
+        """Padded to 512, to the longest in arrival order, and sorted by length, with one model that they share."""
+        peer = Theirs(self.form.family, self.shape, precision, self.device, **options)
+        some = alike(self.proteins, self.scale.others)
+        ways = {
+            FIXED: (alike(self.proteins, self.scale.fixed), WIDTH),
+            ARRIVAL: (some, None),
+            BY_LENGTH: (sorted(some, key=lambda protein: protein.tokens, reverse=True), None),
+        }
+        for way, (proteins, width) in ways.items():
+            yield self._side(peer, name_of(way, precision, kind), proteins, width)
+
+    def _side(self, peer: Theirs, name: str, proteins: Sequence[MaskedProtein], width: int | None) -> Side:
+        tried = [size for size in self.scale.sizes if size <= len(proteins)]
+        made = {size: peer.batches(proteins, size, width) for size in tried}
+        attention, said = self._attention(peer, made[tried[0]])
+        best = best_of(tried, lambda size: peer.gradients(made[size]))  # leaves the weights alone
+        batches = made[best]
+        off = apart(in_evaluation(peer, batches), self._reference(proteins))
+
+        def work() -> None:
+            peer.use(attention)
+            peer.step(batches)
+
+        mean = tokens_of(proteins) / len(proteins)
+        sizes = ", ".join(map(str, tried))
+        settings = (
+            f"{peer.precision}, {attention}{said}{', torch.compile' * peer.compiled}, AdamW(fused); {best} at a time, "
+            f"its best of {sizes}; {len(proteins)} proteins of {mean:.0f} tokens a step; {_off(off)}"
+        )
+        return Side(name, work, tokens_of(proteins), settings, max(off), LIBRARIES)
+
+    def _attention(self, peer: Theirs, batches: Sequence[PaddedBatch]) -> tuple[str, str]:
+        """The one that the peer is to use, and what is said of it: on a CPU its faster, as dropout slows SDPA."""
+        if self.device != "cpu":
+            return peer.attention, ""
+
+        def tried(index: int) -> None:
+            peer.use(ATTENTIONS[index])
+            peer.gradients(batches)
+
+        peer.use(ATTENTIONS[best_of(range(len(ATTENTIONS)), tried)])
+        return peer.attention, f" (its best of {' and '.join(ATTENTIONS)})"
+
+    def _targets(self) -> Iterator[Target]:
+        first = FLOAT32 if self.precision == "32" else AUTOCAST
+        yield Target(name_of(FIXED, first), ratio=5)
+        yield Target(name_of(BY_LENGTH, first), ratio=2)
+        if self.device != "cuda" or self.precision == "32":
+            return
+        if self.form is ESM1NV:
+            yield Target(least_per_second=1.45e6)
+            yield Target(name_of(FIXED, first, "eager"), ratio=9)
+        if self.form is WHOLE_ESM1B:
+            yield Target(least_per_second=110e3)
+
+
+def name_of(way: str, precision: str, kind: str = "") -> str:
+    """A side's name, by which targets know it."""
+    rounding = {FLOAT32: "", AUTOCAST: " (autocast)", BF16: " (pure bf16)"}[precision]
+    return f"Hugging Face{' ' * bool(kind)}{kind}, {way}{rounding}"
+
+
+def _off(off: Found) -> str:
+    return f"loss off by {off.loss:.1e}, gradient norm by {off.norm:.1e}"

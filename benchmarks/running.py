@@ -1,0 +1,132 @@
+"""A module of rows in a process of its own: fresh memory and threads, and a crash costs no other module.
+
+The child writes lines of JSON into a pipe: what it is doing, each row when it has been measured, and how it ended. What
+libraries print goes to a log.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.comparison import RowsOf, Setting, measure
+from benchmarks.machine import ROOT
+from benchmarks.table import result_values
+from bionemo_esm.errors import UserError
+
+_SECONDS_TO_END = 5.0
+_LOG_LINES = 12  # of a crash, for the screen
+
+
+@dataclass(frozen=True)
+class Message:
+    """One of: what goes on; a row that is there already; a row as `result_values` has it; the end, well or not."""
+
+    kind: str  # "told", "known", "row", "end" or "failed"
+    text: str = ""
+    row: dict[str, Any] | None = None
+
+
+def messages_of(path: str, setting: Setting, known: list[str], log: Path) -> Generator[Message, None, None]:
+    """Run the rows of a module; the last message is "end" or "failed". Rows in `known` are not measured again.
+
+    The process, and all that it has started, ends with the generator: close it.
+    """
+    told = {"path": path, "folder": str(setting.folder), "device": setting.device, "quick": setting.quick}
+    told |= {"fasta": None if setting.fasta is None else str(setting.fasta), "known": known}
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", "benchmarks.running", str(writing), json.dumps(told)]
+    search = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    with open(log, "wb") as sink:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            pass_fds=(writing,),
+            env=os.environ | {"PYTHONPATH": search},
+            start_new_session=True,  # so that it ends with its children, and Ctrl-C is ours to hear
+        )
+    os.close(writing)
+    ended = False
+    try:
+        with os.fdopen(reading, encoding="utf-8") as lines:
+            for line in lines:
+                message = Message(**json.loads(line))
+                ended = message.kind in ("end", "failed")
+                yield message
+                if ended:
+                    return
+        code = child.wait()
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        yield Message("failed", f"its process ended by {how}; its last words:\n{last}")
+    finally:
+        if ended:
+            _wait(child)
+        _end(child)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> bool:
+    """Whether a process has ended after a little while."""
+    try:
+        child.wait(_SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:  # nobody is left
+            break
+        if _wait(child):
+            break
+
+
+def run(path: str, setting: Setting, known: list[str], send: Callable[[Message], None]) -> None:
+    """Measure the rows of a module; `send` takes each `Message`."""
+    rows: RowsOf = importlib.import_module(path).rows
+    send(Message("told", "preparing the first row"))
+    for row in rows(setting):
+        if row.key in known:
+            send(Message("known", row.key))
+            continue
+        turns = 1 if setting.quick else row.turns
+        result = measure(replace(row, turns=turns), lambda what: send(Message("told", what)))
+        send(Message("row", row.key, result_values(result)))
+        del row, result  # before the next one is built
+        send(Message("told", "preparing the next row"))
+
+
+def main() -> None:
+    """The child: descriptor of the pipe, and what to do."""
+    pipe, told = int(sys.argv[1]), json.loads(sys.argv[2])
+    os.set_inheritable(pipe, False)
+    fasta = None if told["fasta"] is None else Path(told["fasta"])
+    setting = Setting(Path(told["folder"]), told["device"], told["quick"], fasta)
+    with os.fdopen(pipe, "w", encoding="utf-8", buffering=1) as lines:
+
+        def send(message: Message) -> None:
+            lines.write(json.dumps(vars(message), allow_nan=False) + "\n")
+
+        try:
+            run(told["path"], setting, told["known"], send)
+            send(Message("end"))
+        except UserError as error:
+            send(Message("failed", str(error)))  # any other error ends the process, and stands in the log
+
+
+if __name__ == "__main__":
+    main()

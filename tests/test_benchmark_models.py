@@ -1,0 +1,353 @@
+"""Rows of training steps and of inference: all sides do the same work and agree, or are caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.esm import modeling_esm
+
+from benchmarks import profile_step, steps
+from benchmarks.comparison import Result, Row, Setting, measure
+from benchmarks.rows import embeddings, training
+from benchmarks.rows.training import ESM1B, ESM1NV, TINY
+from benchmarks.steps import (
+    AUTOCAST,
+    BF16,
+    FLOAT32,
+    IGNORED,
+    Ours,
+    PaddedBatch,
+    Theirs,
+    alike,
+    apart,
+    in_evaluation,
+    masked_proteins,
+    padded,
+    peer_model,
+    tokens_of,
+)
+from bionemo_esm.data.fasta import read_fasta
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.inference.engine import Engine
+from bionemo_esm.model.interchange.convert import import_model
+from theirs import saved
+
+SAMPLE = Path(__file__).resolve().parent.parent / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
+PRECISIONS = {FLOAT32: "32", AUTOCAST: "bf16", BF16: "bf16"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Every row, tiny, after a turn of each side."""
+    setting = Setting(tmp_path_factory.mktemp("rows"), quick=True)
+    rows = [*training.rows(setting), *embeddings.rows(setting)]
+    return {row.key: measure(replace(row, turns=1)) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ESM-1nv of Hugging Face's, as an archive of ours."""
+    folder = tmp_path_factory.mktemp("model")
+    import_model(str(saved(peer_model("ESM-1nv", TINY), folder / "theirs")), folder / "ours.nemo")
+    return folder / "ours.nemo"
+
+
+def lengths_of_the_sample(count: int) -> list[int]:
+    """Residues of its first proteins, read here and not by the benchmarks."""
+    return [len(record.sequence) for record, _ in zip(read_fasta(SAMPLE), range(count), strict=False)]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_runs_and_every_other_side_agrees_with_ours(results: dict[str, Result]) -> None:
+    assert list(results) == [
+        *("train-esm1nv-float32", "train-esm1nv-bf16", "train-esm1b-float32", "train-esm1b-bf16"),
+        *("embed-esm2-8m-float32", "embed-esm2-8m-bf16", "embed-esm1nv-float32", "embed-esm1nv-bf16"),
+        "marginals-esm2-8m",
+    ]
+    for result in results.values():
+        ours, *theirs = result.sides
+        assert ours.error is None
+        assert theirs
+        for side in theirs:
+            assert side.counts, f"{result.row.key}, {side.name}: off by {side.error}"
+            assert side.error, "two libraries never round alike"
+            assert side.libraries
+
+
+def test_sides_agree_on_as_many_proteins_as_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many are cropped to one length, and sides take some of them: those must be the ones they are compared on."""
+    monkeypatch.setitem(training.SCALES, "quick", replace(training.SCALES["cpu"], sizes=(1, 4)))
+    row = next(training.rows(Setting(tmp_path, quick=True)))
+    for side in row.sides[1:]:
+        assert side.error
+        assert side.error <= row.tolerance, side.name
+
+
+def test_what_is_said_to_be_bf16_is_rounded(results: dict[str, Result]) -> None:
+    for result in results.values():
+        for side in result.sides[1:]:
+            assert side.error
+            assert (side.error > 1e-5) == (result.row.precision == "bf16"), f"{result.row.key}, {side.name}"
+
+
+def test_targets_are_of_sides_that_there_are(results: dict[str, Result]) -> None:
+    for result in results.values():
+        names = [side.name for side in result.sides]
+        assert len(set(names)) == len(names)
+        assert result.row.targets
+        for target in result.row.targets:
+            assert target.side in names
+            result.met(target)
+
+
+def test_a_step_counts_tokens_that_are_there_and_no_padding(results: dict[str, Result]) -> None:
+    cropped = [min(residues, 510) + 2 for residues in lengths_of_the_sample(3)]
+    for key in ("train-esm1nv-float32", "train-esm1b-bf16"):
+        ours, fixed, *others = results[key].row.sides
+        assert ours.amount == sum(cropped)
+        assert fixed.amount in [sum(cropped) - one for one in cropped]  # two of them
+        assert all(side.amount == sum(cropped) for side in others if "512" not in side.name)
+
+
+def test_padded_steps_are_padded_as_they_say(results: dict[str, Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[PaddedBatch] = []
+    monkeypatch.setattr(Theirs, "step", lambda theirs, batches: seen.extend(batches))
+    for side in results["train-esm1nv-bf16"].row.sides[1:]:
+        seen.clear()
+        side.work()
+        longest = [int(batch.real.sum(1).max()) for batch in seen]
+        assert [batch.tokens.shape[1] for batch in seen] == ([512] * len(seen) if "512" in side.name else longest)
+        assert sum(int(batch.real.sum()) for batch in seen) == side.amount
+        if "sorted" in side.name:
+            assert longest == sorted(longest, reverse=True)
+
+
+def test_embeddings_are_asked_in_the_order_they_say(
+    results: dict[str, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = embeddings.proteins_that_fit(None, 1024, 5)
+    by_length = sorted(first, key=lambda protein: protein.residues, reverse=True)
+    for side in results["embed-esm2-8m-float32"].row.sides[1:]:
+        asked: list[str] = []
+        monkeypatch.setattr(
+            embeddings, "padded", lambda some, asked=asked: asked.extend(map(bytes, some)) or _padded(some)
+        )
+        side.work()
+        expected = by_length if "sorted" in side.name else first[:4]
+        assert asked == [bytes(protein.tokens) for protein in expected]
+
+
+_padded = embeddings.padded
+
+
+def test_embeddings_count_residues_alone(results: dict[str, Result]) -> None:
+    residues = [length for length in lengths_of_the_sample(20) if length + 2 <= 1024][:5]
+    amounts = {side.name: side.amount for side in results["embed-esm2-8m-float32"].row.sides}
+    whole = {amount for name, amount in amounts.items() if "arrival" not in name}
+    assert whole == {sum(residues)}
+    assert {amount for name, amount in amounts.items() if "arrival" in name} == {sum(residues[:4])}
+
+
+# --- training steps ---------------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_of_any_size_and_padding_show_the_same_proteins() -> None:
+    proteins = masked_proteins(None, 3)
+    row = steps.packed(proteins)
+    for width in (None, 512):
+        batch = padded(proteins, width)
+        assert batch.tokens.shape[1] == (width or row.max_seqlen)
+        assert torch.equal(batch.tokens[batch.real.bool()], row.tokens)
+        assert torch.equal(batch.labels[batch.labels != IGNORED], row.targets)
+        assert int(batch.real.sum()) == tokens_of(proteins) == len(row.tokens)
+
+
+def test_our_batches_hold_every_token_once_and_no_padding(archive: Path) -> None:
+    proteins = masked_proteins(None, 5)
+    batches = Ours(archive, "32", "cpu").batches(proteins, 2)
+    assert [batch.sequences for batch in batches] == [2, 2, 1]
+    assert sum(len(batch.tokens) for batch in batches) == tokens_of(proteins)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_dropout_acts_while_a_step_is_timed_and_not_while_it_is_compared(archive: Path, precision: str) -> None:
+    proteins = masked_proteins(None, 2)
+    ours, theirs = Ours(archive, PRECISIONS[precision], "cpu"), Theirs("ESM-1nv", TINY, precision, "cpu")
+    batches = {ours: ours.batches(proteins, 2), theirs: theirs.batches(proteins, 2, None)}
+    assert ours.model.training
+    assert theirs.model.training, "the best size is found before anything is compared"
+    compared = {side: in_evaluation(side, batches[side]) for side in batches}
+    for side in (ours, theirs):
+        assert in_evaluation(side, batches[side]) == compared[side]
+        found = {side.gradients(batches[side]).loss for _ in range(3)}
+        assert len(found) > 1, "dropout draws anew each time"
+        assert in_evaluation(side, batches[side]) == compared[side], "the weights have changed"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_timed_step_changes_the_weights(archive: Path, precision: str) -> None:
+    proteins = masked_proteins(None, 2)
+    ours, theirs = Ours(archive, PRECISIONS[precision], "cpu"), Theirs("ESM-1nv", TINY, precision, "cpu")
+    for side, batches in ((ours, ours.batches(proteins, 2)), (theirs, theirs.batches(proteins, 2, None))):
+        before = in_evaluation(side, batches).loss
+        for _ in range(10):
+            side.step(batches)
+        assert in_evaluation(side, batches).loss < before, "two proteins are soon learnt by heart"
+
+
+def test_either_attention_of_theirs_is_used_when_asked_for_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    eager = modeling_esm.eager_attention_forward
+    monkeypatch.setattr(modeling_esm, "eager_attention_forward", lambda *a, **b: calls.append(1) or eager(*a, **b))
+    theirs = Theirs("ESM-1nv", TINY, FLOAT32, "cpu")
+    batches = theirs.batches(masked_proteins(None, 3), 2, 512)
+    fused = in_evaluation(theirs, batches)
+    assert not calls
+    theirs.use("eager")
+    assert max(apart(in_evaluation(theirs, batches), fused)) < 1e-5
+    assert len(calls) == TINY.layers * len(batches)
+    theirs.use("sdpa")
+    in_evaluation(theirs, batches)
+    assert len(calls) == TINY.layers * len(batches)
+
+
+def test_gradients_do_not_depend_on_the_micro_batches() -> None:
+    """The sum of losses is divided by the masked places of all of them, whatever theirs are."""
+    proteins = masked_proteins(None, 5)
+    theirs = Theirs("ESM-1nv", TINY, FLOAT32, "cpu")
+    whole = in_evaluation(theirs, theirs.batches(proteins, 5, 512))
+    for size, width in ((1, None), (2, 512), (3, None)):
+        assert max(apart(in_evaluation(theirs, theirs.batches(proteins, size, width)), whole)) < 1e-5
+
+
+def test_fewer_proteins_are_about_as_long_as_all_and_stay_in_order() -> None:
+    proteins = masked_proteins(None, 64)
+    mean = tokens_of(proteins) / 64
+    for count in (2, 4, 8, 32):
+        few = alike(proteins, count)
+        assert len(few) == count
+        assert tokens_of(few) / count == pytest.approx(mean, rel=0.02)
+        places = [next(place for place, protein in enumerate(proteins) if protein is one) for one in few]
+        assert places == sorted(places)
+
+
+# --- what is wrong is caught ------------------------------------------------------------------------------------------
+
+
+def padding_is_seen(proteins: Sequence[Any], width: int | None) -> PaddedBatch:
+    batch = padded(proteins, width)
+    return batch._replace(real=torch.ones_like(batch.real))
+
+
+def one_label_is_forgotten(proteins: Sequence[Any], width: int | None) -> PaddedBatch:
+    batch = padded(proteins, width)
+    labels = batch.labels.clone()
+    labels[tuple(labels.ne(IGNORED).nonzero()[0])] = IGNORED
+    return batch._replace(labels=labels)
+
+
+@pytest.mark.parametrize("wrong", [padding_is_seen, one_label_is_forgotten])
+def test_a_peer_that_does_other_work_does_not_count(
+    wrong: Callable[..., PaddedBatch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "padded", wrong)
+    row = next(training.rows(Setting(tmp_path, quick=True)))
+    result = measure(replace(row, turns=1))
+    fixed = next(side for side in result.sides if "512" in side.name)
+    assert not fixed.counts
+    assert not result.met(row.targets[0])
+
+
+def test_a_peer_with_other_weights_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slightly_off(*arguments: Any) -> Any:
+        model = peer_model(*arguments)
+        with torch.no_grad():
+            model.esm.encoder.layer[1].output.dense.weight *= 1.01
+        return model
+
+    monkeypatch.setattr(steps, "peer_model", slightly_off)
+    row = next(training.rows(Setting(tmp_path, quick=True)))
+    assert all(side.error and side.error > row.tolerance for side in row.sides[1:])
+
+
+def embeddings_that(wrong: Callable[[Tensor, Tensor], Tensor], tmp_path: Path, patch: pytest.MonkeyPatch) -> Row:
+    states = embeddings.Peer.states
+    patch.setattr(embeddings.Peer, "states", lambda peer, tokens: wrong(states(peer, tokens), tokens))
+    return next(embeddings.rows(Setting(tmp_path, quick=True)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda states, tokens: states.roll(1, dims=1),  # residues mixed up with <cls>
+        lambda states, tokens: states.roll(1, dims=0) if len(tokens) > 1 else states * 1.001,  # another protein's
+        lambda states, tokens: states.bfloat16().float(),  # rounded, in a row of float32
+    ],
+)
+def test_a_peer_with_other_embeddings_does_not_count(
+    wrong: Callable[[Tensor, Tensor], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = embeddings_that(wrong, tmp_path, monkeypatch)
+    assert all(side.error and side.error > row.tolerance for side in row.sides[1:])
+
+
+def test_a_peer_that_masks_another_place_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "MASK_ID", 3)
+    *_, row = embeddings.rows(Setting(tmp_path, quick=True))
+    assert all(side.error and side.error > row.tolerance for side in row.sides[1:])
+
+
+def test_answers_of_other_work_are_not_compared(archive: Path) -> None:
+    proteins = embeddings.proteins_that_fit(None, 512, 3)
+    ours = embeddings.our_embeddings(Engine.load(archive, "cpu"), proteins)
+    with pytest.raises(ValueError, match="are of different work"):
+        embeddings.farthest(ours[:2], ours)
+
+
+# --- input, and the profile -------------------------------------------------------------------------------------------
+
+
+def test_a_file_with_too_few_proteins_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "few.fasta"
+    path.write_text(">one\nMKTAYIAKQR\n>two\nMKV\n")
+    setting = Setting(tmp_path, quick=True, fasta=path)
+    with pytest.raises(ConfigError, match=r"few\.fasta: holds 2 proteins, and 3 are needed"):
+        next(training.rows(setting))
+    with pytest.raises(ConfigError, match=r"few\.fasta: holds 2 proteins .* and 5 are needed"):
+        next(embeddings.rows(setting))
+
+
+def test_the_real_sizes_are_those_of_the_published_models() -> None:
+    nv, b, whole = ESM1NV.shape, ESM1B.shape, training.WHOLE_ESM1B.shape
+    assert (nv.layers, nv.hidden, nv.heads) == (6, 768, 12)
+    assert (b.hidden, b.heads) == (whole.hidden, whole.heads) == (1280, 20)
+    assert whole.layers == 33
+
+
+def test_the_profile_shows_the_longest_operators_and_their_shares(capsys: pytest.CaptureFixture[str]) -> None:
+    profile_step.main(["--quick", "--most", "5"])
+    told, _, heading, _, *lines = capsys.readouterr().out.splitlines()
+    assert "983 tokens" in told
+    assert heading == "| operator | calls | ms | share |"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    *shown, others, total = cells
+    assert len(shown) == 5
+    milliseconds = [float(cell[2].replace(",", "")) for cell in shown]
+    assert milliseconds == sorted(milliseconds, reverse=True)
+    assert sum(float(cell[3].rstrip("%")) for cell in [*shown, others]) == pytest.approx(100, abs=0.5)
+    assert int(total[1].replace(",", "")) == sum(int(cell[1].replace(",", "")) for cell in [*shown, others])
+
+
+@pytest.mark.parametrize("arguments", [["--most", "0"], ["--precision", "fp8"]])
+def test_a_profile_that_cannot_be_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        profile_step.main(arguments)
+    assert stop.value.code == 2

@@ -1,0 +1,158 @@
+"""What a step of training does, in counts, which unlike seconds are the same everywhere.
+
+Each number is a ceiling: whoever lowers one writes the lower number here; whoever needs a higher one says why.
+"""
+
+from __future__ import annotations
+
+import pickle
+import tracemalloc
+from dataclasses import dataclass, fields
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from bionemo_esm.alphabet import PAD_ID
+from bionemo_esm.data.masking import MaskingPolicy
+from bionemo_esm.data.packing import PackedBatch
+from bionemo_esm.data.pretraining import BatchPlan, SampleReader, TrainingStream
+from bionemo_esm.data.store import SequenceSplit
+from bionemo_esm.model.backends import choose_backends
+from bionemo_esm.model.config import OptimConfig
+from bionemo_esm.model.optimization import MasterWeights, build_optimizer
+from models import tiny_model
+
+BF16 = pytest.mark.skipif(
+    choose_backends("cpu", torch.bfloat16, 0.0).linear != "oneDNN", reason="a CPU that does not multiply bfloat16"
+)
+PACKING_PEAK = 1.2
+COPIES = ("copy_", "_to_copy", "clone", "cat", "index", "gather")
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operators called within, the bytes that copies write, and the bytes of new tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: dict[str, int] = {}
+        self.copied = self.allocated = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        written = [tensor for tensor in tree_iter(result) if isinstance(tensor, torch.Tensor)]
+        known = {t.untyped_storage().data_ptr() for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        new = [tensor for tensor in written if tensor.untyped_storage().data_ptr() not in known]
+        if new or function._schema.is_mutable:  # else it is a view, for which nothing runs
+            self.operators[name] = self.operators.get(name, 0) + 1
+        if name in COPIES:
+            self.copied += sum(tensor.nbytes for tensor in written)
+        self.allocated += sum(tensor.untyped_storage().nbytes() for tensor in new)
+        return result
+
+    @property
+    def calls(self) -> int:
+        return sum(self.operators.values())
+
+
+@pytest.fixture
+def stream(tiny_split: SequenceSplit) -> TrainingStream:
+    return TrainingStream(SampleReader(tiny_split, 128, MaskingPolicy(), seed=3), BatchPlan(6, 6))
+
+
+def counts_of_a_step(batch: PackedBatch, precision: str, **sizes: float) -> Counted:
+    """Of forward and backward pass, clipping and the optimizer's step."""
+    model = tiny_model(precision, **sizes).train()
+    masters = MasterWeights(model.named_parameters())
+    optimizer = build_optimizer(masters, OptimConfig(), choose_backends("cpu", torch.float32, 0.0))
+    for counted in (Counted(), Counted()):  # the second step has the optimizer's state already
+        masters.zero_gradients()
+        with counted:
+            cross_entropy(model(batch), batch.targets, reduction="sum").backward()  # type: ignore[no-untyped-call]
+            masters.clip_gradients(1.0)
+            optimizer.step()
+            masters.write_back()
+    return counted
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Of a step over six proteins by two layers of 32; and of what a third layer adds."""
+
+    calls: int
+    calls_a_layer: int
+    copied: int  # bytes a token
+    allocated: int  # bytes a token
+
+
+@pytest.mark.parametrize(
+    ("precision", "dropout", "ceiling"),
+    [
+        ("32", 0.0, Ceiling(calls=180, calls_a_layer=56, copied=1643, allocated=8551)),
+        ("32", 0.1, Ceiling(calls=342, calls_a_layer=122, copied=2659, allocated=27563)),
+        pytest.param("bf16", 0.1, Ceiling(calls=372, calls_a_layer=131, copied=2952, allocated=17882), marks=BF16),
+    ],
+)
+def test_a_step_takes_no_more_operators_copies_and_memory(
+    stream: TrainingStream, precision: str, dropout: float, ceiling: Ceiling
+) -> None:
+    (batch,) = stream[0].micro_batches
+    dropouts = {"hidden_dropout": dropout, "attention_dropout": dropout}
+    two, three = (counts_of_a_step(batch, precision, num_layers=layers, **dropouts) for layers in (2, 3))
+    assert two.calls <= ceiling.calls
+    assert three.calls - two.calls <= ceiling.calls_a_layer
+    assert two.copied <= ceiling.copied * len(batch.tokens)
+    assert two.allocated <= ceiling.allocated * len(batch.tokens)
+
+
+def test_a_batch_is_all_proteins(stream: TrainingStream) -> None:
+    """Padding efficiency 100%: of each protein its residues, <cls> and <eos>, and nothing between or after."""
+    (batch,) = stream[0].micro_batches
+    _, samples = stream.order.samples(np.arange(6))
+    residues = np.minimum(stream.reader.split.lengths[samples], 126)
+    assert len(batch.tokens) == residues.sum() + 2 * 6
+    assert not (batch.tokens == PAD_ID).any()
+
+
+def test_a_batch_of_so_many_tokens_has_room_for_no_further_protein(tiny_split: SequenceSplit) -> None:
+    plan = BatchPlan(global_batch_tokens=1000, micro_batch_tokens=1000)
+    stream = TrainingStream(SampleReader(tiny_split, 128, MaskingPolicy(), seed=3), plan)
+    consumed = 0
+    for _ in range(5):
+        share = stream[consumed]
+        (batch,) = share.micro_batches
+        epochs, samples = stream.order.samples(np.arange(consumed + share.samples, consumed + share.samples + 1))
+        (following,) = stream.reader.tokens(epochs, samples)
+        assert 1000 - following < len(batch.tokens) <= 1000
+        consumed += share.samples
+
+
+def test_a_batch_travels_between_processes_in_two_bytes_a_token(stream: TrainingStream) -> None:
+    """As bytes in the pipe, without a file of shared memory for each tensor, which takes a millisecond to open."""
+    (batch,) = stream[6].micro_batches
+    travelling = ForkingPickler.dumps(batch)
+    assert len(travelling) < 2.1 * len(batch.tokens)
+    arrived = pickle.loads(travelling)
+    for field in fields(batch):
+        mine, theirs = getattr(batch, field.name), getattr(arrived, field.name)
+        same = torch.equal(mine, theirs) and mine.dtype == theirs.dtype if torch.is_tensor(mine) else mine == theirs
+        assert same, field.name
+
+
+def test_packing_makes_no_copy(stream: TrainingStream) -> None:
+    """At its peak it holds the batch that it returns, and room for targets that were not chosen."""
+    many = TrainingStream(stream.reader, BatchPlan(370, 370))  # ten epochs of them
+    many[0]  # compiled, by now
+    tracemalloc.start()
+    (batch,) = many[370].micro_batches
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    tensors = (getattr(batch, field.name) for field in fields(batch))
+    returned = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+    assert peak < PACKING_PEAK * returned
