@@ -6,6 +6,7 @@ Shape suffixes: B proteins, T tokens of the row or of the longest protein, V tok
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -194,7 +195,7 @@ class Ours:
         assert report.skipped is None
         return Found(report.loss, report.gradient_norm)
 
-    def gradients(self, batches: Sequence[PackedBatch]) -> Found:
+    def found(self, batches: Sequence[PackedBatch]) -> Found:
         """The same, but the weights stay."""
         optimizer = self.model.optimizers()
         step, optimizer.step = optimizer.step, lambda: None
@@ -239,8 +240,8 @@ class Theirs:
     def _rounding(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device, torch.bfloat16) if self.precision == AUTOCAST else nullcontext()
 
-    def gradients(self, batches: Sequence[PaddedBatch]) -> Found:
-        """Forward and backward over all micro batches, and clipping."""
+    def backward(self, batches: Sequence[PaddedBatch]) -> float:
+        """Forward and backward over all micro batches; the loss."""
         places = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -251,8 +252,19 @@ class Theirs:
             part = cross_entropy(scores, labels, ignore_index=IGNORED, reduction="sum") / places
             part.backward()
             total += part.detach()
+        return float(total)
+
+    def gradients(self, batches: Sequence[PaddedBatch]) -> Found:
+        """Forward and backward over all micro batches, and clipping."""
+        loss = self.backward(batches)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, OPTIM.gradient_clip_val)
-        return Found(float(total), float(norm))
+        return Found(loss, float(norm))
+
+    def found(self, batches: Sequence[PaddedBatch]) -> Found:
+        """Loss and gradient norm, the latter in float64: PyTorch's own is off by up to 1e-4 on a CPU."""
+        loss = self.backward(batches)
+        gradients = (parameter.grad for parameter in self.parameters if parameter.grad is not None)
+        return Found(loss, math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients)))
 
     def step(self, batches: Sequence[PaddedBatch]) -> Found:
         """One optimizer step, done when this returns."""
@@ -278,7 +290,7 @@ def wait(device: str) -> None:
 def in_evaluation(side: Ours | Theirs, batches: Sequence[Any]) -> Found:
     """What a step finds without dropout, the weights left alone."""
     side.model.eval()
-    found = side.gradients(batches)
+    found = side.found(batches)
     side.model.train()
     return found
 

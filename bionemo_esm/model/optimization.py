@@ -60,7 +60,7 @@ class _RateByFormula(LRScheduler):
         return {key: value for key, value in super().state_dict().items() if key != "_config"}
 
 
-_NORM_PIECE = 2**16  # gradients of which the squares are added up in float32
+_NORM_PIECE = 2**12  # gradients of which the squares are added up in float32
 
 
 class MasterWeights:
@@ -138,9 +138,7 @@ class MasterWeights:
         if tensor_parallel_size() > 1:
             counted = tensor_parallel_rank() == 0
             own = [view.flatten() for name, view in self._views.items() if counted or is_split(self.parameters[name])]
-        pieces = [piece for gradients in own for piece in gradients.split(_NORM_PIECE)]
-        squares = torch.stack(torch._foreach_norm(pieces)).double().square().sum()
-        return tensor_parallel_sum(squares).sqrt().float()
+        return tensor_parallel_sum(torch.stack([_sum_of_squares(part) for part in own]).sum()).sqrt().float()
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -169,6 +167,14 @@ class MasterWeights:
         for name, master in self.masters.items():
             master.copy_(own_shard(masters[name], self.parameters[name]))
         self.write_back()
+
+
+def _sum_of_squares(gradients: Tensor) -> Tensor:
+    """Of float32 [n], float64: float32 only within pieces."""
+    whole = len(gradients) // _NORM_PIECE * _NORM_PIECE
+    pieces = torch.linalg.vector_norm(gradients[:whole].view(-1, _NORM_PIECE), dim=1)
+    rest = torch.linalg.vector_norm(gradients[whole:], keepdim=True)
+    return torch.cat([pieces, rest]).double().square().sum()
 
 
 def parameter_groups(masters: MasterWeights, config: OptimConfig) -> list[dict[str, Any]]:
