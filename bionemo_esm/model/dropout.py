@@ -1,47 +1,20 @@
 """Dropout on a CPU, sixty times as fast as PyTorch's, whose generator draws one number after another.
 
-Each 64-bit word of a splitmix64 stream (Steele, Lea and Flood, OOPSLA 2014) decides on four activations, in a loop that
-a compiler turns into vector instructions. The stream's key is drawn from PyTorch's generator: who seeds that has seeded
+The draws are hashes of a counter (`draws.py`), whose key comes from PyTorch's generator: who seeds that has seeded
 this. Shape suffixes: T tokens of the row, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bionemo_esm.data.kernels import compiled
-
 _DRAWS = 4  # of 16 bits, in a word
 _STEPS = 2**16
-_U = np.uint64
-_INCREMENT, _MULTIPLIER_1, _MULTIPLIER_2 = _U(0x9E3779B97F4A7C15), _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
-_LOW = _U(_STEPS - 1)
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float64: torch.int64}
-
-
-@compiled
-def _fill(bits: Any, key: Any, bound: Any, kept: Any) -> None:
-    """bits: integers [4 n]; `kept` where a draw is at least `bound` of 65,536, else 0."""
-    quarter = _U(bits.size // _DRAWS)
-    first, second = bits[:quarter], bits[quarter : 2 * quarter]
-    third, fourth = bits[2 * quarter : 3 * quarter], bits[3 * quarter :]
-    dropped = kept ^ kept
-    for place in range(quarter):
-        word = key + _U(place) * _INCREMENT
-        word ^= word >> _U(30)
-        word *= _MULTIPLIER_1
-        word ^= word >> _U(27)
-        word *= _MULTIPLIER_2
-        word ^= word >> _U(31)
-        first[place] = kept if word & _LOW >= bound else dropped
-        second[place] = kept if (word >> _U(16)) & _LOW >= bound else dropped
-        third[place] = kept if (word >> _U(32)) & _LOW >= bound else dropped
-        fourth[place] = kept if word >> _U(48) >= bound else dropped
 
 
 def keep_scale(shape: Sequence[int], probability: float, dtype: torch.dtype) -> Tensor:
@@ -49,12 +22,14 @@ def keep_scale(shape: Sequence[int], probability: float, dtype: torch.dtype) -> 
 
     shape: of the result; dtype: float32, bfloat16 or float64. Takes one number from PyTorch's default generator.
     """
-    bound = round(probability * _STEPS)
+    from bionemo_esm.model.draws import fill  # Numba, half a second, for who trains
+
+    bound = min(round(probability * _STEPS), _STEPS - 1)
     kept = torch.tensor(_STEPS / (_STEPS - bound), dtype=dtype).view(_BITS[dtype])
     size = int(np.prod(shape))
     scales = torch.empty(-(-size // _DRAWS) * _DRAWS, dtype=dtype)
-    key = _U(int(torch.randint(2**63 - 1, ())))
-    _fill(scales.view(_BITS[dtype]).numpy(), key, _U(bound), kept.numpy()[()])
+    key = np.uint64(int(torch.randint(2**63 - 1, ())))
+    fill(scales.view(_BITS[dtype]).numpy(), key, np.uint64(bound), kept.numpy()[()])
     return scales[:size].view(*shape)
 
 
