@@ -14,8 +14,9 @@ from bionemo_esm.drawing import GRID, INK, LINE, MARK, MUTED, WIDTH, styled, wri
 
 _BAR, _GAP, _TOP, _BOTTOM = 0.285, 0.2, 1.6, 0.15  # inches: a bar, the space between two works, the margins
 _MARGIN, _LEFT, _NAMES = 0.25, 3.75, 4.35  # inches: where titles begin, where the axis does, room for the longest name
+_FURTHEST = 1000.0  # times as fast, at the end of the axis: a longer bar is broken off, with its number behind it
 _LONGEST, _LINE = 44, 35  # characters of a side's name, and of a line of a title
-_MOST_SIDES = 3  # of a piece of work: the one that comes nearest to us, then those with a target, then the next
+_MOST_SIDES = 2  # of a piece of work: the one that comes nearest to us, then those with a target, then the next
 
 
 def draw(table: Table, path: Path) -> Path:
@@ -71,7 +72,7 @@ def _height(entry: Entry, sides: Sequence[Measured]) -> float:
 def _bars(axes: Any, groups: Sequence[tuple[Entry, list[Measured]]], inside: float) -> None:
     """From the top: a piece of work, and a bar for each side; heights in inches."""
     ends = [value for _, sides in groups for side in sides if side.ratio is not None for value in side.ratio]
-    low, high = min([1.0, *ends]), max([2.0, *ends])
+    low, high = min([1.0, *ends]), min(max([2.0, *ends]), _FURTHEST)
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.set_ylim(inside, 0)
@@ -109,8 +110,12 @@ def _bar(axes: Any, side: Measured, at: float) -> None:
     assert side.ratio is not None
     ratio, least, most = side.ratio
     colour = LINE if ratio >= 1 else MARK
-    axes.barh(at, ratio - 1, left=1, height=0.76 * _BAR, color=colour, linewidth=0)
-    axes.plot([least, most], [at, at], color=INK, linewidth=1.2, solid_capstyle="butt", clip_on=False)
+    axes.barh(at, min(ratio, _FURTHEST) - 1, left=1, height=0.76 * _BAR, color=colour, linewidth=0)
+    if most <= _FURTHEST:
+        axes.plot([least, most], [at, at], color=INK, linewidth=1.2, solid_capstyle="butt", clip_on=False)
+    else:
+        axes.plot([_FURTHEST], [at], marker=5, markersize=11, color=colour, clip_on=False)  # it goes on
+        most = 1.25 * _FURTHEST
     style = {"textcoords": "offset points", "va": "center", "parse_math": False, "annotation_clip": False}
     value = axes.annotate(f"{figure(ratio)}×", (max(most, 1), at), (7, 0), weight="bold", color=colour, **style)
     name = side.name if len(side.name) <= _LONGEST else f"{side.name[: _LONGEST - 1]}…"
