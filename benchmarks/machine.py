@@ -17,7 +17,8 @@ from benchmarks.rows import MODULES
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = (
     *("torch", "numpy", "numba", "isal", "megatron-core", "nemo-toolkit", "lightning"),
-    *("transformers", "fair-esm", "tokenizers", "datasets", "accelerate", "biopython", "pyfastx", "transformer-engine"),
+    *("transformers", "fair-esm", "tokenizers", "datasets", "accelerate", "biopython", "pyfastx", "safetensors"),
+    "transformer-engine",
 )
 """Whose versions are written down, where they are installed."""
 

@@ -92,7 +92,7 @@ class KillWhileSaving:
             return call
 
         for place in (
-            "bionemo_esm.model.tensors._bytes_of",
+            "bionemo_esm.model.tensors.bytes_of",
             "bionemo_esm.model.container.os.fsync",
             "bionemo_esm.model.container.Path.replace",
             "bionemo_esm.model.container.Path.unlink",

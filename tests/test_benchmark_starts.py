@@ -56,7 +56,7 @@ def test_each_row_runs_and_every_side_counts(setting: Setting, module: object, k
 
 def test_a_resumed_run_and_a_wait_for_data_are_measured_and_every_side_counts(setting: Setting) -> None:
     waiting = starting._waiting(setting, starting.sample_store(setting.folder / "sample"))
-    for row in (resuming.resuming(setting), waiting):
+    for row in (resuming.resuming(setting), *waiting):
         assert all(side.counts for side in measured(row).sides)
 
 

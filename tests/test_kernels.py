@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +198,25 @@ def test_kernels_compile_where_nothing_can_be_cached(tmp_path: Path, monkeypatch
     monkeypatch.setattr(kernels.numba, "njit", njit)
     assert kernels.compiled(len) is len
     assert [options.get("cache") for options in calls] == [True, None]
+
+
+def test_code_made_of_other_sources_is_not_taken_from_the_disk(tmp_path: Path) -> None:
+    """Numba looks at the file of a function only, and ours are made of constants and functions of other files."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from bionemo_esm.data import kernels\n"
+        "kernels._SOURCES = sys.argv[1]\n"
+        "@kernels.compiled\n"
+        "def double(number):\n"
+        "    return 2 * number\n"
+        "assert double(4) == 8\n"
+        "print(sum(double.stats.cache_hits.values()))\n"
+    )
+
+    def hits(sources: str) -> str:
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, str(program), sources]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert [hits("these"), hits("these"), hits("others")] == ["0", "1", "0"]

@@ -96,7 +96,7 @@ def _saving(setting: Setting) -> Row:
     for name, path, write, read, library in (
         ("torch.save", plain, lambda to: torch.save(weights, to), _torch_load, "torch"),
         ("safetensors", mapped, lambda to: save_file(weights, to), load_file, "safetensors"),
-        ("NeMo's save_to", theirs, lambda to: _save_as_nemo(model, to), _read_nemo, "nemo_toolkit"),
+        ("NeMo's save_to", theirs, lambda to: _save_as_nemo(model, to), _read_nemo, "nemo-toolkit"),
     ):
         work = _saver(path, write)
         work()

@@ -7,8 +7,10 @@ ones, which doubles the time of a look-up.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -47,17 +49,33 @@ BYTE_CLASSES = _byte_classes()
 """uint8 [256]: the token id of each byte of a sequence, or what it is instead."""
 
 
+def _sources() -> str:
+    """A hash of all that compiled code is made of: the files of this folder, and the alphabet."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in (folder.parent / "alphabet.py", *sorted(folder.glob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_SOURCES = _sources()
+
+
 def compiled(function: Function) -> Function:
-    """Machine code, kept on disk where there is a place for it, so that only the first use pays a second or two."""
+    """Machine code, kept on disk where there is a place for it, so that only the first use pays a second or two.
+
+    Numba takes code from the disk while the function's own file is unchanged. Ours is also made of constants and
+    functions of other files, so it must be of the same `_sources`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return cast(Function, numba.njit(nogil=True, cache=True)(function))
+            dispatcher: Any = numba.njit(nogil=True, cache=True)(function)
         except RuntimeError:  # neither the package's folder nor the user's cache can be written to
             return cast(Function, numba.njit(nogil=True)(function))
-
-
-_compiled = compiled
+    on_disk = dispatcher._cache._cache_file
+    on_disk._source_stamp = (on_disk._source_stamp, _SOURCES)
+    return cast(Function, dispatcher)
 
 
 def words_of(content: NDArray[np.uint8]) -> NDArray[np.uint64]:

@@ -202,7 +202,9 @@ def _not_finite(files: Sequence[ArchiveFile], name: str) -> UserError:
     """Which file it is; damage, which may look like this, is told first."""
     for file in files:
         file.verify(WEIGHTS)
-    culprit = next(file.path for file in files if not file.weights.load(name).isfinite().all())
+    culprit = next((file.path for file in files if not file.weights.load(name).isfinite().all()), None)
+    if culprit is None:
+        return AveragingError(f"{files[-1].path.parent}: a file changed while tensor {name!r} was read; try again")
     return AveragingError(f"{culprit}: tensor {name!r} holds NaN or infinity; leave this file out")
 
 

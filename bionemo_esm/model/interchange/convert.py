@@ -141,8 +141,8 @@ def _cast(taken: Taken, precision: str | None) -> Taken:
 
 
 def _metered(weights: LazyTensors, progress: Progress) -> LazyTensors:
-    """The weights, progress told as they are made: once to be hashed, and once to be written."""
-    total = 2 * sum(item.numel() * item.element_size() for item in weights.outline.values())
+    """The weights, progress told as they are made, to be written and hashed."""
+    total = sum(item.numel() * item.element_size() for item in weights.outline.values())
     done = 0
 
     def make(name: str) -> Tensor:
