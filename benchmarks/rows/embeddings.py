@@ -284,7 +284,9 @@ def _embeddings(setting: Setting, form: Form, precision: str) -> Row:
         tolerance=TOLERANCE[precision],
         targets=targets,
         turns=3,
-        note=f"{len(proteins)} proteins, {_residues(proteins):,} residues, at most {form.tokens - 2} in one.",
+        note=f"{len(proteins)} proteins, {_residues(proteins):,} residues, at most {form.tokens - 2} in one. "
+        f"In arrival order the first {len(first)}, of {_residues(first) / len(first):.0f} residues on average, "
+        f"where all have {_residues(proteins) / len(proteins):.0f}.",
     )
 
 
