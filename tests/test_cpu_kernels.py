@@ -9,7 +9,7 @@ from torch.nn.functional import linear as reference_linear
 from torch.profiler import ProfilerActivity, profile
 
 from bionemo_esm.alphabet import encode
-from bionemo_esm.model.attention import PackedRow, attention_by_sequence
+from bionemo_esm.model.attention import PackedRow, attention_by_sequence, nested_attention
 from bionemo_esm.model.backends import choose_backends
 from bionemo_esm.model.dropout import Dropout, get_dropout_add, keep_scale
 from bionemo_esm.model.linear import linear, product
@@ -198,3 +198,21 @@ def test_attention_drops_weights_as_the_formula_does(dtype: torch.dtype, dropout
         assert own.grad is not None
         assert other.grad is not None
         assert close(own.grad, other.grad)
+
+
+def test_the_gpus_nested_kernel_answers_at_some_places_as_the_cpus_does() -> None:
+    """Which the last block asks for in training; run here on a CPU, gradients included."""
+    torch.manual_seed(0)
+    bounds, places = torch.tensor([0, 9, 18, 22], dtype=torch.int32), torch.tensor([0, 3, 9, 10, 11, 18, 21])
+    layout = PackedRow(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=9, max_seqlen_kv=9)
+    rows, sent_back = [torch.randn(22, 3, 16) for _ in range(3)], torch.randn(7, 3, 16)
+    found = []
+    for attend in (attention_by_sequence, nested_attention):
+        query, key, value = leaves(rows, torch.float32)
+        output = attend(query[places], key, value, layout.asked_at(places), 0.0)
+        output.backward(sent_back)
+        found.append([output, query.grad, key.grad, value.grad])
+    for one, other in zip(*found, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.allclose(one, other, atol=1e-5)

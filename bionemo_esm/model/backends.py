@@ -28,8 +28,8 @@ class FusedBackends:
     linear: str = "Megatron"  # or "oneDNN": who takes the products of linear layers
 
     def describe(self) -> str:
-        parts = {"layer norm": self.layer_norm_name, "Adam": self.adam_name, "attention": self.attention}
-        return "; ".join(f"{part}: {name}" for part, name in {**parts, "linear": self.linear}.items())
+        norm_and_adam = f"layer norm: {self.layer_norm_name}; Adam: {self.adam_name}"
+        return f"{norm_and_adam}; attention: {self.attention}; linear: {self.linear}"
 
 
 def choose_backends(device_type: str, dtype: torch.dtype, attention_dropout: float) -> FusedBackends:
