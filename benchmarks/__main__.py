@@ -21,10 +21,10 @@ from benchmarks.report import render, titled
 from benchmarks.rows import MODULES, Module
 from benchmarks.running import messages_of
 from benchmarks.table import Entry, Table, result_of
+from bionemo_esm.console import Screen, duration, exit_of, sigterm_as_exit
 from bionemo_esm.data.fasta import read_fasta
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.outputs import check_writable, written_whole
-from bionemo_esm.screen import Screen, duration, exit_of, sigterm_as_exit
+from bionemo_esm.files import check_writable, written_whole
 
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "images" / "speed.png"

@@ -44,7 +44,7 @@ def make_fasta(path: Path, records: int) -> None:
 
 def build(fasta: Path, store: Path, records: int) -> str:
     """Seconds and peak memory of building a store, in this process."""
-    from bionemo_esm.data.uniref50 import BuildPolicy, build_store
+    from bionemo_esm.data.preprocess import BuildPolicy, build_store
 
     started = time.perf_counter()
     build_store(fasta, store, BuildPolicy(validation_sequences=5_000, test_sequences=min(1_000_000, records // 10)))
@@ -53,7 +53,7 @@ def build(fasta: Path, store: Path, records: int) -> str:
 
 def use(store: Path) -> str:
     """Milliseconds to open a store, and to gather a batch of 370 from it; the memory that opening added, in KiB."""
-    from bionemo_esm.data.order import EpochOrder
+    from bionemo_esm.data.batch_sampler import EpochOrder
     from bionemo_esm.data.store import ProteinStore
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.comparison import Measured
 from benchmarks.report import figure, titled
 from benchmarks.table import Entry, Table
-from bionemo_esm.drawing import GRID, INK, LINE, MARK, MUTED, WIDTH, styled, write_png
+from bionemo_esm.plotting import GRID, INK, LINE, MARK, MUTED, WIDTH, styled, write_png
 
 _BAR, _GAP, _TOP, _BOTTOM = 0.285, 0.2, 1.6, 0.15  # inches: a bar, the space between two works, the margins
 _MARGIN, _LEFT, _NAMES = 0.25, 3.75, 4.35  # inches: where titles begin, where the axis does, room for the longest name

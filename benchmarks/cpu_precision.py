@@ -24,8 +24,8 @@ def seconds_per_step(precision: str) -> float:
     from omegaconf import OmegaConf
     from torch.nn.functional import cross_entropy
 
+    from bionemo_esm.data.dataloader import BatchPlan, SampleReader, TrainingStream
     from bionemo_esm.data.masking import MaskingPolicy
-    from bionemo_esm.data.pretraining import BatchPlan, SampleReader, TrainingStream
     from bionemo_esm.data.store import ProteinStore
     from bionemo_esm.model.esm1nv import ESM1nvModel
 
@@ -45,7 +45,7 @@ def seconds_per_step(precision: str) -> float:
 
 def _sample_store() -> Path:
     """The shipped sample as a store, built once beside this script's results (ignored by git)."""
-    from bionemo_esm.data.uniref50 import BuildPolicy, build_store_from_splits
+    from bionemo_esm.data.preprocess import BuildPolicy, build_store_from_splits
 
     folder = Path(__file__).parent / "results" / ".sample-store"
     if not folder.is_dir():

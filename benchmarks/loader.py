@@ -3,7 +3,7 @@
     python -m benchmarks.loader --fasta proteins.fasta.gz --sequences 8000000
 
 Real proteins, repeated to a store of so many, in the page cache: what is measured is the loader, not a disk. Each rank
-looks at the lengths of the whole global batch of 65,120 to find its own 370 of equal work (`data/dealing.py`); `by
+looks at the lengths of the whole global batch of 65,120 to find its own 370 of equal work (`data/batch_sampler.py`); `by
 turns` shows what that costs, and what it is for. In the end loader processes run side by side, as on a node.
 """
 
@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from benchmarks.scaling import MAX_TOKENS, MICRO_BATCH, RANKS, repeated_store
-from bionemo_esm.data.dealing import BatchPlan
+from bionemo_esm.data.batch_sampler import BatchPlan
+from bionemo_esm.data.dataloader import SampleReader, TrainingStream, training_loader
 from bionemo_esm.data.masking import MaskingPolicy
-from bionemo_esm.data.pretraining import SampleReader, TrainingStream, training_loader
 
 WANTED = 60_000  # sequences a second for a node of eight devices
 RANKS_OF_A_NODE = 8

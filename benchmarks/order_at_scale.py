@@ -17,8 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from bionemo_esm.data.dealing import BatchPlan, deal
-from bionemo_esm.data.order import EpochOrder
+from bionemo_esm.data.batch_sampler import BatchPlan, EpochOrder, deal
 
 PHASES = (176, 144)
 MICRO_BATCH = 370

@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bionemo_esm.data.dealing import BatchPlan
+from bionemo_esm.data.batch_sampler import BatchPlan
+from bionemo_esm.data.dataloader import SampleReader, TrainingStream
 from bionemo_esm.data.masking import MaskingPolicy
-from bionemo_esm.data.pretraining import SampleReader, TrainingStream
+from bionemo_esm.data.preprocess import BuildPolicy, build_store
 from bionemo_esm.data.store import ProteinStore
-from bionemo_esm.data.uniref50 import BuildPolicy, build_store
-from bionemo_esm.data.writing import StoreWriter
+from bionemo_esm.data.store_writer import StoreWriter
 
 SAMPLE = Path(__file__).parents[1] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
 RANKS, MICRO_BATCH, MAX_TOKENS = 176, 370, 512

@@ -24,15 +24,15 @@ from transformers import EsmForMaskedLM
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from bionemo_esm.alphabet import PAD_ID
+from bionemo_esm.data.dataloader import StepShare
 from bionemo_esm.data.masking import Corruption, MaskingPolicy, corrupt, sample_keys
 from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack, unpack
-from bionemo_esm.data.pretraining import StepShare
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference.inputs import read_proteins
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.config import OptimConfig
-from bionemo_esm.model.connector import load_weights
 from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.model.nemo_connector import load_weights
 from theirs import Shape, hugging_face_model  # type: ignore[import-not-found]
 
 SAMPLE = Path(__file__).parents[1] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"

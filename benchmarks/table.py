@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.comparison import Measured, Result, Row, Target
 from bionemo_esm.errors import UserError
-from bionemo_esm.outputs import written_whole
+from bionemo_esm.files import written_whole
 
 SCHEMA = "bionemo_esm/benchmarks/1"
 _OF_ROW = ("key", "title", "unit", "precision", "parity", "tolerance", "clock", "turns", "seconds_matter", "note")

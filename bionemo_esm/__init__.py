@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 __all__ = ["ESM1nvModel", "FineTunedPredictor", "ProteinModel", "__version__", "config_directory"]
 
 if TYPE_CHECKING:
-    from bionemo_esm.finetuning.predicting import FineTunedPredictor
+    from bionemo_esm.finetuning.predictor import FineTunedPredictor
     from bionemo_esm.inference.protein_model import ProteinModel
     from bionemo_esm.model.esm1nv import ESM1nvModel
 
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
 
         return ESM1nvModel
     if name == "FineTunedPredictor":
-        from bionemo_esm.finetuning.predicting import FineTunedPredictor
+        from bionemo_esm.finetuning.predictor import FineTunedPredictor
 
         return FineTunedPredictor
     if name == "ProteinModel":

@@ -47,15 +47,15 @@ inspect, doctor, check-leakage and convert-legacy take --help; all others take k
 """
 
 _CONFIGURED = {  # where the function is that runs a job
-    "preprocess": ("bionemo_esm.data.jobs", "main"),
-    "average": ("bionemo_esm.training.jobs", "average_main"),
-    "convert": ("bionemo_esm.model.interchange.jobs", "main"),
-    "embed": ("bionemo_esm.inference.embedding.job", "main"),
-    "score": ("bionemo_esm.inference.variants.job", "main"),
-    "contacts": ("bionemo_esm.inference.contacts.job", "main"),
-    "fit-contacts": ("bionemo_esm.inference.contacts.fit_job", "main"),
-    "finetune": ("bionemo_esm.finetuning.job", "main"),
-    "predict": ("bionemo_esm.finetuning.predict_job", "main"),
+    "preprocess": ("bionemo_esm.data.store_commands", "main"),
+    "average": ("bionemo_esm.pretraining.checkpoint_commands", "average_main"),
+    "convert": ("bionemo_esm.model.interchange.convert_command", "main"),
+    "embed": ("bionemo_esm.inference.embedding.embed_command", "main"),
+    "score": ("bionemo_esm.inference.variants.score_command", "main"),
+    "contacts": ("bionemo_esm.inference.contacts.contacts_command", "main"),
+    "fit-contacts": ("bionemo_esm.inference.contacts.fit_command", "main"),
+    "finetune": ("bionemo_esm.finetuning.finetune_command", "main"),
+    "predict": ("bionemo_esm.finetuning.predict_command", "main"),
 }
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         print(__version__)  # noqa: T201
     elif command == "pretrain":
         from bionemo_esm.command_line import start_ranks_by
-        from bionemo_esm.training import __main__ as job
+        from bionemo_esm.pretraining import __main__ as job
 
         sys.argv[1:] = arguments
         start_ranks_by(job.__file__)
@@ -76,17 +76,17 @@ def main() -> None:
     elif command == "inspect":
         inspect(arguments)
     elif command == "doctor":
-        from bionemo_esm.training import doctor
+        from bionemo_esm.pretraining import doctor
 
         sys.exit(doctor.main(arguments))
     elif command in _CONFIGURED:
         configured(command, arguments)
     elif command == "check-leakage":
-        from bionemo_esm.data import jobs
+        from bionemo_esm.data import store_commands as jobs
 
         jobs.leakage(arguments)
     elif command == "convert-legacy":
-        from bionemo_esm.training import jobs as training_jobs
+        from bionemo_esm.pretraining import checkpoint_commands as training_jobs
 
         training_jobs.convert(arguments)
     else:
@@ -116,11 +116,11 @@ def inspect(arguments: Sequence[str]) -> None:
         files = [str(file) for file in sorted([*path.glob("*.nemo"), *path.glob("checkpoints/*.ckpt")])]
         _refuse(f"{path}: the folder of a run; name one of its files: {', '.join(files[:6]) or 'there is none yet'}")
     elif is_folder:
-        from bionemo_esm.data import jobs as store_jobs
+        from bionemo_esm.data import store_commands as store_jobs
 
         store_jobs.inspect(arguments)
     elif is_file:
-        from bionemo_esm.model import jobs as model_jobs
+        from bionemo_esm.model import summary as model_jobs
 
         model_jobs.inspect(arguments)
     else:

@@ -22,8 +22,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bionemo_esm import config_directory
+from bionemo_esm.console import exit_of, is_rank_zero
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.screen import exit_of, is_rank_zero
 
 _HYDRAS_FLAGS = (
     r"--(help|hydra-help|version|cfg|resolve|package|run|shell-completion|config-path|config-name|config-dir|"

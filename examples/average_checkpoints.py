@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.training.jobs import average
+from bionemo_esm.pretraining.checkpoint_commands import average
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="average_checkpoints")

@@ -33,8 +33,8 @@ from sklearn.preprocessing import StandardScaler
 from bionemo_esm import ProteinModel
 from bionemo_esm.alphabet import FIRST_RESIDUE_ID, NUM_STANDARD_RESIDUES, encode
 from bionemo_esm.data.fasta import read_fasta
-from bionemo_esm.drawing import MUTED, WIDTH, styled, write_png
 from bionemo_esm.errors import UserError
+from bionemo_esm.plotting import MUTED, WIDTH, styled, write_png
 
 Features = NDArray[np.float64]  # [proteins, features]
 KEYS = {"model", "input", "label", "output"}

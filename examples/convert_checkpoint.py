@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.model.interchange.jobs import convert
+from bionemo_esm.model.interchange.convert_command import convert
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="convert_checkpoint")

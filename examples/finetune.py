@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.finetuning.job import finetune
+from bionemo_esm.finetuning.finetune_command import finetune
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory("finetuning")), config_name="finetune")

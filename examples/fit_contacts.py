@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.inference.contacts.fit_job import fit_contacts
+from bionemo_esm.inference.contacts.fit_command import fit_contacts
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="fit_contacts")

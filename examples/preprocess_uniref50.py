@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.data.jobs import preprocess
+from bionemo_esm.data.store_commands import preprocess
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="preprocess_uniref50")

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.training.run import pretrain
+from bionemo_esm.pretraining.run import pretrain
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="pretrain_esm1nv")

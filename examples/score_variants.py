@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.inference.variants.job import score_variants
+from bionemo_esm.inference.variants.score_command import score_variants
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="score")

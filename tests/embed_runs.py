@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import pytest
 from omegaconf import OmegaConf
 
+from bionemo_esm.inference.embedding import embed_command as embed_job
 from bionemo_esm.inference.embedding import embeddings as computation
-from bionemo_esm.inference.embedding import job as embed_job
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTEINS = 30

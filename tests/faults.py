@@ -22,7 +22,12 @@ from runs import SMALL, composed
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(  # for all tests: a process has one fork server, and one list
-    ["faults", "bionemo_esm.training.fit", "bionemo_esm.training.report", "bionemo_esm.inference.embedding.embeddings"]
+    [
+        "faults",
+        "bionemo_esm.pretraining.trainer",
+        "bionemo_esm.pretraining.report",
+        "bionemo_esm.inference.embedding.embeddings",
+    ]
 )
 _SECONDS = 120  # for a run; one that hangs is a failure
 
@@ -76,7 +81,7 @@ class KillWhileSaving:
     rank: int = 0
 
     def install(self) -> None:
-        import bionemo_esm.model.container as container
+        import bionemo_esm.model.tar_format as container
 
         container._CHUNK_BYTES = 4096  # so that pieces of a small file reach the disk one by one
         seen = 0
@@ -92,10 +97,10 @@ class KillWhileSaving:
             return call
 
         for place in (
-            "bionemo_esm.model.tensors.bytes_of",
-            "bionemo_esm.model.container.os.fsync",
-            "bionemo_esm.model.container.Path.replace",
-            "bionemo_esm.model.container.Path.unlink",
+            "bionemo_esm.model.tensor_io.bytes_of",
+            "bionemo_esm.model.tar_format.os.fsync",
+            "bionemo_esm.model.tar_format.Path.replace",
+            "bionemo_esm.model.tar_format.Path.unlink",
         ):
             module, _, name = place.rpartition(".")
             owner = _resolve(module)
@@ -176,7 +181,7 @@ def _child(
         counts = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
         own = {"RANK": rank, "LOCAL_RANK": rank}
         os.environ.update({key: str(value) for key, value in (places | counts | own).items()})
-    from bionemo_esm.training.run import pretrain
+    from bionemo_esm.pretraining.run import pretrain
 
     for fault in faults:
         if fault.rank == rank:
@@ -187,7 +192,7 @@ def _child(
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without what depends on the clock."""
-    from bionemo_esm.training.measurements import MEASURED
+    from bionemo_esm.pretraining.throughput import MEASURED
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:

@@ -10,9 +10,9 @@ import torch
 
 from bionemo_esm import FineTunedPredictor
 from bionemo_esm.alphabet import encode
+from bionemo_esm.finetuning.archive import MODEL_CLASS, archive_config, extra_tensors
 from bionemo_esm.finetuning.config import CONVNET, AdapterConfig, HeadConfig, Parts, ReadingConfig
-from bionemo_esm.finetuning.model_file import MODEL_CLASS, archive_config, extra_tensors
-from bionemo_esm.finetuning.task import CLASSIFICATION, REGRESSION, RESIDUE, SEQUENCE, Task
+from bionemo_esm.finetuning.tasks import CLASSIFICATION, REGRESSION, RESIDUE, SEQUENCE, Task
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.archive import Archive, write_archive
 from models import tiny_model

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bionemo_esm.data.fasta import read_fasta
-from bionemo_esm.finetuning.job import finetune
+from bionemo_esm.finetuning.finetune_command import finetune
 from conftest import SAMPLE
 from models import tiny_model
 from runs import composed

@@ -14,7 +14,7 @@ from transformers import EsmForMaskedLM
 from bionemo_esm.alphabet import PAD_ID
 from bionemo_esm.data.packing import PackedBatch, unpack
 from bionemo_esm.model.interchange.convert import import_model
-from bionemo_esm.training.run import pretrain
+from bionemo_esm.pretraining.run import pretrain
 from runs import composed
 from theirs import hugging_face_model, saved
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from bionemo_esm.finetuning.labelled import Splits
-from bionemo_esm.finetuning.reading import read_splits
+from bionemo_esm.finetuning.dataset import Splits, read_splits
 from bionemo_esm.finetuning.tasks import load_data_config, load_task_config
 from bionemo_esm.settings import plain_values
 

@@ -12,8 +12,8 @@ from transformers import EsmConfig, EsmForMaskedLM
 from bionemo_esm.alphabet import MASK_ID, PAD_ID, VOCABULARY_SIZE
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.interchange.dialects import HUGGING_FACE
-from bionemo_esm.model.interchange.translation import give
+from bionemo_esm.model.interchange.key_mapping import HUGGING_FACE
+from bionemo_esm.model.interchange.state_dict_adapter import give
 
 TINY = {
     "num_layers": 2,

@@ -20,8 +20,8 @@ from bionemo_esm.alphabet import MASK_ID, PAD_ID, encode
 from bionemo_esm.data.masking import Corruption
 from bionemo_esm.data.packing import PackedBatch, pack
 from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.model.feature_extraction import contacts, representations, show_attention_maps
 from bionemo_esm.model.interchange.convert import import_model
-from bionemo_esm.model.reading import contacts, representations, show_attention_maps
 from theirs import Shape, fair_esm_model, hugging_face_model, released, saved
 
 Proteins = list[NDArray[np.uint8]]

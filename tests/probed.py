@@ -7,18 +7,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bionemo_esm.training.hangs import HangWatch
-from bionemo_esm.training.probe import Probe
-from bionemo_esm.training.probe_config import ProbeSet, read_probe
-from bionemo_esm.training.recipe import Recipe, load_recipe
-from bionemo_esm.training.stopping import StopSignals
+from bionemo_esm.pretraining.hang_watch import HangWatch
+from bionemo_esm.pretraining.probe import Probe
+from bionemo_esm.pretraining.probe_config import ProbeSet, read_probe
+from bionemo_esm.pretraining.recipe import Recipe, load_recipe
+from bionemo_esm.pretraining.signals import StopSignals
 from conftest import SAMPLE
 from runs import composed
 
 RESIDUES = "{name: neighbour, level: residue, kind: classification}"
 NUMBERS = "{name: share, level: sequence, kind: regression, metric: pearson}"
 HYDROPHOBIC = set("AILMFVWC")
-SLOW = "bionemo_esm.training.probe.representations"
+SLOW = "bionemo_esm.pretraining.probe.representations"
 
 
 def sample_sequences() -> list[str]:

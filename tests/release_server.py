@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from bionemo_esm.data import release
+from bionemo_esm.data import uniprot_release as release
 
 CONTENT = (Path(release.__file__).parent / "sample" / "train.fasta.gz").read_bytes()  # some 600 KB of real proteins
 MD5 = hashlib.md5(CONTENT).hexdigest()

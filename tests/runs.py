@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
-from bionemo_esm.training.run import pretrain
+from bionemo_esm.pretraining.run import pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (

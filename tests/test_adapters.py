@@ -18,7 +18,7 @@ from bionemo_esm.finetuning.adapters import adapter_shapes, add_adapters, merge_
 from bionemo_esm.finetuning.config import TARGETS, AdapterConfig
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.encoder import ESMEncoder
-from bionemo_esm.model.reading import representations
+from bionemo_esm.model.feature_extraction import representations
 from models import TINY, tiny_model
 
 ALL = AdapterConfig(rank=3, alpha=6.0, targets=TARGETS)

@@ -20,16 +20,16 @@ import yaml
 from torch import Tensor
 
 from bionemo_esm import config_directory
+from bionemo_esm.data.dataloader import SampleReader, TrainingStream, ValidationBatches
 from bionemo_esm.data.masking import MaskingPolicy
-from bionemo_esm.data.pretraining import SampleReader, TrainingStream, ValidationBatches
 from bionemo_esm.data.store import ProteinStore, sha256_of_file
 from bionemo_esm.errors import UserError
 from bionemo_esm.model.archive import ArchiveFile
-from bionemo_esm.model.card import ArchiveCard
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.training.recipe import Recipe, load_recipe
-from bionemo_esm.training.requirements import check_requirements
+from bionemo_esm.model.summary import ArchiveCard
+from bionemo_esm.pretraining.preflight import check_requirements
+from bionemo_esm.pretraining.recipe import Recipe, load_recipe
 from faults import Fault, history, run, send
 from imported import ADAPTED, ESM1B, ESM2, adapt, brought_here, loss_of, source_model
 from imported import TOKENS as LONGEST
@@ -331,7 +331,7 @@ def test_other_weights_under_the_old_name_are_not_gone_on_with(
 def test_the_recipe_is_read_without_torch_and_nemo(archives: dict[str, Path]) -> None:
     code = (
         "import sys; from hydra import compose, initialize_config_dir\n"
-        "from bionemo_esm import config_directory; from bionemo_esm.training.architecture import find_architecture\n"
+        "from bionemo_esm import config_directory; from bionemo_esm.pretraining.resolve_model import find_architecture\n"
         "from bionemo_esm.settings import plain_values; from pathlib import Path\n"
         "with initialize_config_dir(str(config_directory()), version_base='1.3'):\n"
         "    values = plain_values(compose('pretrain_esm1nv', overrides=['recipe=adapt']))\n"

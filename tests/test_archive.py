@@ -134,7 +134,7 @@ def test_a_failed_save_leaves_nothing_and_spares_what_was_there(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("bionemo_esm.model.container.os.fsync", full)
+    monkeypatch.setattr("bionemo_esm.model.tar_format.os.fsync", full)
     with pytest.raises(ArchiveError, match=r"model\.nemo: cannot be written \(No space left on device\); free some"):
         tiny_model().save_to(str(path))
     assert path.read_bytes() == b"the one before"

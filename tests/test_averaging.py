@@ -28,17 +28,17 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from bionemo_esm import config_directory
+from bionemo_esm.data.dataloader import SampleReader, ValidationBatches
 from bionemo_esm.data.masking import MaskingPolicy
-from bionemo_esm.data.pretraining import SampleReader, ValidationBatches
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model.archive import Archive, ArchiveFile, read_archive, write_archive
-from bionemo_esm.model.connector import describe
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.optimization import MasterWeights
-from bionemo_esm.training.averaging import AveragingError, average_checkpoints
-from bionemo_esm.training.background import BackgroundWriter
-from bionemo_esm.training.checkpoint_averaging import CheckpointAveraging, list_snapshots
-from bionemo_esm.training.jobs import average
+from bionemo_esm.model.nemo_connector import describe
+from bionemo_esm.model.optimizer import MasterWeights
+from bionemo_esm.pretraining.async_writer import BackgroundWriter
+from bionemo_esm.pretraining.averaging import AveragingError, average_checkpoints
+from bionemo_esm.pretraining.averaging_callback import CheckpointAveraging, list_snapshots
+from bionemo_esm.pretraining.checkpoint_commands import average
 from models import TINY, tiny_model
 from runs import ROOT, run_here
 
@@ -342,7 +342,7 @@ def test_the_example_averages_and_refuses_from_a_shell(tmp_path: Path) -> None:
 MEASURED = """
 import sys
 from pathlib import Path
-from bionemo_esm.training.averaging import average_checkpoints
+from bionemo_esm.pretraining.averaging import average_checkpoints
 
 def peak():  # bytes, of this program; getrusage would begin with the peak of the process that started it
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

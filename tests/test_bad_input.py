@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from bionemo_esm.model.archive import ArchiveFile
-from bionemo_esm.training.recipe import load_recipe
-from bionemo_esm.training.run import pretrain
+from bionemo_esm.pretraining.recipe import load_recipe
+from bionemo_esm.pretraining.run import pretrain
 from imported import ESM1B, ESM2, brought_here, source_model
 from models import tiny_model
 from runs import ROOT, SMALL, composed

@@ -19,8 +19,8 @@ from benchmarks.comparison import Setting
 from benchmarks.report import render
 from benchmarks.rows import MODULES, Module
 from benchmarks.table import Table
+from bionemo_esm.console import Screen
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.screen import Screen
 
 TOY = '''
 """Rows that tell, in a file, what was built and measured; the second one ends its process if a file says so."""

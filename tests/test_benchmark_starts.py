@@ -16,11 +16,11 @@ from benchmarks.comparison import Result, Row, Setting, measure
 from benchmarks.rows import archives, averaging, resuming, starting
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model import tensors
+from bionemo_esm.model import tensor_io as tensors
 from bionemo_esm.model.archive import ArchiveError, ArchiveFile, read_archive, write_archive
-from bionemo_esm.model.connector import describe
-from bionemo_esm.model.container import SectionReader, hash_section
-from bionemo_esm.training.averaging import AveragingError, average_checkpoints
+from bionemo_esm.model.nemo_connector import describe
+from bionemo_esm.model.tar_format import SectionReader, hash_section
+from bionemo_esm.pretraining.averaging import AveragingError, average_checkpoints
 from models import tiny_model
 
 

@@ -21,7 +21,7 @@ from bionemo_esm.finetuning.bootstrap import (
     verdict,
 )
 from bionemo_esm.finetuning.metrics import scores
-from bionemo_esm.finetuning.task import METRICS, Prediction, Targets, Task
+from bionemo_esm.finetuning.tasks import METRICS, Prediction, Targets, Task
 
 RESAMPLES = 60
 TASKS = {

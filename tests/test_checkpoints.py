@@ -16,14 +16,14 @@ import torch
 
 from bionemo_esm.errors import UserError
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, write_archive
-from bionemo_esm.model.connector import describe
 from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation
-from bionemo_esm.training import checkpoints as module
-from bionemo_esm.training.background import BackgroundWriter
-from bionemo_esm.training.checkpoints import CheckpointError, SafeCheckpointIO, list_checkpoints, newest_checkpoint
-from bionemo_esm.training.folder import alone_in
-from bionemo_esm.training.recipe import load_recipe
-from bionemo_esm.training.stopping import StopSignals
+from bionemo_esm.model.nemo_connector import describe
+from bionemo_esm.pretraining import checkpoints as module
+from bionemo_esm.pretraining.async_writer import BackgroundWriter
+from bionemo_esm.pretraining.checkpoints import CheckpointError, SafeCheckpointIO, list_checkpoints, newest_checkpoint
+from bionemo_esm.pretraining.recipe import load_recipe
+from bionemo_esm.pretraining.run_context import alone_in
+from bionemo_esm.pretraining.signals import StopSignals
 from models import tiny_model
 from runs import composed, run_here
 

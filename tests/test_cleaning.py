@@ -17,11 +17,12 @@ import pytest
 import zstandard
 
 from bionemo_esm.alphabet import decode
-from bionemo_esm.data import fasta, kernels, sources
+from bionemo_esm.data import fasta, kernels
+from bionemo_esm.data import fasta as sources
 from bionemo_esm.data.cleaning import CHOICES
 from bionemo_esm.data.fasta import FastaError, read_fasta
+from bionemo_esm.data.preprocess import BuildPolicy, build_store
 from bionemo_esm.data.store import SPLITS, ProteinStore, StoreError
-from bionemo_esm.data.uniref50 import BuildPolicy, build_store
 from conftest import SAMPLE
 
 P1 = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
@@ -139,7 +140,7 @@ def test_threads_and_compression_change_no_byte(tmp_path: Path, small_blocks: No
 
 def test_standard_input_is_built_from_like_a_file(tmp_path: Path) -> None:
     code = (
-        "import sys; from bionemo_esm.data.uniref50 import BuildPolicy, build_store\n"
+        "import sys; from bionemo_esm.data.preprocess import BuildPolicy, build_store\n"
         "build_store('-', sys.argv[1], BuildPolicy())"
     )
     packed = (SAMPLE / "test.fasta.gz").read_bytes()
@@ -214,7 +215,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(small_disk: Path) -> 
 def test_a_disk_that_fills_up_leaves_nothing(small_disk: Path, small_blocks: None) -> None:
     """From a pipe, whose size nobody knows before."""
     code = (
-        "import sys; from bionemo_esm.data.uniref50 import BuildPolicy, build_store\n"
+        "import sys; from bionemo_esm.data.preprocess import BuildPolicy, build_store\n"
         "build_store('-', sys.argv[1], BuildPolicy())"
     )
     command = [sys.executable, "-c", code, str(small_disk / "store")]

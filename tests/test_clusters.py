@@ -18,16 +18,15 @@ from numpy.typing import NDArray
 from bionemo_esm.alphabet import decode
 from bionemo_esm.data import clusters as clusters_module
 from bionemo_esm.data import fasta
+from bionemo_esm.data.batch_sampler import member_words
 from bionemo_esm.data.clusters import build_clustered_store, read_cluster_map
-from bionemo_esm.data.fasta import FastaError, read_fasta
+from bionemo_esm.data.dataloader import BatchPlan, SampleReader, StepShare, TrainingStream
+from bionemo_esm.data.fasta import FastaError, SourceError, read_fasta
 from bionemo_esm.data.hashing import uniform_integers
 from bionemo_esm.data.masking import MaskingPolicy, crop_windows, sample_keys
-from bionemo_esm.data.order import member_words
 from bionemo_esm.data.packing import PackedBatch
-from bionemo_esm.data.pretraining import BatchPlan, SampleReader, StepShare, TrainingStream
-from bionemo_esm.data.sources import SourceError
+from bionemo_esm.data.preprocess import BuildPolicy
 from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit, StoreError
-from bionemo_esm.data.uniref50 import BuildPolicy
 from conftest import SAMPLE
 
 PROTEINS = {f"UniRef90_{record.id}": record.sequence.decode() for record in read_fasta(SAMPLE / "test.fasta.gz")}
@@ -169,7 +168,7 @@ def test_small_blocks_and_threads_change_no_byte(
 
 
 def test_a_clustered_store_opens_like_any_other_and_its_card_tells_the_clusters(store: ProteinStore) -> None:
-    from bionemo_esm.data.card import StoreCard
+    from bionemo_esm.data.store_summary import StoreCard
 
     rows = [line.split() for line in StoreCard.of(ProteinStore.open(store.folder)).text().splitlines()]
     assert ["clusters", "53", "6", "9"] in rows

@@ -17,35 +17,33 @@ from bionemo_esm.alphabet import encode
 from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.contacts import pairs as contact_pairs
-from bionemo_esm.inference.contacts.features import attention_features
-from bionemo_esm.inference.contacts.fit import (
+from bionemo_esm.inference.contacts import head_fitting as contact_pairs
+from bionemo_esm.inference.contacts.head_fitting import (
+    FitChoice,
+    Pairs,
     Regression,
+    attention_features,
+    check_memory,
+    divide,
     evaluate,
     evaluate_separation,
     fit_head,
     fit_regression,
     head_of,
+    pairs_of,
+    some_of,
+    training_pairs,
     untrained,
     with_head,
 )
 from bionemo_esm.inference.contacts.metrics import Row, intervals, precision_of_top, precisions, summary, table, verdict
-from bionemo_esm.inference.contacts.pairs import (
-    FitChoice,
-    Pairs,
-    check_memory,
-    divide,
-    pairs_of,
-    some_of,
-    training_pairs,
-)
 from bionemo_esm.inference.contacts.prediction import Reach, contacts_of, predict_contacts
 from bionemo_esm.inference.contacts.structures import Structure
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.model.attention import MapObserver
 from bionemo_esm.model.contact_head import average_product_corrected
+from bionemo_esm.model.feature_extraction import show_attention_maps
 from bionemo_esm.model.interchange.convert import export_model
-from bionemo_esm.model.reading import show_attention_maps
 from models import tiny_model
 from peers import fair_esm
 from structures import walk
@@ -136,7 +134,7 @@ def test_of_attention_maps_no_more_than_one_layers_are_alive(
 
         show_attention_maps(encoder, batch, observe)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("bionemo_esm.inference.contacts.features.show_attention_maps", watched)
+    monkeypatch.setattr("bionemo_esm.inference.contacts.head_fitting.show_attention_maps", watched)
     attention_features(engine, structures[0].tokens, pairs_of(structures[0], 6, 8.0))
     assert most == [1] * 5
 

@@ -20,11 +20,11 @@ import pytest
 
 from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.data.store import SequenceSplit
-from bionemo_esm.inference.contacts import fit as contact_fit
-from bionemo_esm.inference.contacts import folder as contact_folder
-from bionemo_esm.inference.contacts import job as contacts_job
-from bionemo_esm.inference.contacts.fit_job import fit_contacts, load_fit_config
-from bionemo_esm.inference.contacts.job import load_contacts_config, predict_contacts
+from bionemo_esm.inference.contacts import contacts_command as contacts_job
+from bionemo_esm.inference.contacts import head_fitting as contact_fit
+from bionemo_esm.inference.contacts import output_dir as contact_folder
+from bionemo_esm.inference.contacts.contacts_command import load_contacts_config, predict_contacts
+from bionemo_esm.inference.contacts.fit_command import fit_contacts, load_fit_config
 from bionemo_esm.inference.contacts.structures import read_structures
 from bionemo_esm.inference.protein_model import ProteinModel
 from bionemo_esm.model.archive import ArchiveFile, read_archive

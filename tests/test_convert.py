@@ -16,7 +16,7 @@ from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.model.archive import ArchiveFile, read_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.interchange.convert import export_model, import_model
-from bionemo_esm.model.interchange.stretching import stretched
+from bionemo_esm.model.interchange.state_dict_adapter import stretched
 from models import tiny_model
 from peers import logits_of
 from theirs import FAMILIES, hugging_face_model, saved

@@ -20,7 +20,7 @@ from transformers import EsmForMaskedLM, EsmTokenizer
 from bionemo_esm import config_directory
 from bionemo_esm.model.archive import Archive, ArchiveFile, read_archive, write_archive
 from bionemo_esm.model.interchange import convert as convert_module
-from bionemo_esm.model.interchange import jobs
+from bionemo_esm.model.interchange import convert_command as jobs
 from models import tiny_model
 from peers import PROTEIN, fair_esm, logits_of
 from runs import ROOT

@@ -20,7 +20,7 @@ from bionemo_esm.data.packing import PackedBatch, pack
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.costs import CHOSEN_SHARE, memory_per_device, parameters_per_device, training_flops
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.training.hardware import DEVICES, find_device, memory_bytes, peak_flops
+from bionemo_esm.pretraining.hardware import DEVICES, find_device, memory_bytes, peak_flops
 
 SMALL = EncoderConfig(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=256, attention_dropout=0.0)
 WIDER = replace(SMALL, num_layers=3, hidden_size=96, num_attention_heads=6, ffn_hidden_size=288, hidden_dropout=0.0)
@@ -184,7 +184,7 @@ def test_tensor_parallel_splits_what_megatron_splits() -> None:
 
 def test_costs_import_neither_torch_nor_nemo() -> None:
     code = (
-        "import sys, bionemo_esm.model.costs, bionemo_esm.training.hardware\n"
+        "import sys, bionemo_esm.model.costs, bionemo_esm.pretraining.hardware\n"
         "print({'torch', 'nemo'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

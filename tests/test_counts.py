@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from bionemo_esm.alphabet import PAD_ID
+from bionemo_esm.data.dataloader import BatchPlan, SampleReader, TrainingStream
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.packing import PackedBatch
-from bionemo_esm.data.pretraining import BatchPlan, SampleReader, TrainingStream
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.model.backends import choose_backends
 from bionemo_esm.model.config import OptimConfig
-from bionemo_esm.model.optimization import MasterWeights, build_optimizer
+from bionemo_esm.model.optimizer import MasterWeights, build_optimizer
 from models import tiny_model
 
 BF16 = pytest.mark.skipif(

@@ -11,8 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from bionemo_esm.alphabet import encode
 from bionemo_esm.model.attention import PackedRow, attention_by_sequence, nested_attention
 from bionemo_esm.model.backends import choose_backends
-from bionemo_esm.model.dropout import Dropout, get_dropout_add, keep_scale
-from bionemo_esm.model.linear import linear, product
+from bionemo_esm.model.cpu_kernels import Dropout, get_dropout_add, keep_scale, linear, product
 from models import TINY, tiny_model
 from peers import PROTEIN, batch_of
 
@@ -61,7 +60,7 @@ def test_no_product_is_given_rows_with_gaps_between_them(monkeypatch: pytest.Mon
         seen.extend((input_TI, weight_OI))
         return product(input_TI, weight_OI, bias_O)
 
-    monkeypatch.setattr("bionemo_esm.model.linear.product", watched)
+    monkeypatch.setattr("bionemo_esm.model.cpu_kernels.product", watched)
     wide, weight, bias = torch.randn(40, 1, 64), torch.randn(16, 24, requires_grad=True), torch.randn(16)
     output = linear(wide[..., :24].requires_grad_(), weight, bias)
     assert torch.allclose(output, reference_linear(wide[..., :24], weight, bias), atol=1e-5)

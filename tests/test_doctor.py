@@ -16,7 +16,7 @@ import torch
 
 import faults  # noqa: F401 - its fork server has imported what takes long
 from bionemo_esm.model import attention, backends
-from bionemo_esm.training import doctor, selftest
+from bionemo_esm.pretraining import doctor, selftest
 
 CPU = torch.device("cpu")
 
@@ -111,7 +111,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pyte
 
 def test_quick_imports_neither_nemo_nor_megatron() -> None:
     code = (
-        "import sys; from bionemo_esm.training.doctor import main; code = main(['--quick'])\n"
+        "import sys; from bionemo_esm.pretraining.doctor import main; code = main(['--quick'])\n"
         "print(code, [name for name in ('nemo', 'megatron', 'lightning') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from bionemo_esm.inference.contacts.fit_job import load_fit_config
-from bionemo_esm.inference.contacts.job import load_contacts_config
-from bionemo_esm.inference.embedding.job import load_embed_config
-from bionemo_esm.inference.variants.job import load_score_config
+from bionemo_esm.inference.contacts.contacts_command import load_contacts_config
+from bionemo_esm.inference.contacts.fit_command import load_fit_config
+from bionemo_esm.inference.embedding.embed_command import load_embed_config
+from bionemo_esm.inference.variants.score_command import load_score_config
 from models import tiny_model
 from runs import ROOT, composed
 

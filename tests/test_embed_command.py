@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bionemo_esm import screen
+from bionemo_esm import console as screen
+from bionemo_esm.inference.embedding import embed_command as embed_job
 from bionemo_esm.inference.embedding import embeddings as computation
-from bionemo_esm.inference.embedding import job as embed_job
-from bionemo_esm.inference.embedding import share as embed_share
-from bionemo_esm.inference.embedding.choice import EmbeddingChoice
+from bionemo_esm.inference.embedding import worker as embed_share
 from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.embedding.options import EmbeddingChoice
 from bionemo_esm.inference.embedding.reader import read_about, read_embeddings
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import read_proteins

@@ -19,7 +19,7 @@ from bionemo_esm.alphabet import encode
 from bionemo_esm.errors import UserError
 from bionemo_esm.inference.inputs import InputError, InputPolicy
 from bionemo_esm.inference.protein_model import ProteinModel
-from bionemo_esm.model.reading import representations
+from bionemo_esm.model.feature_extraction import representations
 from models import tiny_model
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"

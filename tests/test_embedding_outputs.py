@@ -16,7 +16,7 @@ import pytest
 
 from bionemo_esm.alphabet import encode
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.embedding.choice import Embedding
+from bionemo_esm.inference.embedding.options import Embedding
 from bionemo_esm.inference.embedding.reader import EmbeddingFileError, read_about, read_embeddings
 from bionemo_esm.inference.embedding.shards import WorkError, WorkFolder, cut
 from bionemo_esm.inference.embedding.writers import ENDINGS, Hdf5Writer, format_of, group_name

@@ -16,13 +16,13 @@ from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID
 from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.embedding import pooling
-from bionemo_esm.inference.embedding.choice import EmbeddingChoice
+from bionemo_esm.inference.embedding import embeddings as pooling
 from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.embedding.options import EmbeddingChoice
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import InputError, Protein
 from bionemo_esm.inference.windows import windows
-from bionemo_esm.model.reading import representations
+from bionemo_esm.model.feature_extraction import representations
 from models import tiny_model
 from peers import brought_here, hugging_face
 from theirs import SMALL

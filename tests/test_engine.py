@@ -18,10 +18,10 @@ from bionemo_esm.alphabet import MASK_ID, encode
 from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference import model_file
+from bionemo_esm.inference import model_info as model_file
 from bionemo_esm.inference.engine import Engine, Question, batches_by_length, each_masked, masked
+from bionemo_esm.inference.engine_options import EngineConfig
 from bionemo_esm.inference.protein_model import ProteinModel
-from bionemo_esm.inference.running import EngineConfig
 from bionemo_esm.model import backends
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, read_archive, write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
@@ -135,7 +135,7 @@ def test_sizes_are_told_without_loading_the_model(tmp_path: Path) -> None:
     sizes = EngineConfig(tmp_path / "m.nemo").check()
     assert (sizes.config, sizes.window, sizes.longest) == (engine.config, engine.window, engine.longest)
     script = (
-        "import sys; from pathlib import Path; from bionemo_esm.inference.running import EngineConfig\n"
+        "import sys; from pathlib import Path; from bionemo_esm.inference.engine_options import EngineConfig\n"
         f"EngineConfig(Path({str(tmp_path / 'm.nemo')!r})).check(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -24,15 +24,15 @@ from bionemo_esm.data.packing import PackedBatch, pack, unpack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveFile, read_archive, write_archive
-from bionemo_esm.model.card import ArchiveCard
 from bionemo_esm.model.config import COSINE, INVERSE_SQUARE_ROOT, EncoderConfig, OptimConfig
-from bionemo_esm.model.connector import describe
 from bionemo_esm.model.encoder import token_dropout_scale
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.optimization import build_schedule
-from bionemo_esm.model.plain import put_tensors_back, take_out_tensors
+from bionemo_esm.model.nemo_connector import describe
+from bionemo_esm.model.optimizer import build_schedule
+from bionemo_esm.model.safe_serialization import put_tensors_back, take_out_tensors
 from bionemo_esm.model.schedule import learning_rate
-from bionemo_esm.training.recipe import load_recipe
+from bionemo_esm.model.summary import ArchiveCard
+from bionemo_esm.pretraining.recipe import load_recipe
 from faults import _SERVER, Fault, history, run
 from models import padded_twin, tiny_model, translated
 from runs import composed

@@ -12,12 +12,11 @@ from bionemo_esm.alphabet import VOCABULARY_SIZE
 from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.config import ROTARY, EncoderConfig
 from bionemo_esm.model.costs import parameters_per_device
-from bionemo_esm.training.planning.checks import findings
-from bionemo_esm.training.planning.facts import gather_facts
-from bionemo_esm.training.planning.plan import plan_of
-from bionemo_esm.training.planning.screen import screen_of
-from bionemo_esm.training.prepared import describe_model
-from bionemo_esm.training.recipe import Recipe, load_recipe
+from bionemo_esm.pretraining.plan import gather_facts, plan_of
+from bionemo_esm.pretraining.plan_checks import findings
+from bionemo_esm.pretraining.plan_report import screen_of
+from bionemo_esm.pretraining.recipe import Recipe, load_recipe
+from bionemo_esm.pretraining.run_context import describe_model
 from faults import run
 from models import tiny_model
 from runs import composed, losses

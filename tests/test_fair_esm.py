@@ -20,14 +20,13 @@ from bionemo_esm.data.masking import Corruption
 from bionemo_esm.data.packing import PackedBatch, pack
 from bionemo_esm.data.store import SequenceSplit, sha256_of_file
 from bionemo_esm.errors import UserError
-from bionemo_esm.model import pickles
+from bionemo_esm.model import torch_pickle as pickles
 from bionemo_esm.model.archive import Archive, write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.model.feature_extraction import contacts
 from bionemo_esm.model.interchange.fair_esm import read_fair_esm
-from bionemo_esm.model.interchange.foreign import ForeignModel
-from bionemo_esm.model.interchange.translation import InterchangeError, Taken, take
-from bionemo_esm.model.pickles import PickleError
-from bionemo_esm.model.reading import contacts
+from bionemo_esm.model.interchange.state_dict_adapter import ForeignModel, InterchangeError, Taken, take
+from bionemo_esm.model.torch_pickle import PickleError
 from peers import padded
 from theirs import Shape, State, fair_esm_model, released
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from bionemo_esm.data import fasta, sources
-from bionemo_esm.data.fasta import FastaError, FastaRecord, read_fasta
-from bionemo_esm.data.sources import SourceError
+from bionemo_esm.data import fasta
+from bionemo_esm.data import fasta as sources
+from bionemo_esm.data.fasta import FastaError, FastaRecord, SourceError, read_fasta
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 CRAMBIN = "TTCCPSIVARSNFNVCRLPGTPEALCATYTGCIIIPGATCPGDYAN"

@@ -20,14 +20,13 @@ import pytest
 import torch
 from torch import distributed
 
-from bionemo_esm.data.dealing import BatchPlan
-from bionemo_esm.data.order import EpochOrder
+from bionemo_esm.data.batch_sampler import BatchPlan, EpochOrder
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model.archive import ArchiveFile, read_archive
 from faults import Fault, KillWhileSaving, Outcome, history, run, send
 from runs import losses
 
-MODEL, SAVING = "bionemo_esm.model.esm1nv.", "bionemo_esm.training.checkpoints."
+MODEL, SAVING = "bionemo_esm.model.esm1nv.", "bionemo_esm.pretraining.checkpoints."
 SIGTERM, SIGINT = functools.partial(send, signal.SIGTERM), functools.partial(send, signal.SIGINT)
 SIGKILL = functools.partial(send, signal.SIGKILL)
 RESULTS = ("laptop.nemo", "laptop-averaged.nemo")
@@ -85,7 +84,7 @@ def goes_on(folder: Path, unbroken: Path, *overrides: str, ranks: int = 1) -> Ou
 # --- asked to stop --------------------------------------------------------------------------------------------------
 
 PHASES = {
-    "reading data": ("bionemo_esm.data.pretraining.TrainingStream.__getitem__", 4),
+    "reading data": ("bionemo_esm.data.dataloader.TrainingStream.__getitem__", 4),
     "forward": (MODEL + "ESM1nvModel.forward", 2),
     "backward": (MODEL + "ESM1nvModel.manual_backward", 3),
     "reduction": (MODEL + "MasterWeights.clip_gradients", 3),
@@ -169,12 +168,12 @@ def test_sigkill_at_twenty_random_moments_of_saving_costs_no_more_than_the_steps
 
 
 CRASHES = {
-    "before the snapshot": Fault("bionemo_esm.training.checkpoint_averaging.write_archive", SIGKILL, call=2),
+    "before the snapshot": Fault("bionemo_esm.pretraining.averaging_callback.write_archive", SIGKILL, call=2),
     "between snapshot and checkpoint": Fault(SAVING + "write_archive", SIGKILL, call=2),
     "before the older are deleted": Fault(SAVING + "Checkpoints._delete_all_but_last_and", SIGKILL, call=2),
-    "before the average": Fault("bionemo_esm.training.averaging.average", SIGKILL),
-    "between average and its file": Fault("bionemo_esm.training.averaging.write_archive", SIGKILL),
-    "between average and summary": Fault("bionemo_esm.training.run._write_json", SIGKILL),
+    "before the average": Fault("bionemo_esm.pretraining.averaging.average", SIGKILL),
+    "between average and its file": Fault("bionemo_esm.pretraining.averaging.write_archive", SIGKILL),
+    "between average and summary": Fault("bionemo_esm.pretraining.run._write_json", SIGKILL),
 }
 
 
@@ -205,7 +204,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_none_left_is_an_err
     tmp_path: Path, unbroken: Path, damage: functools.partial[None]
 ) -> None:
     folder = tmp_path / "run"
-    assert run(folder, faults=[Fault("bionemo_esm.training.averaging.average", SIGKILL)]).codes == [-signal.SIGKILL]
+    assert run(folder, faults=[Fault("bionemo_esm.pretraining.averaging.average", SIGKILL)]).codes == [-signal.SIGKILL]
     newest = folder / "checkpoints" / "step-000000006.ckpt"
     damage(newest)
     spoilt = newest.read_bytes()

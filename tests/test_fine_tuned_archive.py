@@ -15,18 +15,18 @@ from nemo.core.classes import ModelPT
 from bionemo_esm import FineTunedPredictor
 from bionemo_esm import __main__ as command_line
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.finetuning.archive import FineTunedFile, archive_config
 from bionemo_esm.finetuning.batches import Collator
 from bionemo_esm.finetuning.config import AdapterConfig, Parts, ReadingConfig
-from bionemo_esm.finetuning.labelled import LabelledSet
-from bionemo_esm.finetuning.model_file import FineTunedFile, archive_config
-from bionemo_esm.finetuning.task import CLASSIFICATION, SEQUENCE, Task
-from bionemo_esm.inference.embedding.choice import EmbeddingChoice
+from bionemo_esm.finetuning.dataset import LabelledSet
+from bionemo_esm.finetuning.tasks import CLASSIFICATION, SEQUENCE, Task
 from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.embedding.options import EmbeddingChoice
 from bionemo_esm.inference.engine import Engine
-from bionemo_esm.model import consistency
+from bionemo_esm.model import validate as consistency
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, read_archive, write_archive
-from bionemo_esm.model.consistency import check_sizes
 from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.model.validate import check_sizes
 from fine_tuned import (
     ADAPTERS,
     CONV,

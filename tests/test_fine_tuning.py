@@ -18,14 +18,15 @@ from nemo.core.classes import ModelPT
 
 from bionemo_esm import FineTunedPredictor
 from bionemo_esm.alphabet import encode
-from bionemo_esm.finetuning import comparison, fit
+from bionemo_esm.finetuning import comparison
+from bionemo_esm.finetuning import fitting as fit
+from bionemo_esm.finetuning.archive import FineTunedFile
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches
 from bionemo_esm.finetuning.config import HeadConfig
+from bionemo_esm.finetuning.dataset import LabelledSet, SealedSet
 from bionemo_esm.finetuning.heads import build_head
-from bionemo_esm.finetuning.labelled import LabelledSet, SealedSet
 from bionemo_esm.finetuning.model import ESMFineTunedModel
-from bionemo_esm.finetuning.model_file import FineTunedFile
-from bionemo_esm.finetuning.task import Task
+from bionemo_esm.finetuning.tasks import Task
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.archive import ArchiveFile, read_archive
 from finetuning_runs import QUICK, neighbours, per_protein, per_residue, pretrained, proteins, run_here

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from bionemo_esm.finetuning import picture
+from bionemo_esm.finetuning import report_figure as picture
 from bionemo_esm.finetuning.bootstrap import Estimate
 from bionemo_esm.finetuning.report import TEST, VALIDATION, Detail, Report, Row
-from bionemo_esm.finetuning.task import METRICS, Task
+from bionemo_esm.finetuning.tasks import METRICS, Task
 
 NAMES = ("Cell.membrane", "Endoplasmic.reticulum", "Nucleus", "Plastid", "Cytoplasm", "Golgi.apparatus")
 CLASSES = Task("places", "sequence", "classification", "accuracy", NAMES)

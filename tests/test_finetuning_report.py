@@ -14,7 +14,7 @@ import pytest
 
 from bionemo_esm.alphabet import encode
 from bionemo_esm.finetuning.bootstrap import Estimate, differences, estimates
-from bionemo_esm.finetuning.labelled import LabelledSet
+from bionemo_esm.finetuning.dataset import LabelledSet
 from bionemo_esm.finetuning.metrics import scores
 from bionemo_esm.finetuning.report import (
     TEST,
@@ -28,8 +28,8 @@ from bionemo_esm.finetuning.report import (
     lines,
     write_report,
 )
-from bionemo_esm.finetuning.report_page import page as page_of
-from bionemo_esm.finetuning.task import Prediction, Targets, Task
+from bionemo_esm.finetuning.report import page as page_of
+from bionemo_esm.finetuning.tasks import Prediction, Targets, Task
 from bionemo_esm.inference.inputs import Protein
 
 CLASSES = Task("subcellular_localization", "sequence", "classification", "accuracy", ("in", "out", "a|b<i>$x\n*`"))

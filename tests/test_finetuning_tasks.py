@@ -10,7 +10,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.finetuning.records import _AS_BY_PATTERN
+from bionemo_esm.finetuning.parsing import _AS_BY_PATTERN
 from bionemo_esm.finetuning.tasks import DataConfig, SplitConfig, TaskConfig, load_data_config, load_task_config
 from labelled_files import ROOT, preset
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from bionemo_esm.screen import Screen
-from bionemo_esm.training import hangs
-from bionemo_esm.training.hangs import EXIT_HANG, HangWatch
+from bionemo_esm.console import Screen
+from bionemo_esm.pretraining import hang_watch as hangs
+from bionemo_esm.pretraining.hang_watch import EXIT_HANG, HangWatch
 from faults import Fault, run, send
 
 STEP = "bionemo_esm.model.esm1nv.ESM1nvModel.training_step"
 VALIDATION = "bionemo_esm.model.esm1nv.ESM1nvModel.validation_step"
-WRITE = "bionemo_esm.training.checkpoints.write_archive"
+WRITE = "bionemo_esm.pretraining.checkpoints.write_archive"
 SETTINGS = ("data.micro_batch_size=4", "trainer.val_check_interval=6")
 
 

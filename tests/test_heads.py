@@ -12,9 +12,8 @@ from torch.nn.functional import conv1d, gelu, linear, relu
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.finetuning.config import POOLINGS, HeadConfig
-from bionemo_esm.finetuning.heads import Head, PackedConvolution, Pooling, build_head, head_shapes
-from bionemo_esm.finetuning.segments import Segments
-from bionemo_esm.finetuning.task import Task
+from bionemo_esm.finetuning.heads import Head, PackedConvolution, Pooling, Segments, build_head, head_shapes
+from bionemo_esm.finetuning.tasks import Task
 
 LENGTHS = (1, 5, 2, 40, 3, 1, 17)
 """Residues: alone, fewer than a kernel's reach, and many."""

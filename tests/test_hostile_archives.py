@@ -35,10 +35,10 @@ from bionemo_esm.errors import UserError
 from bionemo_esm.model import archive as layout
 from bionemo_esm.model.archive import CONFIG, MANIFEST, STATE, STATE_TENSORS, WEIGHTS, ArchiveFile, read_archive
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.connector import describe
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.training.background import BackgroundWriter
-from bionemo_esm.training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint
+from bionemo_esm.model.nemo_connector import describe
+from bionemo_esm.pretraining.async_writer import BackgroundWriter
+from bionemo_esm.pretraining.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint
 from models import tiny_model
 
 Members = dict[str, bytes]

@@ -14,8 +14,8 @@ from transformers import EsmConfig
 
 from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.interchange.huggingface_config import read_config
-from bionemo_esm.model.interchange.translation import InterchangeError
+from bionemo_esm.model.interchange.huggingface import read_config
+from bionemo_esm.model.interchange.state_dict_adapter import InterchangeError
 
 PUBLISHED = {  # as on the Hub, written by transformers 4.2x
     "architectures": ["EsmForMaskedLM"],

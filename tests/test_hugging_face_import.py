@@ -21,10 +21,9 @@ from bionemo_esm.data.packing import pack
 from bionemo_esm.errors import UserError
 from bionemo_esm.model.archive import Archive, write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.interchange.dialects import HUGGING_FACE
-from bionemo_esm.model.interchange.foreign import ForeignModel
 from bionemo_esm.model.interchange.huggingface import read_hugging_face
-from bionemo_esm.model.interchange.translation import InterchangeError, Taken, give, take
+from bionemo_esm.model.interchange.key_mapping import HUGGING_FACE
+from bionemo_esm.model.interchange.state_dict_adapter import ForeignModel, InterchangeError, Taken, give, take
 from theirs import FAMILIES, SMALL, Shape, hugging_face_model
 
 SHAPES = dict.fromkeys(FAMILIES, SMALL) | {"ESM-2": Shape(2, 32, 8, ffn=64)}

@@ -18,8 +18,7 @@ import zstandard
 from pyarrow import parquet
 
 from bionemo_esm.alphabet import decode
-from bionemo_esm.data.fasta import FastaError, read_fasta
-from bionemo_esm.data.sources import SourceError
+from bionemo_esm.data.fasta import FastaError, SourceError, read_fasta
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.inputs import InputError, InputPolicy, Inventory, proteins_of, read_proteins, take_stock
 from conftest import SAMPLE

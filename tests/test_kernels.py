@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from bionemo_esm.alphabet import ENCODING_TABLE, TOKEN_IDS, UNK_ID, VOCABULARY_SIZE
 from bionemo_esm.data import kernels
-from bionemo_esm.data.digests import DigestSet
 from bionemo_esm.data.fasta import FastaError, parse_record
+from bionemo_esm.data.kernels import DigestSet
 from conftest import SAMPLE
 
 KEY = np.uint64(12345)

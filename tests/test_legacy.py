@@ -24,12 +24,12 @@ from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import UserError
-from bionemo_esm.model import legacy, pickles
+from bionemo_esm.model import legacy
+from bionemo_esm.model import torch_pickle as pickles
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.legacy import ConversionReport, convert_legacy
-from bionemo_esm.model.legacy_files import LegacyArchiveError
-from bionemo_esm.model.pickles import ChildLimits
+from bionemo_esm.model.legacy import ConversionReport, LegacyArchiveError, convert_legacy
+from bionemo_esm.model.torch_pickle import ChildLimits
 from models import TINY, tiny_model
 
 State = dict[str, Any]
@@ -479,7 +479,7 @@ def test_a_child_that_hangs_dies_or_fails_gives_a_clear_error(
 def test_the_child_is_limited_and_sees_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 import sys, os, json, resource; sys.path.append(sys.argv[1])
-from bionemo_esm.model.pickles import _limit_this_process
+from bionemo_esm.model.torch_pickle import _limit_this_process
 _limit_this_process(*map(int, sys.argv[3:6]))
 names = "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_FSIZE", "RLIMIT_AS"
 limits = {name: resource.getrlimit(getattr(resource, name))[1] for name in names}

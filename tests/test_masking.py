@@ -18,10 +18,10 @@ from bionemo_esm.alphabet import (
     decode,
     encode,
 )
+from bionemo_esm.data.dataloader import SampleReader
 from bionemo_esm.data.hashing import UInt64Array
 from bionemo_esm.data.masking import Corruption, MaskingPolicy, corrupt, crop_windows, sample_keys
 from bionemo_esm.data.packing import pack
-from bionemo_esm.data.pretraining import SampleReader
 from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"  # UniProt P0CG48, 1-76

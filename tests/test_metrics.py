@@ -17,10 +17,10 @@ from sklearn import metrics as sklearn_metrics
 from torch import distributed
 
 from bionemo_esm.alphabet import encode
-from bionemo_esm.finetuning.composition import composition, composition_predictions
-from bionemo_esm.finetuning.labelled import LabelledSet, Splits
+from bionemo_esm.finetuning.baselines import composition, composition_predictions
+from bionemo_esm.finetuning.dataset import LabelledSet, Splits
 from bionemo_esm.finetuning.metrics import confusion, gathered, per_class, scores
-from bionemo_esm.finetuning.task import Prediction, Task
+from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.parallel import ensure_groups
 

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from torch.nn.functional import cross_entropy
 
 from bionemo_esm.alphabet import PAD_ID, VOCABULARY_SIZE
+from bionemo_esm.data.dataloader import SampleReader
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.packing import PackedBatch, pack, unpack
-from bionemo_esm.data.pretraining import SampleReader
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.attention import ATTENTION, PackedRow, attention_by_sequence

@@ -19,9 +19,9 @@ from bionemo_esm import __main__ as command_line
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model import archive as archive_module
 from bionemo_esm.model.archive import MANIFEST, STATE_TENSORS, WEIGHTS, Archive, ArchiveFile, write_archive
-from bionemo_esm.model.card import ArchiveCard
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.container import Member, find_members, read_section, write_container
+from bionemo_esm.model.summary import ArchiveCard
+from bionemo_esm.model.tar_format import Member, find_members, read_section, write_container
 from models import TINY, tiny_model
 
 HASH = "0123456789abcdef" * 4
@@ -485,6 +485,6 @@ def test_the_card_needs_neither_torch_nor_nemo_nor_hydra_and_no_second(checkpoin
 
 
 def test_verify_tells_how_far_it_is(checkpoint: Path, inspect: Inspect, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bionemo_esm.screen._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("bionemo_esm.console._SECONDS_BETWEEN_LINES", 0.0)
     assert "(100%)" in inspect(checkpoint, "--verify").out
     json.loads(inspect(checkpoint, "--verify", "--json").out)

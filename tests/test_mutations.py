@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from bionemo_esm.alphabet import STANDARD_RESIDUES, TOKENS, decode, encode
 from bionemo_esm.errors import UserError
-from bionemo_esm.inference.variants.baselines import FEWER_MUTATIONS, SUBSTITUTION_MATRIX, baselines
 from bionemo_esm.inference.variants.mutations import (
     Substitution,
     VariantError,
@@ -22,6 +21,7 @@ from bionemo_esm.inference.variants.mutations import (
     read_wild_type,
     variants_at_hand,
 )
+from bionemo_esm.inference.variants.table import FEWER_MUTATIONS, SUBSTITUTION_MATRIX, baselines
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 

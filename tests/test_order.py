@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from bionemo_esm.data.batch_sampler import EpochOrder
+from bionemo_esm.data.dataloader import BatchPlan
 from bionemo_esm.data.hashing import mix
-from bionemo_esm.data.order import EpochOrder
-from bionemo_esm.data.pretraining import BatchPlan
 
 UNIREF50 = 52_000_000  # clusters of UniRef50 05/2022, rounded
 SEEDS = (0, 1, 2, 1234, 2**62)

@@ -19,15 +19,22 @@ from torch import Tensor, distributed
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
 
-import bionemo_esm.model.reduction as reduction
+import bionemo_esm.model.optimizer as reduction
 from bionemo_esm.alphabet import MASK_ID
 from bionemo_esm.data.packing import PackedBatch, pack
 from bionemo_esm.model.attention import PackedAttention, PackedRow
 from bionemo_esm.model.backends import choose_backends
 from bionemo_esm.model.config import OptimConfig
-from bionemo_esm.model.connector import load_weights
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.optimization import MasterWeights, build_optimizer
+from bionemo_esm.model.nemo_connector import load_weights
+from bionemo_esm.model.optimizer import (
+    MasterWeights,
+    OverlappedReduction,
+    build_optimizer,
+    build_sharded_optimizer,
+    load_whole_state,
+    whole_state,
+)
 from bionemo_esm.model.parallel import (
     data_parallel_rank,
     data_parallel_sum,
@@ -37,8 +44,6 @@ from bionemo_esm.model.parallel import (
     own_randomness,
     tensor_parallel_rank,
 )
-from bionemo_esm.model.reduction import OverlappedReduction
-from bionemo_esm.model.sharding import build_sharded_optimizer, load_whole_state, whole_state
 from models import tiny_model
 
 FORK_SERVER = multiprocessing.get_context("forkserver")  # faults.py has it import what takes long

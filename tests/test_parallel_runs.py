@@ -18,7 +18,9 @@ from faults import Fault, history, run, send
 pytestmark = pytest.mark.slow
 DRY = ("model.hidden_dropout=0", "model.attention_dropout=0", "data.micro_batch_size=4", "optim.eps=1e-4")
 DRY += ("trainer.gradient_clip_val=0.5",)
-STOP = Fault("bionemo_esm.training.checkpoints.Checkpoints.on_train_batch_end", functools.partial(send, signal.SIGTERM))
+STOP = Fault(
+    "bionemo_esm.pretraining.checkpoints.Checkpoints.on_train_batch_end", functools.partial(send, signal.SIGTERM)
+)
 
 
 def agreed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -40,7 +42,7 @@ def held_once(held: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]
     return held
 
 
-HELD_ONCE = Fault("bionemo_esm.model.sharding._held", spoil=held_once, repeated=True)
+HELD_ONCE = Fault("bionemo_esm.model.optimizer._held", spoil=held_once, repeated=True)
 AGREED = Fault("bionemo_esm.model.esm1nv.ESM1nvModel.archive_weights", spoil=agreed, repeated=True)
 
 

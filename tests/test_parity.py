@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from bionemo_esm.alphabet import PAD_ID, encode
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.interchange.dialects import FAIR_ESM, HUGGING_FACE
-from bionemo_esm.model.interchange.translation import give
+from bionemo_esm.model.interchange.key_mapping import FAIR_ESM, HUGGING_FACE
+from bionemo_esm.model.interchange.state_dict_adapter import give
 from peers import Peer, Proteins, batch_of, brought_here, errors, fair_esm, hugging_face, padded
 from theirs import Shape
 

@@ -23,14 +23,22 @@ from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import Archive, write_archive
 from bionemo_esm.model.schedule import learning_rate
-from bionemo_esm.training.planning.checks import findings
-from bionemo_esm.training.planning.facts import SPREAD, DataFacts, DeviceFacts, Facts, StartFacts, gather_facts
-from bionemo_esm.training.planning.picture import _draw, write_picture
-from bionemo_esm.training.planning.plan import Plan, plan_of, scientific
-from bionemo_esm.training.planning.screen import key_rates, screen_of
-from bionemo_esm.training.recipe import Recipe, load_recipe
-from bionemo_esm.training.requirements import _missing_space
-from bionemo_esm.training.run import pretrain
+from bionemo_esm.pretraining.plan import (
+    SPREAD,
+    DataFacts,
+    DeviceFacts,
+    Facts,
+    Plan,
+    StartFacts,
+    gather_facts,
+    plan_of,
+    scientific,
+)
+from bionemo_esm.pretraining.plan_checks import findings
+from bionemo_esm.pretraining.plan_report import _draw, key_rates, screen_of, write_picture
+from bionemo_esm.pretraining.preflight import _missing_space
+from bionemo_esm.pretraining.recipe import Recipe, load_recipe
+from bionemo_esm.pretraining.run import pretrain
 from runs import ROOT, composed
 
 CARD = DataFacts("published", 51_000_000, 248.0, SPREAD * 248.0**2)

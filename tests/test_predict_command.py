@@ -18,9 +18,9 @@ from pyarrow import parquet
 from bionemo_esm import FineTunedPredictor
 from bionemo_esm import __main__ as command_line
 from bionemo_esm.data.fasta import read_fasta
-from bionemo_esm.finetuning import predict_job
-from bionemo_esm.finetuning import prediction_table as tables
-from bionemo_esm.finetuning.task import Prediction, Task
+from bionemo_esm.finetuning import predict_command as predict_job
+from bionemo_esm.finetuning import predictor as tables
+from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.inputs import Protein
 from fine_tuned import LETTERS, NUMBER, PLACES, PROTEINS, TASKS, WORDS, fine_tuned, predictor
 from models import tiny_model

@@ -13,9 +13,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches
-from bionemo_esm.training.callbacks import last_probe
-from bionemo_esm.training.recipe import load_recipe
-from bionemo_esm.training.report import write_report
+from bionemo_esm.pretraining.callbacks import last_probe
+from bionemo_esm.pretraining.recipe import load_recipe
+from bionemo_esm.pretraining.report import write_report
 from faults import Fault, history, run, send
 from probed import SLOW, asking, probed, recipe_of, write_labels
 from runs import composed, run_here
@@ -137,7 +137,9 @@ def test_a_report_shows_the_probe_that_came_last(tmp_path: Path, plain: Path) ->
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
-STOP = Fault("bionemo_esm.training.checkpoints.Checkpoints.on_train_batch_end", partial(send, signal.SIGTERM), call=3)
+STOP = Fault(
+    "bionemo_esm.pretraining.checkpoints.Checkpoints.on_train_batch_end", partial(send, signal.SIGTERM), call=3
+)
 
 
 def batches(labels: Path) -> int:

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.finetuning.labelled import LabelledSet, SealedSet
-from bionemo_esm.inference.embedding.choice import EmbeddingChoice
+from bionemo_esm.finetuning.dataset import LabelledSet, SealedSet
 from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.embedding.options import EmbeddingChoice
 from bionemo_esm.inference.engine import Engine
-from bionemo_esm.training import probe_config
-from bionemo_esm.training.probe import _fitted
-from bionemo_esm.training.recipe import load_recipe
-from bionemo_esm.training.requirements import check_requirements
+from bionemo_esm.pretraining import probe_config
+from bionemo_esm.pretraining.preflight import check_requirements
+from bionemo_esm.pretraining.probe import _fitted
+from bionemo_esm.pretraining.recipe import load_recipe
 from faults import run
 from labelled_files import preset
 from models import tiny_model
@@ -80,7 +80,7 @@ def test_features_are_those_of_fine_tuning_however_they_are_batched(labels: Path
 
 
 def probe_mode(model: Any) -> Any:
-    from bionemo_esm.training.probe import _in_evaluation
+    from bionemo_esm.pretraining.probe import _in_evaluation
 
     return _in_evaluation(model)
 

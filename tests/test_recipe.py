@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from bionemo_esm.console import duration
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.screen import duration
-from bionemo_esm.training.prepared import validation_batch_size
-from bionemo_esm.training.recipe import Recipe, load_recipe
+from bionemo_esm.pretraining.recipe import Recipe, load_recipe
+from bionemo_esm.pretraining.run_context import validation_batch_size
 from models import tiny_model
 from runs import composed
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from bionemo_esm.training import report
-from bionemo_esm.training.report import write_report
+from bionemo_esm.pretraining import report
+from bionemo_esm.pretraining.report import write_report
 
 SUMMARY = {
     "name": "esm1nv_2m on the sample",

@@ -16,10 +16,10 @@ from bionemo_esm.data.packing import PackedBatch, pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveError, write_archive
+from bionemo_esm.model.attention import RotaryEmbedding, rotary_frequencies, rotate
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.connector import describe
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.rotary import RotaryEmbedding, rotary_frequencies, rotate
+from bionemo_esm.model.nemo_connector import describe
 from models import tiny_model
 
 ROTARY = {"position_embedding": "rotary", "token_dropout": True}

@@ -27,7 +27,7 @@ from bionemo_esm.alphabet import encode
 from bionemo_esm.errors import UserError
 from bionemo_esm.inference.protein_model import ProteinModel
 from bionemo_esm.inference.variants import heat_map
-from bionemo_esm.inference.variants import job as score_job
+from bionemo_esm.inference.variants import score_command as score_job
 from bionemo_esm.inference.variants.mutations import WildType, all_single
 from bionemo_esm.inference.variants.table import Agreement, agreement, agreements, lines_of, read_table, verdict_of
 from models import tiny_model

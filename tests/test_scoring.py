@@ -18,8 +18,8 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference.engine import Engine, Question, masked
 from bionemo_esm.inference.protein_model import ProteinModel
 from bionemo_esm.inference.variants import scoring
-from bionemo_esm.inference.variants.choice import EACH, MASKED, METHODS, MUTANT, PSEUDO, WILD_TYPE, ScoringChoice
 from bionemo_esm.inference.variants.mutations import Variant, VariantError, WildType, all_single
+from bionemo_esm.inference.variants.options import EACH, MASKED, METHODS, MUTANT, PSEUDO, WILD_TYPE, ScoringChoice
 from bionemo_esm.inference.variants.scoring import plan, score
 from bionemo_esm.model.interchange.convert import import_model
 from models import tiny_model

@@ -13,9 +13,8 @@ import pytest
 
 from bionemo_esm.data import download as downloading
 from bionemo_esm.data.download import ReleaseError
-from bionemo_esm.finetuning import downloads
-from bionemo_esm.finetuning.downloads import download_task
-from bionemo_esm.finetuning.reading import read_splits
+from bionemo_esm.finetuning import dataset as downloads
+from bionemo_esm.finetuning.dataset import download_task, read_splits
 from bionemo_esm.finetuning.tasks import DownloadConfig, load_data_config, load_task_config
 from labelled_files import MASK, SEQUENCES, STRUCTURE, preset
 from release_server import Reply, Server, names, running_server

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bionemo_esm.data.dataloader import SampleReader, ValidationBatches
 from bionemo_esm.data.masking import MaskingPolicy
-from bionemo_esm.data.pretraining import SampleReader, ValidationBatches
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel

@@ -23,7 +23,9 @@ TOKENS = (
     "data.global_batch_tokens=2048",
 )
 BATCHES = {"sequences": SEQUENCES, "tokens": TOKENS}
-STOP = Fault("bionemo_esm.training.checkpoints.Checkpoints.on_train_batch_end", functools.partial(send, signal.SIGTERM))
+STOP = Fault(
+    "bionemo_esm.pretraining.checkpoints.Checkpoints.on_train_batch_end", functools.partial(send, signal.SIGTERM)
+)
 
 
 @pytest.fixture(scope="module", params=list(BATCHES))

@@ -22,9 +22,9 @@ from torch import Tensor
 from benchmarks.comparison import Row, Setting, Side
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import Archive, ArchiveFile, write_archive
-from bionemo_esm.model.connector import ESMSaveRestoreConnector, describe
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.training.checkpoints import Copies
+from bionemo_esm.model.nemo_connector import ESMSaveRestoreConnector, describe
+from bionemo_esm.pretraining.checkpoints import Copies
 
 ESM1NV = {"num_layers": 6, "hidden_size": 768, "num_attention_heads": 12}
 TINY = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4}

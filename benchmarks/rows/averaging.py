@@ -17,8 +17,8 @@ from torch import Tensor
 from benchmarks.comparison import Row, Setting, Side
 from benchmarks.rows.archives import check_space, model_of, synced
 from bionemo_esm.model.archive import Archive, ArchiveFile, write_archive
-from bionemo_esm.model.connector import describe
-from bionemo_esm.training.averaging import average_checkpoints
+from bionemo_esm.model.nemo_connector import describe
+from bionemo_esm.pretraining.averaging import average_checkpoints
 
 COPIES, QUICK_COPIES = 47, 5
 Weights = Mapping[str, Tensor]

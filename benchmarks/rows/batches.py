@@ -19,12 +19,12 @@ from torch import Tensor
 
 from benchmarks.comparison import Row, Setting, Side, Target, best_of
 from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID, PAD_ID, TOKENS, decode
-from bionemo_esm.data.dealing import BatchPlan
+from bionemo_esm.data.batch_sampler import BatchPlan
+from bionemo_esm.data.dataloader import SampleReader, TrainingStream
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.packing import PackedBatch
-from bionemo_esm.data.pretraining import SampleReader, TrainingStream
+from bionemo_esm.data.preprocess import BuildPolicy, build_store
 from bionemo_esm.data.store import ProteinStore
-from bionemo_esm.data.uniref50 import BuildPolicy, build_store
 
 SAMPLE = Path(__file__).parents[2] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
 MAX_TOKENS = 512

@@ -30,15 +30,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from benchmarks.comparison import Row, Setting, Side, Target, best_of
 from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID, PAD_ID
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.embedding.choice import EmbeddingChoice
 from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.embedding.options import EmbeddingChoice
 from bionemo_esm.inference.engine import Engine, each_masked
 from bionemo_esm.inference.inputs import Protein, read_proteins
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.interchange.convert import import_model
-from bionemo_esm.model.interchange.dialects import FAIR_ESM
-from bionemo_esm.model.interchange.translation import give
+from bionemo_esm.model.interchange.key_mapping import FAIR_ESM
+from bionemo_esm.model.interchange.state_dict_adapter import give
 from theirs import Shape, fair_esm_model, hugging_face_model, saved  # type: ignore[import-not-found]
 
 SAMPLE = Path(__file__).parents[2] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"

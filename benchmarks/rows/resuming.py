@@ -22,13 +22,13 @@ from transformers import DataCollatorForLanguageModeling, EsmTokenizer
 
 from benchmarks.comparison import Row, Setting, Side
 from bionemo_esm.alphabet import CLS_ID, EOS_ID, TOKENS
-from bionemo_esm.data.dealing import BatchPlan
+from bionemo_esm.data.batch_sampler import BatchPlan
+from bionemo_esm.data.dataloader import SampleReader, TrainingStream, training_loader
 from bionemo_esm.data.masking import MaskingPolicy
-from bionemo_esm.data.pretraining import SampleReader, TrainingStream, training_loader
+from bionemo_esm.data.preprocess import BuildPolicy, build_store_from_splits
 from bionemo_esm.data.store import SPLITS, ProteinStore
-from bionemo_esm.data.uniref50 import BuildPolicy, build_store_from_splits
-from bionemo_esm.data.writing import StoreWriter
-from bionemo_esm.training.proteins import SAMPLE_FOLDER
+from bionemo_esm.data.store_writer import StoreWriter
+from bionemo_esm.pretraining.data_setup import SAMPLE_FOLDER
 
 POSITION, EPOCH = 10_000_000, 12_000_000  # samples
 QUICK_POSITION, QUICK_EPOCH = 1_000, 1_500

@@ -27,15 +27,15 @@ from benchmarks.comparison import Row, Setting, Side, Spent, Target
 from benchmarks.rows.resuming import resuming
 from benchmarks.steps import Ours
 from bionemo_esm.alphabet import TOKENS
-from bionemo_esm.data.dealing import BatchPlan
+from bionemo_esm.data.batch_sampler import BatchPlan
+from bionemo_esm.data.dataloader import SampleReader, StepShare, TrainingStream
 from bionemo_esm.data.masking import MaskingPolicy
-from bionemo_esm.data.pretraining import SampleReader, StepShare, TrainingStream
+from bionemo_esm.data.preprocess import BuildPolicy, build_store_from_splits
 from bionemo_esm.data.store import SPLITS, ProteinStore
-from bionemo_esm.data.uniref50 import BuildPolicy, build_store_from_splits
 from bionemo_esm.model.archive import write_archive
-from bionemo_esm.model.connector import describe
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.training.proteins import SAMPLE_FOLDER
+from bionemo_esm.model.nemo_connector import describe
+from bionemo_esm.pretraining.data_setup import SAMPLE_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_START_SECONDS = 300.0

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from benchmarks.comparison import Row, Setting, Side
 from bionemo_esm.alphabet import ENCODING_TABLE, TOKENS, UNK_ID, VOCABULARY_SIZE
 from bionemo_esm.data.fasta import read_fasta
+from bionemo_esm.data.preprocess import BuildPolicy, build_store
 from bionemo_esm.data.store import SPLITS, ProteinStore
-from bionemo_esm.data.uniref50 import BuildPolicy, build_store
 
 SAMPLE = Path(__file__).parents[2] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
 HEADER = b">UniRef50_A%09X Uncharacterized protein n=1 Tax=Escherichia coli TaxID=562 RepID=A%09X_ECOLI\n"

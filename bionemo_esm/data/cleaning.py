@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import TOKEN_IDS
 from bionemo_esm.data import kernels
-from bionemo_esm.data.digests import DigestSet
-from bionemo_esm.data.fasta import FastaError, RecordBlock, fasta_error, parse_record, record_blocks
+from bionemo_esm.data.fasta import FastaError, RecordBlock, Source, fasta_error, parse_record, record_blocks
 from bionemo_esm.data.hashing import derive_key
-from bionemo_esm.data.sources import Source
+from bionemo_esm.data.kernels import DigestSet
 from bionemo_esm.data.store import StoreError
 
 Progress = Callable[[int, int, int | None], None]

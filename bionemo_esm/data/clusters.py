@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from bionemo_esm.data import kernels
 from bionemo_esm.data.cleaning import BuildCounts, CleanBlock, Expectation, Intake, Progress
-from bionemo_esm.data.sources import Source
+from bionemo_esm.data.fasta import Source
+from bionemo_esm.data.preprocess import BuildPolicy, PathLike, scratch_file
 from bionemo_esm.data.store import ProteinStore, StoreError
-from bionemo_esm.data.uniref50 import BuildPolicy, PathLike, scratch_file
-from bionemo_esm.data.writing import StoreWriter, disk_errors
+from bionemo_esm.data.store_writer import StoreWriter, disk_errors
 
 _CLUSTER_PREFIX = b"UniRef50_"
 _BLOCK_BYTES = 2**22

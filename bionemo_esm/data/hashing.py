@@ -3,12 +3,18 @@
 Order, crop and corruption draw from here, so each is a pure function of (seed, epoch, sample): nothing to store,
 nothing to advance, the same on every rank and worker. The mixer is splitmix64's finaliser (Steele, Lea and Flood, "Fast
 splittable pseudorandom number generators", OOPSLA 2014), vectorised; arithmetic is modulo 2**64.
+
+The hashes of `hashing.py` for one word at a time, to be called in compiled loops.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from bionemo_esm.data.kernels import compiled
 
 UInt64Array = NDArray[np.uint64]
 
@@ -48,3 +54,26 @@ def uniform_integers(words: UInt64Array, bounds: ArrayLike) -> NDArray[np.int64]
     """Integers in [0, bound) from uniform words, int64 [n]: the high 32 bits times the bound, over 2**32."""
     high = words >> np.uint64(32)
     return ((high * np.asarray(bounds).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
+
+
+_U = np.uint64
+
+mixed: Any = compiled(mix)  # the same lines: what works on arrays works on a word
+
+
+@compiled
+def derived(key: Any, part: Any) -> Any:
+    """`derive_key(..., part)`, from the key of the parts before: uint64."""
+    return mixed(key ^ mixed(_U(part)))
+
+
+@compiled
+def drawn(word: Any, stream: Any) -> Any:
+    """`derive_key(word, stream)`: uint64."""
+    return derived(derived(_U(0), word), stream)
+
+
+@compiled
+def scaled(word: Any, bound: Any) -> Any:
+    """`uniform_integers` of one word: int64 in [0, bound)."""
+    return np.int64(((word >> _U(32)) * _U(bound)) >> _U(32))

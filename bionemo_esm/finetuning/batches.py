@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from bionemo_esm.data.dealing import BatchPlan, deal
-from bionemo_esm.data.order import EpochOrder
+from bionemo_esm.data.batch_sampler import BatchPlan, EpochOrder, deal
 from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack
 from bionemo_esm.finetuning.config import ReadingConfig
-from bionemo_esm.finetuning.labelled import LabelledSet
-from bionemo_esm.finetuning.task import Targets, Task, standardised
+from bionemo_esm.finetuning.dataset import LabelledSet
+from bionemo_esm.finetuning.tasks import Targets, Task, standardised
 from bionemo_esm.inference.engine import batches_by_length
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.inference.windows import blending_weights, windows

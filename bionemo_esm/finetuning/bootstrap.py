@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.finetuning.metrics import FEWEST_TO_CORRELATE, METRIC_NAMES, Known, from_counts, known, scores
-from bionemo_esm.finetuning.task import LOWER_IS_BETTER, METRICS, Prediction, Targets, Task
+from bionemo_esm.finetuning.tasks import LOWER_IS_BETTER, METRICS, Prediction, Targets, Task
 
 Floats = NDArray[np.float64]
 Runs = Sequence[Sequence[Prediction]]

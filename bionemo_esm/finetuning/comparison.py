@@ -17,14 +17,27 @@ from typing import Any
 import numpy as np
 import torch
 
+from bionemo_esm.console import RESIDUES, Meter, Screen, duration, is_rank_zero
+from bionemo_esm.finetuning.archive import archive_config
+from bionemo_esm.finetuning.baselines import fitted_composition
 from bionemo_esm.finetuning.bootstrap import decimals, differences, estimates, told
-from bionemo_esm.finetuning.composition import fitted_composition
-from bionemo_esm.finetuning.config import FROZEN, LINEAR, MEAN, MLP, ReadingConfig
+from bionemo_esm.finetuning.config import (
+    COMPOSITION,
+    FROZEN,
+    LINEAR,
+    MEAN,
+    MLP,
+    ONE_HOT,
+    UNTRAINED,
+    FinetuneConfig,
+    ReadingConfig,
+    told_settings,
+)
+from bionemo_esm.finetuning.dataset import LabelledSet, Splits
 from bionemo_esm.finetuning.features import FeatureCache, Moments, OneHot, StoredFeatures, moments
-from bionemo_esm.finetuning.fit import FitPlan, Fitted, Sources, fit
-from bionemo_esm.finetuning.labelled import LabelledSet, Splits
+from bionemo_esm.finetuning.fitting import FitPlan, Fitted, Sources, fit
 from bionemo_esm.finetuning.metrics import scores
-from bionemo_esm.finetuning.model_file import archive_config
+from bionemo_esm.finetuning.model import merged, write_fine_tuned
 from bionemo_esm.finetuning.report import (
     TEST,
     VALIDATION,
@@ -36,18 +49,15 @@ from bionemo_esm.finetuning.report import (
     lines,
     write_report,
 )
-from bionemo_esm.finetuning.saving import merged, write_fine_tuned
-from bionemo_esm.finetuning.settings import COMPOSITION, ONE_HOT, UNTRAINED, FinetuneConfig, told_settings
-from bionemo_esm.finetuning.task import Prediction
+from bionemo_esm.finetuning.tasks import Prediction
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import Protein
-from bionemo_esm.inference.model_file import ModelSizes
+from bionemo_esm.inference.model_info import ModelSizes
 from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.parallel import data_parallel_size, destroy_groups, ensure_groups
-from bionemo_esm.screen import RESIDUES, Meter, Screen, duration, is_rank_zero
 
 PRETRAINED, BARE = "pretrained", "one-hot"
 """Rows of the report; `BARE` is that of the baseline `ONE_HOT`."""

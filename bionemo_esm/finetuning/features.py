@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import FIRST_RESIDUE_ID, NUM_STANDARD_RESIDUES
 from bionemo_esm.errors import UserError
+from bionemo_esm.files import written_whole
 from bionemo_esm.finetuning.config import ReadingConfig
-from bionemo_esm.inference.embedding.choice import EmbeddingChoice
 from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.embedding.options import EmbeddingChoice
 from bionemo_esm.inference.engine import Engine, up_to
 from bionemo_esm.inference.inputs import Protein
-from bionemo_esm.outputs import written_whole
 
 _RESIDUES_AT_ONCE = 2**17
 _SECONDS_BETWEEN_LOOKS = 0.2

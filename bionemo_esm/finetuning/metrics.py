@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bionemo_esm.finetuning.task import METRICS, Prediction, Targets, Task
+from bionemo_esm.finetuning.tasks import METRICS, Prediction, Targets, Task
 
 if TYPE_CHECKING:
     import torch

@@ -1,11 +1,19 @@
 """The fine-tuned model as a NeMo model: a pretrained encoder, a head on its states, and one optimizer step of both.
 
 Shape suffixes: S proteins of a batch, R residues of all of them, H hidden size, C outputs of the task.
+
+Which parameters are trained, and how fast: slower the deeper they lie.
+
+Layers are numbered as everywhere: 0 is the embeddings, k the k-th block. The rate of layer k is that of the uppermost
+times decay to the power of the blocks above it: discriminative fine-tuning (Howard & Ruder 2018, arXiv:1801.06146,
+section 3.1, which divides by 2.6 from layer to layer).
+
+A fitted model as an archive of its own: what was trained over what it was trained from, tensor by tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,28 +23,102 @@ import torch
 from lightning.pytorch import Trainer
 from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from bionemo_esm.data.hashing import derive_key
-from bionemo_esm.finetuning.adapters import add_adapters
+from bionemo_esm.finetuning.adapters import ADAPTER_NAMES, LORA_A, LORA_B, add_adapters, merged_weights
+from bionemo_esm.finetuning.archive import MODEL_CLASS, archive_config
 from bionemo_esm.finetuning.batches import EvaluationBatches, LabelledBatch, StepShare, TrainingSteps, loader
-from bionemo_esm.finetuning.config import Parts, TuningConfig
+from bionemo_esm.finetuning.config import FROZEN, FULL, LORA, Parts, TuningConfig
 from bionemo_esm.finetuning.features import Moments
 from bionemo_esm.finetuning.heads import Head, build_head
 from bionemo_esm.finetuning.metrics import gathered, scores
-from bionemo_esm.finetuning.predicting import in_own_unit
-from bionemo_esm.finetuning.rates import parameter_groups, set_trainable
-from bionemo_esm.finetuning.task import Prediction, Targets, Task
-from bionemo_esm.model.archive import ArchiveFile
+from bionemo_esm.finetuning.predictor import in_own_unit
+from bionemo_esm.finetuning.tasks import Prediction, Targets, Task
+from bionemo_esm.model.archive import WEIGHTS, Archive, ArchiveFile, write_archive
 from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.connector import ESMSaveRestoreConnector, load_weights, register_model
 from bionemo_esm.model.encoder import ESMEncoder
-from bionemo_esm.model.optimization import MasterWeights
+from bionemo_esm.model.feature_extraction import representations
+from bionemo_esm.model.nemo_connector import ESMSaveRestoreConnector, load_weights, register_model
+from bionemo_esm.model.optimizer import MasterWeights
 from bionemo_esm.model.parallel import data_parallel_rank, data_parallel_size, data_parallel_sum, ensure_groups
-from bionemo_esm.model.reading import representations
+from bionemo_esm.model.tensor_io import LazyTensors
+from bionemo_esm.model.validate import package_versions
+
+_BLOCKS = "encoder.encoder.layers."
+_EMBEDDINGS = ("encoder.embedding.", "encoder.embedding_layernorm.")
+_ABOVE_ALL_BLOCKS = ("encoder.encoder.final_layernorm.", "encoder.lm_head.", "encoder.output_layer.")
+_HEAD = "head."
+
+
+def layer_of(name: str, num_layers: int) -> int:
+    """To which layer a parameter of a model with parts `encoder` and `head` belongs.
+
+    0: embeddings; k: the k-th block, whose name has k - 1; `num_layers`: what stands above all blocks as well;
+    `num_layers` + 1: the head.
+    """
+    if name.startswith(_HEAD):
+        return num_layers + 1
+    if name.startswith(_EMBEDDINGS):
+        return 0
+    if name.startswith(_BLOCKS):
+        layer = int(name.removeprefix(_BLOCKS).partition(".")[0]) + 1
+        assert layer <= num_layers, f"{name} lies above layer {num_layers}"
+        return layer
+    assert name.startswith(_ABOVE_ALL_BLOCKS), f"no layer is known for {name}"
+    return num_layers
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]],
+    num_layers: int,
+    lr: float,
+    head_lr: float,
+    decay: float,
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer, with keys params, lr and weight_decay; those that need no gradient are left out.
+
+    `named`: parameters by name, of a model with parts `encoder` and `head`. `num_layers`: the layer that features are
+    taken from, which learns at `lr`; layer k below it at lr * decay**(num_layers - k), the head at `head_lr`. Biases
+    and norms have no weight decay. Parameters of equal rate and decay are one group; order is that of their first.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        layer = layer_of(name, num_layers)
+        rate = head_lr if layer > num_layers else lr * decay ** (num_layers - layer)
+        groups.setdefault((rate, 0.0 if parameter.ndim < 2 else weight_decay), []).append(parameter)
+    return [{"params": members, "lr": rate, "weight_decay": shrink} for (rate, shrink), members in groups.items()]
+
+
+def freeze(module: nn.Module) -> None:
+    """No parameter of the module is trained."""
+    module.requires_grad_(False)
+
+
+def set_trainable(encoder: ESMEncoder, mode: str, layer: int) -> None:
+    """Say which parameters of an encoder are trained, when features are the hidden states of `layer`.
+
+    frozen: none; lora: adapters, which have been added, of the blocks that features come through; full: those blocks
+    and the embeddings, and the final layer norm where features are the last layer's. What predicts tokens never is.
+    """
+    blocks = len(encoder.encoder.layers)
+    assert mode in (FROZEN, FULL, LORA) and 0 <= layer <= blocks
+    freeze(encoder)
+    if mode == FROZEN:
+        return
+    for name, parameter in encoder.named_parameters(prefix="encoder"):
+        if name.startswith(_ABOVE_ALL_BLOCKS):
+            reached = layer == blocks and name.startswith("encoder.encoder.final_layernorm.")
+        else:
+            reached = layer_of(name, blocks) <= layer
+        parameter.requires_grad = reached and (mode == FULL or name.endswith(ADAPTER_NAMES))
+
 
 _DROPOUT_STREAM, _HEAD_STREAM = 16, 17  # keep their seeds apart from one another, and from those of pretraining
 _ENCODER, CONTACT_HEAD = "encoder.", "contact_head."
@@ -268,3 +350,62 @@ def class_weights(task: Task, targets: Sequence[Targets]) -> np.ndarray[Any, np.
 
 def _seed_of(*parts: int) -> int:
     return int(derive_key(*parts)[0] >> 1)
+
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+_ENCODER_SAVING = "encoder."
+
+
+def write_fine_tuned(
+    path: Path,
+    base: ArchiveFile,
+    trained: Mapping[str, Tensor],
+    task: Task,
+    parts: Parts,
+    mode: str,
+    seed: int,
+    provenance: Mapping[str, Any],
+) -> Path:
+    """Write the model, whole or not at all. Raises `ArchiveError`, also where the pretrained archive is damaged.
+
+    trained: float32, by name; where `parts` have no adapters, there are none among them (see `merged`). If the encoder
+    was trained, all of it is float32; a frozen one, and one beside its adapters, stays as it was, bit for bit.
+    """
+    base.verify(WEIGHTS)
+    encoder = EncoderConfig.from_mapping(base.config["encoder"])
+    names = [name for name in base.weights.infos if name.startswith(_ENCODER_SAVING)]
+    if mode != FROZEN and encoder.contact_head:  # it was fitted to other weights
+        encoder = EncoderConfig.from_mapping({**encoder.to_dict(), "contact_head": False})
+        names = [name for name in names if not name.startswith(_ENCODER_SAVING + CONTACT_HEAD)]
+    as_it_was = mode == FROZEN or parts.adapters is not None
+    outline = {name: _outline(base, name, as_it_was) for name in names}
+    outline |= {name: torch.empty(tensor.shape, device="meta") for name, tensor in trained.items()}
+
+    def make(name: str) -> Tensor:
+        if name in trained:
+            return trained[name]
+        tensor = base.load_finite(name)
+        return tensor if as_it_was else tensor.float()
+
+    precision = "bf16" if outline[names[0]].dtype == torch.bfloat16 else "32"
+    config = archive_config(encoder, precision, seed, task, parts)
+    told = {**provenance, "package_versions": package_versions()}
+    return write_archive(path, Archive(MODEL_CLASS, config, LazyTensors(outline, make), told))
+
+
+def merged(base: ArchiveFile, trained: Mapping[str, Tensor], parts: Parts) -> dict[str, Tensor]:
+    """What was trained, with the encoder's adapted weights in the place of their adapters: float32."""
+    assert parts.adapters is not None
+    found = {name: tensor for name, tensor in trained.items() if not name.endswith(ADAPTER_NAMES)}
+    for name in trained:
+        if name.endswith(LORA_A):
+            layer = name.removesuffix(LORA_A)
+            adapted = {layer + "weight": base.load_finite(layer + "weight").float()}
+            adapted |= {layer + kind: trained[layer + kind] for kind in (LORA_A, LORA_B)}
+            found |= merged_weights(adapted, parts.adapters)
+    return found
+
+
+def _outline(base: ArchiveFile, name: str, as_it_was: bool) -> Tensor:
+    info = base.weights.infos[name]
+    return torch.empty(info.shape, dtype=_DTYPES[info.dtype] if as_it_was else torch.float32, device="meta")

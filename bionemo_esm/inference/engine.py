@@ -21,13 +21,13 @@ from torch import Tensor
 from bionemo_esm.alphabet import MASK_ID
 from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.model_file import ModelSizes, check_words, opened
+from bionemo_esm.inference.model_info import ModelSizes, check_words, opened
 from bionemo_esm.model.archive import WEIGHTS, ArchiveFile
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.consistency import check_sizes, extension_of
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.parallel import ensure_groups
+from bionemo_esm.model.validate import check_sizes, extension_of
 
 Thing = TypeVar("Thing")
 Residues = NDArray[np.uint8]

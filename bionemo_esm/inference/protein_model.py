@@ -30,7 +30,7 @@ class ProteinModel:
         self.engine = engine
 
     def __repr__(self) -> str:
-        from bionemo_esm.inference.running import describe
+        from bionemo_esm.inference.engine_options import describe
 
         return f"<ProteinModel: {describe(self.engine)}, window of {self.engine.window:,} residues>"
 
@@ -68,8 +68,8 @@ class ProteinModel:
         arrays with a row a protein, `["its id"].arrays["residues_6"]` is what there is of one. All answers are in
         memory at once. Raises `InputError`, `ConfigError`.
         """
-        from bionemo_esm.inference.embedding.choice import EmbeddingChoice
         from bionemo_esm.inference.embedding.embeddings import Embeddings, embed_together
+        from bionemo_esm.inference.embedding.options import EmbeddingChoice
         from bionemo_esm.inference.inputs import InputPolicy, proteins_of
 
         numbers = (layers,) if isinstance(layers, int) else tuple(layers)
@@ -94,8 +94,8 @@ class ProteinModel:
         `ScoringChoice` says. Raises `VariantError` for a variant that does not go with the sequence, `InputError`,
         `ConfigError`.
         """
-        from bionemo_esm.inference.variants.choice import ScoringChoice
         from bionemo_esm.inference.variants.mutations import read_wild_type, variants_at_hand
+        from bionemo_esm.inference.variants.options import ScoringChoice
         from bionemo_esm.inference.variants.scoring import score
 
         wild_type, choice = read_wild_type(sequence, offset=offset), ScoringChoice((method,), masks, window)
@@ -115,8 +115,8 @@ class ProteinModel:
         `region`: the first and last position; None for all. `method` may be several; the rest is as for
         `score_variants`.
         """
-        from bionemo_esm.inference.variants.choice import ScoringChoice
         from bionemo_esm.inference.variants.mutations import read_wild_type
+        from bionemo_esm.inference.variants.options import ScoringChoice
         from bionemo_esm.inference.variants.scoring import scan_frame
 
         choice = ScoringChoice((method,) if isinstance(method, str) else tuple(method), window=window)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from bionemo_esm.alphabet import TOKENS
-from bionemo_esm.model.container import (
+from bionemo_esm.model.safe_serialization import check_plain, parse_json, parse_yaml, put_tensors_back, take_out_tensors
+from bionemo_esm.model.tar_format import (
     ArchiveError,
     Member,
     Section,
@@ -31,8 +32,7 @@ from bionemo_esm.model.container import (
     read_section,
     write_container,
 )
-from bionemo_esm.model.plain import check_plain, parse_json, parse_yaml, put_tensors_back, take_out_tensors
-from bionemo_esm.model.tensors import TensorTable, bytes_of, tensor_member
+from bionemo_esm.model.tensor_io import TensorTable, bytes_of, tensor_member
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bionemo_esm.model.rotary import FixedTensors
+from bionemo_esm.model.attention import FixedTensors
 
 
 def average_product_corrected(map_NRR: Tensor) -> Tensor:

@@ -23,14 +23,12 @@ from torch import Tensor, distributed
 from torch.nn.functional import gelu, pad
 
 from bionemo_esm.alphabet import MASK_ID, VOCABULARY_SIZE, padded_vocabulary_size
-from bionemo_esm.model.attention import MapObserver, PackedAttention, PackedRow
+from bionemo_esm.model.attention import MapObserver, PackedAttention, PackedRow, RotaryEmbedding
 from bionemo_esm.model.backends import FusedBackends
 from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
 from bionemo_esm.model.contact_head import ContactHead
-from bionemo_esm.model.dropout import Dropout, get_dropout_add
-from bionemo_esm.model.linear import ColumnLinear, RowLinear
+from bionemo_esm.model.cpu_kernels import ColumnLinear, Dropout, RowLinear, get_dropout_add
 from bionemo_esm.model.parallel import tensor_parallel_rank, tensor_parallel_size
-from bionemo_esm.model.rotary import RotaryEmbedding
 
 EXPECTED_MASKED = 0.15 * 0.8
 """Share of <mask> in a sequence that ESM's token dropout takes for usual: 80% of the chosen 15%."""

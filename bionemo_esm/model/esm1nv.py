@@ -19,24 +19,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from bionemo_esm.data.dataloader import StepShare, TrainingStream, ValidationBatches, training_loader, validation_loader
 from bionemo_esm.data.hashing import derive_key
 from bionemo_esm.data.packing import PackedBatch
-from bionemo_esm.data.pretraining import (
-    StepShare,
-    TrainingStream,
-    ValidationBatches,
-    training_loader,
-    validation_loader,
-)
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import Archive, read_archive
 from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig, OptimConfig
-from bionemo_esm.model.connector import ESMSaveRestoreConnector, describe, load_weights, register_model
-from bionemo_esm.model.continuing import check_that_it_fits, loops_after, take_over
 from bionemo_esm.model.encoder import ESMEncoder
-from bionemo_esm.model.guards import SkippedStep, StepGuard, SuspectSamples
-from bionemo_esm.model.optimization import MasterWeights, build_optimizer, build_schedule
+from bionemo_esm.model.nemo_connector import ESMSaveRestoreConnector, describe, load_weights, register_model
+from bionemo_esm.model.nonfinite_guard import SkippedStep, StepGuard, SuspectSamples
+from bionemo_esm.model.optimizer import MasterWeights, build_optimizer, build_schedule, build_sharded_optimizer
 from bionemo_esm.model.parallel import (
     data_parallel_rank,
     data_parallel_size,
@@ -44,8 +37,8 @@ from bionemo_esm.model.parallel import (
     ensure_groups,
     gather_shards,
 )
-from bionemo_esm.model.sharding import build_sharded_optimizer
-from bionemo_esm.model.work import StepWork, Stopwatch, measure_work
+from bionemo_esm.model.resume import check_that_it_fits, loops_after, take_over
+from bionemo_esm.model.step_stats import StepWork, Stopwatch, measure_work
 
 _DROPOUT_STREAM = 6  # keeps dropout's seeds apart from the keys of order and corruption
 

@@ -12,9 +12,8 @@ from torch import distributed
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from bionemo_esm.model.optimization import MasterWeights
+from bionemo_esm.model.optimizer import MasterWeights, load_whole_state, whole_state
 from bionemo_esm.model.parallel import destroy_groups, ensure_groups, tensor_parallel_size
-from bionemo_esm.model.sharding import load_whole_state, whole_state
 
 
 class MegatronStrategy(DDPStrategy):

@@ -17,7 +17,7 @@ from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.contacts.structures import GAPS
 from bionemo_esm.inference.engine import Engine, Residues, batches_by_length
 from bionemo_esm.inference.windows import blending_weights, windows
-from bionemo_esm.model.reading import contacts
+from bionemo_esm.model.feature_extraction import contacts
 
 Map = NDArray[np.float32]
 """Probabilities of contact [R, R], symmetric; NaN for pairs that no window holds both of."""

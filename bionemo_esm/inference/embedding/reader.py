@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.errors import UserError
-from bionemo_esm.inference.embedding.choice import Embedding
+from bionemo_esm.inference.embedding.options import Embedding
 from bionemo_esm.inference.embedding.writers import ABOUT, COUNTS, HDF5, NPZ, PARQUET, PARQUET_ABOUT, PSEUDO_PERPLEXITY
 
 MANIFEST = "manifest.json"

@@ -27,7 +27,8 @@ from typing import IO, Any
 
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.embedding.choice import Embedding
+from bionemo_esm.files import check_absent, sync_folder, written_whole
+from bionemo_esm.inference.embedding.options import Embedding
 from bionemo_esm.inference.embedding.reader import MANIFEST, read_embeddings
 from bionemo_esm.inference.embedding.writers import (
     ABOUT,
@@ -39,7 +40,6 @@ from bionemo_esm.inference.embedding.writers import (
     write_part,
 )
 from bionemo_esm.inference.inputs import Protein
-from bionemo_esm.outputs import check_absent, sync_folder, written_whole
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)

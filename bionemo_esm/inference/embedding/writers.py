@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.embedding.choice import Embedding
+from bionemo_esm.inference.embedding.options import Embedding
 
 HDF5, PARQUET, NPZ = "hdf5", "parquet", "npz"
 ENDINGS = {HDF5: ".h5", PARQUET: ".parquet", NPZ: ".npz"}

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import TOKEN_IDS, decode
-from bionemo_esm.drawing import DPI, INK, LINE, MARK, MUTED, WIDTH, styled
 from bionemo_esm.inference.variants.mutations import Variant, WildType
+from bionemo_esm.plotting import DPI, INK, LINE, MARK, MUTED, WIDTH, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.inference.engine import Engine, Question, Residues, masked
-from bionemo_esm.inference.variants.choice import MASKED, MUTANT, PSEUDO, ScoringChoice, column_of
 from bionemo_esm.inference.variants.mutations import (
     Substitution,
     Variant,
@@ -33,6 +32,7 @@ from bionemo_esm.inference.variants.mutations import (
     all_single,
     scan_columns,
 )
+from bionemo_esm.inference.variants.options import MASKED, MUTANT, PSEUDO, ScoringChoice, column_of
 from bionemo_esm.inference.windows import window_around
 
 if TYPE_CHECKING:

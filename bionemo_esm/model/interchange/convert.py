@@ -17,19 +17,17 @@ from typing import Any
 from torch import Tensor
 
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.files import nearest_folder
 from bionemo_esm.model.archive import Archive, ArchiveFile, write_archive
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.consistency import package_versions
 from bionemo_esm.model.interchange.export import DTYPES, SHARD_BYTES, ExportReport, Progress, export_hugging_face
 from bionemo_esm.model.interchange.fair_esm import read_fair_esm
-from bionemo_esm.model.interchange.foreign import ForeignModel
+from bionemo_esm.model.interchange.format_detection import Kind, Route, route
 from bionemo_esm.model.interchange.hub import fetch_from_hub
 from bionemo_esm.model.interchange.huggingface import read_hugging_face
-from bionemo_esm.model.interchange.route import Kind, Route, route
-from bionemo_esm.model.interchange.stretching import resized
-from bionemo_esm.model.interchange.translation import Taken, take
-from bionemo_esm.model.tensors import LazyTensors
-from bionemo_esm.outputs import nearest_folder
+from bionemo_esm.model.interchange.state_dict_adapter import ForeignModel, Taken, resized, take
+from bionemo_esm.model.tensor_io import LazyTensors
+from bionemo_esm.model.validate import package_versions
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from typing import Any
 from bionemo_esm.alphabet import MASK_ID
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
-from bionemo_esm.model.container import Section, hash_section, quoted
-from bionemo_esm.model.interchange.dialects import FAIR_ESM
-from bionemo_esm.model.interchange.foreign import ForeignModel
-from bionemo_esm.model.interchange.translation import ForeignTensors, InterchangeError
-from bionemo_esm.model.pickles import PickledTensors, PickleError, convert_pickle
+from bionemo_esm.model.interchange.key_mapping import FAIR_ESM
+from bionemo_esm.model.interchange.state_dict_adapter import ForeignModel, ForeignTensors, InterchangeError
+from bionemo_esm.model.tar_format import Section, hash_section, quoted
+from bionemo_esm.model.torch_pickle import PickledTensors, PickleError, convert_pickle
 
 _WEIGHTS, _NAMESPACE = "model", "argparse.Namespace"
 _IN_FILES = replace(FAIR_ESM, respelt=((rf"^{_WEIGHTS}\.", ""), *FAIR_ESM.respelt))

@@ -14,10 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bionemo_esm.model.container import quoted
-from bionemo_esm.model.interchange.huggingface import INDEX_SUFFIX, PICKLE, SAFETENSORS
-from bionemo_esm.model.interchange.huggingface_config import CONFIG, TOKENIZER, VOCABULARY, read_config
-from bionemo_esm.model.interchange.translation import InterchangeError
+from bionemo_esm.model.interchange.huggingface import (
+    CONFIG,
+    INDEX_SUFFIX,
+    PICKLE,
+    SAFETENSORS,
+    TOKENIZER,
+    VOCABULARY,
+    read_config,
+)
+from bionemo_esm.model.interchange.state_dict_adapter import InterchangeError
+from bionemo_esm.model.tar_format import quoted
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w.+-]*(/[\w.+-]+)*", re.ASCII)

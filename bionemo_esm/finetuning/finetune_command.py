@@ -1,0 +1,140 @@
+"""`bionemo-esm finetune`: a task learned from a pretrained model, compared with what needs none, and reported.
+
+All of the data are read and checked before the first model is loaded. Every fit leaves a file, so that the same command
+goes on where it was stopped. The labels of the test set are looked at when all fits have come to their ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from bionemo_esm import config_directory
+from bionemo_esm.command_line import check_command_line, start_ranks_by
+from bionemo_esm.console import Screen, exit_of, is_rank_zero, sigterm_as_exit, third_party_output_in
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.files import alone_in, check_writable
+from bionemo_esm.finetuning.config import load_finetune_config
+from bionemo_esm.inference.model_info import ModelSizes, opened
+from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile
+from bionemo_esm.model.validate import check_sizes
+
+if TYPE_CHECKING:
+    from bionemo_esm.finetuning.dataset import Splits
+
+_CONFIG, _LOG, _REPORT = "config.yaml", "output.log", "report.json"
+_PRETRAINED = "ESM1nvModel"
+_STOPPED = "Stopped; the same command goes on from the last epoch that was saved."
+
+
+def finetune(cfg: DictConfig) -> None:
+    """Fine-tune as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
+    with sigterm_as_exit(_STOPPED) if is_rank_zero() else nullcontext():
+        exit_of(lambda: _finetune(cfg), _STOPPED, silent=not is_rank_zero())
+
+
+def _finetune(cfg: DictConfig) -> int:
+    started = time.monotonic()
+    config = load_finetune_config(cfg)
+    folder = config.output.absolute()
+    if _is_finished(cfg, folder) if is_rank_zero() else (folder / _REPORT).exists():
+        if is_rank_zero():
+            print(f"Finished already: {folder / 'report.md'}, {folder / 'model.nemo'}")  # noqa: T201
+        return 0
+    base, sizes = _pretrained(config.restore_from_path)
+    config.parts(sizes)
+    from bionemo_esm.finetuning.dataset import read_splits
+
+    splits = read_splits(config.task, config.data, config.seeds[0])
+    if is_rank_zero():
+        base.verify(WEIGHTS)
+    with _at_work_in(folder, cfg) as screen:
+        _say_data(screen, splits)
+        from bionemo_esm.finetuning.comparison import compare
+
+        compare(config, base, splits, folder, screen, started)
+    return 0
+
+
+def _pretrained(path: Path) -> tuple[ArchiveFile, ModelSizes]:
+    """Raises `ArchiveError` for a file that holds no pretrained model of ours."""
+    file = opened(path)
+    if file.model_class != _PRETRAINED:
+        raise ArchiveError(
+            f"restore_from_path: {path}: holds a model of class {file.model_class}, which has learned a task already; "
+            "give the pretrained archive that it came from"
+        )
+    return file, ModelSizes(check_sizes(file))
+
+
+def _is_finished(cfg: DictConfig, folder: Path) -> bool:
+    """Whether this very job has come to its end there.
+
+    Raises `ConfigError` unless the folder is new, or one in which this job, and no other, has been at work.
+    """
+    check_writable("output", folder)
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise ConfigError(f"output: {folder} is a file; give a folder that is not there yet")
+    if not (folder / _CONFIG).exists():
+        if any(folder.iterdir()):
+            raise ConfigError(f"output: {folder} has other files in it; give a folder that is not there yet")
+        return False
+    earlier = OmegaConf.to_container(OmegaConf.load(folder / _CONFIG))
+    now = OmegaConf.to_container(cfg, resolve=True)
+    if different := _first_difference("", earlier, now):
+        raise ConfigError(
+            f"output: {folder} is of another fine-tuning, whose {different}; give its command to go on with it, remove "
+            "the folder, or choose another name"
+        )
+    return (folder / _REPORT).exists()
+
+
+def _first_difference(key: str, earlier: object, now: object) -> str:
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        for name in [*earlier, *(name for name in now if name not in earlier)]:
+            place = f"{key}.{name}" if key else str(name)
+            if found := _first_difference(place, earlier.get(name), now.get(name)):
+                return found
+        return ""
+    return "" if earlier == now else f"{key} was {earlier}, not {now}"
+
+
+@contextmanager
+def _at_work_in(folder: Path, cfg: DictConfig) -> Iterator[Screen]:
+    """The folder, held by rank 0 for all, with the messages of other libraries in its log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = is_rank_zero()
+    with (
+        alone_in(folder, "output", "choose another output") if first else nullcontext(),
+        third_party_output_in(folder / _LOG, silent=not first) as screen,
+    ):
+        if first and not (folder / _CONFIG).exists():
+            OmegaConf.save(cfg, folder / _CONFIG, resolve=True)
+        yield screen
+
+
+def _say_data(screen: Screen, splits: Splits) -> None:
+    task = splits.task
+    what = f"{len(task.classes):,} classes" if task.is_classification else "a number"
+    screen.say(f"{task.name}: {what} for each {'residue' if task.is_per_residue else 'protein'}")
+    test = "none" if splits.test is None else f"{len(splits.test):,}"
+    screen.say(
+        f"  data     {len(splits.train):,} proteins to train on, {len(splits.validation):,} to validate on, test {test}"
+    )
+    for note in splits.notes:
+        screen.say(f"  note     {note}")
+
+
+def main() -> None:
+    """`bionemo-esm finetune`, where there is no checkout and so no `examples/`."""
+    check_command_line("finetune", "finetuning")
+    start_ranks_by(str(Path(__file__).with_name("__main__.py")))
+    hydra.main(version_base="1.3", config_path=str(config_directory("finetuning")), config_name="finetune")(finetune)()

@@ -1,0 +1,299 @@
+"""One fine-tuning: epochs until validation gets no better, the best of them kept, under a Lightning trainer.
+
+What a fit has come to is in a file, which is whole or absent: after each epoch so that the same command goes on from
+there, and at the end so that it need not be done again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from bionemo_esm.console import Screen, duration
+from bionemo_esm.data.batch_sampler import BatchPlan
+from bionemo_esm.finetuning.batches import Collator, EvaluationBatches, Features, TrainingSteps
+from bionemo_esm.finetuning.config import ReadingConfig, TuningConfig
+from bionemo_esm.finetuning.dataset import LabelledSet
+from bionemo_esm.finetuning.features import Moments
+from bionemo_esm.finetuning.heads import BUFFERS
+from bionemo_esm.finetuning.metrics import gathered
+from bionemo_esm.finetuning.model import ESMFineTunedModel, class_weights
+from bionemo_esm.finetuning.tasks import Prediction, Task
+from bionemo_esm.inference.inputs import Protein
+from bionemo_esm.model.archive import Archive, ArchiveFile, write_archive
+from bionemo_esm.model.parallel import data_parallel_rank, data_parallel_size, is_first_rank
+from bionemo_esm.model.strategy import MegatronStrategy
+
+_SECONDS_BETWEEN_SAVES = 20.0
+_SECONDS_BETWEEN_LINES = 15.0  # of progress, where output is no terminal
+
+Sources = tuple[Features, Features, Features | None]  # of training, validation and test set
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """What is fitted to what, from which seed, on which device."""
+
+    name: str  # "pretrained, seed 1"
+    file: Path  # that keeps what it has come to
+    config: Mapping[str, Any]  # of the model: see `ESMFineTunedModel`
+    initial_weights: Path | None  # of the encoder; None: random ones, or no encoder
+    tuning: TuningConfig
+    train: LabelledSet
+    validation: LabelledSet
+    test: Sequence[Protein]  # without their labels
+    sources: Sources | ReadingConfig
+    standard: Moments  # of what the head reads, over the training set
+    accelerator: str
+    devices: int
+    num_nodes: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of a fit, by the weights of its best epoch."""
+
+    weights: Mapping[str, Tensor]  # of what was trained, float32, by name
+    history: list[dict[str, Any]]  # of each epoch: epoch (from 1), loss, seconds, and the validation scores
+    best_epoch: int
+    validation: list[Prediction]
+    test: list[Prediction]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """On the validation set, at the best epoch."""
+        return dict(self.history[self.best_epoch - 1]["scores"])
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that were trained."""
+        return sum(tensor.numel() for name, tensor in self.weights.items() if name not in BUFFERS)
+
+    @property
+    def seconds(self) -> float:
+        return sum(float(epoch["seconds"]) for epoch in self.history)
+
+
+def fit(plan: FitPlan, screen: Screen) -> Fitted:
+    """Fit, or go on with what the plan's file has of it, or take it from there. Collective over data-parallel ranks.
+
+    Raises `ArchiveError` for a file that is damaged, and `KeyboardInterrupt` on Ctrl-C; what was saved stays.
+    """
+    saved = _Saved.read(plan)
+    if saved is not None and saved.finished is not None:
+        return saved.finished
+    batch = plan.tuning.global_batch_size
+    watch = _Watch(plan, screen, saved)
+    trainer = Trainer(
+        accelerator=plan.accelerator,
+        devices=plan.devices,
+        num_nodes=plan.num_nodes,
+        strategy=MegatronStrategy(leave_groups_up=True),
+        callbacks=[watch],
+        max_epochs=-1,
+        val_check_interval=-(-len(plan.train) // batch),  # steps: an epoch
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model = _model(plan, trainer, saved)
+    try:
+        trainer.fit(model)
+    except SystemExit as stop:
+        if trainer.interrupted and stop.code == 1:  # what Lightning makes of KeyboardInterrupt
+            raise KeyboardInterrupt from None
+        raise
+    return watch.result(model, trainer.strategy.root_device)
+
+
+def _model(plan: FitPlan, trainer: Trainer, saved: _Saved | None) -> ESMFineTunedModel:
+    model = ESMFineTunedModel(OmegaConf.create(dict(plan.config)), trainer)
+    model.tuning, model.initial_weights = plan.tuning, plan.initial_weights
+    if not isinstance(plan.sources, ReadingConfig):
+        model.head_inputs = plan.sources[0].size
+    model.standard = plan.standard
+    if saved is not None:
+        model.steps, model.resumed, model.resumed_optimizer = saved.steps, saved.weights, saved.optimizer
+    weights = class_weights(model.task, plan.train.targets) if plan.tuning.class_weights else None
+    model.class_weights = None if weights is None else torch.from_numpy(weights)
+    tokens = plan.tuning.micro_batch_tokens
+    batches = BatchPlan(global_batch_size=plan.tuning.global_batch_size, micro_batch_tokens=tokens)
+    collator = _collator(plan, model.task, 0, plan.train)
+    model.setup_training_data(TrainingSteps(collator, batches, model.seed, weights, model.steps))
+    model.setup_validation_data(EvaluationBatches(_collator(plan, model.task, 1, plan.validation), tokens))
+    return model
+
+
+def _collator(plan: FitPlan, task: Task, place: int, labelled: LabelledSet) -> Collator:
+    """Of the set at this place of `Sources`."""
+    if isinstance(plan.sources, ReadingConfig):
+        return Collator(task, labelled, plan.sources)
+    source = plan.sources[place]
+    assert source is not None
+    return Collator(task, labelled, source)
+
+
+# --- epoch by epoch ---------------------------------------------------------------------------------------------------
+
+
+class _Watch(Callback):
+    """After each epoch: what it came to, whether it is the best, what of it is saved, and whether it is the last."""
+
+    def __init__(self, plan: FitPlan, screen: Screen, saved: _Saved | None) -> None:
+        self.plan, self.screen = plan, screen
+        self.history: list[dict[str, Any]] = [] if saved is None else saved.history
+        self.best: dict[str, Tensor] = {} if saved is None else dict(saved.best)
+        self._predictions: list[Prediction] = [] if saved is None else saved.validation
+        self._saved_at = self._shown_at = self._started = time.monotonic()
+        self._residues = 0
+
+    @property
+    def best_epoch(self) -> int:
+        """Of those so far, from 1; 0 before the first."""
+        return self.history[-1]["best_epoch"] if self.history else 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, ESMFineTunedModel)
+        self._residues += batch.residues
+        now = time.monotonic()
+        if now - self._shown_at < (0.5 if self.screen.is_terminal else _SECONDS_BETWEEN_LINES):
+            return
+        self._shown_at = now
+        steps = int(trainer.val_check_interval)
+        done = (pl_module.steps - 1) % steps + 1
+        rate = self._residues / max(now - self._started, 1e-9)
+        left = (now - self._started) / done * (steps - done)
+        self.screen.progress(
+            f"  {self.plan.name}: epoch {len(self.history) + 1}, {done / steps:.0%}, loss {pl_module.last_loss:.3f}, "
+            f"{rate:,.0f} residues/s, {duration(left)} left of the epoch{self._best_so_far(pl_module.task)}"
+        )
+
+    def _best_so_far(self, task: Task) -> str:
+        if not self.history:
+            return ""
+        best = self.history[self.best_epoch - 1]
+        return f"; best {task.metric} {best['scores'][task.metric]:.4g}, epoch {best['epoch']}"
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, ESMFineTunedModel)
+        epoch, task, found = len(self.history) + 1, pl_module.task, pl_module.last_scores[pl_module.task.metric]
+        best = self.history[self.best_epoch - 1]["scores"][task.metric] if self.history else float("nan")
+        is_best = not self.history or task.is_better(found, best)
+        if is_best:
+            self.best = {name: tensor.cpu().clone() for name, tensor in pl_module.trained().items()}
+            self._predictions = pl_module.last_predictions
+        now = time.monotonic()
+        self.history.append(
+            {
+                "epoch": epoch,
+                "loss": pl_module.last_loss,
+                "seconds": now - self._started,
+                "scores": dict(pl_module.last_scores),
+                "best_epoch": epoch if is_best else self.best_epoch,
+            }
+        )
+        self._started, self._residues = now, 0
+        self._stop_where_it_is_time(trainer)
+        if now - self._saved_at > _SECONDS_BETWEEN_SAVES and not trainer.should_stop and is_first_rank():
+            self._save(pl_module)
+
+    def _stop_where_it_is_time(self, trainer: Trainer) -> None:
+        epochs, tuning = len(self.history), self.plan.tuning
+        if epochs and (epochs >= tuning.max_epochs or epochs - self.best_epoch >= tuning.patience):
+            trainer.should_stop = True
+
+    def _save(self, model: ESMFineTunedModel) -> None:
+        optimizer: Any = model.optimizers()
+        progress = {
+            "steps": model.steps,
+            "weights": {name: tensor.cpu() for name, tensor in model.trained().items()},
+            "optimizer": optimizer.optimizer.state_dict(),
+        }
+        _write(self.plan, self.best, {**self._state([]), "progress": progress})
+        self._saved_at = time.monotonic()
+
+    def _state(self, test: Sequence[Prediction]) -> dict[str, Any]:
+        validation = torch.from_numpy(np.concatenate(self._predictions))
+        told = {"history": self.history, "validation": validation}
+        return told | ({"test": torch.from_numpy(np.concatenate(test))} if test else {})
+
+    def result(self, model: ESMFineTunedModel, device: torch.device) -> Fitted:
+        """By the best weights; the test set's proteins are predicted with those, and nobody looks at their labels."""
+        test: list[Prediction] = []
+        if self.plan.test:
+            model.load_trained({name: tensor.to(model.device) for name, tensor in self.best.items()})
+            test = _predicted(model.to(device).eval(), self.plan)
+        if is_first_rank():
+            _write(self.plan, self.best, self._state(test))
+        return Fitted(self.best, self.history, self.best_epoch, self._predictions, test)
+
+
+def _predicted(model: ESMFineTunedModel, plan: FitPlan) -> list[Prediction]:
+    """Of the test set, on all ranks."""
+    per_residue = model.task.is_per_residue
+    blank = [np.full(protein.residues if per_residue else 1, np.nan, dtype=np.float32) for protein in plan.test]
+    collator = _collator(plan, model.task, 2, LabelledSet(plan.test, blank))
+    batches = EvaluationBatches(collator, plan.tuning.micro_batch_tokens, data_parallel_rank(), data_parallel_size())
+    own: list[tuple[int, Prediction]] = []
+    for index in range(len(batches)):
+        batch = batches[index].to(model.device)
+        own += zip(batch.numbers.tolist(), model.predictions(batch), strict=True)
+    return gathered(own, len(plan.test), model.device)
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a file has of a fit: its result, or where it was."""
+
+    finished: Fitted | None
+    history: list[dict[str, Any]]
+    best: Mapping[str, Tensor]
+    validation: list[Prediction]
+    steps: int = 0
+    weights: Mapping[str, Tensor] | None = None
+    optimizer: Mapping[str, Any] | None = None
+
+    @classmethod
+    def read(cls, plan: FitPlan) -> _Saved | None:
+        if not plan.file.exists():
+            return None
+        file = ArchiveFile.open(plan.file)
+        weights, state = file.load_weights(), file.load_state()
+        task = Task.from_mapping(plan.config["task"])
+        validation = _split(task, state["validation"], plan.validation.proteins)
+        history = state["history"]
+        if progress := state.get("progress"):
+            where = progress["steps"], progress["weights"], progress["optimizer"]
+            return cls(None, history, weights, validation, *where)
+        test = _split(task, state["test"], plan.test) if "test" in state else []
+        return cls(Fitted(weights, history, history[-1]["best_epoch"], validation, test), history, weights, validation)
+
+
+def _split(task: Task, rows: Tensor, proteins: Sequence[Protein]) -> list[Prediction]:
+    sizes = [protein.residues if task.is_per_residue else 1 for protein in proteins]
+    return [part.numpy() for part in rows.split(sizes)]
+
+
+def _write(plan: FitPlan, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    write_archive(plan.file, Archive(ESMFineTunedModel.__name__, plan.config, weights, {"fit": plan.name}, state))

@@ -1,0 +1,129 @@
+"""`bionemo-esm predict`: what a fine-tuned model says of all proteins of an input, into a table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from bionemo_esm import config_directory
+from bionemo_esm.command_line import check_command_line
+from bionemo_esm.console import RESIDUES, Meter, Screen
+from bionemo_esm.data.fasta import STANDARD_INPUT
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.files import check_absent, check_writable, written_whole
+from bionemo_esm.finetuning.archive import FineTunedFile
+from bionemo_esm.finetuning.predictor import FineTunedPredictor, Layout, asked, check_ending, table_writer
+from bionemo_esm.inference.embedding.options import counted
+from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig, describe, run
+from bionemo_esm.inference.inputs import POLICY_KEYS, InputPolicy, Protein, read_proteins, take_stock
+from bionemo_esm.settings import boolean, known, path, plain_values
+
+_KEYS = ENGINE_KEYS | {"input", "output", "residues", "probabilities", *POLICY_KEYS}
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """The settings of the job; conf/finetuning/predict.yaml has what they mean."""
+
+    engine: EngineConfig
+    input: str  # a path, or `STANDARD_INPUT`
+    policy: InputPolicy
+    output: Path
+    residues: bool | None
+    probabilities: bool
+
+
+def load_predict_config(cfg: DictConfig) -> PredictConfig:
+    """Raises `ConfigError`, naming the key, for one that is unknown, missing or of the wrong kind."""
+    values = known("", plain_values(cfg), _KEYS)
+    output, source, residues = path("output", values["output"]), values["input"], values["residues"]
+    if output is None or not isinstance(source, str) or not source:
+        raise ConfigError("input and output must be paths")
+    return PredictConfig(
+        EngineConfig.of(values),
+        source if source == STANDARD_INPUT else str(Path(source).expanduser()),
+        InputPolicy.of(values),
+        output,
+        None if residues is None else boolean("residues", residues),
+        boolean("probabilities", values["probabilities"]),
+    )
+
+
+def predict(cfg: DictConfig) -> None:
+    """Predict as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
+    run(lambda: _predict(load_predict_config(cfg)), "Stopped; nothing was written. The same command begins anew.")
+
+
+def _predict(config: PredictConfig) -> int:
+    screen = Screen(sys.stdout)
+    check_absent("output", config.output)
+    check_writable("output", config.output)
+    task = FineTunedFile.open(config.engine.model).task
+    check_ending("output", config.output, task, config.residues)
+    layout = Layout.of(task, config.residues, config.probabilities)
+    proteins, residues = _input(config, screen)
+    engine = config.engine
+    predictor = FineTunedPredictor.load(engine.model, engine.device, engine.precision, engine.batch_tokens)
+    if predictor.task != task:
+        raise ConfigError(f"model: {engine.model} was replaced while the input was read; run the same command again")
+    reading = predictor.reading
+    screen.say(f"  model    {describe(predictor.engine)}")
+    screen.say(f"  task     {asked(task)}")
+    screen.say(f"           proteins over {reading.window:,} residues in windows that share {reading.overlap:,}")
+    count = 0
+    with written_whole(config.output) as stream, table_writer(stream, config.output, layout) as add:
+        for protein, prediction in predictor.stream(proteins, _metered(screen, residues)):
+            add(protein, prediction)
+            count += 1
+    screen.say(f"Wrote {config.output}, {counted(count, 'protein')}, {config.output.stat().st_size:,} bytes")
+    return 0
+
+
+def _input(config: PredictConfig, screen: Screen) -> tuple[Iterable[Protein], int]:
+    """The proteins, all of them checked, and their residues. Raises `InputError`, `SourceError`.
+
+    A file is read again for the work; what comes through standard input is held in memory.
+    """
+    name = "standard input" if config.input == STANDARD_INPUT else config.input
+    screen.say(f"Reading {name}")
+    if config.input == STANDARD_INPUT:
+        problems: list[str] = []
+        held = list(read_proteins(config.input, config.policy, problems.append))
+        if not held:
+            raise ConfigError(f"input=-: no protein {f'is left: {problems[0]}' if problems else 'in standard input'}")
+        lengths = [protein.residues for protein in held]
+        _say_input(screen, len(held), sum(lengths), max(lengths), len(problems), (problems or [""])[0])
+        return held, sum(lengths)
+    stock = take_stock(config.input, config.policy)
+    _say_input(screen, stock.proteins, stock.residues, stock.longest, stock.skipped, stock.first_problem)
+    return read_proteins(config.input, config.policy), stock.residues
+
+
+def _say_input(screen: Screen, proteins: int, residues: int, longest: int, skipped: int, first_problem: str) -> None:
+    sizes = f"{counted(proteins, 'protein')}, {counted(residues, 'residue')}, the longest of {longest:,}"
+    screen.say(f"  input    {sizes}")
+    if skipped:
+        screen.say(f"           {counted(skipped, 'record')} left out; the first: {first_problem}")
+
+
+def _metered(screen: Screen, residues: int) -> Callable[[int], None]:
+    """Shows how many of the residues are done."""
+    meter, done = Meter(screen, "predicting", RESIDUES), 0
+
+    def answered(more: int) -> None:
+        nonlocal done
+        done += more
+        meter(done, residues)
+
+    return answered
+
+
+def main() -> None:
+    """`bionemo-esm predict`, where there is no checkout and so no `examples/`."""
+    check_command_line("predict", "finetuning")
+    hydra.main(version_base="1.3", config_path=str(config_directory("finetuning")), config_name="predict")(predict)()

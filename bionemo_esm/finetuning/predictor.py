@@ -1,0 +1,360 @@
+"""A fine-tuned model at work: proteins in, probabilities or numbers out.
+
+    model = FineTunedPredictor.load("finetuned.nemo")
+    model.predict_table({"ubiquitin": "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"})
+
+The encoder reads each protein as in training (`ReadingConfig`), and the head what that gives; neither NeMo nor
+Lightning is imported. Shape suffixes: R residues of packed proteins, S proteins, H hidden size, C outputs.
+
+Predictions as tables: which columns, and CSV, TSV, Parquet or FASTA, written as they come.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bionemo_esm.alphabet import decode
+from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.finetuning.archive import FineTunedFile
+from bionemo_esm.finetuning.config import ReadingConfig
+from bionemo_esm.finetuning.tasks import Prediction, Task
+from bionemo_esm.inference.embedding.options import EmbeddingChoice, named
+from bionemo_esm.inference.inputs import InputPolicy, Protein, Sequences, proteins_of
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_PARQUET = (".parquet", ".pq")
+_FASTA = (".fasta", ".fa")
+_GZIP = ".gz"
+_ENDINGS = (*_SEPARATORS, *_PARQUET, *_FASTA)
+_ROWS_AT_ONCE = 1 << 16  # of a group in Parquet, whatever their number in a batch
+_COMPRESSION = 6
+
+Columns = dict[str, list[Any]]
+Add = Callable[[Protein, Prediction], None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns a table of predictions has. No two can have the same name: those of classes begin with `p_`.
+
+    A row for each protein: `id`, `prediction` (a class, or a number in its own unit), for a class its `probability`,
+    and `p_CLASS` for each class. A row for each residue: `id`, `position` (1 for the first), `residue` (its letter),
+    then the same. Of a task per residue whose classes have one letter each, also a row for each protein: `prediction`
+    is a letter for each residue, `probability` the mean of theirs.
+    """
+
+    task: Task
+    by_residue: bool  # a row for each
+    probabilities: bool  # p_CLASS for each class
+
+    @classmethod
+    def of(cls, task: Task, residues: bool | None, probabilities: bool) -> Layout:
+        """`residues`: a row for each; None: where a task per residue cannot be written as letters.
+
+        Raises `ConfigError` for rows that the task does not have.
+        """
+        if residues and not task.is_per_residue:
+            raise ConfigError(f"residues=true: {task.name} predicts one thing for each protein; leave it out")
+        if residues is False and task.is_per_residue and not lettered(task):
+            raise ConfigError(f"residues=false: what {task.name} predicts cannot be one letter for each residue")
+        by_residue = task.is_per_residue and not lettered(task) if residues is None else residues
+        return cls(task, by_residue, probabilities and task.is_classification and by_residue == task.is_per_residue)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names, in order."""
+        places = ["position", "residue"] if self.by_residue else []
+        chance = ["probability"] if self.task.is_classification else []
+        each = [f"p_{name}" for name in self.task.classes] if self.probabilities else []
+        return ["id", *places, "prediction", *chance, *each]
+
+    @property
+    def numbers(self) -> list[str]:
+        """Those of the columns that hold float32."""
+        return [name for name in self.columns if name not in ("id", "position", "residue", *self._words)]
+
+    @property
+    def _words(self) -> list[str]:
+        return ["prediction"] if self.task.is_classification else []
+
+    def rows(self, protein: Protein, prediction: Prediction) -> Columns:
+        """The rows of one protein, column by column."""
+        found: Columns = {"id": [protein.id] * (protein.residues if self.by_residue else 1)}
+        if self.by_residue:
+            found |= {"position": list(range(1, protein.residues + 1)), "residue": list(decode(protein.tokens))}
+        if not self.task.is_classification:
+            return found | {"prediction": prediction[:, 0].tolist()}
+        chosen, highest = prediction.argmax(axis=1).tolist(), prediction.max(axis=1)
+        names = [self.task.classes[number] for number in chosen]
+        if self.task.is_per_residue and not self.by_residue:
+            return found | {"prediction": ["".join(names)], "probability": [float(highest.mean(dtype=np.float64))]}
+        found |= {"prediction": names, "probability": highest.tolist()}
+        if self.probabilities:
+            found |= {f"p_{name}": prediction[:, number].tolist() for number, name in enumerate(self.task.classes)}
+        return found
+
+
+def lettered(task: Task) -> bool:
+    """Whether what is predicted of a protein can be written as one letter for each residue."""
+    return task.is_per_residue and task.is_classification and all(_is_letter(name) for name in task.classes)
+
+
+def check_ending(key: str, output: Path, task: Task, residues: bool | None) -> None:
+    """Raises `ConfigError`, naming the key, for a name that no table, or none of this task, can have."""
+    ending = _ending(output)
+    if ending not in _ENDINGS or (ending in _PARQUET and output.suffix.lower() == _GZIP):
+        raise ConfigError(f"{key}: {output} must end in .csv, .tsv, .fasta (each with .gz, too) or .parquet")
+    if ending in _FASTA and not lettered(task):
+        raise ConfigError(
+            f"{key}: {output}: FASTA takes a letter for each residue, which {task.name} does not predict; "
+            "choose .csv, .tsv or .parquet"
+        )
+    if ending in _FASTA and residues:
+        raise ConfigError(
+            f"{key}: {output}: FASTA has no row for each residue; leave residues=true out, or choose .csv"
+        )
+
+
+@contextmanager
+def table_writer(stream: IO[bytes], output: Path, layout: Layout) -> Iterator[Add]:
+    """What writes the rows of each protein to the stream, in the format that the name of `output` says.
+
+    CSV and TSV have six decimals of a probability, six digits of a number; Parquet has float32. FASTA has the letters
+    that are predicted. Nothing is kept but what makes up a block.
+    """
+    ending = _ending(output)
+    if ending in _PARQUET:
+        with _parquet(stream, layout) as add:
+            yield add
+        return
+    is_packed = output.suffix.lower() == _GZIP
+    packed = gzip.GzipFile("", "wb", _COMPRESSION, stream, mtime=0) if is_packed else None
+    text = io.TextIOWrapper(packed or stream, encoding="utf-8", newline="")
+    yield _fasta(text, layout) if ending in _FASTA else _separated(text, layout, _SEPARATORS[ending])
+    text.flush()
+    text.detach()
+    if packed is not None:
+        packed.close()
+
+
+def frame(layout: Layout, found: Iterable[tuple[Protein, Prediction]]) -> DataFrame:
+    """All predictions as a table in memory."""
+    import pandas
+
+    every: Columns = {name: [] for name in layout.columns}
+    for protein, prediction in found:
+        for name, values in layout.rows(protein, prediction).items():
+            every[name] += values
+    numbers = layout.numbers
+    return pandas.DataFrame(
+        {name: np.array(values, dtype=np.float32) if name in numbers else values for name, values in every.items()}
+    )
+
+
+def _separated(text: io.TextIOWrapper, layout: Layout, separator: str) -> Add:
+    rows = csv.writer(text, delimiter=separator, lineterminator="\n")
+    rows.writerow(layout.columns)
+    numbers = set(layout.numbers)
+    as_text = _six_decimals if layout.task.is_classification else _six_digits
+
+    def add(protein: Protein, prediction: Prediction) -> None:
+        columns = layout.rows(protein, prediction)
+        fields = [map(as_text, columns[name]) if name in numbers else columns[name] for name in layout.columns]
+        rows.writerows(zip(*fields, strict=True))
+
+    return add
+
+
+def _fasta(text: io.TextIOWrapper, layout: Layout) -> Add:
+    def add(protein: Protein, prediction: Prediction) -> None:
+        letters = layout.rows(protein, prediction)["prediction"]
+        text.write(f">{protein.id}\n{''.join(letters)}\n")
+
+    return add
+
+
+@contextmanager
+def _parquet(stream: IO[bytes], layout: Layout) -> Iterator[Add]:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    numbers = set(layout.numbers)
+    kinds = {name: arrow.float32() if name in numbers else arrow.string() for name in layout.columns}
+    schema = arrow.schema([(name, arrow.int64() if name == "position" else kind) for name, kind in kinds.items()])
+    waiting: Columns = {name: [] for name in layout.columns}
+    with parquet.ParquetWriter(stream, schema) as writer:
+
+        def write(rows: int) -> None:
+            table = arrow.table({name: values[:rows] for name, values in waiting.items()}, schema=schema)
+            writer.write_table(table, row_group_size=_ROWS_AT_ONCE)
+            for values in waiting.values():
+                del values[:rows]
+
+        def add(protein: Protein, prediction: Prediction) -> None:
+            for name, values in layout.rows(protein, prediction).items():
+                waiting[name] += values
+            while len(waiting["id"]) >= _ROWS_AT_ONCE:
+                write(_ROWS_AT_ONCE)
+
+        yield add
+        write(len(waiting["id"]))
+
+
+def _ending(output: Path) -> str:
+    return Path(output.name.lower().removesuffix(_GZIP)).suffix
+
+
+def _is_letter(name: str) -> bool:
+    return len(name) == 1 and name.isprintable() and not name.isspace() and name != ">"
+
+
+def _six_decimals(value: float) -> str:
+    return f"{value:.6f}"
+
+
+def _six_digits(value: float) -> str:
+    return f"{value + 0.0:.6g}"  # + 0.0: never -0
+
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from pandas import DataFrame
+    from torch import Tensor, nn
+
+    from bionemo_esm.inference.engine import Engine
+
+_GROUP_BYTES = 1 << 27  # of states in memory at once, or those of one protein
+
+
+class FineTunedPredictor:
+    """An encoder, the head that was trained on it, and the task of both."""
+
+    def __init__(self, engine: Engine, head: nn.Module, task: Task, reading: ReadingConfig) -> None:
+        """`head` is float32, and on any device; it is moved to the engine's."""
+        self.engine, self.task, self.reading = engine, task, reading
+        self.head = head.to(engine.device).eval()
+
+    def __repr__(self) -> str:
+        from bionemo_esm.inference.engine_options import describe
+
+        return f"<FineTunedPredictor: {asked(self.task)}; {describe(self.engine)}>"
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], device: str = "auto", precision: str = "32", batch_tokens: int | None = None
+    ) -> FineTunedPredictor:
+        """The model of a `.nemo` that `bionemo-esm finetune` wrote; arguments and errors are those of `Engine.load`.
+
+        `precision` is the encoder's; a head computes in float32.
+        """
+        opened = FineTunedFile.open(Path(path))
+        with warnings.catch_warnings():  # of Megatron, where neither Apex nor Transformer Engine is installed
+            warnings.simplefilter("ignore")
+            from bionemo_esm.inference.engine import Engine
+
+            engine = Engine.of(opened.file, device, precision, batch_tokens)
+        return cls(engine, opened.head(), opened.task, opened.parts.reading)
+
+    def predict(
+        self, proteins: Iterable[Protein], answered: Callable[[int], None] = lambda residues: None
+    ) -> list[Prediction]:
+        """What the model says of each protein, in order; as `stream`, with all answers in memory."""
+        return [prediction for _, prediction in self.stream(proteins, answered)]
+
+    def stream(
+        self, proteins: Iterable[Protein], answered: Callable[[int], None] = lambda residues: None
+    ) -> Iterator[tuple[Protein, Prediction]]:
+        """Each protein with what the model says of it, in order.
+
+        Proteins are taken as they are needed, some at a time; `answered` is told of progress, in residues that add up
+        to those of the proteins. No answer depends on the other proteins but for rounding, 1e-5 in float32. Raises
+        `UserError` for a protein of which the model says NaN or infinity.
+        """
+        from bionemo_esm.inference.engine import up_to
+
+        residues = max(1, _GROUP_BYTES // (4 * self.engine.config.hidden_size))
+        for some in up_to(residues, proteins, lambda protein: protein.residues):
+            states = self._states(some, answered)
+            found = answers(self.head, self.task, states, self.engine.device, self.engine.batch_tokens)
+            for protein, prediction in zip(some, found, strict=True):
+                if not np.isfinite(prediction).all():
+                    raise UserError(f"{named(protein)}: the model's answer is no finite number; precision=32 may help")
+                yield protein, prediction
+
+    def predict_table(
+        self,
+        sequences: Sequences,
+        residues: bool | None = None,
+        probabilities: bool = True,
+        policy: InputPolicy | None = None,
+    ) -> DataFrame:
+        """The predictions as a table, with the columns that `bionemo-esm predict` writes; see `Layout`.
+
+        `sequences`: ids with their sequences, sequences, one sequence, or the name of a file, read by the policy.
+        `residues`: of a task per residue, a row for each; None where letters cannot name the classes. Raises
+        `InputError`; `ConfigError` for a table that the task does not have.
+        """
+        layout = Layout.of(self.task, residues, probabilities)
+        return frame(layout, self.stream(proteins_of(sequences, policy or InputPolicy())))
+
+    def _states(self, proteins: Sequence[Protein], answered: Callable[[int], None]) -> list[NDArray[np.floating]]:
+        """What the head is given: of each protein, the states of its residues, float32 [R, H]."""
+        from bionemo_esm.inference.embedding.embeddings import embed_together
+
+        reading = self.reading
+        choice = EmbeddingChoice(
+            (reading.layer,), mean=False, residues=True, window=reading.window, overlap=reading.overlap
+        )
+        found = embed_together(self.engine, proteins, choice, answered)
+        return [embedding.arrays[f"residues_{reading.layer}"] for embedding in found]
+
+
+def answers(
+    head: nn.Module, task: Task, states: Sequence[NDArray[np.floating]], device: object, batch_tokens: int
+) -> list[Prediction]:
+    """What a head on that device says of some proteins, by the states [R, H] of their residues, in order.
+
+    As many together as have `batch_tokens` residues, or one. Probabilities, or numbers in the task's own unit.
+    """
+    import torch
+
+    from bionemo_esm.inference.engine import up_to
+
+    found: list[Prediction] = []
+    with torch.inference_mode():
+        for some in up_to(batch_tokens, states, len):
+            bounds = np.cumsum([0, *map(len, some)])
+            packed_RH = torch.from_numpy(np.concatenate(some)).to(device)  # type: ignore[call-overload]
+            outputs = head(packed_RH, torch.from_numpy(bounds).to(device))  # type: ignore[call-overload]
+            rows = in_own_unit(task, outputs).cpu().numpy()
+            edges = bounds if task.is_per_residue else np.arange(len(some) + 1)
+            found += [rows[begin:end].copy() for begin, end in pairwise(edges.tolist())]  # not a view of the batch's
+    return found
+
+
+def in_own_unit(task: Task, outputs: Tensor) -> Tensor:
+    """A head's outputs [..., C] as `Prediction` has them: softmax over the classes, or the number, float32."""
+    if task.is_classification:
+        return outputs.float().softmax(dim=-1)
+    return outputs.float() * task.target_scale + task.target_mean
+
+
+def asked(task: Task) -> str:
+    """A task in a few words."""
+    what = f"one of {len(task.classes):,} classes" if task.is_classification else "a number"
+    return f"{task.name}, {what} for each {'residue' if task.is_per_residue else 'protein'}"

@@ -1,0 +1,248 @@
+"""`bionemo-esm fit-contacts`: a contact head from a few structures, saved with the model in a new archive."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig
+
+from bionemo_esm import config_directory
+from bionemo_esm.command_line import check_command_line
+from bionemo_esm.console import RESIDUES, Meter, Screen
+from bionemo_esm.data.store import sha256_of_file
+from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.files import check_absent, check_writable
+from bionemo_esm.inference.contacts.head_fitting import (
+    Division,
+    FitChoice,
+    Pairs,
+    bytes_to_fit,
+    check_memory,
+    divide,
+    training_pairs,
+)
+from bionemo_esm.inference.contacts.metrics import TIES, Row, as_dicts, intervals, summary, table, verdict
+from bionemo_esm.inference.contacts.structures import files_of, read_structures, source_paths
+from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig, describe, run
+from bionemo_esm.settings import boolean, integer, known, number, path, plain_values
+
+if TYPE_CHECKING:  # they import torch
+    from bionemo_esm.inference.contacts.head_fitting import Regression
+    from bionemo_esm.inference.engine import Engine
+
+_KEYS = ENGINE_KEYS | {
+    *("structures", "output", "atom", "chain", "train", "C", "contact_angstrom", "separation", "most_pairs", "seed"),
+    "baseline",
+}
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Which model, which structures, and what is fitted."""
+
+    engine: EngineConfig
+    structures: tuple[str, ...]
+    output: Path
+    atom: str
+    chain: str | None
+    choice: FitChoice
+    baseline: bool
+
+
+def load_fit_config(cfg: DictConfig) -> FitConfig:
+    """Raises `ConfigError`, naming the key, for one that is unknown, missing or of the wrong kind."""
+    values = known("", plain_values(cfg), _KEYS)
+    output = path("output", values["output"])
+    if output is None or output.suffix != ".nemo":
+        raise ConfigError(f"output must be the name of a .nemo to write, not {values['output']!r}")
+    train, most = values["train"], values["most_pairs"]
+    choice = FitChoice(
+        tuple(map(str, train)) if isinstance(train, list) else integer("train", train),
+        integer("seed", values["seed"]),
+        number("C", values["C"]),
+        number("contact_angstrom", values["contact_angstrom"]),
+        integer("separation", values["separation"]),
+        None if most is None else integer("most_pairs", most),
+    )
+    return FitConfig(
+        EngineConfig.of(values),
+        source_paths("structures", values["structures"]),
+        output,
+        str(values["atom"]),
+        None if values["chain"] is None else str(values["chain"]),
+        choice,
+        boolean("baseline", values["baseline"]),
+    )
+
+
+def fit_contacts(cfg: DictConfig) -> None:
+    """Fit as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
+    run(lambda: _fit(load_fit_config(cfg)), "Stopped; nothing was written.")
+
+
+def _fit(config: FitConfig) -> int:
+    check_absent("output", config.output)
+    check_writable("output", config.output)
+    config.engine.check()
+    screen = Screen(sys.stdout)
+    choice = config.choice
+    structures = read_structures(config.structures, config.atom, config.chain)
+    chains = f"{len(structures):,} chain{'s' * (len(structures) != 1)}"
+    screen.say(f"Read {chains} from {', '.join(config.structures)}")
+
+    engine = config.engine.load()
+
+    from bionemo_esm.inference.contacts.head_fitting import fit_head  # torch takes a second to import
+
+    screen.say(f"  model    {describe(engine)}")
+    if engine.config.contact_head:
+        screen.say("  note     it has a contact head already, which the new one replaces")
+    division = divide(structures, choice, engine.window)
+    pairs = training_pairs(division.train, choice)
+    count, heads = sum(len(part.first) for part in pairs), engine.layers * engine.config.num_attention_heads
+    check_memory(count, heads)
+    _tell_division(screen, division, pairs, heads)
+    answered = _told(screen, "attention", sum(structure.residues for structure in division.train))
+    regression = fit_head(engine, division.train, pairs, choice, answered)
+    _tell_fit(screen, regression)
+    results = _results(engine, regression, division, pairs, config, screen)
+    _save(engine, regression, _provenance(config, engine, regression, division, count, results), config.output)
+    screen.say(f"Wrote {config.output}, {config.output.stat().st_size:,} bytes: the same weights, and the contact head")
+    name = shlex.quote(str(config.output))
+    screen.say(f"Predict contacts:  bionemo-esm contacts model={name} input=proteins.fasta output=contacts")
+    return 0
+
+
+def _tell_division(screen: Screen, division: Division, pairs: Sequence[Pairs], heads: int) -> None:
+    count, touching = sum(len(part.first) for part in pairs), sum(int(part.touch.sum()) for part in pairs)
+    structures = f"{len(division.train)} structure{'s' * (len(division.train) != 1)}"
+    screen.say(f"  fit on   {structures}, {count:,} pairs of residues, {touching:,} in contact")
+    left_out = [
+        f"{division.repeated} with the sequence of another" if division.repeated else "",
+        f"{division.without_pairs} without pairs to ask about" if division.without_pairs else "",
+    ]
+    told = ", ".join(filter(None, left_out))
+    others = f"{len(division.held_out)} other{'s' * (len(division.held_out) != 1)}"
+    screen.say(f"  test on  {others}{f'; left out: {told}' if told else ''}")
+    screen.say(f"  features {heads:,} attention heads; fitting takes up to {bytes_to_fit(count, heads) / 1e9:.2f} GB")
+
+
+def _tell_fit(screen: Screen, regression: Regression) -> None:
+    used = int((regression.weight != 0).sum())
+    screen.say(
+        f"  head     {used:,} of {len(regression.weight):,} attention heads ha{'s' if used == 1 else 've'} a weight"
+    )
+    if not used:
+        screen.say("  note     none has: all pairs get the same probability. A higher C allows more, e.g. C=1")
+    if not regression.converged:
+        screen.say(f"  note     not converged after {regression.rounds:,} rounds; the weights are near the best ones")
+
+
+def _told(screen: Screen, what: str, total: int) -> Callable[[int], None]:
+    meter, done = Meter(screen, what, RESIDUES), 0
+
+    def answered(residues: int) -> None:
+        nonlocal done
+        done += residues
+        meter(done, total)
+
+    return answered
+
+
+def _results(
+    engine: Engine, regression: Regression, division: Division, pairs: list[Pairs], config: FitConfig, screen: Screen
+) -> dict[str, list[Row]]:
+    """Precisions over the held-out structures by the name of the predictor; told as well."""
+    from bionemo_esm.inference.contacts import head_fitting as fitting
+
+    if not division.held_out:
+        screen.say("  note     all structures were fitted on: how good the head is on others is not known")
+        return {}
+    choice, others = config.choice, division.held_out
+    total = sum(structure.residues for structure in others)
+    found = {
+        "model": fitting.evaluate(engine, regression, others, choice, _told(screen, "held out", total)),
+        "separation alone": fitting.evaluate_separation(pairs, others, choice),
+        "best possible": fitting.best_possible(others, choice),
+    }
+    if config.baseline:
+        blank = fitting.untrained(engine, config.choice.seed)
+        its_own = fitting.fit_head(blank, division.train, pairs, choice)
+        found["untrained model"] = fitting.evaluate(blank, its_own, others, choice, _told(screen, "untrained", total))
+    order = [name for name in ("model", "untrained model", "separation alone", "best possible") if name in found]
+    rows: dict[str, list[Row]] = {name: summary(found[name], config.choice.seed) for name in order}
+    screen.say("Precision on the held-out structures:")
+    for line in table(rows):
+        screen.say(f"  {line}")
+    screen.say(f"  {TIES}")
+    compared = {name: rows[name] for name in rows if name != "best possible"}
+    for line in (*intervals(compared), *verdict(compared)):
+        screen.say(f"  {line}")
+    return rows
+
+
+def _provenance(
+    config: FitConfig,
+    engine: Engine,
+    regression: Regression,
+    division: Division,
+    pairs: int,
+    results: Mapping[str, Sequence[Row]],
+) -> dict[str, Any]:
+    """What the new archive says of its contact head."""
+    import sklearn
+
+    files = {Path(file).name: sha256_of_file(Path(file)) for file in files_of(config.structures)}
+    digest = hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
+    return {
+        "fitted_on": [structure.id for structure in division.train],
+        "pairs": pairs,
+        "structure_files": files if len(files) <= 100 else f"{len(files)} files",
+        "structure_files_sha256": digest,
+        "contact": f"{config.atom} nearer than {config.choice.contact_angstrom:g} angstrom",
+        "separation": config.choice.separation,
+        "C": config.choice.strength,
+        "seed": config.choice.seed,
+        "solver": f"scikit-learn {sklearn.__version__}, liblinear, L1",
+        "heads_used": int((regression.weight != 0).sum()),
+        "weights_sha256": engine.weights_sha256,
+        "held_out_structures": len(division.held_out),
+        "precision": {name: as_dicts(rows) for name, rows in results.items()},
+    }
+
+
+def _save(engine: Engine, regression: Regression, provenance: Mapping[str, Any], output: Path) -> None:
+    """The engine's archive again, bit for bit, with this contact head; one it had is replaced."""
+    import torch
+
+    from bionemo_esm.inference.contacts.head_fitting import head_of
+    from bionemo_esm.model.archive import WEIGHTS, Archive, ArchiveFile, write_archive
+    from bionemo_esm.model.tensor_io import LazyTensors
+
+    assert engine.source is not None
+    file = ArchiveFile.open(engine.source)
+    if file.weights_sha256 != engine.weights_sha256:
+        raise UserError(f"model: {engine.source} was replaced while the head was fitted; run the same command again")
+    file.verify(WEIGHTS)
+    fitted = {f"encoder.contact_head.{name}": tensor for name, tensor in head_of(regression).state_dict().items()}
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
+    infos = file.weights.infos.items()
+    outline = {name: torch.empty(info.shape, dtype=dtypes[info.dtype], device="meta") for name, info in infos}
+    weights = LazyTensors(outline | fitted, lambda name: fitted[name] if name in fitted else file.load_finite(name))
+    config = {**file.config, "encoder": {**file.config["encoder"], "contact_head": True}}
+    write_archive(output, Archive(file.model_class, config, weights, {**file.provenance, "contact_head": provenance}))
+
+
+def main() -> None:
+    """`bionemo-esm fit-contacts`, where there is no checkout and so no `examples/`."""
+    check_command_line("fit_contacts", "inference")
+    hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="fit_contacts")(
+        fit_contacts
+    )()

@@ -1,0 +1,237 @@
+"""`bionemo-esm embed`: embeddings of all proteins of an input, into a file or a folder of parts."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from bionemo_esm import config_directory
+from bionemo_esm.command_line import check_command_line
+from bionemo_esm.console import EXIT_INTERRUPTED, RESIDUES, Meter, Screen, exit_of, sigterm_as_exit
+from bionemo_esm.data.fasta import STANDARD_INPUT
+from bionemo_esm.data.store import sha256_of_file
+from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.files import check_absent, check_writable
+from bionemo_esm.inference.embedding.launcher import Outcome, embed_in_processes, launched
+from bionemo_esm.inference.embedding.options import EmbeddingChoice, counted
+from bionemo_esm.inference.embedding.shards import WorkFolder, copied
+from bionemo_esm.inference.embedding.worker import EmbedTask, Share, Tell, embed_share
+from bionemo_esm.inference.embedding.writers import format_of
+from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig
+from bionemo_esm.inference.inputs import POLICY_KEYS, InputPolicy, take_stock
+from bionemo_esm.settings import boolean, integer, known, path, plain_values
+
+_STOPPED = "Stopped."
+_SIGNALLED = (EXIT_INTERRUPTED, 128 + signal.SIGTERM)
+_GOES_ON = "the same command goes on from there"
+_BOOLEANS = ("mean", "cls", "residues", "logits", "pseudo_perplexity")
+_KEYS = ENGINE_KEYS | {
+    "input", "output", "format", "layers", *_BOOLEANS, "dtype", "long_proteins", "window", "overlap", *POLICY_KEYS,
+    "devices", "part_proteins", "part_megabytes",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """The settings of the job; conf/inference/embed.yaml has what they mean."""
+
+    engine: EngineConfig
+    input: str  # a path, or `STANDARD_INPUT`
+    policy: InputPolicy
+    output: Path
+    kind: str  # a format of `writers`
+    is_folder: bool
+    choice: EmbeddingChoice
+    devices: int
+    part_proteins: int
+    part_megabytes: int
+
+    @property
+    def work(self) -> WorkFolder:
+        return WorkFolder(self.output, self.kind, self.is_folder)
+
+    def __post_init__(self) -> None:
+        for key in ("devices", "part_proteins", "part_megabytes"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} must be at least 1, not {getattr(self, key)}")
+        if self.devices > 1 and ":" in self.engine.device:
+            raise ConfigError(
+                f"device={self.engine.device} names one GPU, devices={self.devices} wants more; device=cuda"
+            )
+
+
+def load_embed_config(cfg: DictConfig) -> EmbedConfig:
+    """Raises `ConfigError`, naming the key, for one that is unknown, missing or of the wrong kind."""
+    values = known("", plain_values(cfg), _KEYS)
+    output, source = path("output", values["output"]), values["input"]
+    if output is None or not isinstance(source, str) or not source:
+        raise ConfigError("input and output must be paths")
+    kind, is_folder = format_of(output, None if values["format"] is None else str(values["format"]))
+    return EmbedConfig(
+        EngineConfig.of(values),
+        source if source == STANDARD_INPUT else str(Path(source).expanduser()),
+        InputPolicy.of(values),
+        output,
+        kind,
+        is_folder,
+        _choice(values),
+        integer("devices", values["devices"]),
+        integer("part_proteins", values["part_proteins"]),
+        integer("part_megabytes", values["part_megabytes"]),
+    )
+
+
+def _choice(values: dict[str, Any]) -> EmbeddingChoice:
+    layers = values["layers"] if isinstance(values["layers"], list) else [values["layers"]]
+    return EmbeddingChoice(
+        layers=tuple(integer("layers", layer) for layer in layers),
+        dtype=str(values["dtype"]),
+        long_proteins=str(values["long_proteins"]),
+        window=None if values["window"] is None else integer("window", values["window"]),
+        overlap=None if values["overlap"] is None else integer("overlap", values["overlap"]),
+        **{key: boolean(key, values[key]) for key in _BOOLEANS},
+    )
+
+
+def embed(cfg: DictConfig) -> None:
+    """Embed as a composed Hydra configuration says. Exits with 2 for what a user can mend, 1 where a process died."""
+    config: EmbedConfig | None = None
+
+    def job() -> int:
+        nonlocal config
+        config = load_embed_config(cfg)
+        return _embed(config)
+
+    try:
+        with sigterm_as_exit(_STOPPED):
+            exit_of(job, _STOPPED)
+    except SystemExit as stop:
+        if stop.code in _SIGNALLED and config is not None and not config.output.exists():
+            print(f"{_kept(config.work)}.", file=sys.stderr)  # noqa: T201
+        raise
+
+
+def _embed(config: EmbedConfig) -> int:
+    share = launched()
+    screen = Screen(sys.stdout, silent=share is not None and share.rank > 0)
+    if share is not None:
+        return _one_of_many(config, share, screen)
+    check_absent("output", config.output)
+    check_writable("output", config.output)
+    config.choice.resolved(config.engine.check())
+    work = config.work
+    with work.held():
+        task = _task(config, screen, work)
+        tell = Tell(screen.say, _metered(screen, "embedding", task.stock.residues))
+        if config.devices == 1:
+            finished = embed_share(task, Share(), tell)
+            assert finished, "one process alone finishes all parts"
+        else:
+            outcome = embed_in_processes(task, config.devices, tell)
+            if not outcome.finished:
+                return _fail(outcome, work)
+    _say_finished(task, screen)
+    return 0
+
+
+def _one_of_many(config: EmbedConfig, share: Share, screen: Screen) -> int:
+    """One of the processes that a launcher has started: each on its own, until one finds that all is there."""
+    if config.devices != 1:
+        raise ConfigError(f"devices={config.devices}: {share.world} processes were started already; leave devices out")
+    if config.input == STANDARD_INPUT:
+        raise ConfigError("input=-: several processes cannot share standard input; give a file, or use devices=N")
+    check_writable("output", config.output)
+    config.choice.resolved(config.engine.check())
+    work = config.work
+    with work.shared():
+        task = _task(config, screen, work)
+        what = f"embedding, process 1 of {share.world}"
+        tell = Tell(screen.say, _metered(screen, what, task.stock.residues // share.world))
+        finished = embed_share(task, share, tell)
+    if finished:
+        _say_finished(task, screen)
+    else:
+        screen.say(
+            f"This process is done; the last of {share.world} makes {config.output}. If one dies, finished parts are "
+            f"kept: {_GOES_ON}."
+        )
+    return 0
+
+
+def _metered(screen: Screen, what: str, residues: int) -> Callable[[int], None]:
+    """Shows how many residues are done; the clock begins with the first answer, as a model may take long to load."""
+    meter: Meter | None = None
+
+    def progress(done: int) -> None:
+        nonlocal meter
+        meter = meter or Meter(screen, what, RESIDUES)
+        meter(done, residues)
+
+    return progress
+
+
+def _task(config: EmbedConfig, screen: Screen, work: WorkFolder) -> EmbedTask:
+    """The input read and checked. Raises `InputError`, `SourceError`."""
+    place = Path(config.input)
+    name = config.input
+    if config.input == STANDARD_INPUT:
+        name, place = "standard input", work.input
+        screen.say(f"Reading {name}")
+        copied(sys.stdin.buffer, place)
+    else:
+        screen.say(f"Reading {name}")
+    try:
+        stock = take_stock(place, config.policy)
+    except UserError as error:
+        raise type(error)(str(error).replace(str(place), name)) from error
+    sizes = f"{counted(stock.proteins, 'protein')}, {counted(stock.residues, 'residue')}, the longest of"
+    screen.say(f"  input    {sizes} {stock.longest:,}")
+    if stock.skipped:
+        screen.say(
+            f"           {counted(stock.skipped, 'record')} left out; "
+            f"the first: {stock.first_problem.replace(str(place), name)}"
+        )
+    if stock.ids_are_numbers:
+        screen.say("           ids are the numbers of the rows")
+    return EmbedTask(
+        config.engine, place, sha256_of_file(place), config.policy, stock, config.output, config.kind, config.is_folder,
+        config.choice, config.part_proteins, config.part_megabytes,
+    )  # fmt: skip
+
+
+def _fail(outcome: Outcome, work: WorkFolder) -> int:
+    """Say why processes did not finish: 2 where a user can mend it, 1 where one died."""
+    for error in outcome.errors:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    if outcome.errors:
+        return 2
+    print(f"error: {'; '.join(outcome.failed)}. {_kept(work)}", file=sys.stderr)  # noqa: T201
+    return 1
+
+
+def _kept(work: WorkFolder) -> str:
+    parts = len(work.records())
+    if not parts:
+        return "No part was finished: the same command begins anew"
+    return f"{counted(parts, 'finished part')} {'is' if parts == 1 else 'are'} kept: {_GOES_ON}"
+
+
+def _say_finished(task: EmbedTask, screen: Screen) -> None:
+    place = task.output
+    files = list(place.iterdir()) if place.is_dir() else [place]
+    size = sum(file.stat().st_size for file in files)
+    parts = f", {counted(len(files), 'file')}" if place.is_dir() else ""
+    screen.say(f"Wrote {place}, {size:,} bytes{parts}")
+
+
+def main() -> None:
+    """`bionemo-esm embed`, where there is no checkout and so no `examples/`."""
+    check_command_line("embed", "inference")
+    hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="embed")(embed)()

@@ -1,0 +1,232 @@
+"""One process's share of embedding an input: of `world` processes, rank k computes parts k, k + world, k + 2 world, ...
+
+No process waits for another. Whichever finds all parts finished makes the output of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.inference.embedding.options import EmbeddingChoice, counted
+from bionemo_esm.inference.embedding.reader import read_about
+from bionemo_esm.inference.embedding.shards import WorkFolder, cut
+from bionemo_esm.inference.engine_options import EngineConfig, describe
+from bionemo_esm.inference.inputs import InputPolicy, Inventory, Protein, read_proteins
+
+if TYPE_CHECKING:  # it imports torch
+    from bionemo_esm.inference.engine import Engine
+
+ABOUT_VERSION = 1
+_MEGABYTE = 10**6
+
+
+@dataclass(frozen=True)
+class EmbedTask:
+    """What to embed, how, and where to: the input read and checked, and hashed."""
+
+    engine: EngineConfig
+    input: Path
+    input_sha256: str
+    policy: InputPolicy
+    stock: Inventory
+    output: Path
+    kind: str  # a format of `writers`
+    is_folder: bool
+    choice: EmbeddingChoice
+    part_proteins: int
+    part_megabytes: int
+
+    @property
+    def work(self) -> WorkFolder:
+        return WorkFolder(self.output, self.kind, self.is_folder)
+
+
+class Share(NamedTuple):
+    """Which process this is, of how many, and where on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+
+class Tell(NamedTuple):
+    """How a process reports: lines for a person, and the residues of its share that are done, and are to do."""
+
+    say: Callable[[str], None]
+    progress: Callable[[int], None]
+
+
+def embed_share(task: EmbedTask, share: Share, tell: Tell) -> bool:
+    """Embed the parts of one process; whether the output is there now, of this process's making or another's.
+
+    Raises `UserError` for what a user can mend, before anything is computed where that can be known.
+    """
+    engine = _loaded(task, share)
+    choice = task.choice.resolved(engine)
+    about = _about(task, engine, choice)
+    work = task.work
+    if share.world > 1 and _finished_by_others(task, about):
+        return True
+    if choice.long_proteins == "error" and task.stock.longest > (choice.window or 0):
+        choice.check_lengths(list(_over(task, choice.window or 0)))
+    work.claim(
+        about | {"format": task.kind, "part_proteins": task.part_proteins, "part_megabytes": task.part_megabytes}
+    )
+    progress = _Progress(tell.progress, work, share)
+    tell.say(f"  model    {describe(engine)}")
+    tell.say(f"           layers {', '.join(map(str, choice.layers)) or 'none'}; {_windows(choice)}")
+    if progress.there:
+        there = f"{counted(progress.there, 'part')} {'is' if progress.there == 1 else 'are'} there"
+        tell.say(f"  resumed  {there} from an earlier run")
+    else:
+        _check_space(task, choice, engine.config.hidden_size)
+    progress.start()
+    parts = _compute(task, share, engine, choice, about, progress)
+    return parts is None or work.finish(parts, about)
+
+
+class _Progress:
+    """Residues of the share that are done: of parts that were there, of parts computed, and of the one at hand."""
+
+    def __init__(self, report: Callable[[int], None], work: WorkFolder, share: Share) -> None:
+        self._report = report
+        records = work.records()
+        self.there = len(records)  # of all processes
+        self.kept = {number: record for number, record in records.items() if number % share.world == share.rank}
+        self._done = sum(record.residues for record in self.kept.values())
+        self._at_hand = self._most = 0
+
+    def start(self) -> None:
+        self._report(self._done)
+
+    def begin(self, residues: int) -> None:
+        self._at_hand, self._most = 0, residues
+
+    def answered(self, residues: int) -> None:
+        """What the model has read, which may be more than the proteins have: windows overlap."""
+        self._at_hand = min(self._at_hand + residues, self._most)
+        self._report(self._done + self._at_hand)
+
+    def end(self) -> None:
+        self._done += self._most
+        self._at_hand = self._most = 0
+        self._report(self._done)
+
+    def forget(self, residues: int) -> None:
+        self._done -= residues
+
+
+def _loaded(task: EmbedTask, share: Share) -> Engine:
+    import torch
+
+    config = task.engine
+    if share.local_world > 1:
+        if config.device in ("auto", "cuda") and torch.cuda.is_available():
+            config = replace(config, device=f"cuda:{share.local_rank % torch.cuda.device_count()}")
+        else:
+            torch.set_num_threads(max(1, torch.get_num_threads() // share.local_world))
+    return config.load()
+
+
+def _about(task: EmbedTask, engine: Engine, choice: EmbeddingChoice) -> dict[str, Any]:
+    """What is said of the result in the result itself: plain values, in an order that stays."""
+    return {
+        "version": ABOUT_VERSION,
+        "model": engine.config.family,
+        "weights_sha256": engine.weights_sha256,
+        "precision": str(engine.dtype).removeprefix("torch."),
+        "hidden_size": engine.config.hidden_size,
+        "layers": list(choice.layers),
+        "mean": choice.mean,
+        "cls": choice.cls,
+        "residues": choice.residues,
+        "logits": choice.logits,
+        "pseudo_perplexity": choice.pseudo_perplexity,
+        "dtype": choice.dtype,
+        "long_proteins": choice.long_proteins,
+        "window": choice.window,
+        "overlap": choice.overlap if choice.long_proteins == "windows" else None,
+        "input_sha256": task.input_sha256,
+        "proteins": task.stock.proteins,
+        "bad_records": task.policy.bad_records,
+        "unknown_letters": task.policy.unknown_letters,
+        "id_column": task.policy.id_column,
+        "sequence_column": task.policy.sequence_column,
+    }
+
+
+def _windows(choice: EmbeddingChoice) -> str:
+    over = f"proteins over {choice.window:,} residues"
+    return {
+        "windows": f"{over} in windows that share {choice.overlap:,}",
+        "truncate": f"{over} cut there",
+        "error": f"no {over}",
+    }[choice.long_proteins]
+
+
+def _finished_by_others(task: EmbedTask, about: dict[str, Any]) -> bool:
+    """Whether the other processes of this very job have finished it. Raises `ConfigError` for another's output."""
+    if not os.path.lexists(task.output):
+        return False
+    if read_about(task.output) != about:
+        raise ConfigError(
+            f"output: {task.output} exists already, and is of another job; remove it or choose another name"
+        )
+    return True
+
+
+def _over(task: EmbedTask, window: int) -> Iterator[Protein]:
+    return (protein for protein in read_proteins(task.input, task.policy, lambda _: None) if protein.residues > window)
+
+
+def _check_space(task: EmbedTask, choice: EmbeddingChoice, hidden: int) -> None:
+    """Raises `ConfigError` where the disk has not room for the arrays alone; a single file is joined from parts."""
+    a_residue = choice.bytes_of(2, hidden) - choice.bytes_of(1, hidden)
+    a_protein = choice.bytes_of(1, hidden) - a_residue
+    residues = task.stock.residues
+    if choice.long_proteins == "truncate":
+        residues = min(residues, task.stock.proteins * (choice.window or 0))
+    needed = (task.stock.proteins * a_protein + residues * a_residue) * (1 if task.is_folder else 2)
+    free = shutil.disk_usage(task.work.folder).free
+    if needed > free:
+        twice = "" if task.is_folder else ", half of them until the file is joined from its parts"
+        raise ConfigError(
+            f"output: {task.output} takes {needed / 1e9:,.1f} GB{twice}; {free / 1e9:,.1f} GB are free there. "
+            "dtype=float16 halves it; residues=false leaves the most out"
+        )
+
+
+def _compute(
+    task: EmbedTask, share: Share, engine: Engine, choice: EmbeddingChoice, about: dict[str, Any], progress: _Progress
+) -> int | None:
+    """Compute what is not there of the share. The number of parts of the whole input; None if all were finished."""
+    from bionemo_esm.inference.embedding.embeddings import embed_together
+
+    work, before = task.work, task.input.stat()
+    number = -1
+    proteins = read_proteins(task.input, task.policy, lambda _: None)
+    pieces = cut(proteins, task.part_proteins, task.part_megabytes * _MEGABYTE,
+                 lambda residues: choice.bytes_of(residues, engine.config.hidden_size))  # fmt: skip
+    for number, part in enumerate(pieces):
+        if number % share.world != share.rank:
+            continue
+        if number in progress.kept:
+            if work.is_intact(number, progress.kept[number]):
+                continue
+            progress.forget(progress.kept[number].residues)
+        if share.world > 1 and _finished_by_others(task, about):
+            return None
+        progress.begin(sum(protein.residues for protein in part))
+        work.write(number, about, embed_together(engine, part, choice, progress.answered))
+        progress.end()
+    after = task.input.stat()
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise ConfigError(f"input: {task.input} was changed while it was read; remove {work.folder} and begin anew")
+    return number + 1

@@ -1,0 +1,106 @@
+"""Whether an archive's weights are those of the model that its configuration describes; without torch and NeMo.
+
+A class of models that has more than an encoder says what else by an `Extension`, which is imported when it is met.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.metadata import version
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.model.archive import ArchiveError, ArchiveFile
+from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.tar_format import quoted
+
+if TYPE_CHECKING:
+    from bionemo_esm.model.encoder import ESMEncoder
+
+_RECORDED_PACKAGES = ("bionemo_esm", "torch", "megatron-core", "nemo_toolkit")
+_CONFIG_KEYS = {"encoder", "precision", "seed"}
+_WEIGHT_DTYPES = {"32": {"F32"}, "bf16": {"BF16"}}  # by the precision that the configuration gives
+_EXTENSIONS = {"ESMFineTunedModel": "bionemo_esm.finetuning.archive"}  # by class: the module that is one
+
+
+class Extension(Protocol):
+    """What archives of a class have beside an encoder."""
+
+    CONFIG_KEYS: frozenset[str]
+    """Of model_config.yaml, beside those of every model."""
+
+    def extra_tensors(self, config: Mapping[str, Any], sizes: EncoderConfig) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of further tensors, float32 at any precision. Raises `ConfigError` for what cannot be.
+
+        Asked once the encoder is known to be no larger than the file: all that is computed here is bounded by it.
+        """
+
+    def fill(self, encoder: ESMEncoder, config: Mapping[str, Any], copy: Callable[[], None]) -> None:
+        """Have `copy` fill all parameters of a plain encoder, and leave it plain: with all that changes its answers."""
+
+
+def extension_of(file: ArchiveFile) -> Extension | None:
+    """What there is beside an encoder in an archive of this class; None where that is nothing."""
+    module = _EXTENSIONS.get(file.model_class)
+    return None if module is None else cast(Extension, import_module(module))
+
+
+def package_versions() -> dict[str, str]:
+    """What an archive says of the software that wrote it."""
+    return {package: version(package) for package in _RECORDED_PACKAGES}
+
+
+def check_sizes(file: ArchiveFile) -> EncoderConfig:
+    """The sizes of the model in an archive.
+
+    Raises `ArchiveError` unless the weights are those of the model that the configuration describes. Checked before
+    that model is built: a configuration could ask for one that no memory holds.
+    """
+    where = f"{file.path}: model_config.yaml"
+    extension = extension_of(file)
+    keys = _CONFIG_KEYS | (extension.CONFIG_KEYS if extension else frozenset())
+    for key in sorted(file.config.keys() ^ keys):
+        raise ArchiveError(f"{where}: {quoted(key)} is {'missing' if key in keys else 'not a key of a model'}")
+    encoder, precision, seed = file.config["encoder"], file.config["precision"], file.config["seed"]
+    if not isinstance(encoder, dict) or str(precision) not in _WEIGHT_DTYPES or type(seed) is not int:
+        raise ArchiveError(f"{where}: encoder must be a mapping, precision 32 or bf16, seed an integer")
+    try:
+        sizes = EncoderConfig.from_mapping(encoder)
+        fixed = dict(sizes.fixed_tensors())
+        elements = sizes.parameters + sum(map(math.prod, fixed.values()))
+        extra: Mapping[str, tuple[int, ...]] = {}
+        if extension is not None and elements <= file.weights.elements:
+            extra = extension.extra_tensors(file.config, sizes)
+            elements += sum(map(math.prod, extra.values()))
+    except ConfigError as error:
+        raise ArchiveError(f"{where}: {error}") from error
+    if elements != file.weights.elements:
+        raise ArchiveError(
+            f"{where} describes a model of {elements:,} parameters, the file has {file.weights.elements:,}; "
+            "one of the two is not of this model"
+        )
+    _check_tensors(file, sizes, extra)
+    in_float32 = {**fixed, **extra}
+    for name in in_float32:
+        if (dtype := file.weights.infos[name].dtype) != "F32":
+            raise ArchiveError(f"{file.path}: tensor {name!r} has dtype {dtype}; it is F32 at any precision")
+    dtypes = {info.dtype for name, info in file.weights.infos.items() if name not in in_float32}
+    if dtypes != _WEIGHT_DTYPES[str(precision)]:
+        raise ArchiveError(f"{file.path}: weights have dtype {', '.join(sorted(dtypes))}, the precision is {precision}")
+    return sizes
+
+
+def _check_tensors(file: ArchiveFile, sizes: EncoderConfig, extra: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor of the model there, in its shape, and no other; ends at the first fault, as sizes have no bound."""
+    unknown = set(file.weights.infos)
+    for name, shape in chain(sizes.tensors(), sizes.fixed_tensors(), extra.items()):
+        if name not in unknown:
+            raise ArchiveError(f"{file.path}: tensor {name!r} is missing")
+        if (found := file.weights.infos[name].shape) != shape:
+            raise ArchiveError(f"{file.path}: tensor {name!r} has shape {list(found)}, the model {list(shape)}")
+        unknown.remove(name)
+    if unknown:
+        raise ArchiveError(f"{file.path}: tensor {quoted(min(unknown))} is not part of this model")

@@ -1,0 +1,238 @@
+"""`bionemo-esm doctor`: whether this machine can train, and if not, what to do. The first thing to run on a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bionemo_esm.console import third_party_output_in
+from bionemo_esm.errors import UserError
+from bionemo_esm.pretraining.hardware import cpu_name, peak_flops
+
+REQUIRED = ("torch", "lightning", "nemo_toolkit", "megatron-core", "hydra-core", "numpy", "numba")
+OPTIONAL = ("transformer-engine", "apex", "nvidia-resiliency-ext", "tensorboard", "wandb")
+ENVIRONMENT: tuple[str, ...] = (
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_NUM_NODES",
+    "SLURM_NTASKS",
+    "SLURM_GPUS",
+)
+ENVIRONMENT += ("SLURM_CPUS_PER_TASK", "SLURM_PROCID", "SLURM_LOCALID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
+ENVIRONMENT += ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_")
+"""What the names of telling variables begin with."""
+_DRIVER = Path("/proc/driver/nvidia/version")
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only its size is looked at
+_SMALLEST_SHARED_MEMORY = 10**9  # bytes; loader processes pass batches through it
+_Facts = dict[str, Any]
+
+
+class NotReadyError(UserError):
+    """What hinders training here; one line a problem."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print what is here, test it, and end with `ready` (0) or with what is wrong and what to do (1)."""
+    parser = argparse.ArgumentParser("bionemo-esm doctor", description="Check that this machine can train.")
+    parser.add_argument("--quick", action="store_true", help="no training step, no NeMo: a few seconds")
+    parser.add_argument("--json", action="store_true", help="print all as JSON")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "32"), help="of the training step")
+    options = parser.parse_args(arguments)
+    facts: _Facts = {"host": socket.gethostname(), "versions": _versions(), "machine": _machine()}
+    facts |= {"environment": _environment(), "gpus": [], "notes": []}
+    speaks, problems = True, _missing_packages(facts)
+    with third_party_output_in(Path(os.devnull)) as screen:  # NeMo warns by the screenful
+        if not problems:
+            speaks, problems = _examine(facts, options.quick, options.precision)
+        if speaks:
+            facts |= {"ready": not problems, "problems": problems}
+            screen.say(json.dumps(facts, indent=2) if options.json else _page(facts))
+    return 1 if problems else 0
+
+
+def _examine(facts: _Facts, quick: bool, precision: str) -> tuple[bool, list[str]]:
+    """Look at the GPUs and, unless it has to be quick, train a step and try the network between the ranks.
+
+    Whether this process speaks for all of them, and the problems found, on any.
+    """
+    from bionemo_esm.pretraining.rank_agreement import assembled
+
+    speaks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    try:
+        if quick:
+            _look_at_gpus(facts)
+            return True, []
+        with assembled() as muster:
+            muster.together(lambda: _try_out(facts, precision), lambda _: facts["versions"])
+            if muster.size > 1:
+                from bionemo_esm.pretraining.selftest import all_reduce, described
+
+                facts["all_reduce"] = described(muster.together(lambda: all_reduce(_device())))
+    except UserError as error:
+        return speaks, str(error).splitlines()
+    except Exception as error:  # whatever a driver or a kernel raises is what this command is there to tell
+        return speaks, [f"{type(error).__name__}: {str(error).strip() or 'no message'}"]
+    return speaks, []
+
+
+def _try_out(facts: _Facts, precision: str) -> None:
+    """The device at work; raises `NotReadyError`, also for what a driver or a kernel raises."""
+    _look_at_gpus(facts)
+    from bionemo_esm.model.backends import import_problem
+    from bionemo_esm.pretraining.selftest import described, self_test
+
+    device = _device()
+    try:
+        facts["self_test"] = described(self_test(device, precision))
+    except (RuntimeError, OSError, ImportError) as error:
+        raise NotReadyError(f"a training step on {device} fails: {type(error).__name__}: {error}") from error
+    if device.type == "cuda":
+        for module in ("transformer_engine.pytorch", "apex.optimizers"):
+            if problem := import_problem(module):
+                facts["notes"].append(f"{module} is not in use: {problem}; the NGC PyTorch container has it")
+    if len(facts["gpus"]) > 1 and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
+        count = len(facts["gpus"])
+        facts["notes"].append(f"all {count} GPUs together: torchrun --nproc-per-node {count} -m bionemo_esm doctor")
+
+
+def _device() -> Any:
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+# --- what is here -----------------------------------------------------------------------------------------------------
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version(), "bionemo_esm": version("bionemo_esm")}
+    for package in REQUIRED + OPTIONAL:
+        found[package] = None
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _missing_packages(facts: _Facts) -> list[str]:
+    missing = [package for package in REQUIRED if facts["versions"][package] is None]
+    if missing:
+        return [f"not installed: {', '.join(missing)}; install bionemo_esm with its dependencies (README.md)"]
+    try:
+        torch = importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        return [f"torch does not import ({error}); install the build for this machine"]
+    facts["versions"] |= {"cuda": torch.version.cuda, "cudnn": None, "nccl": None}
+    if torch.version.cuda:
+        facts["versions"]["cudnn"] = str(torch.backends.cudnn.version())
+        if torch.distributed.is_nccl_available():
+            facts["versions"]["nccl"] = ".".join(map(str, importlib.import_module("torch.cuda.nccl").version()))
+    return []
+
+
+def _machine() -> dict[str, str | int | float]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    disk = shutil.disk_usage(Path.cwd())
+    here: dict[str, str | int | float] = {"cpu": cpu_name(), "cores": cores, "memory_gb": round(memory / 1e9, 1)}
+    here |= {"folder": str(Path.cwd()), "free_disk_gb": round(disk.free / 1e9, 1)}
+    if _SHARED_MEMORY.is_dir():
+        here["shared_memory_gb"] = round(shutil.disk_usage(_SHARED_MEMORY).total / 1e9, 2)
+    return here
+
+
+def _environment() -> dict[str, str]:
+    secret = ("TOKEN", "KEY", "SECRET", "PASSWORD", "JWT")
+    named = {name: value for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)}
+    return {name: value for name, value in named.items() if not any(word in name for word in secret)}
+
+
+def _promised_gpus() -> str | None:
+    """The variable, with its value, by which a scheduler or a person says that there are GPUs."""
+    none = {"SLURM_GPUS_ON_NODE": ("", "0"), "SLURM_JOB_GPUS": ("",), "CUDA_VISIBLE_DEVICES": ("", "-1", "NoDevFiles")}
+    for name, nothing in none.items():
+        if (value := os.environ.get(name, "")) not in nothing:
+            return f"{name}={value}"
+    return None
+
+
+def _look_at_gpus(facts: _Facts) -> None:
+    """Each GPU, and whether it answers. Raises `NotReadyError` for a driver that torch cannot use."""
+    import torch
+
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not torch.cuda.is_available():
+        if _DRIVER.is_file() and not hidden:
+            fix = "start the container with --gpus all, or update the driver" if torch.version.cuda else ""
+            fix = fix or "this torch is built for CPUs; install a build for CUDA, or use the container"
+            raise NotReadyError(f"an NVIDIA driver is here, but torch sees no GPU: {fix}")
+        if promised := _promised_gpus():
+            raise NotReadyError(
+                f"{promised} promises GPUs, but torch sees none: look whether the driver is there (nvidia-smi), and "
+                "whether torch is built for CUDA"
+            )
+        facts["notes"].append("no GPU: recipes for a CPU only, such as recipe=laptop")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        best = peak_flops(properties.name, "bf16")
+        facts["gpus"].append(
+            {
+                "name": properties.name,
+                "memory_gb": round(total / 1e9, 1),
+                "free_gb": round(free / 1e9, 1),
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
+                "peak_bf16_tflops": best and best / 1e12,
+            }
+        )
+        if free < 0.9 * total:
+            facts["notes"].append(
+                f"GPU {index}: {(total - free) / 1e9:.1f} GB are in use, by others or by this process"
+            )
+    if facts["gpus"] and _DRIVER.is_file():
+        facts["versions"]["driver"] = _DRIVER.read_text().split("\n")[0].split("Module  ")[-1].split("  ")[0]
+    if facts["machine"].get("shared_memory_gb", 1) < _SMALLEST_SHARED_MEMORY / 1e9:
+        facts["notes"].append("little shared memory: start the container with --ipc=host, or data.num_workers=0")
+
+
+# --- what a person reads ----------------------------------------------------------------------------------------------
+
+
+def _page(facts: _Facts) -> str:
+    versions = [f"{name} {number}" for name, number in facts["versions"].items() if number]
+    missing = [name for name, number in facts["versions"].items() if number is None]
+    lines = [("versions", ", ".join(versions)), ("not there", ", ".join(missing))]
+    for index, gpu in enumerate(facts["gpus"]):
+        peak = f", at best {gpu['peak_bf16_tflops']:,.0f} TFLOP/s in bf16" if gpu["peak_bf16_tflops"] else ""
+        text = f"{gpu['name']}, {gpu['free_gb']} of {gpu['memory_gb']} GB free, sm {gpu['compute_capability']}"
+        lines.append((f"GPU {index}", f"{text}, {'bf16' if gpu['bf16'] else 'no bf16'}{peak}"))
+    machine = facts["machine"]
+    lines.append(("machine", f"{facts['host']}: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB"))
+    lines.append(("disk", f"{machine['free_disk_gb']:,} GB free in {machine['folder']}"))
+    lines.append(("environment", "  ".join(f"{name}={value}" for name, value in facts["environment"].items())))
+    if test := facts.get("self_test"):
+        lines.append(("fused", test["backends"]))
+        text = f"a training step on {test['device']} in {test['precision']}: loss {test['loss']:.2f}, packed rows right"
+        lines.append(("self-test", f"{text} (to {test['packing_difference']:.0e}), {test['seconds']:.1f} s"))
+    if network := facts.get("all_reduce"):
+        text = f"{network['ranks']} ranks, {network['megabytes']:.0f} MB in {network['milliseconds']:,.1f} ms"
+        lines.append(("all-reduce", f"{text}: {network['bus_gb_per_second']:,.1f} GB/s (bus bandwidth)"))
+    lines += [("note", note) for note in facts["notes"]]
+    page = "\n".join(f"{label:<12} {text}" for label, text in lines if text)
+    if facts["ready"]:
+        return f"{page}\n\nready"
+    return f"{page}\n\nnot ready: " + "\n  ".join(facts["problems"])

@@ -1,0 +1,250 @@
+"""A pretraining run from its configuration to its results: the one function behind `examples/pretrain_esm1nv.py`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from bionemo_esm.console import Meter, Screen, duration, exit_of, is_rank_zero, third_party_output_in
+from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.pretraining.data_setup import build_proteins, describe_source, open_proteins
+from bionemo_esm.pretraining.preflight import check_requirements
+from bionemo_esm.pretraining.rank_agreement import assembled, large_imports, versions
+from bionemo_esm.pretraining.recipe import Recipe, load_recipe
+from bionemo_esm.pretraining.run_context import OUTPUT_LOG, PreparedRun, alone_in, describe_model, make_folder, short
+
+if TYPE_CHECKING:  # NeMo takes seconds to import: a mistake in the configuration is answered before
+    from bionemo_esm.model.esm1nv import ESM1nvModel
+    from bionemo_esm.pretraining.trainer import FitResult
+
+EXIT_GAVE_UP = 3
+
+
+def pretrain(cfg: DictConfig) -> None:
+    """Run the recipe of a composed Hydra configuration, from where an earlier call left it.
+
+    Exits with 2 after one line for a mistake that the user can mend; with 130 (SIGINT) or 143 (SIGTERM) after a stop
+    on request, its state saved; with 3 where too many steps in a row could not be taken, its state saved. The same
+    command then goes on.
+    """
+    interrupted = "Interrupted; the same command goes on from the last checkpoint, if there is one."
+    exit_of(lambda: _pretrain(cfg), interrupted, silent=not is_rank_zero())
+
+
+def _pretrain(cfg: DictConfig) -> int:
+    started = time.monotonic()
+    if OmegaConf.select(cfg, "plan") is True:  # which needs no other rank
+        _show_plan(cfg)
+        return 0
+    with assembled() as muster, ExitStack() as until_the_end:
+        recipe = muster.together(lambda: load_recipe(cfg), lambda recipe: recipe.told)
+        muster.together(lambda: check_requirements(recipe, muster.launched), lambda _: versions())
+        folder = recipe.run_folder.absolute()
+        if muster.together(lambda: _already_finished(recipe, folder), lambda finished: {"finished": finished}):
+            return 0
+        screen = muster.together(lambda: until_the_end.enter_context(_at_work_in(folder, cfg)))
+        muster.first(lambda: build_proteins(recipe, folder, screen))
+        run = muster.together(
+            lambda: PreparedRun.of(recipe, folder, open_proteins(recipe, folder)), lambda run: run.identity
+        )
+        with large_imports():
+            from bionemo_esm.pretraining.trainer import fit
+
+        result = fit(run, screen, muster)
+        if result.stopped_by is not None:
+            screen.say(f"\nStopped by {result.stopped_by.name} at step {result.steps:,}, state saved.")
+            screen.say("The same command goes on from there.")
+            return 128 + result.stopped_by
+        if result.model.gave_up:
+            screen.say(_gave_up(recipe, folder, result.steps))
+            return EXIT_GAVE_UP
+        if is_rank_zero():
+            _finish(run, result, screen, started)
+    return 0
+
+
+def _show_plan(cfg: DictConfig) -> None:
+    from bionemo_esm.pretraining.plan_report import show_plan
+
+    if is_rank_zero():
+        show_plan(load_recipe(cfg))
+
+
+@contextmanager
+def _at_work_in(folder: Path, cfg: DictConfig) -> Iterator[Screen]:
+    """The run's folder, held by rank 0 for all, with the messages of other libraries in its log."""
+    make_folder(folder)
+    with (
+        alone_in(folder) if is_rank_zero() else nullcontext(),
+        third_party_output_in(folder / OUTPUT_LOG, silent=not is_rank_zero()) as screen,
+    ):
+        if is_rank_zero() and not (folder / "config.yaml").exists():  # a run that is refused must not replace it
+            OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        yield screen
+
+
+def _finish(run: PreparedRun, result: FitResult, screen: Screen, started: float) -> None:
+    """Write the archive, read it back, score it on the validation set, and report."""
+    from bionemo_esm.model.esm1nv import ESM1nvModel
+    from bionemo_esm.pretraining.report import write_report
+
+    archive = run.folder / f"{run.recipe.name}.nemo"
+    result.model.save_to(str(archive))
+    restored = ESM1nvModel.restore_from(str(archive))
+    summary = _summary(run, result, restored, archive) | _averaged(run, result, screen)
+    summary |= {"wall_seconds": round(time.monotonic() - started, 1)}
+    _write_json(run.folder / "summary.json", summary)
+    report = write_report(run.folder)
+    screen.say(_closing(summary, report))
+
+
+def _averaged(run: PreparedRun, result: FitResult, screen: Screen) -> dict[str, Any]:
+    """Write the average of the last checkpoints, read it back and score it; what the summary says of it."""
+    from bionemo_esm.model.esm1nv import ESM1nvModel
+
+    output = run.folder / f"{run.recipe.name}-averaged.nemo"
+    try:
+        if result.averaging is None or not result.averaging.finish(output, Meter(screen, "averaging")):
+            return {}
+    except UserError as error:  # the run itself has come to its end, and its model is safe
+        screen.say(f"warning: no average was made: {error}")
+        return {}
+    restored = ESM1nvModel.restore_from(str(output))
+    saving, found = run.recipe.exp_manager.checkpoints, len(restored.provenance["averaged_from"])
+    written = -(-result.steps // saving.every_n_train_steps) - result.first_step // saving.every_n_train_steps
+    wanted = min(saving.average_last, written)
+    if found < wanted:
+        screen.say(f"warning: the average is of {found}, not {wanted} checkpoints; others are missing in averaging/")
+    score = restored.evaluate(run.validation)
+    return {
+        "averaged_nemo": str(output),
+        "averaged_checkpoints": found,
+        "averaged_from_step": restored.provenance["averaged_from"][0]["steps"],
+        "averaged_validation_loss": score.loss,
+        "averaged_validation_perplexity": score.perplexity,
+        "averaged_masked_accuracy": score.accuracy,
+    }
+
+
+def _gave_up(recipe: Recipe, folder: Path, steps: int) -> str:
+    return (
+        f"\nStopped at step {steps:,}, state saved: {recipe.optim.max_skipped_steps} steps in a row were not taken.\n"
+        f"Their samples are in {short(folder / 'metrics.jsonl')}, lines of kind skipped.\nThe same command tries "
+        "again with the samples after them; a lower optim.lr needs another exp_manager.name, which may begin with "
+        "restore_from_path=....nemo."
+    )
+
+
+def _summary(run: PreparedRun, result: FitResult, restored: ESM1nvModel, archive: Path) -> dict[str, Any]:
+    recipe = run.recipe
+    score = restored.evaluate(run.validation)
+    return {
+        "name": recipe.name,
+        "fingerprint": recipe.fingerprint,
+        "model": describe_model(recipe),
+        "parameters": sum(parameter.numel() for parameter in restored.parameters()),
+        "data": describe_source(recipe),
+        "store": str(recipe.data.store or run.folder / "store"),
+        "train_sequences": len(run.train),
+        "validation_sequences": len(run.validation.reader.split),
+        **_batch_of(recipe),
+        "steps": result.steps,
+        "epochs": result.model.consumed_samples / run.train.num_clusters,
+        "consumed_samples": result.model.consumed_samples,
+        "validation_loss": score.loss,
+        "validation_perplexity": score.perplexity,
+        "unigram_perplexity": run.unigram_perplexity,
+        "masked_accuracy": score.accuracy,
+        "masked_residues": score.residues,
+        "initial_validation_loss": result.initial and result.initial.loss,
+        "initial_validation_perplexity": result.initial and result.initial.perplexity,
+        "initial_masked_residues": result.initial and result.initial.residues,
+        "probe": result.probe,
+        "precision": result.precision,
+        "fused_backends": result.backends,
+        "device": f"{recipe.trainer.world_size} x {recipe.trainer.accelerator} ({result.device_name})",
+        "seed": recipe.seed,
+        "nemo": str(archive),
+        "seconds": round(result.seconds, 1),
+        **{name: result.measured.get(name) for name in ("residues_per_second", "tokens_per_second", "mfu")},
+        **{name: result.measured.get(name) for name in ("data_wait_share", "memory_gb")},
+        "resumed_from_step": result.resumed_from_step,
+        "continued_from": result.model.provenance.get("continued_from"),
+        "best_checkpoint": str(result.best_checkpoint) if result.best_checkpoint else None,
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def _batch_of(recipe: Recipe) -> dict[str, int]:
+    if recipe.global_batch_size is not None:
+        return {"global_batch_size": recipe.global_batch_size}
+    assert recipe.data.global_batch_tokens is not None
+    return {"global_batch_tokens": recipe.data.global_batch_tokens}
+
+
+def _steps(summary: dict[str, Any]) -> str:
+    return f"{summary['steps']:,} step{'' if summary['steps'] == 1 else 's'}"
+
+
+def _closing(summary: dict[str, Any], report: Path) -> str:
+    folder = report.parent
+    before = averaged = files = ""
+    if summary["initial_masked_residues"] == summary["masked_residues"]:  # of the same batches
+        before = f"{summary['initial_validation_perplexity']:.2f} before training and "
+    if "averaged_nemo" in summary:
+        averaged = (
+            f"  averaged over the last {summary['averaged_checkpoints']} checkpoints (from step "
+            f"{summary['averaged_from_step']:,} on) {summary['averaged_validation_perplexity']:.2f}; "
+            f"{summary['averaged_masked_accuracy']:.1%} right\n"
+        )
+        files = f"  averaged {short(Path(summary['averaged_nemo']))}\n"
+    return (
+        f"\nDone in {duration(summary['wall_seconds'])}: {_steps(summary)}, {summary['epochs']:.1f} epochs.\n"
+        f"  validation perplexity {summary['validation_perplexity']:.2f}, against {before}"
+        f"{summary['unigram_perplexity']:.2f} for residue frequencies alone; {summary['masked_accuracy']:.1%} of "
+        "masked residues right\n"
+        f"{averaged}"
+        f"  model    {short(Path(summary['nemo']))}\n"
+        f"{files}"
+        f"  report   {short(report)}\n"
+        f"  summary  {short(folder / 'summary.json')}"
+    )
+
+
+def _already_finished(recipe: Recipe, folder: Path) -> bool:
+    """Whether the run in this folder has come to its end; if so, says what came of it."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        return False
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    results = [summary["nemo"], *([summary["averaged_nemo"]] if "averaged_nemo" in summary else [])]
+    if summary["steps"] < recipe.trainer.max_steps or not all(Path(result).is_file() for result in results):
+        return False
+    if summary["fingerprint"] != recipe.fingerprint:
+        raise ConfigError(
+            f"{short(folder)} holds a finished run of another configuration ({short(folder / 'config.yaml')}); "
+            "give this one another exp_manager.name"
+        )
+    if is_rank_zero():
+        report = short(folder / "report.html")
+        print(  # noqa: T201
+            f"This run is finished already ({_steps(summary)}): validation perplexity "
+            f"{summary['validation_perplexity']:.2f}, against {summary['unigram_perplexity']:.2f} for residue "
+            f"frequencies alone.\n  model    {short(Path(summary['nemo']))}\n  report   {report}\n"
+            f"To run it again, give it a name: exp_manager.name=again, or remove {short(folder)}"
+        )
+    return True
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,204 @@
+"""The training itself: model, strategy, callbacks and NeMo's exp_manager under a Lightning trainer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.profilers import Profiler
+from nemo.utils import logging as nemo_logging
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import OmegaConf
+
+from bionemo_esm.console import Screen
+from bionemo_esm.model.backends import choose_backends, parameter_dtype
+from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation
+from bionemo_esm.model.strategy import MegatronStrategy
+from bionemo_esm.pretraining.async_writer import BackgroundWriter
+from bionemo_esm.pretraining.averaging_callback import CheckpointAveraging
+from bionemo_esm.pretraining.callbacks import History, InitialValidation, Progress, initial_validation, last_probe
+from bionemo_esm.pretraining.checkpoints import Checkpoints, SafeCheckpointIO, Start, choose_start
+from bionemo_esm.pretraining.hang_watch import HangWatch, collective_timeout, resiliency_callbacks
+from bionemo_esm.pretraining.probe import Probe, ProbeAtStart
+from bionemo_esm.pretraining.probe_config import ProbeSet
+from bionemo_esm.pretraining.rank_agreement import Muster, slurm_environment
+from bionemo_esm.pretraining.recipe import Recipe, TrainerConfig
+from bionemo_esm.pretraining.run_context import PreparedRun
+from bionemo_esm.pretraining.signals import StopSignals
+from bionemo_esm.pretraining.throughput import Gauges, device_name
+
+PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16 with float32 masters"}
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What came of the training."""
+
+    model: ESM1nvModel
+    steps: int
+    averaging: CheckpointAveraging | None
+    stopped_by: Signals | None  # the signal that ended it before its last step
+    best_checkpoint: Path | None  # the one with the lowest validation loss
+    seconds: float  # of training and validation, earlier sessions of the run included
+    initial: Evaluation | None  # before the first step; None where the run did not start from weights
+    probe: dict[str, Any] | None  # what the last one found: `last_probe`
+    measured: dict[str, float]  # over the last logging interval: `Measurements`
+    resumed_from_step: int
+    first_step: int  # over 0 where the run continues another
+    backends: str
+    precision: str
+    device_name: str
+
+
+def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
+    """Train to the recipe's last step, from the newest checkpoint in the run's folder that can be read."""
+    recipe, folder = run.recipe, run.folder
+    _send_nemo_messages_to_the_log()
+    chosen = muster.first(lambda: _start_to_tell(run, screen))
+    start = Start(**{**chosen, "checkpoint": chosen["checkpoint"] and Path(chosen["checkpoint"])})
+
+    saving, signals = recipe.exp_manager.checkpoints, StopSignals()
+    writer = BackgroundWriter(saving.in_background)
+    gauges, watch = Gauges(), HangWatch(folder, recipe.trainer.hang_timeout_seconds, screen)
+    history = History(folder / "metrics.jsonl", recipe.trainer.log_every_n_steps, gauges)
+    checkpoints = Checkpoints(folder / "checkpoints", saving, signals, writer, watch.patience)
+    averaging = None
+    if saving.average_last:
+        averaging = CheckpointAveraging(folder / "averaging", saving.average_last, saving.every_n_train_steps, writer)
+    progress = Progress(screen, history, run.unigram_perplexity)
+    probe = None if run.probe is None else _probe(run, run.probe, signals, watch, history, screen)
+    callbacks: list[Callback] = [watch, history, progress, *([probe] if probe else [])]  # first: on record, then saved
+    callbacks += [*([averaging] if averaging else []), checkpoints]
+    if recipe.restore_from_path is not None and start.checkpoint is None:
+        limit = recipe.trainer.limit_val_batches
+        initial = InitialValidation(limit, checkpoints.must_stop, watch, history, progress)
+        callbacks.append(initial)  # last: all others are ready
+    if probe is not None:
+        callbacks.append(ProbeAtStart(probe))
+    trainer = _trainer(recipe.trainer, callbacks, SafeCheckpointIO(writer), gauges.data_wait)
+    _start_experiment(trainer, recipe, folder)
+    theirs = resiliency_callbacks(trainer.strategy.root_device.type, folder)
+    trainer.callbacks.extend(theirs)  # type: ignore[attr-defined]
+
+    model = _model(recipe, trainer)
+    model.provenance, model.continues = run.provenance, start.of_another_run
+    model.setup_training_data(run.stream, recipe.data.num_workers)
+    model.setup_validation_data(run.validation)
+    dtype = parameter_dtype(recipe.trainer.precision, trainer.strategy.root_device.type)
+    model.identity = {**run.identity, "precision": PRECISION_NAMES[dtype]}
+    backends = choose_backends(trainer.strategy.root_device.type, dtype, recipe.model.attention_dropout).describe()
+    screen.say(run.opening_screen(backends, PRECISION_NAMES[dtype], start.steps, start.first_step))
+
+    with signals.heeded(), watch.over_training():
+        _fit_or_be_interrupted(trainer, model, start.checkpoint)
+    best = checkpoints.path(checkpoints.best_step) if checkpoints.best_step is not None else None
+    return FitResult(
+        model=model,
+        steps=trainer.global_step,
+        averaging=averaging,
+        stopped_by=signals.received if trainer.global_step < recipe.trainer.max_steps else None,
+        best_checkpoint=best if best and best.is_file() else None,
+        seconds=history.seconds,
+        initial=initial_validation(history.path),
+        probe=last_probe(history.path),
+        measured=gauges.latest.known() if gauges.latest else {},
+        resumed_from_step=start.steps,
+        first_step=start.first_step,
+        backends=backends,
+        precision=PRECISION_NAMES[dtype],
+        device_name=device_name(trainer.strategy.root_device),
+    )
+
+
+def _probe(
+    run: PreparedRun, probed: ProbeSet, signals: StopSignals, watch: HangWatch, history: History, screen: Screen
+) -> Probe:
+    """With at most as many tokens at a time as training may have, which also keeps what it needs for gradients."""
+    data, longest = run.recipe.data, run.recipe.model.seq_length
+    most_tokens = data.micro_batch_tokens or (data.micro_batch_size or 1) * longest
+    return Probe(probed, most_tokens, signals, watch, history, screen)
+
+
+def _start_to_tell(run: PreparedRun, screen: Screen) -> dict[str, Any]:
+    """`choose_start`, as rank 0 tells it to the others: a checkpoint is verified once, not by every rank."""
+    recipe = run.recipe
+    start = choose_start(run.folder, recipe.continue_from_path, screen)
+    return {**asdict(start), "checkpoint": start.checkpoint and str(start.checkpoint)}
+
+
+def _fit_or_be_interrupted(trainer: Trainer, model: ESM1nvModel, checkpoint: Path | None) -> None:
+    """Fit; an interruption that our handlers did not turn into an orderly stop stays what it is."""
+    try:
+        trainer.fit(model, ckpt_path=checkpoint)
+    except SystemExit:  # what Lightning makes of KeyboardInterrupt
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _model(recipe: Recipe, trainer: Trainer) -> ESM1nvModel:
+    settings = {"encoder": recipe.model.to_dict(), "precision": recipe.trainer.precision, "seed": recipe.seed}
+    model = ESM1nvModel(OmegaConf.create(settings), trainer)
+    model.optim_config = recipe.optim
+    model.initial_weights = recipe.restore_from_path
+    model.shard_optimizer = recipe.trainer.shard_optimizer
+    return model
+
+
+def _trainer(
+    config: TrainerConfig, callbacks: list[Callback], checkpoint_io: SafeCheckpointIO, profiler: Profiler
+) -> Trainer:
+    """A Lightning trainer whose batches are optimizer steps: accumulation and clipping happen in the model's step."""
+    return Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=MegatronStrategy(config.tensor_model_parallel_size, collective_timeout(config.hang_timeout_seconds)),
+        plugins=[checkpoint_io, *([slurm] if (slurm := slurm_environment()) else [])],
+        callbacks=callbacks,
+        profiler=profiler,
+        max_epochs=-1,
+        max_steps=config.max_steps,
+        val_check_interval=config.val_check_interval,
+        check_val_every_n_epoch=None,
+        limit_val_batches=config.limit_val_batches,
+        log_every_n_steps=config.log_every_n_steps,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _start_experiment(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
+    """NeMo's exp_manager: loggers, and a record of command and commit. Checkpoints and preemption are ours."""
+    settings = recipe.exp_manager
+    exp_manager(
+        trainer,
+        {
+            "explicit_log_dir": str(folder / "logs"),
+            "name": recipe.name,
+            "create_tensorboard_logger": settings.create_tensorboard_logger,
+            "create_wandb_logger": settings.create_wandb_logger,
+            "wandb_logger_kwargs": dict(settings.wandb_logger_kwargs) if settings.create_wandb_logger else None,
+            "create_checkpoint_callback": False,
+            "create_preemption_callback": False,
+            "log_step_timing": False,
+            "log_tflops_per_sec_per_gpu": False,
+            "disable_validation_on_resume": False,
+            "seconds_to_sleep": 0,
+        },
+    )
+
+
+def _send_nemo_messages_to_the_log() -> None:
+    """NeMo and Lightning hold on to the terminal's stream from their import; point them at ours, which is the log."""
+    nemo_logging.remove_stream_handlers()
+    logging.captureWarnings(True)

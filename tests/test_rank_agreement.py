@@ -1,0 +1,138 @@
+"""Ranks that cannot go on together: refused on all, before the first step, in one message, without a hang."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.pretraining import rank_agreement as muster
+from bionemo_esm.pretraining.rank_agreement import Muster, RollCallError, assembled, versions
+from bionemo_esm.pretraining.recipe import Recipe
+from bionemo_esm.pretraining.run_context import PreparedRun
+from faults import Fault, Outcome, run
+
+RUN = "bionemo_esm.pretraining.run."
+
+
+def refuse(message: str) -> None:
+    raise ConfigError(message)
+
+
+def another_number_of_checkpoints(recipe: Recipe) -> Recipe:
+    """A setting that would go unnoticed for the whole run."""
+    saving = replace(recipe.exp_manager.checkpoints, keep_last=9)
+    return replace(recipe, exp_manager=replace(recipe.exp_manager, checkpoints=saving))
+
+
+def another_torch(found: dict[str, str]) -> dict[str, str]:
+    return {**found, "torch": "1.0"}
+
+
+def another_seed(prepared: PreparedRun) -> PreparedRun:
+    return replace(prepared, recipe=replace(prepared.recipe, seed=7))
+
+
+def wait_three_seconds_only() -> None:
+    muster._TO_COME_TOGETHER = timedelta(seconds=3)
+
+
+def assert_one_message(outcome: Outcome, folder: Path, *parts: str) -> None:
+    """Exit code 2 on every rank, the parts in what rank 0 says, nothing from the others, nothing trained."""
+    assert set(outcome.codes) == {2}, outcome.ranks
+    for part in parts:
+        assert part in outcome.errors, outcome.errors
+    assert outcome.errors.count("error:") == 1
+    assert not any("error:" in errors for errors in outcome.ranks[1:])
+    assert not list(folder.glob("checkpoints/*"))
+    assert not (folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "parts"),
+    [
+        (
+            Fault(RUN + "check_requirements", functools.partial(refuse, "data.store: /data/x is not a store"), rank=2),
+            ("1 of 3 ranks cannot start", "rank 2 (", "data.store: /data/x is not a store"),
+        ),
+        (
+            Fault(RUN + "load_recipe", spoil=another_number_of_checkpoints, rank=1),
+            ("ranks differ, and must not", "rank 1 (", "exp_manager.checkpoints.keep_last = 9; rank 0 has 2"),
+        ),
+        (Fault(RUN + "versions", spoil=another_torch, rank=1), ("rank 1 (", "torch = 1.0; rank 0 has 2.")),
+        (Fault(RUN + "PreparedRun.of", spoil=another_seed, rank=2), ("rank 2 (", "seed = 7; rank 0 has 42")),
+        (
+            Fault(RUN + "build_proteins", functools.partial(refuse, "sample.fasta is damaged")),
+            ("error: sample.fasta is damaged",),
+        ),
+        (
+            Fault(
+                "bionemo_esm.pretraining.trainer.choose_start", functools.partial(refuse, "no checkpoint can be read")
+            ),
+            ("error: no checkpoint can be read",),
+        ),
+    ],
+    ids=["missing on one node", "configuration", "version", "data", "build on rank 0", "checkpoint on rank 0"],
+)
+def test_what_hinders_or_sets_apart_one_rank_ends_all_in_one_message(
+    tmp_path: Path, fault: Fault, parts: tuple[str, ...]
+) -> None:
+    outcome = run(tmp_path / "run", "data.micro_batch_size=1", "data.global_batch_size=6", ranks=3, faults=[fault])
+    assert_one_message(outcome, tmp_path / "run", *parts)
+
+
+def test_a_batch_that_the_ranks_do_not_divide_names_the_numbers_that_would(tmp_path: Path) -> None:
+    outcome = run(tmp_path / "run", "data.micro_batch_size=4", ranks=3)
+    assert_one_message(outcome, tmp_path / "run", "16 sequences cannot be dealt evenly to 3 ranks", "one of 1, 2, 4.")
+
+
+def test_another_number_of_processes_than_the_recipe_has_devices_is_refused(tmp_path: Path) -> None:
+    outcome = run(tmp_path / "run", "trainer.num_nodes=2", "data.micro_batch_size=4", ranks=2)
+    assert_one_message(outcome, tmp_path / "run", "trainer.devices are 2 x 2, but 2 processes were launched")
+
+
+def test_a_rank_that_dies_in_the_checks_ends_the_others(tmp_path: Path) -> None:
+    dying = Fault(RUN + "check_requirements", functools.partial(os._exit, 9), rank=1)
+    outcome = run(tmp_path / "run", "data.micro_batch_size=4", ranks=2, faults=[dying])
+    assert outcome.codes == [2, 9]
+    assert "a rank ended before the first step" in outcome.errors
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    absent = Fault(RUN + "assembled", functools.partial(os._exit, 9), rank=1)
+    impatient = Fault(RUN + "assembled", wait_three_seconds_only)
+    outcome = run(tmp_path / "run", "data.micro_batch_size=4", ranks=2, faults=[absent, impatient])
+    assert outcome.codes == [2, 9]
+    assert "error: rank 0 of 2 waited in vain for the others at 127.0.0.1:" in outcome.errors
+
+
+def test_one_process_alone_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    with assembled() as alone:
+        assert alone == Muster(0, 1)
+        assert alone.launched is None
+        assert alone.together(lambda: 3, lambda _: versions()) == 3
+        assert alone.first(lambda: "x") == "x"
+        with pytest.raises(ConfigError, match="mine"):
+            alone.together(functools.partial(refuse, "mine"))
+
+
+def test_a_slurm_job_without_srun_is_told_to_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_JOB_NAME", "esm")
+    with pytest.raises(ConfigError, match="8 tasks, but the process was not started by srun"), assembled():
+        pass
+
+
+def test_many_differences_are_named_in_part() -> None:
+    notes = [{"host": "a", "error": None, "account": {str(key): rank for key in range(9)}} for rank in range(2)]
+    with pytest.raises(RollCallError, match="and 5 more"):
+        muster._compare(notes)

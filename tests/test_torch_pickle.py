@@ -1,0 +1,346 @@
+"""Pickles of tensors: what is in them comes out whole; nothing of a hostile one is run, and nothing of it stays."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import subprocess
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bionemo_esm.errors import UserError
+from bionemo_esm.model import torch_pickle as pickles
+from bionemo_esm.model.torch_pickle import ChildLimits, PickleError, convert_pickle
+
+NAMESPACE = ("argparse.Namespace",)
+
+
+def saved(path: Path, state: Any, new: bool = True) -> Path:
+    torch.save(state, path, _use_new_zipfile_serialization=new)
+    return path
+
+
+def refused(path: Path, match: str, **options: Any) -> None:
+    """One error of one line that names the file; no file beside it."""
+    before = sorted(path.parent.iterdir())
+    with pytest.raises(PickleError, match=match) as caught:
+        convert_pickle(path, path.parent / "out.safetensors", **options)
+    assert isinstance(caught.value, UserError)
+    assert str(caught.value) == f"{path}: {caught.value.why}"
+    assert "\n" not in str(caught.value)
+    assert sorted(path.parent.iterdir()) == before
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The child's work without the child, for what does not depend on it and would take seconds each time."""
+
+    def here(source: Path, output: Path, plain: Path, wanted: tuple[str, ...], limits: ChildLimits) -> None:
+        try:
+            pickles._convert(source, output, plain, wanted[0], wanted[1:])
+        except pickle.UnpicklingError as error:
+            message = pickles._culprit(str(error)).encode()
+            raise PickleError(source, pickles._explain(pickles._REFUSED, message, 0)) from error
+
+    monkeypatch.setattr(pickles, "_open_elsewhere", here)
+    trusted = torch.serialization.get_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(trusted)
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "format-before-1.6"])
+def test_every_tensor_comes_out_under_its_path_and_the_rest_as_plain_values(new: bool, tmp_path: Path) -> None:
+    table = torch.randn(5, 3)
+    tensors = {
+        "words": table,
+        "tied": table,  # the same memory
+        "column": table[:, 1],  # a part of it, not contiguous
+        "turned": table.T,
+        "half": table.half(),
+        "brain": table.bfloat16(),
+        "steps": torch.tensor(7),
+        "flags": torch.tensor([True, False]),
+        "none": torch.zeros(0, 4),
+        "trained": torch.nn.Parameter(table),
+        "negative": torch.view_as_complex(table[:4, :2].contiguous()).conj().imag,  # a view that torch negates lazily
+        "number": table[::5, 1],
+    }
+    state = {
+        "model": OrderedDict(tensors),
+        "optimizer": {"state": {0: {"moment": torch.ones(2), "step": 3}}},
+        "args": Namespace(arch="roberta_large", layers=2, rate=0.1, extra=None, inner=Namespace(flag=True)),
+        "sizes": torch.Size([2, 3]),
+        "junk": [1, "two", (3.0, {"four": torch.ones(1)}), {5}, torch.float16, 1 << 80, b"bytes"],
+    }
+    path, output = saved(tmp_path / "file.pt", state, new), tmp_path / "out.safetensors"
+    plain = convert_pickle(path, output, allowed=NAMESPACE)
+    stored = load_file(output)
+    expected = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    expected["optimizer.state.0.moment"] = torch.ones(2)
+    assert stored.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert stored[name].dtype == tensor.dtype
+        assert torch.equal(stored[name], tensor), name
+    assert plain == {
+        "model": {},
+        "optimizer": {"state": {"0": {"step": 3}}},
+        "args": {"arch": "roberta_large", "layers": 2, "rate": 0.1, "extra": None, "inner": {"flag": True}},
+        "sizes": [2, 3],
+        "junk": [1, "two", [3.0, {"four": "<Tensor>"}], "<set>", "<dtype>", "<int>", "<bytes>"],
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.pt", "out.safetensors"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_tensors_elsewhere_are_left_out_where_only_some_are_wanted(tmp_path: Path) -> None:
+    state = {"model": {"a": torch.ones(1)}, "models": {"b": torch.ones(2)}, "moment": torch.ones(3), "step": 4}
+    plain = convert_pickle(saved(tmp_path / "file.pt", state), tmp_path / "out", below="model")
+    assert load_file(tmp_path / "out").keys() == {"model.a"}
+    assert plain == {"model": {}, "models": {"b": "<Tensor>"}, "moment": "<Tensor>", "step": 4}
+
+
+def test_a_link_is_followed_and_named_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face's cache consists of links."""
+    monkeypatch.chdir(tmp_path)
+    blob = saved(tmp_path / "3f2a", {"a": torch.ones(1)})
+    (tmp_path / "snapshot").mkdir()
+    link = tmp_path / "snapshot" / "pytorch_model.bin"
+    link.symlink_to(Path("..") / blob.name)
+    convert_pickle(link.relative_to(tmp_path), Path("snapshot", "out.safetensors"))
+    assert load_file(tmp_path / "snapshot" / "out.safetensors").keys() == {"a"}
+    (tmp_path / "snapshot" / "out.safetensors").unlink()
+    blob.write_bytes(blob.read_bytes()[:200])
+    refused(
+        link, r"pytorch_model\.bin: is no file of torch\.save, or one that was cut short; copy or download it again"
+    )
+
+
+# --- hostile and mistaken files ---------------------------------------------------------------------------------------
+
+
+class Call:
+    """Unpickled as a call of a function."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.function, self.arguments
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "format-before-1.6"])
+def test_nothing_is_run_whatever_torch_is_told_by_the_environment(
+    new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    evil = Call(os.mkdir, str(tmp_path / "owned"))
+    state = {"args": Namespace(evil=evil), "model": {"a": torch.ones(1)}}
+    path = saved(tmp_path / "evil.pt", state, new)
+    refused(path, r"it asks for (posix|nt)\.mkdir, which is no tensor; nothing of it was run", allowed=NAMESPACE)
+    assert not (tmp_path / "owned").exists()
+    evil.function(*evil.arguments)
+    assert (tmp_path / "owned").exists()  # it was a real one
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (Call(eval, "1"), "it asks for eval, which"),
+        (Call(getattr, "a", "upper"), "it asks for getattr, which"),
+        (Call(subprocess.Popen, ["true"]), r"it asks for (subprocess|commands)\.Popen, which"),
+        (Call(torch.load, "/dev/null"), r"it asks for torch\.serialization\.load, which"),
+        (Namespace(layers=2), r"it asks for argparse\.Namespace, which"),
+        (SimpleNamespace(layers=2), r"it asks for types\.SimpleNamespace, which"),
+        (torch.nn.Linear(1, 1), r"it asks for torch\.nn\.modules\.linear\.Linear, which"),
+        (torch.ones(2, dtype=torch.complex64), r"safetensors cannot hold: tensor 'value' of torch\.complex64"),
+        (torch.eye(3).to_sparse(), "tensor 'value', which is sparse, quantized or without data"),
+        (torch.ones(1, device="meta"), "tensor 'value', which is sparse, quantized or without data"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else getattr(value, "function", type(value)).__name__,
+)
+def test_what_is_no_tensor_or_plain_value_is_named(value: Any, match: str, tmp_path: Path) -> None:
+    torch.serialization.add_safe_globals([SimpleNamespace])  # as Megatron does for the whole process
+    refused(saved(tmp_path / "file.pt", {"value": value}), match)
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(
+    ("state", "match"),
+    [
+        ([torch.ones(1)], "it is no pickle of tensors"),
+        ({}, "it is no pickle of tensors"),
+        ({3: torch.ones(1)}, "it is no pickle of tensors"),
+        ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "two tensors 'a.b'"),
+        ({"a": {1: 1, "1": 2}}, "two entries '1' in one dict"),
+    ],
+    ids=["list", "empty", "numbered", "two-paths", "two-keys"],
+)
+def test_a_file_whose_tensors_have_no_names_of_their_own_is_refused(state: Any, match: str, tmp_path: Path) -> None:
+    refused(saved(tmp_path / "file.pt", state), match)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_values_without_end_are_refused(tmp_path: Path) -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    laughs: list[Any] = ["ha"]
+    for _ in range(20):
+        laughs = [laughs] * 10  # a hundred bytes, 10^20 values
+    text = "x" * (1 << 16)
+    for name, value in (("loop", loop), ("laughs", laughs), ("texts", [text] * 1000), ("names", [{text: 1}] * 1000)):
+        refused(saved(tmp_path / name, {"args": value}), f"{name}: it is not a model but values without end")
+
+
+def rezipped(path: Path, compression: int = zipfile.ZIP_STORED) -> Path:
+    """The same file, packed again by Python."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(path.with_suffix(".zip"), "w", compression) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    return path.with_suffix(".zip")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_zip_that_would_grow_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = saved(tmp_path / "file.pt", {"a": torch.zeros(1 << 20)})
+    refused(rezipped(path, zipfile.ZIP_DEFLATED), "it is a compressed zip, which torch.save does not write")
+    content = bytearray(rezipped(path).read_bytes())
+    places = [index for index in range(len(content)) if content.startswith(b"PK\x01\x02", index)]
+    with zipfile.ZipFile(io.BytesIO(content)) as members:
+        largest = max(members.infolist(), key=lambda info: info.file_size)
+        data = members.infolist().index(largest)
+    for place in places:  # every member of the directory leads to the large one
+        content[place + 20 : place + 28] = content[places[data] + 20 : places[data] + 28]
+    (tmp_path / "overlapping").write_bytes(content)
+    refused(tmp_path / "overlapping", "it is a zip with members that overlap")
+
+
+def test_tensors_that_unfold_on_disk_are_stopped(tmp_path: Path) -> None:
+    one = torch.zeros(1)
+    state = {f"tensor{index}": one.expand(1 << 21) for index in range(3)}  # 8 MiB each, one number in the file
+    refused(saved(tmp_path / "file.pt", state), "it unfolds to more than four times its size; nothing of it was run")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "is empty; copy or download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "git lfs pull"),
+        (None, "is safetensors, and not a pickle"),
+    ],
+    ids=["empty", "pointer", "safetensors"],
+)
+def test_what_is_no_pickle_at_first_sight_is_told_without_a_process(
+    content: bytes | None, match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pickles.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    path = tmp_path / "file.pt"
+    if content is None:
+        save_file({"a": torch.ones(1)}, path)
+    else:
+        path.write_bytes(content)
+    refused(path, match)
+    path.unlink()
+    refused(path, "cannot be read \\(No such file or directory\\)")
+    refused(tmp_path / "..", "cannot be read \\(Is a directory\\)")
+
+
+NOT_WHOLE = r"is no file of torch\.save, or one that was cut short; copy or download it again"
+
+
+def test_text_and_cut_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("<html><body>404: no such model</body></html>")
+    refused(tmp_path / "text.pt", f": {NOT_WHOLE}")
+    whole = saved(tmp_path / "whole.pt", {"a": torch.ones(1000)}).read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:-2000])
+    refused(tmp_path / "cut.pt", f": {NOT_WHOLE}")
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "format-before-1.6"])
+def test_a_file_is_damaged_wherever_it_was_cut(new: bool, tmp_path: Path) -> None:
+    state = {"a": torch.ones(300), "args": Namespace(layers=2)}
+    whole = saved(tmp_path / "whole.pt", state, new).read_bytes()
+    torch.serialization.add_safe_globals([Namespace])
+    for length in range(len(whole) // 2, len(whole), 50):  # before, in the old format, names may be cut as well
+        (tmp_path / "cut.pt").write_bytes(whole[:length])
+        with pytest.raises(pickles._DamageError):
+            pickles._load(tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize("text", ["entry not found", "{}", "[1, 2]", "404", "PK\x03\x04 and more", "\x80\x02}q"])
+def test_what_torch_never_wrote_is_called_no_file_of_it(text: str, tmp_path: Path) -> None:
+    (tmp_path / "file.pt").write_bytes(text.encode("latin-1"))
+    with pytest.raises(pickles._DamageError):
+        pickles._load(tmp_path / "file.pt")
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "seconds", "cpu"), [(1 << 20, 900, 600), (30_000_000_000, 3000, 3000)])
+def test_a_large_file_has_more_time(
+    size: int, seconds: int, cpu: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "large.pt").open("wb") as stream:
+        stream.truncate(size)  # takes no space
+    seen: dict[str, Any] = {}
+
+    def run(command: list[str], **keywords: Any) -> Any:
+        seen.update(keywords, cpu=command[6])
+        return subprocess.CompletedProcess(command, pickles._NO_SPACE, b"", b"")
+
+    monkeypatch.setattr(pickles.subprocess, "run", run)
+    refused(tmp_path / "large.pt", "no space for a copy of its weights; free some, or set TMPDIR")
+    assert seen["timeout"] == seconds
+    assert seen["cpu"] == str(cpu)
+
+
+def test_a_file_that_is_there_already_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(AssertionError):
+        convert_pickle(saved(tmp_path / "file.pt", {"a": torch.ones(1)}), tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_results_that_are_not_what_was_agreed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever took over the child would still only be believed safetensors and JSON, of bounded size."""
+    tensors: dict[str, Tensor] = {"a": torch.ones(1)}
+
+    def wrote(weights: bytes, plain: str) -> Callable[..., None]:
+        def write(source: Path, output: Path, place: Path, *_: Any) -> None:
+            output.write_bytes(weights)
+            place.write_text(plain)
+
+        return write
+
+    save_file(tensors, tmp_path / "good")
+    good = (tmp_path / "good").read_bytes()
+    path = saved(tmp_path / "file.pt", tensors)
+    for weights, plain, match in (
+        (b"\x80\x02}.", "{}", "not a proper safetensors file"),
+        (good[:-1], "{}", "its tensors have 4 bytes, the data 3"),
+        (good, "import os", "Expecting value"),
+        (good, "[" * 5000 + "]" * 5000, "nested"),
+        (good, '{"a": 1, "a": 2}', "appears twice"),
+        (good, "[1]", "no mapping"),
+    ):
+        monkeypatch.setattr(pickles, "_open_elsewhere", wrote(weights, plain))
+        refused(path, f"the process that opened it wrote no weights \\(.*{match}")
+    monkeypatch.setattr(pickles, "_MOST_PLAIN", 10)
+    monkeypatch.setattr(pickles, "_open_elsewhere", wrote(good, '"' + "x" * 1000 + '"'))
+    refused(path, "too many plain values")
