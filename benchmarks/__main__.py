@@ -21,10 +21,10 @@ from benchmarks.report import render, titled
 from benchmarks.rows import MODULES, Module
 from benchmarks.running import messages_of
 from benchmarks.table import Entry, Table, result_of
-from bionemo_esm.console import Screen, duration, exit_of, sigterm_as_exit
+from bionemo_esm.console import Console, duration, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.data.fasta import read_fasta
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.files import check_writable, written_whole
+from bionemo_esm.files import atomic_write, check_writable
 
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "images" / "speed.png"
@@ -98,7 +98,7 @@ class Session:
     """One call of the command: the table as it grows, and the screen."""
 
     order: Order
-    screen: Screen
+    console: Console
     table: Table
     failed: list[str] = field(default_factory=list)
     _shown: float = -_SECONDS_BETWEEN_LINES
@@ -113,7 +113,7 @@ class Session:
             identity = self._identity(self.order.modules[module], name)
             done = self.table.finished.get(f"{self.order.setting.device} {module}", {})
             if not self.order.again and done.get("identity") == identity:
-                self.screen.say(f"{module}: is there already (--again measures it anew)")
+                self.console.print_line(f"{module}: is there already (--again measures it anew)")
                 continue
             circumstances = {"identity": identity, "machine": name, "source": code, "load": load()}
             self._module(module, circumstances, names[place + 1 :])
@@ -128,7 +128,7 @@ class Session:
     def _module(self, module: str, circumstances: dict[str, Any], later: list[str]) -> None:
         order, started = self.order, time.monotonic()
         known = [] if order.again else self.table.keys(module, circumstances["identity"])
-        self.screen.say(f"{module}: {order.modules[module].what}")
+        self.console.print_line(f"{module}: {order.modules[module].what}")
         keys: set[str] = set()
         with tempfile.TemporaryDirectory(dir=order.setting.folder) as folder:
             setting = Setting(Path(folder) / "files", order.setting.device, order.setting.quick, order.setting.fasta)
@@ -140,7 +140,7 @@ class Session:
                         self._progress(module, message.text, started, later)
                     elif message.kind == "failed":
                         self.failed.append(module)
-                        self.screen.say(f"  {module} FAILED: {message.text}")
+                        self.console.print_line(f"  {module} FAILED: {message.text}")
                     elif message.kind == "end":
                         seconds = time.monotonic() - started
                         place = module, order.setting.device, circumstances["identity"]
@@ -158,7 +158,7 @@ class Session:
         self.save()
         against = [f"{side.ratio[0]:.3g}x {side.name}" for side in result.sides if side.ratio and side.counts]
         void = [f"{side.name} does not count" for side in result.sides if not side.counts]
-        self.screen.say(f"  {titled(result.row)}: {'; '.join([*against, *void]) or 'measured'}")
+        self.console.print_line(f"  {titled(result.row)}: {'; '.join([*against, *void]) or 'measured'}")
 
     def save(self) -> None:
         """What has been measured so far, whole."""
@@ -166,7 +166,7 @@ class Session:
 
     def _progress(self, module: str, text: str, started: float, later: list[str]) -> None:
         now = time.monotonic()
-        if not self.screen.is_terminal and now - self._shown < _SECONDS_BETWEEN_LINES:
+        if not self.console.is_terminal and now - self._shown < _SECONDS_BETWEEN_LINES:
             return
         self._shown = now
         device, spent = self.order.setting.device, now - started
@@ -175,17 +175,17 @@ class Session:
         line = f"  {text}; {duration(spent)} so far"
         if len(before) == len(took):  # so long did they take the last time
             line += f", about {duration(max(before[0] - spent, 0) + sum(before[1:]))} left"
-        self.screen.progress(line)
+        self.console.progress(line)
 
 
 def write(table: Table, order: Order) -> None:
     """The table and the picture, each whole."""
-    with written_whole(order.output / "table.md") as stream:
+    with atomic_write(order.output / "table.md") as stream:
         stream.write(render(table).encode())
     draw(table, order.picture)
 
 
-def job(options: argparse.Namespace, modules: dict[str, Module], screen: Screen) -> int:
+def job(options: argparse.Namespace, modules: dict[str, Module], console: Console) -> int:
     """Measure and write; the exit code: 1 where a module failed."""
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         order = order_of(options, modules, Path(folder))
@@ -198,26 +198,28 @@ def job(options: argparse.Namespace, modules: dict[str, Module], screen: Screen)
             if not table.entries:
                 raise ConfigError(f"--table: there are no results in {order.output / 'table.json'}; measure first")
             write(table, order)
-            screen.say(f"wrote {order.output / 'table.md'} and {order.picture}")
+            console.print_line(f"wrote {order.output / 'table.md'} and {order.picture}")
             return 0
         table.quick = order.setting.quick
         if not order.setting.quick and not is_idle():
-            screen.say(f"warning: load average {load():g}: other work is going on here; timings will be worth little")
-        session = Session(order, screen, table)
+            console.print_line(
+                f"warning: load average {load():g}: other work is going on here; timings will be worth little"
+            )
+        session = Session(order, console, table)
         session.run()
         session.save()
         write(table, order)
         kept = options.output is not None or not options.quick
-        screen.say(f"wrote {order.output / 'table.md'} and {order.picture}" if kept else f"\n{render(table)}")
+        console.print_line(f"wrote {order.output / 'table.md'} and {order.picture}" if kept else f"\n{render(table)}")
         if session.failed:
-            screen.say(f"failed: {', '.join(session.failed)}; their rows are missing or old")
+            console.print_line(f"failed: {', '.join(session.failed)}; their rows are missing or old")
         return 1 if session.failed else 0
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     with sigterm_as_exit(_GOES_ON):
-        exit_of(lambda: job(options, dict(MODULES), Screen(sys.stdout)), _GOES_ON)
+        run_to_exit_code(lambda: job(options, dict(MODULES), Console(sys.stdout)), _GOES_ON)
 
 
 if __name__ == "__main__":

@@ -71,19 +71,17 @@ def compare(number: int) -> None:
     """Print the rows of one peer."""
     name, build, family, shape = PEERS[number]
     with tempfile.TemporaryDirectory() as folder:
-        questions = batches(Path(folder))
+        queries = batches(Path(folder))
         peer = build(family, shape, Path(folder) / "peer")
         ours = brought_here(peer, Path(folder))
-        found = {
-            question: errors(peer, ours, batch, maps=question == WITH_MAPS) for question, batch in questions.items()
-        }
+        found = {query: errors(peer, ours, batch, maps=query == WITH_MAPS) for query, batch in queries.items()}
         del ours
-        rounding = rounding_of(peer, questions[WITH_MAPS])
-    for question, error in found.items():
+        rounding = rounding_of(peer, queries[WITH_MAPS])
+    for query, error in found.items():
         numbers = " | ".join(f"{error[name]:.1e}" if name in error else "" for name in QUANTITIES)
-        own = f"{rounding:.1e}" if question == WITH_MAPS else ""
+        own = f"{rounding:.1e}" if query == WITH_MAPS else ""
         library = {"hugging_face": "Hugging Face", "fair_esm": "fair-esm"}[build.__name__]
-        print(f"| {name} | {library} | {question} | {numbers} | {own} |", flush=True)
+        print(f"| {name} | {library} | {query} | {numbers} | {own} |", flush=True)
 
 
 def main(wanted: str = "") -> None:

@@ -3,7 +3,8 @@
     python -m benchmarks.loader --fasta proteins.fasta.gz --sequences 8000000
 
 Real proteins, repeated to a store of so many, in the page cache: what is measured is the loader, not a disk. Each rank
-looks at the lengths of the whole global batch of 65,120 to find its own 370 of equal work (`data/batch_sampler.py`); `by
+looks at the lengths of the whole global batch of 65,120 to find its own 370 of equal work
+(`data/batch_sampler.py`); `by
 turns` shows what that costs, and what it is for. In the end loader processes run side by side, as on a node.
 """
 
@@ -84,7 +85,7 @@ def main() -> None:
             return reader.packed(*stream.order.samples(places))
 
         parts: list[tuple[str, Callable[[int], object]]] = [
-            ("deal the global batch", lambda step: stream.dealt(step * size, 5)),
+            ("deal the global batch", lambda step: stream.rank_batches(step * size, 5)),
             ("pack and mask 370, by turns", packed_by_turns),
             ("both: a rank's share", lambda step: stream[step * size]),
         ]

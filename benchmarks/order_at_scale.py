@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from bionemo_esm.data.batch_sampler import BatchPlan, EpochOrder, deal
+from bionemo_esm.data.batch_sampler import BatchPlan, EpochOrder, assign_micro_batches
 
 PHASES = (176, 144)
 MICRO_BATCH = 370
@@ -42,10 +42,10 @@ def steps(
         positions = np.arange(consumed, consumed + ranks * MICRO_BATCH, dtype=np.int64)
         _, samples = order.samples(positions)
         tokens = lengths[samples].astype(np.int64)
-        hands = np.stack(deal(tokens, ranks))
+        rank_batches = np.stack(assign_micro_batches(tokens, ranks))
         for rank in (0, ranks // 2, ranks - 1):
-            np.testing.assert_array_equal(plan.share(tokens, rank), hands[rank : rank + 1])
-        yield consumed, positions[hands]
+            np.testing.assert_array_equal(plan.share(tokens, rank), rank_batches[rank : rank + 1])
+        yield consumed, positions[rank_batches]
         consumed += ranks * MICRO_BATCH
         done += 1
 

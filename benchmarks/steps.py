@@ -24,7 +24,7 @@ from transformers import EsmForMaskedLM
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from bionemo_esm.alphabet import PAD_ID
-from bionemo_esm.data.dataloader import StepShare
+from bionemo_esm.data.dataloader import RankBatch
 from bionemo_esm.data.masking import Corruption, MaskingPolicy, corrupt, sample_keys
 from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack, unpack
 from bionemo_esm.errors import ConfigError
@@ -188,7 +188,7 @@ class Ours:
     def step(self, batches: Sequence[PackedBatch]) -> Found:
         """One optimizer step, done when this returns."""
         samples = sum(batch.sequences for batch in batches)
-        self.model.training_step(StepShare(list(batches), samples), 0)
+        self.model.training_step(RankBatch(list(batches), samples), 0)
         wait(self.device)
         report = self.model.last_step
         assert report is not None

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.comparison import Measured, Result, Row, Target
 from bionemo_esm.errors import UserError
-from bionemo_esm.files import written_whole
+from bionemo_esm.files import atomic_write
 
 SCHEMA = "bionemo_esm/benchmarks/1"
 _OF_ROW = ("key", "title", "unit", "precision", "parity", "tolerance", "clock", "turns", "seconds_matter", "note")
@@ -79,7 +79,7 @@ class Table:
             "finished": self.finished,
         }
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-        with written_whole(path) as stream:
+        with atomic_write(path) as stream:
             stream.write(text.encode())
 
     @classmethod

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bionemo_esm import config_directory
-from bionemo_esm.console import exit_of, is_rank_zero
+from bionemo_esm.console import is_rank_zero, run_to_exit_code
 from bionemo_esm.errors import ConfigError
 
 _HYDRAS_FLAGS = (
@@ -45,10 +45,10 @@ def check_command_line(config_name: str, part: str = "") -> None:
         if is_rank_zero():
             print(_as_called(text), end="")  # noqa: T201
         raise SystemExit(0)
-    exit_of(lambda: _check_no_sweep(arguments), "Interrupted.", silent=not is_rank_zero())
+    run_to_exit_code(lambda: _check_no_sweep(arguments), "Interrupted.", silent=not is_rank_zero())
     if any(re.match(_HYDRAS_FLAGS, argument) for argument in arguments):
         return
-    exit_of(lambda: _check(config_name, part, arguments), "Interrupted.", silent=not is_rank_zero())
+    run_to_exit_code(lambda: _check(config_name, part, arguments), "Interrupted.", silent=not is_rank_zero())
 
 
 def start_ranks_by(module_file: str) -> None:

@@ -21,7 +21,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_UPDATES = 0.5  # of a terminal's progress line
 
 
-class Screen:
+class Console:
     """Lines for a person; a terminal also gets a progress line that rewrites itself. Ranks other than 0 stay silent."""
 
     def __init__(self, stream: TextIO, silent: bool = False) -> None:
@@ -29,7 +29,7 @@ class Screen:
         self.is_terminal = stream.isatty()
         self._progress_width = 0
 
-    def say(self, text: str = "") -> None:
+    def print_line(self, text: str = "") -> None:
         """A line (or several) that stays."""
         if not self.silent:
             self._write(text.ljust(self._progress_width) + "\n")
@@ -51,7 +51,7 @@ class Screen:
 
 
 @contextmanager
-def third_party_output_in(log: Path, silent: bool = False) -> Iterator[Screen]:
+def redirect_output(log: Path, silent: bool = False) -> Iterator[Console]:
     """Send all that is written to standard output and error into `log`; the yielded screen still reaches the person.
 
     The redirection is of file descriptors, so it catches warnings of libraries written in C++ and of child processes.
@@ -72,7 +72,7 @@ def third_party_output_in(log: Path, silent: bool = False) -> Iterator[Screen]:
         os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1) as sys.stderr,
     ):
         try:
-            yield Screen(person, silent)
+            yield Console(person, silent)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -92,12 +92,12 @@ class Unit(NamedTuple):
 MEGABYTES, RESIDUES = Unit("MB", 1e6), Unit("residues", 1.0)
 
 
-class Meter:
+class ProgressBar:
     """Progress of long work over so many bytes, or units: how far, how fast, how long still."""
 
-    def __init__(self, screen: Screen, what: str, unit: Unit = MEGABYTES) -> None:
-        self.screen, self.what, self.unit = screen, what, unit
-        self._interval = _SECONDS_BETWEEN_UPDATES if screen.is_terminal else _SECONDS_BETWEEN_LINES
+    def __init__(self, console: Console, what: str, unit: Unit = MEGABYTES) -> None:
+        self.console, self.what, self.unit = console, what, unit
+        self._interval = _SECONDS_BETWEEN_UPDATES if console.is_terminal else _SECONDS_BETWEEN_LINES
         self._started = self._shown = time.monotonic()
         self._first = 0
         self._last: int | None = None
@@ -119,10 +119,10 @@ class Meter:
         text += f"{note}, {rate / size:,.0f} {unit}/s"
         if total and rate > 0:
             text += f", {duration((total - done) / rate)} left"
-        self.screen.progress(text)
+        self.console.progress(text)
 
 
-def exit_of(job: Callable[[], int], on_interrupt: str, silent: bool = False) -> None:
+def run_to_exit_code(job: Callable[[], int], on_interrupt: str, silent: bool = False) -> None:
     """Run a job to its exit code; 2 after one line for what a user can mend, 130 after `on_interrupt` on Ctrl-C."""
     try:
         code = job()

@@ -43,7 +43,7 @@ def nearest_folder(target: Path) -> Path:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A stream to a temporary file beside `path` that takes its name when the block ends well, and goes otherwise.
 
     The folders above are made; what stood under the name is replaced.
@@ -57,13 +57,13 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(descriptor)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
-        sync_folder(path.parent)
+        fsync_directory(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_directory(folder: Path) -> None:
     """Make renames and removals in a folder survive a power cut, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -76,7 +76,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path, key: str, otherwise: str) -> Iterator[None]:
+def exclusive_lock(folder: Path, key: str, otherwise: str) -> Iterator[None]:
     """Hold a folder for the length of a block.
 
     Raises `ConfigError`, naming the key, where it cannot be written to, and naming the holder, where another process

@@ -1,7 +1,7 @@
 """Makes the plugin known to NeMo: `import bionemo_esm`, and `ModelPT.restore_from` reads our archives.
 
 NeMo has no registry that a plugin could enter, so our connector takes the place of NeMo's in the module of `ModelPT`
-(see `bionemo_esm.model.nemo_connector`). NeMo takes seconds to import, and whoever only reads FASTA should not wait for it:
+(see `bionemo_esm.model.nemo_connector`). NeMo takes seconds to import, which reading FASTA must not wait for:
 where NeMo is not there yet, the connector is put in place at the moment when it arrives.
 """
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bionemo_esm.files import written_whole
+from bionemo_esm.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +35,6 @@ def styled(**changes: Any) -> Iterator[None]:
 
 def write_png(figure: Figure, path: Path) -> Path:
     """Save a figure, drawn within `styled`, whole or not at all, over what is at `path`; the path."""
-    with written_whole(path) as stream:
+    with atomic_write(path) as stream:
         figure.savefig(stream, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     return path

@@ -65,7 +65,7 @@ def _apart(folder: str, settings: dict[str, Any], stop: Stop | None, environment
 def started(
     folder: Path, settings: dict[str, Any], stop: Stop | None = None, environment: dict[str, str] | None = None
 ) -> BaseProcess:
-    """The job at work in that folder; what it says goes to `screen.txt` and `errors.txt` beside the folder."""
+    """The job at work in that folder; what it says goes to `console.txt` and `errors.txt` beside the folder."""
     process = _SERVER.Process(target=_apart, args=(str(folder), settings, stop, environment or {}))
     process.start()
     return process

@@ -117,7 +117,7 @@ class Outcome:
     """What came of a run: the exit code of each rank (negative: killed by that signal), and rank 0's screen."""
 
     codes: list[int]
-    screen: str = ""
+    console: str = ""
     errors: str = ""
     ranks: list[str] = field(default_factory=list)  # standard error of each
     screens: list[str] = field(default_factory=list)  # standard output of each

@@ -74,6 +74,6 @@ def stub() -> Any:
 
 
 def probe_of(some: ProbeSet, most_tokens: int = 4096) -> Probe:
-    screen: Any = None
-    watch = HangWatch(Path(), None, screen)
-    return Probe(some, most_tokens, StopSignals(), watch, screen, screen)
+    console: Any = None
+    watch = HangWatch(Path(), None, console)
+    return Probe(some, most_tokens, StopSignals(), watch, console, console)

@@ -27,7 +27,7 @@ from bionemo_esm.errors import UserError
 from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.summary import ArchiveCard
+from bionemo_esm.model.summary import ArchiveSummary
 from bionemo_esm.pretraining.preflight import check_requirements
 from bionemo_esm.pretraining.recipe import Recipe, load_recipe
 from faults import Fault, history, run, send
@@ -83,8 +83,8 @@ def test_the_loss_before_and_at_the_first_step_is_hugging_faces_on_the_same_mask
     source, folder = source_model(family), tmp_path / "run"
     summary = adapt(folder, archives[family], "trainer.max_steps=2", "trainer.limit_val_batches=null")
     store, policy = ProteinStore.open(folder / "store"), MaskingPolicy()
-    questions = ValidationBatches(SampleReader(store.split("validation"), LONGEST, policy.for_evaluation(), 42), 8)
-    before = loss_of(source, (questions[index] for index in range(len(questions))))
+    queries = ValidationBatches(SampleReader(store.split("validation"), LONGEST, policy.for_evaluation(), 42), 8)
+    before = loss_of(source, (queries[index] for index in range(len(queries))))
     assert validations(folder)[0]["step"] == 0
     assert validations(folder)[0]["loss"] == pytest.approx(before, abs=1e-4)
     assert summary["initial_validation_loss"] == validations(folder)[0]["loss"]
@@ -105,7 +105,7 @@ def test_two_ranks_validate_together_before_the_first_step(archives: dict[str, P
         folder = tmp_path / f"{ranks}-{len(keys)}"
         outcome = run(folder, *APART, *every, *keys, ranks=ranks)
         assert outcome.codes == [0] * ranks, outcome.ranks
-        assert outcome.screen.count("before any training") == 1
+        assert outcome.console.count("before any training") == 1
         assert [line["step"] for line in validations(folder)] == [0, 3]
         found.append((validations(folder)[0]["residues"], validations(folder)[0]["loss"], losses(folder)))
     for residues, loss, curve in found[1:]:
@@ -127,10 +127,10 @@ def test_step_0_is_on_the_screen_and_in_history_summary_and_report(
 ) -> None:
     summary = adapt(tmp_path / "run", archives[ESM2], "trainer.limit_val_batches=null")
     perplexity = f"{summary['initial_validation_perplexity']:.2f}"
-    screen = capfd.readouterr().out
-    assert f"step 0  validation perplexity {perplexity} (residue frequencies: " in screen
-    assert "masked residues right, before any training" in screen
-    assert f"against {perplexity} before training and {summary['unigram_perplexity']:.2f} for residue" in screen
+    console = capfd.readouterr().out
+    assert f"step 0  validation perplexity {perplexity} (residue frequencies: " in console
+    assert "masked residues right, before any training" in console
+    assert f"against {perplexity} before training and {summary['unigram_perplexity']:.2f} for residue" in console
     page = (tmp_path / "run" / "report.html").read_text()
     assert f"<dt>Perplexity before training</dt><dd>{summary['initial_validation_perplexity']:.3f}</dd>" in page
     assert f"against {summary['initial_validation_perplexity']:,.1f} before training and " in page
@@ -187,7 +187,7 @@ def test_a_signal_during_step_0_ends_the_run_which_then_begins_anew(
     overrides = (*APART, f"restore_from_path={archives[ESM2]}")
     outcome = run(tmp_path / "run", *overrides, ranks=ranks, faults=[stop])
     assert outcome.codes == [143] * ranks, outcome.ranks
-    assert "before any training" not in outcome.screen
+    assert "before any training" not in outcome.console
     assert history(tmp_path / "run") == []
     assert run(tmp_path / "run", *overrides, ranks=ranks).codes == [0] * ranks
     assert [line["step"] for line in validations(tmp_path / "run")] == [0, 3]
@@ -331,11 +331,12 @@ def test_other_weights_under_the_old_name_are_not_gone_on_with(
 def test_the_recipe_is_read_without_torch_and_nemo(archives: dict[str, Path]) -> None:
     code = (
         "import sys; from hydra import compose, initialize_config_dir\n"
-        "from bionemo_esm import config_directory; from bionemo_esm.pretraining.resolve_model import find_architecture\n"
+        "from bionemo_esm import config_directory\n"
+        "from bionemo_esm.pretraining.resolve_model import resolve_model\n"
         "from bionemo_esm.settings import plain_values; from pathlib import Path\n"
         "with initialize_config_dir(str(config_directory()), version_base='1.3'):\n"
         "    values = plain_values(compose('pretrain_esm1nv', overrides=['recipe=adapt']))\n"
-        f"found = find_architecture(values['model'], Path({str(archives[ESM2])!r}), None)\n"
+        f"found = resolve_model(values['model'], Path({str(archives[ESM2])!r}), None)\n"
         "print(found.encoder.position_embedding, sorted({'torch', 'nemo', 'lightning'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -343,7 +344,7 @@ def test_the_recipe_is_read_without_torch_and_nemo(archives: dict[str, Path]) ->
 
 
 def test_the_card_of_an_imported_model_tells_what_it_is_and_where_from(archives: dict[str, Path]) -> None:
-    texts = {family: ArchiveCard.of(ArchiveFile.open(path)).text() for family, path in archives.items()}
+    texts = {family: ArchiveSummary.of(ArchiveFile.open(path)).text() for family, path in archives.items()}
     for family, parts in ((ESM1B, ("", "2", "yes")), (ESM2, ("rotary", "", "yes"))):
         rows = {line[:26].strip(): line[26:] for line in texts[family].splitlines()}
         labels = ("position embedding", "position offset", "contact head")
@@ -362,7 +363,7 @@ def test_an_account_of_an_import_is_told_as_it_is_and_a_long_one_is_cut(tmp_path
         model = tiny_model()
         model.provenance = {"imported_from": origin}
         model.save_to(str(tmp_path / "odd.nemo"))
-        text = ArchiveCard.of(ArchiveFile.open(tmp_path / "odd.nemo")).text() + "\n"
+        text = ArchiveSummary.of(ArchiveFile.open(tmp_path / "odd.nemo")).text() + "\n"
         assert expected in text.split("imported from")[1]
         assert len(text.splitlines()) < 40
 

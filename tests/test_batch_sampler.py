@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bionemo_esm.data.batch_sampler import BatchPlan, deal, divisors
+from bionemo_esm.data.batch_sampler import BatchPlan, assign_micro_batches, divisors
 from bionemo_esm.data.dataloader import SampleReader, TrainingStream
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.store import ProteinStore
@@ -25,9 +25,9 @@ def lengths(sample_store: ProteinStore) -> NDArray[np.int64]:
     st.integers(1, 40),
 )
 @settings(max_examples=150, deadline=None)
-def test_every_sequence_is_dealt_once_in_like_numbers(tokens: NDArray[np.int64], hands: int) -> None:
-    dealt = deal(tokens, hands)
-    assert len(dealt) == hands
+def test_every_sequence_is_dealt_once_in_like_numbers(tokens: NDArray[np.int64], rank_batches: int) -> None:
+    dealt = assign_micro_batches(tokens, rank_batches)
+    assert len(dealt) == rank_batches
     assert sorted(np.concatenate(dealt).tolist()) == list(range(len(tokens)))
     sizes = [len(hand) for hand in dealt]
     assert max(sizes) - min(sizes) <= 1
@@ -36,16 +36,18 @@ def test_every_sequence_is_dealt_once_in_like_numbers(tokens: NDArray[np.int64],
     assert max(loads) - min(loads) <= tokens.max()
 
 
-@pytest.mark.parametrize("hands", [2, 5, 8])
-def test_hands_of_real_proteins_hold_the_same_work_within_a_percent(lengths: NDArray[np.int64], hands: int) -> None:
-    loads = np.array([lengths[hand].sum() for hand in deal(lengths[: 37 * hands], hands)])
-    by_turns = lengths[: 37 * hands].reshape(hands, 37).sum(axis=1)
+@pytest.mark.parametrize("rank_batches", [2, 5, 8])
+def test_hands_of_real_proteins_hold_the_same_work_within_a_percent(
+    lengths: NDArray[np.int64], rank_batches: int
+) -> None:
+    loads = np.array([lengths[hand].sum() for hand in assign_micro_batches(lengths[: 37 * rank_batches], rank_batches)])
+    by_turns = lengths[: 37 * rank_batches].reshape(rank_batches, 37).sum(axis=1)
     assert loads.max() / loads.mean() < 1.01
     assert by_turns.max() / by_turns.mean() > 1.02, "the order of the stream alone would not do"
 
 
 def test_one_hand_holds_the_stream_as_it_comes(lengths: NDArray[np.int64]) -> None:
-    np.testing.assert_array_equal(deal(lengths[:50], 1)[0], np.arange(50))
+    np.testing.assert_array_equal(assign_micro_batches(lengths[:50], 1)[0], np.arange(50))
 
 
 def test_micro_batches_of_a_token_budget_keep_within_it(lengths: NDArray[np.int64]) -> None:

@@ -19,7 +19,7 @@ from benchmarks.comparison import Setting
 from benchmarks.report import render
 from benchmarks.rows import MODULES, Module
 from benchmarks.table import Table
-from bionemo_esm.console import Screen
+from bionemo_esm.console import Console
 from bionemo_esm.errors import ConfigError
 
 TOY = '''
@@ -71,7 +71,7 @@ def bench(tmp_path: Path, seen: Path) -> Bench:
         seen.unlink(missing_ok=True)
         told = io.StringIO()
         options = parser().parse_args([*words, "--quick", "--output", str(tmp_path / "out")])
-        return job(options, modules, Screen(told)), told.getvalue()
+        return job(options, modules, Console(told)), told.getvalue()
 
     return run
 
@@ -133,7 +133,7 @@ def test_a_module_that_fails_costs_no_other(bench: Bench, seen: Path, tmp_path: 
     modules = {"broken": Module("toy_rows", "broken"), "store": Module("benchmarks.no_such_module", "not there")}
     told = io.StringIO()
     options = parser().parse_args(["--quick", "--output", str(tmp_path / "both")])
-    assert job(options, modules, Screen(told)) == 1
+    assert job(options, modules, Console(told)) == 1
     assert "failed: broken, store" in told.getvalue()
     assert "No module named 'benchmarks.no_such_module'" in told.getvalue()
 
@@ -181,21 +181,21 @@ def test_what_cannot_work_is_said_before_anything_is_started(
     monkeypatch.setattr("benchmarks.__main__.installed", lambda library: "1.0")
     monkeypatch.setattr("benchmarks.__main__.messages_of", lambda *told: pytest.fail("started"))
     with pytest.raises(ConfigError, match=message):
-        job(parser().parse_args(words), dict(MODULES), Screen(io.StringIO()))
+        job(parser().parse_args(words), dict(MODULES), Console(io.StringIO()))
 
 
 def test_a_missing_library_is_named_with_the_rows_that_need_it(tmp_path: Path) -> None:
     modules = {"toy": Module("toy_rows", "toys", ("torch", "no-such-library"))}
     options = parser().parse_args(["--quick", "--output", str(tmp_path)])
     with pytest.raises(ConfigError, match=r"toy: no-such-library not installed.*pip install.* no-such-library"):
-        job(options, modules, Screen(io.StringIO()))
+        job(options, modules, Console(io.StringIO()))
 
 
 def test_quick_and_real_results_do_not_mix(bench: Bench, tmp_path: Path) -> None:
     bench("toy")
     options = parser().parse_args(["toy", "--output", str(tmp_path / "out")])
     with pytest.raises(ConfigError, match="results of a quick run"):
-        job(options, {"toy": Module("toy_rows", "toys")}, Screen(io.StringIO()))
+        job(options, {"toy": Module("toy_rows", "toys")}, Console(io.StringIO()))
 
 
 def test_whoever_stops_stops_the_process_that_measures_and_what_it_has_started(tmp_path: Path, seen: Path) -> None:
@@ -254,7 +254,7 @@ def test_every_module_of_rows_has_one_name_and_lies_where_it_says() -> None:
 def test_all_sides_find_the_same_sequences_and_residues_in_a_fasta_file(tmp_path: Path) -> None:
     options = parser().parse_args(["store", "--quick", "--output", str(tmp_path)])
     told = io.StringIO()
-    assert job(options, dict(MODULES), Screen(told)) == 0, told.getvalue()
+    assert job(options, dict(MODULES), Console(told)) == 0, told.getvalue()
     entries = list(Table.load(tmp_path / "table.json").entries.values())
     assert [entry.result.row.key for entry in entries] == ["store-plain", "store-gzip"]
     for entry in entries:

@@ -22,7 +22,7 @@ from bionemo_esm.pretraining import checkpoints as module
 from bionemo_esm.pretraining.async_writer import BackgroundWriter
 from bionemo_esm.pretraining.checkpoints import CheckpointError, SafeCheckpointIO, list_checkpoints, newest_checkpoint
 from bionemo_esm.pretraining.recipe import load_recipe
-from bionemo_esm.pretraining.run_context import alone_in
+from bionemo_esm.pretraining.run_context import exclusive_lock
 from bionemo_esm.pretraining.signals import StopSignals
 from models import tiny_model
 from runs import composed, run_here
@@ -224,5 +224,5 @@ def test_what_a_killed_writer_left_half_written_is_cleared_away_also_before_the_
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"half")
     (tmp_path / "checkpoints" / "notes.partial").write_bytes(b"mine")
-    with alone_in(tmp_path):
+    with exclusive_lock(tmp_path):
         assert [path.name for path in tmp_path.rglob("*.partial")] == ["notes.partial"]

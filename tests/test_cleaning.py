@@ -54,27 +54,27 @@ IRREGULAR = {
 def test_irregular_records_are_mended_dropped_or_refused_as_the_policy_says(tmp_path: Path, key: str) -> None:
     record, mended, counter, problem = IRREGULAR[key]
     text = f">first\n{P1}\n>odd one\n{record}\n>last\n{P2}\n"
-    for choice in CHOICES[key]:
-        folder = tmp_path / choice
+    for options in CHOICES[key]:
+        folder = tmp_path / options
         folder.mkdir()
-        if choice == "error":
+        if options == "error":
             with pytest.raises(
                 FastaError, match=rf"in\.fasta, record 2, byte {text.find('>odd')}: has {re.escape(problem)}"
             ):
-                build(folder, text, max_residues=80, **{key: choice})
+                build(folder, text, max_residues=80, **{key: options})
             assert [path.name for path in folder.iterdir()] == ["in.fasta"]
             continue
-        store = build(folder, text, max_residues=80, **{key: choice})
-        assert texts(store) == [P1, *([mended[choice]] if choice in mended else []), P2]
-        assert store.manifest["counts"][counter] == (choice == "drop")
-        assert store.manifest["policy"][key] == choice
+        store = build(folder, text, max_residues=80, **{key: options})
+        assert texts(store) == [P1, *([mended[options]] if options in mended else []), P2]
+        assert store.manifest["counts"][counter] == (options == "drop")
+        assert store.manifest["policy"][key] == options
 
 
 def test_repeated_identifiers_are_counted_dropped_or_refused(tmp_path: Path) -> None:
     text = f">sp|P1|X one\n{P1}\n>b\n{P2}\n>sp|P1|X two\n{P3}\n>\nMKV\n>\nMKL\n"
-    for choice, expected in (("keep", 5), ("drop", 4)):
-        (tmp_path / choice).mkdir()
-        store = build(tmp_path / choice, text, duplicate_ids=choice)
+    for options, expected in (("keep", 5), ("drop", 4)):
+        (tmp_path / options).mkdir()
+        store = build(tmp_path / options, text, duplicate_ids=options)
         assert len(texts(store)) == expected
         assert store.manifest["counts"]["duplicate_ids"] == 1  # records without one repeat nothing
         assert store.manifest["counts"]["dropped_duplicate_id"] == 5 - expected

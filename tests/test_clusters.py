@@ -20,7 +20,7 @@ from bionemo_esm.data import clusters as clusters_module
 from bionemo_esm.data import fasta
 from bionemo_esm.data.batch_sampler import member_words
 from bionemo_esm.data.clusters import build_clustered_store, read_cluster_map
-from bionemo_esm.data.dataloader import BatchPlan, SampleReader, StepShare, TrainingStream
+from bionemo_esm.data.dataloader import BatchPlan, RankBatch, SampleReader, TrainingStream
 from bionemo_esm.data.fasta import FastaError, SourceError, read_fasta
 from bionemo_esm.data.hashing import uniform_integers
 from bionemo_esm.data.masking import MaskingPolicy, crop_windows, sample_keys
@@ -168,9 +168,9 @@ def test_small_blocks_and_threads_change_no_byte(
 
 
 def test_a_clustered_store_opens_like_any_other_and_its_card_tells_the_clusters(store: ProteinStore) -> None:
-    from bionemo_esm.data.store_summary import StoreCard
+    from bionemo_esm.data.store_summary import StoreSummary
 
-    rows = [line.split() for line in StoreCard.of(ProteinStore.open(store.folder)).text().splitlines()]
+    rows = [line.split() for line in StoreSummary.of(ProteinStore.open(store.folder)).text().splitlines()]
     assert ["clusters", "53", "6", "9"] in rows
     assert any(row[:2] == ["cluster", "map"] for row in rows)
 
@@ -378,10 +378,10 @@ def test_a_truncated_table_is_called_damaged(tmp_path: Path) -> None:
 # Training
 
 
-def residues_shown(share: StepShare | list[PackedBatch]) -> list[str]:
+def residues_shown(share: RankBatch | list[PackedBatch]) -> list[str]:
     """The proteins of some micro batches before they were corrupted."""
     proteins = []
-    for batch in share.micro_batches if isinstance(share, StepShare) else share:
+    for batch in share.micro_batches if isinstance(share, RankBatch) else share:
         tokens = batch.tokens.clone()
         tokens[batch.target_index] = batch.targets.to(tokens.dtype)
         bounds = batch.cu_seqlens.tolist()

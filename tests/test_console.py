@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from bionemo_esm.console import third_party_output_in
+from bionemo_esm.console import redirect_output
 
 PROGRAM = """
 import os, sys, warnings
 from pathlib import Path
-from bionemo_esm.console import third_party_output_in
+from bionemo_esm.console import redirect_output
 print("before")
-with third_party_output_in(Path(sys.argv[1])) as screen:
+with redirect_output(Path(sys.argv[1])) as console:
     print("a library prints")
     warnings.warn("a library warns")
     os.write(1, b"C++ writes\\n")
     os.system("echo a child writes")
-    screen.say("ours")
-    screen.progress("step 1")
+    console.print_line("ours")
+    console.progress("step 1")
 print("after")
 """
 
@@ -37,13 +37,13 @@ def test_only_our_lines_reach_the_person(tmp_path: Path) -> None:
 
 def test_an_exception_finds_the_streams_as_they_were(tmp_path: Path) -> None:
     streams = sys.stdout, sys.stderr
-    with pytest.raises(RuntimeError), third_party_output_in(tmp_path / "log"):
+    with pytest.raises(RuntimeError), redirect_output(tmp_path / "log"):
         raise RuntimeError
     assert (sys.stdout, sys.stderr) == streams
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with third_party_output_in(tmp_path / "log", silent=True) as screen:
-        screen.say("hello")
-        screen.progress("step")
+    with redirect_output(tmp_path / "log", silent=True) as console:
+        console.print_line("hello")
+        console.progress("step")
     assert capfd.readouterr().out == ""

@@ -19,7 +19,7 @@ from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.contacts import head_fitting as contact_pairs
 from bionemo_esm.inference.contacts.head_fitting import (
-    FitChoice,
+    FitOptions,
     Pairs,
     Regression,
     attention_features,
@@ -37,7 +37,7 @@ from bionemo_esm.inference.contacts.head_fitting import (
     with_head,
 )
 from bionemo_esm.inference.contacts.metrics import Row, intervals, precision_of_top, precisions, summary, table, verdict
-from bionemo_esm.inference.contacts.prediction import Reach, contacts_of, predict_contacts
+from bionemo_esm.inference.contacts.prediction import WindowSpec, contacts_of, predict_contacts
 from bionemo_esm.inference.contacts.structures import Structure
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.model.attention import MapObserver
@@ -67,7 +67,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return Engine.load(path, "cpu")
 
 
-CHOICE = FitChoice(train=4, strength=100.0)
+CHOICE = FitOptions(train=4, strength=100.0)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_features_and_fit_are_those_of_fair_esms_own_attention_maps(
     assert np.abs(reference.coef_).max() > 0.1
     expected = reference.predict_proba(np.concatenate(features))[:, 1]
     with with_head(ours, head_of(regression)):
-        maps_of = dict(predict_contacts(ours, [structure.tokens for structure in structures[:4]], Reach.of(ours)))
+        maps_of = dict(predict_contacts(ours, [structure.tokens for structure in structures[:4]], WindowSpec.of(ours)))
     pairs_of_all = training_pairs(structures[:4], CHOICE)
     answers = [maps_of[place][pairs.first, pairs.second] for place, pairs in enumerate(pairs_of_all)]
     assert np.abs(np.concatenate(answers) - expected).max() < 1e-3  # where two fits of nearly equal numbers end
@@ -166,15 +166,15 @@ def test_no_sequence_is_fitted_on_and_asked_about(structures: list[Structure]) -
     twin = Structure("twin", structures[0].tokens, structures[0].coordinates)
     short = walk("short", structures[1].tokens[:6], 1)
     for seed in range(5):
-        division = divide([*structures, twin, short], FitChoice(train=6, seed=seed), 128)
+        division = divide([*structures, twin, short], FitOptions(train=6, seed=seed), 128)
         train, held_out = ({found.tokens.tobytes() for found in part} for part in (division.train, division.held_out))
         assert len(train) == 6 and not train & held_out and len(train | held_out) == 12
         assert (division.repeated, division.without_pairs) == (1, 1)
     first, again, other = (
-        [found.id for found in divide(structures, FitChoice(train=6, seed=seed), 128).train] for seed in (0, 0, 1)
+        [found.id for found in divide(structures, FitOptions(train=6, seed=seed), 128).train] for seed in (0, 0, 1)
     )
     assert first == again != other
-    named = divide([twin, *structures], FitChoice(train=("s3", "s2")), 128)
+    named = divide([twin, *structures], FitOptions(train=("s3", "s2")), 128)
     assert [found.id for found in named.train] == ["s3", "s2"]
     assert "s0" not in [found.id for found in named.held_out]
 
@@ -182,15 +182,15 @@ def test_no_sequence_is_fitted_on_and_asked_about(structures: list[Structure]) -
 def test_structures_to_fit_on_must_be_there_and_fit_the_model(structures: list[Structure]) -> None:
     lengths = sorted(structure.residues for structure in structures)
     with pytest.raises(ConfigError, match="train=12: there are 3 structures to fit on"):
-        divide(structures, FitChoice(train=12), lengths[2])
-    assert {found.residues for found in divide(structures, FitChoice(train=3), lengths[2]).train} == set(lengths[:3])
+        divide(structures, FitOptions(train=12), lengths[2])
+    assert {found.residues for found in divide(structures, FitOptions(train=3), lengths[2]).train} == set(lengths[:3])
     for ids, message in (
         (("s1", "nobody"), "no structure is named nobody; there are s0, s1"),
         (("s1", "s1"), "s1 is named twice"),
         (("s11",), "s11 cannot be fitted on"),
     ):
         with pytest.raises(ConfigError, match=message):
-            divide(structures, FitChoice(train=ids), lengths[2])
+            divide(structures, FitOptions(train=ids), lengths[2])
 
 
 def test_pairs_are_far_enough_apart_and_resolved(structures: list[Structure]) -> None:
@@ -222,7 +222,7 @@ def test_structures_without_contacts_and_fits_beyond_memory_are_refused(
     structures: list[Structure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"0 of [\d,]+ pairs touch"):
-        training_pairs(structures[:2], FitChoice(contact_angstrom=0.1))
+        training_pairs(structures[:2], FitOptions(contact_angstrom=0.1))
     check_memory(300_000, 24)
     monkeypatch.setattr(contact_pairs.os, "sysconf", lambda name: 2**15)  # 2^30 bytes
     with pytest.raises(
@@ -237,7 +237,7 @@ def test_structures_without_contacts_and_fits_beyond_memory_are_refused(
 )
 def test_a_choice_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        FitChoice(**wrong)  # type: ignore[arg-type]
+        FitOptions(**wrong)  # type: ignore[arg-type]
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_separation_alone_predicts_what_is_often_in_touch_in_training() -> None:
     coordinates = np.zeros((9, 3), dtype=np.float32)
     coordinates[:, 0] = [0, 50, 100, 150, 200, 250, 300, 0, 400]  # 0 and 7 touch, 1 and 8 do not
     structure = Structure("a", encode("MKVLAGSTW"), coordinates)
-    (found,) = evaluate_separation(pairs, [structure], FitChoice())
+    (found,) = evaluate_separation(pairs, [structure], FitOptions())
     assert found["short", "P@L/5"] == pytest.approx(0.5)  # of the two pairs 7 apart one is drawn
 
 
@@ -334,9 +334,9 @@ def test_the_untrained_model_has_the_shape_and_none_of_the_weights(
 def test_long_proteins_are_blended_from_windows(engine: Engine, tiny_split: SequenceSplit, fitted: Regression) -> None:
     tokens = tiny_split[9][:200]
     with with_head(engine, head_of(fitted)):
-        found = contacts_of(engine, tokens, Reach(120, 60))
-        parts = [contacts_of(engine, tokens[begin : begin + 120], Reach(120, 60)) for begin in (0, 40, 80)]
-        assert Reach(120, 60).cover(200) == [(0, 120), (40, 160), (80, 200)]
+        found = contacts_of(engine, tokens, WindowSpec(120, 60))
+        parts = [contacts_of(engine, tokens[begin : begin + 120], WindowSpec(120, 60)) for begin in (0, 40, 80)]
+        assert WindowSpec(120, 60).cover(200) == [(0, 120), (40, 160), (80, 200)]
         assert np.allclose(found[:40, :40], parts[0][:40, :40], atol=1e-5)
         assert np.allclose(found[170:, 170:], parts[2][90:, 90:], atol=1e-5)
         assert np.array_equal(found, found.T, equal_nan=True)
@@ -349,7 +349,7 @@ def test_long_proteins_are_blended_from_windows(engine: Engine, tiny_split: Sequ
         low = np.minimum(parts[0][100, 50], parts[1][60, 10])
         high = np.maximum(parts[0][100, 50], parts[1][60, 10])
         assert low - 1e-6 <= found[100, 50] <= high + 1e-6
-        one = contacts_of(engine, tokens, Reach(200, 0))
+        one = contacts_of(engine, tokens, WindowSpec(200, 0))
     assert not np.isnan(one).any()
 
 
@@ -358,13 +358,13 @@ def test_answers_do_not_depend_on_what_else_is_asked(
 ) -> None:
     proteins = [structure.tokens for structure in structures]
     with with_head(engine, head_of(fitted)):
-        every = dict(predict_contacts(engine, proteins, Reach.of(engine)))
-        some = dict(predict_contacts(engine, proteins, Reach.of(engine), lambda place: place in (2, 5)))
-        alone = contacts_of(engine, proteins[5], Reach.of(engine))
+        every = dict(predict_contacts(engine, proteins, WindowSpec.of(engine)))
+        some = dict(predict_contacts(engine, proteins, WindowSpec.of(engine), lambda place: place in (2, 5)))
+        alone = contacts_of(engine, proteins[5], WindowSpec.of(engine))
     assert sorted(every) == list(range(12)) and sorted(some) == [2, 5]
     assert np.array_equal(some[5], every[5]) and np.abs(every[5] - alone).max() < 1e-5
     with pytest.raises(UserError, match=r"has no contact head; .* fit-contacts model="):
-        contacts_of(engine, proteins[0], Reach.of(engine))
+        contacts_of(engine, proteins[0], WindowSpec.of(engine))
 
 
 def test_a_fitted_archive_gives_the_same_contacts_in_hugging_face(
@@ -381,18 +381,18 @@ def test_a_fitted_archive_gives_the_same_contacts_in_hugging_face(
         tokens = batch.tokens[None]
         with torch.no_grad():
             expected = theirs.predict_contacts(tokens, torch.ones_like(tokens))[0].numpy()
-        assert np.abs(contacts_of(ours, structure.tokens, Reach.of(ours)) - expected).max() < 1e-5
+        assert np.abs(contacts_of(ours, structure.tokens, WindowSpec.of(ours)) - expected).max() < 1e-5
         assert expected.std() > 0.001
 
 
 def test_a_window_that_the_model_cannot_read_is_refused(engine: Engine, tmp_path: Path) -> None:
     tiny_model(seq_length=64).save_to(str(tmp_path / "m.nemo"))
     learned = Engine.load(tmp_path / "m.nemo", "cpu")
-    assert Reach.of(learned) == Reach(62, 31) and Reach.of(engine, window=5000).window == 5000
+    assert WindowSpec.of(learned) == WindowSpec(62, 31) and WindowSpec.of(engine, window=5000).window == 5000
     for window, overlap, message in (
         (63, None, "reads up to 62"),
         (0, None, "at least 1"),
         (60, 60, "below the window"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Reach.of(learned, window, overlap)
+            WindowSpec.of(learned, window, overlap)

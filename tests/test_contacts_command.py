@@ -365,7 +365,7 @@ def test_a_kill_leaves_nothing_under_the_final_name(there: Path, tmp_path: Path)
 
 def test_settings_are_read_as_they_are_meant() -> None:
     fit = load_fit_config(configured("fit_contacts", "model=m", "structures=[a.cif,b.cif]", "output=x.nemo", "chain=1"))
-    assert (fit.structures, fit.chain, fit.choice.train, fit.choice.strength) == (("a.cif", "b.cif"), "1", 20, 0.15)
+    assert (fit.structures, fit.chain, fit.options.train, fit.options.strength) == (("a.cif", "b.cif"), "1", 20, 0.15)
     contacts = load_contacts_config(configured("contacts", "model=m", "input=-", "output=x"))
     assert (contacts.input, contacts.window, contacts.policy.bad_records) == (("-",), None, "error")
     assert contacts_job.Subject("a", np.zeros(3, dtype=np.uint8), None).residues == 3

@@ -16,7 +16,7 @@ from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.model.archive import ArchiveFile, read_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.interchange.convert import export_model, import_model
-from bionemo_esm.model.interchange.state_dict_adapter import stretched
+from bionemo_esm.model.interchange.state_dict_adapter import interpolate_positions
 from models import tiny_model
 from peers import logits_of
 from theirs import FAMILIES, hugging_face_model, saved
@@ -74,9 +74,9 @@ def test_a_table_of_positions_is_stretched_only_where_that_is_asked_for(
 
 def test_stretching_is_linear_with_its_ends_where_they_were() -> None:
     table = torch.tensor([[0.0, 1.0], [4.0, 1.0], [5.0, 3.0]])
-    assert stretched(table, 5).tolist() == [[0, 1], [2, 1], [4, 1], [4.5, 2], [5, 3]]
-    assert stretched(table, 7)[2].tolist() == pytest.approx([8 / 3, 1])
-    assert stretched(table.bfloat16(), 9).dtype == torch.bfloat16
+    assert interpolate_positions(table, 5).tolist() == [[0, 1], [2, 1], [4, 1], [4.5, 2], [5, 3]]
+    assert interpolate_positions(table, 7)[2].tolist() == pytest.approx([8 / 3, 1])
+    assert interpolate_positions(table.bfloat16(), 9).dtype == torch.bfloat16
 
 
 def test_rotary_positions_take_any_length_as_they_are(sources: Path, tmp_path: Path) -> None:

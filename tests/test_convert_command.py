@@ -247,7 +247,7 @@ def test_an_interrupted_conversion_leaves_nothing(
         if total and done > 0.7 * total:
             os.kill(os.getpid(), by)
 
-    monkeypatch.setattr(jobs.Meter, "__call__", stop)
+    monkeypatch.setattr(jobs.ProgressBar, "__call__", stop)
     before = signal.getsignal(by)
     target = tmp_path / ("model.nemo" if source == "ESM-2" else "model")
     code, _, err = job(f"source={sources / source}", f"target={target}")

@@ -208,7 +208,7 @@ def test_the_gpus_nested_kernel_answers_at_some_places_as_the_cpus_does() -> Non
     found = []
     for attend in (attention_by_sequence, nested_attention):
         query, key, value = leaves(rows, torch.float32)
-        output = attend(query[places], key, value, layout.asked_at(places), 0.0)
+        output = attend(query[places], key, value, layout.query_index(places), 0.0)
         output.backward(sent_back)
         found.append([output, query.grad, key.grad, value.grad])
     for one, other in zip(*found, strict=True):

@@ -16,8 +16,8 @@ from bionemo_esm.alphabet import MASK_ID
 from bionemo_esm.data.dataloader import (
     BatchPlan,
     ConsumedSamples,
+    RankBatch,
     SampleReader,
-    StepShare,
     TrainingStream,
     ValidationBatches,
     training_loader,
@@ -45,10 +45,10 @@ class Shown(NamedTuple):
         return bytes(tokens[1:-1])
 
 
-def shown(batches: StepShare | list[PackedBatch]) -> list[Shown]:
+def shown(batches: RankBatch | list[PackedBatch]) -> list[Shown]:
     """All sequences of some batches, in order."""
     sequences = []
-    for batch in batches.micro_batches if isinstance(batches, StepShare) else batches:
+    for batch in batches.micro_batches if isinstance(batches, RankBatch) else batches:
         for begin, end in itertools.pairwise(batch.cu_seqlens.tolist()):
             assert batch.positions[begin:end].tolist() == list(range(end - begin))
             inside = (batch.target_index >= begin) & (batch.target_index < end)

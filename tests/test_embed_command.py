@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bionemo_esm import console as screen
+from bionemo_esm import console as console
 from bionemo_esm.inference.embedding import embed_command as embed_job
 from bionemo_esm.inference.embedding import embeddings as computation
-from bionemo_esm.inference.embedding import worker as embed_share
+from bionemo_esm.inference.embedding import worker as embed_on_rank
 from bionemo_esm.inference.embedding.embeddings import embed_together
-from bionemo_esm.inference.embedding.options import EmbeddingChoice
+from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.embedding.reader import read_about, read_embeddings
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import read_proteins
@@ -34,8 +34,8 @@ def test_the_embeddings_are_those_of_the_library_in_the_order_of_the_input(job: 
     code, out, err = job("layers=[1,-1]", "cls=true", "residues=true", "logits=true")
     assert (code, err) == (0, "")
     engine = Engine.load(inputs.model, "cpu")
-    choice = EmbeddingChoice((1, 2), cls=True, residues=True, logits=True).resolved(engine)
-    expected = embed_together(engine, list(read_proteins(inputs.proteins)), choice)
+    options = EmbeddingOptions((1, 2), cls=True, residues=True, logits=True).resolved(engine)
+    expected = embed_together(engine, list(read_proteins(inputs.proteins)), options)
     found = list(read_embeddings("out.npz"))
     assert [embedding[:4] for embedding in found] == [embedding[:4] for embedding in expected]
     for one, other in zip(found, expected, strict=True):
@@ -139,8 +139,8 @@ def test_what_cannot_work_is_one_clear_line_and_leaves_nothing(
 def test_an_output_too_large_for_the_disk_is_refused_before_the_first_part(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = embed_share.shutil.disk_usage("/")
-    monkeypatch.setattr(embed_share.shutil, "disk_usage", lambda place: usage._replace(free=50_000))
+    usage = embed_on_rank.shutil.disk_usage("/")
+    monkeypatch.setattr(embed_on_rank.shutil, "disk_usage", lambda place: usage._replace(free=50_000))
     code, _, err = job("residues=true")
     assert code == 2
     assert "GB are free there" in err
@@ -205,7 +205,7 @@ def test_progress_begins_after_the_model_and_its_rate_is_of_what_is_computed_now
     job: Job, tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped(tmp_path, inputs)
-    clock, loaded = [0.0], embed_share._loaded
+    clock, loaded = [0.0], embed_on_rank._loaded
 
     def tick(seconds: float = 6.0) -> float:
         clock[0] += seconds
@@ -215,8 +215,8 @@ def test_progress_begins_after_the_model_and_its_rate_is_of_what_is_computed_now
         tick(100)
         return loaded(*arguments)
 
-    monkeypatch.setattr(screen.time, "monotonic", tick)
-    monkeypatch.setattr(embed_share, "_loaded", slowly)
+    monkeypatch.setattr(console.time, "monotonic", tick)
+    monkeypatch.setattr(embed_on_rank, "_loaded", slowly)
     code, out, _ = job()
     assert code == 0
     lines = out.splitlines()

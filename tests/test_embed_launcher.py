@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bionemo_esm.inference.embedding import launcher as processes
-from bionemo_esm.inference.embedding import worker as embed_share
+from bionemo_esm.inference.embedding import worker as embed_on_rank
 from bionemo_esm.inference.embedding.reader import read_about, read_embeddings
 from embed_runs import PROTEINS, Inputs, Job, content, ended, names, overrides_of, run_apart, settings_of, started
 from runs import ROOT
@@ -108,10 +108,10 @@ def test_a_process_that_dies_leaves_the_parts_of_the_others_and_exit_1(
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr(processes.multiprocessing, "get_context", lambda how: fork)
 
-    def share(task: Any, own: embed_share.Share, tell: embed_share.Tell) -> bool:
+    def share(task: Any, own: embed_on_rank.WorkerRank, tell: embed_on_rank.ProgressCallbacks) -> bool:
         if own.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return embed_share.embed_share(task, own, tell)
+        return embed_on_rank.embed_on_rank(task, own, tell)
 
     monkeypatch.setattr(processes, "embed_share", share)
     code, _, err = job("devices=2")

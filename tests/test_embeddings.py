@@ -18,7 +18,7 @@ from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.embedding import embeddings as pooling
 from bionemo_esm.inference.embedding.embeddings import embed_together
-from bionemo_esm.inference.embedding.options import EmbeddingChoice
+from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import InputError, Protein
 from bionemo_esm.inference.windows import windows
@@ -27,7 +27,7 @@ from models import tiny_model
 from peers import brought_here, hugging_face
 from theirs import SMALL
 
-EVERYTHING = EmbeddingChoice((0, 1, 2), mean=True, cls=True, residues=True, logits=True)
+EVERYTHING = EmbeddingOptions((0, 1, 2), mean=True, cls=True, residues=True, logits=True)
 FAMILIES: dict[str, dict[str, Any]] = {
     "ESM-1nv": {},
     "ESM-1b": {"token_dropout": True, "embedding_layernorm": True, "position_offset": 2},
@@ -149,9 +149,9 @@ def test_the_same_question_has_the_same_answer_to_the_last_bit(engine: Engine, l
 def test_windows_are_blended_by_the_distance_from_where_they_cut(
     engine: Engine, long_proteins: list[Protein], window: int | None, overlap: int | None
 ) -> None:
-    choice = replace(EVERYTHING, window=window, overlap=overlap)
+    options = replace(EVERYTHING, window=window, overlap=overlap)
     size = window or 64
-    for embedding, protein in zip(embed_together(engine, long_proteins, choice), long_proteins, strict=True):
+    for embedding, protein in zip(embed_together(engine, long_proteins, options), long_proteins, strict=True):
         cover = windows(protein.residues, size, size // 2 if overlap is None else overlap)
         assert (embedding.read, embedding.windows) == (protein.residues, len(cover))
         told = [seen(engine, protein.tokens[begin:end]) for begin, end in cover]
@@ -183,20 +183,20 @@ def test_truncating_reads_the_beginning_and_says_so(engine: Engine, long_protein
 def test_a_long_protein_is_an_error_on_request_before_anything_is_computed(
     engine: Engine, long_proteins: list[Protein], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choice = EmbeddingChoice(long_proteins="error")
-    assert embed_together(engine, long_proteins[3:4], choice)[0].read == 64
+    options = EmbeddingOptions(long_proteins="error")
+    assert embed_together(engine, long_proteins[3:4], options)[0].read == 64
     monkeypatch.setattr(engine.encoder, "hidden_states", lambda *_: pytest.fail("computed"))
     with pytest.raises(InputError, match=r"record 3 \(l2\) has 65 residues, over the window of 64; .*truncate"):
-        embed_together(engine, long_proteins[1:4], choice)
+        embed_together(engine, long_proteins[1:4], options)
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
 
 
 def test_layers_are_numbered_from_either_end_and_come_once(engine: Engine, proteins: list[Protein]) -> None:
-    choice = EmbeddingChoice((-1, 0, 2, -3), cls=True)
-    assert choice.resolved(engine).layers == (2, 0)
-    found = embed_together(engine, proteins[:1], choice)[0]
+    options = EmbeddingOptions((-1, 0, 2, -3), cls=True)
+    assert options.resolved(engine).layers == (2, 0)
+    found = embed_together(engine, proteins[:1], options)[0]
     assert list(found.arrays) == ["mean_2", "mean_0", "cls_2", "cls_0"]
     assert_close(found.arrays, {name: expected_of(engine, proteins[0].tokens)[name] for name in found.arrays})
 
@@ -212,26 +212,26 @@ def test_rows_of_residues_stay_where_they_are_unless_asked_for(
         return real(rows)
 
     monkeypatch.setattr(pooling, "_on_cpu", moving)
-    embed_together(engine, long_proteins, EmbeddingChoice((0, 1, 2), cls=True))
+    embed_together(engine, long_proteins, EmbeddingOptions((0, 1, 2), cls=True))
     pieces = sum(len(windows(protein.residues, 64, 32)) for protein in long_proteins)
     assert sum(moved) == 6 * pieces
 
 
-@pytest.mark.parametrize(("choice", "asked"), [
-    (EmbeddingChoice(), {2}),
-    (EmbeddingChoice((0,)), {0}),
-    (EmbeddingChoice((0,), logits=True), {0, 2}),
-    (EmbeddingChoice((0, 1), mean=False, logits=True), {2}),
+@pytest.mark.parametrize(("options", "asked"), [
+    (EmbeddingOptions(), {2}),
+    (EmbeddingOptions((0,)), {0}),
+    (EmbeddingOptions((0,), logits=True), {0, 2}),
+    (EmbeddingOptions((0, 1), mean=False, logits=True), {2}),
 ])  # fmt: skip
 def test_no_layer_is_looked_at_that_was_not_asked_for(
-    engine: Engine, proteins: list[Protein], monkeypatch: pytest.MonkeyPatch, choice: EmbeddingChoice, asked: set[int]
+    engine: Engine, proteins: list[Protein], monkeypatch: pytest.MonkeyPatch, options: EmbeddingOptions, asked: set[int]
 ) -> None:
     def looking(encoder: Any, batch: Any, layers: set[int]) -> Any:
         assert set(layers) == asked
         return representations(encoder, batch, layers)
 
     monkeypatch.setattr(pooling, "representations", looking)
-    assert embed_together(engine, proteins[:2], choice)
+    assert embed_together(engine, proteins[:2], options)
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -251,26 +251,26 @@ def test_no_layer_is_looked_at_that_was_not_asked_for(
 ])  # fmt: skip
 def test_what_cannot_be_chosen_is_refused_by_its_key(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        EmbeddingChoice(**settings).resolved(engine_of(seq_length=66))
+        EmbeddingOptions(**settings).resolved(engine_of(seq_length=66))
 
 
 def test_a_model_that_can_read_more_than_it_was_trained_on_may_be_asked_to(engine: Engine) -> None:
-    choice = EmbeddingChoice(window=1000).resolved(engine)
-    assert (choice.window, choice.overlap) == (1000, 500)
-    assert EmbeddingChoice().resolved(engine) == replace(choice, layers=(2,), window=64, overlap=32)
+    options = EmbeddingOptions(window=1000).resolved(engine)
+    assert (options.window, options.overlap) == (1000, 500)
+    assert EmbeddingOptions().resolved(engine) == replace(options, layers=(2,), window=64, overlap=32)
 
 
-@pytest.mark.parametrize("choice", [
+@pytest.mark.parametrize("options", [
     EVERYTHING,
-    EmbeddingChoice((0, 2), dtype="float16", residues=True),
-    EmbeddingChoice(mean=False, logits=True, long_proteins="truncate", pseudo_perplexity=True),
+    EmbeddingOptions((0, 2), dtype="float16", residues=True),
+    EmbeddingOptions(mean=False, logits=True, long_proteins="truncate", pseudo_perplexity=True),
 ])  # fmt: skip
 def test_the_size_of_an_answer_is_known_beforehand(
-    engine: Engine, long_proteins: list[Protein], choice: EmbeddingChoice
+    engine: Engine, long_proteins: list[Protein], options: EmbeddingOptions
 ) -> None:
-    resolved = choice.resolved(engine)
-    for embedding, protein in zip(embed_together(engine, long_proteins, choice), long_proteins, strict=True):
-        told = sum(array.nbytes for array in embedding.arrays.values()) + 8 * choice.pseudo_perplexity
+    resolved = options.resolved(engine)
+    for embedding, protein in zip(embed_together(engine, long_proteins, options), long_proteins, strict=True):
+        told = sum(array.nbytes for array in embedding.arrays.values()) + 8 * options.pseudo_perplexity
         assert resolved.bytes_of(protein.residues, 32) == told
 
 
@@ -283,7 +283,7 @@ def test_progress_adds_up_to_all_residues(
 ) -> None:
     told: list[int] = []
     small_batches = Engine(engine.encoder, engine.config, 150)
-    embed_together(small_batches, long_proteins, EmbeddingChoice(**settings), told.append)
+    embed_together(small_batches, long_proteins, EmbeddingOptions(**settings), told.append)
     assert sum(told) == sum(protein.residues for protein in long_proteins)
     assert len(told) > 1
     assert min(told) > 0
@@ -309,8 +309,8 @@ def surprise(model: torch.nn.Module, tokens: NDArray[np.uint8], place: int) -> f
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pseudo_perplexity_hides_each_residue_once(family: str, proteins: list[Protein]) -> None:
     some = [proteins[1], proteins[7], proteins[0]]
-    choice = EmbeddingChoice(mean=False, pseudo_perplexity=True)
-    found = embed_together(engine_of(100, **FAMILIES[family]), some, choice)
+    options = EmbeddingOptions(mean=False, pseudo_perplexity=True)
+    found = embed_together(engine_of(100, **FAMILIES[family]), some, options)
     twin = tiny_model(**FAMILIES[family]).encoder
     for embedding, protein in zip(found, some, strict=True):
         surprises = [surprise(twin, protein.tokens, place) for place in range(protein.residues)]
@@ -321,14 +321,14 @@ def test_a_pseudo_perplexity_hides_each_residue_once(family: str, proteins: list
 def test_in_a_long_protein_each_residue_is_hidden_in_the_middle_of_its_window(long_proteins: list[Protein]) -> None:
     sizes = FAMILIES["ESM-2"] | {"seq_length": 66}
     protein = long_proteins[4]
-    choice = EmbeddingChoice(pseudo_perplexity=True)
-    found = embed_together(engine_of(**sizes), [protein], choice)[0]
+    options = EmbeddingOptions(pseudo_perplexity=True)
+    found = embed_together(engine_of(**sizes), [protein], options)[0]
     twin, surprises = tiny_model(**sizes).encoder, []
     for place in range(129):
         begin = min(max(place - 32, 0), 129 - 64)
         surprises.append(surprise(twin, protein.tokens[begin : begin + 64], place - begin))
     assert found.pseudo_perplexity == pytest.approx(np.exp(np.mean(surprises)), rel=1e-5)
-    cut = replace(choice, long_proteins="truncate")
+    cut = replace(options, long_proteins="truncate")
     short = Protein("short", protein.tokens[:64], 1)
     cut_found = embed_together(engine_of(**sizes), [protein, short], cut)
     assert cut_found[0].pseudo_perplexity == pytest.approx(cut_found[1].pseudo_perplexity, rel=1e-9)
@@ -354,9 +354,9 @@ def test_what_float16_does_not_hold_is_an_error(long_proteins: list[Protein], wh
     with torch.no_grad():
         engine.encoder.encoder.final_layernorm.weight *= 1e6
     some = [long_proteins[which]]
-    assert np.abs(embed_together(engine, some, EmbeddingChoice(cls=True))[0].arrays["cls_2"]).max() > 65_504
+    assert np.abs(embed_together(engine, some, EmbeddingOptions(cls=True))[0].arrays["cls_2"]).max() > 65_504
     with pytest.raises(UserError, match=rf"record {which + 1} \(l{which}\): \w+_2 is beyond .*65,504; .*dtype=float32"):
-        embed_together(engine, some, EmbeddingChoice((0, 2), cls=True, dtype="float16"))
+        embed_together(engine, some, EmbeddingOptions((0, 2), cls=True, dtype="float16"))
 
 
 def test_numbers_that_are_none_are_an_error(proteins: list[Protein]) -> None:
@@ -364,7 +364,7 @@ def test_numbers_that_are_none_are_an_error(proteins: list[Protein]) -> None:
     with torch.no_grad():
         engine.encoder.encoder.final_layernorm.weight *= 1e39
     with pytest.raises(UserError, match="model's own numbers overflow"):
-        embed_together(engine, proteins, EmbeddingChoice())
+        embed_together(engine, proteins, EmbeddingOptions())
 
 
 def test_bfloat16_answers_are_near_and_means_are_taken_in_float32(

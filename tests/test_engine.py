@@ -19,7 +19,7 @@ from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference import model_info as model_file
-from bionemo_esm.inference.engine import Engine, Question, batches_by_length, each_masked, masked
+from bionemo_esm.inference.engine import Engine, MaskedQuery, batches_by_length, each_masked, masked
 from bionemo_esm.inference.engine_options import EngineConfig
 from bionemo_esm.inference.protein_model import ProteinModel
 from bionemo_esm.model import backends
@@ -94,10 +94,10 @@ def test_dropout_is_off(tmp_path: Path) -> None:
     model = tiny_model(hidden_dropout=0.5, attention_dropout=0.5)
     path = saved(model, tmp_path / "m.nemo")
     model.train()
-    question = masked(CRAMBIN, np.array([3]))
-    expected = next(Engine.load(path, "cpu").log_probabilities([question]))
+    query = masked(CRAMBIN, np.array([3]))
+    expected = next(Engine.load(path, "cpu").log_probabilities([query]))
     for engine in (Engine.load(path, "cpu"), Engine(model.encoder, model.encoder_config)):
-        assert np.array_equal(next(engine.log_probabilities([question])), expected)
+        assert np.array_equal(next(engine.log_probabilities([query])), expected)
 
 
 @pytest.mark.parametrize(("family", "window", "longest"), [("ESM-1b", 510, 510), ("ESM-2", 510, None)])
@@ -180,40 +180,40 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def questions(tiny_split: SequenceSplit) -> list[Question]:
+def queries(tiny_split: SequenceSplit) -> list[MaskedQuery]:
     """About one place and several, hidden and shown, of proteins from 1 residue to 60."""
     generator, asked = np.random.default_rng(1), []
     for index, length in enumerate((46, 1, 60, 2, 33, 46, 46, 9)):
         tokens = tiny_split[10 + index][:length]
         places = np.sort(generator.choice(length, size=min(length, 1 + index), replace=False))
-        asked.append(masked(tokens, places) if index % 3 else Question(tokens, places))
-    return [*asked, Question(CRAMBIN, np.arange(len(CRAMBIN)))]
+        asked.append(masked(tokens, places) if index % 3 else MaskedQuery(tokens, places))
+    return [*asked, MaskedQuery(CRAMBIN, np.arange(len(CRAMBIN)))]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch_tokens", [1, 100, 100_000])
-def test_answers_are_those_of_all_logits(family: str, batch_tokens: int, questions: list[Question]) -> None:
+def test_answers_are_those_of_all_logits(family: str, batch_tokens: int, queries: list[MaskedQuery]) -> None:
     model = tiny_model(**FAMILIES[family])
     told: list[int] = []
-    answers = list(Engine(model.encoder, model.encoder_config, batch_tokens).log_probabilities(questions, told.append))
-    assert sum(told) == sum(len(question.tokens) for question in questions)
+    answers = list(Engine(model.encoder, model.encoder_config, batch_tokens).log_probabilities(queries, told.append))
+    assert sum(told) == sum(len(query.tokens) for query in queries)
     assert len(told) == {1: 9, 100: 5, 100_000: 1}[batch_tokens]
-    for question, answer in zip(questions, answers, strict=True):
-        scores = logits_of(model, question.tokens)[1:-1][question.places].double().log_softmax(-1)
+    for query, answer in zip(queries, answers, strict=True):
+        scores = logits_of(model, query.tokens)[1:-1][query.places].double().log_softmax(-1)
         assert answer.dtype == np.float64
-        assert answer.shape == (len(question.places), 33)
+        assert answer.shape == (len(query.places), 33)
         np.testing.assert_allclose(answer, scores.numpy(), atol=1e-5, rtol=0)
         np.testing.assert_allclose(np.exp(answer).sum(axis=1), 1, rtol=1e-12)
 
 
-def test_questions_are_taken_only_as_they_are_needed(questions: list[Question]) -> None:
+def test_questions_are_taken_only_as_they_are_needed(queries: list[MaskedQuery]) -> None:
     model, taken = tiny_model(), 0
 
-    def asked() -> Iterator[Question]:
+    def asked() -> Iterator[MaskedQuery]:
         nonlocal taken
-        for question in questions:
+        for query in queries:
             taken += 1
-            yield question
+            yield query
 
     answers = Engine(model.encoder, model.encoder_config, 100).log_probabilities(asked())
     next(answers)
@@ -223,9 +223,9 @@ def test_questions_are_taken_only_as_they_are_needed(questions: list[Question]) 
 
 def test_to_hide_places_is_to_leave_the_protein_as_it_was() -> None:
     tokens = CRAMBIN.copy()
-    question = masked(tokens, np.array([1, 4]))
+    query = masked(tokens, np.array([1, 4]))
     assert np.array_equal(tokens, CRAMBIN)
-    assert np.flatnonzero(question.tokens == MASK_ID).tolist() == [1, 4]
+    assert np.flatnonzero(query.tokens == MASK_ID).tolist() == [1, 4]
     alone = list(each_masked(tokens, [0, 45]))
     assert [np.flatnonzero(each.tokens == MASK_ID).tolist() for each in alone] == [[0], [45]]
     assert [each.places.tolist() for each in alone] == [[0], [45]]

@@ -31,7 +31,7 @@ from bionemo_esm.model.nemo_connector import describe
 from bionemo_esm.model.optimizer import build_schedule
 from bionemo_esm.model.safe_serialization import put_tensors_back, take_out_tensors
 from bionemo_esm.model.schedule import learning_rate
-from bionemo_esm.model.summary import ArchiveCard
+from bionemo_esm.model.summary import ArchiveSummary
 from bionemo_esm.pretraining.recipe import load_recipe
 from faults import _SERVER, Fault, history, run
 from models import padded_twin, tiny_model, translated
@@ -232,7 +232,7 @@ def test_an_archive_without_the_flags_is_an_esm1nv_and_an_esm1b_says_what_it_has
         assert restored.encoder_config == model.encoder_config
         assert torch.equal(restored(batch), model(batch))
     assert not torch.equal(plain(batch), esm1b(batch))
-    texts = [ArchiveCard.of(ArchiveFile.open(tmp_path / name)).text() for name in ("plain", "esm1b")]
+    texts = [ArchiveSummary.of(ArchiveFile.open(tmp_path / name)).text() for name in ("plain", "esm1b")]
     for label in ("embedding layer norm", "token dropout"):
         assert [label in text for text in texts] == [False, True]
 

@@ -25,7 +25,7 @@ from bionemo_esm.model.archive import Archive, write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.feature_extraction import contacts
 from bionemo_esm.model.interchange.fair_esm import read_fair_esm
-from bionemo_esm.model.interchange.state_dict_adapter import ForeignModel, InterchangeError, Taken, take
+from bionemo_esm.model.interchange.state_dict_adapter import ImportedWeights, InterchangeError, SourceModel, to_native
 from bionemo_esm.model.torch_pickle import PickleError
 from peers import padded
 from theirs import Shape, State, fair_esm_model, released
@@ -82,9 +82,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.serialization.add_safe_globals(trusted)
 
 
-def taken(path: Path, scratch: Path) -> tuple[ForeignModel, Taken]:
+def taken(path: Path, scratch: Path) -> tuple[SourceModel, ImportedWeights]:
     foreign = read_fair_esm(path, scratch)
-    return foreign, take(foreign.tensors, foreign.config, foreign.dialect)
+    return foreign, to_native(foreign.tensors, foreign.config, foreign.dialect)
 
 
 # --- the same answers -------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_sigterm_to_one_rank_in_any_phase_saves_on_all_and_the_run_goes_on_as_if
         return
     assert outcome.codes == [143, 143], outcome.ranks
     (*_, newest) = assert_whole(folder)
-    assert f"Stopped by SIGTERM at step {newest}, state saved." in outcome.screen
+    assert f"Stopped by SIGTERM at step {newest}, state saved." in outcome.console
     assert outcome.ranks == ["", ""]
     goes_on(folder, unbroken_pair, ranks=2)
 
@@ -209,8 +209,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_none_left_is_an_err
     damage(newest)
     spoilt = newest.read_bytes()
     outcome = goes_on(folder, unbroken)
-    assert "step-000000006.ckpt: " in outcome.screen
-    assert "going back to step-000000004.ckpt" in outcome.screen
+    assert "step-000000006.ckpt: " in outcome.console
+    assert "going back to step-000000004.ckpt" in outcome.console
     assert newest.with_name(newest.name + ".damaged").read_bytes() == spoilt, "evidence is kept"
 
     (folder / "summary.json").unlink()
@@ -280,9 +280,9 @@ def agreed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("guilty", [0, 1])
-def test_nan_on_one_rank_skips_the_step_on_all_and_names_the_samples(tmp_path: Path, guilty: int) -> None:
-    fault = Fault(MODEL + "ESM1nvModel.forward", spoil=to_nan, call=2, rank=guilty)
+@pytest.mark.parametrize("nonfinite", [0, 1])
+def test_nan_on_one_rank_skips_the_step_on_all_and_names_the_samples(tmp_path: Path, nonfinite: int) -> None:
+    fault = Fault(MODEL + "ESM1nvModel.forward", spoil=to_nan, call=2, rank=nonfinite)
     watch = [Fault(MODEL + "ESM1nvModel.archive_weights", spoil=agreed, rank=rank, repeated=True) for rank in (0, 1)]
     folder = tmp_path / "run"
     outcome = run(folder, "exp_manager.checkpoints.every_n_train_steps=1", "exp_manager.checkpoints.keep_last=9",
@@ -294,10 +294,10 @@ def test_nan_on_one_rank_skips_the_step_on_all_and_names_the_samples(tmp_path: P
     (skipped,) = [line for line in history(folder) if line["kind"] == "skipped"]
     assert (skipped["step"], skipped["reason"], skipped["in_a_row"]) == (2, "its loss is nan", 1)
     (suspects,) = skipped["suspects"]
-    assert suspects["rank"] == guilty
-    expected = samples_of(folder, consumed=16, rank=guilty)
+    assert suspects["rank"] == nonfinite
+    expected = samples_of(folder, consumed=16, rank=nonfinite)
     assert suspects["samples"] == expected
-    assert f"warning: step 2 was not taken: its loss is nan; rank {guilty}, samples {expected[0]}, " in outcome.screen
+    assert f"step 2 was not taken: its loss is nan; rank {nonfinite}, samples {expected[0]}, " in outcome.console
 
 
 def samples_of(folder: Path, consumed: int, rank: int) -> list[int]:
@@ -313,7 +313,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_saved_state_that_the_same_command
     fault = Fault(MODEL + "ESM1nvModel.forward", spoil=to_nan, call=3, rank=1, repeated=True)
     outcome = run(folder, patience, ranks=2, faults=[fault])
     assert outcome.codes == [3, 3], outcome.ranks
-    assert "Stopped at step 4, state saved: 2 steps in a row were not taken." in outcome.screen
+    assert "Stopped at step 4, state saved: 2 steps in a row were not taken." in outcome.console
     assert assert_whole(folder)[-1] == 4
     assert [line["in_a_row"] for line in history(folder) if line["kind"] == "skipped"] == [1, 2]
     assert run(folder, patience, ranks=2).codes == [0, 0]

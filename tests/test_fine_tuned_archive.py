@@ -18,10 +18,10 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.finetuning.archive import FineTunedFile, archive_config
 from bionemo_esm.finetuning.batches import Collator
 from bionemo_esm.finetuning.config import AdapterConfig, Parts, ReadingConfig
-from bionemo_esm.finetuning.dataset import LabelledSet
+from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.tasks import CLASSIFICATION, SEQUENCE, Task
 from bionemo_esm.inference.embedding.embeddings import embed_together
-from bionemo_esm.inference.embedding.options import EmbeddingChoice
+from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.model import validate as consistency
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, read_archive, write_archive
@@ -45,7 +45,7 @@ from fine_tuned import (
 from models import tiny_model
 
 QKV, FC2 = "encoder.encoder.layers.1.self_attention.linear_qkv", "encoder.encoder.layers.0.mlp.linear_fc2"
-ALL = EmbeddingChoice((0, 1, 2), residues=True)
+ALL = EmbeddingOptions((0, 1, 2), residues=True)
 
 
 def states(engine: Engine) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def test_the_restored_nemo_model_predicts_the_same(task: Task, adapters: Adapter
     model: Any = ModelPT.restore_from(str(path), map_location="cpu")
     some = proteins()
     unknown = [np.full(protein.residues if task.is_per_residue else 1, np.nan, np.float32) for protein in some]
-    batch = Collator(task, LabelledSet(some, unknown), READING)(np.arange(len(some)))
+    batch = Collator(task, LabelledDataset(some, unknown), READING)(np.arange(len(some)))
     expected = FineTunedPredictor.load(path, "cpu").predict(some)
     for one, other in zip(model.predictions(batch), expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 if task == NUMBER else 1e-5)

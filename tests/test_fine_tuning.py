@@ -23,7 +23,7 @@ from bionemo_esm.finetuning import fitting as fit
 from bionemo_esm.finetuning.archive import FineTunedFile
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches
 from bionemo_esm.finetuning.config import HeadConfig
-from bionemo_esm.finetuning.dataset import LabelledSet, SealedSet
+from bionemo_esm.finetuning.dataset import LabelledDataset, SealedTestSet
 from bionemo_esm.finetuning.heads import build_head
 from bionemo_esm.finetuning.model import ESMFineTunedModel
 from bionemo_esm.finetuning.tasks import Task
@@ -76,7 +76,7 @@ def answers_of_nemos(path: Path, known: list[Protein]) -> list[np.ndarray[Any, A
     assert isinstance(model, ESMFineTunedModel)
     assert not model.training
     shape = [protein.residues if model.task.is_per_residue else 1 for protein in known]
-    blank = LabelledSet(known, [np.full(size, np.nan, dtype=np.float32) for size in shape])
+    blank = LabelledDataset(known, [np.full(size, np.nan, dtype=np.float32) for size in shape])
     batches = EvaluationBatches(Collator(model.task, blank, model.parts.reading), 300)
     found: dict[int, Any] = {}
     for index in range(len(batches)):
@@ -259,18 +259,18 @@ def test_test_labels_are_looked_at_after_the_last_fit_only(
     base: Path, residues: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    one_fit, opened = comparison.fit, SealedSet.open
+    one_fit, opened = comparison.fit, SealedTestSet.open
 
     def told_fit(*arguments: Any) -> Any:
         order.append("fit")
         return one_fit(*arguments)
 
-    def told_open(self: SealedSet) -> LabelledSet:
+    def told_open(self: SealedTestSet) -> LabelledDataset:
         order.append("open")
         return opened(self)
 
     monkeypatch.setattr(comparison, "fit", told_fit)
-    monkeypatch.setattr(SealedSet, "open", told_open)
+    monkeypatch.setattr(SealedTestSet, "open", told_open)
     run_here(tmp_path / "out", base, *residues, *CONVNET, "seeds=[1,2]", "baselines=[one_hot]", "tuning.max_epochs=1")
     assert order == ["fit"] * 4 + ["open"]
 
@@ -312,9 +312,9 @@ def test_an_untrained_encoder_has_other_weights_in_full_tuning_too(
     plans: dict[str, Any] = {}
     one_fit = comparison.fit
 
-    def told(plan: Any, screen: Any) -> Any:
+    def told(plan: Any, console: Any) -> Any:
         plans[plan.name.split(",")[0]] = plan
-        return one_fit(plan, screen)
+        return one_fit(plan, console)
 
     monkeypatch.setattr(comparison, "fit", told)
     baselines = "baselines=[one_hot,untrained]"

@@ -10,7 +10,7 @@ from bionemo_esm.alphabet import encode
 from bionemo_esm.data.batch_sampler import BatchPlan
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches, TrainingSteps, encoder_row
 from bionemo_esm.finetuning.config import ReadingConfig
-from bionemo_esm.finetuning.dataset import LabelledSet
+from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.features import OneHot
 from bionemo_esm.finetuning.model import class_weights
 from bionemo_esm.finetuning.tasks import Task
@@ -23,7 +23,7 @@ READING = ReadingConfig(2, 110, 50)
 
 
 @pytest.fixture(scope="module")
-def labelled() -> LabelledSet:
+def labelled() -> LabelledDataset:
     """37 real proteins, a prime, of which the labels of some residues are not known."""
     found, targets = [], []
     for number, (name, sequence) in enumerate(proteins(37).items(), start=1):
@@ -31,14 +31,14 @@ def labelled() -> LabelledSet:
         target = np.array(["NOB".index(letter) for letter in neighbours(sequence)], dtype=np.float32)
         target[::7] = np.nan
         targets.append(target)
-    return LabelledSet(found, targets)
+    return LabelledDataset(found, targets)
 
 
 def plan(rank: int = 0, world_size: int = 1, tokens: int = 300) -> BatchPlan:
     return BatchPlan(global_batch_size=5, micro_batch_tokens=tokens, rank=rank, world_size=world_size)
 
 
-def test_an_epoch_shows_every_protein_once_and_the_next_in_another_order(labelled: LabelledSet) -> None:
+def test_an_epoch_shows_every_protein_once_and_the_next_in_another_order(labelled: LabelledDataset) -> None:
     steps = TrainingSteps(Collator(TASK, labelled, OneHot(labelled.proteins)), plan(), seed=3)
     assert steps.steps_per_epoch == 8
     epochs = []
@@ -54,7 +54,7 @@ def test_an_epoch_shows_every_protein_once_and_the_next_in_another_order(labelle
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_a_step_out_among_them(labelled: LabelledSet, world_size: int) -> None:
+def test_ranks_share_a_step_out_among_them(labelled: LabelledDataset, world_size: int) -> None:
     steps = TrainingSteps(Collator(TASK, labelled, OneHot(labelled.proteins)), plan(), seed=3)
     for step in range(8):  # of which the last has two proteins, fewer than three ranks
         alone = steps.share(step)
@@ -65,7 +65,7 @@ def test_ranks_share_a_step_out_among_them(labelled: LabelledSet, world_size: in
         assert sorted(numbers) == sorted(number for batch in alone.batches for number in batch.numbers.tolist())
 
 
-def test_the_weight_of_a_step_is_the_number_of_its_known_targets(labelled: LabelledSet) -> None:
+def test_the_weight_of_a_step_is_the_number_of_its_known_targets(labelled: LabelledDataset) -> None:
     collator = Collator(TASK, labelled, OneHot(labelled.proteins))
     share = TrainingSteps(collator, plan(), seed=3).share(0)
     known = torch.cat([batch.targets for batch in share.batches])
@@ -76,21 +76,21 @@ def test_the_weight_of_a_step_is_the_number_of_its_known_targets(labelled: Label
     assert weighed.weight == pytest.approx(sum(weights[int(target)] for target in known), rel=1e-5)
 
 
-def test_class_weights_make_classes_count_alike(labelled: LabelledSet) -> None:
+def test_class_weights_make_classes_count_alike(labelled: LabelledDataset) -> None:
     weights = class_weights(TASK, labelled.targets)
     known = np.concatenate(labelled.targets)
     counts = np.array([(known == number).sum() for number in range(3)])
     np.testing.assert_allclose(weights * counts, np.full(3, counts.sum() / 3), rtol=1e-5)
 
 
-def test_a_class_that_is_not_there_has_no_weight(labelled: LabelledSet) -> None:
+def test_a_class_that_is_not_there_has_no_weight(labelled: LabelledDataset) -> None:
     larger = Task("neighbours", "residue", "classification", "accuracy", ("N", "O", "B", "never"))
     assert class_weights(larger, labelled.targets)[3] == 0
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 40])
 def test_evaluation_gives_each_protein_to_one_rank_and_no_rank_is_left_without_a_batch(
-    labelled: LabelledSet, world_size: int
+    labelled: LabelledDataset, world_size: int
 ) -> None:
     batches = EvaluationBatches(Collator(TASK, labelled, READING), 300)
     ranks = [batches.on_rank(rank, world_size) for rank in range(world_size)]
@@ -99,7 +99,7 @@ def test_evaluation_gives_each_protein_to_one_rank_and_no_rank_is_left_without_a
     assert sorted(seen) == list(range(37))
 
 
-def test_micro_batches_keep_to_the_limit_of_tokens(labelled: LabelledSet) -> None:
+def test_micro_batches_keep_to_the_limit_of_tokens(labelled: LabelledDataset) -> None:
     collator = Collator(TASK, labelled, READING)
     for step in range(8):
         for batch in TrainingSteps(collator, plan(tokens=160), seed=1).share(step).batches:
@@ -108,7 +108,7 @@ def test_micro_batches_keep_to_the_limit_of_tokens(labelled: LabelledSet) -> Non
     assert all(collator.costs[part].sum() <= 200 or len(part) == 1 for part in own.parts)
 
 
-def test_windows_of_long_proteins_are_blended_to_one_state_a_residue(labelled: LabelledSet) -> None:
+def test_windows_of_long_proteins_are_blended_to_one_state_a_residue(labelled: LabelledDataset) -> None:
     some = [labelled.proteins[number] for number in (3, 8, 11)]
     assert min(protein.residues for protein in some) < READING.window < max(protein.residues for protein in some)
     row = encoder_row(some, READING)
@@ -129,7 +129,7 @@ def test_windows_of_long_proteins_are_blended_to_one_state_a_residue(labelled: L
     torch.testing.assert_close(blended, expected)
 
 
-def test_proteins_that_fit_are_read_whole_and_weigh_nothing(labelled: LabelledSet) -> None:
+def test_proteins_that_fit_are_read_whole_and_weigh_nothing(labelled: LabelledDataset) -> None:
     row = encoder_row(labelled.proteins[:3], ReadingConfig(2, 510, 255))
     assert row.weights is None
     assert row.row.sequences == 3

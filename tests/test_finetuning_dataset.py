@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from bionemo_esm.alphabet import decode
 from bionemo_esm.errors import UserError
-from bionemo_esm.finetuning.dataset import LabelledSet
+from bionemo_esm.finetuning.dataset import LabelledDataset
 from labelled_files import CLASSES, GB1, NUMBERS, RESIDUES, SEQUENCES, STRUCTURE, UBIQUITIN, preset, read
 
 DEEPLOC = "".join(
@@ -23,14 +23,14 @@ DEEPLOC = "".join(
 )
 
 
-def shown(labelled: LabelledSet) -> list[tuple[str, str, list[float]]]:
+def shown(labelled: LabelledDataset) -> list[tuple[str, str, list[float]]]:
     return [
         (protein.id, decode(protein.tokens), target.tolist())
         for protein, target in zip(labelled.proteins, labelled.targets, strict=True)
     ]
 
 
-def sequences(labelled: LabelledSet) -> set[str]:
+def sequences(labelled: LabelledDataset) -> set[str]:
     return {decode(protein.tokens) for protein in labelled.proteins}
 
 

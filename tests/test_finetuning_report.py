@@ -14,7 +14,7 @@ import pytest
 
 from bionemo_esm.alphabet import encode
 from bionemo_esm.finetuning.bootstrap import Estimate, differences, estimates
-from bionemo_esm.finetuning.dataset import LabelledSet
+from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.metrics import scores
 from bionemo_esm.finetuning.report import (
     TEST,
@@ -50,7 +50,7 @@ def report_of(task: Task, sets: Sequence[str] = (VALIDATION, TEST), seeds: Seque
     highest = task.outputs if task.is_classification else 80
     proteins = [Protein(str(at), encode("MKV"), at + 1) for at in range(40)]
     labelled = {
-        name: LabelledSet(proteins, list(rng.integers(0, highest, (40, 1)).astype(np.float32)))
+        name: LabelledDataset(proteins, list(rng.integers(0, highest, (40, 1)).astype(np.float32)))
         for name in ("train", *sets)
     }
     rows, found = [], {}
@@ -105,15 +105,15 @@ def test_equal_reports_are_equal_bytes_and_hold_every_number(tmp_path: Path, tas
     assert told["model"]["file"] == "some/model.nemo"
 
     page = written[0][0].read_text()
-    screen = "\n".join(lines(report))
+    console = "\n".join(lines(report))
     for row in report.rows:
         for which in sets:
             value, low, high, sd = row.on(which)[task.metric]
             digits = 0 if task is NUMBERS else 3
             told_so = f"{value:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
-            assert told_so in screen
+            assert told_so in console
             assert f"{told_so}; sd {sd:,.{digits}f}" in page
-    for text in (page, screen):
+    for text in (page, console):
         assert report.verdicts[0].replace("\n", " ") in text.replace("\n", " ")
         assert text.replace("\n", " ").count(TOO_GOOD) == 1
         assert ("There is no test set." in text.replace("\n", " ")) == (TEST not in sets)
@@ -249,9 +249,9 @@ def test_what_makes_a_score_doubtful_stands_below_its_table() -> None:
     assert "The validation set has 29 proteins: its intervals are rough." in on_validation
     assert seen not in on_validation
     assert "rough" not in on_test
-    screen = lines(doubtful)
-    assert screen[3].strip() == seen
-    assert sum("rough" in line for line in screen) == 1
+    console = lines(doubtful)
+    assert console[3].strip() == seen
+    assert sum("rough" in line for line in console) == 1
     assert not any("rough" in line or "too:" in line for line in lines(report))
 
 

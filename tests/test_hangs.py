@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bionemo_esm.console import Screen
+from bionemo_esm.console import Console
 from bionemo_esm.pretraining import hang_watch as hangs
 from bionemo_esm.pretraining.hang_watch import EXIT_HANG, HangWatch
 from faults import Fault, run, send
@@ -53,7 +53,7 @@ def test_when_a_rank_sleeps_for_ever_all_end_with_stacks_and_the_run_goes_on(tmp
     assert "rank 1: nothing moved for 0:03, at step 4" in written[1]
     assert "training_step" in written[0]
     assert "is MainThread" in written[0]
-    (line,) = [line for line in outcome.screen.splitlines() if "hangs" in line]
+    (line,) = [line for line in outcome.console.splitlines() if "hangs" in line]
     assert "nothing moved for 0:03, at step 4" in line
     assert "Stacks of ranks 0 and 1 are in" in line
     assert "The same command goes on from the last checkpoint" in line
@@ -110,7 +110,7 @@ def ends(watch: HangWatch, monkeypatch: pytest.MonkeyPatch, between_looks: list[
 
 
 def watch_in(folder: Path, after_a_step: bool = True) -> HangWatch:
-    watch = HangWatch(folder, 30.0, Screen(sys.stdout))
+    watch = HangWatch(folder, 30.0, Console(sys.stdout))
     if after_a_step:
         watch.on_train_batch_end(SimpleNamespace(global_step=1), Any)  # type: ignore[arg-type]
     return watch
@@ -146,7 +146,7 @@ def test_it_ends_sooner_where_another_rank_has_given_up(tmp_path: Path, monkeypa
 
 
 def fail_because_others_have_given_up(folder: Path) -> None:
-    watch = HangWatch(folder, 2.0, Screen(sys.stdout))
+    watch = HangWatch(folder, 2.0, Console(sys.stdout))
     watch.rank = 1
     (folder / "hang-rank-0.txt").write_text("stacks\n")
     watch.on_exception(Any, Any, RuntimeError("connection closed by peer"))  # type: ignore[arg-type]

@@ -23,7 +23,13 @@ from bionemo_esm.model.archive import Archive, write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.interchange.huggingface import read_hugging_face
 from bionemo_esm.model.interchange.key_mapping import HUGGING_FACE
-from bionemo_esm.model.interchange.state_dict_adapter import ForeignModel, InterchangeError, Taken, give, take
+from bionemo_esm.model.interchange.state_dict_adapter import (
+    ImportedWeights,
+    InterchangeError,
+    SourceModel,
+    to_foreign,
+    to_native,
+)
 from theirs import FAMILIES, SMALL, Shape, hugging_face_model
 
 SHAPES = dict.fromkeys(FAMILIES, SMALL) | {"ESM-2": Shape(2, 32, 8, ffn=64)}
@@ -62,15 +68,15 @@ WAYS: dict[str, Callable[[EsmForMaskedLM, Path], Any]] = {
 }
 
 
-def read(folder: Path) -> ForeignModel:
+def read(folder: Path) -> SourceModel:
     scratch = folder.with_name(f"{folder.name}-scratch")
     scratch.mkdir()
     return read_hugging_face(folder, scratch)
 
 
-def taken(folder: Path) -> Taken:
+def taken(folder: Path) -> ImportedWeights:
     foreign = read(folder)
-    return take(foreign.tensors, foreign.config, foreign.dialect)
+    return to_native(foreign.tensors, foreign.config, foreign.dialect)
 
 
 def refused(folder: Path, *parts: str) -> str:
@@ -96,7 +102,7 @@ def test_every_tensor_that_was_saved_is_read_back_bit_for_bit(tmp_path: Path, fa
     assert len(list((tmp_path / "saved").iterdir())) > 2 or "shards" not in way
     ours = taken(tmp_path / "saved")
     dtypes = {name: tensor.dtype for name, tensor in ours.weights.outline.items()}
-    back = give(ours.config, dtypes, ours.weights.__getitem__, HUGGING_FACE)
+    back = to_foreign(ours.config, dtypes, ours.weights.__getitem__, HUGGING_FACE)
     theirs = {name: tensor for name, tensor in model.state_dict().items() if "decoder" not in name}
     if (frequencies := theirs.pop(FREQUENCIES, None)) is not None:
         assert torch.equal(ours.weights["encoder.rotary.frequencies"], frequencies)

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from bionemo_esm.alphabet import decode
 from bionemo_esm.data.fasta import FastaError, SourceError, read_fasta
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.inputs import InputError, InputPolicy, Inventory, proteins_of, read_proteins, take_stock
+from bionemo_esm.inference.inputs import InputError, InputInventory, InputPolicy, proteins_of, read_proteins, scan_input
 from conftest import SAMPLE
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
@@ -109,9 +109,9 @@ def test_the_shipped_sample_is_read_as_the_data_reader_does() -> None:
     records = list(read_fasta(SAMPLE / "test.fasta.gz"))
     assert [protein.id for protein in found] == [record.id for record in records]
     assert [decode(protein.tokens) for protein in found] == [record.sequence.decode() for record in records]
-    stock = take_stock(SAMPLE / "test.fasta.gz")
+    stock = scan_input(SAMPLE / "test.fasta.gz")
     lengths = [len(record.sequence) for record in records]
-    assert stock == Inventory(len(records), sum(lengths), max(lengths), 0, "", False)
+    assert stock == InputInventory(len(records), sum(lengths), max(lengths), 0, "", False)
 
 
 def test_columns_may_have_other_names(tmp_path: Path) -> None:
@@ -127,13 +127,13 @@ def test_without_a_column_of_ids_their_numbers_serve(name: str, tmp_path: Path) 
     content = "sequence\nMKV\n\nACD\n" if name == "a.csv" else as_parquet({"sequence": ["MKV", "ACD"]})
     path = written(tmp_path, name, content)
     assert read(path) == {"1": "MKV", "2": "ACD"}
-    assert take_stock(path).ids_are_numbers
+    assert scan_input(path).ids_are_numbers
 
 
 def test_whole_numbers_are_ids_and_zero_is_one(tmp_path: Path) -> None:
     path = written(tmp_path, "a.parquet", as_parquet({"id": [0, 17], "sequence": ["MKV", "ACD"]}))
     assert read(path) == {"0": "MKV", "17": "ACD"}
-    assert not take_stock(path).ids_are_numbers
+    assert not scan_input(path).ids_are_numbers
 
 
 def test_ids_may_hold_what_people_write(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_bad_record_is_an_error_or_left_out(which: str, form: str, tmp_path: P
     assert [(protein.id, protein.number) for protein in found] == [("first", 1), ("third", 3)]
     assert len(skipped) == 1
     assert f"in.{form}, record 2 (second): " in skipped[0]
-    stock = take_stock(path, SKIP)
+    stock = scan_input(path, SKIP)
     assert (stock.proteins, stock.residues, stock.skipped, stock.first_problem) == (2, 122, 1, skipped[0])
 
 
@@ -233,7 +233,7 @@ def test_a_sequence_that_is_null_has_no_residues(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b">a\n\n>b\nMKJ\n", b">a\n*\n"])
 def test_an_input_of_which_nothing_is_left_is_an_error(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"in\.fasta: no protein is left: .*record 1 \(a\): it has no residues"):
-        take_stock(written(tmp_path, "in.fasta", content), SKIP)
+        scan_input(written(tmp_path, "in.fasta", content), SKIP)
 
 
 # --- files that cannot be read ----------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 def test_what_is_no_input_is_refused_with_its_name_and_the_reason(name: str, tmp_path: Path) -> None:
     content, message = BROKEN[name]
     with pytest.raises((InputError, SourceError), match=message) as raised:
-        take_stock(written(tmp_path, name, content), USUAL)
+        scan_input(written(tmp_path, name, content), USUAL)
     assert name in str(raised.value)
     assert "\n" not in str(raised.value)
 

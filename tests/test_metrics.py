@@ -18,7 +18,7 @@ from torch import distributed
 
 from bionemo_esm.alphabet import encode
 from bionemo_esm.finetuning.baselines import composition, composition_predictions
-from bionemo_esm.finetuning.dataset import LabelledSet, Splits
+from bionemo_esm.finetuning.dataset import LabelledDataset, Splits
 from bionemo_esm.finetuning.metrics import confusion, gathered, per_class, scores
 from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.inputs import Protein
@@ -190,13 +190,13 @@ def proteins(*sequences: str) -> list[Protein]:
 def test_of_a_residue_the_baseline_knows_what_stood_at_the_same_amino_acid() -> None:
     nan = np.nan
     task = Task("letters", "residue", "classification", "accuracy", ("H", "E"))
-    train = LabelledSet(proteins("AAK", "AC"), [np.float32([0, 1, 1]), np.float32([0, nan])])
+    train = LabelledDataset(proteins("AAK", "AC"), [np.float32([0, 1, 1]), np.float32([0, nan])])
     found = composition_predictions(Splits(task, train, train, None), proteins("AKCX"))
     assert found[0].dtype == np.float32
     assert found[0] == pytest.approx(np.array([[2 / 3, 1 / 3], [0, 1], [1 / 2, 1 / 2], [1 / 2, 1 / 2]]))
 
     task = Task("numbers", "residue", "regression", "mse")
-    train = LabelledSet(proteins("AAK", "AC"), [np.float32([1, 2, 8]), np.float32([3, nan])])
+    train = LabelledDataset(proteins("AAK", "AC"), [np.float32([1, 2, 8]), np.float32([3, nan])])
     found = composition_predictions(Splits(task, train, train, None), proteins("AK", "C"))
     assert found[0] == pytest.approx(np.array([[2], [8]]))
     assert found[1] == pytest.approx(np.array([[3.5]]))
@@ -212,9 +212,9 @@ def test_of_a_protein_the_baseline_is_a_linear_model_of_shares_and_length() -> N
     sequences = ["".join(rng.choice(list("ACDEFGHIKL"), 60)) for _ in range(120)]
     share = np.float32([sequence.count("K") / 60 for sequence in sequences])
     task = Task("numbers", "sequence", "regression", "mse")
-    train = LabelledSet(proteins(*sequences[:80]), [np.float32([100 * value]) for value in share[:80]])
+    train = LabelledDataset(proteins(*sequences[:80]), [np.float32([100 * value]) for value in share[:80]])
     train.targets[0][:] = np.nan
-    validation = LabelledSet(proteins(*sequences[80:]), [np.float32([100 * value]) for value in share[80:]])
+    validation = LabelledDataset(proteins(*sequences[80:]), [np.float32([100 * value]) for value in share[80:]])
     found = composition_predictions(Splits(task, train, validation, None), validation.proteins)
     assert all(one.shape == (1, 1) and one.dtype == np.float32 for one in found)
     assert scores(task, validation.targets, found)["pearson"] > 0.999
@@ -222,8 +222,8 @@ def test_of_a_protein_the_baseline_is_a_linear_model_of_shares_and_length() -> N
     assert all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
 
     lysines = [np.float32([2 * (value > 0.1)]) for value in share]  # the second class never occurs
-    train = LabelledSet(proteins(*sequences[:80]), lysines[:80])
-    validation = LabelledSet(proteins(*sequences[80:]), lysines[80:])
+    train = LabelledDataset(proteins(*sequences[:80]), lysines[:80])
+    validation = LabelledDataset(proteins(*sequences[80:]), lysines[80:])
     found = composition_predictions(Splits(EACH, train, validation, None), validation.proteins)
     assert all(one.shape == (1, 3) and one[0, 1] == 0 for one in found)
     assert np.concatenate(found).sum(axis=1) == pytest.approx(np.ones(40), abs=1e-6)
@@ -236,9 +236,9 @@ def test_validation_chooses_how_strongly_the_baseline_is_held_back() -> None:
     sequences = ["".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 50)) for _ in range(60)]
     noise = [np.float32([value]) for value in rng.normal(size=60)]
     task = Task("noise", "sequence", "regression", "mse")
-    train = LabelledSet(proteins(*sequences[:30]), noise[:30])
+    train = LabelledDataset(proteins(*sequences[:30]), noise[:30])
     spread = []
-    for validation in (LabelledSet(proteins(*sequences[30:]), noise[30:]), train):  # noise; what was fitted itself
+    for validation in (LabelledDataset(proteins(*sequences[30:]), noise[30:]), train):  # noise; what was fitted itself
         found = composition_predictions(Splits(task, train, validation, None), proteins(*sequences))
         spread.append(np.concatenate(found).std())
     assert spread[0] < 0.7 * spread[1]

@@ -20,7 +20,7 @@ from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model import archive as archive_module
 from bionemo_esm.model.archive import MANIFEST, STATE_TENSORS, WEIGHTS, Archive, ArchiveFile, write_archive
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.summary import ArchiveCard
+from bionemo_esm.model.summary import ArchiveSummary
 from bionemo_esm.model.tar_format import Member, find_members, read_section, write_container
 from models import TINY, tiny_model
 
@@ -147,7 +147,7 @@ def test_the_card_of_a_saved_model(tmp_path: Path, inspect: Inspect) -> None:
 
 
 def test_parameters_are_counted_by_the_precision_they_are_stored_in(tmp_path: Path) -> None:
-    card = ArchiveCard.of(ArchiveFile.open(written(tmp_path / "two.nemo")))
+    card = ArchiveSummary.of(ArchiveFile.open(written(tmp_path / "two.nemo")))
     assert card.parameters_by_dtype == {"float32": 40, "bfloat16": 6}
     assert rows(card.text())["parameters"] == "40 in float32, 6 in bfloat16"
 
@@ -156,7 +156,7 @@ def test_parameters_are_counted_by_the_precision_they_are_stored_in(tmp_path: Pa
 def test_what_is_never_trained_is_no_parameter(precision: str, tmp_path: Path) -> None:
     model = tiny_model(precision, position_embedding="rotary", token_dropout=True, contact_head=True)
     model.save_to(str(tmp_path / "model.nemo"))
-    card = ArchiveCard.of(ArchiveFile.open(tmp_path / "model.nemo"))
+    card = ArchiveSummary.of(ArchiveFile.open(tmp_path / "model.nemo"))
     stored = "float32" if precision == "32" else "bfloat16"
     sizes = EncoderConfig.from_mapping(card.config["encoder"])
     assert len(list(sizes.fixed_tensors())) == 3
@@ -167,11 +167,11 @@ def test_what_is_never_trained_is_no_parameter(precision: str, tmp_path: Path) -
 def test_where_no_encoder_is_described_all_is_counted(encoder: Any, tmp_path: Path) -> None:
     weights = {"encoder.contact_head.bias": torch.ones(1), "a": torch.ones(3)}
     path = write_archive(tmp_path / "odd.nemo", Archive("ESM1nvModel", {"encoder": encoder}, weights))
-    assert ArchiveCard.of(ArchiveFile.open(path)).parameters == 4
+    assert ArchiveSummary.of(ArchiveFile.open(path)).parameters == 4
 
 
 def test_packages_that_differ_from_those_installed_are_named(tmp_path: Path) -> None:
-    told = rows(ArchiveCard.of(ArchiveFile.open(written(tmp_path / "old.nemo"))).text())
+    told = rows(ArchiveSummary.of(ArchiveFile.open(written(tmp_path / "old.nemo"))).text())
     assert "torch 1.0.0" in told["written with"]
     assert told["differs here"] == f"no-such-package is not installed, torch {version('torch')}"
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_tells_of_the_training_it_belongs_to(checkpoint: Path, insp
 def test_a_checkpoint_off_the_schedule_says_so(tmp_path: Path) -> None:
     provenance = {"checkpoint": {"on_schedule": False, "every_n_train_steps": 1}}
     path = written(tmp_path / "stopped.ckpt", provenance, {"callbacks": {"Checkpoints": {"best_loss": float("inf")}}})
-    told = rows(ArchiveCard.of(ArchiveFile.open(path)).text())
+    told = rows(ArchiveSummary.of(ArchiveFile.open(path)).text())
     assert told["saved"] == "off the schedule of every 1 step: at a stop or a good validation"
     assert "lowest validation loss" not in told  # there was none yet
 
@@ -203,7 +203,7 @@ def averaged_from(count: int) -> list[dict[str, Any]]:
 
 def test_an_average_names_its_sources(tmp_path: Path) -> None:
     path = written(tmp_path / "average.nemo", PROVENANCE | {"averaged_from": averaged_from(3)})
-    lines = ArchiveCard.of(ArchiveFile.open(path)).text().splitlines()
+    lines = ArchiveSummary.of(ArchiveFile.open(path)).text().splitlines()
     start = lines.index("averaged from             3 files, steps 500 to 1,500")
     indent = " " * 26
     assert lines[start + 1 : start + 5] == [
@@ -222,14 +222,14 @@ def test_a_long_list_of_sources_is_shortened_for_people_and_whole_in_json(tmp_pa
     assert "… 39 more; --json has all" in text
     assert json.loads(inspect(path, "--json").out)["averaged_from"] == averaged_from(47)
     nine, eight = averaged_from(9), averaged_from(8)
-    assert "… 1 more" in ArchiveCard.of(ArchiveFile.open(written(path, {"averaged_from": nine}))).text()
-    assert "more" not in ArchiveCard.of(ArchiveFile.open(written(path, {"averaged_from": eight}))).text()
+    assert "… 1 more" in ArchiveSummary.of(ArchiveFile.open(written(path, {"averaged_from": nine}))).text()
+    assert "more" not in ArchiveSummary.of(ArchiveFile.open(written(path, {"averaged_from": eight}))).text()
 
 
 def test_what_is_not_recorded_is_left_out(tmp_path: Path) -> None:
     nothing = dict.fromkeys(PROVENANCE) | {"averaged_from": [], "notes": "", "converted_from": {}}
     for provenance in ({}, nothing):
-        text = ArchiveCard.of(ArchiveFile.open(written(tmp_path / "bare.nemo", provenance))).text()
+        text = ArchiveSummary.of(ArchiveFile.open(written(tmp_path / "bare.nemo", provenance))).text()
         assert "None" not in text
         assert "null" not in text
         assert rows(text).keys() == {
@@ -240,7 +240,7 @@ def test_what_is_not_recorded_is_left_out(tmp_path: Path) -> None:
 
 def test_a_converted_model_tells_from_what_and_with_which_notes(tmp_path: Path) -> None:
     provenance = {"converted_from": {"file": "esm1nv.nemo", "sha256": HASH}, "notes": ["one was padded", "no dropout"]}
-    told = rows(ArchiveCard.of(ArchiveFile.open(written(tmp_path / "converted.nemo", provenance))).text())
+    told = rows(ArchiveSummary.of(ArchiveFile.open(written(tmp_path / "converted.nemo", provenance))).text())
     assert told["converted from"] == "file esm1nv.nemo, sha256"  # and the hash on the next line
     assert told["notes"] == "one was padded; no dropout"
 
@@ -249,7 +249,7 @@ def test_a_fitted_contact_head_tells_of_its_structures_and_of_its_precision_on_o
     precision = {"model": [{"range": "long", "top": "P@L", "mean": 0.412, "low": 0.3, "high": 0.5}]}
     head = {"fitted_on": ["1ubq_A", "2gb1_A"], "contact": "CA < 8", "C": 0.15, "held_out_structures": 7}
     path = written(tmp_path / "x.nemo", {"contact_head": head | {"precision": precision}})
-    told = ArchiveCard.of(ArchiveFile.open(path)).text().partition("contact head fitted on")[2]
+    told = ArchiveSummary.of(ArchiveFile.open(path)).text().partition("contact head fitted on")[2]
     assert "2 structures: 1ubq_A; 2gb1_A" in told
     assert "contact CA < 8" in told and "C 0.15" in told
     assert "on 7 others: long P@L 0.412" in told
@@ -257,7 +257,7 @@ def test_a_fitted_contact_head_tells_of_its_structures_and_of_its_precision_on_o
 
 def test_no_line_is_longer_than_a_terminal_is_wide(tmp_path: Path) -> None:
     path = written(tmp_path / f"{'x' * 200}.nemo", PROVENANCE | {"data": "a b " * 5000, "restored_from": "/" * 400})
-    text = ArchiveCard.of(ArchiveFile.open(path)).text()
+    text = ArchiveSummary.of(ArchiveFile.open(path)).text()
     assert max(map(len, text.splitlines())) <= 112
     assert len(text) < 4000
 

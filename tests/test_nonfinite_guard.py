@@ -8,7 +8,7 @@ import pytest
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import OptimConfig
-from bionemo_esm.model.nonfinite_guard import StepGuard
+from bionemo_esm.model.nonfinite_guard import NonFiniteGuard
 
 
 @pytest.mark.parametrize(
@@ -25,11 +25,11 @@ from bionemo_esm.model.nonfinite_guard import StepGuard
 def test_a_step_is_refused_for_a_loss_or_gradient_that_is_not_finite(
     loss: float, norm: float, reason: str | None
 ) -> None:
-    assert StepGuard(OptimConfig()).objection(loss, norm) == reason
+    assert NonFiniteGuard(OptimConfig()).objection(loss, norm) == reason
 
 
 def test_a_leap_of_the_loss_is_refused_only_where_asked_for_and_only_once_the_mean_is_known() -> None:
-    eager, lenient = StepGuard(OptimConfig(skip_loss_above=1.5)), StepGuard(OptimConfig())
+    eager, lenient = NonFiniteGuard(OptimConfig(skip_loss_above=1.5)), NonFiniteGuard(OptimConfig())
     assert eager.objection(30.0, 1.0) is None, "nothing is known of the first step"
     for _ in range(200):
         assert eager.objection(2.8, 1.0) is None
@@ -40,7 +40,7 @@ def test_a_leap_of_the_loss_is_refused_only_where_asked_for_and_only_once_the_me
 
 
 def test_a_refused_loss_does_not_enter_the_mean() -> None:
-    guard = StepGuard(OptimConfig(skip_loss_above=1.5))
+    guard = NonFiniteGuard(OptimConfig(skip_loss_above=1.5))
     for _ in range(100):
         guard.objection(2.0, 1.0)
     before = guard.state_dict()["mean_loss"]
@@ -50,7 +50,7 @@ def test_a_refused_loss_does_not_enter_the_mean() -> None:
 
 
 def test_it_gives_up_after_so_many_in_a_row_and_one_good_step_begins_the_count_anew() -> None:
-    guard = StepGuard(OptimConfig(max_skipped_steps=3))
+    guard = NonFiniteGuard(OptimConfig(max_skipped_steps=3))
     for loss in (math.nan, math.nan, 2.0, math.nan, math.nan):
         guard.objection(loss, 1.0)
         assert not guard.gave_up
@@ -59,10 +59,10 @@ def test_it_gives_up_after_so_many_in_a_row_and_one_good_step_begins_the_count_a
 
 
 def test_its_state_goes_on_and_giving_up_does_not() -> None:
-    guard = StepGuard(OptimConfig(max_skipped_steps=3))
+    guard = NonFiniteGuard(OptimConfig(max_skipped_steps=3))
     for loss in (2.0, 3.0, math.nan, math.nan):
         guard.objection(loss, 1.0)
-    resumed = StepGuard(OptimConfig(max_skipped_steps=3))
+    resumed = NonFiniteGuard(OptimConfig(max_skipped_steps=3))
     resumed.load_state_dict(guard.state_dict())
     assert resumed == guard
     guard.objection(math.nan, 1.0)

@@ -157,7 +157,7 @@ def test_an_order_over_no_samples_or_too_many_is_refused(size: int) -> None:
         EpochOrder(size, seed=1)
 
 
-def dealt(plan: BatchPlan, tokens: NDArray[np.int64], consumed: int) -> NDArray[np.int64]:
+def rank_batches(plan: BatchPlan, tokens: NDArray[np.int64], consumed: int) -> NDArray[np.int64]:
     """Stream positions of one global batch, as all ranks together read them; none reads what another does."""
     places = np.concatenate([hand for rank in range(plan.world_size) for hand in plan.share(tokens, rank)])
     np.testing.assert_array_equal(np.bincount(places), 1)
@@ -181,7 +181,7 @@ def test_a_run_stopped_on_176_gpus_goes_on_with_144_as_if_it_had_not_stopped() -
         for _ in range(steps):
             size = plan.global_batch_size
             _, due = order.samples(np.arange(consumed, consumed + size))
-            steps_seen.append(order.samples(dealt(plan, lengths[due], consumed)))
+            steps_seen.append(order.samples(rank_batches(plan, lengths[due], consumed)))
             consumed += size
     assert consumed == 9 * 65_120 + 20 * 53_280
     epochs, samples = (np.concatenate(parts) for parts in zip(*steps_seen, strict=True))

@@ -15,7 +15,7 @@ from bionemo_esm.alphabet import PAD_ID, encode
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.interchange.key_mapping import FAIR_ESM, HUGGING_FACE
-from bionemo_esm.model.interchange.state_dict_adapter import give
+from bionemo_esm.model.interchange.state_dict_adapter import to_foreign
 from peers import Peer, Proteins, batch_of, brought_here, errors, fair_esm, hugging_face, padded
 from theirs import Shape
 
@@ -79,7 +79,9 @@ def test_loss_and_gradients_are_those_of_hugging_face(
     gradients |= dict(ours.named_buffers())
     theirs = dict(peer.model.named_parameters())
     compared = 0
-    for name, ours_there in give(ours.encoder_config, dict.fromkeys(gradients), gradients.get, HUGGING_FACE).items():
+    for name, ours_there in to_foreign(
+        ours.encoder_config, dict.fromkeys(gradients), gradients.get, HUGGING_FACE
+    ).items():
         if "contact" in name or "inv_freq" in name:
             continue
         assert torch.allclose(ours_there, theirs[name].grad, atol=TOLERANCE), name

@@ -19,7 +19,7 @@ from bionemo_esm.finetuning import predictor as tables
 from bionemo_esm.finetuning.config import ATTENTION, MAX, MLP, HeadConfig
 from bionemo_esm.finetuning.tasks import Task
 from bionemo_esm.inference.embedding.embeddings import embed_together
-from bionemo_esm.inference.embedding.options import EmbeddingChoice
+from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.archive import read_archive
@@ -49,9 +49,9 @@ def test_a_prediction_is_the_heads_answer_to_the_states_of_the_layer(task: Task,
         weights[f"head.{name}"].numpy() for name in ("output.weight", "output.bias", "shift", "scale")
     )
     engine = Engine.load(path, "cpu")
-    choice = EmbeddingChoice((1,), mean=False, residues=True, window=READING.window, overlap=READING.overlap)
+    options = EmbeddingOptions((1,), mean=False, residues=True, window=READING.window, overlap=READING.overlap)
     for protein, found in zip(proteins(), FineTunedPredictor.load(path, "cpu").predict(proteins()), strict=True):
-        (embedding,) = embed_together(engine, [protein], choice)
+        (embedding,) = embed_together(engine, [protein], options)
         assert embedding.windows == (4 if protein.id == "long" else 1)
         states = embedding.arrays["residues_1"].astype(np.float64)
         if not task.is_per_residue:

@@ -100,9 +100,9 @@ def test_scores_are_told_before_training_every_n_steps_and_at_the_end(
     assert outcome.codes == [0], outcome.errors
     assert [line["step"] for line in probes(tmp_path / "run")] == [0, 4, 6]
     first, last = lines[0], lines[-1]
-    assert f"step 0  probe neighbour: accuracy {first['score']:.3f} (one-hot" in outcome.screen
-    assert f"step 6  probe neighbour: accuracy {last['score']:.3f} (one-hot {last['one_hot']:.3f})\n" in outcome.screen
-    assert "probe    neighbour, every 4 steps: fitted on " in outcome.screen
+    assert f"step 0  probe neighbour: accuracy {first['score']:.3f} (one-hot" in outcome.console
+    assert f"step 6  probe neighbour: accuracy {last['score']:.3f} (one-hot {last['one_hot']:.3f})\n" in outcome.console
+    assert "probe    neighbour, every 4 steps: fitted on " in outcome.console
     assert last_probe(tmp_path / "run" / "metrics.jsonl") == {k: v for k, v in last.items() if k != "kind"}
 
 

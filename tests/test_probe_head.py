@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.finetuning.dataset import LabelledSet, SealedSet
+from bionemo_esm.finetuning.dataset import LabelledDataset, SealedTestSet
 from bionemo_esm.inference.embedding.embeddings import embed_together
-from bionemo_esm.inference.embedding.options import EmbeddingChoice
+from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.pretraining import probe_config
 from bionemo_esm.pretraining.preflight import check_requirements
@@ -65,11 +65,11 @@ def test_features_are_those_of_fine_tuning_however_they_are_batched(labels: Path
     assert max(some.train.lengths) > 62
     assert model.encoder is not None
     per_residue = table == "residues"
-    choice = EmbeddingChoice((1,), mean=not per_residue, residues=per_residue, window=62, overlap=31)
+    options = EmbeddingOptions((1,), mean=not per_residue, residues=per_residue, window=62, overlap=31)
     with probe_mode(model):
         engine = Engine(model.encoder, model.encoder_config)
         name = "residues_1" if per_residue else "mean_1"
-        expected = [np.atleast_2d(e.arrays[name]) for e in embed_together(engine, some.train.proteins, choice)]
+        expected = [np.atleast_2d(e.arrays[name]) for e in embed_together(engine, some.train.proteins, options)]
     for most_tokens in (70, 4096):
         found = probe_of(some, most_tokens)
         with probe_mode(model):
@@ -131,7 +131,7 @@ def test_the_same_proteins_are_looked_at_whatever_the_order_of_the_file(labels: 
     assert len(probed(labels).train) == 40
 
 
-def texts(labelled: LabelledSet) -> list[tuple[bytes, bytes]]:
+def texts(labelled: LabelledDataset) -> list[tuple[bytes, bytes]]:
     return [(p.tokens.tobytes(), t.tobytes()) for p, t in zip(labelled.proteins, labelled.targets, strict=True)]
 
 
@@ -149,10 +149,10 @@ def test_so_many_residues_are_fitted_on_and_all_are_scored(labels: Path, monkeyp
 
 
 def test_labels_of_test_proteins_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(_: SealedSet) -> Any:
+    def look(_: SealedTestSet) -> Any:
         raise AssertionError("the test labels were looked at")
 
-    monkeypatch.setattr(SealedSet, "open", look)
+    monkeypatch.setattr(SealedTestSet, "open", look)
     rows = ["MKV,HHC,train,", "GAVL,HCCH,train,True", "WWW,HHH,test,"]
     (tmp_path / "t.csv").write_text("\n".join(["sequence,target,set,validation", *rows]))
     some = probed(tmp_path, "t")

@@ -12,9 +12,9 @@ import pytest
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.pretraining import rank_agreement as muster
-from bionemo_esm.pretraining.rank_agreement import Muster, RollCallError, assembled, versions
+from bionemo_esm.pretraining.rank_agreement import RankAgreement, RankAgreementError, assembled, versions
 from bionemo_esm.pretraining.recipe import Recipe
-from bionemo_esm.pretraining.run_context import PreparedRun
+from bionemo_esm.pretraining.run_context import RunContext
 from faults import Fault, Outcome, run
 
 RUN = "bionemo_esm.pretraining.run."
@@ -34,7 +34,7 @@ def another_torch(found: dict[str, str]) -> dict[str, str]:
     return {**found, "torch": "1.0"}
 
 
-def another_seed(prepared: PreparedRun) -> PreparedRun:
+def another_seed(prepared: RunContext) -> RunContext:
     return replace(prepared, recipe=replace(prepared.recipe, seed=7))
 
 
@@ -65,14 +65,15 @@ def assert_one_message(outcome: Outcome, folder: Path, *parts: str) -> None:
             ("ranks differ, and must not", "rank 1 (", "exp_manager.checkpoints.keep_last = 9; rank 0 has 2"),
         ),
         (Fault(RUN + "versions", spoil=another_torch, rank=1), ("rank 1 (", "torch = 1.0; rank 0 has 2.")),
-        (Fault(RUN + "PreparedRun.of", spoil=another_seed, rank=2), ("rank 2 (", "seed = 7; rank 0 has 42")),
+        (Fault(RUN + "RunContext.of", spoil=another_seed, rank=2), ("rank 2 (", "seed = 7; rank 0 has 42")),
         (
             Fault(RUN + "build_proteins", functools.partial(refuse, "sample.fasta is damaged")),
             ("error: sample.fasta is damaged",),
         ),
         (
             Fault(
-                "bionemo_esm.pretraining.trainer.choose_start", functools.partial(refuse, "no checkpoint can be read")
+                "bionemo_esm.pretraining.trainer.choose_starting_checkpoint",
+                functools.partial(refuse, "no checkpoint can be read"),
             ),
             ("error: no checkpoint can be read",),
         ),
@@ -115,7 +116,7 @@ def test_one_process_alone_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     with assembled() as alone:
-        assert alone == Muster(0, 1)
+        assert alone == RankAgreement(0, 1)
         assert alone.launched is None
         assert alone.together(lambda: 3, lambda _: versions()) == 3
         assert alone.first(lambda: "x") == "x"
@@ -134,5 +135,5 @@ def test_a_slurm_job_without_srun_is_told_to_use_it(monkeypatch: pytest.MonkeyPa
 
 def test_many_differences_are_named_in_part() -> None:
     notes = [{"host": "a", "error": None, "account": {str(key): rank for key in range(9)}} for rank in range(2)]
-    with pytest.raises(RollCallError, match="and 5 more"):
+    with pytest.raises(RankAgreementError, match="and 5 more"):
         muster._compare(notes)

@@ -45,8 +45,8 @@ def test_two_runs_with_the_same_settings_are_one_run_bit_for_bit(first: Path, tm
     assert run(whole, "optim.sched.max_steps=40", "trainer.max_steps=8").codes == [0]
     outcome = run(second, "optim.sched.max_steps=40", "trainer.max_steps=8", f"continue_from_path={first}")
     assert outcome.codes == [0], outcome.errors
-    assert "4, 0.0 epochs" in outcome.screen
-    assert f"after the 4 of {first}" in outcome.screen
+    assert "4, 0.0 epochs" in outcome.console
+    assert f"after the 4 of {first}" in outcome.console
     expected, found = read_archive(nemo(whole)), read_archive(nemo(second))
     assert all(found.weights[name].equal(tensor) for name, tensor in expected.weights.items())
     assert train_lines(second) == train_lines(whole)[4:]
@@ -89,7 +89,7 @@ def test_a_continued_run_that_was_stopped_goes_on_from_its_own_checkpoint(first:
     shutil.rmtree(origin)
     outcome = run(second, *overrides)
     assert outcome.codes == [0], outcome.errors
-    assert "going on from step 6" in outcome.screen
+    assert "going on from step 6" in outcome.console
     assert nemo(second).read_bytes() == nemo(unbroken).read_bytes()
 
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from bionemo_esm.alphabet import MASK_ID, TOKEN_IDS, encode
 from bionemo_esm.data.packing import pack
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.engine import Engine, Question, masked
+from bionemo_esm.inference.engine import Engine, MaskedQuery, masked
 from bionemo_esm.inference.protein_model import ProteinModel
 from bionemo_esm.inference.variants import scoring
 from bionemo_esm.inference.variants.mutations import Variant, VariantError, WildType, all_single
-from bionemo_esm.inference.variants.options import EACH, MASKED, METHODS, MUTANT, PSEUDO, WILD_TYPE, ScoringChoice
+from bionemo_esm.inference.variants.options import EACH, MASKED, METHODS, MUTANT, PSEUDO, WILD_TYPE, ScoringOptions
 from bionemo_esm.inference.variants.scoring import plan, score
 from bionemo_esm.model.interchange.convert import import_model
 from models import tiny_model
@@ -35,7 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 TEXTS = ["M1A", "Q2W", "Q2W,E16K", "E16K,Q2W", "V5A,T7C,L8D,D21R", "WT", "I3I", "V17Y", "Q2W"]
 VARIANTS = [WildType("ubiquitin", encode(CUT)).variant(text) for text in TEXTS]
-ALL = ScoringChoice(METHODS)
+ALL = ScoringOptions(METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,12 @@ class Asked:
     """An engine that counts what it is asked."""
 
     def __init__(self, engine: Engine) -> None:
-        self.questions: list[Question] = []
+        self.queries: list[MaskedQuery] = []
         self.answer = engine.log_probabilities
         engine.log_probabilities = self  # type: ignore[method-assign, assignment]
 
-    def __call__(self, questions: Any, answered: Any) -> Iterator[NDArray[np.float64]]:
-        self.questions += (kept := list(questions))
+    def __call__(self, queries: Any, answered: Any) -> Iterator[NDArray[np.float64]]:
+        self.queries += (kept := list(queries))
         yield from self.answer(kept, answered)
 
 
@@ -116,7 +116,7 @@ def test_all_scores_are_those_of_a_float64_reference(family: str, files: Path) -
     x, reference = encode(CUT), Reference(files / f"{family}.nemo")
     engine = Engine.load(files / f"{family}.nemo", "cpu")
     found = score(engine, WildType("ubiquitin", x), VARIANTS, ALL)
-    each = score(engine, WildType("ubiquitin", x), VARIANTS, ScoringChoice((MASKED,), EACH))
+    each = score(engine, WildType("ubiquitin", x), VARIANTS, ScoringOptions((MASKED,), EACH))
     for method in METHODS:
         expected = np.array([reference.score(method, x, variant) for variant in VARIANTS])
         close(found[method], expected)
@@ -138,13 +138,13 @@ def test_the_wild_type_scores_zero_exactly_and_one_variant_one_score(engine: Eng
 
 @pytest.mark.parametrize("masks", ["together", "each"])
 def test_no_score_depends_on_what_else_is_asked_or_how_it_is_batched(engine: Engine, masks: str) -> None:
-    choice, wild_type = ScoringChoice(METHODS, masks), WildType("ubiquitin", encode(CUT))
-    found = score(engine, wild_type, VARIANTS, choice)
+    options, wild_type = ScoringOptions(METHODS, masks), WildType("ubiquitin", encode(CUT))
+    found = score(engine, wild_type, VARIANTS, options)
     engine.batch_tokens = 30
-    for method, values in score(engine, wild_type, VARIANTS[::-1], choice).items():
+    for method, values in score(engine, wild_type, VARIANTS[::-1], options).items():
         close(values[::-1], found[method], 2e-5)
     for index in (0, 4):
-        for method, values in score(engine, wild_type, [VARIANTS[index]], choice).items():
+        for method, values in score(engine, wild_type, [VARIANTS[index]], options).items():
             close(values, found[method][index], 2e-5)
 
 
@@ -202,11 +202,11 @@ def test_a_pass_that_several_variants_need_is_made_once(some_engine: Engine) -> 
     expected = {MASKED: 76, WILD_TYPE: 1, MUTANT: 40, PSEUDO: 76 * 41}
     for method, passes in expected.items():
         variants = [*singles, *singles] if method in (MASKED, WILD_TYPE) else [*singles[:40], *singles[:40]]
-        asked.questions.clear()
+        asked.queries.clear()
         told.clear()
-        score(some_engine, wild_type, variants, ScoringChoice((method,)), lambda _, *done: told.append(done))
-        assert len(asked.questions) == passes
-        work = plan(method, wild_type, list(dict.fromkeys(variants)), ScoringChoice((method,)), 510)
+        score(some_engine, wild_type, variants, ScoringOptions((method,)), lambda _, *done: told.append(done))
+        assert len(asked.queries) == passes
+        work = plan(method, wild_type, list(dict.fromkeys(variants)), ScoringOptions((method,)), 510)
         assert (work.passes, work.residues) == (passes, 76 * passes)
         assert told[-1] == (work.residues, work.residues)
 
@@ -217,23 +217,23 @@ def test_masked_one_at_a_time_there_are_as_many_passes_as_places(some_engine: En
              all_single(wild_type, (60, 63))]  # fmt: skip
     for masks, passes in (("together", 5 * 4), ("each", 5 + 4)):
         asked = Asked(engine := Engine(some_engine.encoder, some_engine.config))
-        score(engine, wild_type, pairs, ScoringChoice((MASKED,), masks))
-        assert len(asked.questions) == passes
+        score(engine, wild_type, pairs, ScoringOptions((MASKED,), masks))
+        assert len(asked.queries) == passes
 
 
 def test_passes_are_made_as_they_are_needed(some_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else those of 50,000 variants, each its protein's length, would fill the memory."""
     made, seen = [0], []
 
-    def counted(*arguments: Any) -> Question:
+    def counted(*arguments: Any) -> MaskedQuery:
         made[0] += 1
         return masked(*arguments)
 
     monkeypatch.setattr(scoring, "masked", counted)
     some_engine.batch_tokens = 4 * (len(CUT) + 2)
     wild_type = WildType("ubiquitin", encode(CUT))
-    choice = ScoringChoice((PSEUDO,))
-    score(some_engine, wild_type, all_single(wild_type)[:9], choice, lambda *_: seen.append(made[0]))
+    options = ScoringOptions((PSEUDO,))
+    score(some_engine, wild_type, all_single(wild_type)[:9], options, lambda *_: seen.append(made[0]))
     assert seen[0] <= 5
     assert made[0] == 10 * len(CUT)
 
@@ -250,7 +250,7 @@ def test_a_long_protein_is_seen_through_a_window_around_the_mutated_places(text:
     begin = min(max(middle - window // 2, 0), len(x) - window)
     inside = tuple(one._replace(place=one.place - begin) for one in variant)
     reference, engine = Reference(file), Engine.load(file, "cpu")
-    found = score(engine, WildType("", x), [variant], ScoringChoice((MASKED, MUTANT, PSEUDO), window=window))
+    found = score(engine, WildType("", x), [variant], ScoringOptions((MASKED, MUTANT, PSEUDO), window=window))
     for method, values in found.items():
         close(values, reference.score(method, x[begin : begin + window], inside))
     assert abs(found[MUTANT][0] - reference.score(MUTANT, x, variant)) > 1e-3
@@ -258,10 +258,10 @@ def test_a_long_protein_is_seen_through_a_window_around_the_mutated_places(text:
 
 @pytest.mark.parametrize(("method", "masks"), [(WILD_TYPE, "together"), (MASKED, "each")])
 def test_scores_that_add_up_do_so_over_the_windows_of_each_place(some_engine: Engine, method: str, masks: str) -> None:
-    wild_type, choice = WildType("", encode(UBIQUITIN)), ScoringChoice((method,), masks, 20)
+    wild_type, options = WildType("", encode(UBIQUITIN)), ScoringOptions((method,), masks, 20)
     parts = [wild_type.variant(text) for text in ("Q2W", "K33A", "G76C")]
     whole = wild_type.variant("Q2W,K33A,G76C")
-    found = score(some_engine, wild_type, [*parts, whole], choice)[method]
+    found = score(some_engine, wild_type, [*parts, whole], options)[method]
     close(found[3], found[:3].sum(), 1e-9)
 
 
@@ -269,18 +269,18 @@ def test_places_too_far_apart_for_one_window_are_refused_by_methods_that_need_on
     wild_type = WildType("", encode(UBIQUITIN))
     apart, within = wild_type.variant("Q2W,T22A"), wild_type.variant("Q2W,D21A")
     for method in (MASKED, MUTANT, PSEUDO):
-        score(some_engine, wild_type, [within], ScoringChoice((method,), window=20))
+        score(some_engine, wild_type, [within], ScoringOptions((method,), window=20))
         with pytest.raises(VariantError, match=rf"Q2W,T22A: .*span more than the 20 residues.*{method} needs"):
-            score(some_engine, wild_type, [within, apart], ScoringChoice((method,), window=20))
-    score(some_engine, wild_type, [apart], ScoringChoice((WILD_TYPE, MASKED), "each", 20))
+            score(some_engine, wild_type, [within, apart], ScoringOptions((method,), window=20))
+    score(some_engine, wild_type, [apart], ScoringOptions((WILD_TYPE, MASKED), "each", 20))
 
 
 def test_the_window_is_that_of_training_and_never_more_than_the_model_reads(files: Path) -> None:
     learned, rotary = (Engine.load(files / f"{family}.nemo", "cpu") for family in ("ESM-1nv", "ESM-2"))
-    assert ScoringChoice().window_of(learned) == ScoringChoice().window_of(rotary) == 510
-    assert ScoringChoice(window=800).window_of(rotary) == 800
+    assert ScoringOptions().window_of(learned) == ScoringOptions().window_of(rotary) == 510
+    assert ScoringOptions(window=800).window_of(rotary) == 800
     with pytest.raises(ConfigError, match="window=511: the model reads 510"):
-        ScoringChoice(window=511).window_of(learned)
+        ScoringOptions(window=511).window_of(learned)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_the_window_is_that_of_training_and_never_more_than_the_model_reads(file
 )
 def test_a_choice_that_cannot_be_is_refused(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        ScoringChoice(**arguments)
+        ScoringOptions(**arguments)
 
 
 # --- in a notebook ----------------------------------------------------------------------------------------------------
@@ -322,6 +322,6 @@ def test_residues_that_are_none_of_the_20_can_be_put_in_and_replaced(some_engine
     x = encode("MKXUW")
     variants = [WildType("", x).variant(text) for text in ("M1U", "X3A", "U4C")]
     reference = Reference(files / "ESM-2.nemo")
-    found = score(some_engine, WildType("", x), variants, ScoringChoice())[MASKED]
+    found = score(some_engine, WildType("", x), variants, ScoringOptions())[MASKED]
     close(found, [reference.score(MASKED, x, variant) for variant in variants])
     assert variants[0][0].mutant == TOKEN_IDS["U"]

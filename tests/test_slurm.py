@@ -66,7 +66,7 @@ class Done:
     """What a script did: its exit code, what it printed, and the commands it called."""
 
     code: int
-    screen: str
+    console: str
     calls: list[str]
 
     def called(self, command: str) -> list[str]:
@@ -153,9 +153,9 @@ def test_only_a_stop_on_request_of_all_ranks_is_queued_again(
     tmp_path: Path, ranks: str, code: int, queued_again: bool
 ) -> None:
     done = run_script(tmp_path, "pretrain.sbatch", ranks=ranks)
-    assert done.code == code, done.screen
+    assert done.code == code, done.console
     assert done.called("scontrol requeue") == (["scontrol requeue 1234567"] if queued_again else [])
-    said = [rank for rank in (0, 1) if f"rank {rank} says why" in done.screen]
+    said = [rank for rank in (0, 1) if f"rank {rank} says why" in done.console]
     assert said == ([] if code in (0, 143) else [rank for rank in (0, 1) if int(ranks.split()[rank]) == code])
 
 
@@ -178,13 +178,13 @@ def test_the_message_is_shown_also_where_its_rank_was_killed_by_another_that_end
     srun = SRUN.replace('exit "$highest"', 'rm "$CODES/rank-0000" && : >"${errors/\\%4t/0001}"\nexit "$highest"')
     done = run_script(tmp_path, "pretrain.sbatch", ranks="2 2", srun=srun)
     assert done.code == 2
-    assert "rank 0 says why" in done.screen
+    assert "rank 0 says why" in done.console
 
 
 def test_a_job_whose_ranks_left_no_word_ends_with_their_code_all_the_same(tmp_path: Path) -> None:
     done = run_script(tmp_path, "pretrain.sbatch", srun="#!/bin/bash\nexit 9\n")
     assert done.code == 9
-    assert "-- nothing; they were killed or not started" in done.screen
+    assert "-- nothing; they were killed or not started" in done.console
 
 
 def test_the_number_of_restarts_is_bounded(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_the_number_of_restarts_is_bounded(tmp_path: Path) -> None:
     last = run_script(tmp_path, "pretrain.sbatch", **settings, SLURM_RESTART_COUNT="3")
     assert last.code == 143
     assert not last.called("scontrol requeue")
-    assert "MAX_RESTARTS=3" in last.screen
+    assert "MAX_RESTARTS=3" in last.console
 
 
 def test_a_job_that_slurm_ends_is_left_to_slurm(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_job_that_slurm_ends_is_left_to_slurm(tmp_path: Path) -> None:
     done = run_script(tmp_path, "pretrain.sbatch", ranks="143 143", TERM_TO_BATCH="yes")
     assert done.code == 143
     assert not done.called("scontrol requeue")
-    assert "Slurm ends this job" in done.screen
+    assert "Slurm ends this job" in done.console
 
 
 def test_the_ranks_are_started_with_the_users_settings_after_ours(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_the_ranks_are_started_with_the_users_settings_after_ours(tmp_path: Path
     ]
     (srun,) = done.called("srun")
     assert {"--kill-on-bad-exit=1", "--wait=0", "--open-mode=append"} <= set(srun.split())
-    assert "rank 0 at gpu-a1-7:19567" in done.screen  # 15000 and the job's last four digits, as Lightning has it
+    assert "rank 0 at gpu-a1-7:19567" in done.console  # 15000 and the job's last four digits, as Lightning has it
 
 
 def test_in_a_container_every_folder_of_the_job_is_mounted(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_data_are_copied_to_the_node_once_and_only_a_verified_copy_is_used(
     shutil.copytree(tiny_split.prefix.parent, store)
     settings = {"DATA": str(store), "DATA_LOCAL": str(tmp_path / "local")}
     first = run_script(tmp_path, "pretrain.sbatch", **settings)
-    assert first.code == 0, first.screen
+    assert first.code == 0, first.console
     (copy,) = [path for path in (tmp_path / "local").iterdir() if path.is_dir()]
     assert {path.name for path in copy.iterdir()} == {path.name for path in store.iterdir()}
     assert f"data.store={copy} " in first.called("bionemo-esm pretrain")[0] + " "
@@ -253,7 +253,7 @@ def test_data_are_copied_to_the_node_once_and_only_a_verified_copy_is_used(
 
 def test_the_chain_waits_for_each_phase_and_hands_its_folder_on(tmp_path: Path) -> None:
     done = run_script(tmp_path, "chain.sh", "seed=7", RUNS="/runs", PHASE2="trainer.max_steps=9", LAST="5")
-    assert done.code == 0, done.screen
+    assert done.code == 0, done.console
     first, second, third = (call.split() for call in done.calls)
     assert {"--nodes=22", "recipe=esm1nv_phase1", "exp_manager.name=esm1nv-phase1", "seed=7"} <= set(first)
     assert not any(word.startswith("--dependency") for word in first)
@@ -261,7 +261,7 @@ def test_the_chain_waits_for_each_phase_and_hands_its_folder_on(tmp_path: Path) 
     assert wanted | {"continue_from_path=/runs/esm1nv-phase1", "trainer.max_steps=9"} <= set(second)
     wanted = {"--dependency=afterok:102", "checkpoints=/runs/esm1nv-phase2/averaging/*.nemo", "last=5"}
     assert wanted <= set(third)
-    assert "scancel 101 102 103" in done.screen
+    assert "scancel 101 102 103" in done.console
 
 
 def test_a_chain_that_is_refused_halfway_leaves_nothing_in_the_queue(tmp_path: Path) -> None:

@@ -14,8 +14,15 @@ from torch import Tensor
 from bionemo_esm.alphabet import MASK_ID, VOCABULARY_SIZE
 from bionemo_esm.model.attention import rotary_frequencies
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.interchange.key_mapping import FAIR_ESM, HUGGING_FACE, Dialect
-from bionemo_esm.model.interchange.state_dict_adapter import ForeignTensors, InterchangeError, Taken, give, rules, take
+from bionemo_esm.model.interchange.key_mapping import FAIR_ESM, HUGGING_FACE, KeyMapping
+from bionemo_esm.model.interchange.state_dict_adapter import (
+    ImportedWeights,
+    InterchangeError,
+    SourceTensors,
+    rules,
+    to_foreign,
+    to_native,
+)
 from bionemo_esm.model.tar_format import Section
 from bionemo_esm.model.tensor_io import TensorTable
 
@@ -31,7 +38,7 @@ FREQUENCIES = "esm.encoder.layer.{}.attention.self.rotary_embeddings.inv_freq"
 Weights = dict[str, Tensor]
 
 
-def foreign(config: EncoderConfig, dialect: Dialect = HUGGING_FACE) -> Weights:
+def foreign(config: EncoderConfig, dialect: KeyMapping = HUGGING_FACE) -> Weights:
     """Random weights under another library's names; position tables begin with the two rows that nothing reads."""
     generator = torch.Generator().manual_seed(1)
     return {
@@ -43,20 +50,20 @@ def foreign(config: EncoderConfig, dialect: Dialect = HUGGING_FACE) -> Weights:
     }
 
 
-def opened(folder: Path, weights: Weights, dialect: Dialect = HUGGING_FACE, name: str = "model") -> ForeignTensors:
+def opened(folder: Path, weights: Weights, dialect: KeyMapping = HUGGING_FACE, name: str = "model") -> SourceTensors:
     path = folder / f"{name}.safetensors"
     save_file({key: tensor.contiguous().clone() for key, tensor in weights.items()}, path)
     table = TensorTable.open(path, "weights", Section(0, path.stat().st_size))
-    return ForeignTensors.of(str(folder), [table], dialect)
+    return SourceTensors.of(str(folder), [table], dialect)
 
 
-def taken(folder: Path, config: EncoderConfig, weights: Weights, dialect: Dialect = HUGGING_FACE) -> Taken:
-    return take(opened(folder, weights, dialect), config, dialect)
+def taken(folder: Path, config: EncoderConfig, weights: Weights, dialect: KeyMapping = HUGGING_FACE) -> ImportedWeights:
+    return to_native(opened(folder, weights, dialect), config, dialect)
 
 
-def given(result: Taken, dialect: Dialect = HUGGING_FACE) -> Weights:
+def given(result: ImportedWeights, dialect: KeyMapping = HUGGING_FACE) -> Weights:
     dtypes = {name: tensor.dtype for name, tensor in result.weights.outline.items()}
-    return dict(give(result.config, dtypes, result.weights.__getitem__, dialect))
+    return dict(to_foreign(result.config, dtypes, result.weights.__getitem__, dialect))
 
 
 def identical(ours: Weights, theirs: Weights) -> bool:
@@ -70,7 +77,7 @@ def identical(ours: Weights, theirs: Weights) -> bool:
 
 @FAMILIES
 @DIALECTS
-def test_what_is_taken_in_is_given_back_bit_for_bit(tmp_path: Path, config: EncoderConfig, dialect: Dialect) -> None:
+def test_what_is_taken_in_is_given_back_bit_for_bit(tmp_path: Path, config: EncoderConfig, dialect: KeyMapping) -> None:
     weights = foreign(config, dialect)
     assert identical(given(taken(tmp_path, config, weights, dialect), dialect), weights)
 
@@ -185,7 +192,7 @@ def test_no_more_than_one_tensor_of_ours_is_held_while_a_model_is_given_away(tmp
         loaded.append(weakref.ref(tensor))
         return tensor
 
-    for name in give(ESM1NV, dict.fromkeys(weights, torch.float32), load, HUGGING_FACE).items():
+    for name in to_foreign(ESM1NV, dict.fromkeys(weights, torch.float32), load, HUGGING_FACE).items():
         del name
         assert sum(reference() is not None for reference in loaded) <= 1
     assert len(loaded) > 10
@@ -193,8 +200,8 @@ def test_no_more_than_one_tensor_of_ours_is_held_while_a_model_is_given_away(tmp
 
 def test_a_row_that_the_library_erases_on_loading_is_erased(tmp_path: Path) -> None:
     tensors = opened(tmp_path, foreign(ESM1B, FAIR_ESM), FAIR_ESM)
-    erasing = ForeignTensors(tensors.where, tensors.places, {"embed_tokens.weight": MASK_ID})
-    words = take(erasing, ESM1B, FAIR_ESM).weights["encoder.embedding.word_embeddings.weight"]
+    erasing = SourceTensors(tensors.where, tensors.places, {"embed_tokens.weight": MASK_ID})
+    words = to_native(erasing, ESM1B, FAIR_ESM).weights["encoder.embedding.word_embeddings.weight"]
     assert not words[MASK_ID].any() and words[MASK_ID - 1].all()
 
 
@@ -281,7 +288,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
         save_file(weights, tmp_path / name)
         tables.append(TensorTable.open(tmp_path / name, "weights", Section(0, (tmp_path / name).stat().st_size)))
     with pytest.raises(InterchangeError, match=r"two: tensor .* is there twice, as .* in one"):
-        ForeignTensors.of(str(tmp_path), tables, HUGGING_FACE)
+        SourceTensors.of(str(tmp_path), tables, HUGGING_FACE)
 
 
 def test_two_spellings_of_one_tensor_are_refused(tmp_path: Path) -> None:

@@ -377,7 +377,8 @@ def test_a_store_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 
 def test_what_a_killed_builder_left_is_taken_over(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from bionemo_esm.alphabet import encode; from bionemo_esm.data.store_writer import StoreWriter\n"
+        "import os, sys; from bionemo_esm.alphabet import encode\n"
+        "from bionemo_esm.data.store_writer import StoreWriter\n"
         "with StoreWriter(sys.argv[1]) as writer:\n"
         "    writer.add('train', encode('MKV')); os.kill(os.getpid(), 9)"
     )

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bionemo_esm.alphabet import encode
 from bionemo_esm.data import store_summary as card_module
 from bionemo_esm.data.store import SPLITS, ProteinStore
-from bionemo_esm.data.store_summary import CONTEXTS, SplitCard, StoreCard, draw_card
+from bionemo_esm.data.store_summary import CONTEXTS, SplitStatistics, StoreSummary, draw_summary
 from bionemo_esm.data.store_writer import StoreWriter
 
 README_MEDIANS = {"train": 302, "validation": 254, "test": 337}  # of bionemo_esm/data/sample/README.md
@@ -27,8 +27,8 @@ README_UNIGRAM = 18.25  # of validation
 
 
 @pytest.fixture(scope="module")
-def sample_card(sample_store: ProteinStore) -> StoreCard:
-    return StoreCard.of(sample_store)
+def sample_card(sample_store: ProteinStore) -> StoreSummary:
+    return StoreSummary.of(sample_store)
 
 
 def store_of(folder: Path, sequences: Mapping[str, Sequence[NDArray[np.uint8]]], **manifest: Any) -> ProteinStore:
@@ -40,13 +40,13 @@ def store_of(folder: Path, sequences: Mapping[str, Sequence[NDArray[np.uint8]]],
     return ProteinStore.open(folder)
 
 
-def counted(lengths: Sequence[int], residue_counts: NDArray[np.int64] | None = None) -> SplitCard:
+def counted(lengths: Sequence[int], residue_counts: NDArray[np.int64] | None = None) -> SplitStatistics:
     distinct, counts = np.unique(np.array(lengths, np.int64), return_counts=True)
-    return SplitCard(distinct, counts, np.zeros(33, np.int64) if residue_counts is None else residue_counts)
+    return SplitStatistics(distinct, counts, np.zeros(33, np.int64) if residue_counts is None else residue_counts)
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_lengths_are_those_of_the_sequences(sample_store: ProteinStore, sample_card: StoreCard, name: str) -> None:
+def test_lengths_are_those_of_the_sequences(sample_store: ProteinStore, sample_card: StoreSummary, name: str) -> None:
     lengths, split = sample_store.split(name).lengths, sample_card.splits[name]
     assert (split.sequences, split.residues) == (lengths.size, lengths.sum())
     assert split.mean == pytest.approx(lengths.mean())
@@ -57,14 +57,14 @@ def test_lengths_are_those_of_the_sequences(sample_store: ProteinStore, sample_c
 
 def test_lengths_counted_in_blocks_are_merged(sample_store: ProteinStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card_module, "_BLOCK", 7)
-    split = SplitCard.of(sample_store.split("train"))
+    split = SplitStatistics.of(sample_store.split("train"))
     lengths, counts = np.unique(sample_store.split("train").lengths, return_counts=True)
     assert (split.lengths.tolist(), split.counts.tolist()) == (lengths.tolist(), counts.tolist())
 
 
 @pytest.mark.parametrize("tokens", CONTEXTS)
 def test_cropping_and_padding_count_the_two_special_tokens(
-    sample_store: ProteinStore, sample_card: StoreCard, tokens: int
+    sample_store: ProteinStore, sample_card: StoreSummary, tokens: int
 ) -> None:
     lengths, split = sample_store.split("train").lengths, sample_card.splits["train"]
     batch = np.minimum(lengths + 2, tokens)
@@ -79,14 +79,14 @@ def test_sequence_that_just_fits_is_neither_cropped_nor_padded() -> None:
 
 
 def test_composition_is_the_share_of_each_residue_and_of_all_rare_ones(tmp_path: Path) -> None:
-    card = StoreCard.of(store_of(tmp_path / "store", {"train": [encode("LLLLAAGX"), encode("UO")]}))
+    card = StoreSummary.of(store_of(tmp_path / "store", {"train": [encode("LLLLAAGX"), encode("UO")]}))
     shares = card.splits["train"].composition()
     assert (shares["L"], shares["A"], shares["G"], shares["W"]) == (0.4, 0.2, 0.1, 0.0)
     assert shares["other"] == pytest.approx(0.3)
     assert sum(shares.values()) == pytest.approx(1.0)
 
 
-def test_unigram_perplexity_is_that_of_the_sample_and_of_train_frequencies(sample_card: StoreCard) -> None:
+def test_unigram_perplexity_is_that_of_the_sample_and_of_train_frequencies(sample_card: StoreSummary) -> None:
     train, validation = sample_card.splits["train"], sample_card.splits["validation"]
     assert validation.unigram_perplexity(train) == pytest.approx(README_UNIGRAM, abs=0.005)
     uniform = np.zeros(33, np.int64)
@@ -104,7 +104,7 @@ def test_text_tells_of_every_split_and_where_it_came_from(tmp_path: Path, sample
         "counts": {"records_read": 54321, "dropped_empty": 0, "dropped_duplicate": 7, "truncated": 0},
         "command": "bionemo-esm data build",
     }
-    card = StoreCard.of(store_of(tmp_path / "store", {"train": proteins}, **manifest))
+    card = StoreSummary.of(store_of(tmp_path / "store", {"train": proteins}, **manifest))
     text = card.text()
     assert text.startswith("UniRef50 2022_05\n3 proteins, ")
     assert "a.fasta.gz (train), 1,234,567 bytes, SHA-256 0123456789ab…" in text
@@ -115,7 +115,7 @@ def test_text_tells_of_every_split_and_where_it_came_from(tmp_path: Path, sample
     assert "CC BY 4.0" in text
 
 
-def test_text_is_a_page_of_aligned_columns(sample_card: StoreCard) -> None:
+def test_text_is_a_page_of_aligned_columns(sample_card: StoreSummary) -> None:
     lines = sample_card.text().splitlines()
     assert 30 <= len(lines) <= 55
     assert max(map(len, lines)) <= 120
@@ -128,25 +128,25 @@ def test_text_is_a_page_of_aligned_columns(sample_card: StoreCard) -> None:
 
 @pytest.mark.parametrize("manifest", [{}, {"source": "by hand", "policy": [], "counts": 3, "splits": {}, "release": 5}])
 def test_whatever_the_manifest_lacks_is_said_to_be_not_recorded(
-    sample_card: StoreCard, manifest: dict[str, Any], tmp_path: Path
+    sample_card: StoreSummary, manifest: dict[str, Any], tmp_path: Path
 ) -> None:
-    card = StoreCard("handmade", manifest, sample_card.splits)
+    card = StoreSummary("handmade", manifest, sample_card.splits)
     text = card.text()
     for key in ("licence", "built by", "policy"):
         assert f"{key:<26}not recorded" in text
     assert text.count("not recorded") >= 9  # the hashes of six files among them
     json.dumps(card.to_dict())
-    assert draw_card(card, tmp_path / "card.png").is_file()
+    assert draw_summary(card, tmp_path / "card.png").is_file()
 
 
-def test_clusters_are_told_only_where_they_differ_from_sequences(sample_card: StoreCard) -> None:
+def test_clusters_are_told_only_where_they_differ_from_sequences(sample_card: StoreSummary) -> None:
     assert "clusters" not in sample_card.text()
     entries = {name: {"clusters": 10} for name in SPLITS}
-    clustered = StoreCard("clustered", {"splits": entries}, sample_card.splits)
+    clustered = StoreSummary("clustered", {"splits": entries}, sample_card.splits)
     assert any(line.split() == ["clusters", "10", "10", "10"] for line in clustered.text().splitlines())
 
 
-def test_dictionary_is_json_with_the_numbers_of_the_text(sample_card: StoreCard) -> None:
+def test_dictionary_is_json_with_the_numbers_of_the_text(sample_card: StoreSummary) -> None:
     told = json.loads(json.dumps(sample_card.to_dict(), allow_nan=False))
     train = told["splits"]["train"]
     assert (told["sequences"], train["sequences"], train["residues"]) == (3000, 2600, 908430)
@@ -163,42 +163,42 @@ def test_dictionary_is_json_with_the_numbers_of_the_text(sample_card: StoreCard)
 )
 def test_odd_stores_have_a_card_and_a_picture(lengths: dict[str, list[int]], tmp_path: Path) -> None:
     sequences = {name: [np.full(n, 5, np.uint8) for n in sizes] for name, sizes in lengths.items()}
-    card = StoreCard.of(store_of(tmp_path / "store", sequences))
+    card = StoreSummary.of(store_of(tmp_path / "store", sequences))
     assert "–" in card.text()  # of the splits that are empty
     json.dumps(card.to_dict(), allow_nan=False)
-    pixels = image.imread(draw_card(card, tmp_path / "card.png"))
+    pixels = image.imread(draw_summary(card, tmp_path / "card.png"))
     assert pixels.shape[:2] == (1066, 1500)
 
 
 def test_picture_is_the_same_whatever_the_users_settings(
-    sample_store: ProteinStore, sample_card: StoreCard, tmp_path: Path
+    sample_store: ProteinStore, sample_card: StoreSummary, tmp_path: Path
 ) -> None:
-    first = draw_card(sample_card, tmp_path / "first.png").read_bytes()
+    first = draw_summary(sample_card, tmp_path / "first.png").read_bytes()
     with matplotlib.rc_context({"font.size": 30.0, "axes.facecolor": "red", "savefig.dpi": 20}):
-        second = draw_card(sample_store, tmp_path / "second.png").read_bytes()
+        second = draw_summary(sample_store, tmp_path / "second.png").read_bytes()
         assert matplotlib.rcParams["font.size"] == 30.0
     assert first == second
     assert b"Software" not in first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first.png", "second.png"]
 
 
-def test_picture_shows_train_and_held_out_in_their_colours(sample_card: StoreCard, tmp_path: Path) -> None:
-    def shows(card: StoreCard, colour: tuple[int, int, int]) -> bool:
-        pixels = np.round(255 * image.imread(draw_card(card, tmp_path / "card.png"))[..., :3]).astype(int)
+def test_picture_shows_train_and_held_out_in_their_colours(sample_card: StoreSummary, tmp_path: Path) -> None:
+    def shows(card: StoreSummary, colour: tuple[int, int, int]) -> bool:
+        pixels = np.round(255 * image.imread(draw_summary(card, tmp_path / "card.png"))[..., :3]).astype(int)
         return bool((pixels == colour).all(axis=-1).any())
 
     train, held_out = (0xB5, 0xCD, 0xE6), (0xF0, 0xC8, 0xAB)
     assert shows(sample_card, train)
     assert shows(sample_card, held_out)
     alone = {name: split if name == "train" else counted([]) for name, split in sample_card.splits.items()}
-    assert not shows(StoreCard("train only", {}, alone), held_out)
+    assert not shows(StoreSummary("train only", {}, alone), held_out)
 
 
-def test_failed_picture_leaves_the_old_one(sample_card: StoreCard, tmp_path: Path) -> None:
-    old = draw_card(sample_card, tmp_path / "card.png").read_bytes()
-    broken = StoreCard("broken", {}, {})
+def test_failed_picture_leaves_the_old_one(sample_card: StoreSummary, tmp_path: Path) -> None:
+    old = draw_summary(sample_card, tmp_path / "card.png").read_bytes()
+    broken = StoreSummary("broken", {}, {})
     with pytest.raises(KeyError):
-        draw_card(broken, tmp_path / "card.png")
+        draw_summary(broken, tmp_path / "card.png")
     assert [path.name for path in tmp_path.iterdir()] == ["card.png"]
     assert (tmp_path / "card.png").read_bytes() == old
 
@@ -222,7 +222,7 @@ def test_millions_of_lengths_are_counted_in_bounded_memory() -> None:
 
     many = Many()
     tracemalloc.start()
-    card = SplitCard.of(many)  # type: ignore[arg-type]
+    card = SplitStatistics.of(many)  # type: ignore[arg-type]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert card.sequences == 20_000_000

@@ -16,11 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bionemo_esm.data.packing import pack
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.costs import training_flops
-from bionemo_esm.model.step_stats import StepWork, Stopwatch, measure_work
+from bionemo_esm.model.step_stats import StepStats, Stopwatch, measure_step
 from bionemo_esm.pretraining import hang_watch as resiliency
 from bionemo_esm.pretraining import throughput as measurements
 from bionemo_esm.pretraining.callbacks import Progress
-from bionemo_esm.pretraining.throughput import MEASURED, DataWait, Gauges, Measurements
+from bionemo_esm.pretraining.throughput import MEASURED, DataWaitTimer, Measurements, ThroughputMeter
 from faults import Fault, history, run
 from runs import run_here
 
@@ -106,23 +106,23 @@ def test_measuring_changes_no_weight(tmp_path: Path) -> None:
 def test_the_work_of_a_step_is_counted_without_padding() -> None:
     lengths = [np.array([10, 30]), np.array([5])]
     batches = [pack(np.full(some.sum(), 5, dtype=np.uint8), some) for some in lengths]
-    torch_work = measure_work(batches, CPU)
-    assert torch_work == StepWork(targets=0, residues=45, tokens=51, squared_lengths=12**2 + 32**2 + 7**2)
-    assert torch_work + torch_work == StepWork(0, 90, 102, 2 * torch_work.squared_lengths)
+    torch_work = measure_step(batches, CPU)
+    assert torch_work == StepStats(targets=0, residues=45, tokens=51, squared_lengths=12**2 + 32**2 + 7**2)
+    assert torch_work + torch_work == StepStats(0, 90, 102, 2 * torch_work.squared_lengths)
 
 
 def test_flops_use_the_squares_of_each_sequence() -> None:
-    work, config = StepWork(targets=7, residues=45, tokens=51, squared_lengths=1217), EncoderConfig()
+    work, config = StepStats(targets=7, residues=45, tokens=51, squared_lengths=1217), EncoderConfig()
     assert work.flops(config) == training_flops(config, 51, 1217, 7)
 
 
 def test_mfu_is_flops_over_time_ranks_and_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurements, "device_flops", lambda *_: 1e12)
-    config, gauges, watch = EncoderConfig(), Gauges(), Stopwatch()
+    config, gauges, watch = EncoderConfig(), ThroughputMeter(), Stopwatch()
     model: Any = SimpleNamespace(stopwatch=watch, device=CPU, encoder_config=config)
     model.parameters = lambda: iter([torch.zeros(1)])
     monkeypatch.setattr(measurements, "_of_all_ranks", lambda *_: [[1.0, 0.2, 3.0], [1.5, 0.1, 4.0], [1.0, 0.0, 2.0]])
-    work = StepWork(targets=15, residues=98, tokens=100, squared_lengths=5000)
+    work = StepStats(targets=15, residues=98, tokens=100, squared_lengths=5000)
     gauges.add(work, 0.5)
     gauges.add(work, 1.5)
     assert gauges.tokens_per_second == 100
@@ -148,7 +148,7 @@ def test_the_stopwatch_counts_blocks_and_starts_anew_when_read() -> None:
 
 
 def test_only_waiting_for_training_batches_counts() -> None:
-    wait = DataWait()
+    wait = DataWaitTimer()
     with wait.profile("[_TrainingEpochLoop].train_dataloader_next"):
         time.sleep(0.01)
     assert wait.read() >= 0.01
@@ -164,12 +164,12 @@ def test_only_waiting_for_training_batches_counts() -> None:
 def test_the_progress_line_says_what_holds_a_run_up_and_fits_a_line(share: float, excess: float, said: str) -> None:
     values = dict.fromkeys(MEASURED, 0.5) | {"tokens_per_second": 12_345_678.0, "mfu": 0.41}
     values |= {"data_wait_share": share, "slowest_rank": 17, "slowest_rank_excess": excess}
-    gauges = Gauges()
+    gauges = ThroughputMeter()
     gauges.latest = Measurements(**values)  # type: ignore[arg-type]
     shown: list[str] = []
-    screen: Any = SimpleNamespace(is_terminal=True, progress=shown.append)
+    console: Any = SimpleNamespace(is_terminal=True, progress=shown.append)
     watching: Any = SimpleNamespace(gauges=gauges, seconds_left=lambda _: 3.52 * 86400)
-    progress = Progress(screen, watching, 18.0)
+    progress = Progress(console, watching, 18.0)
     report = SimpleNamespace(loss=2.345, learning_rate=2e-4)
     progress._show(SimpleNamespace(global_step=349_400, max_steps=349_500), report)  # type: ignore[arg-type]
     assert said in shown[0]

@@ -56,7 +56,7 @@ class Shown(NamedTuple):
             [chosen.sum() / (self.tokens - 2 * len(self.true)), masked.sum() / number, replaced.sum() / number]
         )
 
-    def take(self, proteins: Sequence[int]) -> Shown:
+    def to_native(self, proteins: Sequence[int]) -> Shown:
         shown, true, chosen = ([column[at] for at in proteins] for column in (self.shown, self.true, self.chosen))
         return Shown(shown, true, chosen, self.places)
 
@@ -87,7 +87,7 @@ class Work(NamedTuple):
 
     def sorted_by_length(self) -> Work:
         order = sorted(range(len(self.shown.true)), key=lambda at: len(self.shown.true[at]))
-        return Work(self.shown.take(order), self.batch)
+        return Work(self.shown.to_native(order), self.batch)
 
     def batches(self) -> list[list[NDArray[np.int64]]]:
         """The true tokens, specials included, batch by batch."""
@@ -284,7 +284,9 @@ def megatron(work: Work) -> Peer:
 
     settings = f"{work.batch} at a time, tokenised beforehand, padded to {MAX_TOKENS}"
     first = range(work.batch)  # takes seconds
-    return Peer("Megatron's BERT masking", [first], collate, read, settings, ("megatron-core",), work.shown.take(first))
+    return Peer(
+        "Megatron's BERT masking", [first], collate, read, settings, ("megatron-core",), work.shown.to_native(first)
+    )
 
 
 def fair_esm(work: Work) -> Peer:

@@ -31,14 +31,14 @@ from benchmarks.comparison import Row, Setting, Side, Target, best_of
 from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID, PAD_ID
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference.embedding.embeddings import embed_together
-from bionemo_esm.inference.embedding.options import EmbeddingChoice
+from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.engine import Engine, each_masked
 from bionemo_esm.inference.inputs import Protein, read_proteins
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.interchange.convert import import_model
 from bionemo_esm.model.interchange.key_mapping import FAIR_ESM
-from bionemo_esm.model.interchange.state_dict_adapter import give
+from bionemo_esm.model.interchange.state_dict_adapter import to_foreign
 from theirs import Shape, fair_esm_model, hugging_face_model, saved  # type: ignore[import-not-found]
 
 SAMPLE = Path(__file__).parents[2] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
@@ -182,7 +182,9 @@ def fair_esm_peer(form: Form, shape: Shape, archive: Path) -> nn.Module:
     model: nn.Module = fair_esm_model(form.family, shape, form.tokens)
     whole = read_archive(archive)
     config, dtypes = EncoderConfig.from_mapping(whole.config["encoder"]), dict.fromkeys(whole.weights, torch.float32)
-    missing, unknown = model.load_state_dict(dict(give(config, dtypes, whole.weights.__getitem__, FAIR_ESM)), False)
+    missing, unknown = model.load_state_dict(
+        dict(to_foreign(config, dtypes, whole.weights.__getitem__, FAIR_ESM)), False
+    )
     assert not unknown
     assert all(name == "lm_head.weight" for name in missing), missing  # tied to the embeddings
     return model
@@ -196,7 +198,7 @@ def padded(some: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 def our_embeddings(engine: Engine, proteins: Sequence[Protein]) -> NDArray[np.float32]:
     """As `Peer.embed`."""
-    found = embed_together(engine, proteins, EmbeddingChoice())
+    found = embed_together(engine, proteins, EmbeddingOptions())
     (name,) = found[0].arrays
     return np.stack([embedding.arrays[name] for embedding in found])
 

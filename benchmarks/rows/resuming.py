@@ -103,7 +103,7 @@ def _loader(store: ProteinStore, position: int) -> Iterator[Any]:
 
 
 def first_of_ours(store: ProteinStore, position: int) -> Any:
-    """The `StepShare` after so many samples."""
+    """The `RankBatch` after so many samples."""
     return next(_loader(store, position))
 
 

@@ -28,7 +28,7 @@ from benchmarks.rows.resuming import resuming
 from benchmarks.steps import Ours
 from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.data.batch_sampler import BatchPlan
-from bionemo_esm.data.dataloader import SampleReader, StepShare, TrainingStream
+from bionemo_esm.data.dataloader import RankBatch, SampleReader, TrainingStream
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.preprocess import BuildPolicy, build_store_from_splits
 from bionemo_esm.data.store import SPLITS, ProteinStore
@@ -203,7 +203,7 @@ def _waiting(setting: Setting, store: ProteinStore) -> Iterator[Row]:
     model = _trained(setting, TINY if setting.quick else LAPTOP)
     waited = Waiting(lambda: next(batches).to(setting.device, non_blocking=pinned))
 
-    def train(shares: Callable[[], Iterator[StepShare]]) -> Callable[[], None]:
+    def train(shares: Callable[[], Iterator[RankBatch]]) -> Callable[[], None]:
         def work() -> None:
             for share in shares():
                 model.training_step(share, 0)
@@ -214,7 +214,7 @@ def _waiting(setting: Setting, store: ProteinStore) -> Iterator[Row]:
 
     from_loader = train(lambda: islice(waited, len(keys)))
 
-    def between() -> Iterator[StepShare]:
+    def between() -> Iterator[RankBatch]:
         return (stream[key].to(setting.device) for key in keys)
 
     between_error = float(sum(map(differing_tokens, between(), resident)))
@@ -256,20 +256,20 @@ def _waiting(setting: Setting, store: ProteinStore) -> Iterator[Row]:
     )  # fmt: skip
 
 
-class Waiting(Iterator[StepShare]):
+class Waiting(Iterator[RankBatch]):
     """Batches, and the seconds that went into waiting for them."""
 
-    def __init__(self, get: Callable[[], StepShare]) -> None:
+    def __init__(self, get: Callable[[], RankBatch]) -> None:
         self._get, self.seconds = get, 0.0
 
-    def __next__(self) -> StepShare:
+    def __next__(self) -> RankBatch:
         started = time.perf_counter()
         share = self._get()
         self.seconds += time.perf_counter() - started
         return share
 
 
-def differing_tokens(one: StepShare, other: StepShare) -> int:
+def differing_tokens(one: RankBatch, other: RankBatch) -> int:
     """Tokens and answers in which two shares differ; all, where they are not of the same shape."""
     different = abs(len(one.micro_batches) - len(other.micro_batches))
     for mine, theirs in zip(one.micro_batches, other.micro_batches, strict=False):

@@ -161,38 +161,41 @@ class BatchPlan:
         """
         rank = self.rank if rank is None else rank
         if self.accumulation is not None:
-            hands = deal(tokens, self.world_size * self.accumulation)
-            return hands[rank * self.accumulation : (rank + 1) * self.accumulation]
-        own = deal(tokens, self.world_size)[rank]
+            rank_batches = assign_micro_batches(tokens, self.world_size * self.accumulation)
+            return rank_batches[rank * self.accumulation : (rank + 1) * self.accumulation]
+        own = assign_micro_batches(tokens, self.world_size)[rank]
         return [own[hand] for hand in self._micro_batches(tokens[own])]
 
     def _micro_batches(self, tokens: IntArray) -> list[IntArray]:
         """As few as keep within the limit, and alike."""
         if self.micro_batch_size is not None:
-            return deal(tokens, -(-len(tokens) // self.micro_batch_size))
+            return assign_micro_batches(tokens, -(-len(tokens) // self.micro_batch_size))
         assert self.micro_batch_tokens is not None
         number = max(-(-int(tokens.sum()) // self.micro_batch_tokens), 1)
         while True:
-            hands = deal(tokens, number)
-            if number >= len(tokens) or max(int(tokens[hand].sum()) for hand in hands) <= self.micro_batch_tokens:
-                return hands
+            rank_batches = assign_micro_batches(tokens, number)
+            if (
+                number >= len(tokens)
+                or max(int(tokens[hand].sum()) for hand in rank_batches) <= self.micro_batch_tokens
+            ):
+                return rank_batches
             number += 1
 
 
-def deal(tokens: IntArray, hands: int) -> list[IntArray]:
+def assign_micro_batches(tokens: IntArray, rank_batches: int) -> list[IntArray]:
     """Deal sequences of these lengths (int64 [n]) so that the hands hold like numbers of sequences and of tokens.
 
     Longest first, there and back, as captains choose teams. Each hand is int64 [k], ascending indices; numbers of
     sequences differ by one at most.
     """
-    if hands == 1:
+    if rank_batches == 1:
         return [np.arange(len(tokens), dtype=np.int64)]
     longest_first = np.argsort(_descending_key(tokens), kind="stable")
-    turn, place = np.divmod(np.arange(len(tokens), dtype=np.int64), hands)
+    turn, place = np.divmod(np.arange(len(tokens), dtype=np.int64), rank_batches)
     holder = np.empty(len(tokens), dtype=np.int32)
-    holder[longest_first] = np.where(turn % 2, hands - 1 - place, place)
+    holder[longest_first] = np.where(turn % 2, rank_batches - 1 - place, place)
     by_hand = np.argsort(holder, kind="stable").astype(np.int64)
-    return np.split(by_hand, np.cumsum(np.bincount(holder, minlength=hands))[:-1])
+    return np.split(by_hand, np.cumsum(np.bincount(holder, minlength=rank_batches))[:-1])
 
 
 def _descending_key(tokens: IntArray) -> NDArray[np.uint16] | IntArray:

@@ -191,7 +191,7 @@ class _ParsedBlock(NamedTuple):
     workspace: _Workspace
 
 
-class Expectation(NamedTuple):
+class ExpectedTotals(NamedTuple):
     """How much a source of known size will give, judged by its first block."""
 
     records: int
@@ -199,7 +199,7 @@ class Expectation(NamedTuple):
 
 
 @dataclass
-class Intake:
+class RecordCleaner:
     """Reads sources, one after another, and hands on clean blocks; keeps the counts and the identifiers seen."""
 
     policy: CleaningPolicy
@@ -215,7 +215,7 @@ class Intake:
         self,
         path: str | os.PathLike[str],
         consume: Callable[[CleanBlock], None],
-        expect: Callable[[Expectation], None] = lambda _: None,
+        expect: Callable[[ExpectedTotals], None] = lambda _: None,
     ) -> None:
         """Clean every record of a source and give the blocks, in order, to `consume`, on a thread of its own.
 
@@ -227,11 +227,11 @@ class Intake:
         self._number = 0
         with Source(path) as source:
 
-            def take(parsed: _ParsedBlock) -> None:
+            def to_native(parsed: _ParsedBlock) -> None:
                 nonlocal usable
                 if self._number == 0 and source.size and len(parsed.fields):
                     share = min(parsed.bytes_read / source.size, 1.0)
-                    expected = Expectation(int(len(parsed.fields) / share), int(parsed.tokens.size / share))
+                    expected = ExpectedTotals(int(len(parsed.fields) / share), int(parsed.tokens.size / share))
                     self._ids.reserve(len(self._ids) + expected.records)
                     expect(expected)
                 clean = self._clean(source.name, parsed)
@@ -240,7 +240,7 @@ class Intake:
                 if self.progress:
                     self.progress(self._number, parsed.bytes_read, source.size)
 
-            _in_order(source, self.policy, take, self.threads)
+            _in_order(source, self.policy, to_native, self.threads)
             self.sources.append(source.manifest_entry)
         if not usable:
             raise FastaError(f"{source.name}: {_why_nothing_is_left(before, vars(self.counts))}")

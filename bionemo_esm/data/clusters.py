@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.data import kernels
-from bionemo_esm.data.cleaning import BuildCounts, CleanBlock, Expectation, Intake, Progress
+from bionemo_esm.data.cleaning import BuildCounts, CleanBlock, ExpectedTotals, Progress, RecordCleaner
 from bionemo_esm.data.fasta import Source
 from bionemo_esm.data.preprocess import BuildPolicy, PathLike, scratch_file
 from bionemo_esm.data.store import ProteinStore, StoreError
@@ -142,7 +142,7 @@ def build_clustered_store(
     if policy.duplicate_sequences != "drop":
         raise StoreError(f"duplicate_sequences is {policy.duplicate_sequences!r}; for clusters it must be drop")
     with StoreWriter(output) as writer, scratch_file(writer) as scratch:
-        intake = Intake(policy, threads or os.cpu_count() or 1, progress)
+        intake = RecordCleaner(policy, threads or os.cpu_count() or 1, progress)
         by_member = read_cluster_map(cluster_map, policy.key)
         collected = _Collected(by_member, policy, writer, scratch, intake.counts)
         intake.read(members, collected.add, collected.expect)
@@ -173,7 +173,7 @@ class _Collected:
         self._was_met = np.zeros(by_member.members.size, dtype=np.bool_)
         self.lengths, self._clusters, self._places, self._digests = array("i"), array("Q"), array("q"), array("Q")
 
-    def expect(self, expected: Expectation) -> None:
+    def expect(self, expected: ExpectedTotals) -> None:
         """Make sure of room on disk for what the members' file will bring, twice."""
         self._writer.require_space(2 * expected.residues, expected.records)
 

@@ -24,16 +24,16 @@ from bionemo_esm.data.store import SequenceSplit
 
 
 @dataclass(frozen=True)
-class StepShare:
+class RankBatch:
     """What one rank contributes to one optimizer step."""
 
     micro_batches: list[PackedBatch]
     samples: int  # of the whole global batch, all ranks together
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> StepShare:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> RankBatch:
         return replace(self, micro_batches=[batch.to(device, non_blocking) for batch in self.micro_batches])
 
-    def pin_memory(self) -> StepShare:
+    def pin_memory(self) -> RankBatch:
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
 
@@ -122,7 +122,7 @@ def _plain(numbers: IntArray) -> IntArray:
 
 
 @dataclass(frozen=True)
-class TrainingStream(Dataset[StepShare]):
+class TrainingStream(Dataset[RankBatch]):
     """Item n: the rank's micro batches of the step that begins after n consumed samples.
 
     The step's global batch is the next slice of the stream, the same whatever the ranks.
@@ -139,17 +139,17 @@ class TrainingStream(Dataset[StepShare]):
         """The same stream, dealt to another rank."""
         return TrainingStream(self.reader, replace(self.plan, rank=rank))
 
-    def __getitem__(self, consumed: int) -> StepShare:
-        micro_batches, samples = self.dealt(consumed, self.plan.rank)
-        return StepShare([self.reader.packed(*chosen) for chosen in micro_batches], samples)
+    def __getitem__(self, consumed: int) -> RankBatch:
+        micro_batches, samples = self.rank_batches(consumed, self.plan.rank)
+        return RankBatch([self.reader.packed(*chosen) for chosen in micro_batches], samples)
 
-    def dealt(self, consumed: int, rank: int) -> tuple[list[tuple[IntArray, IntArray]], int]:
+    def rank_batches(self, consumed: int, rank: int) -> tuple[list[tuple[IntArray, IntArray]], int]:
         """What a rank gets of the step after `consumed` samples: the (epochs, samples), each int64 [k], of its micro
         batches; and the samples of the whole global batch.
         """
         epochs, samples, tokens = self._slice(consumed)
-        hands = self.plan.share(tokens, rank)
-        return [(epochs[hand], samples[hand]) for hand in hands], len(samples)
+        rank_batches = self.plan.share(tokens, rank)
+        return [(epochs[hand], samples[hand]) for hand in rank_batches], len(samples)
 
     def samples_after(self, consumed: int) -> int:
         """Samples of the global batch that begins after `consumed`."""
@@ -221,7 +221,7 @@ class ConsumedSamples(Sampler[int]):
             position += self.stream.samples_after(position)
 
 
-def training_loader(stream: TrainingStream, consumed: int, num_workers: int, pin_memory: bool) -> DataLoader[StepShare]:
+def training_loader(stream: TrainingStream, consumed: int, num_workers: int, pin_memory: bool) -> DataLoader[RankBatch]:
     """Batches from `consumed` on, without end, in order at any number of workers."""
     return DataLoader(
         stream,

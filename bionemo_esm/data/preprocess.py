@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from bionemo_esm.data.cleaning import BuildCounts, CleanBlock, CleaningPolicy, Expectation, Intake, Progress
+from bionemo_esm.data.cleaning import BuildCounts, CleanBlock, CleaningPolicy, ExpectedTotals, Progress, RecordCleaner
 from bionemo_esm.data.kernels import DigestSet
 from bionemo_esm.data.store import SPLITS, ProteinStore, StoreError
 from bionemo_esm.data.store_writer import StoreWriter, disk_errors
@@ -102,7 +102,7 @@ def build_store(
     if not paths:
         raise StoreError("no FASTA file is named")
     with StoreWriter(output) as writer, scratch_file(writer) as scratch:
-        intake = Intake(policy, threads or os.cpu_count() or 1, progress)
+        intake = RecordCleaner(policy, threads or os.cpu_count() or 1, progress)
         split = _RandomSplit(", ".join(map(str, paths)), policy, writer, scratch, intake.counts)
         for path in paths:
             intake.read(path, split.add, split.expect)
@@ -137,7 +137,7 @@ def build_store_from_splits(
     # Read in the order of precedence: of equal sequences the first one read is kept.
     paths = {_TEST: test, _VALIDATION: validation, _TRAIN: train}
     with StoreWriter(output) as writer:
-        intake = Intake(policy, threads or os.cpu_count() or 1, progress)
+        intake = RecordCleaner(policy, threads or os.cpu_count() or 1, progress)
         elsewhere = DigestSet()
         for code, path in paths.items():
             elsewhere.update(_take_split(intake, writer, SPLITS[code], path, elsewhere))
@@ -147,7 +147,9 @@ def build_store_from_splits(
     return ProteinStore.open(output)
 
 
-def _take_split(intake: Intake, writer: StoreWriter, name: str, path: PathLike, elsewhere: DigestSet) -> DigestSet:
+def _take_split(
+    intake: RecordCleaner, writer: StoreWriter, name: str, path: PathLike, elsewhere: DigestSet
+) -> DigestSet:
     """All of one file to one split, but for repeats and for what is elsewhere; the digests of the split."""
     here, counts, kept_before = DigestSet(), intake.counts, intake.counts.records_kept
 
@@ -177,7 +179,7 @@ class _RandomSplit:
         self._waiting_lengths = array("i")
         self._waiting_digests = array("Q")
 
-    def expect(self, expected: Expectation) -> None:
+    def expect(self, expected: ExpectedTotals) -> None:
         """Make room for what a source will bring, in memory and on disk."""
         self._seen.reserve(len(self._seen) + expected.records)
         ends = np.array([max(expected.records, 1)])
@@ -236,6 +238,6 @@ def scratch_file(writer: StoreWriter) -> IO[bytes]:
         return tempfile.TemporaryFile(dir=writer.partial, buffering=_SCRATCH_BUFFER_BYTES)
 
 
-def _finish(intake: Intake, writer: StoreWriter, provenance: dict[str, object]) -> None:
+def _finish(intake: RecordCleaner, writer: StoreWriter, provenance: dict[str, object]) -> None:
     """Write the manifest; no date in it, so that equal content gives equal bytes."""
     writer.finish({**provenance, "counts": asdict(intake.counts), "policy": asdict(intake.policy)})

@@ -19,14 +19,14 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.console import Meter, Screen, duration, exit_of
+from bionemo_esm.console import Console, ProgressBar, duration, run_to_exit_code
 from bionemo_esm.data.cleaning import CleaningPolicy
 from bionemo_esm.data.clusters import build_clustered_store
 from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.data.leakage import check_leakage
 from bionemo_esm.data.preprocess import BuildPolicy, build_store
 from bionemo_esm.data.store import ProteinStore, StoreError
-from bionemo_esm.data.store_summary import StoreCard, draw_card
+from bionemo_esm.data.store_summary import StoreSummary, draw_summary
 from bionemo_esm.data.uniprot_release import fetch_release
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.settings import integer, known, path, plain_values, typed
@@ -122,23 +122,25 @@ def preprocess(cfg: DictConfig) -> None:
     Exits with 2 after one line for what the user can mend, and with 130 on Ctrl-C: an unfinished store is removed then,
     an unfinished download stays and goes on with the next call.
     """
-    exit_of(lambda: _preprocess(Preprocessing.of(cfg)), "Interrupted; no store was made. A download goes on next time.")
+    run_to_exit_code(
+        lambda: _preprocess(Preprocessing.of(cfg)), "Interrupted; no store was made. A download goes on next time."
+    )
 
 
 def _preprocess(job: Preprocessing) -> int:
-    started, screen = time.monotonic(), Screen(sys.stdout)
+    started, console = time.monotonic(), Console(sys.stdout)
     if job.output.exists():
         raise ConfigError(f"output: {job.output} exists already; name another folder, or remove it")
     inputs, release, licence = job.inputs, job.release, job.licence
     if not inputs:
         release = release or MODEL_CARD_RELEASE
-        screen.say(
+        console.print_line(
             f"Fetching UniRef50 {release} from UniProt into {job.download_folder}; interrupted, it goes on later"
         )
-        fetched = fetch_release(release, job.download_folder, progress=Meter(screen, f"download {release}"))
+        fetched = fetch_release(release, job.download_folder, progress=ProgressBar(console, f"download {release}"))
         inputs, release, licence = (str(fetched.path),), fetched.version, fetched.licence
-    screen.say(f"Building {job.output} from {', '.join(map(_named, inputs))}")
-    meter = Meter(screen, "read")
+    console.print_line(f"Building {job.output} from {', '.join(map(_named, inputs))}")
+    meter = ProgressBar(console, "read")
 
     def progress(records: int, done: int, total: int | None) -> None:
         meter(done, total, f", {records:,} records")
@@ -149,10 +151,10 @@ def _preprocess(job: Preprocessing) -> int:
     else:
         store = build_store(inputs, job.output, job.policy, **given)
     with _written(job.output / PICTURE_NAME) as picture:
-        draw_card(store, picture)
-    screen.say(f"\n{StoreCard.of(store).text()}\n\nDone in {duration(time.monotonic() - started)}.")
-    screen.say(f"  store    {job.output}\n  picture  {picture}")
-    screen.say(f"  train    bionemo-esm pretrain recipe=laptop data.store={job.output}")
+        draw_summary(store, picture)
+    console.print_line(f"\n{StoreSummary.of(store).text()}\n\nDone in {duration(time.monotonic() - started)}.")
+    console.print_line(f"  store    {job.output}\n  picture  {picture}")
+    console.print_line(f"  train    bionemo-esm pretrain recipe=laptop data.store={job.output}")
     return 0
 
 
@@ -168,20 +170,20 @@ def inspect(arguments: Sequence[str]) -> None:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw lengths and composition as a PNG")
     parser.add_argument("--json", action="store_true", help="print the card as JSON")
     options = parser.parse_args(arguments)
-    exit_of(lambda: _inspect(options), "Interrupted.")
+    run_to_exit_code(lambda: _inspect(options), "Interrupted.")
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    screen, store = Screen(sys.stdout), ProteinStore.open(options.store)
-    card = StoreCard.of(store)
-    screen.say(json.dumps(card.to_dict(), indent=2) if options.json else card.text())
+    console, store = Console(sys.stdout), ProteinStore.open(options.store)
+    card = StoreSummary.of(store)
+    console.print_line(json.dumps(card.to_dict(), indent=2) if options.json else card.text())
     if options.picture:
         with _written(options.picture) as picture:
-            draw_card(card, picture)
+            draw_summary(card, picture)
     if options.verify:
         store.verify()
         if not options.json:
-            screen.say("\nEvery file matches its hash in the manifest.")
+            console.print_line("\nEvery file matches its hash in the manifest.")
     return 0
 
 
@@ -197,11 +199,11 @@ def leakage(arguments: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, help="of MMseqs2 (one a core)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all pairs found as TSV")
     options = parser.parse_args(arguments)
-    exit_of(lambda: _leakage(options), "Interrupted.")
+    run_to_exit_code(lambda: _leakage(options), "Interrupted.")
 
 
 def _leakage(options: argparse.Namespace) -> int:
-    screen, store = Screen(sys.stdout), ProteinStore.open(options.store)
+    console, store = Console(sys.stdout), ProteinStore.open(options.store)
     report = check_leakage(
         store,
         identity=options.identity,
@@ -209,11 +211,11 @@ def _leakage(options: argparse.Namespace) -> int:
         max_queries=options.max_queries,
         threads=options.threads,
     )
-    screen.say(report.text())
+    console.print_line(report.text())
     if options.output:
         with _written(options.output) as table:
             report.write(table)
-        screen.say(f"\nAll pairs: {options.output}")
+        console.print_line(f"\nAll pairs: {options.output}")
     return 0
 
 

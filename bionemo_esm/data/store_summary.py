@@ -36,7 +36,7 @@ _ON_BAR: dict[str, Any] = {"ha": "center", "va": "bottom", "size": 7.5, "xytext"
 
 
 @dataclass(frozen=True, eq=False)
-class SplitCard:
+class SplitStatistics:
     """One split, by its distinct lengths: int64 ascending, in residues, and how many sequences have each.
 
     Statistics are None where the split is empty.
@@ -47,7 +47,7 @@ class SplitCard:
     residue_counts: NDArray[np.int64]  # of each token id, [33]
 
     @classmethod
-    def of(cls, split: SequenceSplit) -> SplitCard:
+    def of(cls, split: SequenceSplit) -> SplitStatistics:
         """Count a split; raises `StoreError` where it holds a token id over 32."""
         lengths, counts = np.empty(0, np.int64), np.empty(0, np.int64)
         # Merging the distinct lengths of each block is bounded by their number, a table up to the longest is not.
@@ -95,7 +95,7 @@ class SplitCard:
         other = int(self.residue_counts.sum() - self.residue_counts[_STANDARD].sum()) / max(self.residues, 1)
         return {**dict(zip(STANDARD_RESIDUES, standard.tolist(), strict=True)), "other": other}
 
-    def unigram_perplexity(self, train: SplitCard) -> float | None:
+    def unigram_perplexity(self, train: SplitStatistics) -> float | None:
         """Perplexity of this split's residues, each answered with the residue frequencies of `train`.
 
         One is added to every count of train, so that a letter that is not in it does not make it infinite.
@@ -105,7 +105,7 @@ class SplitCard:
         log_frequency = np.log((train.residue_counts + 1.0) / (train.residue_counts + 1.0).sum())
         return float(np.exp(-(self.residue_counts @ log_frequency) / self.residues))
 
-    def to_dict(self, train: SplitCard) -> dict[str, Any]:
+    def to_dict(self, train: SplitStatistics) -> dict[str, Any]:
         """All of it by name, JSON-able; lengths in residues, shares from 0 to 1."""
         lengths = {"shortest": self.percentile(0), "median": self.percentile(50), "mean": self.mean}
         lengths |= {"longest": self.percentile(100), **{f"percentile_{p}": self.percentile(p) for p in PERCENTILES}}
@@ -121,17 +121,17 @@ class SplitCard:
 
 
 @dataclass(frozen=True, eq=False)
-class StoreCard:
+class StoreSummary:
     """What a store holds. `manifest` is the store's; of its keys only those that are there are told."""
 
     name: str
     manifest: Mapping[str, Any]
-    splits: Mapping[str, SplitCard]
+    splits: Mapping[str, SplitStatistics]
 
     @classmethod
-    def of(cls, store: ProteinStore) -> StoreCard:
+    def of(cls, store: ProteinStore) -> StoreSummary:
         """Count what a store holds. Raises `StoreError` for a token id over 32."""
-        return cls(store.folder.name, store.manifest, {name: SplitCard.of(store.split(name)) for name in SPLITS})
+        return cls(store.folder.name, store.manifest, {name: SplitStatistics.of(store.split(name)) for name in SPLITS})
 
     @property
     def title(self) -> str:
@@ -260,14 +260,14 @@ def _listed(values: Any) -> str:
     return ", ".join(words) or "nothing"
 
 
-def draw_card(card: StoreCard | ProteinStore, path: str | os.PathLike[str]) -> Path:
+def draw_summary(card: StoreSummary | ProteinStore, path: str | os.PathLike[str]) -> Path:
     """Draw a card, or that of a store, as a PNG at `path`, over what is there; the path. Equal cards give equal bytes.
 
     Above, the lengths of train, and of validation and test together; below, their residues.
     """
     from matplotlib.figure import Figure  # a second to import, which reading a store must not cost
 
-    card = StoreCard.of(card) if isinstance(card, ProteinStore) else card
+    card = StoreSummary.of(card) if isinstance(card, ProteinStore) else card
     with styled(**{"axes.spines.left": False, "ytick.major.size": 0}):
         figure = Figure(figsize=(WIDTH, _HEIGHT))
         panels = figure.subplots(2, 1, height_ratios=(3, 2))
@@ -281,7 +281,7 @@ def draw_card(card: StoreCard | ProteinStore, path: str | os.PathLike[str]) -> P
         return write_png(figure, Path(path))
 
 
-def _headline(card: StoreCard) -> str:
+def _headline(card: StoreSummary) -> str:
     splits = " · ".join(f"{name} {split.sequences:,}" for name, split in card.splits.items() if split.sequences)
     return card.totals + (f"   ({splits})" if splits else "")
 
@@ -292,10 +292,10 @@ class _Part(NamedTuple):
     name: str
     colour: str
     fill: str
-    split: SplitCard
+    split: SplitStatistics
 
 
-def _drawn_parts(card: StoreCard) -> list[_Part]:
+def _drawn_parts(card: StoreSummary) -> list[_Part]:
     """Train, and the held-out splits as one; only what is not empty."""
     held_out = [card.splits[name] for name in ("validation", "test") if card.splits[name].sequences]
     parts = [_Part("train", LINE, FAINT, card.splits["train"])]
@@ -305,7 +305,7 @@ def _drawn_parts(card: StoreCard) -> list[_Part]:
         counts = np.concatenate([split.counts for split in held_out])
         order = np.argsort(lengths, kind="stable")
         residues = np.sum([split.residue_counts for split in held_out], axis=0)
-        parts.append(_Part(name, MARK, FAINT_MARK, SplitCard(lengths[order], counts[order], residues)))
+        parts.append(_Part(name, MARK, FAINT_MARK, SplitStatistics(lengths[order], counts[order], residues)))
     return [part for part in parts if part.split.sequences]
 
 

@@ -35,7 +35,7 @@ from bionemo_esm.data.store import (
     index_bytes,
     sha256_of_file,
 )
-from bionemo_esm.files import sync_folder
+from bionemo_esm.files import fsync_directory
 
 _BLOCK = 2**20  # elements handled at once where a whole array would be large
 _BUFFER_BYTES = 2**22
@@ -274,9 +274,9 @@ class StoreWriter:
             with (self.partial / MANIFEST_NAME).open("wb") as stream:
                 stream.write(_readable(manifest).encode() + b"\n")
                 _sync_and_close(stream)
-            sync_folder(self.partial)
+            fsync_directory(self.partial)
             self._rename()
-            sync_folder(self.folder.parent)
+            fsync_directory(self.folder.parent)
         return self.folder
 
     def _rename(self) -> None:

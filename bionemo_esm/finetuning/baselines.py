@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import FIRST_RESIDUE_ID, NUM_STANDARD_RESIDUES, VOCABULARY_SIZE
-from bionemo_esm.finetuning.dataset import LabelledSet, Splits
+from bionemo_esm.finetuning.dataset import LabelledDataset, Splits
 from bionemo_esm.finetuning.metrics import scores
 from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.inputs import Protein
@@ -77,7 +77,7 @@ def _per_protein(splits: Splits) -> Predict:
     return best[1]
 
 
-def _fitted(task: Task, train: LabelledSet, inverse_penalty: float) -> Predict:
+def _fitted(task: Task, train: LabelledDataset, inverse_penalty: float) -> Predict:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, Ridge
 

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from bionemo_esm.data.batch_sampler import BatchPlan, EpochOrder, deal
+from bionemo_esm.data.batch_sampler import BatchPlan, EpochOrder, assign_micro_batches
 from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack
 from bionemo_esm.finetuning.config import ReadingConfig
-from bionemo_esm.finetuning.dataset import LabelledSet
+from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.tasks import Targets, Task, standardised
 from bionemo_esm.inference.engine import batches_by_length
 from bionemo_esm.inference.inputs import Protein
@@ -85,7 +85,7 @@ class LabelledBatch:
 
 
 @dataclass(frozen=True)
-class StepShare:
+class RankBatch:
     """One rank's part of an optimizer step."""
 
     batches: list[LabelledBatch]
@@ -99,7 +99,7 @@ class StepShare:
 class Collator:
     """Makes batches of a set by the numbers of its proteins."""
 
-    def __init__(self, task: Task, labelled: LabelledSet, source: Features | ReadingConfig) -> None:
+    def __init__(self, task: Task, labelled: LabelledDataset, source: Features | ReadingConfig) -> None:
         """`source`: the features; or, where the encoder is to compute them, how it reads proteins."""
         self.task, self.labelled, self.source = task, labelled, source
         self.targets: Sequence[Targets] = standardised(task, labelled.targets)
@@ -148,7 +148,7 @@ def encoder_row(proteins: Sequence[Protein], reading: ReadingConfig) -> EncoderR
     )
 
 
-class TrainingSteps(IterableDataset[StepShare]):
+class TrainingSteps(IterableDataset[RankBatch]):
     """Steps of an endless training from one on, as one rank sees them.
 
     Each epoch shows every protein once, in an order that depends on (seed, epoch) alone; its last step may be smaller.
@@ -178,24 +178,24 @@ class TrainingSteps(IterableDataset[StepShare]):
     def steps_per_epoch(self) -> int:
         return -(-self.order.size // self.batch)
 
-    def __iter__(self) -> Iterator[StepShare]:
+    def __iter__(self) -> Iterator[RankBatch]:
         step = self.first_step
         while True:
             yield self.share(step)
             step += 1
 
-    def share(self, step: int) -> StepShare:
+    def share(self, step: int) -> RankBatch:
         epoch, place = divmod(step, self.steps_per_epoch)
         begin = epoch * self.order.size + place * self.batch
         end = min(begin + self.batch, (epoch + 1) * self.order.size)
         _, numbers = self.order.samples(np.arange(begin, end))
-        hands = self.plan.share(self.collator.costs[numbers]) if len(numbers) >= self.plan.world_size else None
-        if hands is None:  # a last step of fewer proteins than ranks: the first ranks have one each
+        rank_batches = self.plan.share(self.collator.costs[numbers]) if len(numbers) >= self.plan.world_size else None
+        if rank_batches is None:  # a last step of fewer proteins than ranks: the first ranks have one each
             own = np.arange(len(numbers))[self.plan.rank : self.plan.rank + 1]
-            hands = [own]
-        batches = [self.collator(numbers[hand]) for hand in hands]
+            rank_batches = [own]
+        batches = [self.collator(numbers[hand]) for hand in rank_batches]
         residues = int(self.collator.labelled.lengths[numbers].sum())
-        return StepShare(batches, self._weight(numbers), residues, epoch)
+        return RankBatch(batches, self._weight(numbers), residues, epoch)
 
     def _weight(self, numbers: Numbers) -> float:
         known = np.concatenate([self.collator.targets[number] for number in numbers.tolist()])
@@ -208,7 +208,7 @@ class EvaluationBatches(Dataset[LabelledBatch]):
 
     def __init__(self, collator: Collator, batch_tokens: int, rank: int = 0, world_size: int = 1) -> None:
         self.collator, self.batch_tokens = collator, batch_tokens
-        own = deal(collator.costs, world_size)[rank]
+        own = assign_micro_batches(collator.costs, world_size)[rank]
         batches = batches_by_length(collator.labelled.lengths[own], batch_tokens)
         self.parts: list[Numbers] = [own[batch] for batch in batches] or [own]
 

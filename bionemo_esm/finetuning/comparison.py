@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bionemo_esm.console import RESIDUES, Meter, Screen, duration, is_rank_zero
+from bionemo_esm.console import RESIDUES, Console, ProgressBar, duration, is_rank_zero
 from bionemo_esm.finetuning.archive import archive_config
 from bionemo_esm.finetuning.baselines import fitted_composition
 from bionemo_esm.finetuning.bootstrap import decimals, differences, estimates, told
@@ -31,9 +31,9 @@ from bionemo_esm.finetuning.config import (
     UNTRAINED,
     FinetuneConfig,
     ReadingConfig,
-    told_settings,
+    settings_text,
 )
-from bionemo_esm.finetuning.dataset import LabelledSet, Splits
+from bionemo_esm.finetuning.dataset import LabelledDataset, Splits
 from bionemo_esm.finetuning.features import FeatureCache, Moments, OneHot, StoredFeatures, moments
 from bionemo_esm.finetuning.fitting import FitPlan, Fitted, Sources, fit
 from bionemo_esm.finetuning.metrics import scores
@@ -66,7 +66,7 @@ _SAMPLE_RESIDUES = 2**17  # of which the encoder's states are looked at before i
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """One way to predict, with what each of its runs predicted."""
 
     name: str
@@ -79,8 +79,10 @@ class Way:
 class Comparison:
     """The fits of one job, one after another."""
 
-    def __init__(self, config: FinetuneConfig, base: ArchiveFile, splits: Splits, folder: Path, screen: Screen) -> None:
-        self.config, self.base, self.splits, self.folder, self.screen = config, base, splits, folder, screen
+    def __init__(
+        self, config: FinetuneConfig, base: ArchiveFile, splits: Splits, folder: Path, console: Console
+    ) -> None:
+        self.config, self.base, self.splits, self.folder, self.console = config, base, splits, folder, console
         self.encoder = EncoderConfig.from_mapping(base.config["encoder"])
         self.parts = config.parts(ModelSizes(self.encoder))
         if not config.is_frozen:
@@ -94,7 +96,7 @@ class Comparison:
         head = self.config.head
         return not self.splits.task.is_per_residue and head.kind in (LINEAR, MLP) and head.pooling == MEAN
 
-    def ways(self) -> list[Way]:
+    def ways(self) -> list[Method]:
         """All that were asked for, fitted."""
         found = [self._way(PRETRAINED, f"{self.encoder.family}, {self.config.tuning.mode}")]
         if ONE_HOT in self.config.baselines:
@@ -102,29 +104,29 @@ class Comparison:
         if UNTRAINED in self.config.baselines:
             found.append(self._way("untrained", f"random weights, {self.config.tuning.mode}"))
         if COMPOSITION in self.config.baselines:
-            self.screen.say("  composition")
+            self.console.print_line("  composition")
             predict = fitted_composition(self.splits)
             test = [predict(self.test)] if self.test else []
             validation = predict(self.splits.validation.proteins)
-            found.append(Way("composition", "amino-acid composition, linear", [validation], test))
+            found.append(Method("composition", "amino-acid composition, linear", [validation], test))
         return found
 
     def _sets(self) -> tuple[Sequence[Protein], Sequence[Protein], Sequence[Protein]]:
         return self.splits.train.proteins, self.splits.validation.proteins, self.test
 
-    def _way(self, name: str, description: str) -> Way:
-        way = Way(name, description)
+    def _way(self, name: str, description: str) -> Method:
+        way = Method(name, description)
         sources, standard = self._sources(name)
         if self.config.trainer.ranks > 1 and data_parallel_size() == 1:
             destroy_groups()  # an encoder's, of this process alone; the first trainer brings up those of all
         for seed in self.config.seeds:
-            fitted = fit(self._plan(name, seed, sources, standard), self.screen)
+            fitted = fit(self._plan(name, seed, sources, standard), self.console)
             way.fitted.append(fitted)
             way.validation.append(fitted.validation)
             way.test.extend([fitted.test] if self.test else [])
             metric = self.splits.task.metric
             found = fitted.scores[metric]
-            self.screen.say(
+            self.console.print_line(
                 f"  {name}, seed {seed}: {len(fitted.history)} epochs, the best {fitted.best_epoch}, "
                 f"validation {metric} {told(found, decimals(metric, found))}, {duration(fitted.seconds)}"
             )
@@ -174,7 +176,7 @@ class Comparison:
 
     def _stored(self, name: str, engine: Callable[[], Engine], proteins: Sequence[Protein]) -> StoredFeatures:
         total = sum(protein.residues for protein in proteins)
-        meter, done = Meter(self.screen, f"{name}, states", RESIDUES), 0
+        meter, done = ProgressBar(self.console, f"{name}, states", RESIDUES), 0
 
         def answered(residues: int) -> None:
             nonlocal done
@@ -234,10 +236,10 @@ class _Once:
 
 
 def compare(
-    config: FinetuneConfig, base: ArchiveFile, splits: Splits, folder: Path, screen: Screen, started: float
+    config: FinetuneConfig, base: ArchiveFile, splits: Splits, folder: Path, console: Console, started: float
 ) -> None:
     """Fit all ways, then open the test set, and write model and report."""
-    comparison = Comparison(config, base, splits, folder, screen)
+    comparison = Comparison(config, base, splits, folder, console)
     try:
         ways = comparison.ways()
     finally:
@@ -252,10 +254,10 @@ def compare(
     shutil.rmtree(folder / _FITS, ignore_errors=True)
     shutil.rmtree(folder / _CACHE, ignore_errors=True)
     for line in _closing(report, model, written, started):
-        screen.say(line)
+        console.print_line(line)
 
 
-def _best(way: Way, comparison: Comparison) -> int:
+def _best(way: Method, comparison: Comparison) -> int:
     """Which run validates best; the first of equals."""
     task = comparison.splits.task
     best = 0
@@ -268,7 +270,7 @@ def _best(way: Way, comparison: Comparison) -> int:
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
-def _report(comparison: Comparison, ways: Sequence[Way], test: LabelledSet | None) -> Report:
+def _report(comparison: Comparison, ways: Sequence[Method], test: LabelledDataset | None) -> Report:
     config, splits = comparison.config, comparison.splits
     task, on = splits.task, TEST if test is not None else VALIDATION
     resamples = config.resamples
@@ -314,7 +316,7 @@ def _report(comparison: Comparison, ways: Sequence[Way], test: LabelledSet | Non
             "hidden_size": comparison.encoder.hidden_size,
             "parameters": comparison.encoder.parameters,
         },
-        settings=dict(told_settings(config)) | {"reading": dict(vars(comparison.parts.reading))},
+        settings=dict(settings_text(config)) | {"reading": dict(vars(comparison.parts.reading))},
     )
 
 

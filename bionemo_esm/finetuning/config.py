@@ -230,7 +230,7 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
-class ReadingChoice:
+class ReadingOptions:
     """`ReadingConfig` before the model is known."""
 
     layer: int = -1
@@ -255,7 +255,7 @@ class FinetuneConfig:
     task: TaskConfig
     data: DataConfig
     head: HeadConfig
-    reading: ReadingChoice
+    reading: ReadingOptions
     tuning: TuningConfig
     lora: AdapterConfig
     seeds: tuple[int, ...]
@@ -301,7 +301,7 @@ def load_finetune_config(cfg: DictConfig) -> FinetuneConfig:
         task=task,
         data=load_data_config(values["data"]),
         head=_head(values["head"], task),
-        reading=ReadingChoice(**typed("reading", values["reading"], ReadingChoice)),
+        reading=ReadingOptions(**typed("reading", values["reading"], ReadingOptions)),
         tuning=TuningConfig(**typed("tuning", values["tuning"], TuningConfig)),
         lora=adapter_config("lora", values["lora"]),
         seeds=tuple(integer("seeds", seed) for seed in (seeds if isinstance(seeds, list) else [seeds])),
@@ -318,7 +318,7 @@ def _head(values: Any, task: TaskConfig) -> HeadConfig:
     return HeadConfig(**typed("head", {**checked, "kind": checked.get("kind") or usual}, HeadConfig))
 
 
-def told_settings(config: FinetuneConfig) -> Mapping[str, Any]:
+def settings_text(config: FinetuneConfig) -> Mapping[str, Any]:
     """What a report and an archive say of how a model was fitted: all that its numbers depend on, no path."""
     told: dict[str, Any] = {
         "head": dict(vars(config.head)),

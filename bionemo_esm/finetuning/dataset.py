@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from bionemo_esm.data.download import Progress, ReleaseError, download, file_errors, require_room
 from bionemo_esm.data.fasta import SourceError
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.files import written_whole
+from bionemo_esm.files import atomic_write
 from bionemo_esm.finetuning.parsing import (
     SETS,
     TEST,
@@ -70,7 +70,7 @@ class LabelledProtein(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LabelledSet:
+class LabelledDataset:
     """Labelled proteins in the order of their files."""
 
     proteins: Sequence[Protein]
@@ -90,17 +90,17 @@ class LabelledSet:
         return sum(int(np.isfinite(target).sum()) for target in self.targets)
 
 
-class SealedSet:
+class SealedTestSet:
     """The test set: its proteins are at hand, its labels only after `open`, which is called once, at the end."""
 
-    def __init__(self, labelled: LabelledSet) -> None:
+    def __init__(self, labelled: LabelledDataset) -> None:
         self.proteins = labelled.proteins
-        self._labelled: LabelledSet | None = labelled
+        self._labelled: LabelledDataset | None = labelled
 
     def __len__(self) -> int:
         return len(self.proteins)
 
-    def open(self) -> LabelledSet:
+    def open(self) -> LabelledDataset:
         """The set with its labels. A second call is a fault of ours: test labels are looked at once."""
         assert self._labelled is not None, "the test labels have been looked at already"
         labelled, self._labelled = self._labelled, None
@@ -112,9 +112,9 @@ class Splits:
     """A task's data, checked: every label known to be what the task says, before anything is computed."""
 
     task: Task  # classes, mean and scale are those of the training set
-    train: LabelledSet
-    validation: LabelledSet
-    test: SealedSet | None
+    train: LabelledDataset
+    validation: LabelledDataset
+    test: SealedTestSet | None
     notes: tuple[str, ...] = ()  # what was left out, was missing, or was split off; for screen and report
     files: Mapping[str, str] = field(default_factory=dict)  # by file name: SHA-256
 
@@ -197,7 +197,7 @@ def _taken_out(archive: Path, member: str, place: Path) -> Path:
             if _is_taken_out(target, info):
                 return target
             require_room(target, info.file_size)
-            with packed.open(info) as source, written_whole(target) as stream:
+            with packed.open(info) as source, atomic_write(target) as stream:
                 shutil.copyfileobj(source, stream, _BLOCK_BYTES)  # no more than file_size, and its CRC is checked
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise ReleaseError(f"{archive}: cannot be unpacked ({error}); remove it and run this again") from error
@@ -252,7 +252,7 @@ def read_splits(task: TaskConfig, data: DataConfig, seed: int, progress: Progres
         task=Task(task.name, task.level, task.kind, task.metric, classes, mean, scale),
         train=train,
         validation=validation,
-        test=SealedSet(test) if len(test) else None,
+        test=SealedTestSet(test) if len(test) else None,
         notes=tuple(notes.lines),
         files=_digests(data),
     )
@@ -446,8 +446,8 @@ def _note_classes(train: Sequence[Entry], classes: Sequence[str], notes: Notes) 
 # --- what is handed on ------------------------------------------------------------------------------------------------
 
 
-def _set_of(entries: Sequence[Entry]) -> LabelledSet:
-    return LabelledSet([entry.protein for entry in entries], [entry.known for entry in entries])  # type: ignore[misc]
+def _set_of(entries: Sequence[Entry]) -> LabelledDataset:
+    return LabelledDataset([entry.protein for entry in entries], [entry.known for entry in entries])  # type: ignore[misc]
 
 
 def _digests(data: DataConfig) -> dict[str, str]:

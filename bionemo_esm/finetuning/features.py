@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import FIRST_RESIDUE_ID, NUM_STANDARD_RESIDUES
 from bionemo_esm.errors import UserError
-from bionemo_esm.files import written_whole
+from bionemo_esm.files import atomic_write
 from bionemo_esm.finetuning.config import ReadingConfig
 from bionemo_esm.inference.embedding.embeddings import embed_together
-from bionemo_esm.inference.embedding.options import EmbeddingChoice
+from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.engine import Engine, up_to
 from bionemo_esm.inference.inputs import Protein
 
@@ -133,16 +133,16 @@ class FeatureCache:
         rows: int,
         answered: Callable[[int], None],
     ) -> None:
-        choice = EmbeddingChoice(
+        options = EmbeddingOptions(
             (reading.layer,), mean=pooled, residues=not pooled, window=reading.window, overlap=reading.overlap
         )
         name = f"{'mean' if pooled else 'residues'}_{reading.layer}"
-        with written_whole(path) as stream:
+        with atomic_write(path) as stream:
             shape = (rows, engine.config.hidden_size)
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[arg-type]
             for some in up_to(_RESIDUES_AT_ONCE, proteins, lambda protein: protein.residues):
-                for embedding in embed_together(engine, some, choice, answered):
+                for embedding in embed_together(engine, some, options, answered):
                     stream.write(np.atleast_2d(embedding.arrays[name]).astype("<f4").tobytes())
 
 

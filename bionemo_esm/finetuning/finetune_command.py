@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line, start_ranks_by
-from bionemo_esm.console import Screen, exit_of, is_rank_zero, sigterm_as_exit, third_party_output_in
+from bionemo_esm.console import Console, is_rank_zero, redirect_output, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.files import alone_in, check_writable
+from bionemo_esm.files import check_writable, exclusive_lock
 from bionemo_esm.finetuning.config import load_finetune_config
 from bionemo_esm.inference.model_info import ModelSizes, opened
 from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile
@@ -36,7 +36,7 @@ _STOPPED = "Stopped; the same command goes on from the last epoch that was saved
 def finetune(cfg: DictConfig) -> None:
     """Fine-tune as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
     with sigterm_as_exit(_STOPPED) if is_rank_zero() else nullcontext():
-        exit_of(lambda: _finetune(cfg), _STOPPED, silent=not is_rank_zero())
+        run_to_exit_code(lambda: _finetune(cfg), _STOPPED, silent=not is_rank_zero())
 
 
 def _finetune(cfg: DictConfig) -> int:
@@ -54,11 +54,11 @@ def _finetune(cfg: DictConfig) -> int:
     splits = read_splits(config.task, config.data, config.seeds[0])
     if is_rank_zero():
         base.verify(WEIGHTS)
-    with _at_work_in(folder, cfg) as screen:
-        _say_data(screen, splits)
+    with _at_work_in(folder, cfg) as console:
+        _say_data(console, splits)
         from bionemo_esm.finetuning.comparison import compare
 
-        compare(config, base, splits, folder, screen, started)
+        compare(config, base, splits, folder, console, started)
     return 0
 
 
@@ -108,29 +108,29 @@ def _first_difference(key: str, earlier: object, now: object) -> str:
 
 
 @contextmanager
-def _at_work_in(folder: Path, cfg: DictConfig) -> Iterator[Screen]:
+def _at_work_in(folder: Path, cfg: DictConfig) -> Iterator[Console]:
     """The folder, held by rank 0 for all, with the messages of other libraries in its log."""
     folder.mkdir(parents=True, exist_ok=True)
     first = is_rank_zero()
     with (
-        alone_in(folder, "output", "choose another output") if first else nullcontext(),
-        third_party_output_in(folder / _LOG, silent=not first) as screen,
+        exclusive_lock(folder, "output", "choose another output") if first else nullcontext(),
+        redirect_output(folder / _LOG, silent=not first) as console,
     ):
         if first and not (folder / _CONFIG).exists():
             OmegaConf.save(cfg, folder / _CONFIG, resolve=True)
-        yield screen
+        yield console
 
 
-def _say_data(screen: Screen, splits: Splits) -> None:
+def _say_data(console: Console, splits: Splits) -> None:
     task = splits.task
     what = f"{len(task.classes):,} classes" if task.is_classification else "a number"
-    screen.say(f"{task.name}: {what} for each {'residue' if task.is_per_residue else 'protein'}")
+    console.print_line(f"{task.name}: {what} for each {'residue' if task.is_per_residue else 'protein'}")
     test = "none" if splits.test is None else f"{len(splits.test):,}"
-    screen.say(
+    console.print_line(
         f"  data     {len(splits.train):,} proteins to train on, {len(splits.validation):,} to validate on, test {test}"
     )
     for note in splits.notes:
-        screen.say(f"  note     {note}")
+        console.print_line(f"  note     {note}")
 
 
 def main() -> None:

@@ -18,11 +18,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from bionemo_esm.console import Screen, duration
+from bionemo_esm.console import Console, duration
 from bionemo_esm.data.batch_sampler import BatchPlan
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches, Features, TrainingSteps
 from bionemo_esm.finetuning.config import ReadingConfig, TuningConfig
-from bionemo_esm.finetuning.dataset import LabelledSet
+from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.features import Moments
 from bionemo_esm.finetuning.heads import BUFFERS
 from bionemo_esm.finetuning.metrics import gathered
@@ -48,8 +48,8 @@ class FitPlan:
     config: Mapping[str, Any]  # of the model: see `ESMFineTunedModel`
     initial_weights: Path | None  # of the encoder; None: random ones, or no encoder
     tuning: TuningConfig
-    train: LabelledSet
-    validation: LabelledSet
+    train: LabelledDataset
+    validation: LabelledDataset
     test: Sequence[Protein]  # without their labels
     sources: Sources | ReadingConfig
     standard: Moments  # of what the head reads, over the training set
@@ -83,7 +83,7 @@ class Fitted:
         return sum(float(epoch["seconds"]) for epoch in self.history)
 
 
-def fit(plan: FitPlan, screen: Screen) -> Fitted:
+def fit(plan: FitPlan, console: Console) -> Fitted:
     """Fit, or go on with what the plan's file has of it, or take it from there. Collective over data-parallel ranks.
 
     Raises `ArchiveError` for a file that is damaged, and `KeyboardInterrupt` on Ctrl-C; what was saved stays.
@@ -92,7 +92,7 @@ def fit(plan: FitPlan, screen: Screen) -> Fitted:
     if saved is not None and saved.finished is not None:
         return saved.finished
     batch = plan.tuning.global_batch_size
-    watch = _Watch(plan, screen, saved)
+    watch = _Watch(plan, console, saved)
     trainer = Trainer(
         accelerator=plan.accelerator,
         devices=plan.devices,
@@ -137,7 +137,7 @@ def _model(plan: FitPlan, trainer: Trainer, saved: _Saved | None) -> ESMFineTune
     return model
 
 
-def _collator(plan: FitPlan, task: Task, place: int, labelled: LabelledSet) -> Collator:
+def _collator(plan: FitPlan, task: Task, place: int, labelled: LabelledDataset) -> Collator:
     """Of the set at this place of `Sources`."""
     if isinstance(plan.sources, ReadingConfig):
         return Collator(task, labelled, plan.sources)
@@ -152,8 +152,8 @@ def _collator(plan: FitPlan, task: Task, place: int, labelled: LabelledSet) -> C
 class _Watch(Callback):
     """After each epoch: what it came to, whether it is the best, what of it is saved, and whether it is the last."""
 
-    def __init__(self, plan: FitPlan, screen: Screen, saved: _Saved | None) -> None:
-        self.plan, self.screen = plan, screen
+    def __init__(self, plan: FitPlan, console: Console, saved: _Saved | None) -> None:
+        self.plan, self.console = plan, console
         self.history: list[dict[str, Any]] = [] if saved is None else saved.history
         self.best: dict[str, Tensor] = {} if saved is None else dict(saved.best)
         self._predictions: list[Prediction] = [] if saved is None else saved.validation
@@ -174,14 +174,14 @@ class _Watch(Callback):
         assert isinstance(pl_module, ESMFineTunedModel)
         self._residues += batch.residues
         now = time.monotonic()
-        if now - self._shown_at < (0.5 if self.screen.is_terminal else _SECONDS_BETWEEN_LINES):
+        if now - self._shown_at < (0.5 if self.console.is_terminal else _SECONDS_BETWEEN_LINES):
             return
         self._shown_at = now
         steps = int(trainer.val_check_interval)
         done = (pl_module.steps - 1) % steps + 1
         rate = self._residues / max(now - self._started, 1e-9)
         left = (now - self._started) / done * (steps - done)
-        self.screen.progress(
+        self.console.progress(
             f"  {self.plan.name}: epoch {len(self.history) + 1}, {done / steps:.0%}, loss {pl_module.last_loss:.3f}, "
             f"{rate:,.0f} residues/s, {duration(left)} left of the epoch{self._best_so_far(pl_module.task)}"
         )
@@ -250,7 +250,7 @@ def _predicted(model: ESMFineTunedModel, plan: FitPlan) -> list[Prediction]:
     """Of the test set, on all ranks."""
     per_residue = model.task.is_per_residue
     blank = [np.full(protein.residues if per_residue else 1, np.nan, dtype=np.float32) for protein in plan.test]
-    collator = _collator(plan, model.task, 2, LabelledSet(plan.test, blank))
+    collator = _collator(plan, model.task, 2, LabelledDataset(plan.test, blank))
     batches = EvaluationBatches(collator, plan.tuning.micro_batch_tokens, data_parallel_rank(), data_parallel_size())
     own: list[tuple[int, Prediction]] = []
     for index in range(len(batches)):

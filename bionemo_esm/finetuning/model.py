@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from bionemo_esm.data.hashing import derive_key
 from bionemo_esm.finetuning.adapters import ADAPTER_NAMES, LORA_A, LORA_B, add_adapters, merged_weights
 from bionemo_esm.finetuning.archive import MODEL_CLASS, archive_config
-from bionemo_esm.finetuning.batches import EvaluationBatches, LabelledBatch, StepShare, TrainingSteps, loader
+from bionemo_esm.finetuning.batches import EvaluationBatches, LabelledBatch, RankBatch, TrainingSteps, loader
 from bionemo_esm.finetuning.config import FROZEN, FULL, LORA, Parts, TuningConfig
 from bionemo_esm.finetuning.features import Moments
 from bionemo_esm.finetuning.heads import Head, build_head
@@ -235,7 +235,7 @@ class ESMFineTunedModel(ModelPT):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def training_step(self, share: StepShare, batch_idx: int) -> None:
+    def training_step(self, share: RankBatch, batch_idx: int) -> None:
         """One optimizer step: the loss is summed over all known targets of the global batch, and divided by their
         weight, so it does not depend on how the batch was dealt to ranks and micro batches.
         """
@@ -262,8 +262,8 @@ class ESMFineTunedModel(ModelPT):
         self.last_loss = float(data_parallel_sum(total))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if isinstance(batch, StepShare):
-            return StepShare([part.to(device) for part in batch.batches], batch.weight, batch.residues, batch.epoch)
+        if isinstance(batch, RankBatch):
+            return RankBatch([part.to(device) for part in batch.batches], batch.weight, batch.residues, batch.epoch)
         return batch.to(device)
 
     def configure_optimizers(self) -> Any:
@@ -312,7 +312,7 @@ class ESMFineTunedModel(ModelPT):
         """Validate on a set, of which each rank takes its part."""
         self._validation = val_data_config
 
-    def train_dataloader(self) -> DataLoader[StepShare]:
+    def train_dataloader(self) -> DataLoader[RankBatch]:
         return loader(self._steps.on_rank(data_parallel_rank(), data_parallel_size()))
 
     def val_dataloader(self) -> DataLoader[LabelledBatch]:

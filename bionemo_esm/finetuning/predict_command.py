@@ -12,15 +12,15 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.console import RESIDUES, Meter, Screen
+from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.files import check_absent, check_writable, written_whole
+from bionemo_esm.files import atomic_write, check_absent, check_writable
 from bionemo_esm.finetuning.archive import FineTunedFile
 from bionemo_esm.finetuning.predictor import FineTunedPredictor, Layout, asked, check_ending, table_writer
 from bionemo_esm.inference.embedding.options import counted
 from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig, describe, run
-from bionemo_esm.inference.inputs import POLICY_KEYS, InputPolicy, Protein, read_proteins, take_stock
+from bionemo_esm.inference.inputs import POLICY_KEYS, InputPolicy, Protein, read_proteins, scan_input
 from bionemo_esm.settings import boolean, known, path, plain_values
 
 _KEYS = ENGINE_KEYS | {"input", "output", "residues", "probabilities", *POLICY_KEYS}
@@ -60,60 +60,62 @@ def predict(cfg: DictConfig) -> None:
 
 
 def _predict(config: PredictConfig) -> int:
-    screen = Screen(sys.stdout)
+    console = Console(sys.stdout)
     check_absent("output", config.output)
     check_writable("output", config.output)
     task = FineTunedFile.open(config.engine.model).task
     check_ending("output", config.output, task, config.residues)
     layout = Layout.of(task, config.residues, config.probabilities)
-    proteins, residues = _input(config, screen)
+    proteins, residues = _input(config, console)
     engine = config.engine
     predictor = FineTunedPredictor.load(engine.model, engine.device, engine.precision, engine.batch_tokens)
     if predictor.task != task:
         raise ConfigError(f"model: {engine.model} was replaced while the input was read; run the same command again")
     reading = predictor.reading
-    screen.say(f"  model    {describe(predictor.engine)}")
-    screen.say(f"  task     {asked(task)}")
-    screen.say(f"           proteins over {reading.window:,} residues in windows that share {reading.overlap:,}")
+    console.print_line(f"  model    {describe(predictor.engine)}")
+    console.print_line(f"  task     {asked(task)}")
+    console.print_line(
+        f"           proteins over {reading.window:,} residues in windows that share {reading.overlap:,}"
+    )
     count = 0
-    with written_whole(config.output) as stream, table_writer(stream, config.output, layout) as add:
-        for protein, prediction in predictor.stream(proteins, _metered(screen, residues)):
+    with atomic_write(config.output) as stream, table_writer(stream, config.output, layout) as add:
+        for protein, prediction in predictor.stream(proteins, _metered(console, residues)):
             add(protein, prediction)
             count += 1
-    screen.say(f"Wrote {config.output}, {counted(count, 'protein')}, {config.output.stat().st_size:,} bytes")
+    console.print_line(f"Wrote {config.output}, {counted(count, 'protein')}, {config.output.stat().st_size:,} bytes")
     return 0
 
 
-def _input(config: PredictConfig, screen: Screen) -> tuple[Iterable[Protein], int]:
+def _input(config: PredictConfig, console: Console) -> tuple[Iterable[Protein], int]:
     """The proteins, all of them checked, and their residues. Raises `InputError`, `SourceError`.
 
     A file is read again for the work; what comes through standard input is held in memory.
     """
     name = "standard input" if config.input == STANDARD_INPUT else config.input
-    screen.say(f"Reading {name}")
+    console.print_line(f"Reading {name}")
     if config.input == STANDARD_INPUT:
         problems: list[str] = []
         held = list(read_proteins(config.input, config.policy, problems.append))
         if not held:
             raise ConfigError(f"input=-: no protein {f'is left: {problems[0]}' if problems else 'in standard input'}")
         lengths = [protein.residues for protein in held]
-        _say_input(screen, len(held), sum(lengths), max(lengths), len(problems), (problems or [""])[0])
+        _say_input(console, len(held), sum(lengths), max(lengths), len(problems), (problems or [""])[0])
         return held, sum(lengths)
-    stock = take_stock(config.input, config.policy)
-    _say_input(screen, stock.proteins, stock.residues, stock.longest, stock.skipped, stock.first_problem)
+    stock = scan_input(config.input, config.policy)
+    _say_input(console, stock.proteins, stock.residues, stock.longest, stock.skipped, stock.first_problem)
     return read_proteins(config.input, config.policy), stock.residues
 
 
-def _say_input(screen: Screen, proteins: int, residues: int, longest: int, skipped: int, first_problem: str) -> None:
+def _say_input(console: Console, proteins: int, residues: int, longest: int, skipped: int, first_problem: str) -> None:
     sizes = f"{counted(proteins, 'protein')}, {counted(residues, 'residue')}, the longest of {longest:,}"
-    screen.say(f"  input    {sizes}")
+    console.print_line(f"  input    {sizes}")
     if skipped:
-        screen.say(f"           {counted(skipped, 'record')} left out; the first: {first_problem}")
+        console.print_line(f"           {counted(skipped, 'record')} left out; the first: {first_problem}")
 
 
-def _metered(screen: Screen, residues: int) -> Callable[[int], None]:
+def _metered(console: Console, residues: int) -> Callable[[int], None]:
     """Shows how many of the residues are done."""
-    meter, done = Meter(screen, "predicting", RESIDUES), 0
+    meter, done = ProgressBar(console, "predicting", RESIDUES), 0
 
     def answered(more: int) -> None:
         nonlocal done

@@ -31,7 +31,7 @@ from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.finetuning.archive import FineTunedFile
 from bionemo_esm.finetuning.config import ReadingConfig
 from bionemo_esm.finetuning.tasks import Prediction, Task
-from bionemo_esm.inference.embedding.options import EmbeddingChoice, named
+from bionemo_esm.inference.embedding.options import EmbeddingOptions, named
 from bionemo_esm.inference.inputs import InputPolicy, Protein, Sequences, proteins_of
 
 if TYPE_CHECKING:
@@ -317,10 +317,10 @@ class FineTunedPredictor:
         from bionemo_esm.inference.embedding.embeddings import embed_together
 
         reading = self.reading
-        choice = EmbeddingChoice(
+        options = EmbeddingOptions(
             (reading.layer,), mean=False, residues=True, window=reading.window, overlap=reading.overlap
         )
-        found = embed_together(self.engine, proteins, choice, answered)
+        found = embed_together(self.engine, proteins, options, answered)
         return [embedding.arrays[f"residues_{reading.layer}"] for embedding in found]
 
 

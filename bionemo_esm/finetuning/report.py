@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.console import duration
-from bionemo_esm.files import written_whole
+from bionemo_esm.files import atomic_write
 from bionemo_esm.finetuning.bootstrap import RESAMPLES, Estimate, decimals, in_brackets, told, verdict
 from bionemo_esm.finetuning.config import FROZEN
-from bionemo_esm.finetuning.dataset import LabelledSet
+from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.metrics import METRIC_NAMES, ClassScore, confusion, known, per_class
 from bionemo_esm.finetuning.tasks import LOWER_IS_BETTER, METRICS, Prediction, Targets, Task
 
@@ -76,7 +76,7 @@ class SetFacts:
     classes: tuple[int, ...] = ()  # targets of each class, in the task's order
 
     @classmethod
-    def of(cls, task: Task, labelled: LabelledSet) -> SetFacts:
+    def of(cls, task: Task, labelled: LabelledDataset) -> SetFacts:
         counts: tuple[int, ...] = ()
         if task.is_classification:
             targets = np.concatenate(labelled.targets)
@@ -178,7 +178,7 @@ def write_report(folder: Path, report: Report) -> list[Path]:
     texts = {"report.json": json.dumps(as_json(report), indent=1, allow_nan=False) + "\n", "report.md": page(report)}
     draw(report, folder / "report.png")
     for name, text in texts.items():
-        with written_whole(folder / name) as stream:
+        with atomic_write(folder / name) as stream:
             stream.write(text.encode())
     return [folder / name for name in ("report.md", "report.json", "report.png")]
 

@@ -39,7 +39,7 @@ _PREFIX = "encoder."  # of the tensors' names in an archive, where the encoder i
 
 
 @dataclass(frozen=True)
-class Question:
+class MaskedQuery:
     """Which residues belong at some places of a protein?"""
 
     tokens: Residues  # the protein as the model is to see it: <mask> where it must not see
@@ -101,32 +101,32 @@ class Engine(ModelSizes):
 
     @torch.inference_mode()
     def log_probabilities(
-        self, questions: Iterable[Question], answered: Callable[[int], None] = lambda residues: None
+        self, queries: Iterable[MaskedQuery], answered: Callable[[int], None] = lambda residues: None
     ) -> Iterator[NDArray[np.float64]]:
         """The log-probability of each of the 33 tokens at the places of each question: float64 [K, 33], in order.
 
         Questions are taken as they are needed, as many at a time as make up a batch; of each the last block is computed
         at its places only. `answered` is told the residues of each batch.
         """
-        for some in up_to(self.batch_tokens, questions, _tokens):
-            batch = self.packed([question.tokens for question in some])
+        for some in up_to(self.batch_tokens, queries, _tokens):
+            batch = self.packed([query.tokens for query in some])
             first = batch.cu_seqlens[:-1].long().cpu().numpy() + 1  # after each <cls>
-            places = np.concatenate([question.places + start for question, start in zip(some, first, strict=True)])
+            places = np.concatenate([query.places + start for query, start in zip(some, first, strict=True)])
             rows = (batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
             hidden = self.encoder.hidden_states_at(*rows, torch.from_numpy(places).to(self.device))
             answers = self.encoder.logits(hidden).double().log_softmax(dim=-1).cpu().numpy()
             answered(batch.residues)
-            yield from np.split(answers, np.cumsum([len(question.places) for question in some[:-1]]))
+            yield from np.split(answers, np.cumsum([len(query.places) for query in some[:-1]]))
 
 
-def masked(tokens: Residues, places: NDArray[np.int64]) -> Question:
+def masked(tokens: Residues, places: NDArray[np.int64]) -> MaskedQuery:
     """What belongs at these places, all of them hidden?"""
     hidden = tokens.copy()
     hidden[places] = MASK_ID
-    return Question(hidden, places)
+    return MaskedQuery(hidden, places)
 
 
-def each_masked(tokens: Residues, places: Iterable[int]) -> Iterator[Question]:
+def each_masked(tokens: Residues, places: Iterable[int]) -> Iterator[MaskedQuery]:
     """For each place on its own: what belongs there, if it alone is hidden? (masked marginals, pseudo-likelihood)"""
     return (masked(tokens, np.array([place], dtype=np.int64)) for place in places)
 
@@ -163,8 +163,8 @@ def up_to(most: int, things: Iterable[Thing], size: Callable[[Thing], int]) -> I
         yield some
 
 
-def _tokens(question: Question) -> int:
-    return len(question.tokens) + SPECIAL_TOKENS_PER_SEQUENCE
+def _tokens(query: MaskedQuery) -> int:
+    return len(query.tokens) + SPECIAL_TOKENS_PER_SEQUENCE
 
 
 def _device(name: str) -> torch.device:

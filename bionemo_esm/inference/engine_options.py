@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bionemo_esm.console import exit_of, sigterm_as_exit
+from bionemo_esm.console import run_to_exit_code, sigterm_as_exit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference.model_info import ModelSizes, check_words, opened
 from bionemo_esm.inference.protein_model import load_engine
@@ -69,4 +69,4 @@ def describe(engine: Engine) -> str:
 def run(job: Callable[[], int], on_interrupt: str) -> None:
     """Run a job to its exit code: 2 after one line for what a user can mend, 130 after Ctrl-C, 143 after SIGTERM."""
     with sigterm_as_exit(on_interrupt):
-        exit_of(job, on_interrupt)
+        run_to_exit_code(job, on_interrupt)

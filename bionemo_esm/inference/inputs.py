@@ -101,7 +101,14 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 __all__ = [
-    "InputError", "InputPolicy", "Inventory", "Protein", "Sequences", "proteins_of", "read_proteins", "take_stock",
+    "InputError",
+    "InputInventory",
+    "InputPolicy",
+    "Protein",
+    "Sequences",
+    "proteins_of",
+    "read_proteins",
+    "scan_input",
 ]  # fmt: skip
 
 Sequences: TypeAlias = str | os.PathLike[str] | Mapping[str, str] | Iterable[str | tuple[str, str]]
@@ -138,7 +145,7 @@ class _Record(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Inventory:
+class InputInventory:
     """What an input holds, of a first reading that computes nothing."""
 
     proteins: int
@@ -190,7 +197,7 @@ def proteins_of(sequences: Sequences, policy: InputPolicy | None = None) -> list
     raise InputError(f"{name}: no protein {f'is left: {problems[0]}' if problems else 'is there'}")
 
 
-def take_stock(path: str | os.PathLike[str], policy: InputPolicy | None = None) -> Inventory:
+def scan_input(path: str | os.PathLike[str], policy: InputPolicy | None = None) -> InputInventory:
     """Read and check a whole input. Raises as `read_proteins`, and `InputError` where no protein is left."""
     proteins = residues = longest = skipped = 0
     first_problem, numbered = "", True
@@ -204,7 +211,7 @@ def take_stock(path: str | os.PathLike[str], policy: InputPolicy | None = None) 
         numbered = numbered and protein.id == str(protein.number)
     if not proteins:
         raise InputError(f"{os.fspath(path)}: no protein {f'is left: {first_problem}' if skipped else 'in it'}")
-    return Inventory(proteins, residues, longest, skipped, first_problem, numbered)
+    return InputInventory(proteins, residues, longest, skipped, first_problem, numbered)
 
 
 # --- what a protein must be -------------------------------------------------------------------------------------------

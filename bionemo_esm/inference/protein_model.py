@@ -64,19 +64,19 @@ class ProteinModel:
         """Embeddings of proteins, in their order: `model.embed("proteins.fasta").mean` is a matrix of features.
 
         `sequences`: ids with their sequences, sequences, one sequence, or the name of a file, read by the policy; the
-        rest is what `EmbeddingChoice` says. Of what comes back `.mean`, `.cls`, `.pseudo_perplexity` and `.stacked` are
+        rest is in `EmbeddingOptions`. Of what comes back `.mean`, `.cls`, `.pseudo_perplexity` and `.stacked` are
         arrays with a row a protein, `["its id"].arrays["residues_6"]` is what there is of one. All answers are in
         memory at once. Raises `InputError`, `ConfigError`.
         """
         from bionemo_esm.inference.embedding.embeddings import Embeddings, embed_together
-        from bionemo_esm.inference.embedding.options import EmbeddingChoice
+        from bionemo_esm.inference.embedding.options import EmbeddingOptions
         from bionemo_esm.inference.inputs import InputPolicy, proteins_of
 
         numbers = (layers,) if isinstance(layers, int) else tuple(layers)
-        choice = EmbeddingChoice(
+        options = EmbeddingOptions(
             numbers, mean, cls, residues, logits, pseudo_perplexity, dtype, long_proteins, window, overlap
         ).resolved(self.engine)
-        return Embeddings(embed_together(self.engine, proteins_of(sequences, policy or InputPolicy()), choice))
+        return Embeddings(embed_together(self.engine, proteins_of(sequences, policy or InputPolicy()), options))
 
     def score_variants(
         self,
@@ -91,15 +91,15 @@ class ProteinModel:
 
         `sequence`: the wild type's residues, or a FASTA file of it alone; `offset`: the number that `variants` give to
         its first residue; None and NaN among these are the wild type. `method` is one of `METHODS`, and the rest what
-        `ScoringChoice` says. Raises `VariantError` for a variant that does not go with the sequence, `InputError`,
+        `ScoringOptions` says. Raises `VariantError` for a variant that does not go with the sequence, `InputError`,
         `ConfigError`.
         """
         from bionemo_esm.inference.variants.mutations import read_wild_type, variants_at_hand
-        from bionemo_esm.inference.variants.options import ScoringChoice
+        from bionemo_esm.inference.variants.options import ScoringOptions
         from bionemo_esm.inference.variants.scoring import score
 
-        wild_type, choice = read_wild_type(sequence, offset=offset), ScoringChoice((method,), masks, window)
-        return score(self.engine, wild_type, variants_at_hand(variants, wild_type), choice)[method]
+        wild_type, options = read_wild_type(sequence, offset=offset), ScoringOptions((method,), masks, window)
+        return score(self.engine, wild_type, variants_at_hand(variants, wild_type), options)[method]
 
     def scan(
         self,
@@ -116,11 +116,11 @@ class ProteinModel:
         `score_variants`.
         """
         from bionemo_esm.inference.variants.mutations import read_wild_type
-        from bionemo_esm.inference.variants.options import ScoringChoice
+        from bionemo_esm.inference.variants.options import ScoringOptions
         from bionemo_esm.inference.variants.scoring import scan_frame
 
-        choice = ScoringChoice((method,) if isinstance(method, str) else tuple(method), window=window)
-        return scan_frame(self.engine, read_wild_type(sequence, offset=offset), choice, region)
+        options = ScoringOptions((method,) if isinstance(method, str) else tuple(method), window=window)
+        return scan_frame(self.engine, read_wild_type(sequence, offset=offset), options, region)
 
     def contacts(self, sequence: str, window: int | None = None, overlap: int | None = None) -> NDArray[np.float32]:
         """Probabilities of contact between all residues of a protein: float32 [R, R].
@@ -129,9 +129,9 @@ class ProteinModel:
         as many as the model was trained on, and half of that. NaN stands where no window has both residues. Raises
         `ConfigError`; `UserError` for what is no sequence, and for a model without a contact head.
         """
-        from bionemo_esm.inference.contacts.prediction import Reach, contacts_of, residues_at_hand
+        from bionemo_esm.inference.contacts.prediction import WindowSpec, contacts_of, residues_at_hand
 
-        return contacts_of(self.engine, residues_at_hand(sequence), Reach.of(self.engine, window, overlap))
+        return contacts_of(self.engine, residues_at_hand(sequence), WindowSpec.of(self.engine, window, overlap))
 
 
 def load_engine(path: str | os.PathLike[str], device: str, precision: str, batch_tokens: int | None) -> Engine:

@@ -89,7 +89,7 @@ class PackedRow(PackedSeqParams):
     observer: MapObserver | None = None
     queries: Tensor | None = None  # int64 [Q], places in the row, ascending: they alone ask; None: all do
 
-    def asked_at(self, places_Q: Tensor) -> PackedRow:
+    def query_index(self, places_Q: Tensor) -> PackedRow:
         """The same row, of which the tokens at some places ask and all answer."""
         bounds = torch.searchsorted(places_Q, self.cu_seqlens_kv.long()).to(self.cu_seqlens_kv.dtype)
         row = copy(self)

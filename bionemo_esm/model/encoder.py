@@ -234,7 +234,7 @@ class ESMEncoder(BertModel):
         for block in blocks:
             hidden_T1H, _ = block(hidden_states=hidden_T1H, attention_mask=None, packed_seq_params=layout)
         attended = last.self_attention(
-            last.input_layernorm(hidden_T1H), attention_mask=None, packed_seq_params=layout.asked_at(places_M)
+            last.input_layernorm(hidden_T1H), attention_mask=None, packed_seq_params=layout.query_index(places_M)
         )
         add = last.self_attn_bda(self.training, False)
         hidden_M1H = add(attended, hidden_T1H[places_M], last.hidden_dropout)

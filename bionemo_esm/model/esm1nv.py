@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from bionemo_esm.data.dataloader import StepShare, TrainingStream, ValidationBatches, training_loader, validation_loader
+from bionemo_esm.data.dataloader import RankBatch, TrainingStream, ValidationBatches, training_loader, validation_loader
 from bionemo_esm.data.hashing import derive_key
 from bionemo_esm.data.packing import PackedBatch
 from bionemo_esm.errors import ConfigError
@@ -28,7 +28,7 @@ from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter
 from bionemo_esm.model.config import EncoderConfig, OptimConfig
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.nemo_connector import ESMSaveRestoreConnector, describe, load_weights, register_model
-from bionemo_esm.model.nonfinite_guard import SkippedStep, StepGuard, SuspectSamples
+from bionemo_esm.model.nonfinite_guard import NonFiniteGuard, SkippedStep, SuspectSamples
 from bionemo_esm.model.optimizer import MasterWeights, build_optimizer, build_schedule, build_sharded_optimizer
 from bionemo_esm.model.parallel import (
     data_parallel_rank,
@@ -38,7 +38,7 @@ from bionemo_esm.model.parallel import (
     gather_shards,
 )
 from bionemo_esm.model.resume import check_that_it_fits, loops_after, take_over
-from bionemo_esm.model.step_stats import StepWork, Stopwatch, measure_work
+from bionemo_esm.model.step_stats import StepStats, Stopwatch, measure_step
 
 _DROPOUT_STREAM = 6  # keeps dropout's seeds apart from the keys of order and corruption
 
@@ -50,7 +50,7 @@ class StepReport:
     loss: float  # nats a masked residue
     gradient_norm: float  # before clipping
     learning_rate: float
-    work: StepWork
+    work: StepStats
     skipped: SkippedStep | None = None  # then no rank has changed its weights
 
 
@@ -85,7 +85,7 @@ class ESM1nvModel(ModelPT):
         self.encoder: ESMEncoder | None = None
         self.backends: FusedBackends | None = None
         self.masters: MasterWeights | None = None
-        self.guard = StepGuard(OptimConfig())
+        self.guard = NonFiniteGuard(OptimConfig())
         self.initial_weights: Path | None = None
         self.provenance: dict[str, Any] = {}
         self.shard_optimizer = False
@@ -139,7 +139,7 @@ class ESM1nvModel(ModelPT):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def training_step(self, share: StepShare, batch_idx: int) -> None:
+    def training_step(self, share: RankBatch, batch_idx: int) -> None:
         """One optimizer step over this rank's share of a global batch.
 
         The loss is the sum of cross-entropies over the masked positions of the whole global batch, all ranks and all
@@ -148,7 +148,7 @@ class ESM1nvModel(ModelPT):
         assert self.masters is not None and self.encoder is not None
         batches = share.micro_batches
         self._seed_dropout()
-        work = measure_work(batches, self.device)
+        work = measure_step(batches, self.device)
         self.masters.zero_gradients()
         parts = torch.zeros(len(batches), device=self.device)
         for index, batch in enumerate(batches):
@@ -186,7 +186,7 @@ class ESM1nvModel(ModelPT):
 
     @optim_config.setter
     def optim_config(self, config: OptimConfig) -> None:
-        self.guard = StepGuard(config)
+        self.guard = NonFiniteGuard(config)
 
     @property
     def gave_up(self) -> bool:
@@ -198,15 +198,17 @@ class ESM1nvModel(ModelPT):
 
         `parts`: float32 [micro batches], the losses of this rank's. Collective.
         """
-        hands = [self._stream.dealt(self.consumed_samples, rank)[0] for rank in range(data_parallel_size())]
-        guilty = torch.zeros(len(hands), max(map(len, hands)), device=self.device)
-        guilty[data_parallel_rank(), : len(parts)] = (~parts.isfinite()).float()
-        guilty = data_parallel_sum(guilty)
+        rank_batches = [
+            self._stream.rank_batches(self.consumed_samples, rank)[0] for rank in range(data_parallel_size())
+        ]
+        nonfinite = torch.zeros(len(rank_batches), max(map(len, rank_batches)), device=self.device)
+        nonfinite[data_parallel_rank(), : len(parts)] = (~parts.isfinite()).float()
+        nonfinite = data_parallel_sum(nonfinite)
         return tuple(
             SuspectSamples(rank, int(epochs[0]), tuple(samples.tolist()))
-            for rank, micro_batches in enumerate(hands)
+            for rank, micro_batches in enumerate(rank_batches)
             for index, (epochs, samples) in enumerate(micro_batches)
-            if guilty[rank, index] or not guilty.any()
+            if nonfinite[rank, index] or not nonfinite.any()
         )
 
     def _count_a_step_not_taken(self) -> None:
@@ -309,7 +311,7 @@ class ESM1nvModel(ModelPT):
         """Validate on these batches (dealt to the ranks there are)."""
         self._validation = val_data_config
 
-    def train_dataloader(self) -> DataLoader[StepShare]:
+    def train_dataloader(self) -> DataLoader[RankBatch]:
         stream = self._stream.on_rank(data_parallel_rank())
         return training_loader(stream, self.consumed_samples, self._num_workers, self._pinned)
 

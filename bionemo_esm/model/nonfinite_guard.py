@@ -34,7 +34,7 @@ class SkippedStep:
 
 
 @dataclass
-class StepGuard:
+class NonFiniteGuard:
     """Judges steps, and counts those refused in a row; its state is part of a checkpoint."""
 
     config: OptimConfig

@@ -33,7 +33,7 @@ def check_that_it_fits(
 ) -> None:
     """Raises `ConfigError` for a checkpoint of another model or run; where the run `continues` one, of another stream.
 
-    identity: of the run that is to go on; see `PreparedRun.identity`.
+    identity: of the run that is to go on; see `RunContext.identity`.
     """
     advice = _ANOTHER_STREAM if continues else _ANOTHER_RUN
     saved, ours = checkpoint["model"].config["encoder"], encoder.to_dict()

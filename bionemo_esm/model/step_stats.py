@@ -18,7 +18,7 @@ _MOST_SPANS = 1000
 
 
 @dataclass(frozen=True)
-class StepWork:
+class StepStats:
     """Counts of a global batch. Sums of two steps are the counts of both."""
 
     targets: int = 0  # masked positions
@@ -26,19 +26,19 @@ class StepWork:
     tokens: int = 0  # residues, `<cls>` and `<eos>`; there is no padding
     squared_lengths: int = 0  # over sequences, of their tokens
 
-    def __add__(self, other: StepWork) -> StepWork:
-        return StepWork(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: StepStats) -> StepStats:
+        return StepStats(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def flops(self, config: EncoderConfig) -> float:
         """Floating-point operations of forward and backward; see `costs.training_flops`."""
         return training_flops(config, self.tokens, self.squared_lengths, self.targets)
 
 
-def measure_work(batches: Sequence[PackedBatch], device: torch.device) -> StepWork:
+def measure_step(batches: Sequence[PackedBatch], device: torch.device) -> StepStats:
     """The work in this rank's micro batches and those of all others; collective."""
     counts = torch.tensor([[len(b.targets), b.residues, len(b.tokens)] for b in batches], device=device).sum(0)
     squares = [torch.diff(batch.cu_seqlens).long().square().sum() for batch in batches]
-    return StepWork(*data_parallel_sum(torch.cat([counts, torch.stack(squares).sum().view(1)])).tolist())
+    return StepStats(*data_parallel_sum(torch.cat([counts, torch.stack(squares).sum().view(1)])).tolist())
 
 
 class Stopwatch:

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bionemo_esm.console import Meter, Screen, exit_of
+from bionemo_esm.console import Console, ProgressBar, run_to_exit_code
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import STATE, WEIGHTS, ArchiveError, ArchiveFile
 from bionemo_esm.model.config import EncoderConfig
@@ -53,7 +53,7 @@ _KNOWN = {
 
 
 @dataclass(frozen=True, eq=False)
-class ArchiveCard:
+class ArchiveSummary:
     """What a `.nemo` or a `.ckpt` says of itself. Of its entries only those that are there are told."""
 
     name: str  # of the file
@@ -65,7 +65,7 @@ class ArchiveCard:
     state: Mapping[str, Any]  # of a checkpoint, without its tensors; empty in an archive
 
     @classmethod
-    def of(cls, file: ArchiveFile) -> ArchiveCard:
+    def of(cls, file: ArchiveFile) -> ArchiveSummary:
         """The card of an opened file. Raises `ArchiveError` for a checkpoint whose state.json is damaged."""
         fixed = _fixed_tensors(file.config)
         infos = [info for name, info in file.weights.infos.items() if name not in fixed]
@@ -358,15 +358,15 @@ def inspect(arguments: Sequence[str]) -> None:
     parser.add_argument("--verify", action="store_true", help="read every byte and compare its hash with the manifest")
     parser.add_argument("--json", action="store_true", help="print the card as JSON")
     options = parser.parse_args(arguments)
-    exit_of(lambda: _inspect(options), "Interrupted.")
+    run_to_exit_code(lambda: _inspect(options), "Interrupted.")
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    file, screen = ArchiveFile.open(options.file), Screen(sys.stdout)
-    card = ArchiveCard.of(file)
-    screen.say(json.dumps(card.to_dict(), indent=2) if options.json else card.text())
+    file, console = ArchiveFile.open(options.file), Console(sys.stdout)
+    card = ArchiveSummary.of(file)
+    console.print_line(json.dumps(card.to_dict(), indent=2) if options.json else card.text())
     if options.verify:
-        file.verify(progress=Meter(Screen(sys.stdout, silent=options.json), "read"))
+        file.verify(progress=ProgressBar(Console(sys.stdout, silent=options.json), "read"))
         if not options.json:
-            screen.say("\nEvery member matches its hash in the manifest.")
+            console.print_line("\nEvery member matches its hash in the manifest.")
     return 0

@@ -94,7 +94,7 @@ def write_container(path: Path, members: Mapping[str, Member | Summary]) -> None
     """
     digests: dict[str, str] = {}
     summaries: dict[int, Summary] = {}  # by their places in the file
-    with written_whole(path) as stream, ThreadPoolExecutor(1) as beside:
+    with atomic_write(path) as stream, ThreadPoolExecutor(1) as beside:
         for name, member in members.items():
             info = tarfile.TarInfo(name)  # time, owner and group stay 0: equal content, equal bytes
             info.size = member.size
@@ -118,10 +118,10 @@ def write_container(path: Path, members: Mapping[str, Member | Summary]) -> None
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """As `outputs.written_whole`, raising `ArchiveError` where the disk does not take it."""
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """As `files.atomic_write`, raising `ArchiveError` where the disk does not take it."""
     try:
-        with outputs.written_whole(path) as stream:
+        with outputs.atomic_write(path) as stream:
             yield stream
     except OSError as error:
         raise _unwritable(path, error) from error

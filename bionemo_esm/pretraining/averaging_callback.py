@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from bionemo_esm.files import sync_folder
+from bionemo_esm.files import fsync_directory
 from bionemo_esm.model.archive import write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.nemo_connector import describe
@@ -64,7 +64,7 @@ class CheckpointAveraging(Callback):
     def _retire(self) -> None:
         for path in list_snapshots(self.folder)[: -self.last]:
             path.unlink()
-        sync_folder(self.folder)
+        fsync_directory(self.folder)
 
     def finish(self, output: Path, progress: Progress | None = None) -> bool:
         """Average what there is into `output`; False where there is only one snapshot, whose average it would be.

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from bionemo_esm.console import Screen, duration
+from bionemo_esm.console import Console, duration
 from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation, StepReport
 from bionemo_esm.model.nonfinite_guard import SkippedStep
 from bionemo_esm.model.parallel import data_parallel_sum
 from bionemo_esm.pretraining.hang_watch import HangWatch
-from bionemo_esm.pretraining.throughput import Gauges
+from bionemo_esm.pretraining.throughput import ThroughputMeter
 
 _SECONDS_BETWEEN_LINES = 15.0  # of progress, where output is no terminal
 _SECONDS_BETWEEN_REWRITES = 0.5
@@ -32,7 +32,7 @@ class History(Callback):
     A run that goes on from a checkpoint drops the lines past it first, so the file reads like that of an unbroken run.
     """
 
-    def __init__(self, path: Path, every_n_steps: int, gauges: Gauges) -> None:
+    def __init__(self, path: Path, every_n_steps: int, gauges: ThroughputMeter) -> None:
         self.path, self.every_n_steps, self.gauges = path, every_n_steps, gauges
         self.seconds = _seconds_of(read_history(path))  # of training so far, sessions before this one included
         self._started = self._mark = 0.0
@@ -170,8 +170,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 class Progress(Callback):
     """One line: how far, the loss, how fast, what holds it up, and the time left; and a line for each validation."""
 
-    def __init__(self, screen: Screen, history: History, unigram_perplexity: float) -> None:
-        self.screen, self.history, self.unigram_perplexity = screen, history, unigram_perplexity
+    def __init__(self, console: Console, history: History, unigram_perplexity: float) -> None:
+        self.console, self.history, self.unigram_perplexity = console, history, unigram_perplexity
         self._shown = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,7 +182,7 @@ class Progress(Callback):
         if pl_module.last_step.skipped is not None:
             self._say_what_was_skipped(trainer.global_step, pl_module.last_step.skipped)
         now = time.monotonic()
-        pause = _SECONDS_BETWEEN_REWRITES if self.screen.is_terminal else _SECONDS_BETWEEN_LINES
+        pause = _SECONDS_BETWEEN_REWRITES if self.console.is_terminal else _SECONDS_BETWEEN_LINES
         last = trainer.global_step == trainer.max_steps
         if now - self._shown < pause and not last:
             return
@@ -191,7 +191,7 @@ class Progress(Callback):
 
     def _show(self, trainer: Trainer, report: StepReport) -> None:
         step, steps = trainer.global_step, trainer.max_steps
-        self.screen.progress(
+        self.console.progress(
             f"  step {step:,}/{steps:,} {_bar(step / steps)} loss {report.loss:.3f}  "
             f"{self._speed(report.learning_rate)}  {duration(self.history.seconds_left(trainer))} left"
         )
@@ -215,7 +215,7 @@ class Progress(Callback):
         first = skipped.suspects[0]
         samples = ", ".join(map(str, first.samples[:5])) + (", ..." if len(first.samples) > 5 else "")
         more = f" and {len(skipped.suspects) - 1} more micro batches" if len(skipped.suspects) > 1 else ""
-        self.screen.say(
+        self.console.print_line(
             f"warning: step {step:,} was not taken: {skipped.reason}; rank {first.rank}, samples {samples}{more} "
             f"(all in {self.history.path.name})"
         )
@@ -226,7 +226,7 @@ class Progress(Callback):
             return
         assert pl_module.last_evaluation is not None
         result = pl_module.last_evaluation
-        self.screen.say(
+        self.console.print_line(
             f"  step {trainer.global_step:,}  validation perplexity {result.perplexity:.2f} "
             f"(residue frequencies: {self.unigram_perplexity:.2f}), {result.accuracy:.1%} of masked residues right"
             + ("" if trainer.global_step else ", before any training")

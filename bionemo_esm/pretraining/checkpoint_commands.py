@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.console import Meter, Screen, exit_of
+from bionemo_esm.console import Console, ProgressBar, run_to_exit_code
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.settings import integer, known, path, plain_values
 
@@ -51,23 +51,23 @@ def load_average_config(cfg: DictConfig) -> AverageConfig:
 
 def average(cfg: DictConfig) -> None:
     """Average checkpoints as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
-    exit_of(lambda: _average(load_average_config(cfg)), "Interrupted; nothing was written.")
+    run_to_exit_code(lambda: _average(load_average_config(cfg)), "Interrupted; nothing was written.")
 
 
 def _average(config: AverageConfig) -> int:
     from bionemo_esm.pretraining.averaging import average_checkpoints, find_files  # torch takes a second to import
 
-    screen = Screen(sys.stdout)
+    console = Console(sys.stdout)
     files = find_files(config.checkpoints)
-    report = average_checkpoints(files, config.last, config.output, Meter(screen, "averaging"))
+    report = average_checkpoints(files, config.last, config.output, ProgressBar(console, "averaging"))
     for note in report.notes:
-        screen.say(f"  {note}")
+        console.print_line(f"  {note}")
     sources = report.sources
-    screen.say(
+    console.print_line(
         f"Averaged {len(sources)} checkpoints, {sources[0].path.name} (step {sources[0].step:,}) to "
         f"{sources[-1].path.name} (step {sources[-1].step:,}), into {config.output}."
     )
-    screen.say(f"Look at it: bionemo-esm inspect {config.output}")
+    console.print_line(f"Look at it: bionemo-esm inspect {config.output}")
     return 0
 
 
@@ -87,19 +87,21 @@ def convert(arguments: Sequence[str]) -> None:
     parser.add_argument("source", type=Path, metavar="OLD.nemo")
     parser.add_argument("output", type=Path, metavar="NEW.nemo")
     options = parser.parse_args(arguments)
-    exit_of(lambda: _convert(options.source, options.output), "Interrupted; nothing was written.")
+    run_to_exit_code(lambda: _convert(options.source, options.output), "Interrupted; nothing was written.")
 
 
 def _convert(source: Path, output: Path) -> int:
     from bionemo_esm.model.legacy import convert_legacy
 
-    screen = Screen(sys.stdout)
+    console = Console(sys.stdout)
     if output.exists():
         raise ConfigError(f"{output} exists already; remove it or choose another name")
     report = convert_legacy(source, output)
-    screen.say(f"Converted {source} into {output}: {report.parameters:,} parameters, {len(report.renamed)} tensors.")
+    console.print_line(
+        f"Converted {source} into {output}: {report.parameters:,} parameters, {len(report.renamed)} tensors."
+    )
     for name in report.dropped:
-        screen.say(f"  left out: {name}")
+        console.print_line(f"  left out: {name}")
     for note in report.notes:
-        screen.say(f"  note: {note}")
+        console.print_line(f"  note: {note}")
     return 0

@@ -19,9 +19,9 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from bionemo_esm.console import Screen, is_rank_zero
+from bionemo_esm.console import Console, is_rank_zero
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.files import sync_folder
+from bionemo_esm.files import fsync_directory
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.parallel import world_sum
@@ -213,7 +213,7 @@ class Checkpoints(Callback):
         for path in [path for path in self._on_disk if path not in kept]:
             path.unlink(missing_ok=True)
             self._on_disk.remove(path)
-        sync_folder(self.folder)
+        fsync_directory(self.folder)
 
     # --- all ranks together -----------------------------------------------------------------------------------------
 
@@ -304,7 +304,7 @@ def tidy(folder: Path, newest: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """What training begins with."""
 
     checkpoint: Path | None = None
@@ -313,42 +313,44 @@ class Start:
     of_another_run: bool = False  # whose configuration may have been another
 
 
-def choose_start(folder: Path, origin: Path | None, screen: Screen) -> Start:
+def choose_starting_checkpoint(folder: Path, origin: Path | None, console: Console) -> StartingPoint:
     """The start of the run in `folder`, which continues `origin` (a run's folder, or a checkpoint) if it is given.
 
     Damaged checkpoints of the run that are newer are set aside, and said to be. Raises `CheckpointError` or
     `ArchiveError` where none can be read, `ConfigError` for an origin that has no checkpoint.
     """
-    own = _own_checkpoint(folder / "checkpoints", screen)
+    own = _own_checkpoint(folder / "checkpoints", console)
     if own is not None:
         provenance = ArchiveFile.open(own).provenance
         continued = provenance.get("continued_from")
         first_step = int(continued["steps"]) if isinstance(continued, dict) else 0
-        return Start(own, int(provenance["steps"]), first_step)
+        return StartingPoint(own, int(provenance["steps"]), first_step)
     if origin is None:
-        return Start()
-    checkpoint = _checkpoint_of(origin, screen)
+        return StartingPoint()
+    checkpoint = _checkpoint_of(origin, console)
     steps = int(ArchiveFile.open(checkpoint).provenance["steps"])
-    return Start(checkpoint, steps, steps, of_another_run=True)
+    return StartingPoint(checkpoint, steps, steps, of_another_run=True)
 
 
-def _own_checkpoint(folder: Path, screen: Screen) -> Path | None:
+def _own_checkpoint(folder: Path, console: Console) -> Path | None:
     checkpoint, complaints = newest_checkpoint(folder)
     for complaint in complaints:
-        screen.say(f"warning: {complaint}; set aside as *{DAMAGED}, going back to {checkpoint and checkpoint.name}")
+        console.print_line(
+            f"warning: {complaint}; set aside as *{DAMAGED}, going back to {checkpoint and checkpoint.name}"
+        )
     if checkpoint is not None and is_rank_zero():
         tidy(folder, checkpoint)
     return checkpoint
 
 
-def _checkpoint_of(origin: Path, screen: Screen) -> Path:
+def _checkpoint_of(origin: Path, console: Console) -> Path:
     """The newest intact checkpoint of another run, in which nothing is changed."""
     if origin.is_file():
         ArchiveFile.open(origin).verify()
         return origin
     checkpoint, complaints = newest_checkpoint(origin / "checkpoints")
     for complaint in complaints:
-        screen.say(f"warning: {complaint}; continuing from {checkpoint and checkpoint.name}, which is older")
+        console.print_line(f"warning: {complaint}; continuing from {checkpoint and checkpoint.name}, which is older")
     if checkpoint is None:
         raise ConfigError(f"continue_from_path: {origin} has no checkpoint; name a run's folder, or a .ckpt")
     return checkpoint

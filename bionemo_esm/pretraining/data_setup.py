@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from bionemo_esm.console import Meter, Screen
+from bionemo_esm.console import Console, ProgressBar
 from bionemo_esm.data.preprocess import BuildPolicy, build_store, build_store_from_splits
 from bionemo_esm.data.store import MANIFEST_NAME, SPLITS, ProteinStore, StoreError
 from bionemo_esm.pretraining.recipe import Recipe
@@ -13,14 +13,14 @@ from bionemo_esm.pretraining.recipe import Recipe
 SAMPLE_FOLDER = Path(__file__).resolve().parents[1] / "data" / "sample"
 
 
-def build_proteins(recipe: Recipe, run_folder: Path, screen: Screen) -> None:
+def build_proteins(recipe: Recipe, run_folder: Path, console: Console) -> None:
     """Build the recipe's store, if it is one to be built beside the run and is not there; for one process of a run.
 
     Raises `FastaError` or `StoreError` when the FASTA file cannot be used.
     """
     folder = _store_folder(recipe, run_folder)
     if recipe.data.store is None and not (folder / MANIFEST_NAME).is_file():
-        _build(recipe, folder, screen)
+        _build(recipe, folder, console)
 
 
 def open_proteins(recipe: Recipe, run_folder: Path) -> ProteinStore:
@@ -58,11 +58,11 @@ def _sources(recipe: Recipe) -> list[Path]:
     return [SAMPLE_FOLDER / f"{part}.fasta.gz" for part in SPLITS]
 
 
-def _build(recipe: Recipe, folder: Path, screen: Screen) -> None:
+def _build(recipe: Recipe, folder: Path, console: Console) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if recipe.data.fasta is not None:
-        screen.say(f"Building a store from {recipe.data.fasta} ...")
-        meter = Meter(screen, "read")
+        console.print_line(f"Building a store from {recipe.data.fasta} ...")
+        meter = ProgressBar(console, "read")
         build_store(
             recipe.data.fasta,
             folder,

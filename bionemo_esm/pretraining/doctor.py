@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bionemo_esm.console import third_party_output_in
+from bionemo_esm.console import redirect_output
 from bionemo_esm.errors import UserError
 from bionemo_esm.pretraining.hardware import cpu_name, peak_flops
 
@@ -51,12 +51,12 @@ def main(arguments: Sequence[str]) -> int:
     facts: _Facts = {"host": socket.gethostname(), "versions": _versions(), "machine": _machine()}
     facts |= {"environment": _environment(), "gpus": [], "notes": []}
     speaks, problems = True, _missing_packages(facts)
-    with third_party_output_in(Path(os.devnull)) as screen:  # NeMo warns by the screenful
+    with redirect_output(Path(os.devnull)) as console:  # NeMo warns by the screenful
         if not problems:
             speaks, problems = _examine(facts, options.quick, options.precision)
         if speaks:
             facts |= {"ready": not problems, "problems": problems}
-            screen.say(json.dumps(facts, indent=2) if options.json else _page(facts))
+            console.print_line(json.dumps(facts, indent=2) if options.json else _page(facts))
     return 1 if problems else 0
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from bionemo_esm.console import Screen, duration
+from bionemo_esm.console import Console, duration
 from bionemo_esm.model.backends import import_problem, importable
 
 EXIT_HANG = 4
@@ -53,8 +53,8 @@ class HangWatch(Callback):
     itself; the others can, and then their launcher ends it.
     """
 
-    def __init__(self, folder: Path, timeout_seconds: float | None, screen: Screen) -> None:
-        self.folder, self.timeout_seconds, self.screen = folder, timeout_seconds, screen
+    def __init__(self, folder: Path, timeout_seconds: float | None, console: Console) -> None:
+        self.folder, self.timeout_seconds, self.console = folder, timeout_seconds, console
         self.interval = min((timeout_seconds or 0) / 10, 5.0)  # seconds between two looks
         self.rank, self.world_size = 0, 1
         self._silence, self._doing = 0.0, "starting"
@@ -169,7 +169,7 @@ class HangWatch(Callback):
         time.sleep(self._time_for_others)
         wrote = sorted(int(name.split("-")[-1][:-4]) for name in dict(self._sizes().items() - self._reports.items()))
         if self.rank == wrote[0]:  # rank 0, if it can
-            Screen(self.screen.stream).say(self._message(silence, doing, wrote))
+            Console(self.console.stream).print_line(self._message(silence, doing, wrote))
         sys.stdout.flush()
         sys.stderr.flush()
 

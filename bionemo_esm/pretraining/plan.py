@@ -1,7 +1,7 @@
 """The plan of a run, before it runs: what it comes to in epochs, tokens, memory, FLOPs, hours and bytes.
 
 `plan_of` is arithmetic over a recipe and the facts around it; `facts.py` looks those up, `checks.py` says
-what does not fit together, `screen.py` and `picture.py` show it.
+what does not fit together, `console.py` and `picture.py` show it.
 
 What a run takes on disk: checkpoints, snapshots for the average, and the archives at its end. Arithmetic only.
 
@@ -35,7 +35,7 @@ from bionemo_esm.model.costs import Memory, memory_per_device, training_flops
 from bionemo_esm.pretraining.data_setup import SAMPLE_FOLDER
 from bionemo_esm.pretraining.hardware import memory_bytes, peak_flops
 from bionemo_esm.pretraining.recipe import Recipe
-from bionemo_esm.pretraining.resume import find_origin
+from bionemo_esm.pretraining.resume import find_parent_run
 
 _FLOAT32 = 4
 
@@ -234,7 +234,7 @@ def _known_device(name: str, source: str, auto_precision: str, memory: int | Non
 
 def _start(recipe: Recipe) -> StartFacts:
     path, published = recipe.continue_from_path, recipe.published
-    if path is not None and path.exists() and (origin := find_origin(recipe)) is not None:
+    if path is not None and path.exists() and (origin := find_parent_run(recipe)) is not None:
         name = f"{origin.file.path.name} of {path}" if path.is_dir() else str(path)
         return StartFacts(origin.steps, origin.samples, name, learning_rate=origin.learning_rate)
     if published is None or published.continues is None or published.steps is None:
@@ -288,7 +288,7 @@ class Batch:
 
 
 def _most_of_a_rank(recipe: Recipe) -> int:
-    """Tokens of a rank's share of a global batch that `deal` may come to; shares differ by one longest sequence."""
+    """Return the most tokens that one rank receives; the ranks' parts differ by at most one longest sequence."""
     ranks, longest = recipe.trainer.data_parallel_size, recipe.model.seq_length
     if recipe.data.global_batch_tokens is not None:
         return recipe.data.global_batch_tokens // ranks + longest

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from bionemo_esm.console import Screen, duration
+from bionemo_esm.console import Console, duration
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import COSINE
 from bionemo_esm.model.schedule import learning_rate
@@ -174,7 +174,7 @@ def show_plan(recipe: Recipe) -> None:
         raise ConfigError(
             f"exp_manager.exp_dir: {picture} cannot be written ({error.strerror}); choose another place"
         ) from error
-    Screen(sys.stdout).say(
+    Console(sys.stdout).print_line(
         f"{screen_of(plan)}\n  {'picture':<{_LABEL - 2}}{short(picture.absolute())}\n\n{look_at(plan)}"
     )
 

@@ -10,7 +10,7 @@ from bionemo_esm.pretraining.plan import Storage, free_space
 from bionemo_esm.pretraining.probe_config import read_probe
 from bionemo_esm.pretraining.recipe import Recipe, TrainerConfig
 from bionemo_esm.pretraining.resolve_model import check_that_it_is_the_archives, how_to_bring
-from bionemo_esm.pretraining.resume import find_origin
+from bionemo_esm.pretraining.resume import find_parent_run
 
 _LAPTOP = "\nTo see the whole path at work on this machine: python examples/pretrain_esm1nv.py recipe=laptop"
 
@@ -38,7 +38,7 @@ def check_requirements(recipe: Recipe, launched: int | None = None) -> None:
     if recipe.restore_from_path is not None:
         check_that_it_is_the_archives(recipe.model, recipe.restore_from_path)
     if not _has_checkpoints(recipe):
-        find_origin(recipe)
+        find_parent_run(recipe)
     if recipe.probe is not None:
         read_probe(recipe.probe, recipe.model)  # a label that is wrong is told before a store is built
 

@@ -22,9 +22,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bionemo_esm.console import Screen
+from bionemo_esm.console import Console
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches
-from bionemo_esm.finetuning.dataset import LabelledSet
+from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.features import OneHot
 from bionemo_esm.finetuning.metrics import METRIC_NAMES, scores
 from bionemo_esm.finetuning.tasks import Prediction, Task
@@ -64,11 +64,11 @@ class Probe(Callback):
         signals: StopSignals,
         watch: HangWatch,
         history: History,
-        screen: Screen,
+        console: Console,
     ) -> None:
         """most_tokens: that a device sees at a time in training, which this must not exceed."""
         self.probed, self.most_tokens = probed, most_tokens
-        self.signals, self.watch, self.history, self.screen = signals, watch, history, screen
+        self.signals, self.watch, self.history, self.console = signals, watch, history, console
         self._one_hot: float | None = None  # the score of the same head on one-hot features; once a session
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -135,7 +135,7 @@ class Probe(Callback):
         return [told[number] for number in sorted(told)]
 
     def _states(
-        self, trainer: Trainer, model: ESM1nvModel, labelled: LabelledSet
+        self, trainer: Trainer, model: ESM1nvModel, labelled: LabelledDataset
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Each protein's number and states, float32 [R, F], or their mean [1, F] for a task per sequence.
 
@@ -174,7 +174,7 @@ class Probe(Callback):
 
     def _tell(self, trainer: Trainer, found: Mapping[str, Any]) -> None:
         task, step = self.probed.task, trainer.global_step
-        self.screen.say(
+        self.console.print_line(
             f"  step {step:,}  probe {task.name}: {METRIC_NAMES[task.metric]} {_number(found['score'])} "
             f"(one-hot {_number(found['one_hot'])})" + ("" if step else ", before any training")
         )
@@ -223,12 +223,12 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _residues(labelled: LabelledSet, numbers: NDArray[np.int64]) -> int:
+def _residues(labelled: LabelledDataset, numbers: NDArray[np.int64]) -> int:
     return int(labelled.lengths[numbers].sum())
 
 
 def _by_protein(
-    numbers: NDArray[np.int64], states_RF: Tensor, labelled: LabelledSet, per_residue: bool
+    numbers: NDArray[np.int64], states_RF: Tensor, labelled: LabelledDataset, per_residue: bool
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     bounds = np.concatenate([[0], np.cumsum(labelled.lengths[numbers])]).tolist()
     for number, (begin, end) in zip(numbers.tolist(), pairwise(bounds), strict=True):

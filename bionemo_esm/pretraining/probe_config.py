@@ -22,7 +22,7 @@ from bionemo_esm.settings import integer, known, plain_values
 
 if TYPE_CHECKING:
     from bionemo_esm.finetuning.config import ReadingConfig
-    from bionemo_esm.finetuning.dataset import LabelledSet
+    from bionemo_esm.finetuning.dataset import LabelledDataset
     from bionemo_esm.finetuning.tasks import Targets, Task
     from bionemo_esm.model.config import EncoderConfig
 
@@ -67,8 +67,8 @@ class ProbeSet:
 
     config: ProbeConfig
     task: Task
-    train: LabelledSet
-    validation: LabelledSet
+    train: LabelledDataset
+    validation: LabelledDataset
     reading: ReadingConfig
     notes: tuple[str, ...] = ()  # of the reader: what was left out, or missing
 
@@ -108,12 +108,12 @@ def load_probe_config(values: Any) -> ProbeConfig | None:
 
 def read_probe(config: ProbeConfig, model: EncoderConfig) -> ProbeSet:
     """The labelled proteins, every label checked. Raises `UserError`, naming the key, or file and record."""
-    from bionemo_esm.finetuning.config import ReadingChoice
+    from bionemo_esm.finetuning.config import ReadingOptions
     from bionemo_esm.finetuning.dataset import read_splits
     from bionemo_esm.inference.model_info import ModelSizes
 
     try:
-        reading = ReadingChoice(config.layer).resolved(ModelSizes(model))
+        reading = ReadingOptions(config.layer).resolved(ModelSizes(model))
     except ConfigError as error:
         raise ConfigError(f"probe.{error}") from error
     try:
@@ -157,22 +157,22 @@ def _in_terms_of_the_probe(error: UserError) -> str:
 # --- what is looked at ------------------------------------------------------------------------------------------------
 
 
-def _some_proteins(labelled: LabelledSet, most: int) -> LabelledSet:
+def _some_proteins(labelled: LabelledDataset, most: int) -> LabelledDataset:
     """Up to so many, by a hash of sequence and targets: the same ones, in the same order, whatever that of the file."""
-    from bionemo_esm.finetuning.dataset import LabelledSet
+    from bionemo_esm.finetuning.dataset import LabelledDataset
 
     draws = [_draw(p.tokens.tobytes(), t.tobytes()) for p, t in zip(labelled.proteins, labelled.targets, strict=True)]
     chosen = sorted(range(len(draws)), key=draws.__getitem__)[:most]
-    return LabelledSet([labelled.proteins[i] for i in chosen], [labelled.targets[i] for i in chosen])
+    return LabelledDataset([labelled.proteins[i] for i in chosen], [labelled.targets[i] for i in chosen])
 
 
 def _draw(sequence: bytes, targets: bytes) -> tuple[bytes, bytes]:
     return hashlib.blake2b(sequence, digest_size=16, key=str(_SEED).encode()).digest(), targets
 
 
-def _some_residues(labelled: LabelledSet) -> LabelledSet:
+def _some_residues(labelled: LabelledDataset) -> LabelledDataset:
     """The same proteins with up to `MOST_RESIDUES` known targets, drawn among all; of the others nothing is known."""
-    from bionemo_esm.finetuning.dataset import LabelledSet
+    from bionemo_esm.finetuning.dataset import LabelledDataset
 
     together = np.concatenate(labelled.targets)
     places = np.flatnonzero(np.isfinite(together))
@@ -181,4 +181,4 @@ def _some_residues(labelled: LabelledSet) -> LabelledSet:
     fewer: Targets = np.full_like(together, np.nan)
     fewer[places] = together[places]
     ends = np.cumsum([len(target) for target in labelled.targets])[:-1]
-    return LabelledSet(labelled.proteins, np.split(fewer, ends))
+    return LabelledDataset(labelled.proteins, np.split(fewer, ends))

@@ -56,12 +56,12 @@ _TO_WAIT_FOR_RANK_0 = timedelta(days=1)  # that builds a store; in training `Han
 _MOST_NAMED = 4  # ranks, or differences, in one message
 
 
-class RollCallError(UserError):
+class RankAgreementError(UserError):
     """Some process of the run cannot go on, or differs from the others; the same message on every rank."""
 
 
 @dataclass(frozen=True)
-class Muster:
+class RankAgreement:
     """The processes that a launcher has started together; of one alone, where none did."""
 
     rank: int = 0
@@ -77,7 +77,7 @@ class Muster:
         """Do something on every rank; its result, once all have done it and their accounts agree.
 
         `tell` gives what must be equal on all ranks: names and plain values. Raises the `UserError` that this rank met
-        where it is alone or all met the same, else `RollCallError` on every rank, naming ranks and hosts. Collective.
+        where it is alone or all met the same, else `RankAgreementError` on every rank, naming ranks. Collective.
         """
         result, error = None, None
         try:
@@ -109,7 +109,7 @@ class Muster:
         if error is not None:
             raise error
         if told["error"] is not None:
-            raise RollCallError(told["error"])
+            raise RankAgreementError(told["error"])
         return told["result"]  # type: ignore[no-any-return]
 
     def _exchange(self, note: dict[str, Any]) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ class Muster:
         try:
             return self._gather(json.dumps(note, default=str).encode())
         except RuntimeError as error:  # of gloo: a connection is gone
-            raise RollCallError("a rank ended before the first step; its own messages say why") from error
+            raise RankAgreementError("a rank ended before the first step; its own messages say why") from error
 
     def _gather(self, text: bytes) -> list[dict[str, Any]]:
         mine = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -133,15 +133,15 @@ class Muster:
 
 
 @contextmanager
-def assembled() -> Iterator[Muster]:
+def assembled() -> Iterator[RankAgreement]:
     """Bring up the process group of a launched run, for the whole of it; one process alone needs none.
 
-    Raises `RollCallError` where the others do not come, and `ConfigError` in a Slurm job of several tasks whose
+    Raises `RankAgreementError` where the others do not come, and `ConfigError` in a Slurm job of several tasks whose
     processes were not started by srun.
     """
     place = _launched_place()
     if place is None:
-        yield Muster()
+        yield RankAgreement()
         return
     rank, size = place
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -156,9 +156,9 @@ def assembled() -> Iterator[Muster]:
         )
         if rank:
             print(f"error: {message}", file=sys.stderr)  # noqa: T201 - rank 0, who speaks for all, may not be there
-        raise RollCallError(message) from error
+        raise RankAgreementError(message) from error
     try:
-        yield Muster(rank, size, distributed.new_group(backend="gloo", timeout=_TO_WAIT_FOR_RANK_0))
+        yield RankAgreement(rank, size, distributed.new_group(backend="gloo", timeout=_TO_WAIT_FOR_RANK_0))
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
@@ -209,13 +209,13 @@ def slurm_environment() -> SLURMEnvironment | None:
 
 
 def _compare(notes: list[dict[str, Any]]) -> None:
-    """Raises `RollCallError` for ranks that met an error others did not, or that gave another account."""
+    """Raises `RankAgreementError` for ranks that met an error others did not, or that gave another account."""
     unwell = [(rank, note) for rank, note in enumerate(notes) if note["error"] is not None]
     if unwell:
         if len({note["error"] for note in notes}) == 1:
             return  # the same on all: each raises its own
         lines = [f"rank {rank} ({note['host']}): {note['error']}" for rank, note in unwell]
-        raise RollCallError(f"{len(unwell)} of {len(notes)} ranks cannot start:\n  - {_listed(lines)}")
+        raise RankAgreementError(f"{len(unwell)} of {len(notes)} ranks cannot start:\n  - {_listed(lines)}")
     first, lines = notes[0]["account"], []
     for rank, note in enumerate(notes):
         for key in sorted(first.keys() | note["account"].keys()):
@@ -223,7 +223,7 @@ def _compare(notes: list[dict[str, Any]]) -> None:
             if theirs != ours:
                 lines.append(f"rank {rank} ({note['host']}) has {key} = {theirs}; rank 0 has {ours}")
     if lines:
-        raise RollCallError(f"ranks differ, and must not:\n  - {_listed(lines)}\nStart all with the same command.")
+        raise RankAgreementError(f"ranks differ, and must not:\n  - {_listed(lines)}\nStart all with the same command.")
 
 
 def _listed(lines: list[str]) -> str:

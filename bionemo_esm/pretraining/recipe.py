@@ -21,7 +21,7 @@ from bionemo_esm.data.store import MANIFEST_NAME, sha256_of_file
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import SCHEDULES, EncoderConfig, OptimConfig
 from bionemo_esm.pretraining.probe_config import ProbeConfig, load_probe_config
-from bionemo_esm.pretraining.resolve_model import find_architecture
+from bionemo_esm.pretraining.resolve_model import resolve_model
 from bionemo_esm.settings import boolean, integer, known, number, path, plain_values, typed
 
 ACCELERATORS = ("cpu", "gpu")
@@ -336,7 +336,7 @@ def load_recipe(cfg: DictConfig) -> Recipe:
     top = known("", values, _TOP_KEYS)
     trainer = TrainerConfig(**typed("trainer", top["trainer"], TrainerConfig))
     origins = [path(key, top.get(key)) for key in ("restore_from_path", "continue_from_path")]
-    architecture = find_architecture(top["model"], *origins)
+    architecture = resolve_model(top["model"], *origins)
     return Recipe(
         name=str(top["name"]),
         seed=integer("seed", top["seed"]),

@@ -26,14 +26,14 @@ _CHOOSE = f"choose model={MARK}, which takes all sizes from it, or the model gro
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ResolvedModel:
     """The encoder of a run, and the weights that it starts from."""
 
     encoder: EncoderConfig
     weights_sha256: str | None = None  # of restore_from_path; None where it is not set, or there is no such file
 
 
-def find_architecture(values: Any, restore_from: Path | None, continue_from: Path | None) -> Architecture:
+def resolve_model(values: Any, restore_from: Path | None, continue_from: Path | None) -> ResolvedModel:
     """What the section `model` of a configuration comes to, beside restore_from_path and continue_from_path.
 
     A contact head belongs to an archive's weights: whatever the configuration says, it is there if it is there. Raises
@@ -52,11 +52,11 @@ def find_architecture(values: Any, restore_from: Path | None, continue_from: Pat
                 "or choose another model. python examples/convert_checkpoint.py makes one of a model of Hugging Face's "
                 "or fair-esm's"
             )
-        return Architecture(_of(file, values), sha256)
+        return ResolvedModel(_of(file, values), sha256)
     encoder = EncoderConfig.from_mapping({key: value for key, value in values.items() if key != MARK})
     if file is not None:
         encoder = replace(encoder, contact_head=_has_contact_head(file))
-    return Architecture(encoder, sha256)
+    return ResolvedModel(encoder, sha256)
 
 
 def check_that_it_is_the_archives(encoder: EncoderConfig, path: Path) -> None:

@@ -17,7 +17,7 @@ from bionemo_esm.pretraining.resolve_model import newest_archive
 
 
 @dataclass(frozen=True)
-class Origin:
+class ParentRun:
     """The newest checkpoint of a run that can be read, or the one that was named."""
 
     file: ArchiveFile
@@ -26,7 +26,7 @@ class Origin:
     learning_rate: float | None  # of the step that it would have taken next
 
 
-def find_origin(recipe: Recipe) -> Origin | None:
+def find_parent_run(recipe: Recipe) -> ParentRun | None:
     """What `continue_from_path` stands for; None where it is not set.
 
     Raises `ConfigError` where there is no checkpoint, for one of another model or of another stream of samples, and for
@@ -47,7 +47,7 @@ def find_origin(recipe: Recipe) -> Origin | None:
     if not isinstance(file.config.get("encoder"), dict) or not isinstance(checkpoint["identity"], dict):
         raise ConfigError(f"continue_from_path: {file.path} is not the checkpoint of a pretraining run")
     check_that_it_fits(checkpoint, recipe.model, _stream(recipe), continues=True)
-    return Origin(file, steps, samples if type(samples) is int else None, _rate(outline))
+    return ParentRun(file, steps, samples if type(samples) is int else None, _rate(outline))
 
 
 def _stream(recipe: Recipe) -> dict[str, Any]:

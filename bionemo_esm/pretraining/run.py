@@ -13,13 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bionemo_esm.console import Meter, Screen, duration, exit_of, is_rank_zero, third_party_output_in
+from bionemo_esm.console import Console, ProgressBar, duration, is_rank_zero, redirect_output, run_to_exit_code
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.pretraining.data_setup import build_proteins, describe_source, open_proteins
 from bionemo_esm.pretraining.preflight import check_requirements
 from bionemo_esm.pretraining.rank_agreement import assembled, large_imports, versions
 from bionemo_esm.pretraining.recipe import Recipe, load_recipe
-from bionemo_esm.pretraining.run_context import OUTPUT_LOG, PreparedRun, alone_in, describe_model, make_folder, short
+from bionemo_esm.pretraining.run_context import (
+    OUTPUT_LOG,
+    RunContext,
+    describe_model,
+    exclusive_lock,
+    make_folder,
+    short,
+)
 
 if TYPE_CHECKING:  # NeMo takes seconds to import: a mistake in the configuration is answered before
     from bionemo_esm.model.esm1nv import ESM1nvModel
@@ -36,7 +43,7 @@ def pretrain(cfg: DictConfig) -> None:
     command then goes on.
     """
     interrupted = "Interrupted; the same command goes on from the last checkpoint, if there is one."
-    exit_of(lambda: _pretrain(cfg), interrupted, silent=not is_rank_zero())
+    run_to_exit_code(lambda: _pretrain(cfg), interrupted, silent=not is_rank_zero())
 
 
 def _pretrain(cfg: DictConfig) -> int:
@@ -50,24 +57,24 @@ def _pretrain(cfg: DictConfig) -> int:
         folder = recipe.run_folder.absolute()
         if muster.together(lambda: _already_finished(recipe, folder), lambda finished: {"finished": finished}):
             return 0
-        screen = muster.together(lambda: until_the_end.enter_context(_at_work_in(folder, cfg)))
-        muster.first(lambda: build_proteins(recipe, folder, screen))
+        console = muster.together(lambda: until_the_end.enter_context(_at_work_in(folder, cfg)))
+        muster.first(lambda: build_proteins(recipe, folder, console))
         run = muster.together(
-            lambda: PreparedRun.of(recipe, folder, open_proteins(recipe, folder)), lambda run: run.identity
+            lambda: RunContext.of(recipe, folder, open_proteins(recipe, folder)), lambda run: run.identity
         )
         with large_imports():
             from bionemo_esm.pretraining.trainer import fit
 
-        result = fit(run, screen, muster)
+        result = fit(run, console, muster)
         if result.stopped_by is not None:
-            screen.say(f"\nStopped by {result.stopped_by.name} at step {result.steps:,}, state saved.")
-            screen.say("The same command goes on from there.")
+            console.print_line(f"\nStopped by {result.stopped_by.name} at step {result.steps:,}, state saved.")
+            console.print_line("The same command goes on from there.")
             return 128 + result.stopped_by
         if result.model.gave_up:
-            screen.say(_gave_up(recipe, folder, result.steps))
+            console.print_line(_gave_up(recipe, folder, result.steps))
             return EXIT_GAVE_UP
         if is_rank_zero():
-            _finish(run, result, screen, started)
+            _finish(run, result, console, started)
     return 0
 
 
@@ -79,19 +86,19 @@ def _show_plan(cfg: DictConfig) -> None:
 
 
 @contextmanager
-def _at_work_in(folder: Path, cfg: DictConfig) -> Iterator[Screen]:
+def _at_work_in(folder: Path, cfg: DictConfig) -> Iterator[Console]:
     """The run's folder, held by rank 0 for all, with the messages of other libraries in its log."""
     make_folder(folder)
     with (
-        alone_in(folder) if is_rank_zero() else nullcontext(),
-        third_party_output_in(folder / OUTPUT_LOG, silent=not is_rank_zero()) as screen,
+        exclusive_lock(folder) if is_rank_zero() else nullcontext(),
+        redirect_output(folder / OUTPUT_LOG, silent=not is_rank_zero()) as console,
     ):
         if is_rank_zero() and not (folder / "config.yaml").exists():  # a run that is refused must not replace it
             OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-        yield screen
+        yield console
 
 
-def _finish(run: PreparedRun, result: FitResult, screen: Screen, started: float) -> None:
+def _finish(run: RunContext, result: FitResult, console: Console, started: float) -> None:
     """Write the archive, read it back, score it on the validation set, and report."""
     from bionemo_esm.model.esm1nv import ESM1nvModel
     from bionemo_esm.pretraining.report import write_report
@@ -99,30 +106,32 @@ def _finish(run: PreparedRun, result: FitResult, screen: Screen, started: float)
     archive = run.folder / f"{run.recipe.name}.nemo"
     result.model.save_to(str(archive))
     restored = ESM1nvModel.restore_from(str(archive))
-    summary = _summary(run, result, restored, archive) | _averaged(run, result, screen)
+    summary = _summary(run, result, restored, archive) | _averaged(run, result, console)
     summary |= {"wall_seconds": round(time.monotonic() - started, 1)}
     _write_json(run.folder / "summary.json", summary)
     report = write_report(run.folder)
-    screen.say(_closing(summary, report))
+    console.print_line(_closing(summary, report))
 
 
-def _averaged(run: PreparedRun, result: FitResult, screen: Screen) -> dict[str, Any]:
+def _averaged(run: RunContext, result: FitResult, console: Console) -> dict[str, Any]:
     """Write the average of the last checkpoints, read it back and score it; what the summary says of it."""
     from bionemo_esm.model.esm1nv import ESM1nvModel
 
     output = run.folder / f"{run.recipe.name}-averaged.nemo"
     try:
-        if result.averaging is None or not result.averaging.finish(output, Meter(screen, "averaging")):
+        if result.averaging is None or not result.averaging.finish(output, ProgressBar(console, "averaging")):
             return {}
     except UserError as error:  # the run itself has come to its end, and its model is safe
-        screen.say(f"warning: no average was made: {error}")
+        console.print_line(f"warning: no average was made: {error}")
         return {}
     restored = ESM1nvModel.restore_from(str(output))
     saving, found = run.recipe.exp_manager.checkpoints, len(restored.provenance["averaged_from"])
     written = -(-result.steps // saving.every_n_train_steps) - result.first_step // saving.every_n_train_steps
     wanted = min(saving.average_last, written)
     if found < wanted:
-        screen.say(f"warning: the average is of {found}, not {wanted} checkpoints; others are missing in averaging/")
+        console.print_line(
+            f"warning: the average is of {found}, not {wanted} checkpoints; others are missing in averaging/"
+        )
     score = restored.evaluate(run.validation)
     return {
         "averaged_nemo": str(output),
@@ -143,7 +152,7 @@ def _gave_up(recipe: Recipe, folder: Path, steps: int) -> str:
     )
 
 
-def _summary(run: PreparedRun, result: FitResult, restored: ESM1nvModel, archive: Path) -> dict[str, Any]:
+def _summary(run: RunContext, result: FitResult, restored: ESM1nvModel, archive: Path) -> dict[str, Any]:
     recipe = run.recipe
     score = restored.evaluate(run.validation)
     return {

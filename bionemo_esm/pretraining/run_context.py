@@ -36,12 +36,12 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Hold the folder for the length of a block, and clear it of what a killed process left half-written.
 
     Raises `ConfigError`, naming the holder, where another process holds it.
     """
-    with outputs.alone_in(folder, "exp_manager.exp_dir", "give this run another exp_manager.name"):
+    with outputs.exclusive_lock(folder, "exp_manager.exp_dir", "give this run another exp_manager.name"):
         for pattern in _HALF_WRITTEN:
             for partial in folder.glob(pattern):
                 partial.unlink()
@@ -52,7 +52,7 @@ OUTPUT_LOG = "output.log"
 
 
 @dataclass(frozen=True)
-class PreparedRun:
+class RunContext:
     """All that a training needs: batches to learn from, batches to be asked, and what to hold the answers against."""
 
     recipe: Recipe
@@ -64,12 +64,12 @@ class PreparedRun:
     probe: ProbeSet | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, folder: Path, store: ProteinStore) -> PreparedRun:
+    def of(cls, recipe: Recipe, folder: Path, store: ProteinStore) -> RunContext:
         """Deal the store's splits into batches as the recipe says."""
         max_tokens, policy = recipe.model.seq_length, recipe.data.masking
         reader = SampleReader(store.split("train"), max_tokens, policy, recipe.seed)
-        questions = SampleReader(store.split("validation"), max_tokens, policy.for_evaluation(), recipe.seed)
-        validation = ValidationBatches(questions, validation_batch_size(recipe, questions.num_samples))
+        queries = SampleReader(store.split("validation"), max_tokens, policy.for_evaluation(), recipe.seed)
+        validation = ValidationBatches(queries, validation_batch_size(recipe, queries.num_samples))
         stream = TrainingStream(reader, recipe.batch_plan())
         unigram = unigram_perplexity(reader.split, validation)
         if math.isnan(unigram):

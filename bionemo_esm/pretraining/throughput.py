@@ -17,7 +17,7 @@ from lightning.pytorch.profilers import Profiler
 from torch import distributed
 
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.step_stats import StepWork
+from bionemo_esm.model.step_stats import StepStats
 from bionemo_esm.pretraining.hardware import cpu_name, peak_flops
 
 
@@ -45,7 +45,7 @@ class Measurements:
 MEASURED = tuple(field.name for field in fields(Measurements))
 
 
-class DataWait(Profiler):
+class DataWaitTimer(Profiler):
     """Seconds that training waited for its batches, as Lightning's profiling hooks have it."""
 
     def __init__(self) -> None:
@@ -66,15 +66,15 @@ class DataWait(Profiler):
         return seconds
 
 
-class Gauges:
+class ThroughputMeter:
     """Adds up what steps did and how long they took, until the next logging step."""
 
     def __init__(self) -> None:
-        self.data_wait = DataWait()  # to be given to the trainer as its profiler
+        self.data_wait = DataWaitTimer()  # to be given to the trainer as its profiler
         self.latest: Measurements | None = None
         self._clear()
 
-    def add(self, work: StepWork, seconds: float) -> None:
+    def add(self, work: StepStats, seconds: float) -> None:
         """A step, and the time since the one before it, validation left out."""
         self._work += work
         self._seconds += seconds
@@ -112,7 +112,7 @@ class Gauges:
         return self.latest
 
     def _clear(self) -> None:
-        self._work, self._seconds, self.steps = StepWork(), 0.0, 0
+        self._work, self._seconds, self.steps = StepStats(), 0.0, 0
 
 
 def device_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -15,22 +15,22 @@ from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
-from bionemo_esm.console import Screen
+from bionemo_esm.console import Console
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation
 from bionemo_esm.model.strategy import MegatronStrategy
 from bionemo_esm.pretraining.async_writer import BackgroundWriter
 from bionemo_esm.pretraining.averaging_callback import CheckpointAveraging
 from bionemo_esm.pretraining.callbacks import History, InitialValidation, Progress, initial_validation, last_probe
-from bionemo_esm.pretraining.checkpoints import Checkpoints, SafeCheckpointIO, Start, choose_start
+from bionemo_esm.pretraining.checkpoints import Checkpoints, SafeCheckpointIO, StartingPoint, choose_starting_checkpoint
 from bionemo_esm.pretraining.hang_watch import HangWatch, collective_timeout, resiliency_callbacks
 from bionemo_esm.pretraining.probe import Probe, ProbeAtStart
 from bionemo_esm.pretraining.probe_config import ProbeSet
-from bionemo_esm.pretraining.rank_agreement import Muster, slurm_environment
+from bionemo_esm.pretraining.rank_agreement import RankAgreement, slurm_environment
 from bionemo_esm.pretraining.recipe import Recipe, TrainerConfig
-from bionemo_esm.pretraining.run_context import PreparedRun
+from bionemo_esm.pretraining.run_context import RunContext
 from bionemo_esm.pretraining.signals import StopSignals
-from bionemo_esm.pretraining.throughput import Gauges, device_name
+from bionemo_esm.pretraining.throughput import ThroughputMeter, device_name
 
 PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16 with float32 masters"}
 
@@ -55,23 +55,23 @@ class FitResult:
     device_name: str
 
 
-def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
+def fit(run: RunContext, console: Console, muster: RankAgreement) -> FitResult:
     """Train to the recipe's last step, from the newest checkpoint in the run's folder that can be read."""
     recipe, folder = run.recipe, run.folder
     _send_nemo_messages_to_the_log()
-    chosen = muster.first(lambda: _start_to_tell(run, screen))
-    start = Start(**{**chosen, "checkpoint": chosen["checkpoint"] and Path(chosen["checkpoint"])})
+    chosen = muster.first(lambda: _start_to_tell(run, console))
+    start = StartingPoint(**{**chosen, "checkpoint": chosen["checkpoint"] and Path(chosen["checkpoint"])})
 
     saving, signals = recipe.exp_manager.checkpoints, StopSignals()
     writer = BackgroundWriter(saving.in_background)
-    gauges, watch = Gauges(), HangWatch(folder, recipe.trainer.hang_timeout_seconds, screen)
+    gauges, watch = ThroughputMeter(), HangWatch(folder, recipe.trainer.hang_timeout_seconds, console)
     history = History(folder / "metrics.jsonl", recipe.trainer.log_every_n_steps, gauges)
     checkpoints = Checkpoints(folder / "checkpoints", saving, signals, writer, watch.patience)
     averaging = None
     if saving.average_last:
         averaging = CheckpointAveraging(folder / "averaging", saving.average_last, saving.every_n_train_steps, writer)
-    progress = Progress(screen, history, run.unigram_perplexity)
-    probe = None if run.probe is None else _probe(run, run.probe, signals, watch, history, screen)
+    progress = Progress(console, history, run.unigram_perplexity)
+    probe = None if run.probe is None else _probe(run, run.probe, signals, watch, history, console)
     callbacks: list[Callback] = [watch, history, progress, *([probe] if probe else [])]  # first: on record, then saved
     callbacks += [*([averaging] if averaging else []), checkpoints]
     if recipe.restore_from_path is not None and start.checkpoint is None:
@@ -92,7 +92,7 @@ def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
     dtype = parameter_dtype(recipe.trainer.precision, trainer.strategy.root_device.type)
     model.identity = {**run.identity, "precision": PRECISION_NAMES[dtype]}
     backends = choose_backends(trainer.strategy.root_device.type, dtype, recipe.model.attention_dropout).describe()
-    screen.say(run.opening_screen(backends, PRECISION_NAMES[dtype], start.steps, start.first_step))
+    console.print_line(run.opening_screen(backends, PRECISION_NAMES[dtype], start.steps, start.first_step))
 
     with signals.heeded(), watch.over_training():
         _fit_or_be_interrupted(trainer, model, start.checkpoint)
@@ -116,18 +116,18 @@ def fit(run: PreparedRun, screen: Screen, muster: Muster) -> FitResult:
 
 
 def _probe(
-    run: PreparedRun, probed: ProbeSet, signals: StopSignals, watch: HangWatch, history: History, screen: Screen
+    run: RunContext, probed: ProbeSet, signals: StopSignals, watch: HangWatch, history: History, console: Console
 ) -> Probe:
     """With at most as many tokens at a time as training may have, which also keeps what it needs for gradients."""
     data, longest = run.recipe.data, run.recipe.model.seq_length
     most_tokens = data.micro_batch_tokens or (data.micro_batch_size or 1) * longest
-    return Probe(probed, most_tokens, signals, watch, history, screen)
+    return Probe(probed, most_tokens, signals, watch, history, console)
 
 
-def _start_to_tell(run: PreparedRun, screen: Screen) -> dict[str, Any]:
-    """`choose_start`, as rank 0 tells it to the others: a checkpoint is verified once, not by every rank."""
+def _start_to_tell(run: RunContext, console: Console) -> dict[str, Any]:
+    """Return `choose_starting_checkpoint` of rank 0, broadcast: a checkpoint is verified once, not by every rank."""
     recipe = run.recipe
-    start = choose_start(run.folder, recipe.continue_from_path, screen)
+    start = choose_starting_checkpoint(run.folder, recipe.continue_from_path, console)
     return {**asdict(start), "checkpoint": start.checkpoint and str(start.checkpoint)}
 
 

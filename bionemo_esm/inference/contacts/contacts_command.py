@@ -20,9 +20,9 @@ from omegaconf import DictConfig
 from bionemo_esm import config_directory
 from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.console import RESIDUES, Meter, Screen
+from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.files import check_absent, check_writable, written_whole
+from bionemo_esm.files import atomic_write, check_absent, check_writable
 from bionemo_esm.inference.contacts.metrics import TIES, Precisions, as_dicts, precisions, summary, table
 from bionemo_esm.inference.contacts.output_dir import WorkFolder, file_names, written_table
 from bionemo_esm.inference.contacts.structures import Structure, holds_structures, read_structures, source_paths
@@ -33,7 +33,7 @@ from bionemo_esm.settings import integer, known, number, path, plain_values
 if TYPE_CHECKING:  # they import torch
     from numpy.typing import NDArray
 
-    from bionemo_esm.inference.contacts.prediction import Map, Reach
+    from bionemo_esm.inference.contacts.prediction import Map, WindowSpec
     from bionemo_esm.inference.engine import Engine
 
 _KEYS = ENGINE_KEYS | {
@@ -138,40 +138,40 @@ def _predict(config: ContactsConfig) -> int:
     check_absent("output", config.output)
     check_writable("output", config.output)
     config.engine.check()
-    screen = Screen(sys.stdout)
-    subjects, skipped = _read(config, screen)
+    console = Console(sys.stdout)
+    subjects, skipped = _read(config, console)
     fitted = _fitted_on(config.engine.model, subjects)
     engine = config.engine.load()
-    screen.say(f"  model    {describe(engine)}")
+    console.print_line(f"  model    {describe(engine)}")
 
-    from bionemo_esm.inference.contacts.prediction import Reach, check_head  # torch takes a second to import
+    from bionemo_esm.inference.contacts.prediction import WindowSpec, check_head  # torch takes a second to import
 
     check_head(engine)
-    reach = Reach.of(engine, config.window, config.overlap)
+    reach = WindowSpec.of(engine, config.window, config.overlap)
     _check_lengths(config, subjects, reach.window)
     with WorkFolder.opened(config.output, _fingerprint(engine, reach, subjects)) as work:
         names = file_names([subject.id for subject in subjects])
-        _fill(work, engine, subjects, names, reach, screen)
-        found = _describe_all(work, config, subjects, names, reach, fitted, screen)
+        _fill(work, engine, subjects, names, reach, console)
+        found = _describe_all(work, config, subjects, names, reach, fitted, console)
         _write_summary(work, config, engine, subjects, skipped, reach, found)
         work.finish()
-    _tell(config, found, screen)
-    screen.say(f"Wrote {config.output}: contacts.csv, proteins.csv, summary.json, maps/ and pictures/")
+    _tell(config, found, console)
+    console.print_line(f"Wrote {config.output}: contacts.csv, proteins.csv, summary.json, maps/ and pictures/")
     return 0
 
 
-def _tell(config: ContactsConfig, found: Found, screen: Screen) -> None:
+def _tell(config: ContactsConfig, found: Found, console: Console) -> None:
     pairs = "1 pair reaches" if found.pairs == 1 else f"{found.pairs:,} pairs reach"
     surest = "" if found.surest is None else f"; the surest of all is {found.surest:.2f}"
-    screen.say(f"Found: {pairs} threshold={config.threshold:g}{surest}")
+    console.print_line(f"Found: {pairs} threshold={config.threshold:g}{surest}")
     if found.fitted_on:
-        screen.say(f"  left out of the precision: {found.fitted_on:,} that the contact head was fitted on")
+        console.print_line(f"  left out of the precision: {found.fitted_on:,} that the contact head was fitted on")
     if found.precisions:
-        screen.say(f"Precision over {len(found.precisions):,} structure{'s' * (len(found.precisions) != 1)}:")
+        console.print_line(f"Precision over {len(found.precisions):,} structure{'s' * (len(found.precisions) != 1)}:")
         rows = {"model": found.precisions, "best possible": found.best}
         for line in table({name: summary(of_proteins, config.seed) for name, of_proteins in rows.items()}):
-            screen.say(f"  {line}")
-        screen.say(f"  {TIES}")
+            console.print_line(f"  {line}")
+        console.print_line(f"  {TIES}")
 
 
 def _fitted_on(model: Path, subjects: Sequence[Subject]) -> set[int]:
@@ -188,7 +188,7 @@ def _fitted_on(model: Path, subjects: Sequence[Subject]) -> set[int]:
     return {place for place, subject in enumerate(subjects) if subject.tokens.tobytes() in sequences}
 
 
-def _read(config: ContactsConfig, screen: Screen) -> tuple[list[Subject], int]:
+def _read(config: ContactsConfig, console: Console) -> tuple[list[Subject], int]:
     """The proteins in the input's order, and how many records were left out."""
     skipped: list[str] = []
     source = ", ".join(config.input)
@@ -211,11 +211,11 @@ def _read(config: ContactsConfig, screen: Screen) -> tuple[list[Subject], int]:
                 f"that in memory; where there is as much, max_residues={subject.residues} allows it"
             )
     proteins_read, residues = len(subjects), sum(subject.residues for subject in subjects)
-    screen.say(
+    console.print_line(
         f"Read {proteins_read:,} protein{'s' * (proteins_read != 1)}, {residues:,} residue{'s' * (residues != 1)}"
     )
     if skipped:
-        screen.say(f"  left out {len(skipped):,}, the first: {skipped[0]}")
+        console.print_line(f"  left out {len(skipped):,}, the first: {skipped[0]}")
     return subjects, len(skipped)
 
 
@@ -229,7 +229,7 @@ def _check_lengths(config: ContactsConfig, subjects: Sequence[Subject], window: 
                 )
 
 
-def _fingerprint(engine: Engine, reach: Reach, subjects: Sequence[Subject]) -> str:
+def _fingerprint(engine: Engine, reach: WindowSpec, subjects: Sequence[Subject]) -> str:
     """Of all that the maps depend on: a line for each thing."""
     digest = hashlib.sha256()
     for subject in subjects:
@@ -242,7 +242,12 @@ def _fingerprint(engine: Engine, reach: Reach, subjects: Sequence[Subject]) -> s
 
 
 def _fill(
-    work: WorkFolder, engine: Engine, subjects: Sequence[Subject], names: Sequence[str], reach: Reach, screen: Screen
+    work: WorkFolder,
+    engine: Engine,
+    subjects: Sequence[Subject],
+    names: Sequence[str],
+    reach: WindowSpec,
+    console: Console,
 ) -> None:
     """Write the map of each protein that has none yet."""
     from bionemo_esm.inference.contacts.prediction import predict_contacts as predict
@@ -252,8 +257,8 @@ def _fill(
     done = total - sum(subjects[place].residues for place in todo)
     if done:
         there = len(subjects) - len(todo)
-        screen.say(f"  going on {there:,} protein{'s are' if there != 1 else ' is'} there already")
-    meter = Meter(screen, "contacts", RESIDUES)
+        console.print_line(f"  going on {there:,} protein{'s are' if there != 1 else ' is'} there already")
+    meter = ProgressBar(console, "contacts", RESIDUES)
     meter(done, total)
     for place, found_RR in predict(engine, [subject.tokens for subject in subjects], reach, todo.__contains__):
         work.write_map(names[place], found_RR)
@@ -266,9 +271,9 @@ def _describe_all(
     config: ContactsConfig,
     subjects: Sequence[Subject],
     names: Sequence[str],
-    reach: Reach,
+    reach: WindowSpec,
     fitted: Set[int],
-    screen: Screen,
+    console: Console,
 ) -> Found:
     """contacts.csv, proteins.csv and the pictures; precisions only where no head was fitted on the structure."""
     from bionemo_esm.inference.contacts.figure import draw_contacts
@@ -276,7 +281,7 @@ def _describe_all(
     all_found: list[Precisions] = []
     best: list[Precisions] = []
     below, listed, surest, done = config.contact_angstrom, 0, None, 0
-    meter, total = Meter(screen, "tables and pictures", RESIDUES), sum(subject.residues for subject in subjects)
+    meter, total = ProgressBar(console, "tables and pictures", RESIDUES), sum(subject.residues for subject in subjects)
     extra = ["distance"] * any(subject.structure is not None for subject in subjects)
     pairs_header = ["id", "i", "j", "residue_i", "residue_j", "probability", *extra]
     proteins_header = ["id", "residues", "windows", "contacts", "map"]
@@ -340,7 +345,7 @@ def _write_summary(
     engine: Engine,
     subjects: Sequence[Subject],
     skipped: int,
-    reach: Reach,
+    reach: WindowSpec,
     found: Found,
 ) -> None:
     told = {
@@ -362,7 +367,7 @@ def _write_summary(
         "precision": as_dicts(summary(found.precisions, config.seed)),
         "best_possible": as_dicts(summary(found.best, config.seed)),
     }
-    with written_whole(work.folder / "summary.json") as stream:
+    with atomic_write(work.folder / "summary.json") as stream:
         stream.write((json.dumps(told, indent=2) + "\n").encode())
 
 

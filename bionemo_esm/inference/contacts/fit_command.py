@@ -15,13 +15,13 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.console import RESIDUES, Meter, Screen
+from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.files import check_absent, check_writable
 from bionemo_esm.inference.contacts.head_fitting import (
     Division,
-    FitChoice,
+    FitOptions,
     Pairs,
     bytes_to_fit,
     check_memory,
@@ -52,7 +52,7 @@ class FitConfig:
     output: Path
     atom: str
     chain: str | None
-    choice: FitChoice
+    options: FitOptions
     baseline: bool
 
 
@@ -63,7 +63,7 @@ def load_fit_config(cfg: DictConfig) -> FitConfig:
     if output is None or output.suffix != ".nemo":
         raise ConfigError(f"output must be the name of a .nemo to write, not {values['output']!r}")
     train, most = values["train"], values["most_pairs"]
-    choice = FitChoice(
+    options = FitOptions(
         tuple(map(str, train)) if isinstance(train, list) else integer("train", train),
         integer("seed", values["seed"]),
         number("C", values["C"]),
@@ -77,7 +77,7 @@ def load_fit_config(cfg: DictConfig) -> FitConfig:
         output,
         str(values["atom"]),
         None if values["chain"] is None else str(values["chain"]),
-        choice,
+        options,
         boolean("baseline", values["baseline"]),
     )
 
@@ -91,62 +91,68 @@ def _fit(config: FitConfig) -> int:
     check_absent("output", config.output)
     check_writable("output", config.output)
     config.engine.check()
-    screen = Screen(sys.stdout)
-    choice = config.choice
+    console = Console(sys.stdout)
+    options = config.options
     structures = read_structures(config.structures, config.atom, config.chain)
     chains = f"{len(structures):,} chain{'s' * (len(structures) != 1)}"
-    screen.say(f"Read {chains} from {', '.join(config.structures)}")
+    console.print_line(f"Read {chains} from {', '.join(config.structures)}")
 
     engine = config.engine.load()
 
     from bionemo_esm.inference.contacts.head_fitting import fit_head  # torch takes a second to import
 
-    screen.say(f"  model    {describe(engine)}")
+    console.print_line(f"  model    {describe(engine)}")
     if engine.config.contact_head:
-        screen.say("  note     it has a contact head already, which the new one replaces")
-    division = divide(structures, choice, engine.window)
-    pairs = training_pairs(division.train, choice)
+        console.print_line("  note     it has a contact head already, which the new one replaces")
+    division = divide(structures, options, engine.window)
+    pairs = training_pairs(division.train, options)
     count, heads = sum(len(part.first) for part in pairs), engine.layers * engine.config.num_attention_heads
     check_memory(count, heads)
-    _tell_division(screen, division, pairs, heads)
-    answered = _told(screen, "attention", sum(structure.residues for structure in division.train))
-    regression = fit_head(engine, division.train, pairs, choice, answered)
-    _tell_fit(screen, regression)
-    results = _results(engine, regression, division, pairs, config, screen)
+    _tell_division(console, division, pairs, heads)
+    answered = _told(console, "attention", sum(structure.residues for structure in division.train))
+    regression = fit_head(engine, division.train, pairs, options, answered)
+    _tell_fit(console, regression)
+    results = _results(engine, regression, division, pairs, config, console)
     _save(engine, regression, _provenance(config, engine, regression, division, count, results), config.output)
-    screen.say(f"Wrote {config.output}, {config.output.stat().st_size:,} bytes: the same weights, and the contact head")
+    console.print_line(
+        f"Wrote {config.output}, {config.output.stat().st_size:,} bytes: the same weights, and the contact head"
+    )
     name = shlex.quote(str(config.output))
-    screen.say(f"Predict contacts:  bionemo-esm contacts model={name} input=proteins.fasta output=contacts")
+    console.print_line(f"Predict contacts:  bionemo-esm contacts model={name} input=proteins.fasta output=contacts")
     return 0
 
 
-def _tell_division(screen: Screen, division: Division, pairs: Sequence[Pairs], heads: int) -> None:
+def _tell_division(console: Console, division: Division, pairs: Sequence[Pairs], heads: int) -> None:
     count, touching = sum(len(part.first) for part in pairs), sum(int(part.touch.sum()) for part in pairs)
     structures = f"{len(division.train)} structure{'s' * (len(division.train) != 1)}"
-    screen.say(f"  fit on   {structures}, {count:,} pairs of residues, {touching:,} in contact")
+    console.print_line(f"  fit on   {structures}, {count:,} pairs of residues, {touching:,} in contact")
     left_out = [
         f"{division.repeated} with the sequence of another" if division.repeated else "",
         f"{division.without_pairs} without pairs to ask about" if division.without_pairs else "",
     ]
     told = ", ".join(filter(None, left_out))
     others = f"{len(division.held_out)} other{'s' * (len(division.held_out) != 1)}"
-    screen.say(f"  test on  {others}{f'; left out: {told}' if told else ''}")
-    screen.say(f"  features {heads:,} attention heads; fitting takes up to {bytes_to_fit(count, heads) / 1e9:.2f} GB")
+    console.print_line(f"  test on  {others}{f'; left out: {told}' if told else ''}")
+    console.print_line(
+        f"  features {heads:,} attention heads; fitting takes up to {bytes_to_fit(count, heads) / 1e9:.2f} GB"
+    )
 
 
-def _tell_fit(screen: Screen, regression: Regression) -> None:
+def _tell_fit(console: Console, regression: Regression) -> None:
     used = int((regression.weight != 0).sum())
-    screen.say(
+    console.print_line(
         f"  head     {used:,} of {len(regression.weight):,} attention heads ha{'s' if used == 1 else 've'} a weight"
     )
     if not used:
-        screen.say("  note     none has: all pairs get the same probability. A higher C allows more, e.g. C=1")
+        console.print_line("  note     none has: all pairs get the same probability. A higher C allows more, e.g. C=1")
     if not regression.converged:
-        screen.say(f"  note     not converged after {regression.rounds:,} rounds; the weights are near the best ones")
+        console.print_line(
+            f"  note     not converged after {regression.rounds:,} rounds; the weights are near the best ones"
+        )
 
 
-def _told(screen: Screen, what: str, total: int) -> Callable[[int], None]:
-    meter, done = Meter(screen, what, RESIDUES), 0
+def _told(console: Console, what: str, total: int) -> Callable[[int], None]:
+    meter, done = ProgressBar(console, what, RESIDUES), 0
 
     def answered(residues: int) -> None:
         nonlocal done
@@ -157,34 +163,34 @@ def _told(screen: Screen, what: str, total: int) -> Callable[[int], None]:
 
 
 def _results(
-    engine: Engine, regression: Regression, division: Division, pairs: list[Pairs], config: FitConfig, screen: Screen
+    engine: Engine, regression: Regression, division: Division, pairs: list[Pairs], config: FitConfig, console: Console
 ) -> dict[str, list[Row]]:
     """Precisions over the held-out structures by the name of the predictor; told as well."""
     from bionemo_esm.inference.contacts import head_fitting as fitting
 
     if not division.held_out:
-        screen.say("  note     all structures were fitted on: how good the head is on others is not known")
+        console.print_line("  note     all structures were fitted on: how good the head is on others is not known")
         return {}
-    choice, others = config.choice, division.held_out
+    options, others = config.options, division.held_out
     total = sum(structure.residues for structure in others)
     found = {
-        "model": fitting.evaluate(engine, regression, others, choice, _told(screen, "held out", total)),
-        "separation alone": fitting.evaluate_separation(pairs, others, choice),
-        "best possible": fitting.best_possible(others, choice),
+        "model": fitting.evaluate(engine, regression, others, options, _told(console, "held out", total)),
+        "separation alone": fitting.evaluate_separation(pairs, others, options),
+        "best possible": fitting.best_possible(others, options),
     }
     if config.baseline:
-        blank = fitting.untrained(engine, config.choice.seed)
-        its_own = fitting.fit_head(blank, division.train, pairs, choice)
-        found["untrained model"] = fitting.evaluate(blank, its_own, others, choice, _told(screen, "untrained", total))
+        blank = fitting.untrained(engine, config.options.seed)
+        its_own = fitting.fit_head(blank, division.train, pairs, options)
+        found["untrained model"] = fitting.evaluate(blank, its_own, others, options, _told(console, "untrained", total))
     order = [name for name in ("model", "untrained model", "separation alone", "best possible") if name in found]
-    rows: dict[str, list[Row]] = {name: summary(found[name], config.choice.seed) for name in order}
-    screen.say("Precision on the held-out structures:")
+    rows: dict[str, list[Row]] = {name: summary(found[name], config.options.seed) for name in order}
+    console.print_line("Precision on the held-out structures:")
     for line in table(rows):
-        screen.say(f"  {line}")
-    screen.say(f"  {TIES}")
+        console.print_line(f"  {line}")
+    console.print_line(f"  {TIES}")
     compared = {name: rows[name] for name in rows if name != "best possible"}
     for line in (*intervals(compared), *verdict(compared)):
-        screen.say(f"  {line}")
+        console.print_line(f"  {line}")
     return rows
 
 
@@ -206,10 +212,10 @@ def _provenance(
         "pairs": pairs,
         "structure_files": files if len(files) <= 100 else f"{len(files)} files",
         "structure_files_sha256": digest,
-        "contact": f"{config.atom} nearer than {config.choice.contact_angstrom:g} angstrom",
-        "separation": config.choice.separation,
-        "C": config.choice.strength,
-        "seed": config.choice.seed,
+        "contact": f"{config.atom} nearer than {config.options.contact_angstrom:g} angstrom",
+        "separation": config.options.separation,
+        "C": config.options.strength,
+        "seed": config.options.seed,
         "solver": f"scikit-learn {sklearn.__version__}, liblinear, L1",
         "heads_used": int((regression.weight != 0).sum()),
         "weights_sha256": engine.weights_sha256,

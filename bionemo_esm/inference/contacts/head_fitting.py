@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.contacts.metrics import Precisions, precisions
-from bionemo_esm.inference.contacts.prediction import Reach, predict_contacts
+from bionemo_esm.inference.contacts.prediction import WindowSpec, predict_contacts
 from bionemo_esm.inference.contacts.structures import CONTACT_ANGSTROM, Structure
 from bionemo_esm.inference.engine import Engine, Residues
 from bionemo_esm.model.backends import choose_backends
@@ -42,7 +42,7 @@ _BYTES_OF_A_FEATURE = 40
 
 
 @dataclass(frozen=True)
-class FitChoice:
+class FitOptions:
     """What is fitted on what. Raises `ConfigError`, naming the key."""
 
     train: int | tuple[str, ...] = 20  # how many structures, drawn by the seed, or their ids
@@ -102,24 +102,24 @@ def some_of(pairs: list[Pairs], most: int | None, seed: int) -> list[Pairs]:
     return [Pairs(part.first[keep], part.second[keep], part.touch[keep]) for part, keep in kept]
 
 
-def divide(structures: Sequence[Structure], choice: FitChoice, window: int) -> Division:
+def divide(structures: Sequence[Structure], options: FitOptions, window: int) -> Division:
     """Structures to fit on, of up to `window` residues, and all others; no sequence is in both, or twice.
 
     Raises `ConfigError` where there are not as many, or not these.
     """
     distinct = list({structure.tokens.tobytes(): structure for structure in reversed(structures)}.values())[::-1]
-    usable = [structure for structure in distinct if len(pairs_of(structure, choice.separation, 1.0).first)]
+    usable = [structure for structure in distinct if len(pairs_of(structure, options.separation, 1.0).first)]
     fitting = [structure for structure in usable if structure.residues <= window]
-    if isinstance(choice.train, int):
-        if choice.train > len(fitting):
+    if isinstance(options.train, int):
+        if options.train > len(fitting):
             raise ConfigError(
-                f"train={choice.train}: there are {len(fitting)} structures to fit on; it takes different sequences "
-                f"of up to {window} residues, with two resolved residues {choice.separation} or more apart"
+                f"train={options.train}: there are {len(fitting)} structures to fit on; it takes different sequences "
+                f"of up to {window} residues, with two resolved residues {options.separation} or more apart"
             )
-        drawn = np.random.default_rng(choice.seed).permutation(len(fitting))[: choice.train]
+        drawn = np.random.default_rng(options.seed).permutation(len(fitting))[: options.train]
         train = [fitting[place] for place in sorted(drawn.tolist())]
     else:
-        train = _named(structures, choice.train, {structure.id for structure in fitting}, window)
+        train = _named(structures, options.train, {structure.id for structure in fitting}, window)
     seen = {structure.tokens.tobytes() for structure in train}
     held_out = [structure for structure in usable if structure.tokens.tobytes() not in seen]
     return Division(train, held_out, len(structures) - len(distinct), len(distinct) - len(usable))
@@ -143,10 +143,10 @@ def _named(structures: Sequence[Structure], ids: Sequence[str], fitting: set[str
     return [by_id[identifier] for identifier in ids]
 
 
-def training_pairs(train: Sequence[Structure], choice: FitChoice) -> list[Pairs]:
+def training_pairs(train: Sequence[Structure], options: FitOptions) -> list[Pairs]:
     """The pairs of each structure that are fitted on. Raises `UserError` where none touches, or all do."""
-    pairs = [pairs_of(structure, choice.separation, choice.contact_angstrom) for structure in train]
-    pairs = some_of(pairs, choice.most_pairs, choice.seed)
+    pairs = [pairs_of(structure, options.separation, options.contact_angstrom) for structure in train]
+    pairs = some_of(pairs, options.most_pairs, options.seed)
     touching, total = sum(int(part.touch.sum()) for part in pairs), sum(len(part.touch) for part in pairs)
     if touching in (0, total):
         raise UserError(f"{touching} of {total:,} pairs touch, so there is nothing to tell apart; give more structures")
@@ -179,11 +179,11 @@ def attention_features(engine: Engine, tokens: Residues, pairs: Pairs) -> NDArra
     features_PF = np.empty((len(pairs.first), heads * engine.layers), dtype=np.float32)
     first, second = (torch.from_numpy(places).to(engine.device) for places in (pairs.first, pairs.second))
 
-    def take(layer: int, maps: list[Tensor]) -> None:
+    def to_native(layer: int, maps: list[Tensor]) -> None:
         corrected_NRR = corrected_maps(maps[0])
         features_PF[:, (layer - 1) * heads : layer * heads] = corrected_NRR[:, first, second].T.cpu().numpy()
 
-    show_attention_maps(engine.encoder, engine.packed([tokens]), take)
+    show_attention_maps(engine.encoder, engine.packed([tokens]), to_native)
     return features_PF
 
 
@@ -203,7 +203,7 @@ def fit_head(
     engine: Engine,
     train: Sequence[Structure],
     pairs: Sequence[Pairs],
-    choice: FitChoice,
+    options: FitOptions,
     answered: Callable[[int], None] = lambda residues: None,
 ) -> Regression:
     """The regression over an engine's attention at some pairs; the same for the same input."""
@@ -214,7 +214,7 @@ def fit_head(
         features_PF[at : at + len(part.first)] = attention_features(engine, structure.tokens, part)
         at += len(part.first)
         answered(structure.residues)
-    return fit_regression(features_PF, np.concatenate([part.touch for part in pairs]), choice.strength, choice.seed)
+    return fit_regression(features_PF, np.concatenate([part.touch for part in pairs]), options.strength, options.seed)
 
 
 def fit_regression(
@@ -272,20 +272,22 @@ def evaluate(
     engine: Engine,
     regression: Regression,
     structures: Sequence[Structure],
-    choice: FitChoice,
+    options: FitOptions,
     answered: Callable[[int], None] = lambda residues: None,
 ) -> list[Precisions]:
     """Of each structure the precisions of what the engine predicts with this regression as its contact head."""
     found: list[Precisions] = [{} for _ in structures]
     with with_head(engine, head_of(regression)):
         tokens = [structure.tokens for structure in structures]
-        for place, scores_RR in predict_contacts(engine, tokens, Reach.of(engine)):
+        for place, scores_RR in predict_contacts(engine, tokens, WindowSpec.of(engine)):
             answered(structures[place].residues)
-            found[place] = precisions(scores_RR, structures[place], choice.contact_angstrom)
+            found[place] = precisions(scores_RR, structures[place], options.contact_angstrom)
     return found
 
 
-def evaluate_separation(pairs: Sequence[Pairs], structures: Sequence[Structure], choice: FitChoice) -> list[Precisions]:
+def evaluate_separation(
+    pairs: Sequence[Pairs], structures: Sequence[Structure], options: FitOptions
+) -> list[Precisions]:
     """The precisions of a predictor that sees no sequence: how often pairs as far apart as these touch in training."""
     apart = np.concatenate([part.second - part.first for part in pairs])
     touch = np.concatenate([part.touch for part in pairs])
@@ -296,11 +298,11 @@ def evaluate_separation(pairs: Sequence[Pairs], structures: Sequence[Structure],
     for structure in structures:
         places = np.arange(structure.residues)
         scores_RR = share[np.abs(places[:, None] - places[None, :])]
-        found.append(precisions(scores_RR, structure, choice.contact_angstrom))
+        found.append(precisions(scores_RR, structure, options.contact_angstrom))
     return found
 
 
-def best_possible(structures: Sequence[Structure], choice: FitChoice) -> list[Precisions]:
+def best_possible(structures: Sequence[Structure], options: FitOptions) -> list[Precisions]:
     """The precisions of the true contacts themselves: below 1 where a protein has fewer than are asked for."""
-    below = choice.contact_angstrom
+    below = options.contact_angstrom
     return [precisions(structure.contacts(below).astype(np.float32), structure, below) for structure in structures]

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import numpy as np
 
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.files import check_absent, sync_folder, written_whole
+from bionemo_esm.files import atomic_write, check_absent, fsync_directory
 
 if TYPE_CHECKING:
     from bionemo_esm.inference.contacts.prediction import Map
@@ -57,7 +57,7 @@ class WorkFolder:
                 raise UserError(f"output: another process is writing {output}; wait for it to end") from error
             job = folder / _JOB
             if not job.exists():
-                with written_whole(job) as stream:
+                with atomic_write(job) as stream:
                     stream.write(fingerprint.encode())
             elif differing := _differing(job.read_text(errors="replace"), fingerprint):
                 raise UserError(
@@ -71,7 +71,7 @@ class WorkFolder:
 
     def write_map(self, name: str, found_RR: Map) -> None:
         """Whole, or not at all."""
-        with written_whole(self._map(name)) as stream:
+        with atomic_write(self._map(name)) as stream:
             np.savez(stream, probabilities=found_RR)
 
     def read_map(self, name: str, residues: int) -> Map:
@@ -94,9 +94,9 @@ class WorkFolder:
             (self.folder / name).unlink()
         for leftover in self.folder.rglob(".*.partial"):  # of a process that was killed
             leftover.unlink()
-        sync_folder(self.folder)
+        fsync_directory(self.folder)
         self.folder.replace(self._output)
-        sync_folder(self._output.absolute().parent)
+        fsync_directory(self._output.absolute().parent)
 
     def _map(self, name: str) -> Path:
         return self.folder / "maps" / f"{name}.npz"
@@ -114,7 +114,7 @@ def _differing(before: str, now: str) -> str:
 @contextmanager
 def written_table(path: Path, header: Sequence[str]) -> Iterator[Any]:
     """A CSV writer to a file that is there when the block ends well, and absent otherwise."""
-    with written_whole(path) as stream:
+    with atomic_write(path) as stream:
         text = io.TextIOWrapper(stream, "utf-8", errors="backslashreplace", newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(header)

@@ -24,14 +24,14 @@ Map = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Reach:
+class WindowSpec:
     """How a protein is read that is over `window` residues: through windows that share `overlap` or more."""
 
     window: int
     overlap: int
 
     @classmethod
-    def of(cls, engine: Engine, window: int | None = None, overlap: int | None = None) -> Reach:
+    def of(cls, engine: Engine, window: int | None = None, overlap: int | None = None) -> WindowSpec:
         """None: as many residues as the model was trained on, and half a window. Raises `ConfigError`."""
         window = engine.window if window is None else window
         if window < 1:
@@ -76,7 +76,7 @@ def check_head(engine: Engine) -> None:
 
 
 def predict_contacts(
-    engine: Engine, proteins: Sequence[Residues], reach: Reach, wanted: Callable[[int], bool] = lambda place: True
+    engine: Engine, proteins: Sequence[Residues], reach: WindowSpec, wanted: Callable[[int], bool] = lambda place: True
 ) -> Iterator[tuple[int, Map]]:
     """Contacts of each protein with its place in `proteins`: those that fit a window longest first, then the others.
 
@@ -96,7 +96,7 @@ def predict_contacts(
         yield place, _through_windows(engine, proteins[place], reach)
 
 
-def contacts_of(engine: Engine, tokens: Residues, reach: Reach) -> Map:
+def contacts_of(engine: Engine, tokens: Residues, reach: WindowSpec) -> Map:
     """Contacts of one protein."""
     ((_, found),) = predict_contacts(engine, [tokens], reach)
     return found
@@ -108,7 +108,7 @@ def _together(engine: Engine, proteins: Sequence[Residues]) -> list[Map]:
     return [((half_RR + half_RR.T) / 2).cpu().numpy() for half_RR in found]  # rounding leaves them nearly symmetric
 
 
-def _through_windows(engine: Engine, tokens: Residues, reach: Reach) -> Map:
+def _through_windows(engine: Engine, tokens: Residues, reach: WindowSpec) -> Map:
     """The mean over the windows that hold both residues of a pair, each counting by the product of its blending weights
     at the two."""
     cover = reach.cover(len(tokens))

@@ -14,18 +14,18 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.console import EXIT_INTERRUPTED, RESIDUES, Meter, Screen, exit_of, sigterm_as_exit
+from bionemo_esm.console import EXIT_INTERRUPTED, RESIDUES, Console, ProgressBar, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.files import check_absent, check_writable
 from bionemo_esm.inference.embedding.launcher import Outcome, embed_in_processes, launched
-from bionemo_esm.inference.embedding.options import EmbeddingChoice, counted
+from bionemo_esm.inference.embedding.options import EmbeddingOptions, counted
 from bionemo_esm.inference.embedding.shards import WorkFolder, copied
-from bionemo_esm.inference.embedding.worker import EmbedTask, Share, Tell, embed_share
+from bionemo_esm.inference.embedding.worker import EmbedTask, ProgressCallbacks, WorkerRank, embed_on_rank
 from bionemo_esm.inference.embedding.writers import format_of
 from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig
-from bionemo_esm.inference.inputs import POLICY_KEYS, InputPolicy, take_stock
+from bionemo_esm.inference.inputs import POLICY_KEYS, InputPolicy, scan_input
 from bionemo_esm.settings import boolean, integer, known, path, plain_values
 
 _STOPPED = "Stopped."
@@ -48,7 +48,7 @@ class EmbedConfig:
     output: Path
     kind: str  # a format of `writers`
     is_folder: bool
-    choice: EmbeddingChoice
+    options: EmbeddingOptions
     devices: int
     part_proteins: int
     part_megabytes: int
@@ -88,9 +88,9 @@ def load_embed_config(cfg: DictConfig) -> EmbedConfig:
     )
 
 
-def _choice(values: dict[str, Any]) -> EmbeddingChoice:
+def _choice(values: dict[str, Any]) -> EmbeddingOptions:
     layers = values["layers"] if isinstance(values["layers"], list) else [values["layers"]]
-    return EmbeddingChoice(
+    return EmbeddingOptions(
         layers=tuple(integer("layers", layer) for layer in layers),
         dtype=str(values["dtype"]),
         long_proteins=str(values["long_proteins"]),
@@ -111,7 +111,7 @@ def embed(cfg: DictConfig) -> None:
 
     try:
         with sigterm_as_exit(_STOPPED):
-            exit_of(job, _STOPPED)
+            run_to_exit_code(job, _STOPPED)
     except SystemExit as stop:
         if stop.code in _SIGNALLED and config is not None and not config.output.exists():
             print(f"{_kept(config.work)}.", file=sys.stderr)  # noqa: T201
@@ -120,89 +120,89 @@ def embed(cfg: DictConfig) -> None:
 
 def _embed(config: EmbedConfig) -> int:
     share = launched()
-    screen = Screen(sys.stdout, silent=share is not None and share.rank > 0)
+    console = Console(sys.stdout, silent=share is not None and share.rank > 0)
     if share is not None:
-        return _one_of_many(config, share, screen)
+        return _one_of_many(config, share, console)
     check_absent("output", config.output)
     check_writable("output", config.output)
-    config.choice.resolved(config.engine.check())
+    config.options.resolved(config.engine.check())
     work = config.work
     with work.held():
-        task = _task(config, screen, work)
-        tell = Tell(screen.say, _metered(screen, "embedding", task.stock.residues))
+        task = _task(config, console, work)
+        tell = ProgressCallbacks(console.print_line, _metered(console, "embedding", task.stock.residues))
         if config.devices == 1:
-            finished = embed_share(task, Share(), tell)
+            finished = embed_on_rank(task, WorkerRank(), tell)
             assert finished, "one process alone finishes all parts"
         else:
             outcome = embed_in_processes(task, config.devices, tell)
             if not outcome.finished:
                 return _fail(outcome, work)
-    _say_finished(task, screen)
+    _say_finished(task, console)
     return 0
 
 
-def _one_of_many(config: EmbedConfig, share: Share, screen: Screen) -> int:
+def _one_of_many(config: EmbedConfig, share: WorkerRank, console: Console) -> int:
     """One of the processes that a launcher has started: each on its own, until one finds that all is there."""
     if config.devices != 1:
         raise ConfigError(f"devices={config.devices}: {share.world} processes were started already; leave devices out")
     if config.input == STANDARD_INPUT:
         raise ConfigError("input=-: several processes cannot share standard input; give a file, or use devices=N")
     check_writable("output", config.output)
-    config.choice.resolved(config.engine.check())
+    config.options.resolved(config.engine.check())
     work = config.work
     with work.shared():
-        task = _task(config, screen, work)
+        task = _task(config, console, work)
         what = f"embedding, process 1 of {share.world}"
-        tell = Tell(screen.say, _metered(screen, what, task.stock.residues // share.world))
-        finished = embed_share(task, share, tell)
+        tell = ProgressCallbacks(console.print_line, _metered(console, what, task.stock.residues // share.world))
+        finished = embed_on_rank(task, share, tell)
     if finished:
-        _say_finished(task, screen)
+        _say_finished(task, console)
     else:
-        screen.say(
+        console.print_line(
             f"This process is done; the last of {share.world} makes {config.output}. If one dies, finished parts are "
             f"kept: {_GOES_ON}."
         )
     return 0
 
 
-def _metered(screen: Screen, what: str, residues: int) -> Callable[[int], None]:
+def _metered(console: Console, what: str, residues: int) -> Callable[[int], None]:
     """Shows how many residues are done; the clock begins with the first answer, as a model may take long to load."""
-    meter: Meter | None = None
+    meter: ProgressBar | None = None
 
     def progress(done: int) -> None:
         nonlocal meter
-        meter = meter or Meter(screen, what, RESIDUES)
+        meter = meter or ProgressBar(console, what, RESIDUES)
         meter(done, residues)
 
     return progress
 
 
-def _task(config: EmbedConfig, screen: Screen, work: WorkFolder) -> EmbedTask:
+def _task(config: EmbedConfig, console: Console, work: WorkFolder) -> EmbedTask:
     """The input read and checked. Raises `InputError`, `SourceError`."""
     place = Path(config.input)
     name = config.input
     if config.input == STANDARD_INPUT:
         name, place = "standard input", work.input
-        screen.say(f"Reading {name}")
+        console.print_line(f"Reading {name}")
         copied(sys.stdin.buffer, place)
     else:
-        screen.say(f"Reading {name}")
+        console.print_line(f"Reading {name}")
     try:
-        stock = take_stock(place, config.policy)
+        stock = scan_input(place, config.policy)
     except UserError as error:
         raise type(error)(str(error).replace(str(place), name)) from error
     sizes = f"{counted(stock.proteins, 'protein')}, {counted(stock.residues, 'residue')}, the longest of"
-    screen.say(f"  input    {sizes} {stock.longest:,}")
+    console.print_line(f"  input    {sizes} {stock.longest:,}")
     if stock.skipped:
-        screen.say(
+        console.print_line(
             f"           {counted(stock.skipped, 'record')} left out; "
             f"the first: {stock.first_problem.replace(str(place), name)}"
         )
     if stock.ids_are_numbers:
-        screen.say("           ids are the numbers of the rows")
+        console.print_line("           ids are the numbers of the rows")
     return EmbedTask(
         config.engine, place, sha256_of_file(place), config.policy, stock, config.output, config.kind, config.is_folder,
-        config.choice, config.part_proteins, config.part_megabytes,
+        config.options, config.part_proteins, config.part_megabytes,
     )  # fmt: skip
 
 
@@ -223,12 +223,12 @@ def _kept(work: WorkFolder) -> str:
     return f"{counted(parts, 'finished part')} {'is' if parts == 1 else 'are'} kept: {_GOES_ON}"
 
 
-def _say_finished(task: EmbedTask, screen: Screen) -> None:
+def _say_finished(task: EmbedTask, console: Console) -> None:
     place = task.output
     files = list(place.iterdir()) if place.is_dir() else [place]
     size = sum(file.stat().st_size for file in files)
     parts = f", {counted(len(files), 'file')}" if place.is_dir() else ""
-    screen.say(f"Wrote {place}, {size:,} bytes{parts}")
+    console.print_line(f"Wrote {place}, {size:,} bytes{parts}")
 
 
 def main() -> None:

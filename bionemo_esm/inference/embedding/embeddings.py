@@ -30,15 +30,15 @@ from torch import Tensor
 
 from bionemo_esm.data.packing import PackedBatch
 from bionemo_esm.errors import UserError
-from bionemo_esm.inference.embedding.options import Embedding, EmbeddingChoice, counted, named
-from bionemo_esm.inference.engine import Engine, Question, Residues, batches_by_length, masked
+from bionemo_esm.inference.embedding.options import Embedding, EmbeddingOptions, counted, named
+from bionemo_esm.inference.engine import Engine, MaskedQuery, Residues, batches_by_length, masked
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.inference.windows import blending_weights, window_around
 from bionemo_esm.model.feature_extraction import representations
 
 
-class Wanted(Protocol):
-    """Of each sequence; an `EmbeddingChoice` whose layers are numbered from 0."""
+class RequestedOutputs(Protocol):
+    """Of each sequence; an `EmbeddingOptions` whose layers are numbered from 0."""
 
     @property
     def layers(self) -> tuple[int, ...]: ...
@@ -62,7 +62,9 @@ class PooledBatch:
     rows: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # [T, H] or [T, V]
 
 
-def pooled(engine: Engine, row: PackedBatch, shares: list[NDArray[np.float32]], wanted: Wanted) -> PooledBatch:
+def pooled(
+    engine: Engine, row: PackedBatch, shares: list[NDArray[np.float32]], wanted: RequestedOutputs
+) -> PooledBatch:
     """One pass over a packed row. `shares`: of each sequence, what each of its residues counts in `sums`."""
     lengths = [len(share) + 2 for share in shares]
     found = PooledBatch(np.concatenate([[0], np.cumsum(lengths)]))
@@ -120,7 +122,7 @@ def pseudo_perplexities(
     Of a protein over `window` residues, each residue is hidden in the window that has it in its middle, or as near to
     that as the protein's ends allow. `answered` is told of each residue.
     """
-    answers = engine.log_probabilities(question for tokens in proteins for question in _each_hidden(tokens, window))
+    answers = engine.log_probabilities(query for tokens in proteins for query in _each_hidden(tokens, window))
     for tokens in proteins:
         total = 0.0
         for residue in tokens.tolist():
@@ -129,7 +131,7 @@ def pseudo_perplexities(
         yield math.exp(-total / len(tokens))
 
 
-def _each_hidden(tokens: Residues, window: int) -> Iterator[Question]:
+def _each_hidden(tokens: Residues, window: int) -> Iterator[MaskedQuery]:
     for place in range(len(tokens)):
         begin, end = window_around(place, place, len(tokens), window)
         yield masked(tokens[begin:end], np.array([place - begin], dtype=np.int64))
@@ -205,27 +207,27 @@ class Embeddings(Sequence[Embedding]):
 def embed_together(
     engine: Engine,
     proteins: Sequence[Protein],
-    choice: EmbeddingChoice,
+    options: EmbeddingOptions,
     answered: Callable[[int], None] = lambda residues: None,
 ) -> list[Embedding]:
     """Embed some proteins, in batches sorted by length; answers in the order given.
 
     `answered` is told of progress, in residues that add up to those of the proteins. Memory: all answers, and one
-    batch. Raises `ConfigError` as `EmbeddingChoice.resolved`; before anything is computed `InputError` for a protein
+    batch. Raises `ConfigError` as `EmbeddingOptions.resolved`; before anything is computed `InputError` for a protein
     over the window, where that is an error; `UserError` for a number that the dtype does not hold.
     """
-    choice = choice.resolved(engine)
-    choice.check_lengths(proteins)
+    options = options.resolved(engine)
+    options.check_lengths(proteins)
     if not proteins:
         return []
-    blends = [_Blend(protein, choice) for protein in proteins]
-    if choice.reads_layers or choice.logits:
-        _read(engine, blends, choice, (lambda residues: None) if choice.pseudo_perplexity else answered)
+    blends = [_Blend(protein, options) for protein in proteins]
+    if options.reads_layers or options.logits:
+        _read(engine, blends, options, (lambda residues: None) if options.pseudo_perplexity else answered)
     perplexities: list[float | None] = [None] * len(blends)
-    if choice.pseudo_perplexity:
-        assert choice.window is not None
+    if options.pseudo_perplexity:
+        assert options.window is not None
         shown = [blend.protein.tokens[: blend.read] for blend in blends]
-        perplexities = list(pseudo_perplexities(engine, shown, choice.window, answered))
+        perplexities = list(pseudo_perplexities(engine, shown, options.window, answered))
         if cut := sum(blend.protein.residues - blend.read for blend in blends):
             answered(cut)
     return [blend.embedding(perplexity) for blend, perplexity in zip(blends, perplexities, strict=True)]
@@ -250,9 +252,9 @@ class _Piece(NamedTuple):
 class _Blend:
     """The answers about one protein, as they come in window by window."""
 
-    def __init__(self, protein: Protein, choice: EmbeddingChoice) -> None:
-        self.protein, self.choice = protein, choice
-        self.cover = choice.cover(protein.residues)
+    def __init__(self, protein: Protein, options: EmbeddingOptions) -> None:
+        self.protein, self.options = protein, options
+        self.cover = options.cover(protein.residues)
         self.read = self.cover[-1][1]
         self.arrays: dict[str, NDArray[np.floating]] = {}
         self._missing = len(self.cover)
@@ -291,29 +293,29 @@ class _Blend:
     def _narrowed(self, name: str, array: NDArray[np.floating]) -> NDArray[np.floating]:
         """A copy in the dtype that was asked for, so that no row of a whole batch is kept for one protein."""
         with np.errstate(over="ignore"):
-            narrow: NDArray[np.floating] = array.astype(self.choice.dtype)
+            narrow: NDArray[np.floating] = array.astype(self.options.dtype)
         if not np.isfinite(narrow).all():
-            beyond = f"{self.choice.dtype}'s {np.finfo(self.choice.dtype).max:,.0f}"
+            beyond = f"{self.options.dtype}'s {np.finfo(self.options.dtype).max:,.0f}"
             advice = "ask for dtype=float32" if np.isfinite(array).all() else "the model's own numbers overflow"
             raise UserError(f"{named(self.protein)}: {name} is beyond {beyond}; {advice}")
         return narrow
 
     def embedding(self, perplexity: float | None) -> Embedding:
-        order = self.choice.layers
+        order = self.options.layers
         kinds = [f"{kind}_{layer}" for kind in ("mean", "cls", "residues") for layer in order]
         arrays = {name: self.arrays[name] for name in (*kinds, "logits") if name in self.arrays}
         return Embedding(self.protein.id, self.protein.residues, self.read, len(self.cover), arrays, perplexity)
 
 
 @torch.inference_mode()
-def _read(engine: Engine, blends: list[_Blend], choice: EmbeddingChoice, answered: Callable[[int], None]) -> None:
+def _read(engine: Engine, blends: list[_Blend], options: EmbeddingOptions, answered: Callable[[int], None]) -> None:
     """One look at each piece of each protein."""
     pieces = [piece for blend in blends for piece in blend.pieces()]
     lengths = np.array([piece.end - piece.begin for piece in pieces], dtype=np.int64)
     for some in batches_by_length(lengths, engine.batch_tokens):
         shown = [pieces[index] for index in some.tolist()]
         row = engine.packed([piece.blend.protein.tokens[piece.begin : piece.end] for piece in shown])
-        batch = pooled(engine, row, [piece.shares for piece in shown], choice)
+        batch = pooled(engine, row, [piece.shares for piece in shown], options)
         for index, piece in enumerate(shown):
             piece.blend.add(piece, batch, index)
         answered(sum(piece.progress for piece in shown))

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.embedding.worker import EmbedTask, Share, Tell, embed_share
+from bionemo_esm.inference.embedding.worker import EmbedTask, ProgressCallbacks, WorkerRank, embed_on_rank
 
 _SECONDS_TO_END = 5.0  # for a process that was asked to; then it is killed
 
@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
     failed: list[str]  # in words, which process ended how
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> Share | None:
+def launched(environment: Mapping[str, str] = os.environ) -> WorkerRank | None:
     """The share of this process where torchrun or srun has started several; None where they have not.
 
     Raises `ConfigError` for an environment that contradicts itself.
@@ -46,18 +46,18 @@ def launched(environment: Mapping[str, str] = os.environ) -> Share | None:
                 raise ConfigError(f"{' and '.join(names[:2])} in the environment are not whole numbers") from None
             if not 0 <= rank < world:
                 raise ConfigError(f"the environment names process {rank} ({names[0]}) of {world} ({names[1]})")
-            return Share(rank, world, local, max(beside, 1)) if world > 1 else None
+            return WorkerRank(rank, world, local, max(beside, 1)) if world > 1 else None
     return None
 
 
-def embed_in_processes(task: EmbedTask, devices: int, tell: Tell) -> Outcome:
+def embed_in_processes(task: EmbedTask, devices: int, tell: ProgressCallbacks) -> Outcome:
     """Embed in so many processes of this machine. If this one is stopped, they are; if it is killed, they end."""
     context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
     ends: dict[Connection, int] = {}
     processes = []
     for rank in range(devices):
         here, there = context.Pipe(duplex=False)
-        share = Share(rank, devices, rank, devices)
+        share = WorkerRank(rank, devices, rank, devices)
         processes.append(context.Process(target=_work, args=(task, share, there), name=f"process {rank}", daemon=True))
         processes[-1].start()
         there.close()
@@ -77,7 +77,7 @@ def embed_in_processes(task: EmbedTask, devices: int, tell: Tell) -> Outcome:
     return Outcome(finished, errors, failed)
 
 
-def _listen(ends: dict[Connection, int], devices: int, tell: Tell) -> tuple[bool, list[str]]:
+def _listen(ends: dict[Connection, int], devices: int, tell: ProgressCallbacks) -> tuple[bool, list[str]]:
     """What the processes say, until all have ended."""
     done: dict[int, int] = {}  # of those that have begun
     finished, errors = False, []
@@ -103,7 +103,7 @@ def _listen(ends: dict[Connection, int], devices: int, tell: Tell) -> tuple[bool
     return finished, errors
 
 
-def _work(task: EmbedTask, share: Share, end: Connection) -> None:
+def _work(task: EmbedTask, share: WorkerRank, end: Connection) -> None:
     """One process, from its start to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -113,16 +113,16 @@ def _work(task: EmbedTask, share: Share, end: Connection) -> None:
         with suppress(BrokenPipeError):
             end.send_bytes(json.dumps(message).encode())
 
-    def say(line: str) -> None:
+    def print_line(line: str) -> None:
         send(say=line)
 
     def progress(residues: int) -> None:
         send(done=residues)
 
-    speaks: Callable[[str], None] = say if share.rank == 0 else lambda line: None
+    speaks: Callable[[str], None] = print_line if share.rank == 0 else lambda line: None
     code = 0
     try:
-        send(finished=embed_share(task, share, Tell(speaks, progress)))
+        send(finished=embed_on_rank(task, share, ProgressCallbacks(speaks, progress)))
     except UserError as error:
         send(error=str(error))
         code = 2

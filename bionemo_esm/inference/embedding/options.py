@@ -22,7 +22,7 @@ LONG_PROTEINS = ("windows", "truncate", "error")
 
 
 @dataclass(frozen=True)
-class EmbeddingChoice:
+class EmbeddingOptions:
     """What is wanted of each protein. `resolved` against a model before it is used.
 
     Raises `ConfigError`, naming the key, for what no model could do.
@@ -62,7 +62,7 @@ class EmbeddingChoice:
     def reads_layers(self) -> bool:
         return self.mean or self.cls or self.residues
 
-    def resolved(self, model: ModelSizes) -> EmbeddingChoice:
+    def resolved(self, model: ModelSizes) -> EmbeddingOptions:
         """The same choice in terms of a model: layers from 0, each once; window and overlap as numbers.
 
         Raises `ConfigError` for a layer that the model does not have, a window over what it can read, or an overlap

@@ -143,7 +143,7 @@ class _Member:
             raise ValueError("it holds Python objects")
         self.rows, self._row = (shape[0] if shape else 1), shape[1:]
 
-    def take(self, rows: int) -> NDArray[Any]:
+    def to_native(self, rows: int) -> NDArray[Any]:
         wanted = rows * int(np.prod(self._row, dtype=np.int64)) * self.dtype.itemsize
         content = self._stream.read(wanted)
         if len(content) < wanted:
@@ -157,17 +157,17 @@ def _read_npz(path: Path) -> Iterator[Embedding]:
         members = {name: _Member(stack.enter_context(archive.open(f"{name}.npy"))) for name in names if name != ABOUT}
         offsets, perplexity = members.pop("offset"), members.pop(PSEUDO_PERPLEXITY, None)
         identifiers, counts = members.pop("id"), [members.pop(name) for name in COUNTS]
-        begin = int(offsets.take(1)[0])
+        begin = int(offsets.to_native(1)[0])
         for _ in range(identifiers.rows):
-            end = int(offsets.take(1)[0])
+            end = int(offsets.to_native(1)[0])
             arrays = {
-                name: member.take(end - begin) if _is_of_residues(name) else member.take(1)[0]
+                name: member.to_native(end - begin) if _is_of_residues(name) else member.to_native(1)[0]
                 for name, member in members.items()
             }
             begin = end
-            value = None if perplexity is None else float(perplexity.take(1)[0])
-            numbers = [int(count.take(1)[0]) for count in counts]
-            yield _embedding(str(identifiers.take(1)[0]), numbers, arrays, value)
+            value = None if perplexity is None else float(perplexity.to_native(1)[0])
+            numbers = [int(count.to_native(1)[0]) for count in counts]
+            yield _embedding(str(identifiers.to_native(1)[0]), numbers, arrays, value)
 
 
 def _is_of_residues(name: str) -> bool:

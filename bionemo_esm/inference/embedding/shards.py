@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.files import check_absent, sync_folder, written_whole
+from bionemo_esm.files import atomic_write, check_absent, fsync_directory
 from bionemo_esm.inference.embedding.options import Embedding
 from bionemo_esm.inference.embedding.reader import MANIFEST, read_embeddings
 from bionemo_esm.inference.embedding.writers import (
@@ -128,7 +128,7 @@ class WorkFolder:
         text = json.dumps(job, indent=2, sort_keys=True)
         path = self.folder / _JOB
         if not path.exists():
-            with _explained(path), written_whole(path) as stream:
+            with _explained(path), atomic_write(path) as stream:
                 stream.write(text.encode())
             return
         try:
@@ -173,11 +173,11 @@ class WorkFolder:
         """Finish a part. Raises `WorkError` for a full disk."""
         part = self.part(number)
         with _explained(part):
-            with written_whole(part) as stream:
+            with atomic_write(part) as stream:
                 write_part(self._part_kind, stream, about, embeddings)
             residues = sum(embedding.residues for embedding in embeddings)
             record = Record(len(embeddings), residues, part.stat().st_size, sha256_of_file(part))
-            with written_whole(self._record(number)) as stream:
+            with atomic_write(self._record(number)) as stream:
                 stream.write(json.dumps(vars(record)).encode())
 
     def finish(self, parts: int, about: Mapping[str, Any]) -> bool:
@@ -205,17 +205,17 @@ class WorkFolder:
         if self.is_folder:
             listed = [{"file": file.name, **vars(records[number])} for number, file in enumerate(files)]
             totals = {key: sum(getattr(record, key) for record in records.values()) for key in ("proteins", "residues")}
-            with written_whole(self.folder / _PARTS / MANIFEST) as stream:
+            with atomic_write(self.folder / _PARTS / MANIFEST) as stream:
                 stream.write(
                     json.dumps({ABOUT: about, "format": self.kind, **totals, "parts": listed}, indent=2).encode()
                 )
             (self.folder / _PARTS).rename(self.output)
         else:
             joined = self.folder / _JOINED
-            with written_whole(joined) as stream:
+            with atomic_write(joined) as stream:
                 self._join(stream, about, files)
             joined.rename(self.output)
-        sync_folder(self.output.parent)
+        fsync_directory(self.output.parent)
 
     def _join(self, stream: IO[bytes], about: Mapping[str, Any], files: Sequence[Path]) -> None:
         if self.kind == NPZ:
@@ -285,5 +285,5 @@ def _explained(place: Path) -> Iterator[None]:
 
 def copied(source: IO[bytes], target: Path) -> None:
     """Copy a stream that can be read once into a file, whole. Raises `WorkError` for a full disk."""
-    with _explained(target), written_whole(target) as stream:
+    with _explained(target), atomic_write(target) as stream:
         shutil.copyfileobj(source, stream, _COPIED_BYTES)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.embedding.options import EmbeddingChoice, counted
+from bionemo_esm.inference.embedding.options import EmbeddingOptions, counted
 from bionemo_esm.inference.embedding.reader import read_about
 from bionemo_esm.inference.embedding.shards import WorkFolder, cut
 from bionemo_esm.inference.engine_options import EngineConfig, describe
-from bionemo_esm.inference.inputs import InputPolicy, Inventory, Protein, read_proteins
+from bionemo_esm.inference.inputs import InputInventory, InputPolicy, Protein, read_proteins
 
 if TYPE_CHECKING:  # it imports torch
     from bionemo_esm.inference.engine import Engine
@@ -34,11 +34,11 @@ class EmbedTask:
     input: Path
     input_sha256: str
     policy: InputPolicy
-    stock: Inventory
+    stock: InputInventory
     output: Path
     kind: str  # a format of `writers`
     is_folder: bool
-    choice: EmbeddingChoice
+    options: EmbeddingOptions
     part_proteins: int
     part_megabytes: int
 
@@ -47,7 +47,7 @@ class EmbedTask:
         return WorkFolder(self.output, self.kind, self.is_folder)
 
 
-class Share(NamedTuple):
+class WorkerRank(NamedTuple):
     """Which process this is, of how many, and where on its machine."""
 
     rank: int = 0
@@ -56,46 +56,46 @@ class Share(NamedTuple):
     local_world: int = 1
 
 
-class Tell(NamedTuple):
+class ProgressCallbacks(NamedTuple):
     """How a process reports: lines for a person, and the residues of its share that are done, and are to do."""
 
     say: Callable[[str], None]
     progress: Callable[[int], None]
 
 
-def embed_share(task: EmbedTask, share: Share, tell: Tell) -> bool:
+def embed_on_rank(task: EmbedTask, share: WorkerRank, tell: ProgressCallbacks) -> bool:
     """Embed the parts of one process; whether the output is there now, of this process's making or another's.
 
     Raises `UserError` for what a user can mend, before anything is computed where that can be known.
     """
     engine = _loaded(task, share)
-    choice = task.choice.resolved(engine)
-    about = _about(task, engine, choice)
+    options = task.options.resolved(engine)
+    about = _about(task, engine, options)
     work = task.work
     if share.world > 1 and _finished_by_others(task, about):
         return True
-    if choice.long_proteins == "error" and task.stock.longest > (choice.window or 0):
-        choice.check_lengths(list(_over(task, choice.window or 0)))
+    if options.long_proteins == "error" and task.stock.longest > (options.window or 0):
+        options.check_lengths(list(_over(task, options.window or 0)))
     work.claim(
         about | {"format": task.kind, "part_proteins": task.part_proteins, "part_megabytes": task.part_megabytes}
     )
     progress = _Progress(tell.progress, work, share)
     tell.say(f"  model    {describe(engine)}")
-    tell.say(f"           layers {', '.join(map(str, choice.layers)) or 'none'}; {_windows(choice)}")
+    tell.say(f"           layers {', '.join(map(str, options.layers)) or 'none'}; {_windows(options)}")
     if progress.there:
         there = f"{counted(progress.there, 'part')} {'is' if progress.there == 1 else 'are'} there"
         tell.say(f"  resumed  {there} from an earlier run")
     else:
-        _check_space(task, choice, engine.config.hidden_size)
+        _check_space(task, options, engine.config.hidden_size)
     progress.start()
-    parts = _compute(task, share, engine, choice, about, progress)
+    parts = _compute(task, share, engine, options, about, progress)
     return parts is None or work.finish(parts, about)
 
 
 class _Progress:
     """Residues of the share that are done: of parts that were there, of parts computed, and of the one at hand."""
 
-    def __init__(self, report: Callable[[int], None], work: WorkFolder, share: Share) -> None:
+    def __init__(self, report: Callable[[int], None], work: WorkFolder, share: WorkerRank) -> None:
         self._report = report
         records = work.records()
         self.there = len(records)  # of all processes
@@ -123,7 +123,7 @@ class _Progress:
         self._done -= residues
 
 
-def _loaded(task: EmbedTask, share: Share) -> Engine:
+def _loaded(task: EmbedTask, share: WorkerRank) -> Engine:
     import torch
 
     config = task.engine
@@ -135,7 +135,7 @@ def _loaded(task: EmbedTask, share: Share) -> Engine:
     return config.load()
 
 
-def _about(task: EmbedTask, engine: Engine, choice: EmbeddingChoice) -> dict[str, Any]:
+def _about(task: EmbedTask, engine: Engine, options: EmbeddingOptions) -> dict[str, Any]:
     """What is said of the result in the result itself: plain values, in an order that stays."""
     return {
         "version": ABOUT_VERSION,
@@ -143,16 +143,16 @@ def _about(task: EmbedTask, engine: Engine, choice: EmbeddingChoice) -> dict[str
         "weights_sha256": engine.weights_sha256,
         "precision": str(engine.dtype).removeprefix("torch."),
         "hidden_size": engine.config.hidden_size,
-        "layers": list(choice.layers),
-        "mean": choice.mean,
-        "cls": choice.cls,
-        "residues": choice.residues,
-        "logits": choice.logits,
-        "pseudo_perplexity": choice.pseudo_perplexity,
-        "dtype": choice.dtype,
-        "long_proteins": choice.long_proteins,
-        "window": choice.window,
-        "overlap": choice.overlap if choice.long_proteins == "windows" else None,
+        "layers": list(options.layers),
+        "mean": options.mean,
+        "cls": options.cls,
+        "residues": options.residues,
+        "logits": options.logits,
+        "pseudo_perplexity": options.pseudo_perplexity,
+        "dtype": options.dtype,
+        "long_proteins": options.long_proteins,
+        "window": options.window,
+        "overlap": options.overlap if options.long_proteins == "windows" else None,
         "input_sha256": task.input_sha256,
         "proteins": task.stock.proteins,
         "bad_records": task.policy.bad_records,
@@ -162,13 +162,13 @@ def _about(task: EmbedTask, engine: Engine, choice: EmbeddingChoice) -> dict[str
     }
 
 
-def _windows(choice: EmbeddingChoice) -> str:
-    over = f"proteins over {choice.window:,} residues"
+def _windows(options: EmbeddingOptions) -> str:
+    over = f"proteins over {options.window:,} residues"
     return {
-        "windows": f"{over} in windows that share {choice.overlap:,}",
+        "windows": f"{over} in windows that share {options.overlap:,}",
         "truncate": f"{over} cut there",
         "error": f"no {over}",
-    }[choice.long_proteins]
+    }[options.long_proteins]
 
 
 def _finished_by_others(task: EmbedTask, about: dict[str, Any]) -> bool:
@@ -186,13 +186,13 @@ def _over(task: EmbedTask, window: int) -> Iterator[Protein]:
     return (protein for protein in read_proteins(task.input, task.policy, lambda _: None) if protein.residues > window)
 
 
-def _check_space(task: EmbedTask, choice: EmbeddingChoice, hidden: int) -> None:
+def _check_space(task: EmbedTask, options: EmbeddingOptions, hidden: int) -> None:
     """Raises `ConfigError` where the disk has not room for the arrays alone; a single file is joined from parts."""
-    a_residue = choice.bytes_of(2, hidden) - choice.bytes_of(1, hidden)
-    a_protein = choice.bytes_of(1, hidden) - a_residue
+    a_residue = options.bytes_of(2, hidden) - options.bytes_of(1, hidden)
+    a_protein = options.bytes_of(1, hidden) - a_residue
     residues = task.stock.residues
-    if choice.long_proteins == "truncate":
-        residues = min(residues, task.stock.proteins * (choice.window or 0))
+    if options.long_proteins == "truncate":
+        residues = min(residues, task.stock.proteins * (options.window or 0))
     needed = (task.stock.proteins * a_protein + residues * a_residue) * (1 if task.is_folder else 2)
     free = shutil.disk_usage(task.work.folder).free
     if needed > free:
@@ -204,7 +204,12 @@ def _check_space(task: EmbedTask, choice: EmbeddingChoice, hidden: int) -> None:
 
 
 def _compute(
-    task: EmbedTask, share: Share, engine: Engine, choice: EmbeddingChoice, about: dict[str, Any], progress: _Progress
+    task: EmbedTask,
+    share: WorkerRank,
+    engine: Engine,
+    options: EmbeddingOptions,
+    about: dict[str, Any],
+    progress: _Progress,
 ) -> int | None:
     """Compute what is not there of the share. The number of parts of the whole input; None if all were finished."""
     from bionemo_esm.inference.embedding.embeddings import embed_together
@@ -213,7 +218,7 @@ def _compute(
     number = -1
     proteins = read_proteins(task.input, task.policy, lambda _: None)
     pieces = cut(proteins, task.part_proteins, task.part_megabytes * _MEGABYTE,
-                 lambda residues: choice.bytes_of(residues, engine.config.hidden_size))  # fmt: skip
+                 lambda residues: options.bytes_of(residues, engine.config.hidden_size))  # fmt: skip
     for number, part in enumerate(pieces):
         if number % share.world != share.rank:
             continue
@@ -224,7 +229,7 @@ def _compute(
         if share.world > 1 and _finished_by_others(task, about):
             return None
         progress.begin(sum(protein.residues for protein in part))
-        work.write(number, about, embed_together(engine, part, choice, progress.answered))
+        work.write(number, about, embed_together(engine, part, options, progress.answered))
         progress.end()
     after = task.input.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):

@@ -22,7 +22,7 @@ TOGETHER, EACH = "together", "each"
 
 
 @dataclass(frozen=True)
-class ScoringChoice:
+class ScoringOptions:
     """Which scores, and how.
 
     masks: for masked-marginals, all places of a variant hidden at once ("together", the paper's formula), or each on

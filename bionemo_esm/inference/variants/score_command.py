@@ -19,9 +19,9 @@ from omegaconf import DictConfig
 from bionemo_esm import __version__, config_directory
 from bionemo_esm.alphabet import decode
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.console import RESIDUES, Meter, Screen
+from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.files import check_absent, check_writable, written_whole
+from bionemo_esm.files import atomic_write, check_absent, check_writable
 from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig, describe, run
 from bionemo_esm.inference.variants import heat_map
 from bionemo_esm.inference.variants.mutations import (
@@ -32,7 +32,7 @@ from bionemo_esm.inference.variants.mutations import (
     read_wild_type,
     scan_columns,
 )
-from bionemo_esm.inference.variants.options import EACH, MASKED, TOGETHER, ScoringChoice, column_of
+from bionemo_esm.inference.variants.options import EACH, MASKED, TOGETHER, ScoringOptions, column_of
 from bionemo_esm.inference.variants.table import (
     FEWER_MUTATIONS,
     SUBSTITUTION_MATRIX,
@@ -68,7 +68,7 @@ class ScoreConfig:
     """Of which protein which variants are scored, how, and into which files."""
 
     engine: EngineConfig
-    choice: ScoringChoice
+    options: ScoringOptions
     sequence: str
     sequence_id: str | None
     input: str | None
@@ -129,7 +129,7 @@ def load_score_config(cfg: DictConfig) -> ScoreConfig:
         raise ConfigError("output must be given: output=scores.csv")
     return ScoreConfig(
         engine=EngineConfig.of(values),
-        choice=ScoringChoice(methods, str(values["masks"]), None if window is None else integer("window", window)),
+        options=ScoringOptions(methods, str(values["masks"]), None if window is None else integer("window", window)),
         sequence=_text("sequence", values["sequence"]),
         sequence_id=None if values["sequence_id"] is None else str(values["sequence_id"]),
         input=None if source is None else _text("input", source),
@@ -151,33 +151,33 @@ def score_variants(cfg: DictConfig) -> None:
 
 
 def _score(config: ScoreConfig) -> int:
-    screen = Screen(sys.stdout)
+    console = Console(sys.stdout)
     config.check_outputs()
     work = _variants(config)
-    screen.say(
+    console.print_line(
         f"Scoring {_variants_in_words(len(work.variants))} of {work.wild_type.name}, "
         f"{len(work.wild_type.tokens):,} residue{'s' * (len(work.wild_type.tokens) != 1)}"
     )
     engine = config.engine.load()
-    screen.say(f"  model    {describe(engine)}")
-    scores = _scored(config, work, engine, screen)
+    console.print_line(f"  model    {describe(engine)}")
+    scores = _scored(config, work, engine, console)
     found: dict[str, dict[str, Agreement]] = {}
     if work.measured is not None:
         count = np.array([-1 if variant is None else len(variant) for variant in work.variants])
         measure = partial(agreement, resamples=config.resamples, seed=config.seed)
         found = agreements(scores | baselines(work.variants), work.measured, count, measure)
-    drawn = _grid(config, work, scores[config.choice.methods[0]], screen)
+    drawn = _grid(config, work, scores[config.options.methods[0]], console)
     columns = {column_of(method): values for method, values in scores.items()}
     with ExitStack() as stack:  # the table, which comes first, takes its name last
-        table = stack.enter_context(written_whole(config.output))
-        summary = stack.enter_context(written_whole(config.summary_file))
+        table = stack.enter_context(atomic_write(config.output))
+        summary = stack.enter_context(atomic_write(config.summary_file))
         write_table(with_columns(work.table, columns), table, config.output.suffix, set(columns))
         summary.write((json.dumps(_summary(config, work, engine, found), indent=2) + "\n").encode())
         if drawn is not None:
-            picture = stack.enter_context(written_whole(config.picture_file))
+            picture = stack.enter_context(atomic_write(config.picture_file))
             assert engine.source is not None
-            heat_map.draw(work.wild_type, *drawn, config.choice.methods[0], picture, engine.source.name)
-    _tell(config, work, found, drawn is not None, screen)
+            heat_map.draw(work.wild_type, *drawn, config.options.methods[0], picture, engine.source.name)
+    _tell(config, work, found, drawn is not None, console)
     return 0
 
 
@@ -194,7 +194,7 @@ def _variants(config: ScoreConfig) -> Variants:
         work = Variants(wild_type, arrow.table(scan_columns(wild_type, every)), None, list(every), None, [])
     else:
         read = read_table(config.input)
-        with_columns(read.table, {column_of(method): np.zeros(len(read.rows)) for method in config.choice.methods})
+        with_columns(read.table, {column_of(method): np.zeros(len(read.rows)) for method in config.options.methods})
         texts = read.texts(config.mutation_column, "mutation_column")
         column, problems = config.measurement_column, list[str]()
         measured = None if column is None else read.numbers(column, "measurement_column")
@@ -209,15 +209,15 @@ def _variants(config: ScoreConfig) -> Variants:
     return work
 
 
-def _scored(config: ScoreConfig, work: Variants, engine: Engine, screen: Screen) -> dict[str, NDArray[np.float64]]:
+def _scored(config: ScoreConfig, work: Variants, engine: Engine, console: Console) -> dict[str, NDArray[np.float64]]:
     """The scores of each method, NaN for what is left out; those whose places lie too far apart are left out too."""
     from bionemo_esm.inference.variants.scoring import plan, score
 
-    choice, window = config.choice, config.choice.window_of(engine)
+    options, window = config.options, config.options.window_of(engine)
     if window < len(work.wild_type.tokens):
-        screen.say(f"  window   {window:,} residues, with the mutated ones in the middle")
+        console.print_line(f"  window   {window:,} residues, with the mutated ones in the middle")
     for index, variant in enumerate(work.variants):
-        problem = "" if variant is None else choice.problem(variant, window)
+        problem = "" if variant is None else options.problem(variant, window)
         if problem:
             assert work.read is not None
             assert variant is not None
@@ -228,15 +228,15 @@ def _scored(config: ScoreConfig, work: Variants, engine: Engine, screen: Screen)
             work.variants[index] = None
     kept = [index for index, variant in enumerate(work.variants) if variant is not None]
     variants = [variant for variant in work.variants if variant is not None]
-    passes = {method: plan(method, work.wild_type, list(dict.fromkeys(variants)), choice, window).passes
-              for method in choice.methods}  # fmt: skip
-    screen.say(f"  passes   {', '.join(f'{method} {count:,}' for method, count in passes.items())}")
+    passes = {method: plan(method, work.wild_type, list(dict.fromkeys(variants)), options, window).passes
+              for method in options.methods}  # fmt: skip
+    console.print_line(f"  passes   {', '.join(f'{method} {count:,}' for method, count in passes.items())}")
     places = len({one.place for variant in variants for one in variant})
-    if choice.masks == TOGETHER and passes.get(MASKED, 0) > _MANY_PASSES * places:
-        screen.say(f"           masks={EACH}, an approximation, would need {places:,} for {MASKED}")
-    meters = {method: Meter(screen, method, RESIDUES) for method in choice.methods}
-    found = score(engine, work.wild_type, variants, choice, lambda method, done, total: meters[method](done, total))
-    scores = {method: np.full(len(work.variants), np.nan) for method in choice.methods}
+    if options.masks == TOGETHER and passes.get(MASKED, 0) > _MANY_PASSES * places:
+        console.print_line(f"           masks={EACH}, an approximation, would need {places:,} for {MASKED}")
+    meters = {method: ProgressBar(console, method, RESIDUES) for method in options.methods}
+    found = score(engine, work.wild_type, variants, options, lambda method, done, total: meters[method](done, total))
+    scores = {method: np.full(len(work.variants), np.nan) for method in options.methods}
     for method, values in found.items():
         scores[method][kept] = values
     return scores
@@ -246,13 +246,13 @@ def _scored(config: ScoreConfig, work: Variants, engine: Engine, screen: Screen)
 
 
 def _grid(
-    config: ScoreConfig, work: Variants, scores: NDArray[np.float64], screen: Screen
+    config: ScoreConfig, work: Variants, scores: NDArray[np.float64], console: Console
 ) -> tuple[NDArray[np.float64], int] | None:
     """What a picture would show, where there is to be one."""
     problem = heat_map.undrawable(work.variants)
     if config.picture is False or problem:
         if problem and config.input is None and config.picture is None:
-            screen.say(f"  no picture: {problem}")
+            console.print_line(f"  no picture: {problem}")
         return None
     grid = heat_map.grid_of(work.variants, scores)
     return grid if config.picture or heat_map.covered(grid[0]) >= heat_map.ENOUGH_COVERED else None
@@ -262,7 +262,7 @@ def _summary(
     config: ScoreConfig, work: Variants, engine: Engine, found: Mapping[str, Mapping[str, Agreement]]
 ) -> dict[str, Any]:
     assert engine.source is not None
-    choice, left_out = config.choice, sum(variant is None for variant in work.variants)
+    options, left_out = config.options, sum(variant is None for variant in work.variants)
     summary: dict[str, Any] = {
         "bionemo_esm": __version__,
         "model": engine.source.name,
@@ -272,9 +272,9 @@ def _summary(
         "wild_type": {"name": work.wild_type.name, "sequence": decode(work.wild_type.tokens)},
         "offset": config.offset,
         "input": "scan" if config.input is None else Path(config.input).name,
-        "methods": list(choice.methods),
-        "masks": choice.masks,
-        "window": choice.window_of(engine),
+        "methods": list(options.methods),
+        "masks": options.masks,
+        "window": options.window_of(engine),
         "variants": len(work.variants),
         "scored": len(work.variants) - left_out,
         "left_out": left_out,
@@ -293,21 +293,21 @@ def _summary(
 
 
 def _tell(
-    config: ScoreConfig, work: Variants, found: Mapping[str, Mapping[str, Agreement]], drawn: bool, screen: Screen
+    config: ScoreConfig, work: Variants, found: Mapping[str, Mapping[str, Agreement]], drawn: bool, console: Console
 ) -> None:
     if work.problems:
-        screen.say(f"Left out {len(work.problems):,}; the first: {work.problems[0]}")
+        console.print_line(f"Left out {len(work.problems):,}; the first: {work.problems[0]}")
     if work.measured is not None:
         if missing := int(np.isnan(work.measured).sum()):
-            screen.say(f"Not measured: {_variants_in_words(missing)}; they do not count below")
+            console.print_line(f"Not measured: {_variants_in_words(missing)}; they do not count below")
         for line in lines_of(found):
-            screen.say(line)
+            console.print_line(line)
         if verdict := verdict_of(found, (FEWER_MUTATIONS, SUBSTITUTION_MATRIX)):
-            screen.say(f"  {verdict}")
-    screen.say(f"Wrote {config.output}, {_variants_in_words(len(work.variants))}")
-    screen.say(f"  summary  {config.summary_file}")
+            console.print_line(f"  {verdict}")
+    console.print_line(f"Wrote {config.output}, {_variants_in_words(len(work.variants))}")
+    console.print_line(f"  summary  {config.summary_file}")
     if drawn:
-        screen.say(f"  picture  {config.picture_file}")
+        console.print_line(f"  picture  {config.picture_file}")
 
 
 def _variants_in_words(count: int) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bionemo_esm.inference.engine import Engine, Question, Residues, masked
+from bionemo_esm.inference.engine import Engine, MaskedQuery, Residues, masked
 from bionemo_esm.inference.variants.mutations import (
     Substitution,
     Variant,
@@ -32,7 +32,7 @@ from bionemo_esm.inference.variants.mutations import (
     all_single,
     scan_columns,
 )
-from bionemo_esm.inference.variants.options import MASKED, MUTANT, PSEUDO, ScoringChoice, column_of
+from bionemo_esm.inference.variants.options import MASKED, MUTANT, PSEUDO, ScoringOptions, column_of
 from bionemo_esm.inference.windows import window_around
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Terms(NamedTuple):
 class Pass(NamedTuple):
     """A question to the model, and what becomes of its answer."""
 
-    question: Question
+    query: MaskedQuery
     terms: Terms
 
 
@@ -73,46 +73,46 @@ def score(
     engine: Engine,
     wild_type: WildType,
     variants: Sequence[Variant],
-    choice: ScoringChoice,
+    options: ScoringOptions,
     told: Callable[[str, int, int], None] = lambda method, done, total: None,
 ) -> dict[str, NDArray[np.float64]]:
     """The scores of variants by each method: float64 [V]; 0 for the wild type.
 
     `told` hears of each method how many residues of how many have been read. Raises `VariantError` for a variant that
-    does not fit the window: see `ScoringChoice.problem`.
+    does not fit the window: see `ScoringOptions.problem`.
     """
-    window = choice.window_of(engine)
+    window = options.window_of(engine)
     for variant in variants:
-        if problem := choice.problem(variant, window):
+        if problem := options.problem(variant, window):
             raise VariantError(f"{wild_type.write(variant)[:60]}: {problem}")
     numbers: dict[Variant, int] = {}
     which = np.array([numbers.setdefault(variant, len(numbers)) for variant in variants], dtype=np.int64)
     scores = {}
-    for method in choice.methods:
-        work = plan(method, wild_type, list(numbers), choice, window)
+    for method in options.methods:
+        work = plan(method, wild_type, list(numbers), options, window)
         scores[method] = _carried_out(engine, work, len(numbers), _counting(method, work.residues, told))[which]
     return scores
 
 
 def scan_frame(
-    engine: Engine, wild_type: WildType, choice: ScoringChoice, region: tuple[int, int] | None = None
+    engine: Engine, wild_type: WildType, options: ScoringOptions, region: tuple[int, int] | None = None
 ) -> DataFrame:
     """Scores of all single mutants, a row each: `scan_columns`, and a column of each method."""
     import pandas
 
     variants = all_single(wild_type, region)
-    scores = score(engine, wild_type, variants, choice)
+    scores = score(engine, wild_type, variants, options)
     return pandas.DataFrame(
         scan_columns(wild_type, variants) | {column_of(method): values for method, values in scores.items()}
     )
 
 
-def plan(method: str, wild_type: WildType, variants: Sequence[Variant], choice: ScoringChoice, window: int) -> Work:
+def plan(method: str, wild_type: WildType, variants: Sequence[Variant], options: ScoringOptions, window: int) -> Work:
     """The passes that a method needs for variants, each once."""
     x, length = wild_type.tokens, len(wild_type.tokens)
     if method == PSEUDO:
         return _pseudo_likelihoods(wild_type, variants, window)
-    if choice.adds_up(method):
+    if options.adds_up(method):
         parts: list[tuple[int, Variant]] = [
             (index, (one,)) for index, variant in enumerate(variants) for one in variant
         ]
@@ -136,8 +136,8 @@ def plan(method: str, wild_type: WildType, variants: Sequence[Variant], choice: 
 
 def _one_of_wild_type(x: Residues, at: Window, hide: bool, members: list[tuple[int, Variant]]) -> Pass:
     places = np.unique([place for _, part in members for place, _, _ in part])
-    question = _asked(x, places, at)
-    return Pass(masked(question.tokens, question.places) if hide else question, _marginals(members, places))
+    query = _asked(x, places, at)
+    return Pass(masked(query.tokens, query.places) if hide else query, _marginals(members, places))
 
 
 def _pseudo_likelihoods(wild_type: WildType, variants: Sequence[Variant], window: int) -> Work:
@@ -174,9 +174,9 @@ def _marginals(members: Sequence[tuple[int, Variant]], places: NDArray[np.int64]
     return Terms(np.repeat(rows, 2), np.ravel(tokens), np.repeat([index for index, _ in single], 2), signs)
 
 
-def _asked(tokens: Residues, places: NDArray[np.int64], at: Window) -> Question:
+def _asked(tokens: Residues, places: NDArray[np.int64], at: Window) -> MaskedQuery:
     begin, end = at
-    return Question(tokens[begin:end], places - begin)
+    return MaskedQuery(tokens[begin:end], places - begin)
 
 
 def _places(part: Variant) -> NDArray[np.int64]:
@@ -193,7 +193,7 @@ def _window(part: Variant, residues: int, window: int) -> Window:
 def _carried_out(engine: Engine, work: Work, variants: int, answered: Callable[[int], None]) -> NDArray[np.float64]:
     scores = np.zeros(variants)
     asked, waiting = tee(work.made)  # a batch lies between the two
-    answers = engine.log_probabilities((one.question for one in asked), answered)
+    answers = engine.log_probabilities((one.query for one in asked), answered)
     for answer, (_, terms) in zip(answers, waiting, strict=True):
         np.add.at(scores, terms.variants, terms.signs * answer[terms.rows, terms.tokens])
     return scores

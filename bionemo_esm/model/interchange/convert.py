@@ -25,7 +25,7 @@ from bionemo_esm.model.interchange.fair_esm import read_fair_esm
 from bionemo_esm.model.interchange.format_detection import Kind, Route, route
 from bionemo_esm.model.interchange.hub import fetch_from_hub
 from bionemo_esm.model.interchange.huggingface import read_hugging_face
-from bionemo_esm.model.interchange.state_dict_adapter import ForeignModel, Taken, resized, take
+from bionemo_esm.model.interchange.state_dict_adapter import ImportedWeights, SourceModel, resize_positions, to_native
 from bionemo_esm.model.tensor_io import LazyTensors
 from bionemo_esm.model.validate import package_versions
 
@@ -51,7 +51,7 @@ def import_model(
     stretch_positions: bool = False,
     precision: str | None = None,
     progress: Progress = lambda done, total: None,
-    tell: Callable[[ForeignModel, Taken], None] = lambda foreign, taken: None,
+    tell: Callable[[SourceModel, ImportedWeights], None] = lambda foreign, taken: None,
 ) -> ImportReport:
     """Write a Hugging Face folder, a model on the Hub or a fair-esm `.pt` as a `.nemo`, every tensor accounted for.
 
@@ -64,8 +64,8 @@ def import_model(
         raise ConfigError(f"source: {source} is an archive of ours already; export_model takes it home")
     way.check(revision, precision)
     with _read(way, revision, progress) as foreign:
-        taken = take(foreign.tensors, foreign.config, foreign.dialect)
-        taken = _cast(resized(taken, seq_length, stretch_positions), precision)
+        taken = to_native(foreign.tensors, foreign.config, foreign.dialect)
+        taken = _cast(resize_positions(taken, seq_length, stretch_positions), precision)
         notes = (*foreign.notes, *taken.notes)
         tell(foreign, replace(taken, notes=notes))
         provenance = {**foreign.provenance, "notes": list(notes), "package_versions": package_versions()}
@@ -97,7 +97,7 @@ def export_model(
 
 
 @contextmanager
-def _read(way: Route, revision: str | None, progress: Progress) -> Iterator[ForeignModel]:
+def _read(way: Route, revision: str | None, progress: Progress) -> Iterator[SourceModel]:
     """The foreign model, and for as long a folder on the target's disk for what a pickle is turned into."""
     done = 0
 
@@ -127,7 +127,7 @@ def _scratch(target: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _cast(taken: Taken, precision: str | None) -> Taken:
+def _cast(taken: ImportedWeights, precision: str | None) -> ImportedWeights:
     """The model in another precision; what training leaves as it is stays float32."""
     if precision is None or precision == taken.precision:
         return taken

@@ -12,14 +12,14 @@ from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
-from bionemo_esm.console import Meter, Screen, exit_of, sigterm_as_exit
+from bionemo_esm.console import Console, ProgressBar, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.interchange.format_detection import PRECISIONS, Route, route
 from bionemo_esm.settings import boolean, integer, known, number, path, plain_values
 
 if TYPE_CHECKING:  # it imports torch
-    from bionemo_esm.model.interchange.state_dict_adapter import ForeignModel, Taken
+    from bionemo_esm.model.interchange.state_dict_adapter import ImportedWeights, SourceModel
 
 _KEYS = {"source", "target", "revision", "seq_length", "stretch_positions", "precision", "shard_gigabytes"}
 _DEFAULT_SHARD = 5.0  # gigabytes
@@ -74,26 +74,26 @@ def load_convert_config(cfg: DictConfig) -> ConvertConfig:
 def convert(cfg: DictConfig) -> None:
     """Convert a model as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
     with sigterm_as_exit("Stopped; nothing was written."):
-        exit_of(lambda: _convert(load_convert_config(cfg)), "Interrupted; nothing was written.")
+        run_to_exit_code(lambda: _convert(load_convert_config(cfg)), "Interrupted; nothing was written.")
 
 
 def _convert(config: ConvertConfig) -> int:
-    screen = Screen(sys.stdout)
-    screen.say(f"Reading {config.route.source}, {config.route.kind.value}")
-    (_export if config.route.is_export else _import)(config, screen)
+    console = Console(sys.stdout)
+    console.print_line(f"Reading {config.route.source}, {config.route.kind.value}")
+    (_export if config.route.is_export else _import)(config, console)
     return 0
 
 
-def _import(config: ConvertConfig, screen: Screen) -> None:
+def _import(config: ConvertConfig, console: Console) -> None:
     from bionemo_esm.model.interchange.convert import import_model  # torch takes a second to import
 
-    def tell(foreign: ForeignModel, taken: Taken) -> None:
-        screen.say(f"  model    {describe(taken.config, taken.precision)}")
+    def tell(foreign: SourceModel, taken: ImportedWeights) -> None:
+        console.print_line(f"  model    {describe(taken.config, taken.precision)}")
         revision = foreign.provenance["imported_from"].get("revision")
         if revision is not None:
-            screen.say(f"  commit   {revision}")
+            console.print_line(f"  commit   {revision}")
         for note in taken.notes:
-            screen.say(f"  note     {note}")
+            console.print_line(f"  note     {note}")
 
     report = import_model(
         config.route.source,
@@ -102,17 +102,19 @@ def _import(config: ConvertConfig, screen: Screen) -> None:
         seq_length=config.seq_length,
         stretch_positions=config.stretch_positions,
         precision=config.precision,
-        progress=Meter(screen, "converting"),
+        progress=ProgressBar(console, "converting"),
         tell=tell,
     )
-    screen.say(f"Wrote {report.output}, {report.output.stat().st_size:,} bytes; SHA-256 of the weights:")
-    screen.say(f"  {report.weights_sha256}")
+    console.print_line(f"Wrote {report.output}, {report.output.stat().st_size:,} bytes; SHA-256 of the weights:")
+    console.print_line(f"  {report.weights_sha256}")
     path = shlex.quote(str(report.output))
-    screen.say(f"Look at it:        bionemo-esm inspect {path}")
-    screen.say(f"Train it further:  bionemo-esm pretrain recipe=adapt restore_from_path={path} data.fasta=mine.fasta")
+    console.print_line(f"Look at it:        bionemo-esm inspect {path}")
+    console.print_line(
+        f"Train it further:  bionemo-esm pretrain recipe=adapt restore_from_path={path} data.fasta=mine.fasta"
+    )
 
 
-def _export(config: ConvertConfig, screen: Screen) -> None:
+def _export(config: ConvertConfig, console: Console) -> None:
     from bionemo_esm.model.interchange.convert import export_model  # torch takes a second to import
 
     report = export_model(
@@ -120,15 +122,15 @@ def _export(config: ConvertConfig, screen: Screen) -> None:
         config.route.target,
         precision=config.precision,
         shard_bytes=int(config.shard_gigabytes * 1e9),
-        progress=Meter(screen, "converting"),
+        progress=ProgressBar(console, "converting"),
     )
-    screen.say(f"  model    {describe(report.config, report.precision)}")
+    console.print_line(f"  model    {describe(report.config, report.precision)}")
     for note in report.notes:
-        screen.say(f"  note     {note}")
-    screen.say(f"Wrote {report.folder}, {sum(report.files.values()):,} bytes:")
+        console.print_line(f"  note     {note}")
+    console.print_line(f"Wrote {report.folder}, {sum(report.files.values()):,} bytes:")
     for name, size in report.files.items():
-        screen.say(f"  {name:<40} {size:>16,}")
-    screen.say(f'Load it:  EsmForMaskedLM.from_pretrained("{report.folder}")')
+        console.print_line(f"  {name:<40} {size:>16,}")
+    console.print_line(f'Load it:  EsmForMaskedLM.from_pretrained("{report.folder}")')
 
 
 def describe(config: EncoderConfig, precision: str) -> str:

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from bionemo_esm.alphabet import EOS_ID, MASK_ID, PAD_ID, TOKEN_IDS, TOKENS, VOCABULARY_SIZE
-from bionemo_esm.files import check_absent, sync_folder
+from bionemo_esm.files import check_absent, fsync_directory
 from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile
 from bionemo_esm.model.config import LEARNED, EncoderConfig
 from bionemo_esm.model.interchange.format_detection import HUB_ID, PRECISIONS
 from bionemo_esm.model.interchange.key_mapping import HUGGING_FACE
-from bionemo_esm.model.interchange.state_dict_adapter import UNUSED_POSITIONS, InterchangeError, give
-from bionemo_esm.model.summary import ArchiveCard, escaped
-from bionemo_esm.model.tar_format import Member, quoted, written_whole
+from bionemo_esm.model.interchange.state_dict_adapter import UNUSED_POSITIONS, InterchangeError, to_foreign
+from bionemo_esm.model.summary import ArchiveSummary, escaped
+from bionemo_esm.model.tar_format import Member, atomic_write, quoted
 from bionemo_esm.model.tensor_io import LazyTensors, tensor_member
 from bionemo_esm.model.validate import check_sizes, extension_of
 
@@ -70,7 +70,7 @@ logits, embeddings = output.logits, output.hidden_states[-1]  # of <cls>, the re
 """
 
 
-def model_card(card: ArchiveCard, config: EncoderConfig) -> str:
+def model_card(card: ArchiveSummary, config: EncoderConfig) -> str:
     """The README.md: what the model is, how it was trained, how to use it, and where it ends."""
     family = config.family
     provenance = card.to_dict()["provenance"]
@@ -108,7 +108,7 @@ def _table(title: str, rows: Mapping[str, str]) -> str:
     return "\n".join([f"## {title}\n", "| | |", "|---|---|", *lines]) + "\n"
 
 
-def _sizes(card: ArchiveCard, config: EncoderConfig) -> dict[str, str]:
+def _sizes(card: ArchiveSummary, config: EncoderConfig) -> dict[str, str]:
     return {
         "layers": f"{config.num_layers:,}",
         "hidden size": f"{config.hidden_size:,}",
@@ -125,7 +125,7 @@ def _sizes(card: ArchiveCard, config: EncoderConfig) -> dict[str, str]:
     }
 
 
-def _training(card: ArchiveCard, provenance: Mapping[str, Any]) -> dict[str, str]:
+def _training(card: ArchiveSummary, provenance: Mapping[str, Any]) -> dict[str, str]:
     """How it was trained, as far as the archive says."""
     rows = {
         label: f"{value:,}" if type(value) is int and key != "seed" else code(value)
@@ -236,7 +236,7 @@ def export_hugging_face(
     file.verify(WEIGHTS, progress=lambda count, size: progress(count, 2 * size))
     fixed = dict(config.fixed_tensors())
     dtypes = {name: DTYPES["32" if name in fixed else precision] for name in file.weights.infos}
-    tensors = give(config, dtypes, lambda name: _finite(file, name).to(dtypes[name]), HUGGING_FACE)
+    tensors = to_foreign(config, dtypes, lambda name: _finite(file, name).to(dtypes[name]), HUGGING_FACE)
     with written_folder(folder) as unfinished:
         for name, text in _texts(file, config, precision, tensors).items():
             _write(unfinished / name, Member.of(text.encode()))
@@ -293,7 +293,7 @@ def _texts(file: ArchiveFile, config: EncoderConfig, precision: str, tensors: La
         "vocab.txt": "\n".join(TOKENS),
         "tokenizer_config.json": _json(tokenizer),
         "special_tokens_map.json": _json(_SPECIAL_TOKENS),
-        "README.md": model_card(ArchiveCard.of(file), config),
+        "README.md": model_card(ArchiveSummary.of(file), config),
     }
 
 
@@ -389,7 +389,7 @@ def written_folder(folder: Path) -> Iterator[Path]:
         unfinished.chmod(0o755)
         check_absent("target", folder)
         unfinished.rename(folder)
-        sync_folder(folder.parent)
+        fsync_directory(folder.parent)
     except OSError as error:
         raise InterchangeError(f"{folder}: cannot be written ({error.strerror}); nothing is left of it") from error
     finally:
@@ -397,5 +397,5 @@ def written_folder(folder: Path) -> Iterator[Path]:
 
 
 def _write(path: Path, member: Member) -> None:
-    with written_whole(path) as stream:
+    with atomic_write(path) as stream:
         member.write(stream)

@@ -15,7 +15,7 @@ from bionemo_esm.alphabet import MASK_ID
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
 from bionemo_esm.model.interchange.key_mapping import FAIR_ESM
-from bionemo_esm.model.interchange.state_dict_adapter import ForeignModel, ForeignTensors, InterchangeError
+from bionemo_esm.model.interchange.state_dict_adapter import InterchangeError, SourceModel, SourceTensors
 from bionemo_esm.model.tar_format import Section, hash_section, quoted
 from bionemo_esm.model.torch_pickle import PickledTensors, PickleError, convert_pickle
 
@@ -58,7 +58,7 @@ class _Arguments:
         return value
 
 
-def read_fair_esm(path: Path, scratch: Path, *, tell: Callable[[int], None] = lambda count: None) -> ForeignModel:
+def read_fair_esm(path: Path, scratch: Path, *, tell: Callable[[int], None] = lambda count: None) -> SourceModel:
     """The model in a `.pt` of fair-esm, with the weights for contacts if they are beside it.
 
     `scratch`: an empty private folder, in which its tensors are until they are no longer needed. `tell` is given the
@@ -76,7 +76,7 @@ def read_fair_esm(path: Path, scratch: Path, *, tell: Callable[[int], None] = la
         tables.append(_opened(regression, scratch)[1])
     else:
         notes.append(f"weights for contacts would be in {regression.name}; it is not there")
-    tensors = ForeignTensors.of(str(path), tables, _IN_FILES)
+    tensors = SourceTensors.of(str(path), tables, _IN_FILES)
     if is_esm2:
         config = _esm2(arguments, tensors)
         notes.append(
@@ -97,7 +97,7 @@ def read_fair_esm(path: Path, scratch: Path, *, tell: Callable[[int], None] = la
     files = [path, regression] if len(tables) == 2 else [path]
     origin = {"format": "fair-esm", "source": path.name, "revision": None}
     hashes = {"sha256": {file.name: hash_section(file, Section(0, file.stat().st_size), tell) for file in files}}
-    return ForeignModel(FAIR_ESM, config, tensors, {"imported_from": origin | hashes}, tuple(notes))
+    return SourceModel(FAIR_ESM, config, tensors, {"imported_from": origin | hashes}, tuple(notes))
 
 
 def _opened(path: Path, scratch: Path, allowed: tuple[str, ...] = ()) -> tuple[dict[str, Any], PickledTensors]:
@@ -170,7 +170,7 @@ def _left_out(path: Path, tree: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _esm1b(arguments: _Arguments, tensors: ForeignTensors) -> EncoderConfig:
+def _esm1b(arguments: _Arguments, tensors: SourceTensors) -> EncoderConfig:
     """ESM-1b, or without the first layer norm ESM-1v: the tensors tell, for fair-esm as well."""
     return _config(
         arguments,
@@ -182,7 +182,7 @@ def _esm1b(arguments: _Arguments, tensors: ForeignTensors) -> EncoderConfig:
     )
 
 
-def _esm2(arguments: _Arguments, tensors: ForeignTensors) -> EncoderConfig:
+def _esm2(arguments: _Arguments, tensors: SourceTensors) -> EncoderConfig:
     if (table := f"{FAIR_ESM.position_embeddings}.weight") in tensors.places:
         raise InterchangeError(
             f"{tensors.place(table)} is a table of learned positions; a file with 'cfg' is ESM-2, which has rotary ones"

@@ -27,9 +27,9 @@ from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
 from bionemo_esm.model.interchange.key_mapping import HUGGING_FACE
 from bionemo_esm.model.interchange.state_dict_adapter import (
     UNUSED_POSITIONS,
-    ForeignModel,
-    ForeignTensors,
     InterchangeError,
+    SourceModel,
+    SourceTensors,
 )
 from bionemo_esm.model.safe_serialization import parse_json
 from bionemo_esm.model.tar_format import ArchiveError, Section, hash_section, quoted, readable
@@ -377,7 +377,7 @@ def read_hugging_face(
     source: str | None = None,
     revision: str | None = None,
     tell: Callable[[int], None] = lambda count: None,
-) -> ForeignModel:
+) -> SourceModel:
     """An ESM in a folder as `EsmForMaskedLM.save_pretrained` writes it, of any version of transformers that has ESM.
 
     `scratch`: an empty folder, private to us, that must last as long as the tensors are used: a `pytorch_model.bin` is
@@ -394,13 +394,13 @@ def read_hugging_face(
     weights, notes = _find_weights(folder)
     tables = [_open(file, scratch) for file in weights.files]
     _check_against_index(weights, tables)
-    tensors = ForeignTensors.of(str(folder), tables, HUGGING_FACE)
+    tensors = SourceTensors.of(str(folder), tables, HUGGING_FACE)
     _check_plausible(folder, tensors, config)
     provenance = _provenance(
         source or folder.resolve().name, revision, config, [folder / CONFIG, *_read(weights)], tell
     )
     origin = {"imported_from": provenance}
-    return ForeignModel(HUGGING_FACE, config.encoder, tensors, origin, (*config.notes, *notes))
+    return SourceModel(HUGGING_FACE, config.encoder, tensors, origin, (*config.notes, *notes))
 
 
 # --- which files ------------------------------------------------------------------------------------------------------
@@ -539,7 +539,7 @@ def _check_against_index(weights: _Weights, tables: list[TensorTable]) -> None:
             )
 
 
-def _check_plausible(folder: Path, tensors: ForeignTensors, config: HuggingFaceConfig) -> None:
+def _check_plausible(folder: Path, tensors: SourceTensors, config: HuggingFaceConfig) -> None:
     """What can be said better here than by the account of all tensors, or would make that account endless."""
     if not any(name.startswith("lm_head.") for name in tensors.places):
         raise InterchangeError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Dialect:
+class KeyMapping:
     """Another library's names, without `.weight` and `.bias`."""
 
     library: str  # its name, for people
@@ -36,7 +36,7 @@ class Dialect:
         return stored
 
 
-HUGGING_FACE = Dialect(
+HUGGING_FACE = KeyMapping(
     library="Hugging Face",
     word_embeddings="esm.embeddings.word_embeddings",
     tied_output="lm_head.decoder",
@@ -70,7 +70,7 @@ HUGGING_FACE = Dialect(
     position_ids="esm.embeddings.position_ids",
 )
 
-FAIR_ESM = Dialect(
+FAIR_ESM = KeyMapping(
     library="fair-esm",
     word_embeddings="embed_tokens",
     tied_output="lm_head",

@@ -22,7 +22,7 @@ from bionemo_esm.alphabet import PAD_ID, VOCABULARY_SIZE, padded_vocabulary_size
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.model.attention import rotary_frequencies
 from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
-from bionemo_esm.model.interchange.key_mapping import Dialect
+from bionemo_esm.model.interchange.key_mapping import KeyMapping
 from bionemo_esm.model.tar_format import quoted
 from bionemo_esm.model.tensor_io import LazyTensors, TensorInfo, TensorTable
 
@@ -37,7 +37,7 @@ class InterchangeError(UserError):
 
 
 @dataclass(frozen=True)
-class ForeignTensors:
+class SourceTensors:
     """The tensors of another library's model: what they are at hand, contents on demand, one at a time."""
 
     where: str  # the model's path, for messages
@@ -45,7 +45,7 @@ class ForeignTensors:
     erased_rows: Mapping[str, int] = field(default_factory=dict)  # by name: a row that the library zeroes as it loads
 
     @classmethod
-    def of(cls, where: str, tables: Sequence[TensorTable], dialect: Dialect) -> ForeignTensors:
+    def of(cls, where: str, tables: Sequence[TensorTable], dialect: KeyMapping) -> SourceTensors:
         """Those of some files. Raises `InterchangeError` for one that is there twice."""
         places: dict[str, tuple[TensorTable, str]] = {}
         for table in tables:
@@ -72,7 +72,7 @@ class ForeignTensors:
             tensor[self.erased_rows[name]] = 0
         return tensor
 
-    def layers(self, dialect: Dialect) -> int:
+    def layers(self, dialect: KeyMapping) -> int:
         """How many layers they are of, by the highest number of one in their names."""
         start = re.escape(next(iter(dialect.layer_parts.values())).split("{}")[0])
         numbers = (re.match(start + r"([0-9]{1,9})\.", name) for name in self.places)
@@ -85,18 +85,18 @@ class ForeignTensors:
 
 
 @dataclass(frozen=True)
-class Rule:
+class TensorRule:
     """One tensor of ours, and the one, or the several, that another library keeps in its place."""
 
     ours: str
     theirs: tuple[str, ...]
     shape: tuple[int, ...]  # of each of theirs
-    take: Callable[[list[Tensor]], Tensor]  # from theirs to ours
-    give: Callable[[Tensor], list[Tensor]]  # from ours to theirs
+    to_native: Callable[[list[Tensor]], Tensor]  # from theirs to ours
+    to_foreign: Callable[[Tensor], list[Tensor]]  # from ours to theirs
 
 
 @dataclass(frozen=True)
-class Taken:
+class ImportedWeights:
     """A foreign model in our terms: its weights are read and turned one at a time, when they are asked for."""
 
     config: EncoderConfig
@@ -105,7 +105,7 @@ class Taken:
     notes: tuple[str, ...]  # what was left out or filled in, for people
 
 
-def take(tensors: ForeignTensors, config: EncoderConfig, dialect: Dialect) -> Taken:
+def to_native(tensors: SourceTensors, config: EncoderConfig, dialect: KeyMapping) -> ImportedWeights:
     """A foreign model of these sizes in our terms, after every one of its tensors has been accounted for.
 
     `contact_head` follows from the tensors, whatever `config` says; so does `position_offset`, but where rows of zeros
@@ -126,8 +126,8 @@ def take(tensors: ForeignTensors, config: EncoderConfig, dialect: Dialect) -> Ta
     return _taken(tensors, config, list(rules(config, dialect, frequencies)), notes)
 
 
-def give(
-    config: EncoderConfig, dtypes: Mapping[str, torch.dtype], load: Callable[[str], Tensor], dialect: Dialect
+def to_foreign(
+    config: EncoderConfig, dtypes: Mapping[str, torch.dtype], load: Callable[[str], Tensor], dialect: KeyMapping
 ) -> LazyTensors:
     """Our weights in another library's names and layouts, each made when it is asked for.
 
@@ -141,7 +141,7 @@ def give(
 
     def make(name: str) -> Tensor:
         rule, index = places[name]
-        return rule.give(load(rule.ours))[index]
+        return rule.to_foreign(load(rule.ours))[index]
 
     return LazyTensors(outline, make)
 
@@ -149,7 +149,9 @@ def give(
 # --- the rules --------------------------------------------------------------------------------------------------------
 
 
-def rules(config: EncoderConfig, dialect: Dialect, frequencies: tuple[str, ...] | None = None) -> Iterator[Rule]:
+def rules(
+    config: EncoderConfig, dialect: KeyMapping, frequencies: tuple[str, ...] | None = None
+) -> Iterator[TensorRule]:
     """How each tensor of an encoder of these sizes corresponds to those of another library.
 
     `frequencies`: the names that the rotary frequencies have there; without it, those that files are written with.
@@ -176,63 +178,63 @@ def rules(config: EncoderConfig, dialect: Dialect, frequencies: tuple[str, ...] 
                 yield _same(f"{ours}.{part}.{kind}", f"{theirs.format(layer)}.{kind}", shapes)
 
 
-def _same(ours: str, theirs: str, shapes: Mapping[str, tuple[int, ...]]) -> Rule:
-    return Rule(ours, (theirs,), shapes[ours], lambda tensors: tensors[0], lambda tensor: [tensor])
+def _same(ours: str, theirs: str, shapes: Mapping[str, tuple[int, ...]]) -> TensorRule:
+    return TensorRule(ours, (theirs,), shapes[ours], lambda tensors: tensors[0], lambda tensor: [tensor])
 
 
-def _vocabulary(ours: str, theirs: str, config: EncoderConfig | None = None) -> Rule:
+def _vocabulary(ours: str, theirs: str, config: EncoderConfig | None = None) -> TensorRule:
     """[V, ...] there, and here with rows of zeros that fill a tensor core's tile."""
     columns = (config.hidden_size,) if config else ()
 
-    def take(tensors: list[Tensor]) -> Tensor:
+    def to_native(tensors: list[Tensor]) -> Tensor:
         table = tensors[0].new_zeros(padded_vocabulary_size(), *columns)
         table[:VOCABULARY_SIZE] = tensors[0]
         return table
 
-    return Rule(ours, (theirs,), (VOCABULARY_SIZE, *columns), take, lambda table: [table[:VOCABULARY_SIZE]])
+    return TensorRule(ours, (theirs,), (VOCABULARY_SIZE, *columns), to_native, lambda table: [table[:VOCABULARY_SIZE]])
 
 
-def _positions(theirs: str, config: EncoderConfig) -> Rule:
+def _positions(theirs: str, config: EncoderConfig) -> TensorRule:
     """[R + 2, H] there; here without the first two rows where `position_offset` is 0, as they are zeros."""
     left_out = UNUSED_POSITIONS - config.position_offset
 
-    def give(table: Tensor) -> list[Tensor]:
+    def to_foreign(table: Tensor) -> list[Tensor]:
         return [torch.cat([table.new_zeros(left_out, config.hidden_size), table])]
 
     shape = (config.position_rows + left_out, config.hidden_size)
     name = "encoder.embedding.position_embeddings.weight"
-    return Rule(name, (theirs,), shape, lambda tables: tables[0][left_out:], give)
+    return TensorRule(name, (theirs,), shape, lambda tables: tables[0][left_out:], to_foreign)
 
 
-def _frequencies(theirs: tuple[str, ...], config: EncoderConfig) -> Rule:
+def _frequencies(theirs: tuple[str, ...], config: EncoderConfig) -> TensorRule:
     """[D / 2], once here, in every layer there; where no layer has them, those of the formula."""
 
-    def take(tensors: list[Tensor]) -> Tensor:
+    def to_native(tensors: list[Tensor]) -> Tensor:
         return tensors[0].float() if tensors else rotary_frequencies(config.head_size)
 
     shape = (config.head_size // 2,)
-    return Rule("encoder.rotary.frequencies", theirs, shape, take, lambda tensor: [tensor] * len(theirs))
+    return TensorRule("encoder.rotary.frequencies", theirs, shape, to_native, lambda tensor: [tensor] * len(theirs))
 
 
 def _query_key_value(
     ours: str, theirs: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig
-) -> Rule:
+) -> TensorRule:
     """Three of [N D, ...] there; here one of [N 3 D, ...]: a head's query, key and value lie together."""
     heads, (_, *columns) = config.num_attention_heads, shapes[ours]
 
-    def take(tensors: list[Tensor]) -> Tensor:
+    def to_native(tensors: list[Tensor]) -> Tensor:
         return torch.stack([tensor.unflatten(0, (heads, -1)) for tensor in tensors], dim=1).flatten(0, 2)
 
-    def give(tensor: Tensor) -> list[Tensor]:
+    def to_foreign(tensor: Tensor) -> list[Tensor]:
         return [part.flatten(0, 1) for part in tensor.unflatten(0, (heads, 3, -1)).unbind(1)]
 
-    return Rule(ours, theirs, (config.hidden_size, *columns), take, give)
+    return TensorRule(ours, theirs, (config.hidden_size, *columns), to_native, to_foreign)
 
 
 # --- the account ------------------------------------------------------------------------------------------------------
 
 
-def _has_contact_head(tensors: ForeignTensors, dialect: Dialect, notes: list[str]) -> bool:
+def _has_contact_head(tensors: SourceTensors, dialect: KeyMapping, notes: list[str]) -> bool:
     if any(f"{dialect.contact_head}.{kind}" in tensors.places for kind in ("weight", "bias")):
         return True
     notes.append("no contact head came with it; contacts need one fitted")
@@ -240,7 +242,7 @@ def _has_contact_head(tensors: ForeignTensors, dialect: Dialect, notes: list[str
 
 
 def _frequencies_there(
-    tensors: ForeignTensors, config: EncoderConfig, dialect: Dialect, notes: list[str]
+    tensors: SourceTensors, config: EncoderConfig, dialect: KeyMapping, notes: list[str]
 ) -> tuple[str, ...]:
     """The names under which there are rotary frequencies; of all layers, if of any."""
     if config.position_embedding == LEARNED:
@@ -258,7 +260,7 @@ def _each_layer(pattern: str, config: EncoderConfig) -> tuple[str, ...]:
 
 
 def _account(
-    tensors: ForeignTensors, table: list[Rule], config: EncoderConfig, dialect: Dialect, notes: list[str]
+    tensors: SourceTensors, table: list[TensorRule], config: EncoderConfig, dialect: KeyMapping, notes: list[str]
 ) -> None:
     """Every tensor that the rules ask for is there, of its shape; every other one is known to say nothing new."""
     wanted = {name: rule.shape for rule in table for name in rule.theirs}
@@ -282,7 +284,7 @@ def _account(
             )
 
 
-def _check(tensors: ForeignTensors, name: str, shape: tuple[int, ...]) -> None:
+def _check(tensors: SourceTensors, name: str, shape: tuple[int, ...]) -> None:
     info = tensors.info(name)
     if info.shape != shape:
         raise InterchangeError(
@@ -292,14 +294,14 @@ def _check(tensors: ForeignTensors, name: str, shape: tuple[int, ...]) -> None:
         raise InterchangeError(f"{tensors.place(name)} has dtype {info.dtype}; known are {', '.join(_DTYPES)}")
 
 
-def _check_equal(tensors: ForeignTensors, names: tuple[str, ...], why: str) -> None:
+def _check_equal(tensors: SourceTensors, names: tuple[str, ...], why: str) -> None:
     first = tensors.load(names[0])
     for other in names[1:]:
         if not torch.equal(first, tensors.load(other)):
             raise InterchangeError(f"{tensors.place(other)} differs from {quoted(names[0])}; {why}")
 
 
-def _taken(tensors: ForeignTensors, config: EncoderConfig, table: list[Rule], notes: list[str]) -> Taken:
+def _taken(tensors: SourceTensors, config: EncoderConfig, table: list[TensorRule], notes: list[str]) -> ImportedWeights:
     fixed = dict(config.fixed_tensors())
     trained = [name for rule in table if rule.ours not in fixed for name in rule.theirs]
     is_bf16 = all(tensors.info(name).dtype == "BF16" for name in trained)
@@ -310,21 +312,21 @@ def _taken(tensors: ForeignTensors, config: EncoderConfig, table: list[Rule], no
 
     def make(name: str) -> Tensor:
         rule = by_name[name]
-        tensor = rule.take([tensors.load(theirs) for theirs in rule.theirs]).to(dtypes[name])
+        tensor = rule.to_native([tensors.load(theirs) for theirs in rule.theirs]).to(dtypes[name])
         assert tensor.shape == shapes[name]
         return tensor
 
     outline = {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
-    return Taken(config, "bf16" if is_bf16 else "32", LazyTensors(outline, make), tuple(notes))
+    return ImportedWeights(config, "bf16" if is_bf16 else "32", LazyTensors(outline, make), tuple(notes))
 
 
 @dataclass(frozen=True)
-class ForeignModel:
+class SourceModel:
     """Another library's model as it was read: nothing translated yet."""
 
-    dialect: Dialect
-    config: EncoderConfig  # sizes; `contact_head` and `position_offset` are settled by `take`
-    tensors: ForeignTensors
+    dialect: KeyMapping
+    config: EncoderConfig  # sizes; `contact_head` and `position_offset` are settled by `to_native`
+    tensors: SourceTensors
     provenance: dict[str, Any]  # plain values: {"imported_from": {format, source, revision, sha256 by file, ...}}
     notes: tuple[str, ...] = ()  # what was left aside, for people
 
@@ -332,7 +334,7 @@ class ForeignModel:
 _POSITIONS = "encoder.embedding.position_embeddings.weight"
 
 
-def resized(taken: Taken, seq_length: int | None, stretch_positions: bool) -> Taken:
+def resize_positions(taken: ImportedWeights, seq_length: int | None, stretch_positions: bool) -> ImportedWeights:
     """The model for sequences of up to `seq_length` tokens; None: as it is.
 
     A learned table is cut to fewer rows; to more it is stretched only if `stretch_positions` says so. Rotary positions
@@ -364,7 +366,7 @@ def resized(taken: Taken, seq_length: int | None, stretch_positions: bool) -> Ta
         if name != _POSITIONS:
             return tensor
         used = tensor[old.position_offset :]
-        rows = stretched(used, seq_length) if stretch_positions else used[:seq_length]
+        rows = interpolate_positions(used, seq_length) if stretch_positions else used[:seq_length]
         return torch.cat([tensor[: old.position_offset], rows])
 
     dtype, shape = weights.outline[_POSITIONS].dtype, (new.position_rows, new.hidden_size)
@@ -385,7 +387,7 @@ def _check_direction(old: EncoderConfig, seq_length: int, stretch_positions: boo
         )
 
 
-def stretched(table_RH: Tensor, rows: int) -> Tensor:
+def interpolate_positions(table_RH: Tensor, rows: int) -> Tensor:
     """A table of R rows on a finer grid [rows, H], first row on first and last on last, in its own dtype.
 
     Row i is the table at i (R - 1) / (rows - 1), linear between neighbours; computed in float64, rounded once.
