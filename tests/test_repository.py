@@ -20,7 +20,7 @@ from runs import ROOT, composed
 
 PACKAGE = ROOT / "bionemo_esm"
 LAYERS = (  # from the bottom up
-    "alphabet", "errors", "settings", "console", "files", "plotting", "command_line", "data", "model", "inference",
+    "alphabet", "errors", "registry", "settings", "console", "files", "plotting", "command_line", "data", "model", "inference",
     "finetuning", "pretraining",
 )  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
