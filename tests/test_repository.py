@@ -20,8 +20,8 @@ from runs import ROOT, composed
 
 PACKAGE = ROOT / "bionemo_esm"
 LAYERS = (  # from the bottom up
-    "alphabet", "errors", "registry", "settings", "console", "files", "plotting", "command_line", "data", "model", "inference",
-    "finetuning", "pretraining",
+    "alphabet", "errors", "registry", "settings", "console", "files", "plotting", "command_line", "data", "model",
+    "inference", "finetuning", "pretraining",
 )  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 README = (ROOT / "README.md").read_text()
