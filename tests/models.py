@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -10,6 +12,7 @@ from torch import Tensor
 from transformers import EsmConfig, EsmForMaskedLM
 
 from bionemo_esm.alphabet import MASK_ID, PAD_ID, VOCABULARY_SIZE
+from bionemo_esm.model.archive import Archive, read_archive, write_archive
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.interchange.key_mapping import HUGGING_FACE
@@ -36,6 +39,13 @@ def tiny_model(precision: str = "32", seed: int = 1, **sizes: float) -> ESM1nvMo
             if parameter.ndim == 1:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
     return model.eval()
+
+
+def reconfigured(source: Path, target: Path, **encoder: Any) -> Path:
+    """An archive with the weights of another, byte for byte, and an encoder configured otherwise."""
+    archive = read_archive(source)
+    config = {**archive.config, "encoder": {**archive.config["encoder"], **encoder}}
+    return write_archive(target, Archive(archive.model_class, config, archive.weights, archive.provenance))
 
 
 def padded_twin(model: ESM1nvModel) -> EsmForMaskedLM:

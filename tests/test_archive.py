@@ -20,11 +20,37 @@ from safetensors.torch import load, save
 
 from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
-from bionemo_esm.model.archive import CONFIG, MANIFEST, WEIGHTS, ArchiveError, read_archive
+from bionemo_esm.model.archive import CONFIG, MANIFEST, WEIGHTS, ArchiveError, ArchiveFile, read_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from models import tiny_model
+from models import reconfigured, tiny_model
 
 Members = dict[str, bytes]
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"layernorm_epsilon": 1e-4}, False),
+        ({"token_dropout": True}, False),
+        ({"seq_length": 256}, False),
+        ({"hidden_dropout": 0.5, "attention_dropout": 0.5, "init_method_std": 0.5}, True),
+        ({"position_embedding": "learned"}, True),  # a default, spelled out
+    ],
+)
+def test_the_identity_of_a_model_is_its_weights_and_what_changes_its_answers(
+    archive: Path, tmp_path: Path, changes: dict[str, object], same: bool
+) -> None:
+    """Equal weights under another configuration are another model, unless only training would differ."""
+    one, other = ArchiveFile.open(archive), ArchiveFile.open(reconfigured(archive, tmp_path / "other.nemo", **changes))
+    assert one.weights_sha256 == other.weights_sha256
+    assert (one.model_identity == other.model_identity) is same
+
+
+def test_the_identity_does_not_depend_on_seed_and_provenance(archive: Path, tmp_path: Path) -> None:
+    model = ESM1nvModel.restore_from(str(archive))
+    model.seed, model.provenance = 5, {"steps": 8}
+    model.save_to(str(tmp_path / "again.nemo"))
+    assert ArchiveFile.open(tmp_path / "again.nemo").model_identity == ArchiveFile.open(archive).model_identity
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from bionemo_esm.inference.contacts.fit_command import fit_contacts, load_fit_co
 from bionemo_esm.inference.contacts.structures import read_structures
 from bionemo_esm.inference.protein_model import ProteinModel
 from bionemo_esm.model.archive import ArchiveFile, read_archive
-from models import tiny_model
+from models import reconfigured, tiny_model
 from runs import ROOT, composed
 from structures import as_table, walk
 
@@ -262,6 +262,9 @@ def test_a_job_that_was_killed_goes_on_to_the_same_bytes(
     (tmp_path / ".out.partial" / "maps" / ".s1.npz.abc.partial").write_bytes(b"half")
     code, _, error = job("contacts", *usual, "window=50", f"output={tmp_path}/out")
     assert code == 2 and "job with another window and overlap;" in error
+    other = reconfigured(there / "fitted.nemo", there / "other.nemo", layernorm_epsilon=1e-4)
+    code, _, error = job("contacts", f"model={other}", *usual[1:], f"output={tmp_path}/out")
+    assert code == 2 and "job with another model;" in error
     code, told, _ = job("contacts", *usual, f"output={tmp_path}/out")
     assert code == 0 and "4 proteins are there already" in told
     assert len(written) == len(set(written)) == 10

@@ -261,6 +261,12 @@ def test_another_jobs_parts_are_not_gone_on_with(job: Job, tmp_path: Path, input
     assert code == 2
     assert "input_sha256 was " in err
     assert "proteins was 30, now 29" in err
+    from models import reconfigured
+
+    reconfigured(inputs.model, tmp_path / "other.nemo", layernorm_epsilon=1e-4)
+    code, _, err = job("model=other.nemo")
+    assert code == 2
+    assert "model_identity was " in err and "weights_sha256" not in err
     assert content(work / "parts").items() <= before.items()  # what is half-written goes
     assert content(work / "records") == kept != {}
     assert job()[0] == 0

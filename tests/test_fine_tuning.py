@@ -30,6 +30,7 @@ from bionemo_esm.finetuning.tasks import Task
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.archive import ArchiveFile, read_archive
 from finetuning_runs import QUICK, neighbours, per_protein, per_residue, pretrained, proteins, run_here
+from models import reconfigured
 from runs import ROOT
 
 MODES = {
@@ -341,6 +342,9 @@ def test_states_in_a_cache_of_ones_own_are_computed_once(
     for name, other in (("layer", "reading.layer=1"), ("precision", "trainer.precision=bf16")):
         with pytest.raises(AssertionError):
             run_here(tmp_path / name, base, *residues, *CONVNET, cache, other)
+    twin = reconfigured(base, tmp_path / "twin.nemo", token_dropout=True)
+    with pytest.raises(AssertionError):
+        run_here(tmp_path / "twin", twin, *residues, *CONVNET, cache)
 
 
 def test_states_are_kept_by_the_precision_that_computed_them(

@@ -188,8 +188,8 @@ class Comparison:
 
     def _identity(self, name: str) -> str:
         """Of an encoder's states."""
-        weights = self.base.weights_sha256 if name == PRETRAINED else f"untrained {self.encoder} {self.config.seeds[0]}"
-        return f"{weights} {parameter_dtype(self.config.trainer.precision, self._place)}"
+        model = self.base.model_identity if name == PRETRAINED else f"untrained {self.encoder} {self.config.seeds[0]}"
+        return f"{model} {parameter_dtype(self.config.trainer.precision, self._place)}"
 
     def _first_look(self, name: str, engine: Callable[[], Engine]) -> Moments:
         """Mean and spread of the states of some training proteins, before the encoder is tuned."""

@@ -59,7 +59,7 @@ class Engine(ModelSizes):
         if self.batch_tokens < 1:
             raise ConfigError(f"batch_tokens must be at least 1, not {self.batch_tokens}")
         self.source: Path | None = None  # the file, and of what it holds
-        self.weights_sha256 = ""
+        self.weights_sha256 = self.model_identity = ""
 
     @classmethod
     def load(
@@ -90,6 +90,7 @@ class Engine(ModelSizes):
             extension.fill(encoder, file.config, lambda: _fill(encoder, file))
         engine = cls(encoder.to(place), sizes, batch_tokens)
         engine.source, engine.weights_sha256 = file.path, file.weights_sha256
+        engine.model_identity = file.model_identity
         return engine
 
     def packed(self, proteins: Sequence[Residues]) -> PackedBatch:

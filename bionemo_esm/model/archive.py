@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from bionemo_esm.alphabet import TOKENS
+from bionemo_esm.model.config import TRAINING_ONLY, EncoderConfig
 from bionemo_esm.model.safe_serialization import check_plain, parse_json, parse_yaml, put_tensors_back, take_out_tensors
 from bionemo_esm.model.tar_format import (
     ArchiveError,
@@ -167,6 +168,20 @@ class ArchiveFile:
     def weights_sha256(self) -> str:
         """Of the member with the weights: equal weights, equal hash."""
         return str(self.manifest["files"][WEIGHTS]["sha256"])
+
+    @property
+    def model_identity(self) -> str:
+        """SHA-256, in hex, of the weights and of all configuration that changes an answer.
+
+        Resume folders and caches compare it. Equal weights with another epsilon or token dropout are another model.
+        Seed, initialization and dropout rates are left out: they change training only. Raises `ConfigError` for a
+        configuration that describes no encoder.
+        """
+        encoder = EncoderConfig.from_mapping(self.config["encoder"]).to_dict()
+        config = {key: value for key, value in self.config.items() if key != "seed"}
+        config["encoder"] = {key: value for key, value in encoder.items() if key not in TRAINING_ONLY}
+        parts = (self.model_class, self.manifest["alphabet"], self.weights_sha256, config)
+        return hashlib.sha256(_json(parts)).hexdigest()
 
     def verify(self, *names: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compare members (all, if none is named) with their SHA-256. Raises `ArchiveError` for one that differs.

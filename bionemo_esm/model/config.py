@@ -171,6 +171,10 @@ class EncoderConfig:
             yield "encoder.contact_head.bias", (1,)
 
 
+TRAINING_ONLY = ("hidden_dropout", "attention_dropout", "init_method_std")
+"""Keys of an encoder that change how it is trained, and none of its answers."""
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """Adam with decoupled weight decay, and a schedule; the defaults are ESM-1nv's, rates per step.

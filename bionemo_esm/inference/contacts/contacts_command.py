@@ -236,7 +236,7 @@ def _fingerprint(engine: Engine, reach: WindowSpec, subjects: Sequence[Subject])
         digest.update(f"{len(subject.id)} {subject.id} {subject.residues} ".encode("utf-8", "surrogatepass"))
         digest.update(subject.tokens.tobytes())
     return (
-        f"model {engine.weights_sha256}\ninput {digest.hexdigest()}\nprecision {engine.dtype}\n"
+        f"model {engine.model_identity}\ninput {digest.hexdigest()}\nprecision {engine.dtype}\n"
         f"device {engine.device.type}\nwindow {reach.window}\noverlap {reach.overlap}\n"
     )
 

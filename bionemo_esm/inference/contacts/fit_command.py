@@ -234,7 +234,7 @@ def _save(engine: Engine, regression: Regression, provenance: Mapping[str, Any],
 
     assert engine.source is not None
     file = ArchiveFile.open(engine.source)
-    if file.weights_sha256 != engine.weights_sha256:
+    if file.model_identity != engine.model_identity:
         raise UserError(f"model: {engine.source} was replaced while the head was fitted; run the same command again")
     file.verify(WEIGHTS)
     fitted = {f"encoder.contact_head.{name}": tensor for name, tensor in head_of(regression).state_dict().items()}

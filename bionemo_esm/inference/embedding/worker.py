@@ -141,6 +141,7 @@ def _about(task: EmbedTask, engine: Engine, options: EmbeddingOptions) -> dict[s
         "version": ABOUT_VERSION,
         "model": engine.config.family,
         "weights_sha256": engine.weights_sha256,
+        "model_identity": engine.model_identity,
         "precision": str(engine.dtype).removeprefix("torch."),
         "hidden_size": engine.config.hidden_size,
         "layers": list(options.layers),
