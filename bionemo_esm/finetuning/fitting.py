@@ -30,8 +30,9 @@ from bionemo_esm.finetuning.model import ESMFineTunedModel, class_weights
 from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.archive import Archive, ArchiveFile, write_archive
+from bionemo_esm.model.lightning import MegatronStrategy, build_trainer
+from bionemo_esm.model.lightning import fit as fit_model
 from bionemo_esm.model.parallel import data_parallel_rank, data_parallel_size, is_first_rank
-from bionemo_esm.model.strategy import MegatronStrategy
 
 _SECONDS_BETWEEN_SAVES = 20.0
 _SECONDS_BETWEEN_LINES = 15.0  # of progress, where output is no terminal
@@ -93,29 +94,16 @@ def fit(plan: FitPlan, console: Console) -> Fitted:
         return saved.finished
     batch = plan.tuning.global_batch_size
     watch = _Watch(plan, console, saved)
-    trainer = Trainer(
+    trainer = build_trainer(
+        MegatronStrategy(leave_groups_up=True),
+        [watch],
         accelerator=plan.accelerator,
         devices=plan.devices,
         num_nodes=plan.num_nodes,
-        strategy=MegatronStrategy(leave_groups_up=True),
-        callbacks=[watch],
-        max_epochs=-1,
         val_check_interval=-(-len(plan.train) // batch),  # steps: an epoch
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     model = _model(plan, trainer, saved)
-    try:
-        trainer.fit(model)
-    except SystemExit as stop:
-        if trainer.interrupted and stop.code == 1:  # what Lightning makes of KeyboardInterrupt
-            raise KeyboardInterrupt from None
-        raise
+    fit_model(trainer, model)
     return watch.result(model, trainer.strategy.root_device)
 
 

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from bionemo_esm.console import Console
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation
-from bionemo_esm.model.strategy import MegatronStrategy
+from bionemo_esm.model.lightning import MegatronStrategy, build_trainer
+from bionemo_esm.model.lightning import fit as fit_model
 from bionemo_esm.pretraining.async_writer import BackgroundWriter
 from bionemo_esm.pretraining.averaging_callback import CheckpointAveraging
 from bionemo_esm.pretraining.callbacks import History, InitialValidation, Progress, initial_validation, last_probe
@@ -95,7 +96,7 @@ def fit(run: RunContext, console: Console, muster: RankAgreement) -> FitResult:
     console.print_line(run.opening_screen(backends, PRECISION_NAMES[dtype], start.steps, start.first_step))
 
     with signals.heeded(), watch.over_training():
-        _fit_or_be_interrupted(trainer, model, start.checkpoint)
+        fit_model(trainer, model, start.checkpoint)
     best = checkpoints.path(checkpoints.best_step) if checkpoints.best_step is not None else None
     return FitResult(
         model=model,
@@ -131,16 +132,6 @@ def _start_to_tell(run: RunContext, console: Console) -> dict[str, Any]:
     return {**asdict(start), "checkpoint": start.checkpoint and str(start.checkpoint)}
 
 
-def _fit_or_be_interrupted(trainer: Trainer, model: ESM1nvModel, checkpoint: Path | None) -> None:
-    """Fit; an interruption that our handlers did not turn into an orderly stop stays what it is."""
-    try:
-        trainer.fit(model, ckpt_path=checkpoint)
-    except SystemExit:  # what Lightning makes of KeyboardInterrupt
-        if trainer.interrupted:
-            raise KeyboardInterrupt from None
-        raise
-
-
 def _model(recipe: Recipe, trainer: Trainer) -> ESM1nvModel:
     settings = {"encoder": recipe.model.to_dict(), "precision": recipe.trainer.precision, "seed": recipe.seed}
     model = ESM1nvModel(OmegaConf.create(settings), trainer)
@@ -153,27 +144,19 @@ def _model(recipe: Recipe, trainer: Trainer) -> ESM1nvModel:
 def _trainer(
     config: TrainerConfig, callbacks: list[Callback], checkpoint_io: SafeCheckpointIO, profiler: Profiler
 ) -> Trainer:
-    """A Lightning trainer whose batches are optimizer steps: accumulation and clipping happen in the model's step."""
-    return Trainer(
+    strategy = MegatronStrategy(config.tensor_model_parallel_size, collective_timeout(config.hang_timeout_seconds))
+    return build_trainer(
+        strategy,
+        callbacks,
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=MegatronStrategy(config.tensor_model_parallel_size, collective_timeout(config.hang_timeout_seconds)),
         plugins=[checkpoint_io, *([slurm] if (slurm := slurm_environment()) else [])],
-        callbacks=callbacks,
         profiler=profiler,
-        max_epochs=-1,
         max_steps=config.max_steps,
         val_check_interval=config.val_check_interval,
-        check_val_every_n_epoch=None,
         limit_val_batches=config.limit_val_batches,
         log_every_n_steps=config.log_every_n_steps,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
 
 

@@ -1,12 +1,13 @@
-"""A Lightning strategy that brings Megatron's process groups up and takes them down again."""
+"""Lightning as pretraining and fine-tuning use it: the strategy, the trainer, and one call that fits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 from torch.nn import Module
@@ -17,11 +18,11 @@ from bionemo_esm.model.parallel import destroy_groups, ensure_groups, tensor_par
 
 
 class MegatronStrategy(DDPStrategy):
-    """Data and tensor parallelism over Megatron's groups, without a wrapper around the model.
+    """Data and tensor parallelism over Megatron's process groups, without a wrapper around the model.
 
-    Our models have `masters`: they add up their gradients in one float32 buffer and reduce that while the last backward
-    pass of a step runs, so Lightning's DistributedDataParallel, which would reduce bfloat16 gradients of every micro
-    batch, is left out. Works over NCCL and gloo, under Lightning's own launcher, torchrun and Slurm.
+    The model accumulates gradients in one float32 buffer (`masters`) and reduces it during the last backward pass of a
+    step. DistributedDataParallel is not used: it would reduce the bfloat16 gradients of every micro batch. Works with
+    NCCL and gloo, and under Lightning's launcher, torchrun and Slurm.
     """
 
     def __init__(
@@ -31,10 +32,11 @@ class MegatronStrategy(DDPStrategy):
         leave_groups_up: bool = False,
         **kwargs: Any,
     ) -> None:
-        """`tensor_model_parallel_size`: ranks that share one copy of the model; it must divide their number.
+        """Set the parallelism.
 
-        `timeout`: of a collective operation; longer than the time after which `HangWatch` ends a run, for that says
-        more. `leave_groups_up`: for who trains several models one after another, and takes the groups down at the end.
+        tensor_model_parallel_size: ranks that share one copy of the model; it must divide the world size.
+        timeout: of a collective operation; longer than the hang timeout, whose report says more.
+        leave_groups_up: if True, process groups survive the fit, so that several models can be trained in one process.
         """
         super().__init__(timeout=timeout, **kwargs)
         self._leave_groups_up = leave_groups_up
@@ -94,3 +96,34 @@ class MegatronStrategy(DDPStrategy):
         if self._owns_groups:
             destroy_groups()
             self._owns_groups = False
+
+
+def build_trainer(strategy: MegatronStrategy, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
+    """Return a trainer whose batches are optimizer steps: the model accumulates, clips and steps itself.
+
+    settings: further arguments of `lightning.pytorch.Trainer`; intervals count optimizer steps. Lightning's own
+    loggers, checkpoints, progress bar, summary and sampler are off.
+    """
+    return Trainer(
+        strategy=strategy,
+        callbacks=list(callbacks),
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+
+
+def fit(trainer: Trainer, model: LightningModule, checkpoint: Path | None = None) -> None:
+    """Fit the model, from a checkpoint if one is given. Raises `KeyboardInterrupt` on Ctrl-C, as Python does."""
+    try:
+        trainer.fit(model, ckpt_path=checkpoint)
+    except SystemExit as stop:
+        if trainer.interrupted and stop.code == 1:  # Lightning turns KeyboardInterrupt into this
+            raise KeyboardInterrupt from None
+        raise
