@@ -47,7 +47,7 @@ class Stop(NamedTuple):
 
         for owner, name in (
             (os, "fsync"), (Path, "replace"), (Path, "rename"), (shutil, "rmtree"),
-            (computation, "embed_together"),
+            (computation, "embed_proteins"),
         ):  # fmt: skip
             setattr(owner, name, counted(getattr(owner, name)))
 

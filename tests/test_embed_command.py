@@ -16,9 +16,9 @@ from bionemo_esm import console as console
 from bionemo_esm.inference.embedding import embed_command as embed_job
 from bionemo_esm.inference.embedding import embeddings as computation
 from bionemo_esm.inference.embedding import worker as embed_on_rank
-from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.embedding.embeddings import embed_proteins
+from bionemo_esm.inference.embedding.formats import read_about, read_embeddings
 from bionemo_esm.inference.embedding.options import EmbeddingOptions
-from bionemo_esm.inference.embedding.reader import read_about, read_embeddings
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import read_proteins
 from embed_runs import Inputs, Job, Stop, content, names, run_apart
@@ -35,7 +35,7 @@ def test_the_embeddings_are_those_of_the_library_in_the_order_of_the_input(job: 
     assert (code, err) == (0, "")
     engine = Engine.load(inputs.model, "cpu")
     options = EmbeddingOptions((1, 2), cls=True, residues=True, logits=True).resolved(engine)
-    expected = embed_together(engine, list(read_proteins(inputs.proteins)), options)
+    expected = embed_proteins(engine, list(read_proteins(inputs.proteins)), options)
     found = list(read_embeddings("out.npz"))
     assert [embedding[:4] for embedding in found] == [embedding[:4] for embedding in expected]
     for one, other in zip(found, expected, strict=True):
@@ -74,7 +74,7 @@ def test_long_proteins_are_refused_before_anything_is_computed(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "long.fasta").write_text(f">short\nMKT\n>long\n{LONG}\n")
-    monkeypatch.setattr(computation, "embed_together", lambda *arguments: pytest.fail("something was computed"))
+    monkeypatch.setattr(computation, "embed_proteins", lambda *arguments: pytest.fail("something was computed"))
     code, _, err = job("input=long.fasta", "part_proteins=1", "long_proteins=error")
     assert code == 2
     assert "record 2 (long) has 990 residues" in err
@@ -242,9 +242,9 @@ def test_finished_parts_are_not_computed_again(
 
     def counted(*arguments: Any) -> Any:
         calls.append(arguments)
-        return embed_together(*arguments)
+        return embed_proteins(*arguments)
 
-    monkeypatch.setattr(computation, "embed_together", counted)
+    monkeypatch.setattr(computation, "embed_proteins", counted)
     assert job()[0] == 0
     assert (kept >= 1, len(calls)) == (True, 5 - kept)
 
@@ -288,9 +288,9 @@ def test_an_input_that_changes_while_it_is_read_is_noticed(
     def change(*arguments: Any) -> Any:
         with changing.open("a") as stream:
             stream.write(">late\nMKT\n")
-        return embed_together(*arguments)
+        return embed_proteins(*arguments)
 
-    monkeypatch.setattr(computation, "embed_together", change)
+    monkeypatch.setattr(computation, "embed_proteins", change)
     code, _, err = job(f"input={changing}", "part_proteins=100")
     assert code == 2
     assert "was changed while it was read" in err

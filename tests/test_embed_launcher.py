@@ -16,7 +16,7 @@ import pytest
 
 from bionemo_esm.inference.embedding import launcher as processes
 from bionemo_esm.inference.embedding import worker as embed_on_rank
-from bionemo_esm.inference.embedding.reader import read_about, read_embeddings
+from bionemo_esm.inference.embedding.formats import read_about, read_embeddings
 from embed_runs import PROTEINS, Inputs, Job, content, ended, names, overrides_of, run_apart, settings_of, started
 from runs import ROOT
 

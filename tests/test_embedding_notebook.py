@@ -98,7 +98,7 @@ def test_a_model_says_what_it_is(notebook: ProteinModel) -> None:
 
 
 def test_embeddings_are_read_without_waiting_for_torch() -> None:
-    script = "import sys, bionemo_esm.inference.embedding.reader; sys.exit('torch' in sys.modules)"
+    script = "import sys, bionemo_esm.inference.embedding.formats; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 

@@ -16,10 +16,17 @@ import pytest
 
 from bionemo_esm.alphabet import encode
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.inference.embedding.formats import (
+    ENDINGS,
+    EmbeddingFileError,
+    Hdf5Writer,
+    format_of,
+    group_name,
+    read_about,
+    read_embeddings,
+)
 from bionemo_esm.inference.embedding.options import Embedding
-from bionemo_esm.inference.embedding.reader import EmbeddingFileError, read_about, read_embeddings
-from bionemo_esm.inference.embedding.shards import WorkError, WorkFolder, cut
-from bionemo_esm.inference.embedding.writers import ENDINGS, Hdf5Writer, format_of, group_name
+from bionemo_esm.inference.embedding.work_folder import WorkError, WorkFolder, cut
 from bionemo_esm.inference.inputs import Protein
 
 ABOUT = {"model": "ESM-1nv", "layers": [0, 2], "window": 510, "overlap": None, "weights_sha256": "0" * 64}

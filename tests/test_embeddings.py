@@ -16,12 +16,12 @@ from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID
 from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference.batching import windows
 from bionemo_esm.inference.embedding import embeddings as pooling
-from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.embedding.embeddings import embed_proteins
 from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import InputError, Protein
-from bionemo_esm.inference.windows import windows
 from bionemo_esm.model.feature_extraction import representations
 from models import tiny_model
 from peers import brought_here, hugging_face
@@ -93,7 +93,7 @@ def assert_close(ours: dict[str, Any], theirs: dict[str, Any], atol: float = 1e-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_those_about_each_protein_alone(family: str, proteins: list[Protein]) -> None:
     engine = engine_of(**FAMILIES[family])
-    found = embed_together(engine, proteins, EVERYTHING)
+    found = embed_proteins(engine, proteins, EVERYTHING)
     assert [each.id for each in found] == [protein.id for protein in proteins]
     for embedding, protein in zip(found, proteins, strict=True):
         assert (embedding.residues, embedding.read, embedding.windows) == (protein.residues, protein.residues, 1)
@@ -108,7 +108,7 @@ def test_answers_are_those_of_hugging_face_for_the_same_weights(
 ) -> None:
     peer = hugging_face(family, SMALL, tmp_path / "theirs")
     brought_here(peer, tmp_path)
-    found = embed_together(Engine.load(tmp_path / "imported.nemo", "cpu"), proteins, EVERYTHING)
+    found = embed_proteins(Engine.load(tmp_path / "imported.nemo", "cpu"), proteins, EVERYTHING)
     for embedding, protein in zip(found, proteins, strict=True):
         tokens = torch.tensor([[CLS_ID, *protein.tokens.tolist(), EOS_ID]])
         with torch.no_grad():
@@ -125,17 +125,17 @@ def test_answers_do_not_depend_on_the_batch(
     engine: Engine, proteins: list[Protein], long_proteins: list[Protein], batch_tokens: int
 ) -> None:
     everyone = [*proteins, *long_proteins]
-    usual = embed_together(engine, everyone, EVERYTHING)
+    usual = embed_proteins(engine, everyone, EVERYTHING)
     other = Engine(engine.encoder, engine.config, batch_tokens)
     for place in range(len(everyone)):
-        assert_close(embed_together(engine, everyone[place:][:1], EVERYTHING)[0].arrays, usual[place].arrays)
-    for one, two in zip(usual, reversed(embed_together(other, everyone[::-1], EVERYTHING)), strict=True):
+        assert_close(embed_proteins(engine, everyone[place:][:1], EVERYTHING)[0].arrays, usual[place].arrays)
+    for one, two in zip(usual, reversed(embed_proteins(other, everyone[::-1], EVERYTHING)), strict=True):
         assert one.id == two.id
         assert_close(two.arrays, one.arrays)
 
 
 def test_the_same_question_has_the_same_answer_to_the_last_bit(engine: Engine, long_proteins: list[Protein]) -> None:
-    first, second = (embed_together(engine, long_proteins, EVERYTHING) for _ in range(2))
+    first, second = (embed_proteins(engine, long_proteins, EVERYTHING) for _ in range(2))
     for one, two in zip(first, second, strict=True):
         assert {name: array.tobytes() for name, array in one.arrays.items()} == {
             name: array.tobytes() for name, array in two.arrays.items()
@@ -151,7 +151,7 @@ def test_windows_are_blended_by_the_distance_from_where_they_cut(
 ) -> None:
     options = replace(EVERYTHING, window=window, overlap=overlap)
     size = window or 64
-    for embedding, protein in zip(embed_together(engine, long_proteins, options), long_proteins, strict=True):
+    for embedding, protein in zip(embed_proteins(engine, long_proteins, options), long_proteins, strict=True):
         cover = windows(protein.residues, size, size // 2 if overlap is None else overlap)
         assert (embedding.read, embedding.windows) == (protein.residues, len(cover))
         told = [seen(engine, protein.tokens[begin:end]) for begin, end in cover]
@@ -173,7 +173,7 @@ def test_windows_are_blended_by_the_distance_from_where_they_cut(
 
 
 def test_truncating_reads_the_beginning_and_says_so(engine: Engine, long_proteins: list[Protein]) -> None:
-    found = embed_together(engine, long_proteins, replace(EVERYTHING, long_proteins="truncate"))
+    found = embed_proteins(engine, long_proteins, replace(EVERYTHING, long_proteins="truncate"))
     for embedding, protein in zip(found, long_proteins, strict=True):
         read = min(protein.residues, 64)
         assert (embedding.residues, embedding.read, embedding.windows) == (protein.residues, read, 1)
@@ -184,10 +184,10 @@ def test_a_long_protein_is_an_error_on_request_before_anything_is_computed(
     engine: Engine, long_proteins: list[Protein], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = EmbeddingOptions(long_proteins="error")
-    assert embed_together(engine, long_proteins[3:4], options)[0].read == 64
+    assert embed_proteins(engine, long_proteins[3:4], options)[0].read == 64
     monkeypatch.setattr(engine.encoder, "hidden_states", lambda *_: pytest.fail("computed"))
     with pytest.raises(InputError, match=r"record 3 \(l2\) has 65 residues, over the window of 64; .*truncate"):
-        embed_together(engine, long_proteins[1:4], options)
+        embed_proteins(engine, long_proteins[1:4], options)
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_a_long_protein_is_an_error_on_request_before_anything_is_computed(
 def test_layers_are_numbered_from_either_end_and_come_once(engine: Engine, proteins: list[Protein]) -> None:
     options = EmbeddingOptions((-1, 0, 2, -3), cls=True)
     assert options.resolved(engine).layers == (2, 0)
-    found = embed_together(engine, proteins[:1], options)[0]
+    found = embed_proteins(engine, proteins[:1], options)[0]
     assert list(found.arrays) == ["mean_2", "mean_0", "cls_2", "cls_0"]
     assert_close(found.arrays, {name: expected_of(engine, proteins[0].tokens)[name] for name in found.arrays})
 
@@ -212,7 +212,7 @@ def test_rows_of_residues_stay_where_they_are_unless_asked_for(
         return real(rows)
 
     monkeypatch.setattr(pooling, "_on_cpu", moving)
-    embed_together(engine, long_proteins, EmbeddingOptions((0, 1, 2), cls=True))
+    embed_proteins(engine, long_proteins, EmbeddingOptions((0, 1, 2), cls=True))
     pieces = sum(len(windows(protein.residues, 64, 32)) for protein in long_proteins)
     assert sum(moved) == 6 * pieces
 
@@ -231,7 +231,7 @@ def test_no_layer_is_looked_at_that_was_not_asked_for(
         return representations(encoder, batch, layers)
 
     monkeypatch.setattr(pooling, "representations", looking)
-    assert embed_together(engine, proteins[:2], options)
+    assert embed_proteins(engine, proteins[:2], options)
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -269,7 +269,7 @@ def test_the_size_of_an_answer_is_known_beforehand(
     engine: Engine, long_proteins: list[Protein], options: EmbeddingOptions
 ) -> None:
     resolved = options.resolved(engine)
-    for embedding, protein in zip(embed_together(engine, long_proteins, options), long_proteins, strict=True):
+    for embedding, protein in zip(embed_proteins(engine, long_proteins, options), long_proteins, strict=True):
         told = sum(array.nbytes for array in embedding.arrays.values()) + 8 * options.pseudo_perplexity
         assert resolved.bytes_of(protein.residues, 32) == told
 
@@ -283,14 +283,14 @@ def test_progress_adds_up_to_all_residues(
 ) -> None:
     told: list[int] = []
     small_batches = Engine(engine.encoder, engine.config, 150)
-    embed_together(small_batches, long_proteins, EmbeddingOptions(**settings), told.append)
+    embed_proteins(small_batches, long_proteins, EmbeddingOptions(**settings), told.append)
     assert sum(told) == sum(protein.residues for protein in long_proteins)
     assert len(told) > 1
     assert min(told) > 0
 
 
 def test_of_no_proteins_there_are_no_embeddings(engine: Engine) -> None:
-    assert embed_together(engine, [], EVERYTHING) == []
+    assert embed_proteins(engine, [], EVERYTHING) == []
 
 
 # --- pseudo-perplexity ------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def surprise(model: torch.nn.Module, tokens: NDArray[np.uint8], place: int) -> f
 def test_a_pseudo_perplexity_hides_each_residue_once(family: str, proteins: list[Protein]) -> None:
     some = [proteins[1], proteins[7], proteins[0]]
     options = EmbeddingOptions(mean=False, pseudo_perplexity=True)
-    found = embed_together(engine_of(100, **FAMILIES[family]), some, options)
+    found = embed_proteins(engine_of(100, **FAMILIES[family]), some, options)
     twin = tiny_model(**FAMILIES[family]).encoder
     for embedding, protein in zip(found, some, strict=True):
         surprises = [surprise(twin, protein.tokens, place) for place in range(protein.residues)]
@@ -322,7 +322,7 @@ def test_in_a_long_protein_each_residue_is_hidden_in_the_middle_of_its_window(lo
     sizes = FAMILIES["ESM-2"] | {"seq_length": 66}
     protein = long_proteins[4]
     options = EmbeddingOptions(pseudo_perplexity=True)
-    found = embed_together(engine_of(**sizes), [protein], options)[0]
+    found = embed_proteins(engine_of(**sizes), [protein], options)[0]
     twin, surprises = tiny_model(**sizes).encoder, []
     for place in range(129):
         begin = min(max(place - 32, 0), 129 - 64)
@@ -330,7 +330,7 @@ def test_in_a_long_protein_each_residue_is_hidden_in_the_middle_of_its_window(lo
     assert found.pseudo_perplexity == pytest.approx(np.exp(np.mean(surprises)), rel=1e-5)
     cut = replace(options, long_proteins="truncate")
     short = Protein("short", protein.tokens[:64], 1)
-    cut_found = embed_together(engine_of(**sizes), [protein, short], cut)
+    cut_found = embed_proteins(engine_of(**sizes), [protein, short], cut)
     assert cut_found[0].pseudo_perplexity == pytest.approx(cut_found[1].pseudo_perplexity, rel=1e-9)
     assert cut_found[0].pseudo_perplexity != pytest.approx(found.pseudo_perplexity, rel=1e-3)
 
@@ -339,9 +339,9 @@ def test_in_a_long_protein_each_residue_is_hidden_in_the_middle_of_its_window(lo
 
 
 def test_float16_is_rounded_at_the_end(engine: Engine, long_proteins: list[Protein]) -> None:
-    exact = embed_together(engine, long_proteins, EVERYTHING)
+    exact = embed_proteins(engine, long_proteins, EVERYTHING)
     for rounded, whole in zip(
-        embed_together(engine, long_proteins, replace(EVERYTHING, dtype="float16")), exact, strict=True
+        embed_proteins(engine, long_proteins, replace(EVERYTHING, dtype="float16")), exact, strict=True
     ):
         for name, array in whole.arrays.items():
             assert rounded.arrays[name].dtype == np.float16
@@ -354,9 +354,9 @@ def test_what_float16_does_not_hold_is_an_error(long_proteins: list[Protein], wh
     with torch.no_grad():
         engine.encoder.encoder.final_layernorm.weight *= 1e6
     some = [long_proteins[which]]
-    assert np.abs(embed_together(engine, some, EmbeddingOptions(cls=True))[0].arrays["cls_2"]).max() > 65_504
+    assert np.abs(embed_proteins(engine, some, EmbeddingOptions(cls=True))[0].arrays["cls_2"]).max() > 65_504
     with pytest.raises(UserError, match=rf"record {which + 1} \(l{which}\): \w+_2 is beyond .*65,504; .*dtype=float32"):
-        embed_together(engine, some, EmbeddingOptions((0, 2), cls=True, dtype="float16"))
+        embed_proteins(engine, some, EmbeddingOptions((0, 2), cls=True, dtype="float16"))
 
 
 def test_numbers_that_are_none_are_an_error(proteins: list[Protein]) -> None:
@@ -364,7 +364,7 @@ def test_numbers_that_are_none_are_an_error(proteins: list[Protein]) -> None:
     with torch.no_grad():
         engine.encoder.encoder.final_layernorm.weight *= 1e39
     with pytest.raises(UserError, match="model's own numbers overflow"):
-        embed_together(engine, proteins, EmbeddingOptions())
+        embed_proteins(engine, proteins, EmbeddingOptions())
 
 
 def test_bfloat16_answers_are_near_and_means_are_taken_in_float32(
@@ -375,7 +375,7 @@ def test_bfloat16_answers_are_near_and_means_are_taken_in_float32(
     assert coarse.dtype == torch.bfloat16
     everyone = [*proteins, *long_proteins]
     for one, two in zip(
-        embed_together(exact, everyone, EVERYTHING), embed_together(coarse, everyone, EVERYTHING), strict=True
+        embed_proteins(exact, everyone, EVERYTHING), embed_proteins(coarse, everyone, EVERYTHING), strict=True
     ):
         assert one.arrays.keys() == two.arrays.keys()
         for layer in range(3):

@@ -19,7 +19,8 @@ from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference import model_info as model_file
-from bionemo_esm.inference.engine import Engine, MaskedQuery, batches_by_length, each_masked, masked
+from bionemo_esm.inference.batching import MaskedQuery, batches_by_length, each_masked, masked
+from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.engine_options import EngineConfig
 from bionemo_esm.inference.protein_model import ProteinModel
 from bionemo_esm.model import backends

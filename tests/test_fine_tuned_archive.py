@@ -20,7 +20,7 @@ from bionemo_esm.finetuning.batches import Collator
 from bionemo_esm.finetuning.config import AdapterConfig, Parts, ReadingConfig
 from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.tasks import CLASSIFICATION, SEQUENCE, Task
-from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.embedding.embeddings import embed_proteins
 from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.model import validate as consistency
@@ -49,7 +49,7 @@ ALL = EmbeddingOptions((0, 1, 2), residues=True)
 
 
 def states(engine: Engine) -> list[dict[str, Any]]:
-    return [embedding.arrays for embedding in embed_together(engine, proteins(), ALL)]
+    return [embedding.arrays for embedding in embed_proteins(engine, proteins(), ALL)]
 
 
 def assert_close(one: list[dict[str, Any]], other: list[dict[str, Any]], within: float) -> None:

@@ -14,8 +14,8 @@ from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.features import OneHot
 from bionemo_esm.finetuning.model import class_weights
 from bionemo_esm.finetuning.tasks import Task
+from bionemo_esm.inference.batching import blending_weights, windows
 from bionemo_esm.inference.inputs import Protein
-from bionemo_esm.inference.windows import blending_weights, windows
 from finetuning_runs import neighbours, proteins
 
 TASK = Task("neighbours", "residue", "classification", "accuracy", ("N", "O", "B"))

@@ -18,7 +18,7 @@ from bionemo_esm.finetuning import predictor as predicting
 from bionemo_esm.finetuning import predictor as tables
 from bionemo_esm.finetuning.config import ATTENTION, MAX, MLP, HeadConfig
 from bionemo_esm.finetuning.tasks import Task
-from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.embedding.embeddings import embed_proteins
 from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import Protein
@@ -51,7 +51,7 @@ def test_a_prediction_is_the_heads_answer_to_the_states_of_the_layer(task: Task,
     engine = Engine.load(path, "cpu")
     options = EmbeddingOptions((1,), mean=False, residues=True, window=READING.window, overlap=READING.overlap)
     for protein, found in zip(proteins(), FineTunedPredictor.load(path, "cpu").predict(proteins()), strict=True):
-        (embedding,) = embed_together(engine, [protein], options)
+        (embedding,) = embed_proteins(engine, [protein], options)
         assert embedding.windows == (4 if protein.id == "long" else 1)
         states = embedding.arrays["residues_1"].astype(np.float64)
         if not task.is_per_residue:

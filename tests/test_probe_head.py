@@ -13,7 +13,7 @@ import torch
 
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.finetuning.dataset import LabelledDataset, SealedTestSet
-from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.embedding.embeddings import embed_proteins
 from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.pretraining import probe_config
@@ -69,7 +69,7 @@ def test_features_are_those_of_fine_tuning_however_they_are_batched(labels: Path
     with probe_mode(model):
         engine = Engine(model.encoder, model.encoder_config)
         name = "residues_1" if per_residue else "mean_1"
-        expected = [np.atleast_2d(e.arrays[name]) for e in embed_together(engine, some.train.proteins, options)]
+        expected = [np.atleast_2d(e.arrays[name]) for e in embed_proteins(engine, some.train.proteins, options)]
     for most_tokens in (70, 4096):
         found = probe_of(some, most_tokens)
         with probe_mode(model):

@@ -25,8 +25,8 @@ from scipy.stats import spearmanr
 
 from bionemo_esm.alphabet import encode
 from bionemo_esm.errors import UserError
+from bionemo_esm.inference import figures
 from bionemo_esm.inference.protein_model import ProteinModel
-from bionemo_esm.inference.variants import heat_map
 from bionemo_esm.inference.variants import score_command as score_job
 from bionemo_esm.inference.variants.mutations import WildType, all_single
 from bionemo_esm.inference.variants.table import Agreement, agreement, agreements, lines_of, read_table, verdict_of
@@ -152,13 +152,13 @@ def test_the_picture_has_a_cell_for_each_single_mutant() -> None:
     wild_type = WildType("ubiquitin", encode(UBIQUITIN), 5)
     texts = ["Q6A", "Q6A,I7L", "K10R", "WT", "Q6A", "K10U"]
     variants = [None, *(wild_type.variant(text) for text in texts)]
-    grid, first = heat_map.grid_of(variants, np.arange(7.0))
+    grid, first = figures.grid_of(variants, np.arange(7.0))
     assert (grid.shape, first) == ((20, 5), 1)
-    found = {(heat_map.RESIDUES[row], place): grid[row, place] for row, place in np.argwhere(~np.isnan(grid)).tolist()}
+    found = {(figures.RESIDUES[row], place): grid[row, place] for row, place in np.argwhere(~np.isnan(grid)).tolist()}
     assert found == {("A", 0): 1.0, ("R", 4): 3.0}
-    assert heat_map.covered(grid) == pytest.approx(2 / (19 * 5))
-    assert sorted(heat_map.RESIDUES) == sorted("ACDEFGHIKLMNPQRSTVWY")
-    assert heat_map.undrawable([wild_type.variant("Q6A,I7L"), None, ()])
+    assert figures.covered(grid) == pytest.approx(2 / (19 * 5))
+    assert sorted(figures.RESIDUES) == sorted("ACDEFGHIKLMNPQRSTVWY")
+    assert figures.undrawable([wild_type.variant("Q6A,I7L"), None, ()])
 
 
 def test_a_picture_of_a_long_scan_is_wrapped_and_a_far_too_long_one_is_refused() -> None:
@@ -167,8 +167,8 @@ def test_a_picture_of_a_long_scan_is_wrapped_and_a_far_too_long_one_is_refused()
         wild_type = WildType("long", encode((UBIQUITIN * 40)[:length]))
         variants = all_single(wild_type)
         picture = io.BytesIO()
-        heat_map.draw(
-            wild_type, *heat_map.grid_of(variants, np.zeros(len(variants))), "masked-marginals", picture, "x" * 99
+        figures.draw_heat_map(
+            wild_type, *figures.grid_of(variants, np.zeros(len(variants))), "masked-marginals", picture, "x" * 99
         )
         width, height = (int.from_bytes(picture.getvalue()[at : at + 4], "big") for at in (16, 20))
         assert width == 1500
@@ -177,7 +177,7 @@ def test_a_picture_of_a_long_scan_is_wrapped_and_a_far_too_long_one_is_refused()
         heights.append(height)
     assert heights[0] == heights[1] and heights[2] > 4 * heights[1]
     long = WildType("long", encode(UBIQUITIN * 30))
-    assert "2,000 positions at most, and these span 2,280" in heat_map.undrawable(all_single(long))
+    assert "2,000 positions at most, and these span 2,280" in figures.undrawable(all_single(long))
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def test_a_full_disk_leaves_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(heat_map, "draw", full)  # the last that is written
+    monkeypatch.setattr(figures, "draw_heat_map", full)  # the last that is written
     code, _, errors = job("scan=true", method="wildtype-marginals")
     assert code == 2
     assert "No space left on device; free some space" in errors

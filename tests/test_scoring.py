@@ -15,12 +15,22 @@ from numpy.typing import NDArray
 from bionemo_esm.alphabet import MASK_ID, TOKEN_IDS, encode
 from bionemo_esm.data.packing import pack
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.engine import Engine, MaskedQuery, masked
+from bionemo_esm.inference.batching import MaskedQuery, masked
+from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.protein_model import ProteinModel
 from bionemo_esm.inference.variants import scoring
 from bionemo_esm.inference.variants.mutations import Variant, VariantError, WildType, all_single
-from bionemo_esm.inference.variants.options import EACH, MASKED, METHODS, MUTANT, PSEUDO, WILD_TYPE, ScoringOptions
-from bionemo_esm.inference.variants.scoring import plan, score
+from bionemo_esm.inference.variants.scoring import (
+    EACH,
+    MASKED,
+    METHODS,
+    MUTANT,
+    PSEUDO,
+    WILD_TYPE,
+    ScoringOptions,
+    plan,
+    score,
+)
 from bionemo_esm.model.interchange.convert import import_model
 from models import tiny_model
 from peers import fair_esm

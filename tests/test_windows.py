@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from bionemo_esm.inference.windows import blending_weights, window_around, windows
+from bionemo_esm.inference.batching import blending_weights, window_around, windows
 
 SIZES = [(limit, overlap) for limit in (1, 2, 3, 7, 10) for overlap in range(limit)]
 

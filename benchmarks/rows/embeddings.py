@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from benchmarks.comparison import Row, Setting, Side, Target, best_of
 from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID, PAD_ID
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.batching import each_masked
+from bionemo_esm.inference.embedding.embeddings import embed_proteins
 from bionemo_esm.inference.embedding.options import EmbeddingOptions
-from bionemo_esm.inference.engine import Engine, each_masked
+from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import Protein, read_proteins
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.config import EncoderConfig
@@ -198,7 +199,7 @@ def padded(some: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 def our_embeddings(engine: Engine, proteins: Sequence[Protein]) -> NDArray[np.float32]:
     """As `Peer.embed`."""
-    found = embed_together(engine, proteins, EmbeddingOptions())
+    found = embed_proteins(engine, proteins, EmbeddingOptions())
     (name,) = found[0].arrays
     return np.stack([embedding.arrays[name] for embedding in found])
 

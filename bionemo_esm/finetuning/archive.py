@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.finetuning.config import Parts, ReadingConfig
 from bionemo_esm.finetuning.tasks import Task
-from bionemo_esm.inference.model_info import ModelSizes, opened
+from bionemo_esm.inference.engine_options import ModelSizes, open_model_file
 from bionemo_esm.model.archive import ArchiveError, ArchiveFile
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.safe_serialization import check_plain
@@ -47,7 +47,7 @@ class FineTunedFile:
     @classmethod
     def open(cls, path: Path) -> FineTunedFile:
         """Raises `ArchiveError` for a file that is none of ours, contradicts itself, or has a model without a head."""
-        file = opened(path)
+        file = open_model_file(path)
         if file.model_class != MODEL_CLASS:
             raise ArchiveError(
                 f"model: {file.path}: holds a model of class {quoted(file.model_class)}, which predicts nothing of a "

@@ -21,9 +21,8 @@ from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, p
 from bionemo_esm.finetuning.config import ReadingConfig
 from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.tasks import Targets, Task, standardised
-from bionemo_esm.inference.engine import batches_by_length
+from bionemo_esm.inference.batching import batches_by_length, blending_weights, windows
 from bionemo_esm.inference.inputs import Protein
-from bionemo_esm.inference.windows import blending_weights, windows
 
 Numbers = NDArray[np.int64]  # [S], of proteins in their set, from 0
 

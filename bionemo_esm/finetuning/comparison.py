@@ -51,8 +51,8 @@ from bionemo_esm.finetuning.report import (
 )
 from bionemo_esm.finetuning.tasks import Prediction
 from bionemo_esm.inference.engine import Engine
+from bionemo_esm.inference.engine_options import ModelSizes
 from bionemo_esm.inference.inputs import Protein
-from bionemo_esm.inference.model_info import ModelSizes
 from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.finetuning.tasks import DataConfig, TaskConfig, load_data_config, load_task_config
-from bionemo_esm.inference.model_info import ModelSizes
+from bionemo_esm.inference.engine_options import ModelSizes
 from bionemo_esm.model.config import PRECISIONS
 from bionemo_esm.settings import integer, known, path, plain_values, typed
 

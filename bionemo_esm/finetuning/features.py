@@ -19,9 +19,10 @@ from bionemo_esm.alphabet import FIRST_RESIDUE_ID, NUM_STANDARD_RESIDUES
 from bionemo_esm.errors import UserError
 from bionemo_esm.files import atomic_write
 from bionemo_esm.finetuning.config import ReadingConfig
-from bionemo_esm.inference.embedding.embeddings import embed_together
+from bionemo_esm.inference.batching import group_by_size
+from bionemo_esm.inference.embedding.embeddings import embed_proteins
 from bionemo_esm.inference.embedding.options import EmbeddingOptions
-from bionemo_esm.inference.engine import Engine, up_to
+from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import Protein
 
 _RESIDUES_AT_ONCE = 2**17
@@ -141,8 +142,8 @@ class FeatureCache:
             shape = (rows, engine.config.hidden_size)
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[arg-type]
-            for some in up_to(_RESIDUES_AT_ONCE, proteins, lambda protein: protein.residues):
-                for embedding in embed_together(engine, some, options, answered):
+            for some in group_by_size(_RESIDUES_AT_ONCE, proteins, lambda protein: protein.residues):
+                for embedding in embed_proteins(engine, some, options, answered):
                     stream.write(np.atleast_2d(embedding.arrays[name]).astype("<f4").tobytes())
 
 

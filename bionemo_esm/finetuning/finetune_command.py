@@ -21,7 +21,7 @@ from bionemo_esm.console import Console, is_rank_zero, redirect_output, run_to_e
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import check_writable, exclusive_lock
 from bionemo_esm.finetuning.config import load_finetune_config
-from bionemo_esm.inference.model_info import ModelSizes, opened
+from bionemo_esm.inference.engine_options import ModelSizes, open_model_file
 from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile
 from bionemo_esm.model.validate import check_sizes
 
@@ -64,7 +64,7 @@ def _finetune(cfg: DictConfig) -> int:
 
 def _pretrained(path: Path) -> tuple[ArchiveFile, ModelSizes]:
     """Raises `ArchiveError` for a file that holds no pretrained model of ours."""
-    file = opened(path)
+    file = open_model_file(path)
     if file.model_class != _PRETRAINED:
         raise ArchiveError(
             f"restore_from_path: {path}: holds a model of class {file.model_class}, which has learned a task already; "

@@ -18,7 +18,7 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import atomic_write, check_absent, check_writable
 from bionemo_esm.finetuning.archive import FineTunedFile
 from bionemo_esm.finetuning.predictor import FineTunedPredictor, Layout, asked, check_ending, table_writer
-from bionemo_esm.inference.embedding.options import counted
+from bionemo_esm.inference.embedding.options import plural
 from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig, describe, run
 from bionemo_esm.inference.inputs import POLICY_KEYS, InputPolicy, Protein, read_proteins, scan_input
 from bionemo_esm.settings import boolean, known, path, plain_values
@@ -82,7 +82,7 @@ def _predict(config: PredictConfig) -> int:
         for protein, prediction in predictor.stream(proteins, _metered(console, residues)):
             add(protein, prediction)
             count += 1
-    console.print_line(f"Wrote {config.output}, {counted(count, 'protein')}, {config.output.stat().st_size:,} bytes")
+    console.print_line(f"Wrote {config.output}, {plural(count, 'protein')}, {config.output.stat().st_size:,} bytes")
     return 0
 
 
@@ -107,10 +107,10 @@ def _input(config: PredictConfig, console: Console) -> tuple[Iterable[Protein], 
 
 
 def _say_input(console: Console, proteins: int, residues: int, longest: int, skipped: int, first_problem: str) -> None:
-    sizes = f"{counted(proteins, 'protein')}, {counted(residues, 'residue')}, the longest of {longest:,}"
+    sizes = f"{plural(proteins, 'protein')}, {plural(residues, 'residue')}, the longest of {longest:,}"
     console.print_line(f"  input    {sizes}")
     if skipped:
-        console.print_line(f"           {counted(skipped, 'record')} left out; the first: {first_problem}")
+        console.print_line(f"           {plural(skipped, 'record')} left out; the first: {first_problem}")
 
 
 def _metered(console: Console, residues: int) -> Callable[[int], None]:

@@ -31,7 +31,7 @@ from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.finetuning.archive import FineTunedFile
 from bionemo_esm.finetuning.config import ReadingConfig
 from bionemo_esm.finetuning.tasks import Prediction, Task
-from bionemo_esm.inference.embedding.options import EmbeddingOptions, named
+from bionemo_esm.inference.embedding.options import EmbeddingOptions, record_label
 from bionemo_esm.inference.inputs import InputPolicy, Protein, Sequences, proteins_of
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ class FineTunedPredictor:
             warnings.simplefilter("ignore")
             from bionemo_esm.inference.engine import Engine
 
-            engine = Engine.of(opened.file, device, precision, batch_tokens)
+            engine = Engine.from_file(opened.file, device, precision, batch_tokens)
         return cls(engine, opened.head(), opened.task, opened.parts.reading)
 
     def predict(
@@ -285,15 +285,17 @@ class FineTunedPredictor:
         to those of the proteins. No answer depends on the other proteins but for rounding, 1e-5 in float32. Raises
         `UserError` for a protein of which the model says NaN or infinity.
         """
-        from bionemo_esm.inference.engine import up_to
+        from bionemo_esm.inference.batching import group_by_size
 
         residues = max(1, _GROUP_BYTES // (4 * self.engine.config.hidden_size))
-        for some in up_to(residues, proteins, lambda protein: protein.residues):
+        for some in group_by_size(residues, proteins, lambda protein: protein.residues):
             states = self._states(some, answered)
             found = answers(self.head, self.task, states, self.engine.device, self.engine.batch_tokens)
             for protein, prediction in zip(some, found, strict=True):
                 if not np.isfinite(prediction).all():
-                    raise UserError(f"{named(protein)}: the model's answer is no finite number; precision=32 may help")
+                    raise UserError(
+                        f"{record_label(protein)}: the model's answer is no finite number; precision=32 may help"
+                    )
                 yield protein, prediction
 
     def predict_table(
@@ -314,13 +316,13 @@ class FineTunedPredictor:
 
     def _states(self, proteins: Sequence[Protein], answered: Callable[[int], None]) -> list[NDArray[np.floating]]:
         """What the head is given: of each protein, the states of its residues, float32 [R, H]."""
-        from bionemo_esm.inference.embedding.embeddings import embed_together
+        from bionemo_esm.inference.embedding.embeddings import embed_proteins
 
         reading = self.reading
         options = EmbeddingOptions(
             (reading.layer,), mean=False, residues=True, window=reading.window, overlap=reading.overlap
         )
-        found = embed_together(self.engine, proteins, options, answered)
+        found = embed_proteins(self.engine, proteins, options, answered)
         return [embedding.arrays[f"residues_{reading.layer}"] for embedding in found]
 
 
@@ -333,11 +335,11 @@ def answers(
     """
     import torch
 
-    from bionemo_esm.inference.engine import up_to
+    from bionemo_esm.inference.batching import group_by_size
 
     found: list[Prediction] = []
     with torch.inference_mode():
-        for some in up_to(batch_tokens, states, len):
+        for some in group_by_size(batch_tokens, states, len):
             bounds = np.cumsum([0, *map(len, some)])
             packed_RH = torch.from_numpy(np.concatenate(some)).to(device)  # type: ignore[call-overload]
             outputs = head(packed_RH, torch.from_numpy(bounds).to(device))  # type: ignore[call-overload]

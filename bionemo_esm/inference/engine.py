@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bionemo_esm.alphabet import MASK_ID
-from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack
+from bionemo_esm.data.packing import PackedBatch, pack
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.model_info import ModelSizes, check_words, opened
+from bionemo_esm.inference.batching import MaskedQuery, Residues, group_by_size, tokens_of_query
+from bionemo_esm.inference.engine_options import ModelSizes, check_words, open_model_file
 from bionemo_esm.model.archive import WEIGHTS, ArchiveFile
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig
@@ -29,21 +28,9 @@ from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.parallel import ensure_groups
 from bionemo_esm.model.validate import check_sizes, extension_of
 
-Thing = TypeVar("Thing")
-Residues = NDArray[np.uint8]
-"""Token ids of a protein's residues, uint8 [R], without <cls> and <eos>."""
-
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 """Tokens of a packed batch where nobody says otherwise: about a core's cache, and enough to fill a GPU."""
 _PREFIX = "encoder."  # of the tensors' names in an archive, where the encoder is a part of the model
-
-
-@dataclass(frozen=True)
-class MaskedQuery:
-    """Which residues belong at some places of a protein?"""
-
-    tokens: Residues  # the protein as the model is to see it: <mask> where it must not see
-    places: NDArray[np.int64]  # [K], ascending, one or more; 0 is the first residue
 
 
 class Engine(ModelSizes):
@@ -73,10 +60,10 @@ class Engine(ModelSizes):
         """
         check_words(device, precision, batch_tokens)
         _device(device)
-        return cls.of(opened(Path(path)), device, precision, batch_tokens)
+        return cls.from_file(open_model_file(Path(path)), device, precision, batch_tokens)
 
     @classmethod
-    def of(cls, file: ArchiveFile, device: str, precision: str, batch_tokens: int | None) -> Engine:
+    def from_file(cls, file: ArchiveFile, device: str, precision: str, batch_tokens: int | None) -> Engine:
         """The encoder of an opened file, that of a fine-tuned model included; the rest as `load`."""
         check_words(device, precision, batch_tokens)
         place, sizes = _device(device), check_sizes(file)
@@ -109,7 +96,7 @@ class Engine(ModelSizes):
         Questions are taken as they are needed, as many at a time as make up a batch; of each the last block is computed
         at its places only. `answered` is told the residues of each batch.
         """
-        for some in up_to(self.batch_tokens, queries, _tokens):
+        for some in group_by_size(self.batch_tokens, queries, tokens_of_query):
             batch = self.packed([query.tokens for query in some])
             first = batch.cu_seqlens[:-1].long().cpu().numpy() + 1  # after each <cls>
             places = np.concatenate([query.places + start for query, start in zip(some, first, strict=True)])
@@ -118,54 +105,6 @@ class Engine(ModelSizes):
             answers = self.encoder.logits(hidden).double().log_softmax(dim=-1).cpu().numpy()
             answered(batch.residues)
             yield from np.split(answers, np.cumsum([len(query.places) for query in some[:-1]]))
-
-
-def masked(tokens: Residues, places: NDArray[np.int64]) -> MaskedQuery:
-    """What belongs at these places, all of them hidden?"""
-    hidden = tokens.copy()
-    hidden[places] = MASK_ID
-    return MaskedQuery(hidden, places)
-
-
-def each_masked(tokens: Residues, places: Iterable[int]) -> Iterator[MaskedQuery]:
-    """For each place on its own: what belongs there, if it alone is hidden? (masked marginals, pseudo-likelihood)"""
-    return (masked(tokens, np.array([place], dtype=np.int64)) for place in places)
-
-
-def batches_by_length(lengths: NDArray[np.int64], batch_tokens: int) -> list[NDArray[np.int64]]:
-    """Which proteins [S] go together, longest first: each batch of up to `batch_tokens` tokens, or of one protein.
-
-    Neighbours of like length share one call of attention; and if memory does not do, that shows at once.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    batches: list[list[int]] = []
-    filled = batch_tokens
-    for index in order.tolist():
-        tokens = int(lengths[index]) + SPECIAL_TOKENS_PER_SEQUENCE
-        if filled + tokens > batch_tokens or not batches:
-            batches.append([])
-            filled = 0
-        batches[-1].append(index)
-        filled += tokens
-    return [np.array(batch, dtype=np.int64) for batch in batches]
-
-
-def up_to(most: int, things: Iterable[Thing], size: Callable[[Thing], int]) -> Iterator[list[Thing]]:
-    """Neighbours together, as many as come to `most` by their sizes, one at least; taken as they are needed."""
-    some: list[Thing] = []
-    filled = 0
-    for thing in things:
-        if some and filled + size(thing) > most:
-            yield some
-            some, filled = [], 0
-        some.append(thing)
-        filled += size(thing)
-    if some:
-        yield some
-
-
-def _tokens(query: MaskedQuery) -> int:
-    return len(query.tokens) + SPECIAL_TOKENS_PER_SEQUENCE
 
 
 def _device(name: str) -> torch.device:

@@ -11,7 +11,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bionemo_esm.inference.engine_options import EngineConfig, describe
 
 if TYPE_CHECKING:  # torch and Megatron take seconds to import
     import numpy as np
@@ -30,8 +33,6 @@ class ProteinModel:
         self.engine = engine
 
     def __repr__(self) -> str:
-        from bionemo_esm.inference.engine_options import describe
-
         return f"<ProteinModel: {describe(self.engine)}, window of {self.engine.window:,} residues>"
 
     @classmethod
@@ -44,7 +45,7 @@ class ProteinModel:
         for what the device multiplies faster. `batch_tokens`: computed at once; memory grows with it, and no answer
         depends on it but for rounding. Raises `ArchiveError`, `ConfigError`.
         """
-        return cls(load_engine(path, device, precision, batch_tokens))
+        return cls(load_engine(EngineConfig(Path(path), device, precision, batch_tokens)))
 
     def embed(
         self,
@@ -68,7 +69,7 @@ class ProteinModel:
         arrays with a row a protein, `["its id"].arrays["residues_6"]` is what there is of one. All answers are in
         memory at once. Raises `InputError`, `ConfigError`.
         """
-        from bionemo_esm.inference.embedding.embeddings import Embeddings, embed_together
+        from bionemo_esm.inference.embedding.embeddings import Embeddings, embed_proteins
         from bionemo_esm.inference.embedding.options import EmbeddingOptions
         from bionemo_esm.inference.inputs import InputPolicy, proteins_of
 
@@ -76,7 +77,7 @@ class ProteinModel:
         options = EmbeddingOptions(
             numbers, mean, cls, residues, logits, pseudo_perplexity, dtype, long_proteins, window, overlap
         ).resolved(self.engine)
-        return Embeddings(embed_together(self.engine, proteins_of(sequences, policy or InputPolicy()), options))
+        return Embeddings(embed_proteins(self.engine, proteins_of(sequences, policy or InputPolicy()), options))
 
     def score_variants(
         self,
@@ -95,8 +96,7 @@ class ProteinModel:
         `ConfigError`.
         """
         from bionemo_esm.inference.variants.mutations import read_wild_type, variants_at_hand
-        from bionemo_esm.inference.variants.options import ScoringOptions
-        from bionemo_esm.inference.variants.scoring import score
+        from bionemo_esm.inference.variants.scoring import ScoringOptions, score
 
         wild_type, options = read_wild_type(sequence, offset=offset), ScoringOptions((method,), masks, window)
         return score(self.engine, wild_type, variants_at_hand(variants, wild_type), options)[method]
@@ -116,8 +116,7 @@ class ProteinModel:
         `score_variants`.
         """
         from bionemo_esm.inference.variants.mutations import read_wild_type
-        from bionemo_esm.inference.variants.options import ScoringOptions
-        from bionemo_esm.inference.variants.scoring import scan_frame
+        from bionemo_esm.inference.variants.scoring import ScoringOptions, scan_frame
 
         options = ScoringOptions((method,) if isinstance(method, str) else tuple(method), window=window)
         return scan_frame(self.engine, read_wild_type(sequence, offset=offset), options, region)
@@ -134,10 +133,10 @@ class ProteinModel:
         return contacts_of(self.engine, residues_at_hand(sequence), WindowSpec.of(self.engine, window, overlap))
 
 
-def load_engine(path: str | os.PathLike[str], device: str, precision: str, batch_tokens: int | None) -> Engine:
+def load_engine(config: EngineConfig) -> Engine:
     """`Engine.load` without the warnings that Megatron gives where neither Apex nor Transformer Engine is installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from bionemo_esm.inference.engine import Engine
 
-        return Engine.load(path, device, precision, batch_tokens)
+        return Engine.load(config.model, config.device, config.precision, config.batch_tokens)

@@ -110,7 +110,7 @@ def read_probe(config: ProbeConfig, model: EncoderConfig) -> ProbeSet:
     """The labelled proteins, every label checked. Raises `UserError`, naming the key, or file and record."""
     from bionemo_esm.finetuning.config import ReadingOptions
     from bionemo_esm.finetuning.dataset import read_splits
-    from bionemo_esm.inference.model_info import ModelSizes
+    from bionemo_esm.inference.engine_options import ModelSizes
 
     try:
         reading = ReadingOptions(config.layer).resolved(ModelSizes(model))

@@ -28,6 +28,7 @@ from bionemo_esm.inference.contacts.output_dir import WorkFolder, file_names, wr
 from bionemo_esm.inference.contacts.structures import Structure, holds_structures, read_structures, source_paths
 from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig, describe, run
 from bionemo_esm.inference.inputs import POLICY_KEYS, InputError, InputPolicy, read_proteins
+from bionemo_esm.inference.protein_model import load_engine
 from bionemo_esm.settings import integer, known, number, path, plain_values
 
 if TYPE_CHECKING:  # they import torch
@@ -141,7 +142,7 @@ def _predict(config: ContactsConfig) -> int:
     console = Console(sys.stdout)
     subjects, skipped = _read(config, console)
     fitted = _fitted_on(config.engine.model, subjects)
-    engine = config.engine.load()
+    engine = load_engine(config.engine)
     console.print_line(f"  model    {describe(engine)}")
 
     from bionemo_esm.inference.contacts.prediction import WindowSpec, check_head  # torch takes a second to import
@@ -276,7 +277,7 @@ def _describe_all(
     console: Console,
 ) -> Found:
     """contacts.csv, proteins.csv and the pictures; precisions only where no head was fitted on the structure."""
-    from bionemo_esm.inference.contacts.figure import draw_contacts
+    from bionemo_esm.inference.figures import draw_contacts
 
     all_found: list[Precisions] = []
     best: list[Precisions] = []

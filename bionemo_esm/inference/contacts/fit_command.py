@@ -31,6 +31,7 @@ from bionemo_esm.inference.contacts.head_fitting import (
 from bionemo_esm.inference.contacts.metrics import TIES, Row, as_dicts, intervals, summary, table, verdict
 from bionemo_esm.inference.contacts.structures import files_of, read_structures, source_paths
 from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig, describe, run
+from bionemo_esm.inference.protein_model import load_engine
 from bionemo_esm.settings import boolean, integer, known, number, path, plain_values
 
 if TYPE_CHECKING:  # they import torch
@@ -97,7 +98,7 @@ def _fit(config: FitConfig) -> int:
     chains = f"{len(structures):,} chain{'s' * (len(structures) != 1)}"
     console.print_line(f"Read {chains} from {', '.join(config.structures)}")
 
-    engine = config.engine.load()
+    engine = load_engine(config.engine)
 
     from bionemo_esm.inference.contacts.head_fitting import fit_head  # torch takes a second to import
 

@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference.batching import Residues
 from bionemo_esm.inference.contacts.metrics import Precisions, precisions
 from bionemo_esm.inference.contacts.prediction import WindowSpec, predict_contacts
 from bionemo_esm.inference.contacts.structures import CONTACT_ANGSTROM, Structure
-from bionemo_esm.inference.engine import Engine, Residues
+from bionemo_esm.inference.engine import Engine
 from bionemo_esm.model.backends import choose_backends
 from bionemo_esm.model.contact_head import ContactHead, corrected_maps
 from bionemo_esm.model.encoder import ESMEncoder

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import encode
 from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference.batching import Residues, batches_by_length, blending_weights, windows
 from bionemo_esm.inference.contacts.structures import GAPS
-from bionemo_esm.inference.engine import Engine, Residues, batches_by_length
-from bionemo_esm.inference.windows import blending_weights, windows
+from bionemo_esm.inference.engine import Engine
 from bionemo_esm.model.feature_extraction import contacts
 
 Map = NDArray[np.float32]

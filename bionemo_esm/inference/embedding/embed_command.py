@@ -19,11 +19,18 @@ from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.files import check_absent, check_writable
-from bionemo_esm.inference.embedding.launcher import Outcome, embed_in_processes, launched
-from bionemo_esm.inference.embedding.options import EmbeddingOptions, counted
-from bionemo_esm.inference.embedding.shards import WorkFolder, copied
-from bionemo_esm.inference.embedding.worker import EmbedTask, ProgressCallbacks, WorkerRank, embed_on_rank
-from bionemo_esm.inference.embedding.writers import format_of
+from bionemo_esm.inference.embedding.formats import format_of
+from bionemo_esm.inference.embedding.options import EmbeddingOptions, plural
+from bionemo_esm.inference.embedding.work_folder import WorkFolder, copied
+from bionemo_esm.inference.embedding.worker import (
+    EmbedTask,
+    Outcome,
+    ProgressCallbacks,
+    WorkerRank,
+    embed_in_processes,
+    embed_on_rank,
+    launched,
+)
 from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig
 from bionemo_esm.inference.inputs import POLICY_KEYS, InputPolicy, scan_input
 from bionemo_esm.settings import boolean, integer, known, path, plain_values
@@ -191,11 +198,11 @@ def _task(config: EmbedConfig, console: Console, work: WorkFolder) -> EmbedTask:
         stock = scan_input(place, config.policy)
     except UserError as error:
         raise type(error)(str(error).replace(str(place), name)) from error
-    sizes = f"{counted(stock.proteins, 'protein')}, {counted(stock.residues, 'residue')}, the longest of"
+    sizes = f"{plural(stock.proteins, 'protein')}, {plural(stock.residues, 'residue')}, the longest of"
     console.print_line(f"  input    {sizes} {stock.longest:,}")
     if stock.skipped:
         console.print_line(
-            f"           {counted(stock.skipped, 'record')} left out; "
+            f"           {plural(stock.skipped, 'record')} left out; "
             f"the first: {stock.first_problem.replace(str(place), name)}"
         )
     if stock.ids_are_numbers:
@@ -220,14 +227,14 @@ def _kept(work: WorkFolder) -> str:
     parts = len(work.records())
     if not parts:
         return "No part was finished: the same command begins anew"
-    return f"{counted(parts, 'finished part')} {'is' if parts == 1 else 'are'} kept: {_GOES_ON}"
+    return f"{plural(parts, 'finished part')} {'is' if parts == 1 else 'are'} kept: {_GOES_ON}"
 
 
 def _say_finished(task: EmbedTask, console: Console) -> None:
     place = task.output
     files = list(place.iterdir()) if place.is_dir() else [place]
     size = sum(file.stat().st_size for file in files)
-    parts = f", {counted(len(files), 'file')}" if place.is_dir() else ""
+    parts = f", {plural(len(files), 'file')}" if place.is_dir() else ""
     console.print_line(f"Wrote {place}, {size:,} bytes{parts}")
 
 

@@ -30,10 +30,17 @@ from torch import Tensor
 
 from bionemo_esm.data.packing import PackedBatch
 from bionemo_esm.errors import UserError
-from bionemo_esm.inference.embedding.options import Embedding, EmbeddingOptions, counted, named
-from bionemo_esm.inference.engine import Engine, MaskedQuery, Residues, batches_by_length, masked
+from bionemo_esm.inference.batching import (
+    MaskedQuery,
+    Residues,
+    batches_by_length,
+    blending_weights,
+    masked,
+    window_around,
+)
+from bionemo_esm.inference.embedding.options import Embedding, EmbeddingOptions, plural, record_label
+from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import Protein
-from bionemo_esm.inference.windows import blending_weights, window_around
 from bionemo_esm.model.feature_extraction import representations
 
 
@@ -159,7 +166,7 @@ class Embeddings(Sequence[Embedding]):
 
     def __repr__(self) -> str:
         names = ", ".join(self._found[0].arrays) if self._found else "none"
-        return f"<Embeddings of {counted(len(self), 'protein')}: {names}>"
+        return f"<Embeddings of {plural(len(self), 'protein')}: {names}>"
 
     @property
     def ids(self) -> list[str]:
@@ -204,7 +211,7 @@ class Embeddings(Sequence[Embedding]):
         return list(self._found[0].arrays) if self._found else []
 
 
-def embed_together(
+def embed_proteins(
     engine: Engine,
     proteins: Sequence[Protein],
     options: EmbeddingOptions,
@@ -297,7 +304,7 @@ class _Blend:
         if not np.isfinite(narrow).all():
             beyond = f"{self.options.dtype}'s {np.finfo(self.options.dtype).max:,.0f}"
             advice = "ask for dtype=float32" if np.isfinite(array).all() else "the model's own numbers overflow"
-            raise UserError(f"{named(self.protein)}: {name} is beyond {beyond}; {advice}")
+            raise UserError(f"{record_label(self.protein)}: {name} is beyond {beyond}; {advice}")
         return narrow
 
     def embedding(self, perplexity: float | None) -> Embedding:

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import VOCABULARY_SIZE
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.inference.batching import windows
 from bionemo_esm.inference.inputs import InputError, Protein
-from bionemo_esm.inference.windows import windows
 
 if TYPE_CHECKING:
-    from bionemo_esm.inference.model_info import ModelSizes
+    from bionemo_esm.inference.engine_options import ModelSizes
 
 DTYPES = ("float32", "float16")
 LONG_PROTEINS = ("windows", "truncate", "error")
@@ -100,7 +100,7 @@ class EmbeddingOptions:
         for protein in proteins:
             if protein.residues > self.window:
                 raise InputError(
-                    f"{named(protein)} has {protein.residues:,} residues, over the window of {self.window:,}; "
+                    f"{record_label(protein)} has {protein.residues:,} residues, over the window of {self.window:,}; "
                     "long_proteins=windows reads it window by window, long_proteins=truncate its beginning alone"
                 )
 
@@ -116,12 +116,12 @@ class Embedding(NamedTuple):
     pseudo_perplexity: float | None
 
 
-def named(protein: Protein) -> str:
+def record_label(protein: Protein) -> str:
     """A protein in a message."""
     return f"record {protein.number} ({protein.id[:40]})"
 
 
-def counted(number: int, what: str) -> str:
+def plural(number: int, what: str) -> str:
     """`1 part`, `2 parts`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 

@@ -22,8 +22,9 @@ from bionemo_esm.command_line import check_command_line
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import atomic_write, check_absent, check_writable
+from bionemo_esm.inference import figures
 from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig, describe, run
-from bionemo_esm.inference.variants import heat_map
+from bionemo_esm.inference.protein_model import load_engine
 from bionemo_esm.inference.variants.mutations import (
     Variant,
     WildType,
@@ -32,7 +33,7 @@ from bionemo_esm.inference.variants.mutations import (
     read_wild_type,
     scan_columns,
 )
-from bionemo_esm.inference.variants.options import EACH, MASKED, TOGETHER, ScoringOptions, column_of
+from bionemo_esm.inference.variants.scoring import EACH, MASKED, TOGETHER, ScoringOptions, column_of
 from bionemo_esm.inference.variants.table import (
     FEWER_MUTATIONS,
     SUBSTITUTION_MATRIX,
@@ -158,7 +159,7 @@ def _score(config: ScoreConfig) -> int:
         f"Scoring {_variants_in_words(len(work.variants))} of {work.wild_type.name}, "
         f"{len(work.wild_type.tokens):,} residue{'s' * (len(work.wild_type.tokens) != 1)}"
     )
-    engine = config.engine.load()
+    engine = load_engine(config.engine)
     console.print_line(f"  model    {describe(engine)}")
     scores = _scored(config, work, engine, console)
     found: dict[str, dict[str, Agreement]] = {}
@@ -176,7 +177,7 @@ def _score(config: ScoreConfig) -> int:
         if drawn is not None:
             picture = stack.enter_context(atomic_write(config.picture_file))
             assert engine.source is not None
-            heat_map.draw(work.wild_type, *drawn, config.options.methods[0], picture, engine.source.name)
+            figures.draw_heat_map(work.wild_type, *drawn, config.options.methods[0], picture, engine.source.name)
     _tell(config, work, found, drawn is not None, console)
     return 0
 
@@ -203,7 +204,7 @@ def _variants(config: ScoreConfig) -> Variants:
     if all(variant is None for variant in work.variants):
         raise ConfigError(f"input: no variant is left: {work.problems[0]}")
     if config.picture:
-        problem = heat_map.undrawable(work.variants)
+        problem = figures.undrawable(work.variants)
         if problem:
             raise ConfigError(f"picture=true: {problem}")
     return work
@@ -249,13 +250,13 @@ def _grid(
     config: ScoreConfig, work: Variants, scores: NDArray[np.float64], console: Console
 ) -> tuple[NDArray[np.float64], int] | None:
     """What a picture would show, where there is to be one."""
-    problem = heat_map.undrawable(work.variants)
+    problem = figures.undrawable(work.variants)
     if config.picture is False or problem:
         if problem and config.input is None and config.picture is None:
             console.print_line(f"  no picture: {problem}")
         return None
-    grid = heat_map.grid_of(work.variants, scores)
-    return grid if config.picture or heat_map.covered(grid[0]) >= heat_map.ENOUGH_COVERED else None
+    grid = figures.grid_of(work.variants, scores)
+    return grid if config.picture or figures.covered(grid[0]) >= figures.ENOUGH_COVERED else None
 
 
 def _summary(

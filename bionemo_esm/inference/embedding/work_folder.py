@@ -28,17 +28,18 @@ from typing import IO, Any
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.files import atomic_write, check_absent, fsync_directory
-from bionemo_esm.inference.embedding.options import Embedding
-from bionemo_esm.inference.embedding.reader import MANIFEST, read_embeddings
-from bionemo_esm.inference.embedding.writers import (
+from bionemo_esm.inference.embedding.formats import (
     ABOUT,
     ENDINGS,
+    MANIFEST,
     NPZ,
     joined_columns,
+    read_embeddings,
     write_file,
     write_npz,
     write_part,
 )
+from bionemo_esm.inference.embedding.options import Embedding
 from bionemo_esm.inference.inputs import Protein
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
