@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from bionemo_esm.inference.embedding import launcher as processes
-from bionemo_esm.inference.embedding import worker as embed_on_rank
+from bionemo_esm.inference.embedding import worker
 from bionemo_esm.inference.embedding.formats import read_about, read_embeddings
 from embed_runs import PROTEINS, Inputs, Job, content, ended, names, overrides_of, run_apart, settings_of, started
 from runs import ROOT
@@ -91,27 +90,27 @@ def test_processes_at_the_same_time_leave_one_output(tmp_path: Path, inputs: Inp
 
 
 def test_what_launchers_say_is_understood() -> None:
-    assert processes.launched({}) is None
-    assert processes.launched({"RANK": "0", "WORLD_SIZE": "1"}) is None
-    assert processes.launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None  # a batch script, not a step of it
+    assert worker.launched({}) is None
+    assert worker.launched({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    assert worker.launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None  # a batch script, not a step of it
     slurm = {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1"}
-    assert processes.launched(slurm | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) == (9, 16, 1, 8)
+    assert worker.launched(slurm | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) == (9, 16, 1, 8)
     with pytest.raises(ValueError, match=r"process 4 \(RANK\) of 4"):
-        processes.launched({"RANK": "4", "WORLD_SIZE": "4"})
+        worker.launched({"RANK": "4", "WORLD_SIZE": "4"})
     with pytest.raises(ValueError, match="are not whole numbers"):
-        processes.launched({"RANK": "x", "WORLD_SIZE": "4"})
+        worker.launched({"RANK": "x", "WORLD_SIZE": "4"})
 
 
 def test_a_process_that_dies_leaves_the_parts_of_the_others_and_exit_1(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda how: fork)
+    monkeypatch.setattr(worker.multiprocessing, "get_context", lambda how: fork)
 
-    def share(task: Any, own: embed_on_rank.WorkerRank, tell: embed_on_rank.ProgressCallbacks) -> bool:
+    def share(task: Any, own: worker.WorkerRank, tell: worker.ProgressCallbacks) -> bool:
         if own.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return embed_on_rank.embed_on_rank(task, own, tell)
+        return worker.worker(task, own, tell)
 
     monkeypatch.setattr(processes, "embed_share", share)
     code, _, err = job("devices=2")

@@ -18,7 +18,7 @@ from bionemo_esm.alphabet import MASK_ID, encode
 from bionemo_esm.data.packing import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference import model_info as model_file
+from bionemo_esm.inference import engine_options
 from bionemo_esm.inference.batching import MaskedQuery, batches_by_length, each_masked, masked
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.engine_options import EngineConfig
@@ -125,7 +125,7 @@ def test_settings_are_checked_before_the_file_is_opened(settings: dict[str, Any]
 
 
 def test_precisions_are_those_that_there_are_kernels_for() -> None:
-    dtypes = {precision: backends.parameter_dtype(precision, "cpu") for precision in model_file.PRECISIONS}
+    dtypes = {precision: backends.parameter_dtype(precision, "cpu") for precision in engine_options.PRECISIONS}
     assert (
         dtypes["32"] == torch.float32 and dtypes["bf16"] == torch.bfloat16 and dtypes.keys() == {"auto", "32", "bf16"}
     )
