@@ -107,12 +107,14 @@ def test_a_process_that_dies_leaves_the_parts_of_the_others_and_exit_1(
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr(worker.multiprocessing, "get_context", lambda how: fork)
 
+    embed_on_rank = worker.embed_on_rank
+
     def share(task: Any, own: worker.WorkerRank, tell: worker.ProgressCallbacks) -> bool:
         if own.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return worker.worker(task, own, tell)
+        return embed_on_rank(task, own, tell)
 
-    monkeypatch.setattr(processes, "embed_share", share)
+    monkeypatch.setattr(worker, "embed_on_rank", share)
     code, _, err = job("devices=2")
     assert code == 1
     assert "process 1 was killed by SIGKILL. 3 finished parts are kept" in err
