@@ -53,7 +53,7 @@ def build(fasta: Path, store: Path, records: int) -> str:
 
 def use(store: Path) -> str:
     """Milliseconds to open a store, and to gather a batch of 370 from it; the memory that opening added, in KiB."""
-    from bionemo_esm.data.batch_sampler import EpochOrder
+    from bionemo_esm.data.dataloader import EpochPermutation
     from bionemo_esm.data.store import ProteinStore
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -61,7 +61,7 @@ def use(store: Path) -> str:
     train = ProteinStore.open(store).split("train")
     opened = time.perf_counter()
     added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    _, samples = EpochOrder(len(train), seed=1).samples(np.arange(370))
+    _, samples = EpochPermutation(len(train), seed=1).samples(np.arange(370))
     train.gather(samples, np.zeros(370), train.lengths[samples])
     return f"{1e3 * (opened - started)} {1e3 * (time.perf_counter() - opened)} {added}"
 

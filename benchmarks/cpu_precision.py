@@ -24,7 +24,8 @@ def seconds_per_step(precision: str) -> float:
     from omegaconf import OmegaConf
     from torch.nn.functional import cross_entropy
 
-    from bionemo_esm.data.dataloader import BatchPlan, SampleReader, TrainingStream
+    from bionemo_esm.data.collate import SampleReader
+    from bionemo_esm.data.dataloader import BatchPlan, TrainingBatches
     from bionemo_esm.data.masking import MaskingPolicy
     from bionemo_esm.data.store import ProteinStore
     from bionemo_esm.model.esm1nv import ESM1nvModel
@@ -33,7 +34,7 @@ def seconds_per_step(precision: str) -> float:
     encoder = {**sizes, "hidden_dropout": 0.0, "attention_dropout": 0.0}
     model = ESM1nvModel(OmegaConf.create({"encoder": encoder, "precision": precision}))
     store = ProteinStore.open(_sample_store())
-    stream = TrainingStream(SampleReader(store.split("train"), 512, MaskingPolicy(), 0), BatchPlan(8, 8))
+    stream = TrainingBatches(SampleReader(store.split("train"), 512, MaskingPolicy(), 0), BatchPlan(8, 8))
     times = []
     for step in range(STEPS):
         (batch,) = stream[8 * step].micro_batches

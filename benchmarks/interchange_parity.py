@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from bionemo_esm.data.packing import PackedBatch
+from bionemo_esm.data.collate import PackedBatch
 from bionemo_esm.data.preprocess import BuildPolicy, build_store_from_splits
 from bionemo_esm.data.store import ProteinStore
 from peers import Peer, Shape, batch_of, brought_here, errors, fair_esm, hugging_face, padded

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from benchmarks.scaling import MAX_TOKENS, MICRO_BATCH, RANKS, repeated_store
-from bionemo_esm.data.batch_sampler import BatchPlan
-from bionemo_esm.data.dataloader import SampleReader, TrainingStream, training_loader
+from bionemo_esm.data.collate import SampleReader
+from bionemo_esm.data.dataloader import BatchPlan, TrainingBatches, training_loader
 from bionemo_esm.data.masking import MaskingPolicy
 
 WANTED = 60_000  # sequences a second for a node of eight devices
@@ -43,19 +43,21 @@ def per_second(work: Callable[[int], object], steps: int, repeats: int) -> tuple
     return statistics.median(rates), rates
 
 
-def imbalance(stream: TrainingStream, steps: int) -> tuple[float, float]:
+def imbalance(stream: TrainingBatches, steps: int) -> tuple[float, float]:
     """Tokens of the fullest rank over the mean, averaged over steps: as dealt, and by turns of the stream."""
     dealt, by_turns = [], []
     for step in range(steps):
-        _, _, tokens = stream._slice(step * RANKS * MICRO_BATCH)
-        loads = np.array([sum(int(tokens[h].sum()) for h in stream.plan.share(tokens, r)) for r in range(RANKS)])
+        _, _, tokens = stream._global_batch(step * RANKS * MICRO_BATCH)
+        loads = np.array(
+            [sum(int(tokens[own].sum()) for own in stream.plan.micro_batches(tokens, rank)) for rank in range(RANKS)]
+        )
         turns = tokens.reshape(RANKS, -1).sum(axis=1)
         dealt.append(loads.max() / loads.mean())
         by_turns.append(turns.max() / turns.mean())
     return statistics.mean(dealt), statistics.mean(by_turns)
 
 
-def side_by_side(stream: TrainingStream, workers: int, steps: int) -> float:
+def side_by_side(stream: TrainingBatches, workers: int, steps: int) -> float:
     """Sequences a second by the clock, from loader processes of one rank."""
     loader = iter(training_loader(stream, 0, workers, pin_memory=False))
     for _ in range(4 * workers):
@@ -77,12 +79,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = repeated_store(options.fasta, Path(folder), options.sequences)
         reader = SampleReader(store.split("train"), MAX_TOKENS, MaskingPolicy(), seed=42)
-        stream = TrainingStream(reader, BatchPlan(RANKS * MICRO_BATCH, MICRO_BATCH, 5, RANKS))
+        stream = TrainingBatches(reader, BatchPlan(RANKS * MICRO_BATCH, MICRO_BATCH, 5, RANKS))
         size = RANKS * MICRO_BATCH
 
         def packed_by_turns(step: int) -> object:
             places = np.arange(step * size, step * size + MICRO_BATCH, dtype=np.int64)
-            return reader.packed(*stream.order.samples(places))
+            return reader.collate(*stream.permutation.samples(places))
 
         parts: list[tuple[str, Callable[[int], object]]] = [
             ("deal the global batch", lambda step: stream.rank_batches(step * size, 5)),
@@ -90,7 +92,7 @@ def main() -> None:
             ("both: a rank's share", lambda step: stream[step * size]),
         ]
         print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, NumPy {np.__version__}")
-        mean = reader.tokens(*stream.order.samples(np.arange(size))).mean()
+        mean = reader.token_counts(*stream.permutation.samples(np.arange(size))).mean()
         print(f"{options.sequences:,} sequences of {mean:.0f} tokens on average")
         print("\n| work of one process, CPU time | ms a step, median (range) | sequences a second |\n|---|---|---|")
         for name, work in parts:

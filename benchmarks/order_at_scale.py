@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from bionemo_esm.data.batch_sampler import BatchPlan, EpochOrder, assign_micro_batches
+from bionemo_esm.data.dataloader import BatchPlan, EpochPermutation, assign_micro_batches
 
 PHASES = (176, 144)
 MICRO_BATCH = 370
@@ -29,7 +29,7 @@ def made_up_lengths(sequences: int) -> NDArray[np.int16]:
 
 
 def steps(
-    order: EpochOrder, lengths: NDArray[np.int16], stop_after: int, until: int
+    order: EpochPermutation, lengths: NDArray[np.int16], stop_after: int, until: int
 ) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Consumed samples before each step, and the positions in the stream that each rank reads: int64 [ranks, 370].
 
@@ -44,7 +44,7 @@ def steps(
         tokens = lengths[samples].astype(np.int64)
         rank_batches = np.stack(assign_micro_batches(tokens, ranks))
         for rank in (0, ranks // 2, ranks - 1):
-            np.testing.assert_array_equal(plan.share(tokens, rank), rank_batches[rank : rank + 1])
+            np.testing.assert_array_equal(plan.micro_batches(tokens, rank), rank_batches[rank : rank + 1])
         yield consumed, positions[rank_batches]
         consumed += ranks * MICRO_BATCH
         done += 1
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--stop-after", type=int, default=1_234, help="steps on 176 ranks")
     options = parser.parse_args()
-    order, lengths = EpochOrder(options.sequences, seed=42), made_up_lengths(options.sequences)
+    order, lengths = EpochPermutation(options.sequences, seed=42), made_up_lengths(options.sequences)
     seen = np.zeros((options.epochs + 1, options.sequences), dtype=np.uint8)
     fullest, count, started = [], 0, time.perf_counter()
     for consumed, positions in steps(order, lengths, options.stop_after, options.epochs * options.sequences):
@@ -83,9 +83,9 @@ def measure_a_late_start(sequences: int, lengths: NDArray[np.int16]) -> None:
     plan = BatchPlan(PHASES[0] * MICRO_BATCH, MICRO_BATCH, 17, PHASES[0])
     for consumed in (0, sequences, 1_000 * sequences):
         before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        order = EpochOrder(sequences, seed=42)
+        order = EpochPermutation(sequences, seed=42)
         _, samples = order.samples(np.arange(consumed, consumed + plan.world_size * MICRO_BATCH))
-        plan.share(lengths[samples].astype(np.int64))
+        plan.micro_batches(lengths[samples].astype(np.int64))
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         took = 1000 * (time.perf_counter() - started)
         print(f"first share after {consumed:,} samples: {took:.1f} ms, {grown} KiB more memory")

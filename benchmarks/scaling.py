@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bionemo_esm.data.batch_sampler import BatchPlan
-from bionemo_esm.data.dataloader import SampleReader, TrainingStream
+from bionemo_esm.data.collate import SampleReader
+from bionemo_esm.data.dataloader import BatchPlan, TrainingBatches
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.preprocess import BuildPolicy, build_store
 from bionemo_esm.data.store import ProteinStore
@@ -60,13 +60,13 @@ def repeated_store(fasta: Path, folder: Path, sequences: int) -> ProteinStore:
     return ProteinStore.open(folder / "repeated")
 
 
-def stream_of(store: ProteinStore, ranks: int) -> TrainingStream:
+def stream_of(store: ProteinStore, ranks: int) -> TrainingBatches:
     """A middle rank's share of ESM-1nv's global batch, or all of a batch of 370 on one rank."""
     reader = SampleReader(store.split("train"), MAX_TOKENS, MaskingPolicy(), seed=42)
-    return TrainingStream(reader, BatchPlan(ranks * MICRO_BATCH, MICRO_BATCH, ranks // 2, ranks))
+    return TrainingBatches(reader, BatchPlan(ranks * MICRO_BATCH, MICRO_BATCH, ranks // 2, ranks))
 
 
-def cost(stream: TrainingStream, step: int, steps: int, repeats: int) -> Cost:
+def cost(stream: TrainingBatches, step: int, steps: int, repeats: int) -> Cost:
     """Of `steps` batches from step `step` on, `repeats` times, each time the steps that follow."""
     size = stream.plan.world_size * MICRO_BATCH
     stream[step * size]  # what is compiled is there

@@ -23,10 +23,11 @@ from transformers import EsmForMaskedLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from bionemo_esm.alphabet import PAD_ID
+from bionemo_esm.alphabet import PAD_ID, SPECIAL_TOKENS_PER_SEQUENCE
+from bionemo_esm.data.collate import PackedBatch, pack, unpack
 from bionemo_esm.data.dataloader import RankBatch
-from bionemo_esm.data.masking import Corruption, MaskingPolicy, corrupt, sample_keys
-from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack, unpack
+from bionemo_esm.data.hashing import derive_key
+from bionemo_esm.data.masking import MaskedResidues, MaskingPolicy, mask_sequences
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference.inputs import read_proteins
 from bionemo_esm.model.archive import read_archive
@@ -78,8 +79,10 @@ def masked_proteins(path: Path | None, count: int) -> list[MaskedProtein]:
     found = []
     for place, protein in enumerate(itertools.islice(read_proteins(path or SAMPLE), count)):
         residues = np.asarray(protein.tokens[: WIDTH - SPECIAL_TOKENS_PER_SEQUENCE], dtype=np.uint8)
-        keys = sample_keys(0, np.zeros(1, dtype=np.int64), np.array([place], dtype=np.int64))
-        found.append(MaskedProtein(residues, *corrupt(residues, np.array([len(residues)]), keys, MaskingPolicy())))
+        keys = derive_key(0, 0, place)
+        found.append(
+            MaskedProtein(residues, *mask_sequences(residues, np.array([len(residues)]), keys, MaskingPolicy()))
+        )
     if len(found) < count:
         raise ConfigError(f"{path or SAMPLE}: holds {len(found)} proteins, and {count} are needed; give a larger file")
     return found
@@ -114,7 +117,7 @@ def packed(proteins: Sequence[MaskedProtein]) -> PackedBatch:
     """As our model takes them: one row."""
     residues, shown, chosen = (np.concatenate(parts) for parts in zip(*proteins, strict=True))
     lengths = np.array([len(protein.residues) for protein in proteins], dtype=np.int64)
-    return pack(residues, lengths, Corruption(shown, chosen))
+    return pack(residues, lengths, MaskedResidues(shown, chosen))
 
 
 def padded(proteins: Sequence[MaskedProtein], width: int | None) -> PaddedBatch:

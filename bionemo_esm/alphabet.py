@@ -18,6 +18,7 @@ TOKENS: tuple[str, ...] = (
 TOKEN_IDS: dict[str, int] = {token: index for index, token in enumerate(TOKENS)}
 CLS_ID, PAD_ID, EOS_ID, UNK_ID, MASK_ID = (TOKEN_IDS[t] for t in ("<cls>", "<pad>", "<eos>", "<unk>", "<mask>"))
 VOCABULARY_SIZE = len(TOKENS)
+SPECIAL_TOKENS_PER_SEQUENCE = 2  # <cls> before, <eos> after
 
 STANDARD_RESIDUES = "LAGVSERTIDPKQNFYMHWC"
 FIRST_RESIDUE_ID = TOKEN_IDS["L"]  # the standard 20 are the ids 4..23 without a gap

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import EsmForMaskedLM
 
 from bionemo_esm.alphabet import PAD_ID
-from bionemo_esm.data.packing import PackedBatch, unpack
+from bionemo_esm.data.collate import PackedBatch, unpack
 from bionemo_esm.model.interchange.convert import import_model
 from bionemo_esm.pretraining.run import pretrain
 from runs import composed

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bionemo_esm.alphabet import MASK_ID, PAD_ID, encode
-from bionemo_esm.data.masking import Corruption
-from bionemo_esm.data.packing import PackedBatch, pack
+from bionemo_esm.data.collate import PackedBatch, pack
+from bionemo_esm.data.masking import MaskedResidues
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.feature_extraction import contacts, representations, show_attention_maps
 from bionemo_esm.model.interchange.convert import import_model
@@ -105,7 +105,7 @@ def batch_of(proteins: Proteins, masked: float = 0.15) -> PackedBatch:
     """A packed row in which a share of the residues, chosen at random, is shown as <mask> and asked for."""
     residues, lengths = np.concatenate(proteins), np.array([len(protein) for protein in proteins])
     chosen = np.random.default_rng(5).random(len(residues)) < masked
-    return pack(residues, lengths, Corruption(np.where(chosen, np.uint8(MASK_ID), residues), chosen))
+    return pack(residues, lengths, MaskedResidues(np.where(chosen, np.uint8(MASK_ID), residues), chosen))
 
 
 def padded(batch: PackedBatch, row_T: Tensor, filling: float = PAD_ID) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bionemo_esm.data.packing import PackedBatch, pack
+from bionemo_esm.data.collate import PackedBatch, pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.finetuning import adapters

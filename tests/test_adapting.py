@@ -20,7 +20,8 @@ import yaml
 from torch import Tensor
 
 from bionemo_esm import config_directory
-from bionemo_esm.data.dataloader import SampleReader, TrainingStream, ValidationBatches
+from bionemo_esm.data.collate import SampleReader
+from bionemo_esm.data.dataloader import TrainingBatches, ValidationBatches
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.store import ProteinStore, sha256_of_file
 from bionemo_esm.errors import UserError
@@ -92,7 +93,7 @@ def test_the_loss_before_and_at_the_first_step_is_hugging_faces_on_the_same_mask
     assert summary["initial_masked_residues"] == summary["masked_residues"]
 
     plan = adapting(*ADAPTED, f"restore_from_path={archives[family]}").batch_plan()
-    stream = TrainingStream(SampleReader(store.split("train"), LONGEST, policy, 42), plan)
+    stream = TrainingBatches(SampleReader(store.split("train"), LONGEST, policy, 42), plan)
     assert losses(folder)[1] == pytest.approx(loss_of(source, stream[0].micro_batches), abs=1e-4)
     second = stream[stream[0].samples].micro_batches
     assert losses(folder)[2] != pytest.approx(loss_of(source, second), abs=1e-4), "the first step has changed nothing"

@@ -18,7 +18,7 @@ import torch
 from nemo.core.classes import ModelPT
 from safetensors.torch import load, save
 
-from bionemo_esm.data.packing import pack
+from bionemo_esm.data.collate import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.model.archive import CONFIG, MANIFEST, WEIGHTS, ArchiveError, ArchiveFile, read_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel

@@ -28,7 +28,8 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from bionemo_esm import config_directory
-from bionemo_esm.data.dataloader import SampleReader, ValidationBatches
+from bionemo_esm.data.collate import SampleReader
+from bionemo_esm.data.dataloader import ValidationBatches
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model.archive import Archive, ArchiveFile, read_archive, write_archive

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bionemo_esm.data.batch_sampler import BatchPlan, assign_micro_batches, divisors
-from bionemo_esm.data.dataloader import SampleReader, TrainingStream
+from bionemo_esm.data.collate import SampleReader
+from bionemo_esm.data.dataloader import BatchPlan, TrainingBatches, assign_micro_batches, divisors
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.store import ProteinStore
 
@@ -53,7 +53,7 @@ def test_one_hand_holds_the_stream_as_it_comes(lengths: NDArray[np.int64]) -> No
 def test_micro_batches_of_a_token_budget_keep_within_it(lengths: NDArray[np.int64]) -> None:
     plan = BatchPlan(600, world_size=3, micro_batch_tokens=4_096)
     for rank in range(3):
-        shares = plan.share(lengths[:600], rank)
+        shares = plan.micro_batches(lengths[:600], rank)
         loads = [int(lengths[:600][hand].sum()) for hand in shares]
         assert max(loads) <= 4_096
         assert min(loads) > 0.9 * max(loads), "and are alike"
@@ -62,40 +62,40 @@ def test_micro_batches_of_a_token_budget_keep_within_it(lengths: NDArray[np.int6
 
 def test_a_sequence_of_the_whole_budget_makes_a_micro_batch_of_its_own() -> None:
     tokens = np.array([512, 512, 3, 512], dtype=np.int64)
-    shares = BatchPlan(4, micro_batch_tokens=512).share(tokens)
+    shares = BatchPlan(4, micro_batch_tokens=512).micro_batches(tokens)
     assert sorted(hand.tolist() for hand in shares) == [[0], [1], [2], [3]]
 
 
 def test_a_budget_that_the_fewest_micro_batches_would_break_takes_one_more() -> None:
     tokens = np.array([300, 300, 300], dtype=np.int64)
-    assert [hand.tolist() for hand in BatchPlan(3, micro_batch_tokens=512).share(tokens)] == [[0], [1], [2]]
+    assert [hand.tolist() for hand in BatchPlan(3, micro_batch_tokens=512).micro_batches(tokens)] == [[0], [1], [2]]
 
 
 def test_any_number_of_ranks_will_do_where_micro_batches_are_counted_in_tokens(lengths: NDArray[np.int64]) -> None:
     for world_size in (1, 7, 24, 100):
         plan = BatchPlan(100, world_size=world_size, micro_batch_tokens=1_024)
-        dealt = np.concatenate([hand for rank in range(world_size) for hand in plan.share(lengths[:100], rank)])
+        dealt = np.concatenate([hand for rank in range(world_size) for hand in plan.micro_batches(lengths[:100], rank)])
         assert sorted(dealt.tolist()) == list(range(100))
 
 
 def token_stream(
     store: ProteinStore, budget: int, world_size: int = 1, rank: int = 0, max_tokens: int = 512
-) -> TrainingStream:
+) -> TrainingBatches:
     reader = SampleReader(store.split("train"), max_tokens, MaskingPolicy(), seed=3)
     plan = BatchPlan(rank=rank, world_size=world_size, global_batch_tokens=budget, micro_batch_tokens=2_048)
-    return TrainingStream(reader, plan)
+    return TrainingBatches(reader, plan)
 
 
 def test_lengths_are_those_of_the_row_that_is_packed(sample_store: ProteinStore) -> None:
     reader = SampleReader(sample_store.split("train"), 300, MaskingPolicy(), seed=3)
     samples = np.arange(100)
-    row = reader.packed(np.zeros_like(samples), samples)
-    np.testing.assert_array_equal(reader.tokens(np.zeros_like(samples), samples), np.diff(row.cu_seqlens.numpy()))
+    row = reader.collate(np.zeros_like(samples), samples)
+    np.testing.assert_array_equal(reader.token_counts(np.zeros_like(samples), samples), np.diff(row.cu_seqlens.numpy()))
 
 
 def test_a_batch_that_comes_to_its_budget_exactly_is_full(sample_store: ProteinStore) -> None:
     probe = token_stream(sample_store, 8_192)
-    exactly = int(probe.reader.tokens(*probe.order.samples(np.arange(20))).sum())
+    exactly = int(probe.reader.token_counts(*probe.permutation.samples(np.arange(20))).sum())
     assert token_stream(sample_store, exactly).samples_after(0) == 20
     assert token_stream(sample_store, exactly - 1).samples_after(0) == 19
 
@@ -107,11 +107,11 @@ def test_a_global_batch_of_tokens_is_the_longest_slice_of_the_stream_that_fits(
     source, consumed = token_stream(sample_store, 8_192, max_tokens=max_tokens), 0
     for _ in range(150):  # into the next epoch: 2,600 sequences
         count = source.samples_after(consumed)
-        epochs, samples = source.order.samples(np.arange(consumed, consumed + count + 1))
-        ends = np.cumsum(source.reader.tokens(epochs, samples))
+        epochs, samples = source.permutation.samples(np.arange(consumed, consumed + count + 1))
+        ends = np.cumsum(source.reader.token_counts(epochs, samples))
         assert ends[count - 1] <= 8_192 < ends[count]
         consumed += count
-    assert consumed > source.order.size
+    assert consumed > source.permutation.size
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

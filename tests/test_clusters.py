@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from bionemo_esm.alphabet import decode
 from bionemo_esm.data import clusters as clusters_module
 from bionemo_esm.data import fasta
-from bionemo_esm.data.batch_sampler import member_words
 from bionemo_esm.data.clusters import build_clustered_store, read_cluster_map
-from bionemo_esm.data.dataloader import BatchPlan, RankBatch, SampleReader, TrainingStream
+from bionemo_esm.data.collate import PackedBatch, SampleReader
+from bionemo_esm.data.dataloader import BatchPlan, RankBatch, TrainingBatches
 from bionemo_esm.data.fasta import FastaError, SourceError, read_fasta
 from bionemo_esm.data.hashing import uniform_integers
-from bionemo_esm.data.masking import MaskingPolicy, crop_windows, sample_keys
-from bionemo_esm.data.packing import PackedBatch
+from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.preprocess import BuildPolicy
 from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit, StoreError
 from conftest import SAMPLE
+from reference_masking import crop_windows, draw_members, member_words, sample_keys
 
 PROTEINS = {f"UniRef90_{record.id}": record.sequence.decode() for record in read_fasta(SAMPLE / "test.fasta.gz")}
 """200 real proteins."""
@@ -74,7 +74,7 @@ def build(
 def documents(split: SequenceSplit) -> list[list[str]]:
     """The sequences of each cluster of a split, in their stored order."""
     none = np.zeros(split.num_clusters, dtype=np.uint64)  # the word 0 draws the first member
-    firsts = [*split.draw_members(np.arange(split.num_clusters), none).tolist(), len(split)]
+    firsts = [*draw_members(split, np.arange(split.num_clusters), none).tolist(), len(split)]
     return [[decode(split[i]) for i in range(*span)] for span in itertools.pairwise(firsts)]
 
 
@@ -390,8 +390,8 @@ def residues_shown(share: RankBatch | list[PackedBatch]) -> list[str]:
     return proteins
 
 
-def stream(split: SequenceSplit, plan: BatchPlan, seed: int = 1) -> TrainingStream:
-    return TrainingStream(SampleReader(split, 1026, MaskingPolicy(), seed), plan)
+def stream(split: SequenceSplit, plan: BatchPlan, seed: int = 1) -> TrainingBatches:
+    return TrainingBatches(SampleReader(split, 1026, MaskingPolicy(), seed), plan)
 
 
 def test_an_epoch_shows_each_cluster_once(store: ProteinStore) -> None:
@@ -421,7 +421,7 @@ def test_what_is_drawn_does_not_depend_on_batches_or_ranks(store: ProteinStore) 
 def draws(split: SequenceSplit, epochs: int, seed: int = 1) -> NDArray[np.int64]:
     """The sequence that each epoch shows of each cluster, int64 [epochs, clusters]."""
     epoch, cluster = (grid.ravel() for grid in np.indices((epochs, split.num_clusters)))
-    return split.draw_members(cluster, member_words(sample_keys(seed, epoch, cluster))).reshape(epochs, -1)
+    return draw_members(split, cluster, member_words(sample_keys(seed, epoch, cluster))).reshape(epochs, -1)
 
 
 def test_members_are_drawn_as_the_reader_draws_them(store: ProteinStore) -> None:
@@ -454,7 +454,7 @@ def test_a_draw_follows_from_seed_epoch_and_cluster_alone(store: ProteinStore) -
     drawn = draws(train, epochs=20)
     for epoch, cluster in ((0, 0), (3, 17), (19, 52)):
         words = member_words(sample_keys(1, np.array([epoch]), np.array([cluster])))
-        assert train.draw_members([cluster], words).tolist() == [drawn[epoch, cluster]]
+        assert draw_members(train, [cluster], words).tolist() == [drawn[epoch, cluster]]
     assert (drawn != draws(train, epochs=20, seed=2)).any()
     assert np.array_equal(drawn, draws(ProteinStore.open(store.folder).split("train"), epochs=20))
 
@@ -472,5 +472,5 @@ def test_held_out_splits_are_plain_to_a_reader(store: ProteinStore) -> None:
     reader = SampleReader(store.split("validation"), 1026, MaskingPolicy().for_evaluation(), seed=1)
     assert reader.num_samples == 6
     samples = np.arange(6)
-    shown = [residues_shown([reader.packed(np.full(6, epoch), samples)]) for epoch in (0, 7)]
+    shown = [residues_shown([reader.collate(np.full(6, epoch), samples)]) for epoch in (0, 7)]
     assert shown[0] == shown[1] == [sequence for (sequence,) in documents(store.split("validation"))]

@@ -1,4 +1,4 @@
-"""The compiled pass from store to batch: bit for bit what the NumPy formulas give, and the same refusals."""
+"""The compiled pass from store to batch equals the NumPy reference bit for bit, and refuses damaged stores."""
 
 from __future__ import annotations
 
@@ -14,33 +14,32 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bionemo_esm.alphabet import TOKEN_IDS, VOCABULARY_SIZE, encode
-from bionemo_esm.data import batch_sampler as order
-from bionemo_esm.data import collate as batching
-from bionemo_esm.data.batch_sampler import BatchPlan, EpochOrder, member_words
-from bionemo_esm.data.dataloader import SampleReader, TrainingStream
+from bionemo_esm.data import collate, dataloader, masking
+from bionemo_esm.data.collate import PackedBatch, SampleReader, pack
+from bionemo_esm.data.dataloader import BatchPlan, EpochPermutation, TrainingBatches
 from bionemo_esm.data.hashing import UInt64Array, derive_key, mix, uniform_integers
-from bionemo_esm.data.masking import MaskingPolicy, corrupt, crop_windows, sample_keys
-from bionemo_esm.data.packing import PackedBatch, pack
+from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.store import ProteinStore, SequenceSplit, StoreError
 from bionemo_esm.data.store_writer import StoreWriter
+from reference_masking import crop_windows, draw_members, mask_by_formula, member_words, sample_keys
 
 POLICIES = (
     MaskingPolicy(),
     MaskingPolicy().for_evaluation(),
-    MaskingPolicy(0.4, 0.5, 0.3),
-    MaskingPolicy(1.0, 0.0, 1.0),
-    MaskingPolicy(1.0, 0.0, 0.0),
-    MaskingPolicy(1e-9),
+    MaskingPolicy(mlm_probability=0.4, mask_fraction=0.5, random_fraction=0.3),
+    MaskingPolicy(mlm_probability=1.0, mask_fraction=0.0, random_fraction=1.0),
+    MaskingPolicy(mlm_probability=1.0, mask_fraction=0.0, random_fraction=0.0),
+    MaskingPolicy(mlm_probability=1e-9),
 )
 
 
 def by_formula(reader: SampleReader, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> PackedBatch:
-    """What `packed` should give, by the formulas of masking and packing, one after another."""
+    """What `collate` should return, by the NumPy formulas."""
     keys = sample_keys(reader.seed, epochs, samples)
-    sequences = reader.split.draw_members(samples, member_words(keys))
+    sequences = draw_members(reader.split, samples, member_words(keys))
     starts, kept = crop_windows(reader.split.lengths[sequences].astype(np.int64), reader.max_tokens - 2, keys)
     residues = reader.split.gather(sequences, starts, kept)
-    return pack(residues, kept, corrupt(residues, kept, keys, reader.policy))
+    return pack(residues, kept, mask_by_formula(residues, kept, keys, reader.policy))
 
 
 def assert_same(batch: PackedBatch, expected: PackedBatch) -> None:
@@ -101,14 +100,14 @@ def test_batches_are_those_of_the_formulas(tiny_split: SequenceSplit, max_tokens
     samples = np.random.default_rng(0).permutation(np.arange(3 * len(tiny_split)) % len(tiny_split))
     reader = SampleReader(tiny_split, max_tokens, policy, seed=5)
     epochs = np.arange(len(samples), dtype=np.int64) ** 2
-    assert_same(reader.packed(epochs, samples), by_formula(reader, epochs, samples))
+    assert_same(reader.collate(epochs, samples), by_formula(reader, epochs, samples))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**62])
 def test_a_whole_split_is_that_of_the_formulas(sample_store: ProteinStore, seed: int) -> None:
     reader = SampleReader(sample_store.split("train"), 512, MaskingPolicy(), seed)
-    epochs, samples = EpochOrder(reader.num_samples, seed).samples(np.arange(7, 7 + reader.num_samples))
-    assert_same(reader.packed(epochs, samples), by_formula(reader, epochs, samples))
+    epochs, samples = EpochPermutation(reader.num_samples, seed).samples(np.arange(7, 7 + reader.num_samples))
+    assert_same(reader.collate(epochs, samples), by_formula(reader, epochs, samples))
 
 
 @pytest.mark.parametrize("letter", ["L", "C", *"XBUZO", "<unk>"])
@@ -116,33 +115,35 @@ def test_every_letter_is_replaced_as_by_the_formulas(tmp_path: Path, letter: str
     with StoreWriter(tmp_path / "store") as writer:
         writer.add("train", np.full(5000, TOKEN_IDS[letter], dtype=np.uint8))
         split = ProteinStore.open(writer.finish({})).split("train")
-    reader = SampleReader(split, 6000, MaskingPolicy(0.9, 0.1, 0.8), seed=3)
+    reader = SampleReader(
+        split, 6000, MaskingPolicy(mlm_probability=0.9, mask_fraction=0.1, random_fraction=0.8), seed=3
+    )
     one = np.zeros(1, dtype=np.int64)
-    batch = reader.packed(one, one)
+    batch = reader.collate(one, one)
     assert_same(batch, by_formula(reader, one, one))
     assert (batch.tokens != batch.tokens[1]).sum() > 3000
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 510])
 def test_lengths_about_a_machine_word_are_those_of_the_formulas(sample_store: ProteinStore, length: int) -> None:
-    reader = SampleReader(sample_store.split("train"), length + 2, MaskingPolicy(0.5), seed=9)
+    reader = SampleReader(sample_store.split("train"), length + 2, MaskingPolicy(mlm_probability=0.5), seed=9)
     samples = np.flatnonzero(reader.split.lengths >= length)
     epochs = np.full_like(samples, 4)
-    assert_same(reader.packed(epochs, samples), by_formula(reader, epochs, samples))
+    assert_same(reader.collate(epochs, samples), by_formula(reader, epochs, samples))
 
 
 def test_clusters_show_the_member_that_the_formulas_draw(clustered: SequenceSplit) -> None:
     reader = SampleReader(clustered, 258, MaskingPolicy(), seed=11)
-    epochs, samples = EpochOrder(reader.num_samples, 1).samples(np.arange(10 * reader.num_samples))
+    epochs, samples = EpochPermutation(reader.num_samples, 1).samples(np.arange(10 * reader.num_samples))
     expected = by_formula(reader, epochs, samples)
-    assert_same(reader.packed(epochs, samples), expected)
-    np.testing.assert_array_equal(reader.tokens(epochs, samples), np.diff(expected.cu_seqlens.numpy()))
+    assert_same(reader.collate(epochs, samples), expected)
+    np.testing.assert_array_equal(reader.token_counts(epochs, samples), np.diff(expected.cu_seqlens.numpy()))
 
 
 def test_lengths_are_known_without_the_batch(sample_store: ProteinStore) -> None:
     reader = SampleReader(sample_store.split("train"), 200, MaskingPolicy(), seed=1)
     samples = np.arange(reader.num_samples)
-    lengths = reader.tokens(np.zeros_like(samples), samples)
+    lengths = reader.token_counts(np.zeros_like(samples), samples)
     np.testing.assert_array_equal(lengths, np.minimum(reader.split.lengths + 2, 200))
     assert lengths.dtype == np.int64
 
@@ -152,30 +153,30 @@ def test_no_samples_and_no_residues_make_a_batch(tiny_split: SequenceSplit, max_
     reader = SampleReader(tiny_split, max_tokens, MaskingPolicy(), seed=1)
     for count in (0, 3):
         samples = np.arange(count)
-        assert_same(reader.packed(samples, samples), by_formula(reader, samples, samples))
+        assert_same(reader.collate(samples, samples), by_formula(reader, samples, samples))
 
 
 def test_integers_of_any_type_and_stride_are_taken(tiny_split: SequenceSplit) -> None:
     reader = SampleReader(tiny_split, 512, MaskingPolicy(), seed=1)
     samples = np.arange(30)
-    expected = reader.packed(samples[::3], samples[::3])
-    assert_same(reader.packed(samples[::3].astype(np.int32), samples[::3].copy()), expected)
+    expected = reader.collate(samples[::3], samples[::3])
+    assert_same(reader.collate(samples[::3].astype(np.int32), samples[::3].copy()), expected)
 
 
 def test_a_row_with_more_chosen_than_expected_is_made_all_the_same(
     monkeypatch: pytest.MonkeyPatch, tiny_split: SequenceSplit
 ) -> None:
-    reader = SampleReader(tiny_split, 512, MaskingPolicy(0.6), seed=1)
+    reader = SampleReader(tiny_split, 512, MaskingPolicy(mlm_probability=0.6), seed=1)
     samples = np.arange(len(tiny_split))
-    monkeypatch.setattr(batching, "room_for_chosen", lambda tokens, longest, chosen: longest)
-    assert_same(reader.packed(samples, samples), by_formula(reader, samples, samples))
+    monkeypatch.setattr(MaskingPolicy, "capacity", lambda self, tokens, longest: longest)
+    assert_same(reader.collate(samples, samples), by_formula(reader, samples, samples))
 
 
 def test_a_batch_lies_in_one_piece_of_memory_with_little_room_to_spare(sample_store: ProteinStore) -> None:
     """Nothing is made and copied afterwards; a loader's worker hands over one piece."""
     reader = SampleReader(sample_store.split("train"), 512, MaskingPolicy(), seed=1)
     samples = np.arange(370)
-    batch = reader.packed(samples, samples)
+    batch = reader.collate(samples, samples)
     parts = batch.tokens, batch.positions, batch.target_index, batch.targets
     assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
     needed = sum(part.numel() * part.element_size() for part in parts)
@@ -185,20 +186,20 @@ def test_a_batch_lies_in_one_piece_of_memory_with_little_room_to_spare(sample_st
 def test_batches_share_no_memory_with_each_other_or_the_store(tiny_split: SequenceSplit) -> None:
     reader = SampleReader(tiny_split, 512, MaskingPolicy(), seed=1)
     samples = np.arange(len(tiny_split))
-    first = reader.packed(samples, samples)
+    first = reader.collate(samples, samples)
     for part in (first.tokens, first.positions, first.cu_seqlens, first.target_index, first.targets):
         part.zero_()
-    assert_same(reader.packed(samples, samples), by_formula(reader, samples, samples))
+    assert_same(reader.collate(samples, samples), by_formula(reader, samples, samples))
 
 
 def test_loops_let_other_threads_run() -> None:
-    loops = (batching.measure, batching.draw, batching.fill, order._permute)
+    loops = (collate.measure, collate.crop, collate.fill, masking.mask_row, dataloader._permute)
     assert all(loop.targetoptions["nogil"] for loop in loops)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_loader_processes_make_the_same_batches(tiny_split: SequenceSplit, start: str) -> None:
-    stream = TrainingStream(SampleReader(tiny_split, 512, MaskingPolicy(), seed=1), BatchPlan(8, 8))
+    stream = TrainingBatches(SampleReader(tiny_split, 512, MaskingPolicy(), seed=1), BatchPlan(8, 8))
     loader = DataLoader(stream, sampler=[0, 8, 16], batch_size=None, num_workers=1, multiprocessing_context=start)
     for consumed, share in zip((0, 8, 16), loader, strict=True):
         assert_same(share.micro_batches[0], stream[consumed].micro_batches[0])
@@ -208,15 +209,15 @@ def test_loader_processes_make_the_same_batches(tiny_split: SequenceSplit, start
 def test_a_sample_outside_the_split_is_refused(spoiled: Path, sample: int) -> None:
     split = ProteinStore.open(spoiled).split("train")
     reader = SampleReader(split, 512, MaskingPolicy(), seed=1)
-    for ask in (reader.packed, reader.tokens):
-        with pytest.raises(IndexError, match=rf"{sample}.* of .*train, which has 3"):
+    for ask in (reader.collate, reader.token_counts):
+        with pytest.raises(IndexError, match=rf"sample {sample} of .*train, which has 3"):
             ask(np.zeros(2, dtype=np.int64), np.array([0, sample]))
 
 
 def test_a_cluster_outside_the_split_is_refused(clustered: SequenceSplit) -> None:
     reader = SampleReader(clustered, 512, MaskingPolicy(), seed=1)
-    for ask, sample in itertools.product((reader.packed, reader.tokens), (-1, 80)):
-        with pytest.raises(IndexError, match=rf"clusters {sample}\.\..*which has 80"):
+    for ask, sample in itertools.product((reader.collate, reader.token_counts), (-1, 80)):
+        with pytest.raises(IndexError, match=rf"sample {sample} of .*train, which has 80"):
             ask(np.zeros(1, dtype=np.int64), np.array([sample]))
 
 
@@ -228,8 +229,8 @@ def test_token_ids_beyond_the_alphabet_are_never_handed_out(spoiled: Path, token
     reader = SampleReader(ProteinStore.open(spoiled).split("train"), 512, MaskingPolicy(), seed=1)
     samples = np.arange(3)
     with pytest.raises(StoreError, match=rf"train\.bin: holds the token id {token}"):
-        reader.packed(samples, samples)
-    assert reader.packed(samples[[0, 2]], samples[[0, 2]]).residues == 6
+        reader.collate(samples, samples)
+    assert reader.collate(samples[[0, 2]], samples[[0, 2]]).residues == 6
 
 
 @pytest.mark.parametrize("offset", [-1, 8, 2**62])
@@ -240,7 +241,7 @@ def test_a_sequence_outside_the_file_is_never_read(spoiled: Path, offset: int) -
     reader = SampleReader(ProteinStore.open(spoiled).split("train"), 512, MaskingPolicy(), seed=1)
     one = np.zeros(1, dtype=np.int64)
     with pytest.raises(StoreError, match=r"train\.idx: a sequence lies outside the \.bin file"):
-        reader.packed(one, one)
+        reader.collate(one, one)
 
 
 def test_a_negative_length_is_refused(spoiled: Path) -> None:
@@ -250,19 +251,19 @@ def test_a_negative_length_is_refused(spoiled: Path) -> None:
     reader = SampleReader(ProteinStore.open(spoiled).split("train"), 512, MaskingPolicy(), seed=1)
     one = np.zeros(1, dtype=np.int64)
     with pytest.raises(IndexError, match=r"sequence 0 of .*train, which has -4"):
-        reader.packed(one, one)
+        reader.collate(one, one)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 37, 1024, 1025, 52_000_000, 2**48])
 def test_the_order_is_that_of_the_formula(size: int) -> None:
     for seed, first in itertools.product((0, 7, 2**62), (0, 5 * size - 3 if size > 3 else 0, 2**50)):
         positions = np.arange(first, first + 500, dtype=np.int64)
-        _, samples = EpochOrder(size, seed).samples(positions)
+        _, samples = EpochPermutation(size, seed).samples(positions)
         np.testing.assert_array_equal(samples, order_by_formula(size, seed, positions))
 
 
 def test_a_member_is_drawn_as_the_formula_has_it() -> None:
     keys = sample_keys(1, np.zeros(1000, dtype=np.int64), np.arange(1000))
     for members in (2, 3, 1000):
-        drawn = [batching._member(10, 10 + members, key) for key in keys]
+        drawn = [collate.draw_member(10, 10 + members, key) for key in keys]
         np.testing.assert_array_equal(drawn, 10 + uniform_integers(member_words(keys), members))

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import EsmForMaskedLM
 
 from bionemo_esm.alphabet import encode
-from bionemo_esm.data.packing import pack
+from bionemo_esm.data.collate import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.contacts import head_fitting as contact_pairs

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from bionemo_esm.data.packing import PackedBatch, pack
+from bionemo_esm.data.collate import PackedBatch, pack
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.costs import CHOSEN_SHARE, memory_per_device, parameters_per_device, training_flops
 from bionemo_esm.model.esm1nv import ESM1nvModel

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from bionemo_esm.alphabet import PAD_ID
-from bionemo_esm.data.dataloader import BatchPlan, SampleReader, TrainingStream
+from bionemo_esm.data.collate import PackedBatch, SampleReader
+from bionemo_esm.data.dataloader import BatchPlan, TrainingBatches
 from bionemo_esm.data.masking import MaskingPolicy
-from bionemo_esm.data.packing import PackedBatch
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.model.backends import choose_backends
 from bionemo_esm.model.config import OptimConfig
@@ -62,8 +62,8 @@ class Counted(TorchDispatchMode):
 
 
 @pytest.fixture
-def stream(tiny_split: SequenceSplit) -> TrainingStream:
-    return TrainingStream(SampleReader(tiny_split, 128, MaskingPolicy(), seed=3), BatchPlan(6, 6))
+def stream(tiny_split: SequenceSplit) -> TrainingBatches:
+    return TrainingBatches(SampleReader(tiny_split, 128, MaskingPolicy(), seed=3), BatchPlan(6, 6))
 
 
 def counts_of_a_step(batch: PackedBatch, precision: str, **sizes: float) -> Counted:
@@ -100,7 +100,7 @@ class Ceiling:
     ],
 )
 def test_a_step_takes_no_more_operators_copies_and_memory(
-    stream: TrainingStream, precision: str, dropout: float, ceiling: Ceiling
+    stream: TrainingBatches, precision: str, dropout: float, ceiling: Ceiling
 ) -> None:
     (batch,) = stream[0].micro_batches
     dropouts = {"hidden_dropout": dropout, "attention_dropout": dropout}
@@ -111,10 +111,10 @@ def test_a_step_takes_no_more_operators_copies_and_memory(
     assert two.allocated <= ceiling.allocated * len(batch.tokens)
 
 
-def test_a_batch_is_all_proteins(stream: TrainingStream) -> None:
+def test_a_batch_is_all_proteins(stream: TrainingBatches) -> None:
     """Padding efficiency 100%: of each protein its residues, <cls> and <eos>, and nothing between or after."""
     (batch,) = stream[0].micro_batches
-    _, samples = stream.order.samples(np.arange(6))
+    _, samples = stream.permutation.samples(np.arange(6))
     residues = np.minimum(stream.reader.split.lengths[samples], 126)
     assert len(batch.tokens) == residues.sum() + 2 * 6
     assert not (batch.tokens == PAD_ID).any()
@@ -122,18 +122,18 @@ def test_a_batch_is_all_proteins(stream: TrainingStream) -> None:
 
 def test_a_batch_of_so_many_tokens_has_room_for_no_further_protein(tiny_split: SequenceSplit) -> None:
     plan = BatchPlan(global_batch_tokens=1000, micro_batch_tokens=1000)
-    stream = TrainingStream(SampleReader(tiny_split, 128, MaskingPolicy(), seed=3), plan)
+    stream = TrainingBatches(SampleReader(tiny_split, 128, MaskingPolicy(), seed=3), plan)
     consumed = 0
     for _ in range(5):
         share = stream[consumed]
         (batch,) = share.micro_batches
-        epochs, samples = stream.order.samples(np.arange(consumed + share.samples, consumed + share.samples + 1))
-        (following,) = stream.reader.tokens(epochs, samples)
+        epochs, samples = stream.permutation.samples(np.arange(consumed + share.samples, consumed + share.samples + 1))
+        (following,) = stream.reader.token_counts(epochs, samples)
         assert 1000 - following < len(batch.tokens) <= 1000
         consumed += share.samples
 
 
-def test_a_batch_travels_between_processes_in_two_bytes_a_token(stream: TrainingStream) -> None:
+def test_a_batch_travels_between_processes_in_two_bytes_a_token(stream: TrainingBatches) -> None:
     """As bytes in the pipe, without a file of shared memory for each tensor, which takes a millisecond to open."""
     (batch,) = stream[6].micro_batches
     travelling = ForkingPickler.dumps(batch)
@@ -145,9 +145,9 @@ def test_a_batch_travels_between_processes_in_two_bytes_a_token(stream: Training
         assert same, field.name
 
 
-def test_packing_makes_no_copy(stream: TrainingStream) -> None:
+def test_packing_makes_no_copy(stream: TrainingBatches) -> None:
     """At its peak it holds the batch that it returns, and room for targets that were not chosen."""
-    many = TrainingStream(stream.reader, BatchPlan(370, 370))  # ten epochs of them
+    many = TrainingBatches(stream.reader, BatchPlan(370, 370))  # ten epochs of them
     many[0]  # compiled, by now
     tracemalloc.start()
     (batch,) = many[370].micro_batches

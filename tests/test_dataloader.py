@@ -13,19 +13,18 @@ import pytest
 import torch
 
 from bionemo_esm.alphabet import MASK_ID
+from bionemo_esm.data.collate import PackedBatch, SampleReader
 from bionemo_esm.data.dataloader import (
     BatchPlan,
     ConsumedSamples,
     RankBatch,
-    SampleReader,
-    TrainingStream,
+    TrainingBatches,
     ValidationBatches,
     training_loader,
     unigram_perplexity,
     validation_loader,
 )
 from bionemo_esm.data.masking import MaskingPolicy
-from bionemo_esm.data.packing import PackedBatch
 from bionemo_esm.data.store import ProteinStore, SequenceSplit
 
 
@@ -58,15 +57,15 @@ def shown(batches: RankBatch | list[PackedBatch]) -> list[Shown]:
     return sequences
 
 
-def stream(split: SequenceSplit, plan: BatchPlan, seed: int = 1, max_tokens: int = 512) -> TrainingStream:
-    return TrainingStream(SampleReader(split, max_tokens, MaskingPolicy(), seed), plan)
+def stream(split: SequenceSplit, plan: BatchPlan, seed: int = 1, max_tokens: int = 512) -> TrainingBatches:
+    return TrainingBatches(SampleReader(split, max_tokens, MaskingPolicy(), seed), plan)
 
 
 def evaluation_reader(split: SequenceSplit, max_tokens: int = 512) -> SampleReader:
     return SampleReader(split, max_tokens, MaskingPolicy().for_evaluation(), seed=1)
 
 
-def first_steps(source: TrainingStream, steps: int, consumed: int = 0, num_workers: int = 0) -> list[list[Shown]]:
+def first_steps(source: TrainingBatches, steps: int, consumed: int = 0, num_workers: int = 0) -> list[list[Shown]]:
     loader = training_loader(source, consumed, num_workers, pin_memory=False)
     return [shown(share) for share in itertools.islice(loader, steps)]
 
@@ -250,7 +249,7 @@ def test_unigram_perplexity_stays_finite_for_letters_that_training_never_shows(
     sample_store: ProteinStore, tiny_split: SequenceSplit
 ) -> None:
     """`tiny_split` has X, B, U, Z and O; the sample's train part has none of them."""
-    policy = MaskingPolicy(chosen=1.0).for_evaluation()
+    policy = MaskingPolicy(mlm_probability=1.0).for_evaluation()
     batches = ValidationBatches(SampleReader(tiny_split, 1026, policy, seed=1), 64)
     train = sample_store.split("train")
     assert set(np.flatnonzero(tiny_split.residue_counts())) > set(np.flatnonzero(train.residue_counts()))

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID
-from bionemo_esm.data.packing import pack
+from bionemo_esm.data.collate import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.batching import windows

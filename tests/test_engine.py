@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import MASK_ID, encode
-from bionemo_esm.data.packing import pack
+from bionemo_esm.data.collate import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference import engine_options

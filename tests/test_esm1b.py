@@ -19,8 +19,8 @@ from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
 
 from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID, PAD_ID
-from bionemo_esm.data.masking import Corruption, MaskingPolicy, corrupt, sample_keys
-from bionemo_esm.data.packing import PackedBatch, pack, unpack
+from bionemo_esm.data.collate import PackedBatch, pack, unpack
+from bionemo_esm.data.masking import MaskedResidues, MaskingPolicy, mask_sequences
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveFile, read_archive, write_archive
@@ -35,6 +35,7 @@ from bionemo_esm.model.summary import ArchiveSummary
 from bionemo_esm.pretraining.recipe import load_recipe
 from faults import _SERVER, Fault, history, run
 from models import padded_twin, tiny_model, translated
+from reference_masking import sample_keys
 from runs import composed
 from theirs import Shape, hugging_face_model
 
@@ -54,12 +55,12 @@ def corrupted(proteins: Proteins) -> PackedBatch:
     lengths = np.array([len(protein) for protein in proteins], dtype=np.int64)
     residues = np.concatenate(proteins)
     keys = sample_keys(7, np.zeros(len(lengths), dtype=np.int64), np.arange(len(lengths)))
-    tokens, chosen = corrupt(residues, lengths, keys, MaskingPolicy())
+    tokens, chosen = mask_sequences(residues, lengths, keys, MaskingPolicy())
     first, second = lengths[0], lengths[0] + lengths[1]
     tokens[:first] = residues[:first]
     tokens[first:second] = MASK_ID
     assert chosen[:first].any()
-    return pack(residues, lengths, Corruption(tokens, chosen))
+    return pack(residues, lengths, MaskedResidues(tokens, chosen))
 
 
 def gradients(model: ESM1nvModel, batch: PackedBatch) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer, EsmForMaskedLM, EsmTokenizer
 
 from bionemo_esm.alphabet import TOKENS, encode
-from bionemo_esm.data.packing import pack
+from bionemo_esm.data.collate import pack
 from bionemo_esm.errors import UserError
 from bionemo_esm.model.archive import WEIGHTS, Archive, ArchiveFile, read_archive, write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel

@@ -16,8 +16,8 @@ from esm.pretrained import load_model_and_alphabet_local
 from torch import Tensor, nn
 
 from bionemo_esm.alphabet import MASK_ID, PAD_ID
-from bionemo_esm.data.masking import Corruption
-from bionemo_esm.data.packing import PackedBatch, pack
+from bionemo_esm.data.collate import PackedBatch, pack
+from bionemo_esm.data.masking import MaskedResidues
 from bionemo_esm.data.store import SequenceSplit, sha256_of_file
 from bionemo_esm.errors import UserError
 from bionemo_esm.model import torch_pickle as pickles
@@ -97,7 +97,7 @@ def batch(tiny_split: SequenceSplit) -> PackedBatch:
     residues = np.concatenate(proteins)
     chosen = (np.arange(len(residues)) % 5 == 2) & (np.arange(len(residues)) < len(proteins[0]))
     shown = np.where(chosen, np.uint8(MASK_ID), residues)
-    return pack(residues, np.array([len(protein) for protein in proteins]), Corruption(shown, chosen))
+    return pack(residues, np.array([len(protein) for protein in proteins]), MaskedResidues(shown, chosen))
 
 
 def answers(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, list[Tensor]]:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import distributed
 
-from bionemo_esm.data.batch_sampler import BatchPlan, EpochOrder
+from bionemo_esm.data.dataloader import BatchPlan, EpochPermutation
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model.archive import ArchiveFile, read_archive
 from faults import Fault, KillWhileSaving, Outcome, history, run, send
@@ -84,7 +84,7 @@ def goes_on(folder: Path, unbroken: Path, *overrides: str, ranks: int = 1) -> Ou
 # --- asked to stop --------------------------------------------------------------------------------------------------
 
 PHASES = {
-    "reading data": ("bionemo_esm.data.dataloader.TrainingStream.__getitem__", 4),
+    "reading data": ("bionemo_esm.data.dataloader.TrainingBatches.__getitem__", 4),
     "forward": (MODEL + "ESM1nvModel.forward", 2),
     "backward": (MODEL + "ESM1nvModel.manual_backward", 3),
     "reduction": (MODEL + "MasterWeights.clip_gradients", 3),
@@ -302,9 +302,9 @@ def test_nan_on_one_rank_skips_the_step_on_all_and_names_the_samples(tmp_path: P
 
 def samples_of(folder: Path, consumed: int, rank: int) -> list[int]:
     """The 8 training sequences that one of two ranks sees in the step after so many samples."""
-    _, samples = EpochOrder(2600, seed=42).samples(np.arange(consumed, consumed + 16))
+    _, samples = EpochPermutation(2600, seed=42).samples(np.arange(consumed, consumed + 16))
     lengths = ProteinStore.open(folder / "store").split("train").lengths[samples].astype(np.int64)
-    [hand] = BatchPlan(16, 8, world_size=2).share(np.minimum(lengths + 2, 128), rank)
+    [hand] = BatchPlan(16, 8, world_size=2).micro_batches(np.minimum(lengths + 2, 128), rank)
     return samples[hand].tolist()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bionemo_esm.data.packing import PackedBatch, pack
+from bionemo_esm.data.collate import PackedBatch, pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import UserError
 from bionemo_esm.model import feature_extraction as reading

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bionemo_esm.alphabet import encode
-from bionemo_esm.data.batch_sampler import BatchPlan
+from bionemo_esm.data.dataloader import BatchPlan
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches, TrainingSteps, encoder_row
 from bionemo_esm.finetuning.config import ReadingConfig
 from bionemo_esm.finetuning.dataset import LabelledDataset

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import EsmForMaskedLM, EsmModel
 
 from bionemo_esm.alphabet import TOKENS, encode
-from bionemo_esm.data.packing import pack
+from bionemo_esm.data.collate import pack
 from bionemo_esm.errors import UserError
 from bionemo_esm.model.archive import Archive, write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel

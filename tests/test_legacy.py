@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
 from bionemo_esm.alphabet import TOKENS
-from bionemo_esm.data.packing import pack
+from bionemo_esm.data.collate import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import UserError
 from bionemo_esm.model import legacy

@@ -18,15 +18,16 @@ from bionemo_esm.alphabet import (
     decode,
     encode,
 )
-from bionemo_esm.data.dataloader import SampleReader
+from bionemo_esm.data.collate import SampleReader, pack
 from bionemo_esm.data.hashing import UInt64Array
-from bionemo_esm.data.masking import Corruption, MaskingPolicy, corrupt, crop_windows, sample_keys
-from bionemo_esm.data.packing import pack
+from bionemo_esm.data.masking import MaskedResidues, MaskingPolicy, mask_sequences
 from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit
+from errors import refused
+from reference_masking import crop_windows, mask_by_formula, sample_keys
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"  # UniProt P0CG48, 1-76
 STANDARD_IDS = np.arange(FIRST_RESIDUE_ID, FIRST_RESIDUE_ID + NUM_STANDARD_RESIDUES)
-ALWAYS_REPLACED = MaskingPolicy(chosen=1.0, masked=0.0, replaced=1.0)
+ALWAYS_REPLACED = MaskingPolicy(mlm_probability=1.0, mask_fraction=0.0, random_fraction=1.0)
 
 
 class Proteins(NamedTuple):
@@ -61,9 +62,9 @@ def proteins(sample_store: ProteinStore) -> Proteins:
 
 
 @pytest.fixture(scope="module")
-def corrupted(proteins: Proteins) -> Corruption:
+def masked_sample(proteins: Proteins) -> MaskedResidues:
     """The sample under the model cards' policy."""
-    return corrupt(*proteins, MaskingPolicy())
+    return mask_sequences(*proteins, MaskingPolicy())
 
 
 def assert_binomial(count: int, trials: int, probability: float) -> None:
@@ -80,23 +81,29 @@ def assert_uniform(counts: NDArray[np.int64]) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", [MaskingPolicy(), MaskingPolicy(0.4, 0.5, 0.3), MaskingPolicy(0.15, 0.0, 0.0)], ids=str
+    "policy",
+    [
+        MaskingPolicy(),
+        MaskingPolicy(mlm_probability=0.4, mask_fraction=0.5, random_fraction=0.3),
+        MaskingPolicy(mask_fraction=0.0, random_fraction=0.0),
+    ],
+    ids=str,
 )
 def test_residues_are_chosen_and_shown_in_the_fractions_of_the_policy(
     proteins: Proteins, policy: MaskingPolicy
 ) -> None:
-    tokens, chosen = corrupt(*proteins, policy)
+    tokens, chosen = mask_sequences(*proteins, policy)
     assert tokens.dtype == np.uint8
     shown, true = tokens[chosen], proteins.residues[chosen]
-    assert_binomial(chosen.sum(), chosen.size, policy.chosen)
-    assert_binomial((shown == MASK_ID).sum(), shown.size, policy.masked)
-    assert_binomial(((shown != MASK_ID) & (shown != true)).sum(), shown.size, policy.replaced)
-    assert_binomial((shown == true).sum(), shown.size, 1 - policy.masked - policy.replaced)
+    assert_binomial(chosen.sum(), chosen.size, policy.mlm_probability)
+    assert_binomial((shown == MASK_ID).sum(), shown.size, policy.mask_fraction)
+    assert_binomial(((shown != MASK_ID) & (shown != true)).sum(), shown.size, policy.random_fraction)
+    assert_binomial((shown == true).sum(), shown.size, 1 - policy.mask_fraction - policy.random_fraction)
     np.testing.assert_array_equal(tokens[~chosen], proteins.residues[~chosen])
 
 
 def test_the_default_policy_is_that_of_the_model_cards() -> None:
-    assert MaskingPolicy() == MaskingPolicy(chosen=0.15, masked=0.80, replaced=0.10)
+    assert MaskingPolicy() == MaskingPolicy(mlm_probability=0.15, mask_fraction=0.80, random_fraction=0.10)
 
 
 @pytest.mark.parametrize("policy", [ALWAYS_REPLACED, MaskingPolicy()], ids=["always", "default"])
@@ -104,9 +111,9 @@ def test_a_replaced_residue_becomes_any_other_of_the_standard_20_with_equal_chan
     proteins: Proteins, policy: MaskingPolicy
 ) -> None:
     """By the default policy too: which letter it becomes must not depend on the draws by which it got there."""
-    tokens, chosen = corrupt(*proteins, policy)
+    tokens, chosen = mask_sequences(*proteins, policy)
     replaced = chosen & (tokens != MASK_ID) & (tokens != proteins.residues)
-    assert_binomial(replaced.sum(), chosen.sum(), policy.replaced)
+    assert_binomial(replaced.sum(), chosen.sum(), policy.random_fraction)
     pairs = np.zeros((256, 256), dtype=np.int64)
     np.add.at(pairs, (proteins.residues[replaced], tokens[replaced]), 1)
     standard = pairs[np.ix_(STANDARD_IDS, STANDARD_IDS)]
@@ -121,32 +128,32 @@ def test_a_replaced_residue_becomes_any_other_of_the_standard_20_with_equal_chan
 def test_a_rare_letter_is_chosen_like_any_and_replaced_by_the_standard_20(letter: str, policy: MaskingPolicy) -> None:
     lengths = np.full(1000, 400)
     residues = np.full(lengths.sum(), TOKEN_IDS[letter], dtype=np.uint8)
-    tokens, chosen = corrupt(residues, lengths, keys_for(1000), policy)
-    assert_binomial(chosen.sum(), chosen.size, policy.chosen)
+    tokens, chosen = mask_sequences(residues, lengths, keys_for(1000), policy)
+    assert_binomial(chosen.sum(), chosen.size, policy.mlm_probability)
     replaced = tokens[(tokens != residues) & (tokens != MASK_ID)]
-    assert_binomial(len(replaced), chosen.sum(), policy.replaced)
+    assert_binomial(len(replaced), chosen.sum(), policy.random_fraction)
     counts = np.bincount(replaced, minlength=256)
     assert counts[STANDARD_IDS].sum() == len(replaced)
     assert_uniform(counts[STANDARD_IDS])
 
 
-def test_a_sample_is_corrupted_the_same_alone_and_among_any_others(proteins: Proteins, corrupted: Corruption) -> None:
+def test_a_sample_is_masked_alike_alone_and_among_others(proteins: Proteins, masked_sample: MaskedResidues) -> None:
     """One by one, and all in another order."""
     pieces = [slice(start, start + length) for start, length in zip(proteins.starts, proteins.lengths, strict=True)]
     for i in range(0, len(pieces), 10):
-        alone = corrupt(proteins.residues[pieces[i]], proteins.lengths[[i]], proteins.keys[[i]], MaskingPolicy())
-        np.testing.assert_array_equal(alone.tokens, corrupted.tokens[pieces[i]])
-        np.testing.assert_array_equal(alone.chosen, corrupted.chosen[pieces[i]])
+        alone = mask_sequences(proteins.residues[pieces[i]], proteins.lengths[[i]], proteins.keys[[i]], MaskingPolicy())
+        np.testing.assert_array_equal(alone.tokens, masked_sample.tokens[pieces[i]])
+        np.testing.assert_array_equal(alone.chosen, masked_sample.chosen[pieces[i]])
     order = np.random.default_rng(0).permutation(len(pieces))
     residues = np.concatenate([proteins.residues[pieces[i]] for i in order])
-    other = corrupt(residues, proteins.lengths[order], proteins.keys[order], MaskingPolicy())
-    np.testing.assert_array_equal(other.tokens, np.concatenate([corrupted.tokens[pieces[i]] for i in order]))
-    np.testing.assert_array_equal(other.chosen, np.concatenate([corrupted.chosen[pieces[i]] for i in order]))
+    other = mask_sequences(residues, proteins.lengths[order], proteins.keys[order], MaskingPolicy())
+    np.testing.assert_array_equal(other.tokens, np.concatenate([masked_sample.tokens[pieces[i]] for i in order]))
+    np.testing.assert_array_equal(other.chosen, np.concatenate([masked_sample.chosen[pieces[i]] for i in order]))
 
 
 @pytest.mark.parametrize("changed", ["seed", "epoch", "sample"])
 def test_another_seed_epoch_or_sample_is_corrupted_independently(
-    proteins: Proteins, corrupted: Corruption, changed: str
+    proteins: Proteins, masked_sample: MaskedResidues, changed: str
 ) -> None:
     """Chosen in both as often as by chance: 15% of 15%. Of those, both masked 64% of the time, both another 1%."""
     count = len(proteins.lengths)
@@ -155,24 +162,24 @@ def test_another_seed_epoch_or_sample_is_corrupted_independently(
         "epoch": keys_for(count, epoch=1),
         "sample": sample_keys(1, np.zeros(count, dtype=np.int64), np.arange(count) + 1),
     }[changed]
-    tokens, chosen = corrupt(proteins.residues, proteins.lengths, keys, MaskingPolicy())
-    both = chosen & corrupted.chosen
+    tokens, chosen = mask_sequences(proteins.residues, proteins.lengths, keys, MaskingPolicy())
+    both = chosen & masked_sample.chosen
     assert_binomial(both.sum(), both.size, 0.15**2)
-    assert_binomial((both & (tokens == MASK_ID) & (corrupted.tokens == MASK_ID)).sum(), both.sum(), 0.8**2)
-    replaced = [both & (t != MASK_ID) & (t != proteins.residues) for t in (tokens, corrupted.tokens)]
+    assert_binomial((both & (tokens == MASK_ID) & (masked_sample.tokens == MASK_ID)).sum(), both.sum(), 0.8**2)
+    replaced = [both & (t != MASK_ID) & (t != proteins.residues) for t in (tokens, masked_sample.tokens)]
     assert_binomial((replaced[0] & replaced[1]).sum(), both.sum(), 0.1**2)
 
 
-def test_the_same_seed_epoch_and_sample_are_corrupted_the_same(proteins: Proteins, corrupted: Corruption) -> None:
-    again = corrupt(proteins.residues, proteins.lengths, keys_for(len(proteins.lengths)), MaskingPolicy())
-    np.testing.assert_array_equal(again.tokens, corrupted.tokens)
-    np.testing.assert_array_equal(again.chosen, corrupted.chosen)
+def test_the_same_sample_is_masked_the_same(proteins: Proteins, masked_sample: MaskedResidues) -> None:
+    again = mask_sequences(proteins.residues, proteins.lengths, keys_for(len(proteins.lengths)), MaskingPolicy())
+    np.testing.assert_array_equal(again.tokens, masked_sample.tokens)
+    np.testing.assert_array_equal(again.chosen, masked_sample.chosen)
 
 
 def test_equal_proteins_get_masks_of_their_own() -> None:
     """Ubiquitin 5,000 times: each place is chosen and masked as often as any other, and no two masks are alike."""
     residues = np.tile(encode(UBIQUITIN), 5000)
-    tokens, chosen = corrupt(residues, np.full(5000, 76), keys_for(5000), MaskingPolicy())
+    tokens, chosen = mask_sequences(residues, np.full(5000, 76), keys_for(5000), MaskingPolicy())
     assert_uniform(chosen.reshape(5000, 76).sum(axis=0))
     assert_uniform((tokens == MASK_ID).reshape(5000, 76).sum(axis=0))
     assert len(np.unique(chosen.reshape(5000, 76), axis=0)) == 5000
@@ -180,45 +187,45 @@ def test_equal_proteins_get_masks_of_their_own() -> None:
 
 def test_the_residues_given_are_left_as_they_are(proteins: Proteins) -> None:
     before = proteins.residues.copy()
-    corrupt(*proteins, ALWAYS_REPLACED)
+    mask_sequences(*proteins, ALWAYS_REPLACED)
     np.testing.assert_array_equal(proteins.residues, before)
 
 
 def test_a_read_only_view_of_the_store_can_be_corrupted(sample_store: ProteinStore) -> None:
     protein = sample_store.split("test")[0]
     assert not protein.flags.writeable
-    tokens, _ = corrupt(protein, np.array([len(protein)]), keys_for(1), ALWAYS_REPLACED)
+    tokens, _ = mask_sequences(protein, np.array([len(protein)]), keys_for(1), ALWAYS_REPLACED)
     assert (tokens != protein).all()
 
 
 def test_evaluation_chooses_the_same_residues_and_shows_all_of_them_as_mask(
-    proteins: Proteins, corrupted: Corruption
+    proteins: Proteins, masked_sample: MaskedResidues
 ) -> None:
-    tokens, chosen = corrupt(*proteins, MaskingPolicy().for_evaluation())
-    np.testing.assert_array_equal(chosen, corrupted.chosen)
+    tokens, chosen = mask_sequences(*proteins, MaskingPolicy().for_evaluation())
+    np.testing.assert_array_equal(chosen, masked_sample.chosen)
     assert (tokens[chosen] == MASK_ID).all()
     np.testing.assert_array_equal(tokens[~chosen], proteins.residues[~chosen])
-    assert MaskingPolicy(0.3, 0.1, 0.5).for_evaluation().chosen == 0.3
+    assert MaskingPolicy(mlm_probability=0.3, random_fraction=0.2).for_evaluation().mlm_probability == 0.3
 
 
-def test_neighbours_are_chosen_independently(proteins: Proteins, corrupted: Corruption) -> None:
+def test_neighbours_are_chosen_independently(proteins: Proteins, masked_sample: MaskedResidues) -> None:
     for lag in (1, 2, 3, 4, 8, 64):
         inside = proteins.places[lag:] >= lag  # pairs within one protein
-        left, right = corrupted.chosen[:-lag][inside], corrupted.chosen[lag:][inside]
+        left, right = masked_sample.chosen[:-lag][inside], masked_sample.chosen[lag:][inside]
         assert abs(np.corrcoef(left, right)[0, 1]) < 5 / np.sqrt(len(left))
 
 
-def test_every_place_and_every_letter_is_chosen_alike(proteins: Proteins, corrupted: Corruption) -> None:
+def test_every_place_and_every_letter_is_chosen_alike(proteins: Proteins, masked_sample: MaskedResidues) -> None:
     """No favoured place, first and last included; no favoured letter; per protein a binomial number."""
     for place in (*range(8), 15, 16, 63, 64, 127, 128, 255, 256):
         at = proteins.places == place
-        assert_binomial(corrupted.chosen[at].sum(), at.sum(), 0.15)
-    last = corrupted.chosen[np.cumsum(proteins.lengths) - 1]
+        assert_binomial(masked_sample.chosen[at].sum(), at.sum(), 0.15)
+    last = masked_sample.chosen[np.cumsum(proteins.lengths) - 1]
     assert_binomial(last.sum(), last.size, 0.15)
     for letter in STANDARD_IDS:
         at = proteins.residues == letter
-        assert_binomial(corrupted.chosen[at].sum(), at.sum(), 0.15)
-    per_protein = np.add.reduceat(corrupted.chosen.astype(np.int64), proteins.starts)
+        assert_binomial(masked_sample.chosen[at].sum(), at.sum(), 0.15)
+    per_protein = np.add.reduceat(masked_sample.chosen.astype(np.int64), proteins.starts)
     dispersion = ((per_protein - 0.15 * proteins.lengths) ** 2 / (0.15 * 0.85 * proteins.lengths)).mean()
     assert abs(dispersion - 1) < 5 * np.sqrt(2 / len(per_protein))
 
@@ -230,7 +237,7 @@ def test_every_window_of_a_long_protein_is_equally_likely() -> None:
     assert starts.min() == 0
     assert starts.max() == 300  # the last window that fits
     assert_uniform(np.bincount(starts, minlength=301))
-    _, chosen = corrupt(np.tile(encode("M"), 60_000), np.ones(60_000, dtype=np.int64), keys, MaskingPolicy())
+    _, chosen = mask_sequences(np.tile(encode("M"), 60_000), np.ones(60_000, dtype=np.int64), keys, MaskingPolicy())
     assert abs(np.corrcoef(starts, chosen)[0, 1]) < 5 / np.sqrt(60_000)  # crop and mask are drawn apart
 
 
@@ -255,7 +262,7 @@ def test_a_window_differs_between_epochs_and_does_not_depend_on_its_neighbours()
 
 def test_the_reader_counts_specials_in_the_limit(tiny_split: SequenceSplit) -> None:
     samples = np.arange(len(tiny_split))
-    batch = SampleReader(tiny_split, 512, MaskingPolicy(), seed=1).packed(np.zeros_like(samples), samples)
+    batch = SampleReader(tiny_split, 512, MaskingPolicy(), seed=1).collate(np.zeros_like(samples), samples)
     expected = np.minimum(tiny_split.lengths, 510) + 2
     assert set(tiny_split.lengths[:10]) > {509, 510, 511, 512, 1000}
     assert np.diff(batch.cu_seqlens.numpy()).tolist() == expected.tolist()
@@ -267,13 +274,13 @@ def test_the_reader_crops_first_and_masks_the_window(sample_store: ProteinStore)
     train = sample_store.split("train")
     samples = np.flatnonzero(train.lengths > 400)
     epochs = np.full_like(samples, 3)
-    batch = SampleReader(train, 258, MaskingPolicy(), seed=7).packed(epochs, samples)
+    batch = SampleReader(train, 258, MaskingPolicy(), seed=7).collate(epochs, samples)
     assert_binomial(len(batch.targets), batch.residues, 0.15)
     rows = [row.numpy() for row in batch.tokens.split(np.diff(batch.cu_seqlens.numpy()).tolist())]
     for row, sample, key in zip(rows, samples, sample_keys(7, epochs, samples), strict=True):
         start, kept = (int(value[0]) for value in crop_windows(train.lengths[[sample]], 256, key[None]))
         window = train[int(sample)][start : start + kept]
-        expected = corrupt(window, np.array([256]), key[None], MaskingPolicy()).tokens
+        expected = mask_sequences(window, np.array([256]), key[None], MaskingPolicy()).tokens
         np.testing.assert_array_equal(row, [CLS_ID, *expected, EOS_ID])
 
 
@@ -298,24 +305,75 @@ def test_a_fraction_out_of_range_is_refused_by_its_key(fractions: dict[str, floa
         assert key in str(error.value)
 
 
+def test_the_keys_of_the_configuration_are_the_aliases() -> None:
+    policy = MaskingPolicy.from_config({"chosen": 0.2, "masked": 0.5, "replaced": 0.25})
+    assert policy == MaskingPolicy(mlm_probability=0.2, mask_fraction=0.5, random_fraction=0.25)
+    assert policy.to_dict() == {"chosen": 0.2, "masked": 0.5, "replaced": 0.25}
+    with refused("config.unknown-key", "data.masking.rate; known are: chosen, masked, replaced"):
+        MaskingPolicy.from_config({"rate": 0.2})
+    with refused("config.unknown-key", "data.masking.mlm_probability"):
+        MaskingPolicy.from_config({"chosen": 0.2, "mlm_probability": 0.3})
+
+
+@pytest.mark.parametrize("section", [0, 5, False, None, "none", [0.15]])
+def test_a_section_that_is_no_mapping_is_refused(section: object) -> None:
+    with refused("config.type", f"data.masking must be a mapping, not {section!r}"):
+        MaskingPolicy.from_config(section)
+
+
+def test_the_text_in_checkpoints_never_changes() -> None:
+    """Frozen: a resumed run compares it with the text that its checkpoint stores."""
+    assert MaskingPolicy().record == "MaskingPolicy(chosen=0.15, masked=0.8, replaced=0.1)"
+    assert MaskingPolicy(mask_fraction=1, random_fraction=0).record == (
+        "MaskingPolicy(chosen=0.15, masked=1.0, replaced=0.0)"
+    )
+
+
+@pytest.mark.parametrize("lengths", [[1], [63, 64, 65], [0, 3, 0, 700], [127, 128, 129, 1]], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        MaskingPolicy(),
+        MaskingPolicy().for_evaluation(),
+        MaskingPolicy(mlm_probability=0.6, mask_fraction=0.2, random_fraction=0.7),
+        ALWAYS_REPLACED,
+        MaskingPolicy(mlm_probability=1e-9),
+    ],
+    ids=str,
+)
+def test_the_compiled_rule_equals_the_reference_bit_for_bit(policy: MaskingPolicy, lengths: list[int]) -> None:
+    residues = np.random.default_rng(0).integers(0, 33, sum(lengths)).astype(np.uint8)
+    keys = keys_for(len(lengths), seed=9)
+    compiled = mask_sequences(residues, np.array(lengths), keys, policy)
+    expected = mask_by_formula(residues, np.array(lengths), keys, policy)
+    np.testing.assert_array_equal(compiled.tokens, expected.tokens)
+    np.testing.assert_array_equal(compiled.chosen, expected.chosen)
+
+
+def test_a_million_residues_equal_the_reference_bit_for_bit(proteins: Proteins, masked_sample: MaskedResidues) -> None:
+    expected = mask_by_formula(*proteins, MaskingPolicy())
+    np.testing.assert_array_equal(masked_sample.tokens, expected.tokens)
+    np.testing.assert_array_equal(masked_sample.chosen, expected.chosen)
+
+
 def test_fractions_that_add_up_to_one_are_allowed() -> None:
-    assert MaskingPolicy(chosen=1.0, masked=0.7, replaced=0.3)  # 0.7 + 0.3 in floating point
+    assert MaskingPolicy(mlm_probability=1.0, mask_fraction=0.7, random_fraction=0.3)  # 0.7 + 0.3 in floating point
     assert 0.7 + 4e-16 + 0.3 > 1  # as sums of rounded fractions may be
-    assert MaskingPolicy(masked=0.7 + 4e-16, replaced=0.3)
+    assert MaskingPolicy(mask_fraction=0.7 + 4e-16, random_fraction=0.3)
 
 
 def test_no_residues_at_all_or_none_in_one_sequence_work() -> None:
     nothing = np.zeros(0, dtype=np.int64)
-    tokens, chosen = corrupt(nothing.astype(np.uint8), nothing, keys_for(0), MaskingPolicy())
+    tokens, chosen = mask_sequences(nothing.astype(np.uint8), nothing, keys_for(0), MaskingPolicy())
     assert tokens.shape == chosen.shape == (0,)
     residues = encode("MKT" + "AV")
-    with_gaps = corrupt(residues, np.array([0, 3, 0, 0, 2]), keys_for(5), ALWAYS_REPLACED)
-    without = corrupt(residues, np.array([3, 2]), keys_for(5)[[1, 4]], ALWAYS_REPLACED)
+    with_gaps = mask_sequences(residues, np.array([0, 3, 0, 0, 2]), keys_for(5), ALWAYS_REPLACED)
+    without = mask_sequences(residues, np.array([3, 2]), keys_for(5)[[1, 4]], ALWAYS_REPLACED)
     np.testing.assert_array_equal(with_gaps.tokens, without.tokens)
 
 
 def test_special_tokens_are_never_chosen(proteins: Proteins) -> None:
-    everything = corrupt(*proteins, MaskingPolicy(chosen=1.0))
+    everything = mask_sequences(*proteins, MaskingPolicy(mlm_probability=1.0))
     batch = pack(proteins.residues, proteins.lengths, everything)
     boundaries = batch.cu_seqlens.numpy()
     assert (batch.tokens[boundaries[:-1]] == CLS_ID).all()
@@ -329,7 +387,7 @@ def test_a_release_never_changes_crop_or_corruption_silently() -> None:
     """Frozen: a change here breaks every run that resumes. If it has to be, say so in the release notes."""
     keys = sample_keys(1, np.array([0, 419]), np.array([5, 51_999_999]))
     starts, _ = crop_windows(np.array([1000, 1000]), 510, keys)
-    tokens, chosen = corrupt(np.tile(encode(UBIQUITIN), 2), np.array([76, 76]), keys, MaskingPolicy())
+    tokens, chosen = mask_sequences(np.tile(encode(UBIQUITIN), 2), np.array([76, 76]), keys, MaskingPolicy())
     shown = decode(tokens).replace("<mask>", "_")
     assert starts.tolist() == [71, 255]
     assert [shown[:76], shown[76:]] == [

@@ -13,9 +13,8 @@ from omegaconf import OmegaConf
 from torch.nn.functional import cross_entropy
 
 from bionemo_esm.alphabet import PAD_ID, VOCABULARY_SIZE
-from bionemo_esm.data.dataloader import SampleReader
+from bionemo_esm.data.collate import PackedBatch, SampleReader, pack, unpack
 from bionemo_esm.data.masking import MaskingPolicy
-from bionemo_esm.data.packing import PackedBatch, pack, unpack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.attention import ATTENTION, PackedRow, attention_by_sequence
@@ -29,7 +28,7 @@ from models import padded_twin, tiny_model
 def batch(tiny_split: SequenceSplit) -> PackedBatch:
     """All 37 proteins, of 1 to 510 residues, masked and packed."""
     reader = SampleReader(tiny_split, 512, MaskingPolicy(), seed=5)
-    return reader.packed(np.zeros(len(tiny_split), dtype=np.int64), np.arange(len(tiny_split)))
+    return reader.collate(np.zeros(len(tiny_split), dtype=np.int64), np.arange(len(tiny_split)))
 
 
 def test_esm1nv_has_43_6_million_parameters() -> None:

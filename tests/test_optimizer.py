@@ -9,7 +9,8 @@ import torch
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
 
-from bionemo_esm.data.dataloader import BatchPlan, SampleReader, TrainingStream
+from bionemo_esm.data.collate import SampleReader
+from bionemo_esm.data.dataloader import BatchPlan, TrainingBatches
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.errors import ConfigError
@@ -25,7 +26,7 @@ BACKENDS = choose_backends("cpu", torch.float32, 0.0)
 
 def test_a_step_is_that_of_plain_adamw_with_clipping(sample_store: ProteinStore) -> None:
     ours, theirs = tiny_model(seed=2), tiny_model(seed=2)
-    stream = TrainingStream(SampleReader(sample_store.split("train"), 128, MaskingPolicy(), 0), BatchPlan(8, 4))
+    stream = TrainingBatches(SampleReader(sample_store.split("train"), 128, MaskingPolicy(), 0), BatchPlan(8, 4))
     masters = MasterWeights(ours.named_parameters())
     optimizer = build_optimizer(masters, SETTINGS, BACKENDS)
     matrices = [p for p in theirs.parameters() if p.ndim >= 2]

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bionemo_esm.data.batch_sampler import EpochOrder
-from bionemo_esm.data.dataloader import BatchPlan
+from bionemo_esm.data.dataloader import BatchPlan, EpochPermutation
 from bionemo_esm.data.hashing import mix
 
 UNIREF50 = 52_000_000  # clusters of UniRef50 05/2022, rounded
 SEEDS = (0, 1, 2, 1234, 2**62)
 
 
-def epoch_of(order: EpochOrder, epoch: int) -> NDArray[np.int64]:
+def epoch_of(order: EpochPermutation, epoch: int) -> NDArray[np.int64]:
     """The samples of one epoch in their order."""
     return order.samples(np.arange(epoch * order.size, (epoch + 1) * order.size))[1]
 
@@ -33,7 +32,7 @@ def chi_square(samples: NDArray[np.int64], buckets: int, expected: float) -> flo
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000, 4097])
 def test_every_epoch_shows_every_sample_once(size: int, seed: int) -> None:
-    epochs, samples = EpochOrder(size, seed).samples(np.arange(3 * size))
+    epochs, samples = EpochPermutation(size, seed).samples(np.arange(3 * size))
     np.testing.assert_array_equal(epochs, np.repeat([0, 1, 2], size))
     for epoch in range(3):
         np.testing.assert_array_equal(np.sort(samples[epochs == epoch]), np.arange(size))
@@ -41,7 +40,7 @@ def test_every_epoch_shows_every_sample_once(size: int, seed: int) -> None:
 
 def test_epochs_and_seeds_shuffle_independently() -> None:
     """Two unrelated shuffles agree at one place on average, whatever the size (Poisson: 10 or more in 1e-7)."""
-    orders = [epoch_of(EpochOrder(1000, seed), epoch) for seed in SEEDS for epoch in (0, 1, 2, 419)]
+    orders = [epoch_of(EpochPermutation(1000, seed), epoch) for seed in SEEDS for epoch in (0, 1, 2, 419)]
     orders.append(np.arange(1000))
     agreements = [int((a == b).sum()) for i, a in enumerate(orders) for b in orders[:i]]
     assert max(agreements) < 10
@@ -51,7 +50,7 @@ def test_epochs_and_seeds_shuffle_independently() -> None:
 @pytest.mark.parametrize("size", [3, 4])
 def test_all_shuffles_of_few_samples_are_equally_likely(size: int) -> None:
     epochs = 12_000
-    samples = EpochOrder(size, seed=1).samples(np.arange(epochs * size))[1].reshape(epochs, size)
+    samples = EpochPermutation(size, seed=1).samples(np.arange(epochs * size))[1].reshape(epochs, size)
     counts = Counter(map(tuple, samples.tolist()))
     shuffles = {3: 6, 4: 24}[size]
     assert len(counts) == shuffles
@@ -60,7 +59,7 @@ def test_all_shuffles_of_few_samples_are_equally_likely(size: int) -> None:
 
 
 def test_a_slice_may_straddle_epochs() -> None:
-    order = EpochOrder(1000, seed=1)
+    order = EpochPermutation(1000, seed=1)
     epochs, samples = order.samples(np.arange(990, 2020))
     np.testing.assert_array_equal(epochs, [0] * 10 + [1] * 1000 + [2] * 20)
     joined = np.concatenate([epoch_of(order, 0)[-10:], epoch_of(order, 1), epoch_of(order, 2)[:20]])
@@ -68,7 +67,7 @@ def test_a_slice_may_straddle_epochs() -> None:
 
 
 def test_the_stream_does_not_depend_on_how_it_is_sliced() -> None:
-    order = EpochOrder(100, seed=7)
+    order = EpochPermutation(100, seed=7)
     positions = np.arange(1200)
     epochs, whole = order.samples(positions)
     for step in (1, 7, 370):
@@ -82,7 +81,7 @@ def test_the_stream_does_not_depend_on_how_it_is_sliced() -> None:
 
 @pytest.mark.parametrize("size", [UNIREF50, 2**40, 2**40 + 1, 2**48])
 def test_time_and_memory_do_not_grow_with_the_data_set(size: int) -> None:
-    order = EpochOrder(size, seed=1)
+    order = EpochPermutation(size, seed=1)
     positions = np.concatenate([np.arange(500), np.arange(10**10, 10**10 + 500), [size - 1, size, 3 * size]])
     tracemalloc.start()
     began = time.perf_counter()
@@ -99,7 +98,7 @@ def test_time_and_memory_do_not_grow_with_the_data_set(size: int) -> None:
 
 
 def test_the_ten_billionth_position_of_uniref50_is_reached_directly() -> None:
-    order = EpochOrder(UNIREF50, seed=1)
+    order = EpochPermutation(UNIREF50, seed=1)
     epoch, sample = order.samples(np.array([10**10]))
     assert epoch.tolist() == [192]
     assert sample.tolist() == order.samples(np.arange(10**10 - 3, 10**10 + 3))[1][3:4].tolist()
@@ -110,7 +109,7 @@ def test_the_ten_billionth_position_of_uniref50_is_reached_directly() -> None:
 def test_the_first_tenth_of_an_epoch_covers_the_data_set_evenly(size: int, seed: int, epoch: int) -> None:
     """By high and by low bits. Drawn without repeats, so chi-square is 0.9 times the usual; 99 degrees: 99+-14."""
     places = np.arange(size // 10)
-    samples = EpochOrder(size, seed).samples(epoch * size + places)[1]
+    samples = EpochPermutation(size, seed).samples(epoch * size + places)[1]
     expected = len(places) / 100
     for bucket in (samples * 100 // size, samples % 100, places * 100 // len(places) + 100 * (samples % 100)):
         buckets = 100 if bucket.max() < 100 else 10_000
@@ -121,7 +120,7 @@ def test_the_first_tenth_of_an_epoch_covers_the_data_set_evenly(size: int, seed:
 @pytest.mark.parametrize("lag", [1, 2, 64, 370, 65_120])
 def test_successive_samples_are_uncorrelated(lag: int) -> None:
     for size, seed in ((262_144, 1), (300_007, 2)):
-        samples = epoch_of(EpochOrder(size, seed), 3)
+        samples = epoch_of(EpochPermutation(size, seed), 3)
         limit = 4.5 / np.sqrt(size - lag)
         assert abs(np.corrcoef(samples[:-lag], samples[lag:])[0, 1]) < limit
         steps = (samples[lag:] - samples[:-lag]) % size  # a constant or a favoured step would show here
@@ -129,18 +128,23 @@ def test_successive_samples_are_uncorrelated(lag: int) -> None:
 
 
 def test_a_sample_moves_independently_from_epoch_to_epoch() -> None:
-    order = EpochOrder(200_003, seed=5)
+    order = EpochPermutation(200_003, seed=5)
     first, second = np.argsort(epoch_of(order, 0)), np.argsort(epoch_of(order, 1))
     assert abs(np.corrcoef(first, second)[0, 1]) < 4.5 / np.sqrt(order.size)
 
 
 def test_a_release_never_changes_the_order_silently() -> None:
     """Frozen: a change here breaks every run that resumes. If it has to be, say so in the release notes."""
-    order = EpochOrder(size=1000, seed=1)
+    order = EpochPermutation(size=1000, seed=1)
     assert order.samples(np.arange(8))[1].tolist() == [103, 325, 610, 110, 38, 354, 606, 128]
     assert order.samples(np.arange(996, 1004))[1].tolist() == [386, 601, 920, 870, 615, 199, 836, 290]
     assert order.samples(np.array([10**10]))[1].tolist() == [323]
-    assert EpochOrder(UNIREF50, seed=42).samples(np.arange(4))[1].tolist() == [45437133, 5046802, 24568795, 9567934]
+    assert EpochPermutation(UNIREF50, seed=42).samples(np.arange(4))[1].tolist() == [
+        45437133,
+        5046802,
+        24568795,
+        9567934,
+    ]
 
 
 def test_hashes_are_those_of_splitmix64() -> None:
@@ -154,12 +158,12 @@ def test_hashes_are_those_of_splitmix64() -> None:
 @pytest.mark.parametrize("size", [0, -1, 2**48 + 1])
 def test_an_order_over_no_samples_or_too_many_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match=f"not {size}"):
-        EpochOrder(size, seed=1)
+        EpochPermutation(size, seed=1)
 
 
 def rank_batches(plan: BatchPlan, tokens: NDArray[np.int64], consumed: int) -> NDArray[np.int64]:
     """Stream positions of one global batch, as all ranks together read them; none reads what another does."""
-    places = np.concatenate([hand for rank in range(plan.world_size) for hand in plan.share(tokens, rank)])
+    places = np.concatenate([hand for rank in range(plan.world_size) for hand in plan.micro_batches(tokens, rank)])
     np.testing.assert_array_equal(np.bincount(places), 1)
     return consumed + np.sort(places)
 
@@ -169,7 +173,7 @@ def test_a_run_stopped_on_176_gpus_goes_on_with_144_as_if_it_had_not_stopped() -
 
     `benchmarks/order_at_scale.py` does it with all of UniRef50.
     """
-    order = EpochOrder(size=501_517, seed=1)
+    order = EpochPermutation(size=501_517, seed=1)
     lengths = np.random.default_rng(0).integers(13, 513, order.size)
     phases = [  # the first stops in the second epoch
         (9, BatchPlan(65_120, 370, world_size=176)),

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bionemo_esm.alphabet import CLS_ID, EOS_ID, PAD_ID
-from bionemo_esm.data.masking import Corruption, MaskingPolicy, corrupt, sample_keys
-from bionemo_esm.data.packing import PackedBatch, pack, unpack
+from bionemo_esm.data.collate import PackedBatch, pack, unpack
+from bionemo_esm.data.masking import MaskedResidues, MaskingPolicy, mask_sequences
 from bionemo_esm.data.store import ProteinStore, SequenceSplit
+from reference_masking import sample_keys
 
 
 class Case(NamedTuple):
@@ -24,7 +25,7 @@ class Case(NamedTuple):
 
     residues: NDArray[np.uint8]
     lengths: NDArray[np.int64]
-    corruption: Corruption
+    corruption: MaskedResidues
 
 
 class Expected(NamedTuple):
@@ -60,7 +61,7 @@ def corrupted_case(pieces: list[NDArray[np.uint8]], seed: int) -> Case:
     residues = np.concatenate([np.zeros(0, dtype=np.uint8), *pieces])
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
     keys = sample_keys(seed, np.zeros_like(lengths), np.arange(len(lengths)))
-    return Case(residues, lengths, corrupt(residues, lengths, keys, MaskingPolicy(chosen=0.3)))
+    return Case(residues, lengths, mask_sequences(residues, lengths, keys, MaskingPolicy(mlm_probability=0.3)))
 
 
 def random_case(split: SequenceSplit, seed: int) -> Case:
@@ -136,7 +137,7 @@ def test_a_batch_without_corruption_has_no_targets(case: Case) -> None:
     plain = pack(case.residues, case.lengths)
     assert plain.target_index.shape == plain.targets.shape == (0,)
     assert plain.target_index.dtype == plain.targets.dtype == torch.int64
-    unchanged = Corruption(case.residues, np.zeros(len(case.residues), dtype=np.bool_))
+    unchanged = MaskedResidues(case.residues, np.zeros(len(case.residues), dtype=np.bool_))
     assert values(plain) == slowly_packed(case._replace(corruption=unchanged))
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 import bionemo_esm.model.optimizer as reduction
 from bionemo_esm.alphabet import MASK_ID
-from bionemo_esm.data.packing import PackedBatch, pack
+from bionemo_esm.data.collate import PackedBatch, pack
 from bionemo_esm.model.attention import PackedAttention, PackedRow
 from bionemo_esm.model.backends import choose_backends
 from bionemo_esm.model.config import OptimConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bionemo_esm.data.packing import pack
+from bionemo_esm.data.collate import pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.finetuning.adapters import add_adapters
 from bionemo_esm.finetuning.config import AdapterConfig, HeadConfig

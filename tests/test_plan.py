@@ -278,7 +278,7 @@ def checkpoint(path: Path, steps: int, samples: int, seed: int = 42, rate: float
     provenance = {"steps": steps, "consumed_samples": samples}
     rate = learning_rate(card.optim, steps) if rate is None else rate
     state = {
-        "identity": {"seed": seed, "data.masking": str(card.data.masking)},
+        "identity": {"seed": seed, "data.masking": card.data.masking.record},
         "optimizer_states": [{"param_groups": [{"lr": rate}]}],
     }
     config = {"encoder": card.model.to_dict()}

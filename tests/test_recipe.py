@@ -11,6 +11,7 @@ from bionemo_esm.console import duration
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.pretraining.recipe import Recipe, load_recipe
 from bionemo_esm.pretraining.run_context import validation_batch_size
+from errors import refused
 from models import tiny_model
 from runs import composed
 
@@ -33,6 +34,12 @@ def test_the_default_recipe_on_22_nodes_is_the_model_cards_phase_1() -> None:
     assert (card.model.hidden_dropout, card.optim.gradient_clip_val) == (0.1, 1.0)
     assert card.model.parameters == 43_612_544
     assert card.data.max_residues == 1024
+
+
+@pytest.mark.parametrize("value", ["0", "false", "null", "5"])
+def test_masking_that_is_no_section_is_refused(value: str) -> None:
+    with refused("config.type", "data.masking must be a mapping"):
+        recipe(f"data.masking={value}")
 
 
 @pytest.mark.parametrize("sequences", [176, 177, 5_000, 1_000_000])

@@ -12,7 +12,7 @@ import torch
 from transformers import EsmConfig
 from transformers.models.esm.modeling_esm import EsmRotaryEmbedding
 
-from bionemo_esm.data.packing import PackedBatch, pack
+from bionemo_esm.data.collate import PackedBatch, pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveError, write_archive

@@ -13,7 +13,7 @@ from esm.data import Alphabet
 from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import MASK_ID, TOKEN_IDS, encode
-from bionemo_esm.data.packing import pack
+from bionemo_esm.data.collate import pack
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference.batching import MaskedQuery, masked
 from bionemo_esm.inference.engine import Engine

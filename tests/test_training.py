@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bionemo_esm.data.dataloader import SampleReader, ValidationBatches
+from bionemo_esm.data.collate import SampleReader
+from bionemo_esm.data.dataloader import ValidationBatches
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model.archive import read_archive

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bionemo_esm.data.packing import pack
+from bionemo_esm.data.collate import pack
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.costs import training_flops
 from bionemo_esm.model.step_stats import StepStats, Stopwatch, measure_step
@@ -42,7 +42,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watched") / "run"
     faults = [
         Fault("bionemo_esm.model.esm1nv.ESM1nvModel.forward", take_a_while, rank=1, repeated=True),
-        Fault("bionemo_esm.data.dataloader.TrainingStream.__getitem__", take_a_while, rank=0, repeated=True),
+        Fault("bionemo_esm.data.dataloader.TrainingBatches.__getitem__", take_a_while, rank=0, repeated=True),
     ]
     settings = ("trainer.max_steps=4", "trainer.val_check_interval=4", "trainer.log_every_n_steps=2")
     outcome = run(folder, *settings, "data.num_workers=0", ranks=2, faults=faults)

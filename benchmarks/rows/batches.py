@@ -19,10 +19,9 @@ from torch import Tensor
 
 from benchmarks.comparison import Row, Setting, Side, Target, best_of
 from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID, PAD_ID, TOKENS, decode
-from bionemo_esm.data.batch_sampler import BatchPlan
-from bionemo_esm.data.dataloader import SampleReader, TrainingStream
+from bionemo_esm.data.collate import PackedBatch, SampleReader
+from bionemo_esm.data.dataloader import BatchPlan, TrainingBatches
 from bionemo_esm.data.masking import MaskingPolicy
-from bionemo_esm.data.packing import PackedBatch
 from bionemo_esm.data.preprocess import BuildPolicy, build_store
 from bionemo_esm.data.store import ProteinStore
 
@@ -98,7 +97,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     size, steps = (QUICK_BATCH, QUICK_STEPS) if setting.quick else (BATCH, OUR_STEPS)
     held_out = BuildPolicy(validation_sequences=1, test_sequences=1)
     store = build_store(setting.fasta or SAMPLE, setting.folder / "batches", held_out)
-    stream = TrainingStream(SampleReader(store.split("train"), MAX_TOKENS, POLICY, seed=42), BatchPlan(size, size))
+    stream = TrainingBatches(SampleReader(store.split("train"), MAX_TOKENS, POLICY, seed=42), BatchPlan(size, size))
     work = Work(read_packed([stream[step * size].micro_batches[0] for step in range(THEIR_STEPS)]), size)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -114,7 +113,7 @@ def peers(work: Work, store: ProteinStore, setting: Setting) -> Iterator[Peer]:
     yield fair_esm(work)
 
 
-def _row(stream: TrainingStream, work: Work, steps: int, peers: list[Peer]) -> Row:
+def _row(stream: TrainingBatches, work: Work, steps: int, peers: list[Peer]) -> Row:
     size = work.batch
 
     def ours() -> None:
@@ -216,9 +215,9 @@ def hugging_face(work: Work, folder: Path) -> Iterator[Peer]:
     vocabulary.write_text("\n".join(TOKENS))
     tokenizer: Any = EsmTokenizer(str(vocabulary))  # type: ignore[no-untyped-call]
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
-    to_longest: Any = DataCollatorForLanguageModeling(tokenizer, mlm_probability=POLICY.chosen)
+    to_longest: Any = DataCollatorForLanguageModeling(tokenizer, mlm_probability=POLICY.mlm_probability)
     to_most: Any = DataCollatorForLanguageModeling(
-        tokenizer, mlm_probability=POLICY.chosen, pad_to_multiple_of=MAX_TOKENS
+        tokenizer, mlm_probability=POLICY.mlm_probability, pad_to_multiple_of=MAX_TOKENS
     )
 
     def read(batch: Any) -> Shown:
@@ -261,7 +260,7 @@ class _MegatronConfig:
 
     tokenizer = _MegatronTokenizer()
     sequence_length, random_seed = MAX_TOKENS, 0
-    masking_probability, masking_max_ngram = POLICY.chosen, 1
+    masking_probability, masking_max_ngram = POLICY.mlm_probability, 1
     masking_do_full_word = masking_do_permutation = classification_head = False
     masking_use_longer_ngrams = masking_use_geometric_distribution = False
 

@@ -22,8 +22,8 @@ from transformers import DataCollatorForLanguageModeling, EsmTokenizer
 
 from benchmarks.comparison import Row, Setting, Side
 from bionemo_esm.alphabet import CLS_ID, EOS_ID, TOKENS
-from bionemo_esm.data.batch_sampler import BatchPlan
-from bionemo_esm.data.dataloader import SampleReader, TrainingStream, training_loader
+from bionemo_esm.data.collate import SampleReader
+from bionemo_esm.data.dataloader import BatchPlan, TrainingBatches, training_loader
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.preprocess import BuildPolicy, build_store_from_splits
 from bionemo_esm.data.store import SPLITS, ProteinStore
@@ -98,7 +98,7 @@ def short_store(folder: Path, samples: int) -> ProteinStore:
 def _loader(store: ProteinStore, position: int) -> Iterator[Any]:
     opened = ProteinStore.open(store.folder)
     reader = SampleReader(opened.split("train"), MAX_TOKENS, MaskingPolicy(), seed=42)
-    stream = TrainingStream(reader, BatchPlan(global_batch_size=BATCH, micro_batch_size=BATCH))
+    stream = TrainingBatches(reader, BatchPlan(global_batch_size=BATCH, micro_batch_size=BATCH))
     return iter(training_loader(stream, position, num_workers=0, pin_memory=False))
 
 

@@ -27,8 +27,8 @@ from benchmarks.comparison import Row, Setting, Side, Spent, Target
 from benchmarks.rows.resuming import resuming
 from benchmarks.steps import Ours
 from bionemo_esm.alphabet import TOKENS
-from bionemo_esm.data.batch_sampler import BatchPlan
-from bionemo_esm.data.dataloader import RankBatch, SampleReader, TrainingStream
+from bionemo_esm.data.collate import SampleReader
+from bionemo_esm.data.dataloader import BatchPlan, RankBatch, TrainingBatches
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.preprocess import BuildPolicy, build_store_from_splits
 from bionemo_esm.data.store import SPLITS, ProteinStore
@@ -191,7 +191,7 @@ class _OverAndOver(Sampler[int]):
 def _waiting(setting: Setting, store: ProteinStore) -> Iterator[Row]:
     """Steps with a loader process and without, and what share of the former is waiting."""
     reader = SampleReader(store.split("train"), MAX_TOKENS, MaskingPolicy(), seed=42)
-    stream = TrainingStream(reader, BatchPlan(global_batch_size=BATCH, micro_batch_size=BATCH))
+    stream = TrainingBatches(reader, BatchPlan(global_batch_size=BATCH, micro_batch_size=BATCH))
     keys = [BATCH * step for step in range(QUICK_STEPS if setting.quick else STEPS)]
     pinned = setting.device == "cuda"
     loader = DataLoader(

@@ -1,34 +1,231 @@
-"""Batches for pretraining: from the number of consumed samples to this rank's share of the next optimizer step.
+"""From the number of consumed samples to this rank's batch of the next optimizer step.
 
-`TrainingStream[n]` is a pure function of n, the samples consumed before the step. So any number of loader workers
-gives the same batches, a resume starts at another n, and another number of ranks deals the same global batch.
+`TrainingBatches[n]` is a pure function of n, the samples consumed before the step. So any number of loader workers
+gives the same batches, a resume starts at another n, and another world size splits the same global batches.
+
+Order: a keyed permutation instead of a shuffled index array. Position p of the endless sequence of samples belongs to
+epoch p // size, and a permutation computed on the fly maps it to a sample: O(1) time and memory at any data-set size.
+The order depends on the seed alone. The permutation is a Feistel network over the next power of two, repeated until the
+value lies inside the range (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
+
+Balance: a step takes as long as its slowest rank. Each rank looks up the lengths of the whole global batch (not its
+residues), and all ranks compute the same assignment of equal work without communication.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bionemo_esm.alphabet import VOCABULARY_SIZE
-from bionemo_esm.data import collate as batching
-from bionemo_esm.data.batch_sampler import BatchPlan, EpochOrder, IntArray, member_words
-from bionemo_esm.data.hashing import UInt64Array, derive_key, threshold
-from bionemo_esm.data.masking import MaskingPolicy, crop_windows, sample_keys
-from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch
+from bionemo_esm.data.collate import IntArray, PackedBatch, SampleReader
+from bionemo_esm.data.hashing import UInt64Array, derive_key, derived, mixed
+from bionemo_esm.data.kernels import compiled
 from bionemo_esm.data.store import SequenceSplit
+
+_ROUNDS = 8  # even, so that unequal halves end in their own places
+_PERMUTATION_STREAM = 1  # keeps the keys of the order apart from those of crop and masking
+_U = np.uint64
+
+
+@dataclass(frozen=True)
+class EpochPermutation:
+    """The order of samples: epoch after epoch, each a permutation of `size` samples that depends on the seed.
+
+    Raises `ValueError` for an empty data set or one over 2**48 samples.
+    """
+
+    size: int
+    seed: int
+    _root: UInt64Array = field(init=False, repr=False, compare=False)  # [1], the key of all epochs
+
+    def __post_init__(self) -> None:
+        if not 0 < self.size <= 2**48:
+            raise ValueError(f"a permutation needs between 1 and 2**48 samples, not {self.size}")
+        object.__setattr__(self, "_root", derive_key(self.seed, _PERMUTATION_STREAM))
+
+    def samples(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return epoch and sample at each position: positions int64 [n] -> (int64 [n], int64 [n])."""
+        epochs, samples = np.divmod(np.asarray(positions, dtype=np.int64), self.size)
+        _permute(samples, epochs, self._root, self.size, max(2, (self.size - 1).bit_length()))
+        return epochs, samples
+
+
+@compiled
+def _half_round(changed: Any, other: Any, keys: Any, bits: Any, number: Any) -> None:
+    """XOR one half, of `bits` bits, with the hash of the other; both halves and the keys are uint64 [n]."""
+    mask, salt = (_U(1) << bits) - _U(1), _U(number) << _U(56)
+    for at in range(changed.size):
+        changed[at] ^= mixed(keys[at] ^ mixed(other[at] + salt)) & mask
+
+
+@compiled
+def _feistel(values: Any, keys: Any, bits: Any) -> None:
+    """Apply a keyed permutation of [0, 2**bits) to each element: values uint64 [n], changed; keys uint64 [n]."""
+    left_bits = bits // _U(2)
+    right_bits = bits - left_bits
+    left, right = values >> right_bits, values & ((_U(1) << right_bits) - _U(1))
+    for number in range(0, _ROUNDS, 2):  # all elements per round, which vectorises
+        _half_round(left, right, keys, left_bits, number)
+        _half_round(right, left, keys, right_bits, number + 1)
+    values[:] = (left << right_bits) | right
+
+
+@compiled
+def _permute(places: Any, epochs: Any, root: Any, size: Any, bits: Any) -> None:
+    """Map positions in epochs to samples; cycle-walking takes under two rounds on average.
+
+    places int64 [n], replaced by samples; epochs int64 [n]; root uint64 [1], the key of all epochs; 2**bits >= size.
+    """
+    end = _U(size)
+    keys, values, where, left = np.empty(places.size, _U), places.astype(_U), np.arange(places.size), places.size
+    for at in range(left):
+        keys[at] = derived(root[0], epochs[at])
+    while left > 0:
+        _feistel(values[:left], keys[:left], _U(bits))
+        outside = 0
+        for at in range(left):
+            if values[at] < end:
+                places[where[at]] = np.int64(values[at])
+            else:
+                values[outside], keys[outside], where[outside] = values[at], keys[at], where[at]
+                outside += 1
+        left = outside
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The size of a global batch, and how ranks and micro batches share it.
+
+    The global batch is `global_batch_size` sequences, or as many as hold at most `global_batch_tokens` tokens. A micro
+    batch is `micro_batch_size` sequences, or any number of at most `micro_batch_tokens` tokens. Raises `ValueError`
+    when a number of sequences does not divide evenly; tokens need not.
+    """
+
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    global_batch_tokens: int | None = None
+    micro_batch_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (item.name for item in fields(self) if item.name != "rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not one of {self.world_size}")
+        for whole in ("global_batch", "micro_batch"):
+            if (getattr(self, f"{whole}_size") is None) == (getattr(self, f"{whole}_tokens") is None):
+                raise ValueError(f"{whole}_size (sequences) or {whole}_tokens must be given, and not both")
+        self._check_divisible()
+
+    def _check_divisible(self) -> None:
+        size, micro = self.global_batch_size, self.micro_batch_size
+        if size is None:
+            return
+        if micro is None:
+            if size < self.world_size:
+                raise ValueError(f"a global batch of {size} sequences leaves some of {self.world_size} ranks idle")
+            return
+        if size % (micro * self.world_size) == 0:
+            return
+        raise ValueError(
+            f"a global batch of {size} sequences cannot be dealt evenly to {self.world_size} ranks in micro batches of "
+            f"{micro}; {_divisible_choices(size, micro, self.world_size)}. Or set micro_batch_tokens in place of "
+            "micro_batch_size: then any number of ranks will do"
+        )
+
+    @property
+    def accumulation(self) -> int | None:
+        """Micro batches of a rank per step; None where their number follows from the sequences' lengths."""
+        if self.global_batch_size is None or self.micro_batch_size is None:
+            return None
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def micro_batches(self, tokens: IntArray, rank: int | None = None) -> list[IntArray]:
+        """Return the micro batches of a rank (None: of this plan's rank) of a global batch of these sequences.
+
+        tokens: int64 [n], the lengths of the sequences. Each micro batch is int64 [k], ascending indices into `tokens`.
+        """
+        rank = self.rank if rank is None else rank
+        if self.accumulation is not None:
+            everything = assign_micro_batches(tokens, self.world_size * self.accumulation)
+            return everything[rank * self.accumulation : (rank + 1) * self.accumulation]
+        own = assign_micro_batches(tokens, self.world_size)[rank]
+        return [own[batch] for batch in self._split(tokens[own])]
+
+    def _split(self, tokens: IntArray) -> list[IntArray]:
+        """Split a rank's sequences into as few balanced micro batches as keep within the limit."""
+        if self.micro_batch_size is not None:
+            return assign_micro_batches(tokens, -(-len(tokens) // self.micro_batch_size))
+        limit = self.micro_batch_tokens
+        assert limit is not None
+        number = max(-(-int(tokens.sum()) // limit), 1)
+        while True:
+            batches = assign_micro_batches(tokens, number)
+            if number >= len(tokens) or max(int(tokens[batch].sum()) for batch in batches) <= limit:
+                return batches
+            number += 1
+
+
+def assign_micro_batches(tokens: IntArray, count: int) -> list[IntArray]:
+    """Assign sequences of these lengths (int64 [n]) to `count` batches of similar numbers of sequences and tokens.
+
+    Longest first, in alternating direction. Each batch is int64 [k], ascending indices; the numbers of sequences differ
+    by one at most.
+    """
+    if count == 1:
+        return [np.arange(len(tokens), dtype=np.int64)]
+    longest_first = np.argsort(_descending_key(tokens), kind="stable")
+    turn, place = np.divmod(np.arange(len(tokens), dtype=np.int64), count)
+    batch = np.empty(len(tokens), dtype=np.int32)
+    batch[longest_first] = np.where(turn % 2, count - 1 - place, place)
+    by_batch = np.argsort(batch, kind="stable").astype(np.int64)
+    return np.split(by_batch, np.cumsum(np.bincount(batch, minlength=count))[:-1])
+
+
+def _descending_key(tokens: IntArray) -> NDArray[np.uint16] | IntArray:
+    """A key that sorts long sequences first; of 16 bits where it fits, which sorts ten times as fast."""
+    longest = int(tokens.max(initial=0))
+    return (longest - tokens).astype(np.uint16) if longest < 2**16 else longest - tokens
+
+
+def _divisible_choices(size: int, micro: int, world_size: int) -> str:
+    """Values that divide evenly, with one of the three numbers changed."""
+    choices = [f"make it a multiple of {micro * world_size}"]
+    if size % micro == 0:
+        choices.append(f"or the ranks one of {_some(divisors(size // micro))}")
+    if size % world_size == 0:
+        choices.append(f"or the micro batch one of {_some(divisors(size // world_size))}")
+    return ", ".join(choices)
+
+
+def _some(numbers: list[int], most: int = 24) -> str:
+    names = [str(number) for number in numbers]
+    return ", ".join(names) if len(names) <= most else ", ".join([*names[: most // 2], "...", *names[-most // 2 :]])
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors, ascending."""
+    small = [candidate for candidate in range(1, int(number**0.5) + 1) if number % candidate == 0]
+    return sorted({*small, *(number // candidate for candidate in small)})
 
 
 @dataclass(frozen=True)
 class RankBatch:
-    """What one rank contributes to one optimizer step."""
+    """The micro batches of one rank for one optimizer step."""
 
     micro_batches: list[PackedBatch]
-    samples: int  # of the whole global batch, all ranks together
+    samples: int  # of the global batch, all ranks together
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RankBatch:
         return replace(self, micro_batches=[batch.to(device, non_blocking) for batch in self.micro_batches])
@@ -38,148 +235,65 @@ class RankBatch:
 
 
 @dataclass(frozen=True)
-class SampleReader:
-    """Samples of one split, cropped to `max_tokens` (specials counted), corrupted and packed.
-
-    A sample is a sequence, or in a clustered split a cluster, of which each epoch shows one member, drawn at random.
-    """
-
-    split: SequenceSplit
-    max_tokens: int
-    policy: MaskingPolicy
-    seed: int
-    _root: UInt64Array = field(init=False, repr=False, compare=False)  # [1], the key of the seed
-    _bounds: UInt64Array = field(init=False, repr=False, compare=False)  # [3], the policy's
-
-    def __post_init__(self) -> None:
-        fractions = self.policy.chosen, self.policy.masked, self.policy.masked + self.policy.replaced
-        object.__setattr__(self, "_root", derive_key(self.seed))
-        object.__setattr__(self, "_bounds", np.array(list(map(threshold, fractions))))
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of an epoch."""
-        return self.split.num_clusters
-
-    def packed(self, epochs: IntArray, samples: IntArray) -> PackedBatch:
-        """One micro batch of the given samples (int64 [n]) as they appear in the given epochs (int64 [n]).
-
-        Crop, corruption and packing are those of `masking.py` and `packing.py`, in one compiled pass. Raises
-        `IndexError` for a sample outside the split, `StoreError` for what its files must not hold.
-        """
-        epochs, samples = _plain(epochs), _plain(samples)
-        begins, keys = np.empty(len(samples), dtype=np.int64), np.empty(len(samples), dtype=np.uint64)
-        cu_seqlens = np.empty(len(samples) + 1, dtype=np.int32)
-        files = self.split.lengths, self.split.offsets, self.split.cluster_starts, self.split.residues
-        most = self.max_tokens - SPECIAL_TOKENS_PER_SEQUENCE
-        longest = batching.draw(*files, self._root, epochs, samples, most, begins, keys, cu_seqlens)
-        if longest < 0:
-            self._judge(epochs[-1 - longest], samples[-1 - longest])
-        assert longest >= 0, "a sample that one reader refuses and the other does not"
-        room = batching.room_for_chosen(int(cu_seqlens[-1]), longest, self.policy.chosen)
-        drawn = self.split.tokens, begins, keys, cu_seqlens, self._bounds
-        while True:
-            # One piece of memory for all: allocated once, and handed over by a loader's worker as one.
-            size = int(cu_seqlens[-1])
-            row = np.empty(2 * (size + room), dtype=np.int64)
-            parts = row[:size], row[size : 2 * size], row[2 * size : 2 * size + room], row[2 * size + room :]
-            chosen = batching.fill(*drawn, *parts)
-            if chosen >= 0:
-                break
-            if chosen == batching.NO_LETTER:
-                for epoch, sample in zip(epochs, samples, strict=True):
-                    self._judge(epoch, sample)
-            assert chosen == batching.NO_ROOM
-            room = size
-        tokens, positions, target_index, targets = torch.from_numpy(row).split([size, size, room, room])
-        boundaries = torch.from_numpy(cu_seqlens)
-        return PackedBatch(tokens, positions, boundaries, longest, target_index[:chosen], targets[:chosen])
-
-    def tokens(self, epochs: IntArray, samples: IntArray) -> IntArray:
-        """Length of each sample as it appears in its epoch, cropped, specials counted: int64 [n]."""
-        epochs, samples, tokens = _plain(epochs), _plain(samples), np.empty(len(samples), dtype=np.int64)
-        lengths, clusters = self.split.lengths, self.split.cluster_starts
-        unknown = batching.measure(lengths, clusters, self._root, epochs, samples, self.max_tokens, tokens)
-        if unknown >= 0:
-            self._judge(epochs[unknown], samples[unknown])
-        assert unknown < 0, "a sample that one reader refuses and the other does not"
-        return tokens
-
-    def _judge(self, epoch: np.int64, sample: np.int64) -> None:
-        """Look at a sample slowly, and raise what is wrong with it."""
-        epochs, samples = np.array([epoch]), np.array([sample])
-        keys = sample_keys(self.seed, epochs, samples)
-        sequences = self.split.draw_members(samples, member_words(keys))
-        self.split.gather(sequences, [0], [0])  # refuses one that is not in the split
-        lengths = self.split.lengths[sequences].astype(np.int64)
-        starts, kept = crop_windows(lengths, self.max_tokens - SPECIAL_TOKENS_PER_SEQUENCE, keys)
-        self.split.gather(sequences, starts, kept)
-
-
-def _plain(numbers: IntArray) -> IntArray:
-    """As compiled loops take them."""
-    return np.ascontiguousarray(numbers, dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class TrainingStream(Dataset[RankBatch]):
+class TrainingBatches(Dataset[RankBatch]):
     """Item n: the rank's micro batches of the step that begins after n consumed samples.
 
-    The step's global batch is the next slice of the stream, the same whatever the ranks.
+    The global batch of a step is the next slice of the order of samples, whatever the world size.
     """
 
     reader: SampleReader
     plan: BatchPlan
-    order: EpochOrder = field(init=False)
+    permutation: EpochPermutation = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "order", EpochOrder(self.reader.num_samples, self.reader.seed))
+        object.__setattr__(self, "permutation", EpochPermutation(self.reader.num_samples, self.reader.seed))
 
-    def on_rank(self, rank: int) -> TrainingStream:
-        """The same stream, dealt to another rank."""
-        return TrainingStream(self.reader, replace(self.plan, rank=rank))
+    def on_rank(self, rank: int) -> TrainingBatches:
+        """Return the same global batches as another rank sees them."""
+        return TrainingBatches(self.reader, replace(self.plan, rank=rank))
 
     def __getitem__(self, consumed: int) -> RankBatch:
         micro_batches, samples = self.rank_batches(consumed, self.plan.rank)
-        return RankBatch([self.reader.packed(*chosen) for chosen in micro_batches], samples)
+        return RankBatch([self.reader.collate(*indices) for indices in micro_batches], samples)
 
     def rank_batches(self, consumed: int, rank: int) -> tuple[list[tuple[IntArray, IntArray]], int]:
-        """What a rank gets of the step after `consumed` samples: the (epochs, samples), each int64 [k], of its micro
-        batches; and the samples of the whole global batch.
+        """Return a rank's micro batches of the step after `consumed` samples, as indices.
+
+        Each micro batch is (epochs, samples), int64 [k]. The number beside them is the samples of the global batch.
         """
-        epochs, samples, tokens = self._slice(consumed)
-        rank_batches = self.plan.share(tokens, rank)
-        return [(epochs[hand], samples[hand]) for hand in rank_batches], len(samples)
+        epochs, samples, tokens = self._global_batch(consumed)
+        batches = self.plan.micro_batches(tokens, rank)
+        return [(epochs[batch], samples[batch]) for batch in batches], len(samples)
 
     def samples_after(self, consumed: int) -> int:
-        """Samples of the global batch that begins after `consumed`."""
-        return self.plan.global_batch_size or len(self._slice(consumed)[1])
+        """Return the number of samples of the global batch that begins after `consumed`."""
+        return self.plan.global_batch_size or len(self._global_batch(consumed)[1])
 
-    def _slice(self, consumed: int) -> tuple[IntArray, IntArray, IntArray]:
+    def _global_batch(self, consumed: int) -> tuple[IntArray, IntArray, IntArray]:
         """Epochs, samples and their lengths in tokens, int64 [samples of the global batch] each."""
         if self.plan.global_batch_size is not None:
             return self._look_up(consumed, self.plan.global_batch_size)
         most = self.plan.global_batch_tokens
         assert most is not None
-        asked = 2 * max(most // self.reader.max_tokens, 1)
+        count = 2 * max(most // self.reader.max_tokens, 1)
         while True:
-            epochs, samples, tokens = self._look_up(consumed, asked)
+            epochs, samples, tokens = self._look_up(consumed, count)
             fitting = int(np.searchsorted(np.cumsum(tokens), most, side="right"))
-            if fitting < asked:
+            if fitting < count:
                 fitting = max(fitting, 1)
                 return epochs[:fitting], samples[:fitting], tokens[:fitting]
-            asked *= 2
+            count *= 2
 
     def _look_up(self, consumed: int, count: int) -> tuple[IntArray, IntArray, IntArray]:
-        epochs, samples = self.order.samples(np.arange(consumed, consumed + count, dtype=np.int64))
-        return epochs, samples, self.reader.tokens(epochs, samples)
+        epochs, samples = self.permutation.samples(np.arange(consumed, consumed + count, dtype=np.int64))
+        return epochs, samples, self.reader.token_counts(epochs, samples)
 
 
 @dataclass(frozen=True)
 class ValidationBatches(Dataset[PackedBatch]):
-    """A split in its stored order, the same crop and mask each time; ranks take batches in turn.
+    """A split in its stored order, with the same crop and mask each time; ranks take batches in turn.
 
-    Raises `ValueError` for a reader that would show some of the answers: every chosen residue must be `<mask>`.
+    Raises `ValueError` for a reader whose masking policy shows some of the true residues.
     """
 
     reader: SampleReader
@@ -188,11 +302,11 @@ class ValidationBatches(Dataset[PackedBatch]):
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.reader.policy.masked != 1:
+        if self.reader.policy.mask_fraction != 1:
             raise ValueError("validation must hide every chosen residue: give the reader policy.for_evaluation()")
 
     def on_rank(self, rank: int, world_size: int) -> ValidationBatches:
-        """The same batches, dealt to one of several ranks."""
+        """Return the batches of one of several ranks."""
         return replace(self, rank=rank, world_size=world_size)
 
     def __len__(self) -> int:
@@ -204,28 +318,30 @@ class ValidationBatches(Dataset[PackedBatch]):
             raise IndexError(f"validation batch {index} of {len(self)}")
         first = (self.rank + index * self.world_size) * self.micro_batch_size
         samples = np.arange(first, min(first + self.micro_batch_size, self.reader.num_samples), dtype=np.int64)
-        return self.reader.packed(np.zeros_like(samples), samples)
+        return self.reader.collate(np.zeros_like(samples), samples)
 
 
 @dataclass(frozen=True)
 class ConsumedSamples(Sampler[int]):
-    """The endless series of keys of a `TrainingStream`, each further by the samples of a global batch."""
+    """The endless sequence of keys of `TrainingBatches`: consumed samples before each step."""
 
-    stream: TrainingStream
+    batches: TrainingBatches
     consumed: int
 
     def __iter__(self) -> Iterator[int]:
-        position = self.consumed
+        consumed = self.consumed
         while True:
-            yield position
-            position += self.stream.samples_after(position)
+            yield consumed
+            consumed += self.batches.samples_after(consumed)
 
 
-def training_loader(stream: TrainingStream, consumed: int, num_workers: int, pin_memory: bool) -> DataLoader[RankBatch]:
-    """Batches from `consumed` on, without end, in order at any number of workers."""
+def training_loader(
+    batches: TrainingBatches, consumed: int, num_workers: int, pin_memory: bool
+) -> DataLoader[RankBatch]:
+    """Load batches from `consumed` samples on, endlessly, in the same order with any number of workers."""
     return DataLoader(
-        stream,
-        sampler=ConsumedSamples(stream, consumed),
+        batches,
+        sampler=ConsumedSamples(batches, consumed),
         batch_size=None,  # an item is a batch already
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -234,15 +350,15 @@ def training_loader(stream: TrainingStream, consumed: int, num_workers: int, pin
 
 
 def validation_loader(batches: ValidationBatches, num_workers: int, pin_memory: bool) -> DataLoader[PackedBatch]:
-    """The validation batches of this rank, once through."""
+    """Load the validation batches of this rank once."""
     return DataLoader(batches, batch_size=None, shuffle=False, num_workers=num_workers, pin_memory=pin_memory)
 
 
 def unigram_perplexity(train: SequenceSplit, validation: ValidationBatches) -> float:
-    """Perplexity of the validation targets under the residue frequencies of the training split.
+    """Return the perplexity of the validation targets under the residue frequencies of the training split.
 
-    What a model reaches that knows how common each residue is and nothing else. One is added to every count, so that
-    a letter that training never shows does not make it infinite. NaN where nothing is masked.
+    It is the reference for a model that knows residue frequencies alone. One is added to every count, so that a letter
+    that training never shows does not make it infinite. NaN where nothing is masked.
     """
     counts = train.residue_counts().astype(np.float64) + 1.0
     log_frequency = np.log(counts / counts.sum())

@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bionemo_esm.alphabet import VOCABULARY_SIZE
-from bionemo_esm.data.hashing import UInt64Array, uniform_integers
 from bionemo_esm.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -126,19 +125,6 @@ class SequenceSplit:
     def num_clusters(self) -> int:
         """Clusters of sequences; as many as sequences where every one is its own."""
         return self.summary.clusters
-
-    def draw_members(self, clusters: ArrayLike, words: UInt64Array) -> NDArray[np.int64]:
-        """A sequence of each cluster, chosen by a uniform 64-bit word: integers [n], uint64 [n] -> int64 [n].
-
-        Raises `IndexError` for a cluster outside the split.
-        """
-        chosen = np.asarray(clusters, dtype=np.int64)
-        if self.num_clusters == len(self):
-            return chosen
-        if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.num_clusters:
-            raise IndexError(f"clusters {chosen.min()}..{chosen.max()} of {self.prefix}, which has {self.num_clusters}")
-        first = self.cluster_starts[chosen]
-        return first + uniform_integers(words, self.cluster_starts[chosen + 1] - first)
 
     def __len__(self) -> int:
         return self.summary.sequences

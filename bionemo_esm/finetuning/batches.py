@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from bionemo_esm.data.batch_sampler import BatchPlan, EpochOrder, assign_micro_batches
-from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE, PackedBatch, pack
+from bionemo_esm.alphabet import SPECIAL_TOKENS_PER_SEQUENCE
+from bionemo_esm.data.collate import PackedBatch, pack
+from bionemo_esm.data.dataloader import BatchPlan, EpochPermutation, assign_micro_batches
 from bionemo_esm.finetuning.config import ReadingConfig
 from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.tasks import Targets, Task, standardised
@@ -165,7 +166,7 @@ class TrainingSteps(IterableDataset[RankBatch]):
         """`plan`: the global batch in sequences, micro batches in tokens. `class_weights`: float32 [C]."""
         assert plan.global_batch_size is not None and plan.micro_batch_tokens is not None
         self.collator, self.plan, self.class_weights, self.first_step = collator, plan, class_weights, first_step
-        self.order = EpochOrder(len(collator.labelled), seed)
+        self.order = EpochPermutation(len(collator.labelled), seed)
         self.batch = plan.global_batch_size
 
     def on_rank(self, rank: int, world_size: int) -> TrainingSteps:
@@ -188,7 +189,9 @@ class TrainingSteps(IterableDataset[RankBatch]):
         begin = epoch * self.order.size + place * self.batch
         end = min(begin + self.batch, (epoch + 1) * self.order.size)
         _, numbers = self.order.samples(np.arange(begin, end))
-        rank_batches = self.plan.share(self.collator.costs[numbers]) if len(numbers) >= self.plan.world_size else None
+        rank_batches = (
+            self.plan.micro_batches(self.collator.costs[numbers]) if len(numbers) >= self.plan.world_size else None
+        )
         if rank_batches is None:  # a last step of fewer proteins than ranks: the first ranks have one each
             own = np.arange(len(numbers))[self.plan.rank : self.plan.rank + 1]
             rank_batches = [own]

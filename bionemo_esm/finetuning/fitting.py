@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from bionemo_esm.console import Console, duration
-from bionemo_esm.data.batch_sampler import BatchPlan
+from bionemo_esm.data.dataloader import BatchPlan
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches, Features, TrainingSteps
 from bionemo_esm.finetuning.config import ReadingConfig, TuningConfig
 from bionemo_esm.finetuning.dataset import LabelledDataset

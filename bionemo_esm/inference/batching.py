@@ -13,8 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bionemo_esm.alphabet import MASK_ID
-from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE
+from bionemo_esm.alphabet import MASK_ID, SPECIAL_TOKENS_PER_SEQUENCE
 
 Thing = TypeVar("Thing")
 Residues = NDArray[np.uint8]

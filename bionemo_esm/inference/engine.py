@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bionemo_esm.data.packing import PackedBatch, pack
+from bionemo_esm.data.collate import PackedBatch, pack
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference.batching import MaskedQuery, Residues, group_by_size, tokens_of_query
 from bionemo_esm.inference.engine_options import ModelSizes, check_words, open_model_file

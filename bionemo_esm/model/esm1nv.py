@@ -19,9 +19,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from bionemo_esm.data.dataloader import RankBatch, TrainingStream, ValidationBatches, training_loader, validation_loader
+from bionemo_esm.data.collate import PackedBatch
+from bionemo_esm.data.dataloader import (
+    RankBatch,
+    TrainingBatches,
+    ValidationBatches,
+    training_loader,
+    validation_loader,
+)
 from bionemo_esm.data.hashing import derive_key
-from bionemo_esm.data.packing import PackedBatch
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import Archive, read_archive
 from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter_dtype
@@ -178,7 +184,7 @@ class ESM1nvModel(ModelPT):
     @property
     def epoch(self) -> float:
         """How often training has gone through its data."""
-        return self.consumed_samples / self._stream.order.size
+        return self.consumed_samples / self._stream.permutation.size
 
     @property
     def optim_config(self) -> OptimConfig:
@@ -303,7 +309,7 @@ class ESM1nvModel(ModelPT):
         optimizer = build(self.masters, self.optim_config, self.backends)
         return [optimizer], [{"scheduler": build_schedule(optimizer, self.optim_config), "interval": "step"}]
 
-    def setup_training_data(self, train_data_config: TrainingStream, num_workers: int = 0) -> None:
+    def setup_training_data(self, train_data_config: TrainingBatches, num_workers: int = 0) -> None:
         """Train on this stream (dealt to the ranks there are), from `consumed_samples` on."""
         self._stream, self._num_workers = train_data_config, num_workers
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bionemo_esm.data.packing import PackedBatch
+from bionemo_esm.data.collate import PackedBatch
 from bionemo_esm.errors import UserError
 from bionemo_esm.model.attention import MapObserver
 from bionemo_esm.model.encoder import ESMEncoder

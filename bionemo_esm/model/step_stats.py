@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from bionemo_esm.data.packing import PackedBatch
+from bionemo_esm.data.collate import PackedBatch
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.costs import training_flops
 from bionemo_esm.model.parallel import data_parallel_sum

@@ -26,8 +26,8 @@ import yaml
 from numpy.typing import ArrayLike
 
 from bionemo_esm import config_directory
+from bionemo_esm.alphabet import SPECIAL_TOKENS_PER_SEQUENCE
 from bionemo_esm.data.fasta import read_fasta
-from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE
 from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.backends import parameter_dtype
@@ -364,7 +364,7 @@ def plan_of(recipe: Recipe, facts: Facts) -> Plan:
             recipe.model,
             samples * data.mean_tokens,
             samples * data.mean_squared_tokens,
-            residues * recipe.data.masking.chosen,
+            residues * recipe.data.masking.mlm_probability,
         ),
         memory=memory_of(recipe, precision, batch.micro_tokens),
         most_memory=memory_of(recipe, precision, batch.most_micro_tokens),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from bionemo_esm.data.batch_sampler import divisors
-from bionemo_esm.data.packing import SPECIAL_TOKENS_PER_SEQUENCE
+from bionemo_esm.alphabet import SPECIAL_TOKENS_PER_SEQUENCE
+from bionemo_esm.data.dataloader import divisors
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import COSINE
 from bionemo_esm.model.schedule import learning_rate

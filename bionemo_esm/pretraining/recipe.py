@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from bionemo_esm.data.batch_sampler import BatchPlan
+from bionemo_esm.data.dataloader import BatchPlan
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.store import MANIFEST_NAME, sha256_of_file
 from bionemo_esm.errors import ConfigError
@@ -284,7 +284,9 @@ class Recipe:
     @property
     def told(self) -> dict[str, str]:
         """Every setting by its dotted name: what all ranks of a run must have been told alike."""
-        return dict(_flattened("", asdict(self)))
+        values = asdict(self)
+        values["data"]["masking"] = self.data.masking.to_dict()
+        return dict(_flattened("", values))
 
     @property
     def run_folder(self) -> Path:
@@ -307,7 +309,7 @@ class Recipe:
             "restore_from_path": self.restored_sha256 or self.restore_from_path,
             "continue_from_path": self.continue_from_path,
             "model": self.model.to_dict(),
-            "data": asdict(data),
+            "data": asdict(data) | {"masking": data.masking.to_dict()},
             "fasta_bytes": fasta.stat().st_size if (fasta := self.data.fasta) and fasta.is_file() else None,
             "global_batch_size": self.global_batch_size,
             "optim": asdict(self.optim),
@@ -371,11 +373,7 @@ def _data(values: dict[str, Any], recipe: str) -> DataConfig:
             f"recipe {recipe} trains on your own proteins: set data.fasta=... or data.store=... (data=sample for the "
             "shipped ones)"
         )
-    masking = typed("data.masking", values.get("masking") or {}, MaskingPolicy)
-    try:
-        policy = MaskingPolicy(**masking)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    policy = MaskingPolicy.from_config(values.get("masking", {}))
     return DataConfig(**typed("data", {k: v for k, v in values.items() if k != "masking"}, DataConfig), masking=policy)
 
 

@@ -52,7 +52,7 @@ def find_parent_run(recipe: Recipe) -> ParentRun | None:
 
 def _stream(recipe: Recipe) -> dict[str, Any]:
     """What of the run's identity is known before it has its proteins at hand."""
-    known: dict[str, Any] = {"seed": recipe.seed, "data.masking": str(recipe.data.masking)}
+    known: dict[str, Any] = {"seed": recipe.seed, "data.masking": recipe.data.masking.record}
     if recipe.data.store is not None and (recipe.data.store / MANIFEST_NAME).is_file():
         train = ProteinStore.open(recipe.data.store).split("train")
         known |= {"samples of an epoch": train.num_clusters, "train.bin": train.summary.bin_sha256}

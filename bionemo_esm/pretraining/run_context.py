@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bionemo_esm import files as outputs
-from bionemo_esm.data.dataloader import SampleReader, TrainingStream, ValidationBatches, unigram_perplexity
+from bionemo_esm.data.collate import SampleReader
+from bionemo_esm.data.dataloader import TrainingBatches, ValidationBatches, unigram_perplexity
 from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore, SequenceSplit, sha256_of_file
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveFile
@@ -58,7 +59,7 @@ class RunContext:
     recipe: Recipe
     folder: Path
     store: ProteinStore
-    stream: TrainingStream
+    stream: TrainingBatches
     validation: ValidationBatches
     unigram_perplexity: float  # of the validation targets, under the residue frequencies of the training split
     probe: ProbeSet | None = None
@@ -70,7 +71,7 @@ class RunContext:
         reader = SampleReader(store.split("train"), max_tokens, policy, recipe.seed)
         queries = SampleReader(store.split("validation"), max_tokens, policy.for_evaluation(), recipe.seed)
         validation = ValidationBatches(queries, validation_batch_size(recipe, queries.num_samples))
-        stream = TrainingStream(reader, recipe.batch_plan())
+        stream = TrainingBatches(reader, recipe.batch_plan())
         unigram = unigram_perplexity(reader.split, validation)
         if math.isnan(unigram):
             raise ConfigError("no residue of the validation set is masked; raise data.validation_sequences")
@@ -107,7 +108,7 @@ class RunContext:
             "seed": self.recipe.seed,
             "samples of an epoch": self.train.num_clusters,
             "train.bin": train["bin_sha256"],
-            "data.masking": str(self.recipe.data.masking),
+            "data.masking": self.recipe.data.masking.record,
             "data.global_batch_size": self.recipe.global_batch_size or "none",
             "data.global_batch_tokens": self.recipe.data.global_batch_tokens or "none",
             "restore_from_path": f"weights of SHA-256 {sha}" if (sha := self.recipe.restored_sha256) else "none",

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bionemo_esm.data.packing import PackedBatch
+from bionemo_esm.data.collate import PackedBatch
 from bionemo_esm.errors import UserError
 from bionemo_esm.inference.batching import (
     MaskedQuery,
