@@ -12,7 +12,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from bionemo_esm.finetuning import report_figure as picture
-from bionemo_esm.finetuning.bootstrap import Estimate
+from bionemo_esm.finetuning.metrics import Estimate
 from bionemo_esm.finetuning.report import TEST, VALIDATION, Detail, Report, Row
 from bionemo_esm.finetuning.tasks import METRICS, Task
 

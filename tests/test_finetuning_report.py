@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from bionemo_esm.alphabet import encode
-from bionemo_esm.finetuning.bootstrap import Estimate, differences, estimates
 from bionemo_esm.finetuning.dataset import LabelledDataset
-from bionemo_esm.finetuning.metrics import scores
+from bionemo_esm.finetuning.metrics import Estimate, differences, estimates, scores
 from bionemo_esm.finetuning.report import (
     TEST,
     TOO_GOOD,

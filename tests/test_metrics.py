@@ -18,8 +18,9 @@ from torch import distributed
 
 from bionemo_esm.alphabet import encode
 from bionemo_esm.finetuning.baselines import composition, composition_predictions
+from bionemo_esm.finetuning.batches import gather_predictions
 from bionemo_esm.finetuning.dataset import LabelledDataset, Splits
-from bionemo_esm.finetuning.metrics import confusion, gathered, per_class, scores
+from bionemo_esm.finetuning.metrics import confusion, per_class, scores
 from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.parallel import ensure_groups
@@ -149,13 +150,13 @@ def on_a_rank(rank: int, ranks: int, folder: Path) -> None:
         ensure_groups()
         for columns in (1, 3):
             everything = whole_set(columns)
-            found = gathered([(place, everything[place]) for place in SHARES[ranks][rank]], len(everything))
+            found = gather_predictions([(place, everything[place]) for place in SHARES[ranks][rank]], len(everything))
             for prediction, expected in zip(found, everything, strict=True):
                 assert prediction.dtype == np.float32
                 np.testing.assert_array_equal(prediction, expected)
-        assert gathered([], 0) == []
+        assert gather_predictions([], 0) == []
         with pytest.raises(AssertionError, match="no rank has predicted 1 of 2 proteins, as number 1"):
-            gathered([(0, everything[0])], 2)
+            gather_predictions([(0, everything[0])], 2)
         (folder / f"done-{rank}").touch()
     except BaseException:
         (folder / f"error-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
@@ -176,7 +177,7 @@ def test_every_rank_has_all_predictions_in_the_order_of_the_set(tmp_path: Path, 
 
 def test_one_process_alone_puts_its_predictions_in_order() -> None:
     everything = whole_set(2)
-    found = gathered([(place, everything[place]) for place in (3, 1, 0, 2, 6, 5, 4)], 7)
+    found = gather_predictions([(place, everything[place]) for place in (3, 1, 0, 2, 6, 5, 4)], 7)
     assert all(one is other for one, other in zip(found, everything, strict=True))
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from bionemo_esm.alphabet import SPECIAL_TOKENS_PER_SEQUENCE
@@ -21,9 +21,10 @@ from bionemo_esm.data.collate import PackedBatch, pack
 from bionemo_esm.data.dataloader import BatchPlan, EpochPermutation, assign_micro_batches
 from bionemo_esm.finetuning.config import ReadingConfig
 from bionemo_esm.finetuning.dataset import LabelledDataset
-from bionemo_esm.finetuning.tasks import Targets, Task, standardised
+from bionemo_esm.finetuning.tasks import Prediction, Targets, Task, standardised
 from bionemo_esm.inference.batching import batches_by_length, blending_weights, windows
 from bionemo_esm.inference.inputs import Protein
+from bionemo_esm.model.parallel import data_parallel_group, data_parallel_size
 
 Numbers = NDArray[np.int64]  # [S], of proteins in their set, from 0
 
@@ -231,3 +232,51 @@ def loader(batches: Dataset[Any]) -> DataLoader[Any]:
 
 def _bounds(lengths: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+
+
+# --- predictions of all ranks -----------------------------------------------------------------------------------------
+
+
+def gather_predictions(
+    local: Sequence[tuple[int, Prediction]], count: int, device: torch.device | str = "cpu"
+) -> list[Prediction]:
+    """Return the predictions of a set of `count` proteins, in its order, on every data-parallel rank; collective.
+
+    local: this rank's predictions, each with its protein's number in the set. A number that several ranks predicted
+    counts once. device: the device of the process group's tensors, which is the model's. Nothing is pickled: numbers
+    and values travel as tensors, as long as the longest rank's.
+    """
+    gathered = list(local) if data_parallel_size() == 1 else _gather_arrays(local, device)
+    by_number = dict(gathered)
+    missing = [number for number in range(count) if number not in by_number]
+    assert not missing, f"no rank has predicted {len(missing)} of {count} proteins, as number {missing[0]}"
+    return [by_number[number] for number in range(count)]
+
+
+def _gather_arrays(local: Sequence[tuple[int, Prediction]], device: torch.device | str) -> list[tuple[int, Prediction]]:
+    shapes = np.array([(number, *prediction.shape) for number, prediction in local], dtype=np.int64).ravel()
+    values = [prediction.astype(np.float32, copy=False).ravel() for _, prediction in local]
+    values_of_ranks = _gather_vectors(
+        torch.from_numpy(np.concatenate([np.empty(0, dtype=np.float32), *values])), device
+    )
+    gathered: list[tuple[int, Prediction]] = []
+    for shapes_of_rank, vector in zip(_gather_vectors(torch.from_numpy(shapes), device), values_of_ranks, strict=True):
+        begin = 0
+        for number, rows, columns in shapes_of_rank.reshape(-1, 3).tolist():
+            gathered.append((number, vector.numpy()[begin : begin + rows * columns].reshape(rows, columns)))
+            begin += rows * columns
+    return gathered
+
+
+def _gather_vectors(own: Tensor, device: torch.device | str) -> list[Tensor]:
+    """Return the vectors of all data-parallel ranks, of any lengths, on the CPU."""
+    ranks, group = data_parallel_size(), data_parallel_group()
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks)]
+    distributed.all_gather(lengths, torch.tensor([len(own)], device=device), group=group)
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, dtype=own.dtype, device=device)
+    padded[: len(own)] = own.to(device)
+    vectors = [torch.empty_like(padded) for _ in range(ranks)]
+    if longest:
+        distributed.all_gather(vectors, padded, group=group)
+    return [vector[: int(length)].cpu() for vector, length in zip(vectors, lengths, strict=True)]

@@ -20,7 +20,6 @@ import torch
 from bionemo_esm.console import RESIDUES, Console, ProgressBar, duration, is_rank_zero
 from bionemo_esm.finetuning.archive import archive_config
 from bionemo_esm.finetuning.baselines import fitted_composition
-from bionemo_esm.finetuning.bootstrap import decimals, differences, estimates, told
 from bionemo_esm.finetuning.config import (
     COMPOSITION,
     FROZEN,
@@ -36,7 +35,7 @@ from bionemo_esm.finetuning.config import (
 from bionemo_esm.finetuning.dataset import LabelledDataset, Splits
 from bionemo_esm.finetuning.features import FeatureCache, Moments, OneHot, StoredFeatures, moments
 from bionemo_esm.finetuning.fitting import FitPlan, Fitted, Sources, fit
-from bionemo_esm.finetuning.metrics import scores
+from bionemo_esm.finetuning.metrics import decimal_places, differences, estimates, format_score, scores
 from bionemo_esm.finetuning.model import merged, write_fine_tuned
 from bionemo_esm.finetuning.report import (
     TEST,
@@ -128,7 +127,7 @@ class Comparison:
             found = fitted.scores[metric]
             self.console.print_line(
                 f"  {name}, seed {seed}: {len(fitted.history)} epochs, the best {fitted.best_epoch}, "
-                f"validation {metric} {told(found, decimals(metric, found))}, {duration(fitted.seconds)}"
+                f"validation {metric} {format_score(found, decimal_places(metric, found))}, {duration(fitted.seconds)}"
             )
         return way
 

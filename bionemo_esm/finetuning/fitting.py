@@ -20,12 +20,11 @@ from torch import Tensor
 
 from bionemo_esm.console import Console, duration
 from bionemo_esm.data.dataloader import BatchPlan
-from bionemo_esm.finetuning.batches import Collator, EvaluationBatches, Features, TrainingSteps
+from bionemo_esm.finetuning.batches import Collator, EvaluationBatches, Features, TrainingSteps, gather_predictions
 from bionemo_esm.finetuning.config import ReadingConfig, TuningConfig
 from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.features import Moments
 from bionemo_esm.finetuning.heads import BUFFERS
-from bionemo_esm.finetuning.metrics import gathered
 from bionemo_esm.finetuning.model import ESMFineTunedModel, class_weights
 from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.inputs import Protein
@@ -244,7 +243,7 @@ def _predicted(model: ESMFineTunedModel, plan: FitPlan) -> list[Prediction]:
     for index in range(len(batches)):
         batch = batches[index].to(model.device)
         own += zip(batch.numbers.tolist(), model.predictions(batch), strict=True)
-    return gathered(own, len(plan.test), model.device)
+    return gather_predictions(own, len(plan.test), model.device)
 
 
 # --- on disk ----------------------------------------------------------------------------------------------------------

@@ -30,11 +30,18 @@ from torch.utils.data import DataLoader
 from bionemo_esm.data.hashing import derive_key
 from bionemo_esm.finetuning.adapters import ADAPTER_NAMES, LORA_A, LORA_B, add_adapters, merged_weights
 from bionemo_esm.finetuning.archive import MODEL_CLASS, archive_config
-from bionemo_esm.finetuning.batches import EvaluationBatches, LabelledBatch, RankBatch, TrainingSteps, loader
+from bionemo_esm.finetuning.batches import (
+    EvaluationBatches,
+    LabelledBatch,
+    RankBatch,
+    TrainingSteps,
+    gather_predictions,
+    loader,
+)
 from bionemo_esm.finetuning.config import FROZEN, FULL, LORA, Parts, TuningConfig
 from bionemo_esm.finetuning.features import Moments
 from bionemo_esm.finetuning.heads import Head, build_head
-from bionemo_esm.finetuning.metrics import gathered, scores
+from bionemo_esm.finetuning.metrics import scores
 from bionemo_esm.finetuning.predictor import in_own_unit
 from bionemo_esm.finetuning.tasks import Prediction, Targets, Task
 from bionemo_esm.model.archive import WEIGHTS, Archive, ArchiveFile, write_archive
@@ -299,7 +306,7 @@ class ESMFineTunedModel(ModelPT):
     def on_validation_epoch_end(self) -> None:  # type: ignore[override]
         """Every rank has all predictions, whoever made them, and comes to the same scores."""
         labelled = self._validation.collator.labelled
-        self.last_predictions = gathered(self._answers, len(labelled), self.device)
+        self.last_predictions = gather_predictions(self._answers, len(labelled), self.device)
         self.last_scores = scores(self.task, labelled.targets, self.last_predictions)
 
     # --- data, as NeMo and Lightning ask for them -------------------------------------------------------------------

@@ -23,10 +23,21 @@ from numpy.typing import NDArray
 
 from bionemo_esm.console import duration
 from bionemo_esm.files import atomic_write
-from bionemo_esm.finetuning.bootstrap import RESAMPLES, Estimate, decimals, in_brackets, told, verdict
 from bionemo_esm.finetuning.config import FROZEN
 from bionemo_esm.finetuning.dataset import LabelledDataset
-from bionemo_esm.finetuning.metrics import METRIC_NAMES, ClassScore, confusion, known, per_class
+from bionemo_esm.finetuning.metrics import (
+    METRIC_NAMES,
+    RESAMPLES,
+    ClassScore,
+    Estimate,
+    confusion,
+    decimal_places,
+    format_estimate,
+    format_score,
+    known_pairs,
+    per_class,
+    verdict,
+)
 from bionemo_esm.finetuning.tasks import LOWER_IS_BETTER, METRICS, Prediction, Targets, Task
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -101,7 +112,7 @@ class Detail:
     ) -> Detail:
         if task.is_classification:
             return cls(row, on, seed, confusion=confusion(task, targets, predictions))
-        compared = known(task, targets, predictions)
+        compared = known_pairs(task, targets, predictions)
         return cls(row, on, seed, pairs=np.stack([compared.targets, compared.predicted], axis=1))
 
 
@@ -212,7 +223,7 @@ def metrics_of(task: Task) -> list[str]:
 
 def cell(of: Mapping[str, Estimate] | None, metric: str) -> str:
     """`0.773 (0.765 to 0.781)`, or what of it there is."""
-    return "-" if of is None else in_brackets(of[metric], metric)
+    return "-" if of is None else format_estimate(of[metric], metric)
 
 
 def how_made(report: Report) -> str:
@@ -367,7 +378,7 @@ def _cell(row: Row, which: str, metric: str) -> str:
     spread = math.nan if of is None else of[metric].spread
     if of is None or math.isnan(spread) or text == "-":
         return text
-    return f"{text}; sd {told(spread, decimals(metric, *of[metric][:3]))}"
+    return f"{text}; sd {format_score(spread, decimal_places(metric, *of[metric][:3]))}"
 
 
 def _remarks(report: Report, which: str) -> Iterator[str]:
@@ -463,7 +474,14 @@ def _classes(report: Report) -> Iterator[str]:
     yield f"{safe(detail.row)} on {detail.on}, the training run with seed {detail.seed}."
     scores = report.class_scores
     shown = (
-        (one.name, told(one.precision), told(one.recall), told(one.f1), f"{one.support:,}", f"{one.predicted:,}")
+        (
+            one.name,
+            format_score(one.precision),
+            format_score(one.recall),
+            format_score(one.f1),
+            f"{one.support:,}",
+            f"{one.predicted:,}",
+        )
         for one in (scores[number] for number in _most_frequent([score.support for score in scores]))
     )
     yield _table(("class", "precision", "recall", "F1", "targets", "predicted"), shown)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bionemo_esm.finetuning.bootstrap import decimals, told
+from bionemo_esm.finetuning.metrics import decimal_places, format_score
 from bionemo_esm.finetuning.report import VALIDATION, cut
 from bionemo_esm.finetuning.tasks import LOWER_IS_BETTER
 from bionemo_esm.plotting import FAINT, GRID, INK, LINE, MARK, MUTED, STYLE, WIDTH, styled, write_png
@@ -90,7 +90,7 @@ def _scores(axes: Any, report: Report) -> None:
                 axes.plot([low, high], [place + shift] * 2, color=colour, linewidth=2.4, solid_capstyle="round")
             axes.plot(value, place + shift, "o", color=colour, markersize=7)
             end = (value if np.isnan(high) else high, place + shift)
-            text_of = told(value, decimals(metric, value, low, high))
+            text_of = format_score(value, decimal_places(metric, value, low, high))
             axes.annotate(text_of, end, (8, 0), textcoords="offset points", va="center", size=9, color=text)
     axes.set_yticks(range(len(report.rows)), [cut(row.name, _LONGEST_NAME) for row in report.rows], color=INK)
     _plainly(axes.get_yticklabels())

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.inference.contacts.structures import CONTACT_ANGSTROM, Structure
+from bionemo_esm.statistics import mean_interval
 
 RANGES: dict[str, tuple[int, int | None]] = {"short": (6, 12), "medium": (12, 24), "long": (24, None)}
 """Name to the least separation |i - j| and that from which on pairs no longer belong."""
 TOPS: dict[str, int] = {"P@L": 1, "P@L/2": 2, "P@L/5": 5}
 _RESAMPLINGS = 2000
-_COVERED = (2.5, 97.5)  # percentiles
 
 Precisions = dict[tuple[str, str], float]
 """By name of a range and of a top; what a protein has no pairs for is left out."""
@@ -72,9 +72,8 @@ def summary(of_proteins: Sequence[Precisions], seed: int) -> list[Row]:
         for top in TOPS:
             values = np.array([found[name, top] for found in of_proteins if (name, top) in found])
             if len(values):
-                draws = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLINGS, len(values)))
-                low, high = np.percentile(values[draws].mean(axis=1), _COVERED)
-                rows.append(Row(name, top, float(values.mean()), float(low), float(high), len(values)))
+                low, high = mean_interval(values, _RESAMPLINGS, seed)
+                rows.append(Row(name, top, float(values.mean()), low, high, len(values)))
     return rows
 
 

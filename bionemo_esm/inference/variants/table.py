@@ -23,6 +23,13 @@ from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.data.fasta import STANDARD_INPUT, Source
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.variants.mutations import Variant
+from bionemo_esm.statistics import (
+    FEWEST_FOR_CORRELATION,
+    percentile_interval,
+    resampled_counts,
+    spearman,
+    weighted_spearman,
+)
 
 FEWER_MUTATIONS, SUBSTITUTION_MATRIX = "(fewer mutations)", "(BLOSUM62)"
 _ORDER = "ARNDCQEGHILKMFPSTWYV"
@@ -88,8 +95,6 @@ _OTHER_SEPARATORS = {
 _PACKED = (".gz", ".zst", ".zstd", ".bgz")
 _BLOCK_BYTES = 2**20
 _NOT_MEASURED = ("", "na", "nan", "null", "none")
-_FEWEST_FOR_SPEARMAN = 3
-_COVERED_PERCENT = 95.0
 
 
 class TableError(UserError):
@@ -229,36 +234,12 @@ def agreement(scores: Floats, measured: Floats, resamples: int = 1000, seed: int
     """
     both = ~(np.isnan(scores) | np.isnan(measured))
     count = int(both.sum())
-    if count < _FEWEST_FOR_SPEARMAN:
+    if count < FEWEST_FOR_CORRELATION:
         return Agreement(np.nan, np.nan, np.nan, count)
-    one, other = (np.unique(values[both], return_inverse=True)[1] for values in (scores, measured))
-    generator = np.random.default_rng(seed)
-    drawn = np.empty(resamples)
-    for index in range(resamples):
-        times = np.bincount(generator.integers(count, size=count), minlength=count).astype(np.float64)
-        drawn[index] = _spearman(one, other, times)
-    drawn = drawn[~np.isnan(drawn)]
-    tail = (100 - _COVERED_PERCENT) / 2
-    low, high = np.percentile(drawn, [tail, 100 - tail]) if len(drawn) else (np.nan, np.nan)
-    return Agreement(_spearman(one, other, np.ones(count)), float(low), float(high), count)
-
-
-def _spearman(one: NDArray[np.int64], other: NDArray[np.int64], times: Floats) -> float:
-    """Of values [N], given as their order among the distinct ones, each of which was drawn so many times.
-
-    Nothing is sorted: the rank of a value follows from how often each smaller one was drawn.
-    """
-    x, y = (_average_ranks(order, times) for order in (one, other))
-    middle = (times.sum() + 1) / 2  # the mean of all ranks
-    x, y = x - middle, y - middle
-    spread = np.sqrt((times * x * x).sum() * (times * y * y).sum())
-    return float((times * x * y).sum() / spread) if spread > 0 else np.nan
-
-
-def _average_ranks(order: NDArray[np.int64], times: Floats) -> Floats:
-    together = np.bincount(order, weights=times)
-    ranks: Floats = (np.cumsum(together) - (together - 1) / 2)[order]
-    return ranks
+    correlations = weighted_spearman(scores[both], [measured[both]])
+    resampled = [correlations(counts)[0] for block in resampled_counts(count, resamples, seed) for counts in block]
+    low, high = percentile_interval(np.array(resampled))
+    return Agreement(spearman(scores[both], measured[both]), low, high, count)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -403,4 +384,4 @@ def verdict_of(found: Mapping[str, Mapping[str, Agreement]], baselines: Collecti
 
 def _varies(measured: Floats) -> bool:
     known = measured[~np.isnan(measured)]
-    return len(known) >= _FEWEST_FOR_SPEARMAN and len(np.unique(known)) > 1
+    return len(known) >= FEWEST_FOR_CORRELATION and len(np.unique(known)) > 1

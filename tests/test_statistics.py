@@ -9,18 +9,17 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-import bionemo_esm.finetuning.bootstrap as bootstrap
-from bionemo_esm.finetuning.bootstrap import (
+from bionemo_esm import statistics
+from bionemo_esm.finetuning.metrics import (
     Estimate,
-    decimals,
+    decimal_places,
     differences,
-    draws,
     estimates,
-    in_brackets,
-    told,
+    format_estimate,
+    format_score,
+    scores,
     verdict,
 )
-from bionemo_esm.finetuning.metrics import scores
 from bionemo_esm.finetuning.tasks import METRICS, Prediction, Targets, Task
 
 RESAMPLES = 60
@@ -62,7 +61,7 @@ def put_together(
     """The mean over runs of each score of each resample, from copies of the proteins that were drawn."""
     known = [place for place, target in enumerate(targets) if not np.isnan(target).all()]
     found = []
-    for drawn in draws(len(known), RESAMPLES, seed):
+    for drawn in statistics.resampled_indices(len(known), RESAMPLES, seed):
         places = [known[place] for place in drawn]
         of_runs = [scores(task, [targets[p] for p in places], [run[p] for p in places]) for run in runs]
         found.append({name: float(np.mean([one[name] for one in of_runs])) for name in METRICS[task.kind]})
@@ -115,7 +114,7 @@ def test_blocks_of_resamples_change_nothing_and_a_seed_gives_the_same_again(monk
     whole = estimates(task, targets, runs, RESAMPLES)
     assert whole == estimates(task, targets, runs, RESAMPLES)
     assert whole != estimates(task, targets, runs, RESAMPLES, seed=2)
-    monkeypatch.setattr(bootstrap, "_BLOCK_NUMBERS", 100)  # three resamples of 28 proteins at once
+    monkeypatch.setattr(statistics, "_BLOCK_NUMBERS", 100)  # three resamples of 28 proteins at once
     found = estimates(task, targets, runs, RESAMPLES)
     for name, estimate in whole.items():
         assert found[name] == pytest.approx(estimate, rel=1e-12), name
@@ -172,14 +171,14 @@ def test_a_row_beats_another_only_where_the_interval_leaves_out_zero(
 
 def test_numbers_are_written_in_as_many_digits_as_they_need() -> None:
     scores = (0.77349, -0.0001, 4.59e-4, 0.0, 1.0, math.nan)
-    assert [told(value, decimals("mcc", value)) for value in scores] == [
+    assert [format_score(value, decimal_places("mcc", value)) for value in scores] == [
         *("0.773", "0.000", "0.000", "0.000", "1.000", "-"),
     ]
     errors = (4.59e-4, 1.5e-3, 0.004, 0.0, 82.847, 1234.56, 2.5e7, 1e-5, math.nan)
-    assert [told(value, decimals("mse", value)) for value in errors] == [
+    assert [format_score(value, decimal_places("mse", value)) for value in errors] == [
         *("0.000459", "0.00150", "0.00400", "0.000", "82.8", "1,235", "2.50e+07", "1.00e-05", "-"),
     ]
-    assert in_brackets(Estimate(2.5e7, 1e7, 3e7), "mse") == "2.50e+07 (1.00e+07 to 3.00e+07)"
-    assert in_brackets(Estimate(1e-7, -0.5, 0.6), "mse", signed=True) == "+0.0000 (-0.5000 to +0.6000)"
-    assert in_brackets(Estimate(0.001, 9e-5, 0.0121), "mse") == "0.00100 (0.00009 to 0.01210)"
-    assert in_brackets(Estimate(0.5, math.nan, math.nan), "mcc") == "0.500"
+    assert format_estimate(Estimate(2.5e7, 1e7, 3e7), "mse") == "2.50e+07 (1.00e+07 to 3.00e+07)"
+    assert format_estimate(Estimate(1e-7, -0.5, 0.6), "mse", signed=True) == "+0.0000 (-0.5000 to +0.6000)"
+    assert format_estimate(Estimate(0.001, 9e-5, 0.0121), "mse") == "0.00100 (0.00009 to 0.01210)"
+    assert format_estimate(Estimate(0.5, math.nan, math.nan), "mcc") == "0.500"
