@@ -28,9 +28,7 @@ def pearson(x: Floats, y: Floats) -> float:
 
 def spearman(x: Floats, y: Floats) -> float:
     """Return Spearman's rank correlation of x and y [N], equal values with their mean rank; NaN as `pearson`."""
-    from scipy.stats import rankdata  # takes a second to import
-
-    return pearson(rankdata(x), rankdata(y))
+    return weighted_spearman(x, [y])(np.ones(len(x)))[0]
 
 
 def weighted_spearman(x: Floats, ys: Sequence[Floats]) -> Callable[[Floats], list[float]]:
