@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "bionemo_esm"
 LAYERS = (
-    "alphabet", "errors", "registry", "settings", "console", "files", "plotting", "command_line", "data", "model",
-    "inference", "finetuning", "pretraining",
+    "alphabet", "errors", "registry", "settings", "console", "files", "statistics", "plotting", "command_line", "data",
+    "model", "inference", "finetuning", "pretraining",
 )  # fmt: skip
 """From the bottom up. A module imports from its own layer and from those before it."""
 PATH = (
