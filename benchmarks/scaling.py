@@ -27,8 +27,7 @@ from bionemo_esm.data.collate import SampleReader
 from bionemo_esm.data.dataloader import BatchPlan, TrainingBatches
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.preprocess import BuildPolicy, build_store
-from bionemo_esm.data.store import ProteinStore
-from bionemo_esm.data.store_writer import StoreWriter
+from bionemo_esm.data.store import ProteinStore, StoreWriter
 
 SAMPLE = Path(__file__).parents[1] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
 RANKS, MICRO_BATCH, MAX_TOKENS = 176, 370, 512

@@ -10,8 +10,7 @@ import pytest
 
 from bionemo_esm.alphabet import encode
 from bionemo_esm.data.preprocess import BuildPolicy, build_store_from_splits
-from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit
-from bionemo_esm.data.store_writer import StoreWriter
+from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit, StoreWriter
 from release_server import Server, running_server
 
 SAMPLE = Path(__file__).resolve().parent.parent / "bionemo_esm" / "data" / "sample"

@@ -19,9 +19,8 @@ import zstandard
 from bionemo_esm.alphabet import decode
 from bionemo_esm.data import fasta, kernels
 from bionemo_esm.data import fasta as sources
-from bionemo_esm.data.cleaning import CHOICES
 from bionemo_esm.data.fasta import FastaError, read_fasta
-from bionemo_esm.data.preprocess import BuildPolicy, build_store
+from bionemo_esm.data.preprocess import CHOICES, BuildPolicy, build_store
 from bionemo_esm.data.store import SPLITS, ProteinStore, StoreError
 from conftest import SAMPLE
 

@@ -19,8 +19,7 @@ from bionemo_esm.data.collate import PackedBatch, SampleReader, pack
 from bionemo_esm.data.dataloader import BatchPlan, EpochPermutation, TrainingBatches
 from bionemo_esm.data.hashing import UInt64Array, derive_key, mix, uniform_integers
 from bionemo_esm.data.masking import MaskingPolicy
-from bionemo_esm.data.store import ProteinStore, SequenceSplit, StoreError
-from bionemo_esm.data.store_writer import StoreWriter
+from bionemo_esm.data.store import ProteinStore, SequenceSplit, StoreError, StoreWriter
 from reference_masking import crop_windows, draw_members, mask_by_formula, member_words, sample_keys
 
 POLICIES = (

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from bionemo_esm.alphabet import decode
 from bionemo_esm.data import leakage
 from bionemo_esm.data.leakage import LeakageError, LeakageReport, Pair, check_leakage
-from bionemo_esm.data.store import ProteinStore
-from bionemo_esm.data.store_writer import StoreWriter
+from bionemo_esm.data.store import ProteinStore, StoreWriter
 
 needs_mmseqs = pytest.mark.skipif(
     shutil.which("mmseqs") is None, reason="mmseqs is not on PATH: apt-get install mmseqs2"

@@ -15,8 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bionemo_esm import __version__
 from bionemo_esm.alphabet import TOKEN_IDS, decode, encode
-from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit, SplitSummary, StoreError
-from bionemo_esm.data.store_writer import StoreWriter
+from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit, SplitSummary, StoreError, StoreWriter
 
 PROTEINS = {
     "train": [
@@ -115,7 +114,7 @@ def test_we_read_what_megatron_writes(tmp_path: Path) -> None:
 
 def test_an_index_longer_than_one_block_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_block = write(tmp_path / "one")
-    monkeypatch.setattr("bionemo_esm.data.store_writer._BLOCK", 2)
+    monkeypatch.setattr("bionemo_esm.data.store._INDEX_BLOCK", 2)
     many_blocks = write(tmp_path / "many")
     assert (one_block / "train.idx").read_bytes() == (many_blocks / "train.idx").read_bytes()
 
@@ -378,7 +377,7 @@ def test_a_store_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 def test_what_a_killed_builder_left_is_taken_over(tmp_path: Path) -> None:
     code = (
         "import os, sys; from bionemo_esm.alphabet import encode\n"
-        "from bionemo_esm.data.store_writer import StoreWriter\n"
+        "from bionemo_esm.data.store import StoreWriter\n"
         "with StoreWriter(sys.argv[1]) as writer:\n"
         "    writer.add('train', encode('MKV')); os.kill(os.getpid(), 9)"
     )

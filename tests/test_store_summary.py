@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import encode
 from bionemo_esm.data import store_summary as card_module
-from bionemo_esm.data.store import SPLITS, ProteinStore
+from bionemo_esm.data.store import SPLITS, ProteinStore, StoreWriter
 from bionemo_esm.data.store_summary import CONTEXTS, SplitStatistics, StoreSummary, draw_summary
-from bionemo_esm.data.store_writer import StoreWriter
 
 README_MEDIANS = {"train": 302, "validation": 254, "test": 337}  # of bionemo_esm/data/sample/README.md
 README_UNIGRAM = 18.25  # of validation

@@ -26,8 +26,7 @@ from bionemo_esm.data.collate import SampleReader
 from bionemo_esm.data.dataloader import BatchPlan, TrainingBatches, training_loader
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.preprocess import BuildPolicy, build_store_from_splits
-from bionemo_esm.data.store import SPLITS, ProteinStore
-from bionemo_esm.data.store_writer import StoreWriter
+from bionemo_esm.data.store import SPLITS, ProteinStore, StoreWriter
 from bionemo_esm.pretraining.data_setup import SAMPLE_FOLDER
 
 POSITION, EPOCH = 10_000_000, 12_000_000  # samples

@@ -19,11 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.data import kernels
-from bionemo_esm.data.cleaning import BuildCounts, CleanBlock, ExpectedTotals, Progress, RecordCleaner
 from bionemo_esm.data.fasta import Source
-from bionemo_esm.data.preprocess import BuildPolicy, PathLike, scratch_file
-from bionemo_esm.data.store import ProteinStore, StoreError
-from bionemo_esm.data.store_writer import StoreWriter, disk_errors
+from bionemo_esm.data.preprocess import (
+    BuildCounts,
+    BuildPolicy,
+    CleanBlock,
+    ExpectedTotals,
+    PathLike,
+    Progress,
+    RecordCleaner,
+    scratch_file,
+)
+from bionemo_esm.data.store import ProteinStore, StoreError, StoreWriter, disk_errors
 
 _CLUSTER_PREFIX = b"UniRef50_"
 _BLOCK_BYTES = 2**22

@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import ENCODING_TABLE, TOKEN_IDS, UNK_ID
-from bionemo_esm.data import kernels
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -381,13 +380,13 @@ class DigestSet:
         if self._size + digests.size > _FULLEST * self._slots.size:
             self._grow(self._size + digests.size)
         is_new = np.empty(digests.size, dtype=np.bool_)
-        self._size += int(kernels.insert(self._slots, np.maximum(digests, 1), is_new))  # 0 marks a free slot
+        self._size += int(insert(self._slots, np.maximum(digests, 1), is_new))  # 0 marks a free slot
         return is_new
 
     def contains(self, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which of digests uint64 [n] are in the set: bool [n]."""
         is_there = np.empty(digests.size, dtype=np.bool_)
-        kernels.find(self._slots, np.maximum(digests, 1), is_there)
+        find(self._slots, np.maximum(digests, 1), is_there)
         return is_there
 
     def update(self, other: DigestSet) -> None:
@@ -407,5 +406,5 @@ class DigestSet:
             raise ValueError(f"a set of {needed} digests is over the {_LARGEST_CAPACITY} slots it may have")
         slots = np.zeros(capacity, dtype=np.uint64)
         for used in self._blocks():
-            kernels.insert(slots, used, np.empty(used.size, dtype=np.bool_))
+            insert(slots, used, np.empty(used.size, dtype=np.bool_))
         self._slots = slots

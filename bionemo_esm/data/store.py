@@ -7,24 +7,35 @@
 `.bin` and `.idx` are Megatron's IndexedDataset format (megatron/core/datasets/indexed_dataset.py), so Megatron reads
 them as well; reading them needs only NumPy here, where importing Megatron takes seconds. A document, in Megatron's
 words, is a cluster: the sequences among which one is drawn for an epoch. In a plain store each sequence is its own.
-Stores are written by `writing.py`.
+`StoreWriter` writes a store under a temporary name, locked against a second builder, and renames it when complete.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import mmap
 import os
+import shutil
 import struct
+from array import array
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bionemo_esm import __version__
 from bionemo_esm.alphabet import VOCABULARY_SIZE
+from bionemo_esm.data import kernels
 from bionemo_esm.errors import UserError
+from bionemo_esm.files import fsync_directory
 
 SPLITS = ("train", "validation", "test")
 FORMAT_VERSION = 2
@@ -34,6 +45,19 @@ INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 UINT8_CODE = 1
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents
+_INDEX_BLOCK = 2**20  # elements handled at once where a whole array would be large
+_BUFFER_BYTES = 2**22
+_SYNC_BYTES = 2**27
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose another output; nothing of the store was kept",
+    errno.EDQUOT: "free some of your quota or choose another output; nothing of the store was kept",
+    errno.EROFS: "choose an output on a disk that can be written to",
+    errno.EACCES: "choose an output that you may write to",
+    errno.EPERM: "choose an output that you may write to",
+    errno.ENOENT: "choose an output whose parent can be made",
+    errno.ENOTDIR: "choose an output whose parent is a folder",
+    errno.EEXIST: "choose an output whose parent is a folder",
+}
 _REBUILD = "build the store again"
 _BLOCKS, _BLOCK = 1_000, 1_000  # some lengths are read at so many places, so many at each
 
@@ -253,3 +277,294 @@ class ProteinStore:
                 if sha256_of_file(path) != expected:
                     key = f"splits.{name}.{suffix}_sha256"
                     raise StoreError(f"{path}: does not match {key} of the manifest; copy it again or {_REBUILD}")
+
+
+class _TokenFile:
+    """A `.bin` on its way to disk. One buffer is filled while the other is written, hashed and counted on a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("wb", buffering=0)
+        self._sha256 = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
+        self._writing: Future[None] | None = None
+        self._buffers = [np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.uint8)]
+        self._filled = self._unsynced = 0
+        self.counts = np.zeros(VOCABULARY_SIZE, dtype=np.int64)
+
+    def append(self, flat_ids: NDArray[np.uint8], lengths: NDArray[np.int32], chosen: NDArray[np.bool_]) -> int:
+        """Append the chosen ones of some sequences; how many residues they have."""
+        size = int(lengths[chosen].sum(dtype=np.int64))
+        if self._filled + size > self._buffers[0].size:
+            self._flush()
+            if size > self._buffers[0].size:
+                self._buffers[0] = np.empty(max(size, _BUFFER_BYTES), dtype=np.uint8)
+        kernels.select(flat_ids, lengths, chosen, self._buffers[0][self._filled : self._filled + size])
+        self._filled += size
+        return size
+
+    def _flush(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = self._thread.submit(self._write, self._buffers[0][: self._filled])
+        self._buffers.reverse()
+        self._filled = 0
+
+    def _write(self, tokens: NDArray[np.uint8]) -> None:
+        rest = tokens.data
+        while rest:
+            rest = rest[self._stream.write(rest) :]
+        self._unsynced += tokens.size
+        if self._unsynced > _SYNC_BYTES:  # on the way, so that the end need not wait for all of it
+            os.fsync(self._stream.fileno())
+            self._unsynced = 0
+        self._sha256.update(tokens.data)
+        kernels.count_tokens(tokens, self.counts)
+
+    def finish(self) -> str:
+        """Write what is left, sync, and close; the SHA-256 of the file."""
+        self._flush()
+        self._flush()  # which waits for the first
+        self._thread.shutdown()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        return self._sha256.hexdigest()
+
+    def abandon(self) -> None:
+        """Close without finishing, or after it."""
+        self._thread.shutdown()
+        self._stream.close()
+
+
+class _SplitWriter:
+    """One split on its way to disk: appends to `.bin`, remembers lengths (4 bytes a sequence), writes `.idx` last."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._index_path = folder / f"{name}.idx"
+        self.tokens = _TokenFile(folder / f"{name}.bin")
+        self._lengths = array("i")
+        self._cluster_sizes = array("i")
+
+    def add_many(
+        self,
+        flat_ids: NDArray[np.uint8],
+        lengths: NDArray[np.int32],
+        chosen: NDArray[np.bool_],
+        cluster_sizes: ArrayLike | None,
+    ) -> None:
+        self.tokens.append(flat_ids, lengths, chosen)
+        clustered = bool(self._cluster_sizes) or not self._lengths
+        self._lengths.frombytes(lengths[chosen].tobytes())
+        if cluster_sizes is not None:
+            assert clustered, "either all sequences of a split are in clusters or none"
+            self._cluster_sizes.frombytes(np.asarray(cluster_sizes).astype(np.int32).tobytes())
+
+    def finish(self) -> SplitSummary:
+        bin_sha256 = self.tokens.finish()
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        sizes = np.frombuffer(self._cluster_sizes, dtype=np.int32) if self._cluster_sizes else None
+        assert sizes is None or int(sizes.sum(dtype=np.int64)) == lengths.size
+        self._write_index(lengths, sizes)
+        return SplitSummary(
+            sequences=lengths.size,
+            clusters=lengths.size if sizes is None else sizes.size,
+            residues=int(self.tokens.counts.sum()),
+            longest=int(lengths.max(initial=0)),
+            residue_counts=self.tokens.counts.tolist(),
+            bin_sha256=bin_sha256,
+            idx_sha256=sha256_of_file(self._index_path),
+        )
+
+    def _write_index(self, lengths: NDArray[np.int32], cluster_sizes: NDArray[np.int32] | None) -> None:
+        clusters = lengths.size if cluster_sizes is None else cluster_sizes.size
+        with self._index_path.open("wb") as stream:
+            header = (INDEX_MAGIC, INDEX_VERSION, UINT8_CODE, lengths.size, clusters + 1)
+            stream.write(INDEX_HEADER.pack(*header))
+            stream.write(lengths.astype("<i4", copy=False).data)
+            end = _write_starts(stream, lengths)
+            if cluster_sizes is None:
+                for at in range(0, lengths.size, _INDEX_BLOCK):
+                    stream.write(np.arange(at, min(at + _INDEX_BLOCK, lengths.size), dtype="<i8").data)
+                end = lengths.size
+            else:
+                end = _write_starts(stream, cluster_sizes)
+            stream.write(np.array([end], dtype="<i8").data)
+            _sync_and_close(stream)
+
+
+def _write_starts(stream: IO[bytes], sizes: NDArray[np.int32]) -> int:
+    """Write where each of some pieces begins, int64, and return where the last one ends; blockwise, to spare memory."""
+    begin = 0
+    for at in range(0, sizes.size, _INDEX_BLOCK):
+        ends = begin + np.cumsum(sizes[at : at + _INDEX_BLOCK], dtype="<i8")
+        stream.write((ends - sizes[at : at + _INDEX_BLOCK]).astype("<i8", copy=False).data)
+        begin = int(ends[-1])
+    return begin
+
+
+class StoreWriter:
+    """Writes a store under a temporary name beside `folder` and renames it when it is complete.
+
+        with StoreWriter(folder) as writer:
+            writer.add_many("train", flat_ids, lengths)
+            writer.finish({"seed": 1})
+
+    Leaving the block without `finish` removes all that was written. A writer that was killed leaves its temporary
+    folder; the next one with the same `folder` empties it. `partial` is that folder: scratch files may be kept in it
+    until `finish`. Raises `StoreError` on entry when `folder` exists, when another process is building it, or when its
+    parent cannot be written to; and from any method when the disk is full.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder).absolute()
+        self.partial = self.folder.with_name(f".{self.folder.name}.partial")
+        self._lock = -1
+        self._splits: dict[str, _SplitWriter] = {}
+
+    def __enter__(self) -> StoreWriter:
+        if os.path.lexists(self.folder):
+            raise StoreError(f"{self.folder}: exists already; open it, remove it, or choose another output")
+        with disk_errors(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock_folder(self.partial, self.folder)
+            for left in self.partial.iterdir():  # by a builder that was killed
+                left.unlink()
+            self._splits = {name: _SplitWriter(self.partial, name) for name in SPLITS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for split in self._splits.values():
+            with suppress(OSError):  # of a full disk, which was told of already
+                split.tokens.abandon()
+        if os.path.lexists(self.partial) and os.path.samestat(os.fstat(self._lock), self.partial.stat()):
+            shutil.rmtree(self.partial, ignore_errors=True)  # gone already where `finish` has renamed it
+        os.close(self._lock)
+
+    def require_space(self, residues: int, sequences: int) -> None:
+        """Raise `StoreError` unless the disk has room for so many."""
+        needed = residues + index_bytes(sequences, sequences)
+        free = shutil.disk_usage(self.partial).free
+        if needed > free:
+            raise StoreError(
+                f"{self.folder}: the store will take about {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are free "
+                "on its disk; free some or choose another output"
+            )
+
+    def add(self, split: str, token_ids: NDArray[np.uint8]) -> None:
+        """Append one sequence of token ids, uint8 [residues]; many at once are quicker through `add_many`."""
+        self.add_many(split, token_ids, [token_ids.size])
+
+    def add_many(
+        self,
+        split: str,
+        flat_ids: NDArray[np.uint8],
+        lengths: ArrayLike,
+        cluster_sizes: ArrayLike | None = None,
+        chosen: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Append sequences to a split: their token ids one after another, uint8 [sum of lengths], lengths [sequences].
+
+        Of these only the `chosen`, bool [sequences], where given. In a clustered split the sequences of a cluster stand
+        together, and `cluster_sizes` [clusters] says how many each has. Raises `ValueError` for another dtype, an id
+        over 32, a length below 1, or sizes that do not sum up.
+        """
+        counts = np.asarray(lengths).astype(np.int32, copy=False)
+        total = int(counts.sum(dtype=np.int64))
+        taken = np.ones(counts.size, dtype=np.bool_) if chosen is None else chosen
+        if split not in self._splits:
+            raise ValueError(f"no split {split!r} is being written; choose one of {', '.join(SPLITS)}")
+        if flat_ids.dtype != np.uint8 or flat_ids.ndim != 1:
+            raise ValueError(f"token ids must be a 1-D uint8 array, got {flat_ids.ndim}-D {flat_ids.dtype}")
+        if counts.size and counts[taken].min(initial=1) < 1:
+            raise ValueError(f"a sequence needs at least one residue, got a length of {counts.min()}")
+        if total != flat_ids.size:
+            raise ValueError(f"the lengths sum to {total}, but there are {flat_ids.size} token ids")
+        if flat_ids.size and flat_ids.max() >= VOCABULARY_SIZE:
+            raise ValueError(f"token ids lie in 0..{VOCABULARY_SIZE - 1}, got {flat_ids.max()}")
+        if cluster_sizes is not None and int(np.sum(cluster_sizes, dtype=np.int64)) != counts.size:
+            raise ValueError(f"the clusters have {np.sum(cluster_sizes)} members, not {counts.size}")
+        with disk_errors(self.folder):
+            self._splits[split].add_many(flat_ids, counts, taken, cluster_sizes)
+
+    def finish(self, manifest_fields: Mapping[str, object]) -> Path:
+        """Complete the store: sync all files, write the manifest with these further fields, rename; the final folder.
+
+        Raises `ValueError` for a field that the manifest sets itself, `StoreError` when `folder` exists by now.
+        """
+        with disk_errors(self.folder):
+            summaries = {name: split.finish()._asdict() for name, split in self._splits.items()}
+            own = {"format_version": FORMAT_VERSION, "package_version": __version__, "splits": summaries}
+            if clash := own.keys() & manifest_fields.keys():
+                raise ValueError(f"the manifest sets {', '.join(sorted(clash))} itself")
+            manifest = {"format_version": FORMAT_VERSION, "package_version": __version__, **manifest_fields, **own}
+            with (self.partial / MANIFEST_NAME).open("wb") as stream:
+                stream.write(_readable(manifest).encode() + b"\n")
+                _sync_and_close(stream)
+            fsync_directory(self.partial)
+            self._rename()
+            fsync_directory(self.folder.parent)
+        return self.folder
+
+    def _rename(self) -> None:
+        try:
+            self.partial.rename(self.folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            advice = "this one is discarded; open the other, or choose another output"
+            raise StoreError(f"{self.folder}: another builder finished it first; {advice}") from None
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Say in one line, as a `StoreError`, what the disk refuses while the store `folder` is being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _ADVICE:
+            raise
+        raise StoreError(f"{folder}: {os.strerror(error.errno).lower()}; {_ADVICE[error.errno]}") from None
+
+
+def _lock_folder(partial: Path, folder: Path) -> int:
+    """Make the temporary folder, or take over one that a killed builder left; its descriptor, locked until closed.
+
+    Raises `StoreError` while another process holds it.
+    """
+    while True:
+        is_new = not os.path.lexists(partial)
+        partial.mkdir(exist_ok=True)
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            advice = "wait for it, or choose another output"
+            raise StoreError(f"{folder}: another process is building it (in {partial.name}); {advice}") from None
+        except OSError:  # a file system without locks
+            if not is_new:
+                os.close(descriptor)
+                raise StoreError(f"{partial}: is in use, or was left by a builder that died; remove it then") from None
+        if os.path.lexists(partial) and os.path.samestat(os.fstat(descriptor), partial.stat()):
+            if os.path.lexists(folder):  # finished between the look and the lock
+                os.close(descriptor)
+                partial.rmdir()
+                raise StoreError(f"{folder}: exists already; open it, remove it, or choose another output")
+            return descriptor
+        os.close(descriptor)  # the holder has renamed it meanwhile
+
+
+def _readable(manifest: Mapping[str, object]) -> str:
+    """JSON of two blanks' indent, the 33 counts of a split on one line."""
+    text = json.dumps(manifest, indent=2)
+    for split in manifest["splits"].values():  # type: ignore[attr-defined]
+        counts = json.dumps(split["residue_counts"])
+        text = text.replace(json.dumps(split["residue_counts"], indent=2).replace("\n", "\n" + " " * 6), counts)
+    return text
+
+
+def _sync_and_close(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()

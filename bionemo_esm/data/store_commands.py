@@ -20,11 +20,10 @@ from omegaconf import DictConfig
 from bionemo_esm import config_directory
 from bionemo_esm.command_line import check_command_line
 from bionemo_esm.console import Console, ProgressBar, duration, run_to_exit_code
-from bionemo_esm.data.cleaning import CleaningPolicy
 from bionemo_esm.data.clusters import build_clustered_store
 from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.data.leakage import check_leakage
-from bionemo_esm.data.preprocess import BuildPolicy, build_store
+from bionemo_esm.data.preprocess import BuildPolicy, CleaningPolicy, build_store
 from bionemo_esm.data.store import ProteinStore, StoreError
 from bionemo_esm.data.store_summary import StoreSummary, draw_summary
 from bionemo_esm.data.uniprot_release import fetch_release
