@@ -20,7 +20,7 @@ from bionemo_esm.alphabet import MASK_ID, PAD_ID, encode
 from bionemo_esm.data.collate import PackedBatch, pack
 from bionemo_esm.data.masking import MaskedResidues
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.feature_extraction import contacts, representations, show_attention_maps
+from bionemo_esm.model.feature_extraction import contacts, observe_attention_maps, representations
 from bionemo_esm.model.interchange.convert import import_model
 from theirs import Shape, fair_esm_model, hugging_face_model, released, saved
 
@@ -145,7 +145,7 @@ def errors(peer: Peer, ours: ESM1nvModel, batch: PackedBatch, maps: bool = True)
     note("logits", ours.logits(batch), theirs.logits[real_BT])
     if theirs.contacts is None:
         return found
-    show_attention_maps(encoder, batch, compare_maps)
+    observe_attention_maps(encoder, batch, compare_maps)
     for index, contact_RR in enumerate(contacts(encoder, batch)):
         note("contacts", contact_RR, theirs.contacts[index, : len(contact_RR), : len(contact_RR)])
     return found

@@ -106,7 +106,7 @@ def test_training_moves_adapters_and_nothing_else(batch: PackedBatch) -> None:
     add_adapters(encoder, ALL)
     before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
     trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
-    assert sorted(trained) == sorted(adapter_shapes(ALL, EncoderConfig.from_mapping(TINY | ESM_2)))
+    assert sorted(trained) == sorted(adapter_shapes(ALL, EncoderConfig.from_config(TINY | ESM_2)))
     optimizer = torch.optim.AdamW([encoder.get_parameter(name) for name in trained], lr=0.01)
     losses = []
     for _ in range(5):
@@ -128,7 +128,7 @@ def test_names_and_shapes_are_known_from_configurations(targets: tuple[str, ...]
     names = [name for name, _ in encoder.named_parameters()]
     add_adapters(encoder, config)
     added = {name: tuple(part.shape) for name, part in encoder.named_parameters() if name not in names}
-    assert added == adapter_shapes(config, EncoderConfig.from_mapping(TINY))
+    assert added == adapter_shapes(config, EncoderConfig.from_config(TINY))
     assert len(added) == 2 * 2 * len(targets)
     assert added.get("encoder.layers.1.self_attention.linear_qkv.lora_b", (96, 2)) == (96, 2)
     assert [name for name, _ in encoder.named_parameters() if name not in added] == names

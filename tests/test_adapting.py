@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -238,7 +237,7 @@ def test_a_model_trained_on_something_else_gets_better_at_the_sample(archives: d
 
 def test_sizes_come_from_the_archive_and_dropout_may_be_another(archives: dict[str, Path]) -> None:
     for path in archives.values():
-        archived = EncoderConfig.from_mapping(ArchiveFile.open(path).config["encoder"])
+        archived = EncoderConfig.from_config(ArchiveFile.open(path).config["encoder"])
         told = adapting(f"restore_from_path={path}")
         assert told.model == archived
         assert told.model.contact_head
@@ -251,7 +250,7 @@ def test_sizes_come_from_the_archive_and_dropout_may_be_another(archives: dict[s
 def test_the_group_for_an_archives_model_has_every_key_of_a_model_and_none_is_set() -> None:
     values = yaml.safe_load((config_directory() / "model" / "of_archive.yaml").read_text())
     assert values.pop("of_archive") is True
-    assert values.keys() == {field.name for field in fields(EncoderConfig)}
+    assert values.keys() == EncoderConfig.model_fields.keys()
     assert set(values.values()) == {None}
 
 

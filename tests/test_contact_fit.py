@@ -41,8 +41,8 @@ from bionemo_esm.inference.contacts.prediction import WindowSpec, contacts_of, p
 from bionemo_esm.inference.contacts.structures import Structure
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.model.attention import MapObserver
-from bionemo_esm.model.contact_head import average_product_corrected
-from bionemo_esm.model.feature_extraction import show_attention_maps
+from bionemo_esm.model.contact_head import average_product_correction
+from bionemo_esm.model.feature_extraction import observe_attention_maps
 from bionemo_esm.model.interchange.convert import export_model
 from models import tiny_model
 from peers import fair_esm
@@ -132,16 +132,16 @@ def test_of_attention_maps_no_more_than_one_layers_are_alive(
             alive.extend(weakref.ref(map_NLL) for map_NLL in maps)
             most.append(sum(reference() is not None for reference in alive))
 
-        show_attention_maps(encoder, batch, observe)  # type: ignore[arg-type]
+        observe_attention_maps(encoder, batch, observe)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("bionemo_esm.inference.contacts.head_fitting.show_attention_maps", watched)
+    monkeypatch.setattr("bionemo_esm.inference.contacts.head_fitting.observe_attention_maps", watched)
     attention_features(engine, structures[0].tokens, pairs_of(structures[0], 6, 8.0))
     assert most == [1] * 5
 
 
 def test_a_map_of_zeros_is_corrected_to_zeros() -> None:
     maps = torch.stack([torch.zeros(5, 5), torch.rand(5, 5)])
-    corrected = average_product_corrected(maps)
+    corrected = average_product_correction(maps)
     assert torch.equal(corrected[0], torch.zeros(5, 5)) and corrected[1].isfinite().all()
     assert torch.equal(corrected[1], esm.modules.apc(maps[1:])[0])
 

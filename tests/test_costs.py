@@ -23,9 +23,9 @@ from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.pretraining.hardware import DEVICES, find_device, memory_bytes, peak_flops
 
 SMALL = EncoderConfig(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=256, attention_dropout=0.0)
-WIDER = replace(SMALL, num_layers=3, hidden_size=96, num_attention_heads=6, ffn_hidden_size=288, hidden_dropout=0.0)
-ESM1B = replace(SMALL, embedding_layernorm=True, token_dropout=True)
-ESM2 = replace(SMALL, token_dropout=True, position_embedding="rotary", hidden_dropout=0.0)
+WIDER = SMALL.replace(num_layers=3, hidden_size=96, num_attention_heads=6, ffn_hidden_size=288, hidden_dropout=0.0)
+ESM1B = SMALL.replace(embedding_layernorm=True, token_dropout=True)
+ESM2 = SMALL.replace(token_dropout=True, position_embedding="rotary", hidden_dropout=0.0)
 LENGTHS = (148, 250, 98, 30)  # residues
 SQUARES = sum((length + 2) ** 2 for length in LENGTHS)
 

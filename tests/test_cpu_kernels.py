@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from bionemo_esm.alphabet import encode
 from bionemo_esm.model.attention import PackedRow, attention_by_sequence, nested_attention
 from bionemo_esm.model.backends import choose_backends
-from bionemo_esm.model.cpu_kernels import Dropout, get_dropout_add, keep_scale, linear, product
+from bionemo_esm.model.cpu_kernels import Dropout, dropout_scale, get_dropout_add, linear, product
 from models import TINY, tiny_model
 from peers import PROTEIN, batch_of
 
@@ -98,7 +98,7 @@ def test_every_large_product_of_a_step_is_onednns() -> None:
 @pytest.mark.parametrize("probability", [0.1, 0.5])
 def test_a_share_is_dropped_and_the_rest_scaled_so_that_the_mean_stays(probability: float, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
-    scales = keep_scale((400, 500), probability, dtype)
+    scales = dropout_scale((400, 500), probability, dtype)
     kept = torch.tensor(1 / (1 - round(probability * 65536) / 65536), dtype=torch.float64).to(dtype)
     assert set(scales.unique().tolist()) == {0.0, kept.item()}
     deviation = (probability * (1 - probability) / scales.numel()) ** 0.5
@@ -107,22 +107,22 @@ def test_a_share_is_dropped_and_the_rest_scaled_so_that_the_mean_stays(probabili
 
 def test_what_is_dropped_follows_from_pytorchs_seed_and_is_another_at_every_call() -> None:
     torch.manual_seed(3)
-    first, second = keep_scale((64, 64), 0.3, torch.float32), keep_scale((64, 64), 0.3, torch.float32)
+    first, second = dropout_scale((64, 64), 0.3, torch.float32), dropout_scale((64, 64), 0.3, torch.float32)
     torch.manual_seed(3)
-    assert torch.equal(first, keep_scale((64, 64), 0.3, torch.float32))
+    assert torch.equal(first, dropout_scale((64, 64), 0.3, torch.float32))
     assert not torch.equal(first, second)
 
 
 def test_both_precisions_drop_the_same() -> None:
     torch.manual_seed(3)
-    wide = keep_scale((33, 7), 0.3, torch.float32)
+    wide = dropout_scale((33, 7), 0.3, torch.float32)
     torch.manual_seed(3)
-    assert torch.equal(wide == 0, keep_scale((33, 7), 0.3, torch.bfloat16) == 0)
+    assert torch.equal(wide == 0, dropout_scale((33, 7), 0.3, torch.bfloat16) == 0)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (1,), (3,), (5, 1, 3), (2, 4)])
 def test_any_shape_is_filled(shape: tuple[int, ...]) -> None:
-    scales = keep_scale(shape, 0.5, torch.float32)
+    scales = dropout_scale(shape, 0.5, torch.float32)
     assert scales.shape == shape
     assert set(scales.unique().tolist()) <= {0.0, 2.0}
 
@@ -131,7 +131,7 @@ def test_draws_do_not_hang_together() -> None:
     """Neither neighbours, nor the four draws of a word, nor rows of an activation, nor one call with the next."""
     torch.manual_seed(0)
     size = 2**20
-    one, other = ((keep_scale((size,), 0.5, torch.float64) - 1) for _ in range(2))
+    one, other = ((dropout_scale((size,), 0.5, torch.float64) - 1) for _ in range(2))
     for lag in (1, 2, 64, 768, size // 4, size // 2, 3 * size // 4):
         assert abs((one[lag:] * one[:-lag]).mean().item()) < 5 / (size - lag) ** 0.5, lag
     assert abs((one * other).mean().item()) < 5 / size**0.5
@@ -149,7 +149,7 @@ def test_output_bias_and_residual_are_added_with_what_is_kept() -> None:
     torch.manual_seed(5)
     added = get_dropout_add(True, False)((output, bias), residual, 0.25)
     torch.manual_seed(5)
-    kept = keep_scale((20, 1, 8), 0.25, torch.float32)
+    kept = dropout_scale((20, 1, 8), 0.25, torch.float32)
     assert torch.allclose(added, residual + (output + bias) * kept, atol=1e-6)
     added.sum().backward()
     assert output.grad is not None
@@ -183,7 +183,10 @@ def test_attention_drops_weights_as_the_formula_does(dtype: torch.dtype, dropout
     torch.manual_seed(8)
     output = attention_by_sequence(*mine, layout, dropout)
     torch.manual_seed(8)
-    kept = [*keep_scale((6, 9, 9), dropout, dtype).double().split(3), keep_scale((3, 4, 4), dropout, dtype).double()]
+    kept = [
+        *dropout_scale((6, 9, 9), dropout, dtype).double().split(3),
+        dropout_scale((3, 4, 4), dropout, dtype).double(),
+    ]
     pieces = zip(*(row.transpose(0, 1).split(lengths, dim=1) for row in exact), kept, strict=True)
     attended = [((q @ k.mT * size**-0.5).softmax(-1) * keep) @ v for q, k, v, keep in pieces]
     expected = torch.cat(attended, dim=1).transpose(0, 1)

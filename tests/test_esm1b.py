@@ -74,7 +74,7 @@ def gradients(model: ESM1nvModel, batch: PackedBatch) -> dict[str, torch.Tensor]
 
 
 def test_esm1b_has_the_parameters_of_the_public_model_but_for_what_can_be_named() -> None:
-    ours = EncoderConfig.from_mapping(load_recipe(composed("model=esm1b", "optim=esm1b")).model.to_dict())
+    ours = EncoderConfig.from_config(load_recipe(composed("model=esm1b", "optim=esm1b")).model.to_dict())
     with torch.device("meta"):
         theirs = hugging_face_model("ESM-1b", Shape(33, 1280, 20))
     theirs_counted = sum(parameter.numel() for parameter in theirs.parameters())
@@ -217,7 +217,7 @@ def test_two_tensor_parallel_ranks_hold_the_same_layer_norm_and_give_the_same_an
 @pytest.mark.parametrize("value", [1, 0, "true", None, 1.0])
 def test_a_flag_is_true_or_false_and_nothing_like_it(value: object) -> None:
     with pytest.raises(ConfigError, match=r"model\.token_dropout must be true or false, not "):
-        EncoderConfig.from_mapping({"token_dropout": value})
+        EncoderConfig.from_config({"token_dropout": value})
 
 
 def test_an_archive_without_the_flags_is_an_esm1nv_and_an_esm1b_says_what_it_has(
@@ -256,7 +256,7 @@ SHORT = {
     "cosine, no constant end": OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=3, constant_steps=0, max_steps=20),
     "cosine, no warm-up": OptimConfig(lr=1e-2, min_lr=0.0, warmup_steps=0, constant_steps=0, max_steps=20),
     "cosine, constant end, no warm-up": OptimConfig(lr=1e-2, warmup_steps=0, constant_steps=5, max_steps=20),
-    "inverse square root": replace(INVERSE, warmup_steps=3, max_steps=20),
+    "inverse square root": INVERSE.replace(warmup_steps=3, max_steps=20),
 }
 
 

@@ -14,9 +14,9 @@ from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import UserError
 from bionemo_esm.model import feature_extraction as reading
 from bionemo_esm.model.attention import ATTENTION, PackedRow, attention_maps
-from bionemo_esm.model.contact_head import ContactHead, average_product_corrected
+from bionemo_esm.model.contact_head import ContactHead, average_product_correction
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.feature_extraction import contacts, representations, show_attention_maps
+from bionemo_esm.model.feature_extraction import contacts, observe_attention_maps, representations
 from models import tiny_model
 
 
@@ -82,7 +82,7 @@ def test_maps_are_shown_layer_by_layer_for_each_protein(model: ESM1nvModel, tiny
         assert [tuple(map_NLL.shape) for map_NLL in maps] == [(4, 79, 79), (4, 4, 4)]
         assert all(torch.allclose(m.sum(-1), torch.ones(m.shape[:-1]), atol=1e-5) for m in maps)
 
-    show_attention_maps(model.encoder, row_of(tiny_split, 3, 1), observe)
+    observe_attention_maps(model.encoder, row_of(tiny_split, 3, 1), observe)
     assert seen == [1, 2, 3]
 
 
@@ -97,7 +97,7 @@ def test_contacts_do_not_depend_on_the_other_proteins_of_the_row(model: ESM1nvMo
 
 def test_a_correction_takes_away_what_rows_and_columns_explain() -> None:
     rank_one = torch.outer(torch.rand(9), torch.rand(9))
-    assert torch.allclose(average_product_corrected(rank_one), torch.zeros(9, 9), atol=1e-6)
+    assert torch.allclose(average_product_correction(rank_one), torch.zeros(9, 9), atol=1e-6)
 
 
 def test_evidence_of_layers_adds_up_by_their_own_weights() -> None:
@@ -106,7 +106,7 @@ def test_evidence_of_layers_adds_up_by_their_own_weights() -> None:
     head.bias.fill_(0.25)
     maps = torch.rand(3, 2, 7, 7, generator=torch.Generator().manual_seed(0))
     inner = maps.flatten(0, 1)[:, 1:-1, 1:-1]
-    expected = torch.einsum("n,nij->ij", head.weight[0], average_product_corrected(inner + inner.transpose(1, 2)))
+    expected = torch.einsum("n,nij->ij", head.weight[0], average_product_correction(inner + inner.transpose(1, 2)))
     total = sum(head.evidence(layer + 1, maps[layer]) for layer in range(3))
     assert torch.allclose(head(total), torch.sigmoid(expected + 0.25), atol=1e-6)
 

@@ -45,19 +45,48 @@ PUBLISHED = {  # as on the Hub, written by transformers 4.2x
             {"position_embedding_type": "absolute", "emb_layer_norm_before": True, "num_hidden_layers": 33}
             | {"num_attention_heads": 20, "hidden_size": 1280, "intermediate_size": 5120}
             | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
-            EncoderConfig(33, 1280, 20, 5120, 1024, 0.1, 0.1, embedding_layernorm=True, token_dropout=True),
+            EncoderConfig(
+                num_layers=33,
+                hidden_size=1280,
+                num_attention_heads=20,
+                ffn_hidden_size=5120,
+                seq_length=1024,
+                hidden_dropout=0.1,
+                attention_dropout=0.1,
+                embedding_layernorm=True,
+                token_dropout=True,
+            ),
         ),
         (
             {"position_embedding_type": "absolute", "emb_layer_norm_before": False, "num_hidden_layers": 33}
             | {"num_attention_heads": 20, "hidden_size": 1280, "intermediate_size": 5120}
             | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-            EncoderConfig(33, 1280, 20, 5120, 1024, 0.0, 0.0, token_dropout=True),
+            EncoderConfig(
+                num_layers=33,
+                hidden_size=1280,
+                num_attention_heads=20,
+                ffn_hidden_size=5120,
+                seq_length=1024,
+                hidden_dropout=0.0,
+                attention_dropout=0.0,
+                token_dropout=True,
+            ),
         ),
         (
             {"position_embedding_type": "rotary", "emb_layer_norm_before": False, "num_hidden_layers": 6}
             | {"num_attention_heads": 20, "hidden_size": 320, "intermediate_size": 1280}
             | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-            EncoderConfig(6, 320, 20, 1280, 1024, 0.0, 0.0, token_dropout=True, position_embedding="rotary"),
+            EncoderConfig(
+                num_layers=6,
+                hidden_size=320,
+                num_attention_heads=20,
+                ffn_hidden_size=1280,
+                seq_length=1024,
+                hidden_dropout=0.0,
+                attention_dropout=0.0,
+                token_dropout=True,
+                position_embedding="rotary",
+            ),
         ),
     ],
     ids=["facebook/esm1b_t33_650M_UR50S", "facebook/esm1v_t33_650M_UR90S_1", "facebook/esm2_t6_8M_UR50D"],
@@ -79,7 +108,14 @@ def values(tmp_path: Path) -> dict[str, Any]:
     ids = {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1, "layer_norm_eps": 1e-5}
     config = EsmConfig(**sizes, **ids, emb_layer_norm_before=True, architectures=["EsmForMaskedLM"])
     config.save_pretrained(tmp_path)
-    assert read_config(tmp_path).encoder == EncoderConfig(2, 32, 4, 64, 1024, embedding_layernorm=True)
+    assert read_config(tmp_path).encoder == EncoderConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        ffn_hidden_size=64,
+        seq_length=1024,
+        embedding_layernorm=True,
+    )
     written: dict[str, Any] = json.loads((tmp_path / "config.json").read_text())
     return written
 

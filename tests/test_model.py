@@ -216,13 +216,13 @@ def test_precision_words() -> None:
         ({"num_layers": 0}, r"model\.num_layers must be at least 1"),
         ({"num_layers": 2.5}, r"model\.num_layers must be an integer, not 2\.5"),
         ({"hidden_size": "wide"}, r"model\.hidden_size must be an integer, not 'wide'"),
-        ({"hidden_dropout": 1.0}, r"model\.hidden_dropout must lie in \[0, 1\)"),
-        ({"layers": 6}, r"unknown key model\.layers; known are: num_layers"),
+        ({"hidden_dropout": 1.0}, r"model\.hidden_dropout must be under 1"),
+        ({"layers": 6}, r"unknown key model\.layers; known are: attention_dropout"),
     ],
 )
 def test_an_impossible_shape_is_refused_by_name(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        EncoderConfig.from_mapping(values)
+        EncoderConfig.from_config(values)
 
 
 def test_the_configuration_knows_name_and_shape_of_every_tensor() -> None:

@@ -158,7 +158,7 @@ def test_what_is_never_trained_is_no_parameter(precision: str, tmp_path: Path) -
     model.save_to(str(tmp_path / "model.nemo"))
     card = ArchiveSummary.of(ArchiveFile.open(tmp_path / "model.nemo"))
     stored = "float32" if precision == "32" else "bfloat16"
-    sizes = EncoderConfig.from_mapping(card.config["encoder"])
+    sizes = EncoderConfig.from_config(card.config["encoder"])
     assert len(list(sizes.fixed_tensors())) == 3
     assert (card.parameters, card.parameters_by_dtype) == (sizes.parameters, {stored: sizes.parameters})
 

@@ -25,47 +25,47 @@ from bionemo_esm.model.nonfinite_guard import NonFiniteGuard
 def test_a_step_is_refused_for_a_loss_or_gradient_that_is_not_finite(
     loss: float, norm: float, reason: str | None
 ) -> None:
-    assert NonFiniteGuard(OptimConfig()).objection(loss, norm) == reason
+    assert NonFiniteGuard(OptimConfig()).skip_reason(loss, norm) == reason
 
 
 def test_a_leap_of_the_loss_is_refused_only_where_asked_for_and_only_once_the_mean_is_known() -> None:
     eager, lenient = NonFiniteGuard(OptimConfig(skip_loss_above=1.5)), NonFiniteGuard(OptimConfig())
-    assert eager.objection(30.0, 1.0) is None, "nothing is known of the first step"
+    assert eager.skip_reason(30.0, 1.0) is None, "nothing is known of the first step"
     for _ in range(200):
-        assert eager.objection(2.8, 1.0) is None
-        assert lenient.objection(2.8, 1.0) is None
-    assert eager.objection(4.0, 1.0) is None
-    assert eager.objection(4.5, 1.0) == "its loss is 4.500, over 1.5 times the recent mean of 2.849"
-    assert lenient.objection(4.5, 1.0) is None
+        assert eager.skip_reason(2.8, 1.0) is None
+        assert lenient.skip_reason(2.8, 1.0) is None
+    assert eager.skip_reason(4.0, 1.0) is None
+    assert eager.skip_reason(4.5, 1.0) == "its loss is 4.500, over 1.5 times the recent mean of 2.849"
+    assert lenient.skip_reason(4.5, 1.0) is None
 
 
 def test_a_refused_loss_does_not_enter_the_mean() -> None:
     guard = NonFiniteGuard(OptimConfig(skip_loss_above=1.5))
     for _ in range(100):
-        guard.objection(2.0, 1.0)
+        guard.skip_reason(2.0, 1.0)
     before = guard.state_dict()["mean_loss"]
-    assert guard.objection(9.0, 1.0)
-    assert guard.objection(math.nan, 1.0)
+    assert guard.skip_reason(9.0, 1.0)
+    assert guard.skip_reason(math.nan, 1.0)
     assert guard.state_dict()["mean_loss"] == before
 
 
 def test_it_gives_up_after_so_many_in_a_row_and_one_good_step_begins_the_count_anew() -> None:
     guard = NonFiniteGuard(OptimConfig(max_skipped_steps=3))
     for loss in (math.nan, math.nan, 2.0, math.nan, math.nan):
-        guard.objection(loss, 1.0)
+        guard.skip_reason(loss, 1.0)
         assert not guard.gave_up
-    guard.objection(math.nan, 1.0)
+    guard.skip_reason(math.nan, 1.0)
     assert guard.gave_up
 
 
 def test_its_state_goes_on_and_giving_up_does_not() -> None:
     guard = NonFiniteGuard(OptimConfig(max_skipped_steps=3))
     for loss in (2.0, 3.0, math.nan, math.nan):
-        guard.objection(loss, 1.0)
+        guard.skip_reason(loss, 1.0)
     resumed = NonFiniteGuard(OptimConfig(max_skipped_steps=3))
     resumed.load_state_dict(guard.state_dict())
     assert resumed == guard
-    guard.objection(math.nan, 1.0)
+    guard.skip_reason(math.nan, 1.0)
     resumed.load_state_dict(guard.state_dict())
     assert resumed.in_a_row == 0
     assert not resumed.gave_up

@@ -32,8 +32,8 @@ from bionemo_esm.model.optimizer import (
     OverlappedReduction,
     build_optimizer,
     build_sharded_optimizer,
-    load_whole_state,
-    whole_state,
+    full_state,
+    load_full_state,
 )
 from bionemo_esm.model.parallel import (
     data_parallel_rank,
@@ -41,8 +41,8 @@ from bionemo_esm.model.parallel import (
     ensure_groups,
     gather_shards,
     is_split,
-    own_randomness,
     tensor_parallel_rank,
+    tensor_parallel_rng,
 )
 from models import tiny_model
 
@@ -129,7 +129,7 @@ def reduced_both_ways(precision: str) -> Tensors:
         backward(batch)
     reduction.distributed.all_reduce = watched_reduce  # for good: this process ends with its work
     OverlappedReduction.gradient_is_complete = watched_complete
-    with masters.reducing():
+    with masters.overlapped_reduction():
         backward(batches[-1])
     sizes = torch.tensor([bucket.numel() for bucket in masters._reduction.buckets])
     return {"during": masters.gradients, "after": after, "sent": torch.tensor(sent), "buckets": sizes}
@@ -198,7 +198,7 @@ def half_of_a_model(whole: Path) -> Tensors:
     cross_entropy(logits, batch.targets, reduction="sum").backward()
     kept = [view.reshape(-1) for name, view in masters._views.items() if not is_split(masters.parameters[name])]
     seen |= {"wet/logits": logits.detach(), "wet/gradients": torch.cat(kept), "wet/next": torch.rand(3)}
-    with own_randomness(torch.device("cpu")):
+    with tensor_parallel_rng(torch.device("cpu")):
         seen["own"] = torch.rand(3)
     seen["wet/after"] = torch.rand(3)
     attention = next(module for module in wet.modules() if isinstance(module, PackedAttention))
@@ -291,20 +291,20 @@ def split_and_whole(adam: str, tensors: int | None) -> Tensors:
     ensure_groups()
     named = dict(list(tiny_model(seq_length=64).named_parameters())[:tensors])
     split, whole = begin(build_sharded_optimizer, named, adam), begin(build_optimizer, named, adam)
-    assert_is_state_of(whole_state(split[1], split[0]), whole)  # before the first step there is none
+    assert_is_state_of(full_state(split[1], split[0]), whole)  # before the first step there is none
     train([split, whole], range(3))
-    assert_is_state_of(whole_state(split[1], split[0]), whole)
-    assert_is_state_of(whole_state(whole[1], whole[0]), whole)
+    assert_is_state_of(full_state(split[1], split[0]), whole)
+    assert_is_state_of(full_state(whole[1], whole[0]), whole)
 
     saved = copy.deepcopy(whole[1].state_dict())  # in a real run that of rank 0, which all read from a file
     joined = begin(build_optimizer, split[0].masters, adam)
     parted = begin(build_sharded_optimizer, whole[0].masters, adam)
     for masters, optimizer in (joined, parted):
-        load_whole_state(optimizer, masters, copy.deepcopy(saved))
+        load_full_state(optimizer, masters, copy.deepcopy(saved))
     train([split, whole, joined, parted], range(3, 5))
     for masters, _ in (split, joined, parted):
         assert_same(masters.masters, whole[0].masters)
-    assert_is_state_of(whole_state(parted[1], parted[0]), whole)
+    assert_is_state_of(full_state(parted[1], parted[0]), whole)
 
     held = sum(t.numel() for state in split[1].optim.state.values() for t in state.values() if t.ndim)
     counts = {"held": torch.tensor(held), "all": torch.tensor(2 * len(whole[0].gradients))}

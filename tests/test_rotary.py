@@ -156,10 +156,10 @@ def test_a_position_table_with_an_offset_begins_with_rows_that_no_token_reaches(
 )
 def test_positions_that_cannot_be_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        EncoderConfig.from_mapping(values)
+        EncoderConfig.from_config(values)
 
 
 def test_esm1nv_is_described_as_before_there_were_other_positions() -> None:
     assert EncoderConfig().to_dict().keys().isdisjoint({"position_embedding", "position_offset", "contact_head"})
     rotary = EncoderConfig(position_embedding="rotary", contact_head=True)
-    assert EncoderConfig.from_mapping(rotary.to_dict()) == rotary
+    assert EncoderConfig.from_config(rotary.to_dict()) == rotary

@@ -27,9 +27,9 @@ from bionemo_esm.model.tar_format import Section
 from bionemo_esm.model.tensor_io import TensorTable
 
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64, "seq_length": 24}
-ESM1NV = EncoderConfig.from_mapping(SIZES)
-ESM1B = EncoderConfig.from_mapping(SIZES | {"embedding_layernorm": True, "token_dropout": True, "contact_head": True})
-ESM2 = EncoderConfig.from_mapping(SIZES | {"token_dropout": True, "position_embedding": "rotary", "contact_head": True})
+ESM1NV = EncoderConfig.from_config(SIZES)
+ESM1B = EncoderConfig.from_config(SIZES | {"embedding_layernorm": True, "token_dropout": True, "contact_head": True})
+ESM2 = EncoderConfig.from_config(SIZES | {"token_dropout": True, "position_embedding": "rotary", "contact_head": True})
 FAMILIES = pytest.mark.parametrize("config", [ESM1NV, ESM1B, ESM2], ids=["ESM-1nv", "ESM-1b", "ESM-2"])
 DIALECTS = pytest.mark.parametrize("dialect", [HUGGING_FACE, FAIR_ESM], ids=["Hugging Face", "fair-esm"])
 WORDS, DECODER = "esm.embeddings.word_embeddings.weight", "lm_head.decoder.weight"

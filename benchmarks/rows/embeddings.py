@@ -182,7 +182,7 @@ def fair_esm_peer(form: Form, shape: Shape, archive: Path) -> nn.Module:
     """fair-esm's model of a form, with the weights of an archive of ours."""
     model: nn.Module = fair_esm_model(form.family, shape, form.tokens)
     whole = read_archive(archive)
-    config, dtypes = EncoderConfig.from_mapping(whole.config["encoder"]), dict.fromkeys(whole.weights, torch.float32)
+    config, dtypes = EncoderConfig.from_config(whole.config["encoder"]), dict.fromkeys(whole.weights, torch.float32)
     missing, unknown = model.load_state_dict(
         dict(to_foreign(config, dtypes, whole.weights.__getitem__, FAIR_ESM)), False
     )

@@ -82,7 +82,7 @@ class Comparison:
         self, config: FinetuneConfig, base: ArchiveFile, splits: Splits, folder: Path, console: Console
     ) -> None:
         self.config, self.base, self.splits, self.folder, self.console = config, base, splits, folder, console
-        self.encoder = EncoderConfig.from_mapping(base.config["encoder"])
+        self.encoder = EncoderConfig.from_config(base.config["encoder"])
         self.parts = config.parts(ModelSizes(self.encoder))
         if not config.is_frozen:
             self.encoder = replace(self.encoder, contact_head=False)
@@ -215,7 +215,7 @@ class Comparison:
             return Engine.load(self.base.path, place, precision)
         ensure_groups()
         dtype = parameter_dtype(precision, place)
-        quiet = replace(self.encoder, hidden_dropout=0.0, attention_dropout=0.0, contact_head=False)
+        quiet = self.encoder.replace(hidden_dropout=0.0, attention_dropout=0.0, contact_head=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seeds[0])
             encoder = ESMEncoder(quiet, dtype, choose_backends(place, dtype, 0.0)).to(dtype)

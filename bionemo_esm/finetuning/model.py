@@ -143,7 +143,7 @@ class ESMFineTunedModel(ModelPT):
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         values: Any = OmegaConf.to_container(cfg)
-        self.encoder_config = EncoderConfig.from_mapping(values["encoder"])
+        self.encoder_config = EncoderConfig.from_config(values["encoder"])
         self.task, self.parts = Task.from_mapping(values["task"]), Parts.from_mapping(values)
         super().__init__(OmegaConf.create(values), trainer=trainer)
         self._save_restore_connector = ESMSaveRestoreConnector()
@@ -252,12 +252,12 @@ class ESMFineTunedModel(ModelPT):
         total = torch.zeros((), device=self.device)
         batches = [batch for batch in share.batches if len(batch.numbers)]
         for index, batch in enumerate(batches):
-            with self.masters.reducing() if index == len(batches) - 1 else nullcontext():
+            with self.masters.overlapped_reduction() if index == len(batches) - 1 else nullcontext():
                 part = self.loss(batch) / max(share.weight, 1e-9)
                 self.manual_backward(part)
             total += part.detach()
         if not batches:
-            with self.masters.reducing():
+            with self.masters.overlapped_reduction():
                 pass
         self.masters.clip_gradients(self.tuning.gradient_clip_val)
         optimizer: Any = self.optimizers()
@@ -379,10 +379,10 @@ def write_fine_tuned(
     was trained, all of it is float32; a frozen one, and one beside its adapters, stays as it was, bit for bit.
     """
     base.verify(WEIGHTS)
-    encoder = EncoderConfig.from_mapping(base.config["encoder"])
+    encoder = EncoderConfig.from_config(base.config["encoder"])
     names = [name for name in base.weights.infos if name.startswith(_ENCODER_SAVING)]
     if mode != FROZEN and encoder.contact_head:  # it was fitted to other weights
-        encoder = EncoderConfig.from_mapping({**encoder.to_dict(), "contact_head": False})
+        encoder = EncoderConfig.from_config({**encoder.to_dict(), "contact_head": False})
         names = [name for name in names if not name.startswith(_ENCODER_SAVING + CONTACT_HEAD)]
     as_it_was = mode == FROZEN or parts.adapters is not None
     outline = {name: _outline(base, name, as_it_was) for name in names}

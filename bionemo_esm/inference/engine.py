@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +68,7 @@ class Engine(ModelSizes):
         place, sizes = _device(device), check_sizes(file)
         dtype = parameter_dtype(precision, place.type)
         ensure_groups()
-        quiet = replace(sizes, hidden_dropout=0.0, attention_dropout=0.0)  # so that any attention kernel will do
+        quiet = sizes.replace(hidden_dropout=0.0, attention_dropout=0.0)  # so that any attention kernel will do
         encoder = ESMEncoder(quiet, dtype, choose_backends(place.type, dtype, 0.0), initialize=False).to(dtype)
         if (extension := extension_of(file)) is None:
             _fill(encoder, file)

@@ -177,7 +177,7 @@ class ArchiveFile:
         Seed, initialization and dropout rates are left out: they change training only. Raises `ConfigError` for a
         configuration that describes no encoder.
         """
-        encoder = EncoderConfig.from_mapping(self.config["encoder"]).to_dict()
+        encoder = EncoderConfig.from_config(self.config["encoder"]).to_dict()
         config = {key: value for key, value in self.config.items() if key != "seed"}
         config["encoder"] = {key: value for key, value in encoder.items() if key not in TRAINING_ONLY}
         parts = (self.model_class, self.manifest["alphabet"], self.weights_sha256, config)

@@ -21,8 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from bionemo_esm.model.cpu_kernels import keep_scale
-from bionemo_esm.model.parallel import own_randomness
+from bionemo_esm.model.cpu_kernels import dropout_scale
+from bionemo_esm.model.parallel import tensor_parallel_rng
 
 _BASE = 10_000.0
 Rotation = tuple[Tensor, Tensor]
@@ -134,7 +134,7 @@ class _WrittenOutAttention(torch.autograd.Function):
         scale = query.shape[-1] ** -0.5
         scores = torch.bmm(query.float() * scale, key.float().transpose(1, 2))
         weights = scores.softmax(dim=-1).to(query.dtype)
-        kept = keep_scale(weights.shape, dropout, weights.dtype) if dropout else None
+        kept = dropout_scale(weights.shape, dropout, weights.dtype) if dropout else None
         ctx.save_for_backward(query, key, value, weights, kept)
         ctx.scale = scale
         return torch.bmm(weights if kept is None else weights * kept, value)
@@ -225,5 +225,5 @@ class PackedAttention(MegatronModule):
         dropout = self.config.attention_dropout if self.training else 0.0
         if dropout == 0:
             return self.attend(query, key, value, packed_seq_params, dropout)
-        with own_randomness(query.device):  # tensor-parallel ranks have different heads
+        with tensor_parallel_rng(query.device):  # tensor-parallel ranks have different heads
             return self.attend(query, key, value, packed_seq_params, dropout)

@@ -12,7 +12,7 @@ from torch import Tensor
 from bionemo_esm.model.attention import FixedTensors
 
 
-def average_product_corrected(map_NRR: Tensor) -> Tensor:
+def average_product_correction(map_NRR: Tensor) -> Tensor:
     """Maps [..., R, R] without what rows and columns explain: a - (row sum x column sum) / sum of all."""
     rows = map_NRR.sum(-1, keepdim=True)
     columns = map_NRR.sum(-2, keepdim=True)
@@ -20,10 +20,10 @@ def average_product_corrected(map_NRR: Tensor) -> Tensor:
     return map_NRR - rows * columns / total.clamp_min(torch.finfo(total.dtype).tiny)  # a map of zeros stays one
 
 
-def corrected_maps(maps_NLL: Tensor) -> Tensor:
+def regression_features(maps_NLL: Tensor) -> Tensor:
     """A layer's attention maps as the regression reads them: float32 [N, R, R], symmetric, and corrected."""
     residues_NRR = maps_NLL.float()[:, 1:-1, 1:-1]  # <cls> and <eos> are no residues
-    return average_product_corrected(residues_NRR + residues_NRR.transpose(-1, -2))
+    return average_product_correction(residues_NRR + residues_NRR.transpose(-1, -2))
 
 
 class ContactHead(FixedTensors):
@@ -43,7 +43,7 @@ class ContactHead(FixedTensors):
         assert isinstance(self.weight, Tensor)
         heads = len(maps_NLL)
         weight_N = self.weight[0, (layer - 1) * heads : layer * heads]
-        return torch.einsum("n,nij->ij", weight_N, corrected_maps(maps_NLL))
+        return torch.einsum("n,nij->ij", weight_N, regression_features(maps_NLL))
 
     def forward(self, evidence_RR: Tensor) -> Tensor:
         """Probability of contact of each pair of residues, float32 [R, R], from the evidence of all layers."""

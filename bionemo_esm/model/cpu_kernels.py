@@ -59,7 +59,7 @@ _STEPS = 2**16
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float64: torch.int64}
 
 
-def keep_scale(shape: Sequence[int], probability: float, dtype: torch.dtype) -> Tensor:
+def dropout_scale(shape: Sequence[int], probability: float, dtype: torch.dtype) -> Tensor:
     """What dropout multiplies by, on the CPU: 0 with this probability (to 1/65,536), else 1 / (1 - probability).
 
     shape: of the result; dtype: float32, bfloat16 or float64. Takes one number from PyTorch's default generator.
@@ -83,7 +83,7 @@ class Dropout(nn.Module):
     def forward(self, activations: Tensor) -> Tensor:
         if not self.training or self.probability == 0:
             return activations
-        return activations * keep_scale(activations.shape, self.probability, activations.dtype)
+        return activations * dropout_scale(activations.shape, self.probability, activations.dtype)
 
 
 def get_dropout_add(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
@@ -97,7 +97,7 @@ def get_dropout_add(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tens
             return output.add_(residual)  # which nobody else holds
         if not training or probability == 0:
             return residual + output
-        return torch.addcmul(residual, output, keep_scale(output.shape, probability, output.dtype))
+        return torch.addcmul(residual, output, dropout_scale(output.shape, probability, output.dtype))
 
     return add
 

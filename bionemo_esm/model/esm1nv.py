@@ -43,7 +43,7 @@ from bionemo_esm.model.parallel import (
     ensure_groups,
     gather_shards,
 )
-from bionemo_esm.model.resume import check_that_it_fits, loops_after, take_over
+from bionemo_esm.model.resume import adopt_checkpoint, check_compatible, loops_after
 from bionemo_esm.model.step_stats import StepStats, Stopwatch, measure_step
 
 _DROPOUT_STREAM = 6  # keeps dropout's seeds apart from the keys of order and corruption
@@ -82,7 +82,7 @@ class ESM1nvModel(ModelPT):
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
-        self.encoder_config = EncoderConfig.from_mapping(OmegaConf.to_container(cfg.encoder))  # type: ignore[arg-type]
+        self.encoder_config = EncoderConfig.from_config(OmegaConf.to_container(cfg.encoder))  # type: ignore[arg-type]
         super().__init__(OmegaConf.create(OmegaConf.to_container(cfg)), trainer=trainer)
         self._save_restore_connector = ESMSaveRestoreConnector()
         self.automatic_optimization = False  # a batch is a whole optimizer step: see training_step
@@ -101,7 +101,7 @@ class ESM1nvModel(ModelPT):
         self.last_step: StepReport | None = None
         self.stopwatch = Stopwatch()  # of forward and backward passes
         self.last_evaluation: Evaluation | None = None
-        self.validation_was_broken_off = False
+        self.validation_interrupted = False
         self._resumed_masters: dict[str, Tensor] | None = None
         self._sums: Tensor | None = None  # float64 [3]: loss, right answers, targets of the validation under way
         if trainer is None:
@@ -159,7 +159,7 @@ class ESM1nvModel(ModelPT):
         parts = torch.zeros(len(batches), device=self.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            with self.masters.reducing() if last else nullcontext(), self.stopwatch.running(self.device):
+            with self.masters.overlapped_reduction() if last else nullcontext(), self.stopwatch.running(self.device):
                 part = cross_entropy(self(batch), batch.targets, reduction="sum") / max(work.targets, 1)
                 self.manual_backward(part)
             parts[index] = part.detach()
@@ -169,11 +169,11 @@ class ESM1nvModel(ModelPT):
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
         rate, skipped = optimizer.param_groups[0]["lr"], None
-        if (objection := self.guard.objection(loss, norm)) is None:
+        if (reason := self.guard.skip_reason(loss, norm)) is None:
             optimizer.step()
             self.masters.write_back()
         else:
-            skipped = SkippedStep(objection, self.guard.in_a_row, self._suspects(parts))
+            skipped = SkippedStep(reason, self.guard.in_a_row, self._suspects(parts))
             self._count_a_step_not_taken()
         schedule.step()
         self.steps += 1
@@ -252,7 +252,7 @@ class ESM1nvModel(ModelPT):
         return len(self._validation.on_rank(ranks - 1, ranks))
 
     def on_validation_epoch_start(self) -> None:
-        self.validation_was_broken_off = False
+        self.validation_interrupted = False
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
@@ -261,7 +261,7 @@ class ESM1nvModel(ModelPT):
 
     def on_validation_epoch_end(self) -> None:  # type: ignore[override]
         assert self._sums is not None
-        if self.validation_was_broken_off:
+        if self.validation_interrupted:
             return
         self.last_evaluation = self.evaluation(data_parallel_sum(self._sums))
         self.log_dict(
@@ -351,9 +351,9 @@ class ESM1nvModel(ModelPT):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         archive: Archive = checkpoint["model"]
-        check_that_it_fits(checkpoint, self.encoder_config, self.identity, self.continues)
+        check_compatible(checkpoint, self.encoder_config, self.identity, self.continues)
         if self.continues:
-            self.provenance["continued_from"] = take_over(checkpoint, self.optim_config)
+            self.provenance["continued_from"] = adopt_checkpoint(checkpoint, self.optim_config)
         elif origin := archive.provenance.get("continued_from"):
             self.provenance["continued_from"] = origin
         fixed = dict(self.named_buffers())

@@ -53,7 +53,7 @@ def representations(encoder: ESMEncoder, batch: PackedBatch, layers: Iterable[in
 
 
 @torch.no_grad()
-def show_attention_maps(encoder: ESMEncoder, batch: PackedBatch, observer: MapObserver) -> None:
+def observe_attention_maps(encoder: ESMEncoder, batch: PackedBatch, observer: MapObserver) -> None:
     """Show `observer` the attention maps of each layer in turn: float32 [N, L, L] of each sequence, and none kept.
 
     Raises `UserError` under tensor parallelism, where no rank has all heads.
@@ -75,5 +75,5 @@ def contacts(encoder: ESMEncoder, batch: PackedBatch) -> list[Tensor]:
         added = [head.evidence(layer, maps_NLL) for maps_NLL in maps]
         evidence[:] = [a + b for a, b in zip(evidence, added, strict=True)] if evidence else added
 
-    show_attention_maps(encoder, batch, add)
+    observe_attention_maps(encoder, batch, add)
     return [head(evidence_RR) for evidence_RR in evidence]

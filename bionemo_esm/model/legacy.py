@@ -385,7 +385,7 @@ def _encoder_config(config: Mapping[str, Any], where: str, account: _Account) ->
             )
     sizes = {name: config_number(config, keys, default, where) for name, (keys, default) in _SIZES.items()}
     try:
-        encoder = EncoderConfig.from_mapping(sizes)
+        encoder = EncoderConfig.from_config(sizes)
     except ConfigError as error:
         raise LegacyArchiveError(f"{where}: {str(error).replace('model.', '')}") from error
     channels = config_value(config, "kv_channels", where)

@@ -13,7 +13,7 @@ from torch import distributed
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from bionemo_esm.model.optimizer import MasterWeights, load_whole_state, whole_state
+from bionemo_esm.model.optimizer import MasterWeights, full_state, load_full_state
 from bionemo_esm.model.parallel import destroy_groups, ensure_groups, tensor_parallel_size
 
 
@@ -79,17 +79,17 @@ class MegatronStrategy(DDPStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """For a checkpoint: the whole state on rank 0, nothing on others; every rank takes part."""
-        return whole_state(optimizer, self._masters)
+        return full_state(optimizer, self._masters)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """From a checkpoint that any number of ranks has written: what this rank holds of the state."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            load_whole_state(optimizer, self._masters, state)
+            load_full_state(optimizer, self._masters, state)
 
     def on_train_end(self) -> None:
         """The last moment at which every rank can be asked for its part of the weights."""
         super().on_train_end()
-        self._masters.keep_whole()
+        self._masters.keep_full_copy()
 
     def teardown(self) -> None:
         super().teardown()

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, is_our_archive, write_archive
-from bionemo_esm.model.parallel import own_shard
+from bionemo_esm.model.parallel import local_shard
 from bionemo_esm.model.tar_format import quoted
 from bionemo_esm.model.validate import check_sizes, package_versions
 
@@ -47,7 +47,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     for name in sorted(parameters.keys() ^ weights.keys()):
         fault = "missing" if name in parameters else "not part of this model"
         raise ArchiveError(f"{source}: tensor {name!r} is {fault}")
-    shards = {name: own_shard(weights[name], parameter) for name, parameter in parameters.items()}
+    shards = {name: local_shard(weights[name], parameter) for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         if parameter.shape != shards[name].shape:
             raise ArchiveError(

@@ -42,7 +42,7 @@ class NonFiniteGuard:
     _mean_loss: float = 0.0
     _steps: int = field(default=0)
 
-    def objection(self, loss: float, gradient_norm: float) -> str | None:
+    def skip_reason(self, loss: float, gradient_norm: float) -> str | None:
         """Why the step must not be taken, or None; to be asked once for each step."""
         reason = self._reason(loss, gradient_norm)
         if reason is not None:

@@ -96,7 +96,7 @@ def gather_shards(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor
     return torch.cat(parts, dim=parameter.partition_dim)  # type: ignore[attr-defined]
 
 
-def own_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def local_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """This rank's part of a whole tensor, laid out like `parameter`: the inverse of `gather_shards`."""
     if not is_split(parameter):
         return whole
@@ -105,7 +105,7 @@ def own_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def own_randomness(device: torch.device) -> Iterator[None]:
+def tensor_parallel_rng(device: torch.device) -> Iterator[None]:
     """Within it, tensor-parallel ranks draw different numbers; after it, again the same.
 
     For dropout of what they have split. Elsewhere their generators must agree: each then drops the same activations.

@@ -1,7 +1,8 @@
-"""What a run goes on with: its own checkpoint, or under a new configuration another run's, as phase 2 phase 1's.
+"""Resume rules: a run continues from its own checkpoint, or from another run's under a new configuration.
 
-Taken over from another run: weights, Adam's moments, the number of steps and of consumed samples, so that the stream of
-samples and the schedule go on where they were. The new configuration's own: global batch, rates, schedule, length.
+Continuing another run (as phase 2 continues phase 1) takes over weights, optimizer state, and the counts of steps and
+consumed samples, so that the stream of samples and the schedule continue. Global batch, rates, schedule and length are
+the new configuration's.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import EncoderConfig, OptimConfig
+from bionemo_esm.model.optimizer_registry import OPTIMIZERS
 from bionemo_esm.model.schedule import learning_rate
 
 STREAM_KEYS = frozenset({"seed", "samples of an epoch", "train.bin", "data.masking"})
-"""What of a run's identity says which sample comes when, and what is hidden in it."""
+"""Keys of a run's identity that determine the order and the masking of samples."""
 
 _ANOTHER_RUN = (
     "to go on with it under these settings, give this run another exp_manager.name and continue_from_path=<the folder "
@@ -25,20 +27,21 @@ _ANOTHER_STREAM = (
     "restore_from_path=<the run's .nemo>"
 )
 _ANOTHER_MODEL = "give this run the same model, or another exp_manager.name and no checkpoint to go on from"
-_OF_A_SCHEDULE = ("last_epoch", "_step_count")
+_SCHEDULE_STATE = ("last_epoch", "_step_count")
 
 
-def check_that_it_fits(
+def check_compatible(
     checkpoint: Mapping[str, Any], encoder: EncoderConfig, identity: Mapping[str, Any], continues: bool
 ) -> None:
-    """Raises `ConfigError` for a checkpoint of another model or run; where the run `continues` one, of another stream.
+    """Raise `ConfigError` if a run cannot resume from a checkpoint: another model, or another run's settings.
 
-    identity: of the run that is to go on; see `RunContext.identity`.
+    `continues`: the checkpoint is another run's; then only the stream of samples must be the same, and dropout may
+    differ. identity: of the run that resumes; see `RunContext.identity`.
     """
     advice = _ANOTHER_STREAM if continues else _ANOTHER_RUN
     saved, ours = checkpoint["model"].config["encoder"], encoder.to_dict()
     wrong = sorted(key for key in saved.keys() | ours.keys() if saved.get(key) != ours.get(key))
-    if continues:  # with other dropout, if so told
+    if continues:
         wrong = [key for key, _, _ in encoder.differences(saved)]
     if wrong:
         names = ", ".join(f"model.{key}" for key in wrong)
@@ -49,19 +52,18 @@ def check_that_it_fits(
             raise ConfigError(f"the checkpoint was written with {key} = {theirs}, this run has {value}; {advice}")
 
 
-def take_over(checkpoint: dict[str, Any], config: OptimConfig) -> dict[str, Any]:
-    """Make another run's checkpoint (as `load_checkpoint` gives it) the start of a run with this configuration.
+def adopt_checkpoint(checkpoint: dict[str, Any], config: OptimConfig) -> dict[str, Any]:
+    """Change another run's checkpoint (from `load_checkpoint`) into the start of a run with this configuration.
 
-    Returns where the run comes from, for its provenance. The best checkpoint of the run before is none of this one's.
+    Returns the origin of the run, for its provenance. The other run's best checkpoint is not this run's.
     """
-    steps = int(checkpoint["steps"])
+    steps, family = int(checkpoint["steps"]), OPTIMIZERS.get(config.name)
     for state in checkpoint["optimizer_states"]:
-        for index, group in enumerate(state["param_groups"]):
+        for group, settings in zip(state["param_groups"], family.groups(config), strict=True):
+            group.update({**family.settings(config), **settings})
             group["lr"], group["initial_lr"] = learning_rate(config, steps), config.lr
-            group["betas"], group["eps"] = tuple(config.betas), config.eps
-            group["weight_decay"] = config.weight_decay if index == 0 else 0.0  # matrices first: `build_optimizer`
     checkpoint["lr_schedulers"] = [
-        {key: state[key] for key in _OF_A_SCHEDULE if key in state} for state in checkpoint["lr_schedulers"]
+        {key: state[key] for key in _SCHEDULE_STATE if key in state} for state in checkpoint["lr_schedulers"]
     ]
     checkpoint["callbacks"] = {}
     provenance = checkpoint["model"].provenance
@@ -74,7 +76,7 @@ def take_over(checkpoint: dict[str, Any], config: OptimConfig) -> dict[str, Any]
 
 
 def loops_after(steps: int, loops: dict[str, Any]) -> dict[str, Any]:
-    """Lightning's account of its training loop, `fit_loop.state_dict()`, as it stands after so many steps."""
+    """Return the state of Lightning's training loop, `fit_loop.state_dict()`, after a number of steps."""
     counts = {"ready": steps, "started": steps, "processed": steps, "completed": steps}
     for key in ("epoch_loop.batch_progress", "epoch_loop.manual_optimization.optim_step_progress"):
         for span in ("total", "current"):

@@ -223,7 +223,7 @@ def _fixed_tensors(config: Mapping[str, Any]) -> frozenset[str]:
     """The names of what lies among the weights and is no parameter; none where the config describes no encoder."""
     sizes = _at(config, "encoder")
     try:
-        encoder = EncoderConfig.from_mapping(sizes) if isinstance(sizes, dict) else None
+        encoder = EncoderConfig.from_config(sizes) if isinstance(sizes, dict) else None
     except ConfigError:
         encoder = None
     return frozenset(name for name, _ in encoder.fixed_tensors()) if encoder else frozenset()

@@ -68,7 +68,7 @@ def check_sizes(file: ArchiveFile) -> EncoderConfig:
     if not isinstance(encoder, dict) or str(precision) not in _WEIGHT_DTYPES or type(seed) is not int:
         raise ArchiveError(f"{where}: encoder must be a mapping, precision 32 or bf16, seed an integer")
     try:
-        sizes = EncoderConfig.from_mapping(encoder)
+        sizes = EncoderConfig.from_config(encoder)
         fixed = dict(sizes.fixed_tensors())
         elements = sizes.parameters + sum(map(math.prod, fixed.values()))
         extra: Mapping[str, tuple[int, ...]] = {}

@@ -91,7 +91,7 @@ class History(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ESM1nvModel)
         self._lap()
-        if pl_module.validation_was_broken_off:
+        if pl_module.validation_interrupted:
             return
         assert pl_module.last_evaluation is not None
         result = pl_module.last_evaluation
@@ -222,7 +222,7 @@ class Progress(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ESM1nvModel)
-        if pl_module.validation_was_broken_off:
+        if pl_module.validation_interrupted:
             return
         assert pl_module.last_evaluation is not None
         result = pl_module.last_evaluation
@@ -261,7 +261,7 @@ class InitialValidation(Callback):
         if result is None:
             trainer.should_stop = True
             return
-        pl_module.last_evaluation, pl_module.validation_was_broken_off = result, False
+        pl_module.last_evaluation, pl_module.validation_interrupted = result, False
         self.history.on_initial_validation_end(trainer, pl_module)
         self.progress.on_validation_end(trainer, pl_module)
         for logger in trainer.loggers:

@@ -155,7 +155,7 @@ class Checkpoints(Callback):
         """A stop breaks validation off; the run that goes on from here begins it anew."""
         assert isinstance(pl_module, ESM1nvModel)
         if batch_idx < pl_module.shared_validation_batches and self.must_stop(pl_module):
-            pl_module.validation_was_broken_off = True
+            pl_module.validation_interrupted = True
             self._save(trainer)
             trainer.should_stop = True
             raise StopIteration  # by which Lightning's loop ends, in good order
@@ -163,7 +163,7 @@ class Checkpoints(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ESM1nvModel)
         result = pl_module.last_evaluation
-        if pl_module.validation_was_broken_off or result is None or not result.loss < self.best_loss:
+        if pl_module.validation_interrupted or result is None or not result.loss < self.best_loss:
             return
         self.best_step, self.best_loss = trainer.global_step, result.loss
         self._save(trainer)

@@ -31,13 +31,11 @@ from bionemo_esm.data.fasta import read_fasta
 from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.backends import parameter_dtype
-from bionemo_esm.model.costs import Memory, memory_per_device, training_flops
+from bionemo_esm.model.costs import FLOAT32, Memory, memory_per_device, optimizer_state_bytes, training_flops
 from bionemo_esm.pretraining.data_setup import SAMPLE_FOLDER
 from bionemo_esm.pretraining.hardware import memory_bytes, peak_flops
 from bionemo_esm.pretraining.recipe import Recipe
 from bionemo_esm.pretraining.resume import find_parent_run
-
-_FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,11 @@ class Storage:
     @classmethod
     def of(cls, recipe: Recipe, first_step: int = 0) -> Storage:
         """Of a run that begins after `first_step` optimizer steps of another."""
-        saving, weights = recipe.exp_manager.checkpoints, _FLOAT32 * recipe.model.parameters
+        saving, weights = recipe.exp_manager.checkpoints, FLOAT32 * recipe.model.parameters
         every, last = saving.every_n_train_steps, recipe.trainer.max_steps
         checkpoints = max(last // every - first_step // every, 0) + (last % every > 0)
         return cls(
-            checkpoint_bytes=3 * weights,
+            checkpoint_bytes=weights + optimizer_state_bytes(recipe.model, recipe.optim.name),
             weights_bytes=weights,
             checkpoints=checkpoints,
             kept_checkpoints=saving.keep_last + 1 + saving.keep_best,
@@ -383,6 +381,7 @@ def memory_of(recipe: Recipe, precision: str, micro_tokens: float) -> Memory:
         tensor_parallel=trainer.tensor_model_parallel_size,
         shard_optimizer=trainer.shard_optimizer,
         device_type="cuda" if trainer.accelerator == "gpu" else "cpu",
+        optimizer=recipe.optim.name,
     )
 
 

@@ -19,13 +19,14 @@ from bionemo_esm.data.dataloader import BatchPlan
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.store import MANIFEST_NAME, sha256_of_file
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.config import SCHEDULES, EncoderConfig, OptimConfig
+from bionemo_esm.model.config import FUSED_ADAM, SCHEDULES, EncoderConfig, OptimConfig
+from bionemo_esm.model.optimizer_registry import OPTIMIZERS
 from bionemo_esm.pretraining.probe_config import ProbeConfig, load_probe_config
 from bionemo_esm.pretraining.resolve_model import resolve_model
-from bionemo_esm.settings import boolean, integer, known, number, path, plain_values, typed
+from bionemo_esm.settings import Settings, boolean, integer, known, number, path, plain_values, typed
 
 ACCELERATORS = ("cpu", "gpu")
-_OPTIM_KEYS = ("name", "lr", "betas", "eps", "weight_decay", "max_skipped_steps", "skip_loss_above", "sched")
+_OPTIM_KEYS = ("name", "options", "lr", "betas", "eps", "weight_decay", "max_skipped_steps", "skip_loss_above", "sched")
 _TOP_KEYS = {"name", "seed", "restore_from_path", "continue_from_path", "published", "plan"}
 _TOP_KEYS |= {"model", "data", "optim", "trainer", "exp_manager", "probe"}
 _BATCH_KEYS = ("micro_batch_size", "micro_batch_tokens", "global_batch_size", "global_batch_tokens")
@@ -312,7 +313,7 @@ class Recipe:
             "data": asdict(data) | {"masking": data.masking.to_dict()},
             "fasta_bytes": fasta.stat().st_size if (fasta := self.data.fasta) and fasta.is_file() else None,
             "global_batch_size": self.global_batch_size,
-            "optim": asdict(self.optim),
+            "optim": self.optim.to_dict(),
             "precision": self.trainer.precision,
             "max_steps": self.trainer.max_steps,
         }
@@ -322,6 +323,8 @@ class Recipe:
 def _flattened(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Settings):
+            value = value.to_dict() if isinstance(value, OptimConfig) else value.model_dump()
         if isinstance(value, Mapping):
             yield from _flattened(name, value)
         else:
@@ -379,17 +382,17 @@ def _data(values: dict[str, Any], recipe: str) -> DataConfig:
 
 def _optim(values: dict[str, Any], trainer: TrainerConfig) -> OptimConfig:
     values = known("optim", values, set(_OPTIM_KEYS))
-    if values.get("name", "fused_adam") != "fused_adam":
-        raise ConfigError(f"optim.name must be fused_adam, not {values['name']!r}")
+    name = str(values.get("name", FUSED_ADAM))
+    OPTIMIZERS.get(name)  # raises for an unknown name
     schedule = known("optim.sched", values["sched"], set(_SCHEDULE_KEYS))
-    flat = {key: value for key, value in (values | schedule).items() if key not in ("name", "sched")}
+    flat = {key: value for key, value in (values | schedule).items() if key != "sched"} | {"name": name}
     flat["schedule"] = schedule.get("name", SCHEDULES[0])
     flat["max_steps"] = flat.get("max_steps") or trainer.max_steps
     if (ratio := flat.pop("warmup_ratio", None)) is not None:
         if flat.get("warmup_steps") is not None:
             raise ConfigError("optim.sched.warmup_steps and warmup_ratio are both set; set one of them to null")
         flat["warmup_steps"] = int(number("optim.sched.warmup_ratio", ratio) * flat["max_steps"])
-    return OptimConfig(**typed("optim", flat, OptimConfig), gradient_clip_val=trainer.gradient_clip_val)
+    return OptimConfig.from_config(flat | {"gradient_clip_val": trainer.gradient_clip_val})
 
 
 def _experiment(values: dict[str, Any]) -> ExperimentConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from bionemo_esm.settings import boolean
 
 MARK = "of_archive"  # a key of the model's group; true: its sizes are the archive's
 _FREE = ("hidden_dropout", "attention_dropout")
-_NAMES = tuple(field.name for field in fields(EncoderConfig))
+_NAMES = tuple(EncoderConfig.model_fields)
 _CHOOSE = f"choose model={MARK}, which takes all sizes from it, or the model group that fits"
 
 
@@ -53,9 +53,9 @@ def resolve_model(values: Any, restore_from: Path | None, continue_from: Path | 
                 "or fair-esm's"
             )
         return ResolvedModel(_of(file, values), sha256)
-    encoder = EncoderConfig.from_mapping({key: value for key, value in values.items() if key != MARK})
+    encoder = EncoderConfig.from_config({key: value for key, value in values.items() if key != MARK})
     if file is not None:
-        encoder = replace(encoder, contact_head=_has_contact_head(file))
+        encoder = encoder.replace(contact_head=_has_contact_head(file))
     return ResolvedModel(encoder, sha256)
 
 
@@ -130,7 +130,7 @@ def _archived(file: ArchiveFile) -> EncoderConfig:
     try:
         if not isinstance(values, Mapping):
             raise ConfigError("it describes no encoder")
-        return EncoderConfig.from_mapping(values)
+        return EncoderConfig.from_config(values)
     except ConfigError as error:
         raise ArchiveError(f"{file.path}: model_config.yaml: {error}; a run cannot start from it") from error
 
@@ -154,7 +154,7 @@ def _of(file: ArchiveFile, values: Mapping[str, Any]) -> EncoderConfig:
                 f"{' and '.join(f'model.{name}' for name in _FREE)} can be set"
             )
     given = {key: values[key] for key in _FREE if values.get(key) is not None}
-    return EncoderConfig.from_mapping({**_archived(file).to_dict(), **given})
+    return EncoderConfig.from_config({**_archived(file).to_dict(), **given})
 
 
 def _another_length(file: ArchiveFile, seq_length: int) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveFile
-from bionemo_esm.model.resume import check_that_it_fits
+from bionemo_esm.model.resume import check_compatible
 from bionemo_esm.pretraining.recipe import Recipe
 from bionemo_esm.pretraining.resolve_model import newest_archive
 
@@ -46,7 +46,7 @@ def find_parent_run(recipe: Recipe) -> ParentRun | None:
     checkpoint = {"model": file, "identity": outline.get("identity")}
     if not isinstance(file.config.get("encoder"), dict) or not isinstance(checkpoint["identity"], dict):
         raise ConfigError(f"continue_from_path: {file.path} is not the checkpoint of a pretraining run")
-    check_that_it_fits(checkpoint, recipe.model, _stream(recipe), continues=True)
+    check_compatible(checkpoint, recipe.model, _stream(recipe), continues=True)
     return ParentRun(file, steps, samples if type(samples) is int else None, _rate(outline))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class RunContext:
     @property
     def identity(self) -> dict[str, str | int]:
         """What a run must not change while it goes on: the stream of samples, and how the optimizer answers it."""
-        train, optim = self.store.manifest["splits"]["train"], asdict(self.recipe.optim)
+        train, optim = self.store.manifest["splits"]["train"], self.recipe.optim.to_dict()
         if self.recipe.optim.schedule == INVERSE_SQUARE_ROOT:  # which has no end, so a run may be given more steps
             del optim["max_steps"]
         return {

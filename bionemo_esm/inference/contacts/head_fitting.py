@@ -34,9 +34,9 @@ from bionemo_esm.inference.contacts.prediction import WindowSpec, predict_contac
 from bionemo_esm.inference.contacts.structures import CONTACT_ANGSTROM, Structure
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.model.backends import choose_backends
-from bionemo_esm.model.contact_head import ContactHead, corrected_maps
+from bionemo_esm.model.contact_head import ContactHead, regression_features
 from bionemo_esm.model.encoder import ESMEncoder
-from bionemo_esm.model.feature_extraction import show_attention_maps
+from bionemo_esm.model.feature_extraction import observe_attention_maps
 
 _BYTES_OF_A_FEATURE = 40
 """4 as a float32; liblinear turns each into 16 bytes, an index and a float64, and for L1 transposes a copy of those."""
@@ -181,10 +181,10 @@ def attention_features(engine: Engine, tokens: Residues, pairs: Pairs) -> NDArra
     first, second = (torch.from_numpy(places).to(engine.device) for places in (pairs.first, pairs.second))
 
     def to_native(layer: int, maps: list[Tensor]) -> None:
-        corrected_NRR = corrected_maps(maps[0])
+        corrected_NRR = regression_features(maps[0])
         features_PF[:, (layer - 1) * heads : layer * heads] = corrected_NRR[:, first, second].T.cpu().numpy()
 
-    show_attention_maps(engine.encoder, engine.packed([tokens]), to_native)
+    observe_attention_maps(engine.encoder, engine.packed([tokens]), to_native)
     return features_PF
 
 

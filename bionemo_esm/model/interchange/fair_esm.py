@@ -207,6 +207,6 @@ def _config(arguments: _Arguments, **others: Any) -> EncoderConfig:
         "attention_dropout": arguments.get("attention_dropout") or 0.0,
     }
     try:
-        return EncoderConfig.from_mapping(sizes | others | _FIXED)
+        return EncoderConfig.from_config(sizes | others | _FIXED)
     except ConfigError as error:
         raise InterchangeError(f"{arguments.where}: in our terms, {error}") from error

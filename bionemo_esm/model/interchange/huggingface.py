@@ -255,7 +255,7 @@ def _encoder(path: Path, values: Mapping[str, Any]) -> EncoderConfig:
     positions = _count(path, "max_position_embeddings", values["max_position_embeddings"])
     offset = {} if values.get(_OFFSET) is None else {_OFFSET: _count(path, _OFFSET, values[_OFFSET])}
     try:
-        return EncoderConfig.from_mapping(
+        return EncoderConfig.from_config(
             {
                 **sizes,
                 **numbers,

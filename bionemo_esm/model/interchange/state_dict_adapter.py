@@ -115,14 +115,14 @@ def to_native(tensors: SourceTensors, config: EncoderConfig, dialect: KeyMapping
     """
     notes: list[str] = []
     learned, says_unused = config.position_embedding == LEARNED, config.position_offset == UNUSED_POSITIONS
-    config = replace(config, contact_head=_has_contact_head(tensors, dialect, notes))
-    config = replace(config, position_offset=UNUSED_POSITIONS if learned else 0)
+    config = config.replace(contact_head=_has_contact_head(tensors, dialect, notes))
+    config = config.replace(position_offset=UNUSED_POSITIONS if learned else 0)
     frequencies = _frequencies_there(tensors, config, dialect, notes)
     _account(tensors, list(rules(config, dialect, frequencies)), config, dialect, notes)
     if learned and not says_unused:
         table = tensors.load(f"{dialect.position_embeddings}.weight")
         if not table[:UNUSED_POSITIONS].any():
-            config = replace(config, position_offset=0)
+            config = config.replace(position_offset=0)
     return _taken(tensors, config, list(rules(config, dialect, frequencies)), notes)
 
 
