@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple
 
 from bionemo_esm import __version__
+from bionemo_esm.console import run_program
+from bionemo_esm.errors import UserError
 
 USAGE = f"""bionemo-esm {__version__}: protein language models
 
@@ -46,91 +45,60 @@ USAGE = f"""bionemo-esm {__version__}: protein language models
 inspect, doctor, check-leakage and convert-legacy take --help; all others take key=value, and --help lists every key.
 """
 
-_CONFIGURED = {  # where the function is that runs a job
-    "preprocess": ("bionemo_esm.data.store_commands", "main"),
-    "average": ("bionemo_esm.pretraining.checkpoint_commands", "average_main"),
-    "convert": ("bionemo_esm.model.interchange.convert_command", "main"),
-    "embed": ("bionemo_esm.inference.embedding.embed_command", "main"),
-    "score": ("bionemo_esm.inference.variants.score_command", "main"),
-    "contacts": ("bionemo_esm.inference.contacts.contacts_command", "main"),
-    "fit-contacts": ("bionemo_esm.inference.contacts.fit_command", "main"),
-    "finetune": ("bionemo_esm.finetuning.finetune_command", "main"),
-    "predict": ("bionemo_esm.finetuning.predict_command", "main"),
+
+class Command(NamedTuple):
+    """Where the function of a command is; its module is imported when the command is run."""
+
+    module: str
+    function: str = "main"
+    configured: bool = True  # by Hydra, from the command line; else the function takes the arguments
+
+
+COMMANDS = {
+    "pretrain": Command("bionemo_esm.pretraining.run"),
+    "preprocess": Command("bionemo_esm.data.store_commands"),
+    "inspect": Command("bionemo_esm.inspect_command", configured=False),
+    "check-leakage": Command("bionemo_esm.data.store_commands", "leakage", configured=False),
+    "average": Command("bionemo_esm.pretraining.checkpoint_commands", "average_main"),
+    "convert": Command("bionemo_esm.model.interchange.convert_command"),
+    "convert-legacy": Command("bionemo_esm.pretraining.checkpoint_commands", "convert", configured=False),
+    "embed": Command("bionemo_esm.inference.embedding.embed_command"),
+    "score": Command("bionemo_esm.inference.variants.score_command"),
+    "contacts": Command("bionemo_esm.inference.contacts.contacts_command"),
+    "fit-contacts": Command("bionemo_esm.inference.contacts.fit_command"),
+    "finetune": Command("bionemo_esm.finetuning.finetune_command"),
+    "predict": Command("bionemo_esm.finetuning.predict_command"),
+    "doctor": Command("bionemo_esm.pretraining.doctor", configured=False),
 }
 
 
 def main() -> None:
-    """Run one job with the arguments that follow its name."""
-    command, *arguments = sys.argv[1:] or ["--help"]
-    if command in ("--help", "-h"):
+    """Run the command that the first argument names, with the arguments that follow it."""
+    run_program(_main)
+
+
+def run(name: str) -> None:
+    """Run a command with the arguments of this process: what a program does that is one command."""
+    run_program(lambda: _run(name))
+
+
+def _main() -> None:
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("--help", "-h"):
         print(USAGE)  # noqa: T201
-    elif command in ("--version", "-V"):
+    elif name in ("--version", "-V"):
         print(__version__)  # noqa: T201
-    elif command == "pretrain":
-        from bionemo_esm.command_line import start_ranks_by
-        from bionemo_esm.pretraining import __main__ as job
-
-        sys.argv[1:] = arguments
-        start_ranks_by(job.__file__)
-        job.main()
-    elif command == "inspect":
-        inspect(arguments)
-    elif command == "doctor":
-        from bionemo_esm.pretraining import doctor
-
-        sys.exit(doctor.main(arguments))
-    elif command in _CONFIGURED:
-        configured(command, arguments)
-    elif command == "check-leakage":
-        from bionemo_esm.data import store_commands as jobs
-
-        jobs.leakage(arguments)
-    elif command == "convert-legacy":
-        from bionemo_esm.pretraining import checkpoint_commands as training_jobs
-
-        training_jobs.convert(arguments)
+    elif name in COMMANDS:
+        sys.argv = [f"bionemo-esm {name}", *arguments]
+        _run(name)
     else:
-        _refuse(f"no command {command!r}\n\n{USAGE}")
+        raise UserError(f"no command {name!r}\n\n{USAGE}", code="command.unknown")
 
 
-def configured(command: str, arguments: Sequence[str]) -> None:
-    """A job that Hydra configures, from key=value."""
-    sys.argv = [f"bionemo-esm {command}", *arguments]
-    module, function = _CONFIGURED[command]
-    getattr(import_module(module), function)()
-
-
-def inspect(arguments: Sequence[str]) -> None:
-    """The card of a store, if a folder is named; of a model or a checkpoint, if a file is; else exits with 2."""
-    parser = argparse.ArgumentParser("bionemo-esm inspect", description="Show what is in a store, or what a model is.")
-    parser.add_argument("path", type=Path, help="folder of a store, or file of a model (.nemo) or checkpoint (.ckpt)")
-    parser.add_argument("--verify", action="store_true", help="read every byte and compare its hash with the manifest")
-    parser.add_argument("--json", action="store_true", help="print the card as JSON")
-    parser.add_argument("--picture", metavar="FILE", help="of a store: draw lengths and composition as a PNG")
-    path = parser.parse_args(arguments).path
-    try:
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except OSError as error:
-        _refuse(f"{path}: cannot be looked at ({error.strerror})")
-    if is_folder and (path / "config.yaml").is_file() and not (path / "manifest.json").exists():
-        files = [str(file) for file in sorted([*path.glob("*.nemo"), *path.glob("checkpoints/*.ckpt")])]
-        _refuse(f"{path}: the folder of a run; name one of its files: {', '.join(files[:6]) or 'there is none yet'}")
-    elif is_folder:
-        from bionemo_esm.data import store_commands as store_jobs
-
-        store_jobs.inspect(arguments)
-    elif is_file:
-        from bionemo_esm.model import summary as model_jobs
-
-        model_jobs.inspect(arguments)
-    else:
-        wrong = "neither a folder nor a file" if path.exists() else "no such folder or file"
-        _refuse(f"{path}: {wrong}; give the folder of a store, or the file of a model (.nemo) or checkpoint (.ckpt)")
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
-    sys.exit(2)
+def _run(name: str) -> None:
+    command = COMMANDS[name]
+    function = getattr(import_module(command.module), command.function)
+    sys.exit(function() if command.configured else function(sys.argv[1:]))
 
 
 if __name__ == "__main__":

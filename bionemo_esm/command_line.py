@@ -1,7 +1,8 @@
-"""The command line of a job that Hydra configures, looked at before Hydra does.
+"""Command lines of the jobs that Hydra configures.
 
-Hydra answers a misspelt key with lines of its own and exit code 1, which a batch script takes for a crash; and its help
-has the keys of a configuration without their meaning.
+Arguments are checked before Hydra reads them: Hydra answers a misspelt key with several lines and exit code 1, which a
+batch script takes for a crash. Its help lists keys without their meaning, and its grammar reads file names such as
+`a=b.fasta` or `[1].fasta` as something else.
 """
 
 from __future__ import annotations
@@ -10,20 +11,25 @@ import difflib
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import hydra
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bionemo_esm import config_directory
-from bionemo_esm.console import is_rank_zero, run_to_exit_code
+from bionemo_esm.console import Console, is_rank_zero, run_to_exit_code
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.settings import expand_home
 
 _HYDRAS_FLAGS = (
     r"--(help|hydra-help|version|cfg|resolve|package|run|shell-completion|config-path|config-name|config-dir|"
@@ -32,38 +38,83 @@ _HYDRAS_FLAGS = (
 _SWEEPS = r"(-m|--multirun)$|\+{0,2}hydra\.mode=(?i:multirun)"
 _HELP = ("--help", "-h")
 _MUST_BE_CHOSEN = "???"
+_PROGRAM = "bionemo-esm "
+"""What the name of this program begins with where it was not started by a file."""
 
 
-def check_command_line(config_name: str, part: str = "") -> None:
-    """Exits with 2, after one message, for arguments that this configuration cannot be composed with, or a sweep.
+@dataclass(frozen=True)
+class ConfiguredCommand:
+    """A command whose settings are a Hydra configuration, `conf/<part>/<config_name>.yaml`.
+
+    The values of `text_keys` and `list_keys` (paths, ids, sequences, names of columns, patterns) are text: neither
+    Hydra's grammar nor interpolation applies to them. `null` is none, quotes around the whole value are removed, and a
+    leading `~/` is the home directory. For a key of `list_keys`, `[a,b]` is a list, read by Hydra's grammar.
+    """
+
+    job: Callable[[DictConfig], None]
+    config_name: str
+    part: str = ""
+    text_keys: tuple[str, ...] = ()
+    list_keys: tuple[str, ...] = ()
+    rank_file: str = ""  # the file by which Lightning starts other ranks, of a command that may have any
+
+    def __call__(self) -> None:
+        """Compose the configuration from the command line, and run the job with it. Exits with 2 after one line."""
+        arguments = sys.argv[1:]
+        check_command_line(self, arguments)
+        if self.rank_file and sys.argv[0].startswith(_PROGRAM):  # else Lightning repeats the command line, as it should
+            sys.argv[0] = self.rank_file
+            sys.modules["__main__"].__spec__ = None
+
+        @wraps(self.job)
+        def job(cfg: DictConfig) -> None:
+            sys.argv[1:] = arguments  # as they were given: a run records them, and Lightning starts other ranks by them
+            self.job(cfg)
+
+        sys.argv[1:] = [f"hydra.job.name={self.config_name}", *map(self.for_hydra, arguments)]
+        folder = str(config_directory(self.part))
+        hydra.main(version_base="1.3", config_path=folder, config_name=self.config_name)(job)()
+
+    def for_hydra(self, argument: str) -> str:
+        """The argument such that Hydra takes the value of a text key literally."""
+        key, _, value = argument.partition("=")
+        name = key.lstrip("+")
+        is_list = name in self.list_keys and re.fullmatch(r"\[.*\]", value, re.DOTALL)
+        if not (name in self.text_keys or name in self.list_keys) or is_list or value in ("", "null"):
+            return argument
+        text = _without_quotes(value)
+        text = str(expand_home(text)) if text.startswith("~") else text
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # OmegaConf would interpolate
+        return f"{key}={QuotedString(text, Quote.single).with_quotes()}"
+
+
+def check_command_line(command: ConfiguredCommand, arguments: list[str]) -> None:
+    """Exit with 2, after one message, for arguments that the configuration cannot be composed with, or a sweep.
 
     `--help` of a configuration without groups prints its keys with their comments, and exits with 0. Hydra's own flags
     (`--cfg`, `--help` of one with groups, ...) and what follows them are left to Hydra.
     """
-    arguments = sys.argv[1:]
-    if any(argument in _HELP for argument in arguments) and (text := help_text(config_name, part)):
-        if is_rank_zero():
-            print(_as_called(text), end="")  # noqa: T201
+    if any(argument in _HELP for argument in arguments) and (text := help_text(command.config_name, command.part)):
+        Console(sys.stdout, silent=not is_rank_zero()).print_line(_as_called(text).rstrip("\n"))
         raise SystemExit(0)
     run_to_exit_code(lambda: _check_no_sweep(arguments), "Interrupted.", silent=not is_rank_zero())
     if any(re.match(_HYDRAS_FLAGS, argument) for argument in arguments):
         return
-    run_to_exit_code(lambda: _check(config_name, part, arguments), "Interrupted.", silent=not is_rank_zero())
+    run_to_exit_code(lambda: _check(command, arguments), "Interrupted.", silent=not is_rank_zero())
 
 
-def start_ranks_by(module_file: str) -> None:
-    """Have Lightning start the other ranks of this node by this file, which runs the job that is called now.
-
-    It would otherwise repeat what it takes for the command line: `-m` and a package, or a name with the job's in it.
-    """
-    sys.argv[0] = module_file
-    sys.modules["__main__"].__spec__ = None
+def _without_quotes(value: str) -> str:
+    """The text of a value that is quoted as a whole, by Hydra's rules for backslashes; any other value as it is."""
+    quote = value[0]
+    if quote not in "'\"" or not re.fullmatch(rf"{quote}(?:[^{quote}\\]|\\.)*{quote}", value, re.DOTALL):
+        return value
+    return re.sub(rf"(\\+)({quote}|$)", lambda found: "\\" * (len(found[1]) // 2) + found[2], value[1:-1])
 
 
 def help_text(config_name: str, part: str = "") -> str:
-    """What the files of a configuration say: its header, and all keys with their comments.
+    """The header of a configuration, and all keys with their comments; "" for one with groups that have a default.
 
-    Of a group that must be chosen, its members and the keys of `custom`; "" where there are groups of another kind.
+    A group that must be chosen is shown by its members and the keys of `custom`.
     """
     folder = config_directory(part)
     parts = [config_name]
@@ -78,18 +129,18 @@ def help_text(config_name: str, part: str = "") -> str:
             return ""
         parts += [each for each in defaults if isinstance(each, str)]
         chosen_ones = [_group_help(folder / group) for group, _ in groups]
-        text = re.sub(r"^(defaults|hydra):\n(?:[ -].*\n)+", "", text, flags=re.MULTILINE)  # Hydra's business
+        text = re.sub(r"^(defaults|hydra):\n(?:[ -].*\n)+", "", text, flags=re.MULTILINE)  # settings of Hydra itself
         header = re.match(r"(?:#.*\n)*", text)
         assert header is not None
         if not blocks:
             blocks.append(re.sub(r"^# ?", "", header[0], flags=re.MULTILINE))
-            blocks.append("Keys and what they are unless you say otherwise; ??? must be given:\n")
+            blocks.append("Keys and their defaults; ??? must be given:\n")
         blocks += [*chosen_ones, text[header.end() :]]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(block.strip("\n") + "\n" for block in blocks))
 
 
 def _group_help(folder: Path) -> str:
-    """The members of a group, and the keys that `custom` leaves to whoever chooses it."""
+    """The members of a group, and the keys of its `custom`."""
     names = ", ".join(_members(folder))
     text = (folder / "custom.yaml").read_text(encoding="utf-8")
     keys = re.sub(r"^(?:#.*\n|\n)*", "", text)
@@ -101,8 +152,8 @@ def _members(folder: Path) -> list[str]:
 
 
 def _as_called(text: str) -> str:
-    """Help with the commands in its header as they are where there is no checkout, if that is how it was asked for."""
-    program = sys.argv[0] if sys.argv[0].startswith("bionemo-esm ") else f"python {sys.argv[0]}"
+    """The help with the commands of its header as this program was called: by the example's file, or `bionemo-esm`."""
+    program = sys.argv[0] if sys.argv[0].startswith(_PROGRAM) else f"python {sys.argv[0]}"
     return f"{program} key=value ...\n\n" + re.sub(r"\bpython examples/\w+\.py\b", program, text)
 
 
@@ -113,24 +164,28 @@ def _check_no_sweep(arguments: list[str]) -> int:
     return 0
 
 
-def _check(config_name: str, part: str, arguments: list[str]) -> int:
+def _check(command: ConfiguredCommand, arguments: list[str]) -> int:
     for argument in arguments:
         if argument.startswith("-"):
             key = argument.lstrip("-").split("=")[0]
             raise ConfigError(f"there is no option {argument}; settings are key=value, as in {key}=...")
-        if "=" not in argument and not argument.startswith("~"):
+        if argument.startswith("~"):
+            key = argument[1:].split("=")[0]
+            raise ConfigError(f"{argument}: a key cannot be deleted; set it to another value: {key}=...")
+        if "=" not in argument:
             raise ConfigError(f"{argument!r} is not key=value; --help lists every key")
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_directory(part)), version_base="1.3"):
+    folder, overrides = config_directory(command.part), [command.for_hydra(argument) for argument in arguments]
+    with initialize_config_dir(str(folder), version_base="1.3"):
         try:
-            compose(config_name, overrides=arguments)
+            compose(command.config_name, overrides=overrides)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_explained(config_name, config_directory(part), arguments, error)) from error
+            raise ConfigError(_explained(command.config_name, folder, overrides, error)) from error
     return 0
 
 
 def _explained(config_name: str, folder: Path, arguments: list[str], error: Exception) -> str:
-    """In one line: which argument it is, and what may have been meant."""
+    """In one line: the argument at fault, and what may have been meant."""
     text, override = str(error), getattr(error, "override", None)
     first = next(line for line in text.splitlines() if line.strip()).rstrip(".:")
     if missing := re.match(r"You must specify '(\w+)'", first):
@@ -139,13 +194,13 @@ def _explained(config_name: str, folder: Path, arguments: list[str], error: Exce
         return first.removeprefix(f"In '{config_name}': ") + names
     if isinstance(override, str):
         key, _, value = override.partition("=")
-        quoted = shlex.quote(f'{key}="{value}"')
+        quoted = shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
         return f"{override} cannot be read as key=value ({first}); give it with quotes within quotes: {quoted}"
     return _misspelt(config_name, folder, arguments, text) or first
 
 
 def _without_group(config_name: str, folder: Path, arguments: list[str], group: str) -> str:
-    """That a group must be chosen; or what else is wrong, which would be so whatever is chosen."""
+    """That a group must be chosen; or another fault, which every member of the group would meet."""
     chosen = [*arguments, f"{group}=custom"]
     try:
         compose(config_name, overrides=chosen)
@@ -157,17 +212,19 @@ def _without_group(config_name: str, folder: Path, arguments: list[str], group: 
 def _misspelt(config_name: str, folder: Path, arguments: list[str], text: str) -> str | None:
     choices = [argument for argument in arguments if (folder / argument.split("=")[0]).is_dir()]
     for argument in arguments:
-        key = argument.lstrip("+~").split("=")[0]
+        key = argument.lstrip("+").split("=")[0]
         if f"'{key}'" not in text:
             continue
         whole = list(_keys("", OmegaConf.to_container(compose(config_name, overrides=choices))))
+        if key in whole:
+            return f"{key} is a key already; set it without the sign before it: {argument.lstrip('+')}"
         close = difflib.get_close_matches(key, whole, 1, 0.7)
         return f"{key} is not a key; " + (f"did you mean {close[0]}?" if close else "--help lists every key")
     return None
 
 
 def _choices(text: str) -> str:
-    """Hydra's list of the members of a group, where it gave one."""
+    """The members of a group, where Hydra's message lists them."""
     _, found, rest = text.partition("Available options in")
     names = [line.strip() for line in rest.partition("Config search path")[0].splitlines()[1:] if line.strip()]
     return f"; there are {', '.join(names)}" if found and names else ""

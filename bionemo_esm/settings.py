@@ -7,6 +7,7 @@ failure is one `ConfigError` line that names the key, the value and what is allo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -183,6 +184,11 @@ def _convert(key: str, value: Any, declared: str) -> Any:
     return converters[kind](key, value) if kind in converters else value
 
 
+def expand_home(text: str | Path) -> Path:
+    """The path, a leading `~/` or `~name/` expanded; `~` that names no user's home is part of a file's name."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises for a file named ~x
+
+
 def _wrong_type(message: str, value: Any) -> PydanticCustomError:
     text = f"must be {message}, not {value!r}"
     return PydanticCustomError("wrong_type", text)  # type: ignore[arg-type]
@@ -211,7 +217,7 @@ def _path(value: Any) -> Path:
         return value
     if not isinstance(value, str) or not value:
         raise _wrong_type("a path", value)
-    return Path(value).expanduser()
+    return expand_home(value)
 
 
 def _text(value: Any) -> str:
@@ -250,4 +256,4 @@ def path(key: str, value: Any) -> Path | None:
         return None
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{key} must be a path, not {value!r}")
-    return Path(value).expanduser()
+    return expand_home(value)

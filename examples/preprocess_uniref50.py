@@ -4,19 +4,7 @@ python examples/preprocess_uniref50.py
 python examples/preprocess_uniref50.py input=proteins.fasta.gz output=data/proteins split.validation=500 split.test=500
 """
 
-import hydra
-from omegaconf import DictConfig
-
-from bionemo_esm import config_directory
-from bionemo_esm.command_line import check_command_line
-from bionemo_esm.data.store_commands import preprocess
-
-
-@hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="preprocess_uniref50")
-def main(cfg: DictConfig) -> None:
-    preprocess(cfg)
-
+from bionemo_esm.__main__ import run
 
 if __name__ == "__main__":
-    check_command_line("preprocess_uniref50")
-    main()
+    run("preprocess")

@@ -4,19 +4,7 @@ python examples/score_variants.py model=my.nemo sequence=wildtype.fasta input=mu
 python examples/score_variants.py model=my.nemo sequence=wildtype.fasta scan=true output=scan.csv
 """
 
-import hydra
-from omegaconf import DictConfig
-
-from bionemo_esm import config_directory
-from bionemo_esm.command_line import check_command_line
-from bionemo_esm.inference.variants.score_command import score_variants
-
-
-@hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="score")
-def main(cfg: DictConfig) -> None:
-    score_variants(cfg)
-
+from bionemo_esm.__main__ import run
 
 if __name__ == "__main__":
-    check_command_line("score", "inference")
-    main()
+    run("score")

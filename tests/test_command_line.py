@@ -1,14 +1,22 @@
-"""Arguments that Hydra cannot compose: one line of ours, exit code 2, before Hydra answers in its own way."""
+"""Command lines: errors in one line with exit code 2, literal values of text keys, help."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from bionemo_esm.command_line import check_command_line
+from bionemo_esm.__main__ import COMMANDS
+from bionemo_esm.command_line import ConfiguredCommand, check_command_line
+from bionemo_esm.data.store_commands import main as preprocess
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.finetuning.finetune_command import main as finetune
+from bionemo_esm.inference.embedding.embed_command import main as embed
+from bionemo_esm.pretraining.run import main as pretrain
 from bionemo_esm.settings import plain_values
 from runs import ROOT, composed
 
@@ -24,7 +32,10 @@ from runs import ROOT, composed
         ),
         (["recipe=laptop", "go"], "error: 'go' is not key=value; --help lists every key\n"),
         (["trainer.max_steps=[1"], "error: trainer.max_steps=[1 cannot be read as key=value"),
-        (["data.fasta=lr=3(1).fa"], """give it with quotes within quotes: 'data.fasta="lr=3(1).fa"'\n"""),
+        (["name=lr=3(1)"], """give it with quotes within quotes: 'name="lr=3(1)"'\n"""),
+        (["~trainer"], "error: ~trainer: a key cannot be deleted; set it to another value: trainer=...\n"),
+        (["~seed=5"], "error: ~seed=5: a key cannot be deleted; set it to another value: seed=...\n"),
+        (["+seed=5"], "error: seed is a key already; set it without the sign before it: seed=5\n"),
         (["--data.fasta", "mine.fa"], "there is no option --data.fasta; settings are key=value, as in data.fasta=..."),
         (["-x"], "there is no option -x"),
         (["-m", "seed=1,2"], "error: -m: one job a command; for several, write a loop in the shell\n"),
@@ -32,12 +43,11 @@ from runs import ROOT, composed
         (["hydra.mode=MULTIRUN"], "error: hydra.mode=MULTIRUN: one job a command"),
     ],
 )
-def test_what_cannot_be_composed_is_said_in_one_line(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_arguments_that_cannot_be_composed_are_refused_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["pretrain", *arguments])
     with pytest.raises(SystemExit) as stop:
-        check_command_line("pretrain_esm1nv")
+        check_command_line(pretrain, arguments)
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error
@@ -56,9 +66,62 @@ def test_what_cannot_be_composed_is_said_in_one_line(
         ['data.fasta="lr=3(1).fa"'],
     ],
 )
-def test_what_can_be_composed_and_hydras_own_flags_pass(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["pretrain", *arguments])
-    check_command_line("pretrain_esm1nv")
+def test_arguments_that_can_be_composed_and_hydras_own_flags_pass(arguments: list[str]) -> None:
+    check_command_line(pretrain, arguments)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("my proteins (1).fasta", "a=b.fasta", "x,y.fasta", "[1].fasta", "it's.fasta", 'q"q.fasta', "~tilde.fasta"),
+        *(
+            "größe.fasta",
+            "配列.fa",
+            "NAN",
+            "TRUE",
+            "7",
+            "1e3",
+            "${oc.env:HOME}.fasta",
+            "a\\${model}\\",
+            "{x: y}.fa",
+            "%d",
+        ),
+        *("$(ls)", "a\\", "\\'", "#1.fasta", "x: y", "[a,b]", " lead", "x\ty"),
+    ],
+)
+def test_a_value_of_a_text_key_is_taken_literally(text: str) -> None:
+    cfg = composed(embed.for_hydra(f"input={text}"), "model=x.nemo", "output=x.h5", config="embed", part="inference")
+    assert plain_values(cfg)["input"] == text
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("null", None),
+        ("~/x.fasta", str(Path.home() / "x.fasta")),
+        ('"~/x.fasta"', str(Path.home() / "x.fasta")),
+        ('"lr=3(1).fa"', "lr=3(1).fa"),
+        (r"""'class=(\S+)'""", r"class=(\S+)"),
+        (r'"a\"b"', 'a"b'),
+        ("[a.fasta,b.fasta]", ["a.fasta", "b.fasta"]),
+        ("[1].fasta", "[1].fasta"),
+    ],
+)
+def test_what_is_not_literal_in_a_value_of_a_text_key(given: str, value: object) -> None:
+    cfg = composed(preprocess.for_hydra(f"input={given}"), config="preprocess_uniref50")
+    assert plain_values(cfg)["input"] == value
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.configured])
+def test_text_keys_are_keys_of_the_configuration(name: str) -> None:
+    command = getattr(import_module(COMMANDS[name].module), COMMANDS[name].function)
+    assert isinstance(command, ConfiguredCommand)
+    group = ["task=custom"] if name == "finetune" else []
+    cfg = composed(*group, config=command.config_name, part=command.part)
+    assert command.text_keys
+    for key in (*command.text_keys, *command.list_keys):
+        parent, _, last = key.rpartition(".")
+        assert last in list(OmegaConf.select(cfg, parent) if parent else cfg), key
 
 
 HELP = {  # of each command a key of its own with what it means, and one that every such job has
@@ -76,7 +139,7 @@ HELP = {  # of each command a key of its own with what it means, and one that ev
 
 @pytest.mark.parametrize("command", HELP)
 @pytest.mark.parametrize("is_example", [True, False])
-def test_help_is_every_key_with_its_meaning(command: str, is_example: bool) -> None:
+def test_help_lists_every_key_with_its_meaning(command: str, is_example: bool) -> None:
     example, *keys = HELP[command]
     program = [str(ROOT / "examples" / f"{example}.py")] if is_example else ["-m", "bionemo_esm", command]
     done = subprocess.run(
@@ -97,29 +160,23 @@ def test_a_setting_that_must_be_given_is_named() -> None:
         plain_values(composed("source=here", config="convert_checkpoint"))
 
 
-def test_a_group_that_must_be_chosen_is_named_with_its_members(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["finetune", "restore_from_path=x.nemo", "output=out"])
+def test_a_group_that_must_be_chosen_is_named_with_its_members(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        check_command_line("finetune", "finetuning")
+        check_command_line(finetune, ["restore_from_path=x.nemo", "output=out"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith(
         "error: task must be given: task=NAME; there are conservation, custom, gb1"
     )
 
 
-def test_a_misspelt_key_is_told_where_a_group_was_chosen(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["finetune", "task=gb1", "data.trian=x.csv"])
+def test_a_misspelt_key_is_named_where_a_group_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        check_command_line("finetune", "finetuning")
+        check_command_line(finetune, ["task=gb1", "data.trian=x.csv"])
     assert capsys.readouterr().err == "error: data.trian is not a key; did you mean data.train?\n"
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
-def test_every_example_looks_first(example: str) -> None:
+def test_every_example_checks_its_arguments_first(example: str) -> None:
     command = [sys.executable, str(ROOT / "examples" / example), "zebra=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2

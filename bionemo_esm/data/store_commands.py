@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-from bionemo_esm import config_directory
-from bionemo_esm.command_line import check_command_line
+from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, duration, run_to_exit_code
 from bionemo_esm.data.clusters import build_clustered_store
 from bionemo_esm.data.fasta import STANDARD_INPUT
@@ -227,8 +225,10 @@ def _written(file: Path) -> Iterator[Path]:
         raise ConfigError(f"{file}: cannot be written ({error.strerror}); choose another file") from None
 
 
-def main() -> None:
-    """Preprocess, where there is no checkout and so no `examples/`."""
-    check_command_line("preprocess_uniref50")
-    compose = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="preprocess_uniref50")
-    compose(preprocess)()
+main = ConfiguredCommand(
+    preprocess,
+    "preprocess_uniref50",
+    text_keys=("release", "download_folder", "output", "licence", "clusters.map"),
+    list_keys=("input",),
+)
+"""`bionemo-esm preprocess`."""

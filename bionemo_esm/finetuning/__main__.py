@@ -1,6 +1,6 @@
-"""`python -m bionemo_esm.finetuning task=...`: fine-tuning where there is no checkout, and so no `examples/`."""
+"""`python -m bionemo_esm.finetuning key=value ...`: the file by which Lightning starts the ranks of fine-tuning."""
 
-from bionemo_esm.finetuning.finetune_command import main
+from bionemo_esm.__main__ import run
 
 if __name__ == "__main__":
-    main()
+    run("finetune")

@@ -12,11 +12,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from bionemo_esm import config_directory
-from bionemo_esm.command_line import check_command_line, start_ranks_by
+from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, is_rank_zero, redirect_output, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import check_writable, exclusive_lock
@@ -133,8 +131,16 @@ def _say_data(console: Console, splits: Splits) -> None:
         console.print_line(f"  note     {note}")
 
 
-def main() -> None:
-    """`bionemo-esm finetune`, where there is no checkout and so no `examples/`."""
-    check_command_line("finetune", "finetuning")
-    start_ranks_by(str(Path(__file__).with_name("__main__.py")))
-    hydra.main(version_base="1.3", config_path=str(config_directory("finetuning")), config_name="finetune")(finetune)()
+main = ConfiguredCommand(
+    finetune,
+    "finetune",
+    part="finetuning",
+    text_keys=(
+        *("restore_from_path", "output", "cache", "data.sequences", "data.mask", "data.download", "task.name"),
+        *("task.target_column", "task.sequence_column", "task.id_column", "task.set_column", "task.validation_column"),
+        "task.header_pattern",
+    ),
+    list_keys=("data.train", "data.validation", "data.test"),
+    rank_file=str(Path(__file__).with_name("__main__.py")),
+)
+"""`bionemo-esm finetune`."""

@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from bionemo_esm import config_directory
-from bionemo_esm.command_line import check_command_line
+from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.errors import ConfigError
@@ -125,7 +123,10 @@ def _metered(console: Console, residues: int) -> Callable[[int], None]:
     return answered
 
 
-def main() -> None:
-    """`bionemo-esm predict`, where there is no checkout and so no `examples/`."""
-    check_command_line("predict", "finetuning")
-    hydra.main(version_base="1.3", config_path=str(config_directory("finetuning")), config_name="predict")(predict)()
+main = ConfiguredCommand(
+    predict,
+    "predict",
+    part="finetuning",
+    text_keys=("model", "input", "output", "id_column", "sequence_column"),
+)
+"""`bionemo-esm predict`."""

@@ -1,19 +1,6 @@
-"""`python -m bionemo_esm.pretraining recipe=laptop`: pretraining where there is no checkout, and so no `examples/`."""
+"""`python -m bionemo_esm.pretraining key=value ...`: the file by which Lightning starts the ranks of pretraining."""
 
-from __future__ import annotations
-
-import hydra
-
-from bionemo_esm import config_directory
-from bionemo_esm.command_line import check_command_line
-from bionemo_esm.pretraining.run import pretrain
-
-
-def main() -> None:
-    """Compose the configuration from the command line and run it."""
-    check_command_line("pretrain_esm1nv")
-    hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="pretrain_esm1nv")(pretrain)()
-
+from bionemo_esm.__main__ import run
 
 if __name__ == "__main__":
-    main()
+    run("pretrain")

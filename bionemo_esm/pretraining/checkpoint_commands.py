@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from bionemo_esm import config_directory
-from bionemo_esm.command_line import check_command_line
+from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, run_to_exit_code
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.settings import integer, known, path, plain_values
@@ -71,10 +69,13 @@ def _average(config: AverageConfig) -> int:
     return 0
 
 
-def average_main() -> None:
-    """`bionemo-esm average`, where there is no checkout and so no `examples/`."""
-    check_command_line("average_checkpoints")
-    hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="average_checkpoints")(average)()
+average_main = ConfiguredCommand(
+    average,
+    "average_checkpoints",
+    text_keys=("output",),
+    list_keys=("checkpoints",),
+)
+"""`bionemo-esm average`."""
 
 
 def convert(arguments: Sequence[str]) -> None:

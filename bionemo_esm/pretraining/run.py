@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, duration, is_rank_zero, redirect_output, run_to_exit_code
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.pretraining.data_setup import build_proteins, describe_source, open_proteins
@@ -257,3 +258,17 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+main = ConfiguredCommand(
+    pretrain,
+    "pretrain_esm1nv",
+    text_keys=(
+        *("data.fasta", "data.store", "restore_from_path", "continue_from_path", "exp_manager.exp_dir"),
+        *("exp_manager.name", "exp_manager.wandb_logger_kwargs.project", "exp_manager.wandb_logger_kwargs.name"),
+        *("probe.data.sequences", "probe.data.mask"),
+    ),
+    list_keys=("probe.data.train", "probe.data.validation", "probe.data.test"),
+    rank_file=str(Path(__file__).with_name("__main__.py")),
+)
+"""`bionemo-esm pretrain`."""

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import hydra
 import numpy as np
 from omegaconf import DictConfig
 
-from bionemo_esm import config_directory
 from bionemo_esm.alphabet import TOKENS
-from bionemo_esm.command_line import check_command_line
+from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import atomic_write, check_absent, check_writable
@@ -372,9 +370,11 @@ def _write_summary(
         stream.write((json.dumps(told, indent=2) + "\n").encode())
 
 
-def main() -> None:
-    """`bionemo-esm contacts`, where there is no checkout and so no `examples/`."""
-    check_command_line("contacts", "inference")
-    hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="contacts")(
-        predict_contacts
-    )()
+main = ConfiguredCommand(
+    predict_contacts,
+    "contacts",
+    part="inference",
+    text_keys=("model", "output", "chain", "id_column", "sequence_column"),
+    list_keys=("input",),
+)
+"""`bionemo-esm contacts`."""

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 from omegaconf import DictConfig
 
-from bionemo_esm import config_directory
-from bionemo_esm.command_line import check_command_line
+from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
@@ -247,9 +245,11 @@ def _save(engine: Engine, regression: Regression, provenance: Mapping[str, Any],
     write_archive(output, Archive(file.model_class, config, weights, {**file.provenance, "contact_head": provenance}))
 
 
-def main() -> None:
-    """`bionemo-esm fit-contacts`, where there is no checkout and so no `examples/`."""
-    check_command_line("fit_contacts", "inference")
-    hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="fit_contacts")(
-        fit_contacts
-    )()
+main = ConfiguredCommand(
+    fit_contacts,
+    "fit_contacts",
+    part="inference",
+    text_keys=("model", "output", "chain"),
+    list_keys=("structures",),
+)
+"""`bionemo-esm fit-contacts`."""

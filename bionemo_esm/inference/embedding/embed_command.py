@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-from bionemo_esm import config_directory
-from bionemo_esm.command_line import check_command_line
+from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import EXIT_INTERRUPTED, RESIDUES, Console, ProgressBar, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.data.store import sha256_of_file
@@ -238,7 +236,10 @@ def _say_finished(task: EmbedTask, console: Console) -> None:
     console.print_line(f"Wrote {place}, {size:,} bytes{parts}")
 
 
-def main() -> None:
-    """`bionemo-esm embed`, where there is no checkout and so no `examples/`."""
-    check_command_line("embed", "inference")
-    hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="embed")(embed)()
+main = ConfiguredCommand(
+    embed,
+    "embed",
+    part="inference",
+    text_keys=("model", "input", "output", "id_column", "sequence_column"),
+)
+"""`bionemo-esm embed`."""

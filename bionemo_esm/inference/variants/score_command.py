@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 
-from bionemo_esm import __version__, config_directory
+from bionemo_esm import __version__
 from bionemo_esm.alphabet import decode
-from bionemo_esm.command_line import check_command_line
+from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import atomic_write, check_absent, check_writable
@@ -334,9 +333,10 @@ def _at_least(key: str, value: Any, least: int) -> int:
     return count
 
 
-def main() -> None:
-    """`bionemo-esm score`, where there is no checkout and so no `examples/`."""
-    check_command_line("score", "inference")
-    hydra.main(version_base="1.3", config_path=str(config_directory("inference")), config_name="score")(
-        score_variants
-    )()
+main = ConfiguredCommand(
+    score_variants,
+    "score",
+    part="inference",
+    text_keys=("model", "sequence", "sequence_id", "input", "mutation_column", "measurement_column", "output"),
+)
+"""`bionemo-esm score`."""

@@ -7,11 +7,9 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import hydra
 from omegaconf import DictConfig
 
-from bionemo_esm import config_directory
-from bionemo_esm.command_line import check_command_line
+from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import EncoderConfig
@@ -142,7 +140,9 @@ def describe(config: EncoderConfig, precision: str) -> str:
     )
 
 
-def main() -> None:
-    """`bionemo-esm convert`, where there is no checkout and so no `examples/`."""
-    check_command_line("convert_checkpoint")
-    hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="convert_checkpoint")(convert)()
+main = ConfiguredCommand(
+    convert,
+    "convert_checkpoint",
+    text_keys=("source", "target", "revision"),
+)
+"""`bionemo-esm convert`."""
