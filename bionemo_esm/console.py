@@ -111,8 +111,8 @@ def _output_stream(descriptor: int, like: TextIO, closefd: bool = True) -> TextI
     """A text stream with the encoding of `like`; letters that it cannot encode become `\\xfc`."""
     raw = io.BufferedWriter(_Descriptor(descriptor, "w", closefd=closefd))
     encoding = getattr(like, "encoding", None) or "utf-8"
-    buffering = {name: getattr(like, name, False) for name in ("line_buffering", "write_through")}
-    return io.TextIOWrapper(raw, encoding, "backslashreplace", **buffering)
+    by_line, unbuffered = (bool(getattr(like, name, False)) for name in ("line_buffering", "write_through"))
+    return io.TextIOWrapper(raw, encoding, "backslashreplace", None, by_line, unbuffered)
 
 
 class Unit(NamedTuple):
