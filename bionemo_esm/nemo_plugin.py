@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -27,7 +26,7 @@ def announce() -> None:
         sys.meta_path.insert(0, _Arrival())
 
 
-class _Arrival(MetaPathFinder):
+class _Arrival:
     """Waits for one module, once."""
 
     def find_spec(
