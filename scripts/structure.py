@@ -28,11 +28,11 @@ LAYERS = (
 )  # fmt: skip
 """From the bottom up. A module imports from its own layer and from those before it."""
 PATH = (
-    ("bionemo_esm/data/fasta.py", "a FASTA record is read and checked"),
-    ("bionemo_esm/data/preprocess.py", "records become the splits of a store"),
+    ("bionemo_esm/data/preprocess.py", "a FASTA record is cleaned and assigned to a split"),
     ("bionemo_esm/data/store.py", "a memory-mapped store of uint8 tokens"),
-    ("bionemo_esm/data/batch_sampler.py", "samples of a global batch, and each rank's part"),
-    ("bionemo_esm/data/collate.py", "crop, mask and pack into one row"),
+    ("bionemo_esm/data/dataloader.py", "samples of a global batch in their order, and each rank's part"),
+    ("bionemo_esm/data/collate.py", "crop and pack into one row without padding"),
+    ("bionemo_esm/data/masking.py", "select and corrupt residues"),
     ("bionemo_esm/model/encoder.py", "embedding, attention blocks, logits"),
     ("bionemo_esm/model/esm1nv.py", "loss and gradients of a step"),
     ("bionemo_esm/model/optimizer.py", "gradient reduction and the optimizer step"),
