@@ -1,14 +1,16 @@
-"""Results on disk: looked at before long work begins, and under their names only when they are whole."""
+"""Files on disk: checks before long work begins, atomic writes, locks. Modes of files and folders follow the umask."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import secrets
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -16,21 +18,25 @@ from bionemo_esm.errors import ConfigError
 
 _BUFFER_BYTES = 2**22
 _LOCK = ".lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # of file systems
+
+
+class LockedError(Exception):
+    """Another process holds a lock. Callers raise a `UserError` that names the key or file instead."""
 
 
 def check_absent(key: str, target: Path) -> None:
-    """Raises `ConfigError`, naming the key, for a target that is there, be it a link to nowhere."""
+    """Raise `ConfigError`, naming the key, for a target that exists, be it a dangling link."""
     if os.path.lexists(target):
         raise ConfigError(f"{key}: {target} exists already; remove it or choose another name")
 
 
 def check_writable(key: str, target: Path) -> None:
-    """Raises `ConfigError`, naming the key, where no file or folder of this name could be made."""
+    """Raise `ConfigError`, naming the key, where no file or folder of this name can be made."""
     place = target.absolute().parent
     try:
         place = nearest_folder(target)
-        with tempfile.TemporaryFile(dir=place, prefix=".writable."):  # what permissions say is not all there is to it
+        with tempfile.TemporaryFile(dir=place, prefix=".writable."):  # permissions alone do not tell
             pass
     except OSError as error:
         what = f"{place} is not a folder that you may write to"
@@ -38,68 +44,162 @@ def check_writable(key: str, target: Path) -> None:
 
 
 def nearest_folder(target: Path) -> Path:
-    """The first thing above a path that is there."""
+    """Return the nearest parent of a path that exists."""
     return next(parent for parent in target.absolute().parents if parent.exists())
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A stream to a temporary file beside `path` that takes its name when the block ends well, and goes otherwise.
+    """Open a temporary file beside `path` that replaces it when the block succeeds, and is removed otherwise.
 
-    The folders above are made; what stood under the name is replaced.
+    Missing parents are made. The file is synced before it takes its name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    temporary, stream = _open_beside(path)
     try:
-        with os.fdopen(descriptor, "wb", buffering=_BUFFER_BYTES) as stream:
+        with stream:
             yield stream
             stream.flush()
-            os.fsync(descriptor)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+            os.fsync(stream.fileno())
+        temporary.replace(path)
         fsync_directory(path.parent)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
+def _open_beside(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new file of another name; `tempfile` would ignore the umask."""
+    while True:
+        temporary = _temporary_name(path)
+        try:
+            return temporary, temporary.open("xb", buffering=_BUFFER_BYTES)
+        except FileExistsError:
+            continue
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a whole small file, text as UTF-8, as `atomic_write` does."""
+    with atomic_write(path) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_folder(key: str, folder: Path) -> Iterator[Path]:
+    """Make a temporary folder beside `folder` that takes its name when the block succeeds, and is removed otherwise.
+
+    Missing parents are made. Raises `ConfigError`, naming the key, where something of that name exists.
+    """
+    check_absent(key, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(folder)
+    temporary.mkdir()
+    try:
+        yield temporary
+        fsync_directory(temporary)
+        check_absent(key, folder)  # the system replaces an empty folder
+        temporary.rename(folder)
+        fsync_directory(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path, *patterns: str) -> None:
+    """Remove temporary files that a killed process left, by default all in a folder and in its folders."""
+    for pattern in patterns or (".*.partial", "*/.*.partial"):
+        for path in folder.glob(pattern):
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+
+
 def fsync_directory(folder: Path) -> None:
-    """Make renames and removals in a folder survive a power cut, where the file system can."""
+    """Make renames and removals in a folder survive a power failure, where the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # no such thing there
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # not supported there
             raise
     finally:
         os.close(descriptor)
 
 
-@contextmanager
-def exclusive_lock(folder: Path, key: str, otherwise: str) -> Iterator[None]:
-    """Hold a folder for the length of a block.
+def lock_descriptor(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file or folder until it is closed; return False where the file system has no locks.
 
-    Raises `ConfigError`, naming the key, where it cannot be written to, and naming the holder, where another process
-    holds it: wait, or do `otherwise`. The system lets go of it when the process ends, however it ends. Where the file
-    system knows no locks there is none.
+    The system releases the lock when the process ends in any way. Raises `LockedError` where another process holds it,
+    unless `wait`.
     """
     try:
-        file = (folder / _LOCK).open("a+", encoding="utf-8")
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        raise ConfigError(f"{key}: {folder} cannot be written to ({error.strerror}); choose another place") from error
-    with file as lock:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise LockedError from None
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def is_still(path: Path, descriptor: int) -> bool:
+    """Return whether the name still belongs to this open file or folder, which a rename or removal may have changed."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def lock_file(path: Path, *, shared: bool = False, wait: bool = False, reopen: bool = True) -> Iterator[IO[bytes]]:
+    """Open a file to read and append, and hold a lock on it for the length of a block.
+
+    The file is made where it is missing; so are its parents, unless `wait`: the process that is waited for may have
+    removed them. A file that its holder renamed or removed meanwhile is opened again (`reopen`), or counts as locked.
+    Raises `LockedError` where another process holds the lock, unless `wait`; and `OSError`.
+    """
+    while True:
+        if not wait:
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                lock.seek(0)
-                holder = lock.read().strip() or "unnamed"
-                raise ConfigError(
-                    f"{folder}: another process is at work on this run ({holder}); wait for it to end, or {otherwise}"
-                ) from None
-            if error.errno not in _NO_LOCKS:
+            stream = path.open("a+b")
+        except FileNotFoundError:
+            if wait:
                 raise
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+            continue
+        with stream:
+            lock_descriptor(stream.fileno(), shared=shared, wait=wait)
+            if is_still(path, stream.fileno()):
+                yield stream
+                return
+            if not reopen:
+                raise LockedError
+
+
+@contextmanager
+def exclusive_lock(folder: Path, key: str, otherwise: str) -> Iterator[None]:
+    """Hold a folder for the length of a block, by the file `.lock` in it, which names the holder.
+
+    Raises `ConfigError`, naming the key, where the folder cannot be written to, and naming the holder, where another
+    process holds it: wait, or do `otherwise`. On a file system without locks nothing is held.
+    """
+    path = folder / _LOCK
+    with ExitStack() as stack:
+        try:
+            stream = stack.enter_context(lock_file(path))
+        except LockedError:
+            holder = path.read_text(encoding="utf-8", errors="replace").strip() or "unnamed"
+            raise ConfigError(
+                f"{folder}: another process is at work on this run ({holder}); wait for it to end, or {otherwise}",
+                code="files.locked",
+            ) from None
+        except OSError as error:
+            reason = f"{folder} cannot be written to ({error.strerror})"
+            raise ConfigError(f"{key}: {reason}; choose another place") from error
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        stream.flush()
         yield

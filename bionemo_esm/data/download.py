@@ -8,7 +8,6 @@ and the check for room that `release_archive` needs as well.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import ipaddress
 import json
@@ -16,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from time import sleep, time
@@ -27,6 +26,7 @@ import requests
 import urllib3
 
 from bionemo_esm.errors import UserError
+from bionemo_esm.files import LockedError, lock_file, write_atomically
 
 Progress = Callable[[int, "int | None"], None]
 """Called with the bytes there so far and, where it is known, with how many there will be."""
@@ -136,7 +136,7 @@ class _Part:
         self.length = 0
         self.digest = hashlib.md5(usedforsecurity=False)
         self.validator = validator
-        self.origin_path.write_text(json.dumps({"url": self.url, "validator": validator}))
+        write_atomically(self.origin_path, json.dumps({"url": self.url, "validator": validator}))
 
     def discard(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -308,15 +308,14 @@ def require_room(part: Path, size: int) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[IO[bytes]]:
-    """The file, opened to read and append, and no other process's meanwhile."""
-    with path.open("a+b") as stream:
+    """Open a file to read and append, and keep other processes from it for the length of a block."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = os.fstat(stream.fileno()).st_ino != path.stat().st_ino  # finished and renamed before we locked it
-        except (BlockingIOError, FileNotFoundError):
-            taken = True
-        if taken:
-            raise ReleaseError(f"{path}: another process is writing it; wait for that one, then run this again")
+            stream = stack.enter_context(lock_file(path, reopen=False))
+        except LockedError:
+            raise ReleaseError(
+                f"{path}: another process is writing it; wait for that one, then run this again"
+            ) from None
         yield stream
 
 

@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit
 from bionemo_esm.errors import UserError
+from bionemo_esm.files import atomic_write
 
 THRESHOLDS = (1.0, 0.9, 0.7, 0.5)
 """Identities, from 0 to 1, at and above which held-out sequences are counted."""
@@ -182,16 +183,11 @@ class LeakageReport:
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write all pairs as tab-separated values under a header line, over what is at `path`; the path."""
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with temporary.open("w", encoding="ascii", newline="\n") as stream:
-                stream.write("\t".join(Pair._fields) + "\n")
-                for p in self.pairs():
-                    shares = f"{p.identity:.4f}\t{p.query_coverage:.3f}\t{p.target_coverage:.3f}\t{p.e_value:.3e}"
-                    stream.write(f"{p.query}\t{p.target}\t{shares}\t{p.query_length}\t{p.target_length}\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_write(path) as stream:
+            stream.write(("\t".join(Pair._fields) + "\n").encode())
+            for p in self.pairs():
+                shares = f"{p.identity:.4f}\t{p.query_coverage:.3f}\t{p.target_coverage:.3f}\t{p.e_value:.3e}"
+                stream.write(f"{p.query}\t{p.target}\t{shares}\t{p.query_length}\t{p.target_length}\n".encode())
         return path
 
 

@@ -13,7 +13,6 @@ words, is a cluster: the sequences among which one is drawn for an epoch. In a p
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import mmap
@@ -35,7 +34,7 @@ from bionemo_esm import __version__
 from bionemo_esm.alphabet import VOCABULARY_SIZE
 from bionemo_esm.data import kernels
 from bionemo_esm.errors import UserError
-from bionemo_esm.files import fsync_directory
+from bionemo_esm.files import LockedError, fsync_directory, is_still, lock_descriptor
 
 SPLITS = ("train", "validation", "test")
 FORMAT_VERSION = 2
@@ -437,7 +436,7 @@ class StoreWriter:
         for split in self._splits.values():
             with suppress(OSError):  # of a full disk, which was told of already
                 split.tokens.abandon()
-        if os.path.lexists(self.partial) and os.path.samestat(os.fstat(self._lock), self.partial.stat()):
+        if is_still(self.partial, self._lock):
             shutil.rmtree(self.partial, ignore_errors=True)  # gone already where `finish` has renamed it
         os.close(self._lock)
 
@@ -537,16 +536,15 @@ def _lock_folder(partial: Path, folder: Path) -> int:
         partial.mkdir(exist_ok=True)
         descriptor = os.open(partial, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            has_locks = lock_descriptor(descriptor)
+        except LockedError:
             os.close(descriptor)
             advice = "wait for it, or choose another output"
             raise StoreError(f"{folder}: another process is building it (in {partial.name}); {advice}") from None
-        except OSError:  # a file system without locks
-            if not is_new:
-                os.close(descriptor)
-                raise StoreError(f"{partial}: is in use, or was left by a builder that died; remove it then") from None
-        if os.path.lexists(partial) and os.path.samestat(os.fstat(descriptor), partial.stat()):
+        if not has_locks and not is_new:
+            os.close(descriptor)
+            raise StoreError(f"{partial}: is in use, or was left by a builder that died; remove it then")
+        if is_still(partial, descriptor):
             if os.path.lexists(folder):  # finished between the look and the lock
                 os.close(descriptor)
                 partial.rmdir()

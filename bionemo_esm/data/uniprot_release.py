@@ -48,6 +48,7 @@ from bionemo_esm.data.download import (
     read_small,
     require_room,
 )
+from bionemo_esm.files import write_atomically
 
 UNIPROT = "https://ftp.uniprot.org/pub/databases/uniprot"
 CURRENT = "current"
@@ -163,9 +164,7 @@ def _remember(fetched: FetchedRelease, file_md5: str) -> None:
     """Note beside the FASTA where it came from, with its own size and MD5, so that it is known again."""
     file = {"path": fetched.path.name, "file_bytes": fetched.path.stat().st_size, "file_md5": file_md5}
     path = _record_path(fetched.path.parent, fetched.version)
-    unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_text(json.dumps(fetched._asdict() | file, indent=2) + "\n")
-    unfinished.replace(path)
+    write_atomically(path, json.dumps(fetched._asdict() | file, indent=2) + "\n")
 
 
 def _recall(folder: Path, version: str) -> FetchedRelease | None:

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bionemo_esm.console import Console, duration
+from bionemo_esm.files import write_atomically
 from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation, StepReport
 from bionemo_esm.model.nonfinite_guard import SkippedStep
 from bionemo_esm.model.parallel import data_parallel_sum
@@ -41,9 +42,7 @@ class History(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             kept = [line for line in read_history(self.path) if self._precedes(line, trainer)]
-            temporary = self.path.with_name(f".{self.path.name}.partial")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            temporary.replace(self.path)
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             self.seconds = _seconds_of(kept)
         self._started = self._mark = time.monotonic()
         self._first_step = trainer.global_step

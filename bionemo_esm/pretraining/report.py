@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 import re
 from datetime import timedelta
 from io import BytesIO
@@ -22,6 +21,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
+from bionemo_esm.files import write_atomically
 from bionemo_esm.plotting import DPI, FAINT, GRID, INK, LINE, MARK, MUTED, WIDTH, styled
 
 FloatArray = NDArray[np.float64]  # one value a logged step; NaN where none was logged, or none that is finite
@@ -105,8 +105,8 @@ def write_report(folder: Path) -> Path:
     """
     run = _read_run(Path(folder))
     svg, png = _draw(run)
-    _write(Path(folder, "report.png"), png)
-    _write(Path(folder, "report.html"), _page(run, svg).encode())
+    write_atomically(Path(folder, "report.png"), png)
+    write_atomically(Path(folder, "report.html"), _page(run, svg))
     return Path(folder, "report.html")
 
 
@@ -323,12 +323,3 @@ def _plain(value: Any) -> str:
         value = [f"{key} {_plain(item)}" for key, item in value.items()]
     text = ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)
     return " ".join(text.encode(errors="replace").decode().split())
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

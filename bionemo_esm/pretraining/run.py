@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, duration, is_rank_zero, redirect_output, run_to_exit_code
 from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.files import write_atomically
 from bionemo_esm.pretraining.data_setup import build_proteins, describe_source, open_proteins
 from bionemo_esm.pretraining.preflight import check_requirements
 from bionemo_esm.pretraining.rank_agreement import assembled, large_imports, versions
@@ -255,9 +256,7 @@ def _already_finished(recipe: Recipe, folder: Path) -> bool:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
 main = ConfiguredCommand(

@@ -23,7 +23,7 @@ from bionemo_esm.pretraining.data_setup import describe_source
 from bionemo_esm.pretraining.probe_config import ProbeSet, read_probe
 from bionemo_esm.pretraining.recipe import Recipe
 
-_HALF_WRITTEN = (".*.nemo.*.partial", ".*.json.partial", "*/.step-*.partial")
+_UNFINISHED = (".*.nemo.*.partial", ".*.json*.partial", "*/.step-*.partial")
 
 
 def make_folder(folder: Path) -> None:
@@ -43,9 +43,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     Raises `ConfigError`, naming the holder, where another process holds it.
     """
     with outputs.exclusive_lock(folder, "exp_manager.exp_dir", "give this run another exp_manager.name"):
-        for pattern in _HALF_WRITTEN:
-            for partial in folder.glob(pattern):
-                partial.unlink()
+        outputs.remove_unfinished(folder, *_UNFINISHED)
         yield
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import errno
-import fcntl
 import hashlib
 import io
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -17,7 +16,7 @@ from urllib.parse import quote
 import numpy as np
 
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.files import atomic_write, check_absent, fsync_directory
+from bionemo_esm.files import LockedError, atomic_write, check_absent, fsync_directory, lock_file, remove_unfinished
 
 if TYPE_CHECKING:
     from bionemo_esm.inference.contacts.prediction import Map
@@ -43,18 +42,16 @@ class WorkFolder:
         job with another `fingerprint`.
         """
         folder = output.absolute().parent / f".{output.name}.partial"
-        try:
-            (folder / "maps").mkdir(parents=True, exist_ok=True)
-            locked = (folder / _LOCK).open("wb")
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ConfigError(f"output: {output} cannot be made: {error.filename}: {error.strerror}") from error
-        with locked as lock:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                (folder / "maps").mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock_file(folder / _LOCK))
+            except LockedError as error:
                 raise UserError(f"output: another process is writing {output}; wait for it to end") from error
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise ConfigError(f"output: {output} cannot be made: {error.filename}: {error.strerror}") from error
             job = folder / _JOB
             if not job.exists():
                 with atomic_write(job) as stream:
@@ -92,8 +89,7 @@ class WorkFolder:
         check_absent("output", self._output)
         for name in (_JOB, _LOCK):
             (self.folder / name).unlink()
-        for leftover in self.folder.rglob(".*.partial"):  # of a process that was killed
-            leftover.unlink()
+        remove_unfinished(self.folder)
         fsync_directory(self.folder)
         self.folder.replace(self._output)
         fsync_directory(self._output.absolute().parent)

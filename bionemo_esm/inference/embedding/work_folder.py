@@ -15,7 +15,6 @@ When all parts are there they become the output, by one rename.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from typing import IO, Any
 
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.files import atomic_write, check_absent, fsync_directory
+from bionemo_esm.files import LockedError, atomic_write, check_absent, fsync_directory, lock_file, remove_unfinished
 from bionemo_esm.inference.embedding.formats import (
     ABOUT,
     ENDINGS,
@@ -43,7 +42,6 @@ from bionemo_esm.inference.embedding.options import Embedding
 from bionemo_esm.inference.inputs import Protein
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _COPIED_BYTES = 2**20
 _JOB, _LOCK, _INPUT, _PARTS, _RECORDS, _JOINED = "job.json", "lock", "input", "parts", "records", "joined"
 _FINISHING = "finishing"
@@ -98,7 +96,7 @@ class WorkFolder:
         """
         with ExitStack() as stack:
             with _explained(self.folder):
-                stack.enter_context(_locked(self.folder / _LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                stack.enter_context(_locked(self.folder / _LOCK))
                 self._check_ours()
                 check_absent("output", self.output)  # once more: whoever had the lock may have finished it
                 self._clear_of_halves()
@@ -113,7 +111,7 @@ class WorkFolder:
         """As `held`, for one of several processes that nobody has started together: they keep out those that `held`."""
         with ExitStack() as stack:
             with _explained(self.folder):
-                stack.enter_context(_locked(self.folder / _LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
+                stack.enter_context(_locked(self.folder / _LOCK, shared=True))
                 self._check_ours()
             try:
                 yield
@@ -188,7 +186,7 @@ class WorkFolder:
         """
         with ExitStack() as stack, _explained(self.output):
             try:
-                stack.enter_context(_locked(self.folder / _FINISHING, fcntl.LOCK_EX))
+                stack.enter_context(_locked(self.folder / _FINISHING, wait=True))
             except FileNotFoundError:  # another process has finished, and removed the folder
                 return self.output.exists()
             records = self.records()
@@ -231,39 +229,23 @@ class WorkFolder:
             raise ConfigError(f"{self.folder}: is in the way, and not ours: it holds {strange[0]}; move it elsewhere")
 
     def _clear_of_halves(self) -> None:
-        for path in (*self.folder.glob(".*.partial"), *self.folder.glob("*/.*.partial")):
-            path.unlink()
+        remove_unfinished(self.folder)
         for path in (self.folder / _PARTS).glob("*"):
             if not (self.folder / _RECORDS / f"{path.stem}.json").exists():
                 path.unlink()  # the run was killed between a part and its record, or the manifest and the renaming
 
 
 @contextmanager
-def _locked(lock: Path, how: int) -> Iterator[None]:
-    """Hold a lock file; the system lets go of it when the process ends, however it ends."""
-    while True:
-        if how & fcntl.LOCK_NB:  # the first to come makes the folder; the last to finish removes it
-            lock.parent.mkdir(parents=True, exist_ok=True)
+def _locked(lock: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file for the length of a block. Raises `WorkError` where another process holds it."""
+    with ExitStack() as stack:
         try:
-            stream = lock.open("a+b")
-        except FileNotFoundError:
-            if how & fcntl.LOCK_NB:
-                continue
-            raise
-        with stream:
-            try:
-                fcntl.flock(stream, how)
-            except BlockingIOError:
-                raise WorkError(
-                    f"{lock.parent}: another process is at work on this output; wait for it to end, or choose another"
-                ) from None
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-            if not lock.exists() or not os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
-                continue  # whoever held it has removed the folder meanwhile
-            yield
-            return
+            stack.enter_context(lock_file(lock, shared=shared, wait=wait))
+        except LockedError:
+            raise WorkError(
+                f"{lock.parent}: another process is at work on this output; wait for it to end, or choose another"
+            ) from None
+        yield
 
 
 @contextmanager

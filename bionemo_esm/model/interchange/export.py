@@ -13,8 +13,6 @@ nothing.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bionemo_esm.alphabet import EOS_ID, MASK_ID, PAD_ID, TOKEN_IDS, TOKENS, VOCABULARY_SIZE
-from bionemo_esm.files import check_absent, fsync_directory
+from bionemo_esm.files import atomic_folder, check_absent
 from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile
 from bionemo_esm.model.config import LEARNED, EncoderConfig
 from bionemo_esm.model.interchange.format_detection import HUB_ID, PRECISIONS
@@ -374,26 +372,14 @@ def _bytes(tensor: Tensor) -> int:
 
 @contextmanager
 def written_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its name when the block ends well, and goes otherwise.
-
-    Raises `InterchangeError` where `folder` exists, or cannot be made.
-    """
-    check_absent("target", folder)
+    """`files.atomic_folder`, raising `InterchangeError` where the folder cannot be written."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        with atomic_folder("target", folder) as unfinished:
+            yield unfinished
     except OSError as error:
-        raise InterchangeError(f"{folder}: cannot be made ({error.strerror}); choose another place") from error
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        check_absent("target", folder)
-        unfinished.rename(folder)
-        fsync_directory(folder.parent)
-    except OSError as error:
-        raise InterchangeError(f"{folder}: cannot be written ({error.strerror}); nothing is left of it") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        raise InterchangeError(
+            f"{folder}: cannot be written ({error.strerror}); nothing is left of it; choose another place"
+        ) from error
 
 
 def _write(path: Path, member: Member) -> None:
