@@ -149,7 +149,7 @@ def plain_values(cfg: DictConfig) -> dict[str, Any]:
 def known(section: str, values: Any, names: set[str]) -> dict[str, Any]:
     """The values of a section ('' for the top); raises `ConfigError` for one that is no mapping or has another key."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{section} must be a mapping, not {values!r}")
+        raise ConfigError(f"{section} must be a mapping, not {values!r}", code="config.type")
     for key in values:
         if key not in names:
             name = f"{section}.{key}" if section else str(key)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
 from bionemo_esm.errors import UserError
 
@@ -19,3 +21,28 @@ def refused(code: str, *mentions: object) -> Iterator[Any]:
     assert caught.value.code == code, str(caught.value)
     for mention in mentions:
         assert str(mention) in str(caught.value)
+
+
+def assert_sections_must_be_mappings(
+    load: Callable[[DictConfig], object], cfg: DictConfig, optional: Collection[str] = ()
+) -> None:
+    """`load` refuses a composed configuration, naming the key, if any of its sections is not a mapping.
+
+    optional: keys of sections that may be null.
+    """
+    sections = list(_sections("", OmegaConf.to_container(cfg)))
+    assert sections
+    for key in sections:
+        for value in (0, False, 5, "text", [1], *([] if key in optional else [None])):
+            changed = copy.deepcopy(cfg)
+            OmegaConf.set_struct(changed, False)
+            OmegaConf.update(changed, key, value, merge=False)
+            with refused("config.type", f"{key} must be a mapping, not {value!r}"):
+                load(changed)
+
+
+def _sections(prefix: str, values: Any) -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield f"{prefix}{key}"
+            yield from _sections(f"{prefix}{key}.", value)

@@ -192,7 +192,7 @@ def _child(
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without what depends on the clock."""
-    from bionemo_esm.pretraining.throughput import MEASURED
+    from bionemo_esm.pretraining.callbacks import MEASURED
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:

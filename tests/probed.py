@@ -7,11 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from bionemo_esm.pretraining.checkpoints import StopSignals
 from bionemo_esm.pretraining.hang_watch import HangWatch
 from bionemo_esm.pretraining.probe import Probe
 from bionemo_esm.pretraining.probe_config import ProbeSet, read_probe
 from bionemo_esm.pretraining.recipe import Recipe, load_recipe
-from bionemo_esm.pretraining.signals import StopSignals
 from conftest import SAMPLE
 from runs import composed
 

@@ -311,7 +311,7 @@ def test_a_run_is_known_by_the_weights_it_starts_from_wherever_they_lie(
     changed = adapting(f"restore_from_path={there}")
     assert changed.model == first.model
     assert changed.fingerprint != first.fingerprint
-    assert changed.told != copied.told, "a rank that sees another file is found out"
+    assert changed.settings_text != copied.settings_text, "a rank that sees another file is found out"
 
 
 def test_other_weights_under_the_old_name_are_not_gone_on_with(

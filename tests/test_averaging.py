@@ -36,10 +36,10 @@ from bionemo_esm.model.archive import Archive, ArchiveFile, read_archive, write_
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.nemo_connector import describe
 from bionemo_esm.model.optimizer import MasterWeights
-from bionemo_esm.pretraining.async_writer import BackgroundWriter
 from bionemo_esm.pretraining.averaging import AveragingError, average_checkpoints
-from bionemo_esm.pretraining.averaging_callback import CheckpointAveraging, list_snapshots
 from bionemo_esm.pretraining.checkpoint_commands import average
+from bionemo_esm.pretraining.checkpoints import AsyncWriter, CheckpointAveraging
+from bionemo_esm.pretraining.resume import list_checkpoints
 from models import TINY, tiny_model
 from runs import ROOT, run_here
 
@@ -200,7 +200,10 @@ def test_a_run_that_was_stopped_at_an_odd_step_ends_with_the_same_average(
     with pytest.raises(SystemExit):
         run_here(folder, *RUN)
     assert (folder / "checkpoints" / "step-000000005.ckpt").is_file()
-    assert [path.stem for path in list_snapshots(folder / "averaging")] == ["step-000000002", "step-000000004"]
+    assert [path.stem for path in list_checkpoints(folder / "averaging", ".nemo")] == [
+        "step-000000002",
+        "step-000000004",
+    ]
     put(folder / "averaging" / "step-000000007.nemo", 7)  # as of a run that went on and lost its checkpoints
     assert run_here(folder, *RUN)["resumed_from_step"] == 5
     assert (folder / "laptop-averaged.nemo").read_bytes() == (finished / "laptop-averaged.nemo").read_bytes()
@@ -214,11 +217,11 @@ def save(callback: CheckpointAveraging, model: ESM1nvModel, step: int, rank: int
     model.steps = step
     callback.on_save_checkpoint(SimpleNamespace(is_global_zero=rank == 0, max_steps=15), model, {})
     callback.writer.drain()
-    return [path.name for path in list_snapshots(callback.folder)]
+    return [path.name for path in list_checkpoints(callback.folder, ".nemo")]
 
 
 def test_no_more_than_the_last_k_of_the_schedule_are_kept(tmp_path: Path) -> None:
-    callback, model = CheckpointAveraging(tmp_path, 3, 4, BackgroundWriter()), tiny_model()
+    callback, model = CheckpointAveraging(tmp_path, 3, 4, AsyncWriter()), tiny_model()
     for step in range(1, 16):
         expected = [past for past in range(4, step + 1) if past % 4 == 0 or past == 15][-3:]
         assert save(callback, model, step) == [f"step-{past:09d}.nemo" for past in expected], step
@@ -227,7 +230,7 @@ def test_no_more_than_the_last_k_of_the_schedule_are_kept(tmp_path: Path) -> Non
 def test_snapshots_past_the_step_from_which_a_run_goes_on_are_removed(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         put(tmp_path / f"step-{step:09d}.nemo", step)
-    callback = CheckpointAveraging(tmp_path, 9, 2, BackgroundWriter())
+    callback = CheckpointAveraging(tmp_path, 9, 2, AsyncWriter())
     callback.on_train_start(SimpleNamespace(is_global_zero=False, global_step=5, max_steps=15), tiny_model())
     assert len(list(tmp_path.iterdir())) == 4, "rank 0 alone removes"
     callback.on_train_start(SimpleNamespace(is_global_zero=True, global_step=5, max_steps=15), tiny_model())
@@ -247,9 +250,9 @@ def test_a_snapshot_does_not_change_with_the_training_that_goes_on(tmp_path: Pat
 
 def test_there_is_no_average_of_one(tmp_path: Path) -> None:
     with pytest.raises(AveragingError, match="at least 2"):
-        CheckpointAveraging(tmp_path, 1, 2, BackgroundWriter())
+        CheckpointAveraging(tmp_path, 1, 2, AsyncWriter())
     put(tmp_path / "step-000000002.nemo", 2)
-    assert not CheckpointAveraging(tmp_path, 2, 2, BackgroundWriter()).finish(tmp_path / "mean.nemo")
+    assert not CheckpointAveraging(tmp_path, 2, 2, AsyncWriter()).finish(tmp_path / "mean.nemo")
     assert not (tmp_path / "mean.nemo").exists()
 
 
@@ -384,7 +387,7 @@ def shard(rank: int, folder: Path) -> None:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     initial = describe(ESM1nvModel(tiny_model().cfg))
     write_archive(folder / f"initial-{rank}", initial)
-    callback = CheckpointAveraging(folder / "sharded", 3, 2, BackgroundWriter())
+    callback = CheckpointAveraging(folder / "sharded", 3, 2, AsyncWriter())
     for step in (2, 4, 6):
         model = ESM1nvModel.restore_from(str(folder / "whole" / f"step-{step:09d}.nemo"), map_location="cpu")
         parts = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -414,5 +417,5 @@ def test_sharded_weights_are_gathered_averaged_and_dealt_out_again(tmp_path: Pat
         for step, archive in wholes.items():
             assert_same_bits(read_archive(tmp_path / f"described-{rank}-{step}").weights, archive.weights)
     for kind in ("whole", "sharded"):
-        average_checkpoints(list_snapshots(tmp_path / kind), 3, tmp_path / f"{kind}.nemo")
+        average_checkpoints(list_checkpoints(tmp_path / kind, ".nemo"), 3, tmp_path / f"{kind}.nemo")
     assert_same_bits(read_archive(tmp_path / "sharded.nemo").weights, read_archive(tmp_path / "whole.nemo").weights)

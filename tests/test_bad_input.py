@@ -224,7 +224,7 @@ def test_an_imported_model_that_was_trained_here_is_taken_home_before_it_gets_an
     model.provenance, model.steps = {"imported_from": "a friend"}, 3
     model.save_to(str(archive))
     adapting = ("recipe=adapt", "data=sample", f"restore_from_path={archive}")
-    home = f"take it home (bionemo-esm convert source={archive} target=…), and bring that: bionemo-esm convert source=…"
+    home = f"export it (bionemo-esm convert source={archive} target=…), and import that: bionemo-esm convert source=…"
     assert home in complaint(capfd, *adapting, "model.seq_length=2048")
     model.provenance = {}
     model.save_to(str(archive))

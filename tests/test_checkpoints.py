@@ -19,11 +19,10 @@ from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, write_
 from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation
 from bionemo_esm.model.nemo_connector import describe
 from bionemo_esm.pretraining import checkpoints as module
-from bionemo_esm.pretraining.async_writer import BackgroundWriter
-from bionemo_esm.pretraining.checkpoints import CheckpointError, SafeCheckpointIO, list_checkpoints, newest_checkpoint
+from bionemo_esm.pretraining.checkpoints import AsyncWriter, SafeCheckpointIO, StopSignals
 from bionemo_esm.pretraining.recipe import load_recipe
+from bionemo_esm.pretraining.resume import CheckpointError, list_checkpoints, newest_checkpoint
 from bionemo_esm.pretraining.run_context import exclusive_lock
-from bionemo_esm.pretraining.signals import StopSignals
 from models import tiny_model
 from runs import composed, run_here
 
@@ -50,7 +49,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
-    state = SafeCheckpointIO(BackgroundWriter()).load_checkpoint(checkpoint(tmp_path, 4))
+    state = SafeCheckpointIO(AsyncWriter()).load_checkpoint(checkpoint(tmp_path, 4))
     assert torch.equal(state["moment"], torch.ones(2))
     assert state[7] == (1, None, float("inf"))
     assert torch.equal(state["model"].weights[BIAS], torch.full((128,), 4.0))
@@ -60,7 +59,7 @@ def test_what_is_saved_is_the_state_of_that_moment(tmp_path: Path, monkeypatch: 
     """Training goes on and changes tensors in place while the file is being written."""
     go_on = threading.Event()
     monkeypatch.setattr(module, "write_archive", lambda *arguments: go_on.wait(10) and write_archive(*arguments))
-    archive, moment, writer = model_at_rest(), torch.zeros(5), BackgroundWriter()
+    archive, moment, writer = model_at_rest(), torch.zeros(5), AsyncWriter()
     path = tmp_path / "step-000000001.ckpt"
     SafeCheckpointIO(writer).save_checkpoint({"model": archive, "moment": moment}, path)
     archive.weights[BIAS].fill_(9)
@@ -127,7 +126,7 @@ def test_nothing_is_deleted_after_a_write_that_failed() -> None:
         raise ArchiveError("no space")
 
     for in_background in (True, False):
-        writer = BackgroundWriter(in_background)
+        writer = AsyncWriter(in_background)
         writer.submit(lambda: done.append("written"))
         writer.submit(fail)
         writer.submit(lambda: done.append("deleted"))
@@ -146,7 +145,7 @@ def test_no_checkpoint_is_no_error_and_only_damaged_ones_are(tmp_path: Path) -> 
 def test_a_model_archive_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     path = write_archive(tmp_path / "step-000000001.ckpt", model_at_rest())
     with pytest.raises(ArchiveError, match="holds a model and no state of training"):
-        SafeCheckpointIO(BackgroundWriter()).load_checkpoint(path)
+        SafeCheckpointIO(AsyncWriter()).load_checkpoint(path)
 
 
 class Unstorable:
@@ -157,7 +156,7 @@ class Unstorable:
 def test_what_is_not_plain_is_refused_when_it_is_saved_by_the_place_where_it_stands(tmp_path: Path, value: Any) -> None:
     archive = model_at_rest()
     with pytest.raises(TypeError, match=rf"callbacks\.mine\.1: a {type(value).__name__} cannot be stored"):
-        SafeCheckpointIO(BackgroundWriter()).save_checkpoint(
+        SafeCheckpointIO(AsyncWriter()).save_checkpoint(
             {"model": archive, "callbacks": {"mine": [0, value]}}, tmp_path / "step-000000001.ckpt"
         )
     assert names(tmp_path) == []
@@ -193,10 +192,10 @@ def test_a_result_or_a_snapshot_that_is_gone_is_noticed(tmp_path: Path, capfd: p
     assert "warning: the average is of 2, not 3 checkpoints; others are missing" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("after", [lambda signals: None, lambda signals: signals.note_another_rank()])
+@pytest.mark.parametrize("after", [lambda signals: None, lambda signals: signals.stop_with_another_rank()])
 def test_a_second_interrupt_interrupts_at_once(after: Callable[[StopSignals], None]) -> None:
     signals = StopSignals()
-    with signals.heeded():
+    with signals.handling():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGTERM

@@ -12,9 +12,8 @@ from bionemo_esm.alphabet import VOCABULARY_SIZE
 from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.config import ROTARY, EncoderConfig
 from bionemo_esm.model.costs import parameters_per_device
-from bionemo_esm.pretraining.plan import gather_facts, plan_of
-from bionemo_esm.pretraining.plan_checks import findings
-from bionemo_esm.pretraining.plan_report import screen_of
+from bionemo_esm.pretraining.plan import findings, gather_facts, plan_of
+from bionemo_esm.pretraining.plan_report import describe_plan
 from bionemo_esm.pretraining.recipe import Recipe, load_recipe
 from bionemo_esm.pretraining.run_context import describe_model
 from faults import run
@@ -102,7 +101,7 @@ def test_a_plan_of_esm2_counts_no_positions_and_blames_none(tmp_path: Path) -> N
             for more in ((), ("model.position_embedding=learned",))
         )
     )
-    assert "ESM-2, 33 layers, hidden 1280, 20 heads, 651,164,288 parameters" in screen_of(rotary)
+    assert "ESM-2, 33 layers, hidden 1280, 20 heads, 651,164,288 parameters" in describe_plan(rotary)
     assert learned.recipe.model.parameters - rotary.recipe.model.parameters == 4096 * 1280
     assert rotary.flops == learned.flops
     assert rotary.memory.activations > learned.memory.activations

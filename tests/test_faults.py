@@ -116,12 +116,13 @@ def test_sigterm_to_one_rank_in_any_phase_saves_on_all_and_the_run_goes_on_as_if
     goes_on(folder, unbroken_pair, ranks=2)
 
 
-FORWARD, COPY, WRITE = MODEL + "ESM1nvModel.forward", SAVING + "Copies.of", SAVING + "write_archive"
+FORWARD, COPY, WRITE = MODEL + "ESM1nvModel.forward", SAVING + "StateCopies.of", SAVING + "write_archive"
+"""`write_archive` writes a snapshot and a checkpoint in turn: the even calls are checkpoints."""
 SECOND_SIGNALS = {
     "SIGTERM again and again": ([Fault(FORWARD, SIGTERM, call=4, repeated=True)], 143),
-    "SIGTERM twice in a save": ([Fault(COPY, SIGTERM), Fault(WRITE, SIGTERM)], 143),
+    "SIGTERM twice in a save": ([Fault(COPY, SIGTERM), Fault(WRITE, SIGTERM, call=2)], 143),
     "SIGINT in a save": ([Fault(COPY, SIGINT)], 130),
-    "SIGINT twice in a save": ([Fault(COPY, SIGINT), Fault(WRITE, SIGINT)], 130),
+    "SIGINT twice in a save": ([Fault(COPY, SIGINT), Fault(WRITE, SIGINT, call=2)], 130),
     "SIGINT, and again in its save": ([Fault(FORWARD, SIGINT, call=2), Fault(COPY, SIGINT)], 130),
 }
 
@@ -168,8 +169,8 @@ def test_sigkill_at_twenty_random_moments_of_saving_costs_no_more_than_the_steps
 
 
 CRASHES = {
-    "before the snapshot": Fault("bionemo_esm.pretraining.averaging_callback.write_archive", SIGKILL, call=2),
-    "between snapshot and checkpoint": Fault(SAVING + "write_archive", SIGKILL, call=2),
+    "before the snapshot": Fault(SAVING + "write_archive", SIGKILL, call=3),
+    "between snapshot and checkpoint": Fault(SAVING + "write_archive", SIGKILL, call=4),
     "before the older are deleted": Fault(SAVING + "Checkpoints._delete_all_but_last_and", SIGKILL, call=2),
     "before the average": Fault("bionemo_esm.pretraining.averaging.average", SIGKILL),
     "between average and its file": Fault("bionemo_esm.pretraining.averaging.write_archive", SIGKILL),
@@ -256,7 +257,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_spares_the_checkpoint_before(
 
 def test_a_writer_that_dies_stops_the_run_and_nothing_is_deleted_after_it(tmp_path: Path, unbroken: Path) -> None:
     folder = tmp_path / "run"
-    outcome = run(folder, "exp_manager.checkpoints.keep_last=1", faults=[Fault(SAVING + "write_archive", die, call=2)])
+    outcome = run(folder, "exp_manager.checkpoints.keep_last=1", faults=[Fault(WRITE, die, call=4)])
     assert outcome.codes == [1]
     assert "MemoryError: killed in the test" in outcome.errors, "a bug of ours keeps its traceback"
     assert assert_whole(folder) == [2]

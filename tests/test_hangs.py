@@ -76,7 +76,7 @@ def test_slow_steps_slow_validation_and_long_saves_are_no_hangs(tmp_path: Path) 
     faults = [
         Fault(STEP, take_a_while, rank=1, repeated=True),
         Fault(VALIDATION, take_a_while, rank=0, repeated=True),
-        Fault(WRITE, take_longer_than_the_timeout),
+        Fault(WRITE, take_longer_than_the_timeout, call=2),
     ]
     timeout, saving = "trainer.hang_timeout_seconds=3", "exp_manager.checkpoints.in_background=false"
     outcome = run(tmp_path / "run", *SETTINGS, timeout, saving, ranks=2, faults=faults)
@@ -130,7 +130,7 @@ def test_the_first_step_and_a_save_may_take_longer(tmp_path: Path, monkeypatch: 
     assert not ends(first, monkeypatch, [3.0] * 299)
     assert ends(first, monkeypatch, [3.0] * 2)
     watch = watch_in(tmp_path)
-    with watch.patience():
+    with watch.long_operation():
         assert not ends(watch, monkeypatch, [3.0] * 1199)
     assert not ends(watch, monkeypatch, [3.0] * 10)
     assert ends(watch, monkeypatch, [3.0])

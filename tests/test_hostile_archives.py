@@ -37,8 +37,8 @@ from bionemo_esm.model.archive import CONFIG, MANIFEST, STATE, STATE_TENSORS, WE
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.nemo_connector import describe
-from bionemo_esm.pretraining.async_writer import BackgroundWriter
-from bionemo_esm.pretraining.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint
+from bionemo_esm.pretraining.checkpoints import AsyncWriter, Checkpoints, SafeCheckpointIO
+from bionemo_esm.pretraining.resume import newest_checkpoint
 from models import tiny_model
 
 Members = dict[str, bytes]
@@ -113,7 +113,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Members]:
 
 
 def load_checkpoint(path: Path) -> Any:
-    return SafeCheckpointIO(BackgroundWriter(False)).load_checkpoint(path)
+    return SafeCheckpointIO(AsyncWriter(False)).load_checkpoint(path)
 
 
 NEMO_READERS = (lambda p: ESM1nvModel.restore_from(str(p)), lambda p: ModelPT.restore_from(str(p)))

@@ -80,7 +80,7 @@ def test_a_probe_has_no_say_in_what_a_run_is(labels: Path) -> None:
     assert with_one.probe is not None
     assert without.probe is None
     assert with_one.run_folder == without.run_folder
-    assert with_one.told != without.told, "ranks that were told of another probe are found out"
+    assert with_one.settings_text != without.settings_text, "ranks that were told of another probe are found out"
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_generators_modes_and_gradients_stay_as_they_are(labels: Path) -> None:
     modes = {name: module.training for name, module in model.named_modules()}
     before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()
     probe = probe_of(probed(labels))
-    first, second = (probe._found(stub(), model) for _ in range(2))
+    first, second = (probe._measure_head(stub(), model) for _ in range(2))
     assert first == second, "dropout, or chance, is at work"
     after = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()
     assert torch.equal(before[0], after[0])
@@ -112,7 +112,7 @@ def test_a_state_that_is_not_finite_gives_no_score_and_no_error(labels: Path) ->
     model = tiny_model()
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
-    found = probe_of(probed(labels))._found(stub(), model)
+    found = probe_of(probed(labels))._measure_head(stub(), model)
     assert found is not None
     assert found["score"] is None
     assert found["one_hot"] > 0.4

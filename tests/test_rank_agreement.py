@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.pretraining import rank_agreement as muster
-from bionemo_esm.pretraining.rank_agreement import RankAgreement, RankAgreementError, assembled, versions
+from bionemo_esm.pretraining import preflight
+from bionemo_esm.pretraining.preflight import RankAgreement, RankAgreementError, launched_ranks, versions
 from bionemo_esm.pretraining.recipe import Recipe
 from bionemo_esm.pretraining.run_context import RunContext
 from faults import Fault, Outcome, run
@@ -26,8 +26,8 @@ def refuse(message: str) -> None:
 
 def another_number_of_checkpoints(recipe: Recipe) -> Recipe:
     """A setting that would go unnoticed for the whole run."""
-    saving = replace(recipe.exp_manager.checkpoints, keep_last=9)
-    return replace(recipe, exp_manager=replace(recipe.exp_manager, checkpoints=saving))
+    saving = recipe.exp_manager.checkpoints.replace(keep_last=9)
+    return recipe.replace(exp_manager=recipe.exp_manager.replace(checkpoints=saving))
 
 
 def another_torch(found: dict[str, str]) -> dict[str, str]:
@@ -35,11 +35,11 @@ def another_torch(found: dict[str, str]) -> dict[str, str]:
 
 
 def another_seed(prepared: RunContext) -> RunContext:
-    return replace(prepared, recipe=replace(prepared.recipe, seed=7))
+    return replace(prepared, recipe=prepared.recipe.replace(seed=7))
 
 
 def wait_three_seconds_only() -> None:
-    muster._TO_COME_TOGETHER = timedelta(seconds=3)
+    preflight._RENDEZVOUS_TIMEOUT = timedelta(seconds=3)
 
 
 def assert_one_message(outcome: Outcome, folder: Path, *parts: str) -> None:
@@ -67,7 +67,7 @@ def assert_one_message(outcome: Outcome, folder: Path, *parts: str) -> None:
         (Fault(RUN + "versions", spoil=another_torch, rank=1), ("rank 1 (", "torch = 1.0; rank 0 has 2.")),
         (Fault(RUN + "RunContext.of", spoil=another_seed, rank=2), ("rank 2 (", "seed = 7; rank 0 has 42")),
         (
-            Fault(RUN + "build_proteins", functools.partial(refuse, "sample.fasta is damaged")),
+            Fault(RUN + "build_run_store", functools.partial(refuse, "sample.fasta is damaged")),
             ("error: sample.fasta is damaged",),
         ),
         (
@@ -105,8 +105,8 @@ def test_a_rank_that_dies_in_the_checks_ends_the_others(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_never_comes_is_not_waited_for_without_end(tmp_path: Path) -> None:
-    absent = Fault(RUN + "assembled", functools.partial(os._exit, 9), rank=1)
-    impatient = Fault(RUN + "assembled", wait_three_seconds_only)
+    absent = Fault(RUN + "launched_ranks", functools.partial(os._exit, 9), rank=1)
+    impatient = Fault(RUN + "launched_ranks", wait_three_seconds_only)
     outcome = run(tmp_path / "run", "data.micro_batch_size=4", ranks=2, faults=[absent, impatient])
     assert outcome.codes == [2, 9]
     assert "error: rank 0 of 2 waited in vain for the others at 127.0.0.1:" in outcome.errors
@@ -115,13 +115,13 @@ def test_a_rank_that_never_comes_is_not_waited_for_without_end(tmp_path: Path) -
 def test_one_process_alone_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
-    with assembled() as alone:
+    with launched_ranks() as alone:
         assert alone == RankAgreement(0, 1)
         assert alone.launched is None
-        assert alone.together(lambda: 3, lambda _: versions()) == 3
-        assert alone.first(lambda: "x") == "x"
+        assert alone.on_every_rank(lambda: 3, lambda _: versions()) == 3
+        assert alone.on_rank_zero(lambda: "x") == "x"
         with pytest.raises(ConfigError, match="mine"):
-            alone.together(functools.partial(refuse, "mine"))
+            alone.on_every_rank(functools.partial(refuse, "mine"))
 
 
 def test_a_slurm_job_without_srun_is_told_to_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,11 +129,11 @@ def test_a_slurm_job_without_srun_is_told_to_use_it(monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_JOB_NAME", "esm")
-    with pytest.raises(ConfigError, match="8 tasks, but the process was not started by srun"), assembled():
+    with pytest.raises(ConfigError, match="8 tasks, but the process was not started by srun"), launched_ranks():
         pass
 
 
 def test_many_differences_are_named_in_part() -> None:
-    notes = [{"host": "a", "error": None, "account": {str(key): rank for key in range(9)}} for rank in range(2)]
+    notes = [{"host": "a", "error": None, "values": {str(key): rank for key in range(9)}} for rank in range(2)]
     with pytest.raises(RankAgreementError, match="and 5 more"):
-        muster._compare(notes)
+        preflight._compare(notes)

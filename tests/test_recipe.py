@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from bionemo_esm.console import duration
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.pretraining.recipe import Recipe, load_recipe
 from bionemo_esm.pretraining.run_context import validation_batch_size
-from errors import refused
+from errors import assert_sections_must_be_mappings, refused
 from models import tiny_model
 from runs import composed
 
@@ -27,7 +26,7 @@ def test_the_default_recipe_on_22_nodes_is_the_model_cards_phase_1() -> None:
     assert card.trainer.world_size == 176
     assert card.global_batch_size == 65_120
     assert card.trainer.max_steps == 349_500
-    assert card.departure() is None
+    assert card.batch_departure() is None
     assert (card.optim.betas, card.optim.weight_decay) == ((0.9, 0.98), 0.01)
     assert (card.optim.lr, card.optim.min_lr) == (2e-4, 2e-5)
     assert (card.optim.warmup_steps, card.optim.constant_steps, card.optim.max_steps) == (500, 50_000, 957_610)
@@ -61,7 +60,7 @@ def test_phase_2_goes_on_with_the_schedule_of_phase_1_in_batches_of_144_gpus() -
     assert second.exp_manager.checkpoints.average_last == 47
     assert second.published is not None
     assert second.published.continues == "esm1nv_phase1"
-    assert second.departure() is None
+    assert second.batch_departure() is None
 
 
 def test_esm1b_is_trained_in_batches_of_131072_tokens_on_128_gpus() -> None:
@@ -72,10 +71,10 @@ def test_esm1b_is_trained_in_batches_of_131072_tokens_on_128_gpus() -> None:
     assert card.trainer.max_steps == 500_000
     assert card.data.global_batch_tokens == 131_072
     assert card.global_batch_size is None
-    assert card.sequences_of_a_batch(256.0) == 512
+    assert card.mean_batch_sequences(256.0) == 512
     assert (card.optim.lr, card.optim.warmup_steps, card.optim.schedule) == (1e-4, 16_000, "InverseSquareRoot")
     assert (card.optim.betas, card.optim.weight_decay) == ((0.9, 0.999), 0.0)
-    assert card.departure() is None
+    assert card.batch_departure() is None
 
 
 @pytest.mark.parametrize(
@@ -90,22 +89,22 @@ def test_other_machines_accumulate_to_the_same_global_batch(machine: tuple[str, 
     micro = ("data.micro_batch_size=185",) if machine == ("trainer.num_nodes=44",) else ()
     other = recipe(*machine, *micro)
     assert other.batch_plan().accumulation == accumulation
-    assert other.departure() is None
+    assert other.batch_departure() is None
     assert other.fingerprint == recipe().fingerprint
 
 
 def test_another_global_batch_is_said_to_be_another_optimisation() -> None:
     other = recipe("data.global_batch_size=null", "trainer.num_nodes=2")
     assert other.global_batch_size == 5_920
-    assert "5,920 sequences, the recipe's 65,120: this is another optimisation" in (other.departure() or "")
-    assert "data.global_batch_size=65120 keeps it" in (other.departure() or "")
+    assert "5,920 sequences, the recipe's 65,120: this is another optimisation" in (other.batch_departure() or "")
+    assert "data.global_batch_size=65120 keeps it" in (other.batch_departure() or "")
     pairs = recipe("data.global_batch_size=null", "trainer.num_nodes=2", "trainer.tensor_model_parallel_size=2")
     assert pairs.global_batch_size == 2_960, "two devices that share a copy share its sequences"
     tokens = recipe("recipe=esm1b", "data.global_batch_tokens=262144")
-    assert "262,144 tokens, the recipe's 131,072" in (tokens.departure() or "")
+    assert "262,144 tokens, the recipe's 131,072" in (tokens.batch_departure() or "")
     sequences = recipe("recipe=esm1b", "data.global_batch_tokens=null", "data.global_batch_size=512")
-    assert "not counted in tokens" in (sequences.departure() or "")
-    assert recipe("recipe=laptop", "data.global_batch_size=32").departure() is None
+    assert "not counted in tokens" in (sequences.batch_departure() or "")
+    assert recipe("recipe=laptop", "data.global_batch_size=32").batch_departure() is None
 
 
 @pytest.mark.parametrize(
@@ -175,8 +174,8 @@ def test_adapting_asks_for_proteins_of_ones_own_or_for_the_sample_by_name(tmp_pa
             recipe(*adapting, *missing)
     sample, mine = recipe(*adapting, "data=sample"), recipe(*adapting, "data.fasta=mine.fasta")
     assert (sample.data.fasta, sample.data.store) == (None, None)
-    assert mine.data == replace(sample.data, fasta=Path("mine.fasta"))
-    assert recipe(*adapting, "data.store=mine").data == replace(sample.data, store=Path("mine"))
+    assert mine.data == sample.data.replace(fasta=Path("mine.fasta"))
+    assert recipe(*adapting, "data.store=mine").data == sample.data.replace(store=Path("mine"))
     assert recipe("recipe=laptop", "data=own", "data.store=x") == recipe("recipe=laptop", "data.store=x")
     with pytest.raises(ConfigError, match=r"data\.own must be true or false, not 'yes, mine'"):
         recipe(*adapting, "data.own='yes, mine'")
@@ -194,7 +193,7 @@ def test_a_store_counts_by_what_is_in_it_wherever_it_lies(tmp_path: Path) -> Non
 
 def test_other_ranks_with_the_same_global_batch_are_the_same_run() -> None:
     laptop = recipe("recipe=laptop", "data.global_batch_size=8", "data.micro_batch_size=4")
-    assert replace(laptop, trainer=replace(laptop.trainer, devices=2)).fingerprint == laptop.fingerprint
+    assert laptop.replace(trainer=laptop.trainer.replace(devices=2)).fingerprint == laptop.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -208,3 +207,14 @@ def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
 def test_a_runs_name_is_that_of_one_folder(name: str) -> None:
     with pytest.raises(ConfigError, match=r"exp_manager\.name must be the name of one folder"):
         recipe("recipe=laptop", f"exp_manager.name={name}")
+
+
+def test_a_section_that_is_no_mapping_is_refused() -> None:
+    cfg = composed("recipe=esm1nv_phase1", "probe.task=secondary_structure", "probe.data.train=x")
+    assert_sections_must_be_mappings(load_recipe, cfg, optional=("published", "probe", "probe.data"))
+
+
+def test_a_masking_policy_that_is_null_or_zero_is_refused() -> None:
+    for value in ("0", "false", "null", "5"):
+        with pytest.raises(ConfigError, match=r"^data\.masking must be a mapping, not "):
+            recipe("recipe=laptop", f"data.masking={value}")

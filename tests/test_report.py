@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -241,13 +242,11 @@ def test_a_write_that_fails_half_way_leaves_the_old_report_and_no_piece_of_the_n
     write_report(tmp_path)
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     put(tmp_path, curve(), name="another")
-    write_bytes = Path.write_bytes
 
-    def full_disk(path: Path, content: bytes) -> int:
-        write_bytes(path, content[: len(content) // 2])
+    def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_report(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(old)

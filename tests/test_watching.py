@@ -17,10 +17,9 @@ from bionemo_esm.data.collate import pack
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.costs import training_flops
 from bionemo_esm.model.step_stats import StepStats, Stopwatch, measure_step
+from bionemo_esm.pretraining import callbacks as measurements
 from bionemo_esm.pretraining import hang_watch as resiliency
-from bionemo_esm.pretraining import throughput as measurements
-from bionemo_esm.pretraining.callbacks import Progress
-from bionemo_esm.pretraining.throughput import MEASURED, DataWaitTimer, Measurements, ThroughputMeter
+from bionemo_esm.pretraining.callbacks import MEASURED, DataWaitTimer, Measurements, Progress, ThroughputMeter
 from faults import Fault, history, run
 from runs import run_here
 
@@ -118,15 +117,15 @@ def test_flops_use_the_squares_of_each_sequence() -> None:
 
 def test_mfu_is_flops_over_time_ranks_and_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurements, "device_flops", lambda *_: 1e12)
-    config, gauges, watch = EncoderConfig(), ThroughputMeter(), Stopwatch()
+    config, meter, watch = EncoderConfig(), ThroughputMeter(), Stopwatch()
     model: Any = SimpleNamespace(stopwatch=watch, device=CPU, encoder_config=config)
     model.parameters = lambda: iter([torch.zeros(1)])
     monkeypatch.setattr(measurements, "_of_all_ranks", lambda *_: [[1.0, 0.2, 3.0], [1.5, 0.1, 4.0], [1.0, 0.0, 2.0]])
     work = StepStats(targets=15, residues=98, tokens=100, squared_lengths=5000)
-    gauges.add(work, 0.5)
-    gauges.add(work, 1.5)
-    assert gauges.tokens_per_second == 100
-    measured = gauges.read(model)
+    meter.add(work, 0.5)
+    meter.add(work, 1.5)
+    assert meter.tokens_per_second == 100
+    measured = meter.read(model)
     expected = 2 * training_flops(config, 100, 5000, 15) / 2.0 / 3
     assert measured.flops_per_second_per_device == expected
     assert measured.mfu == expected / 1e12
@@ -134,7 +133,7 @@ def test_mfu_is_flops_over_time_ranks_and_the_best(monkeypatch: pytest.MonkeyPat
     assert (measured.data_wait_seconds, measured.data_wait_share) == (0.1, 0.1)
     assert (measured.slowest_rank, measured.slowest_rank_excess) == (1, 0.5)
     assert measured.memory_gb == 4.0
-    assert gauges.steps == 0
+    assert meter.steps == 0
 
 
 def test_the_stopwatch_counts_blocks_and_starts_anew_when_read() -> None:
@@ -164,11 +163,11 @@ def test_only_waiting_for_training_batches_counts() -> None:
 def test_the_progress_line_says_what_holds_a_run_up_and_fits_a_line(share: float, excess: float, said: str) -> None:
     values = dict.fromkeys(MEASURED, 0.5) | {"tokens_per_second": 12_345_678.0, "mfu": 0.41}
     values |= {"data_wait_share": share, "slowest_rank": 17, "slowest_rank_excess": excess}
-    gauges = ThroughputMeter()
-    gauges.latest = Measurements(**values)  # type: ignore[arg-type]
+    meter = ThroughputMeter()
+    meter.latest = Measurements(**values)  # type: ignore[arg-type]
     shown: list[str] = []
     console: Any = SimpleNamespace(is_terminal=True, progress=shown.append)
-    watching: Any = SimpleNamespace(gauges=gauges, seconds_left=lambda _: 3.52 * 86400)
+    watching: Any = SimpleNamespace(meter=meter, seconds_left=lambda _: 3.52 * 86400)
     progress = Progress(console, watching, 18.0)
     report = SimpleNamespace(loss=2.345, learning_rate=2e-4)
     progress._show(SimpleNamespace(global_step=349_400, max_steps=349_500), report)  # type: ignore[arg-type]

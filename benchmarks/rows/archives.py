@@ -24,7 +24,7 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import Archive, ArchiveFile, write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.nemo_connector import ESMSaveRestoreConnector, describe
-from bionemo_esm.pretraining.checkpoints import Copies
+from bionemo_esm.pretraining.checkpoints import StateCopies
 
 ESM1NV = {"num_layers": 6, "hidden_size": 768, "num_attention_heads": 12}
 TINY = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4}
@@ -196,7 +196,7 @@ def _waiting(setting: Setting) -> Row:
     archive = training_state(setting)
     plain = {"state_dict": dict(archive.weights), "state": archive.state}
     check_space(setting.folder, 8 * _size(archive.weights))
-    path, copies = setting.folder / "waited.ckpt", Copies()
+    path, copies = setting.folder / "waited.ckpt", StateCopies()
     expected = _flat(archive)
     assert not differing(_flat(copies.of(archive)), expected)
     torch.save(plain, path)

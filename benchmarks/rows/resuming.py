@@ -27,7 +27,7 @@ from bionemo_esm.data.dataloader import BatchPlan, TrainingBatches, training_loa
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.preprocess import BuildPolicy, build_store_from_splits
 from bionemo_esm.data.store import SPLITS, ProteinStore, StoreWriter
-from bionemo_esm.pretraining.data_setup import SAMPLE_FOLDER
+from bionemo_esm.pretraining.run_context import SAMPLE_FOLDER
 
 POSITION, EPOCH = 10_000_000, 12_000_000  # samples
 QUICK_POSITION, QUICK_EPOCH = 1_000, 1_500

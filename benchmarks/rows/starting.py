@@ -35,7 +35,7 @@ from bionemo_esm.data.store import SPLITS, ProteinStore
 from bionemo_esm.model.archive import write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.nemo_connector import describe
-from bionemo_esm.pretraining.data_setup import SAMPLE_FOLDER
+from bionemo_esm.pretraining.run_context import SAMPLE_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_START_SECONDS = 300.0

@@ -1,8 +1,8 @@
-"""The average of the last checkpoints' weights, as ESM-1nv's final model is one of the last 47.
+"""The mean of the last checkpoints' weights; ESM-1nv's final model is the mean of the last 47.
 
-One function for the end of a run and for the command; so the two agree bit for bit. Weights are added up in float64,
-oldest first, a piece of a tensor at a time: what is held is the averaged model and a few pieces more, however many
-there are. Each file is read once, and hashed while it is: no mean is given out before every hash has been compared.
+A run's end and the command call the same function, so they agree bit for bit. Weights are summed in float64, oldest
+first, a block of a tensor at a time: memory holds the mean and a few blocks, for any number of files. Each file is read
+and hashed once; nothing is returned before all hashes are verified.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from torch import Tensor
 from bionemo_esm.errors import UserError
 from bionemo_esm.model.archive import WEIGHTS, Archive, ArchiveFile, TensorReader, write_archive
 
-_PIECE = 2**18  # numbers of a tensor at a time, whose sum in float64 stays within the cache of a core
-_MOST_THREADS = 4  # to read and hash; more than a disk and a memory serve
+_BLOCK = 2**18  # elements; their float64 sum fits into the cache of a core
+_MOST_THREADS = 4  # that read and hash; more do not help
 
 Progress = Callable[[int, int], None]
-"""Called with bytes read and bytes to read."""
+"""Called with the bytes read so far and the total."""
 
 
 class AveragingError(UserError):
-    """Checkpoints that must not be averaged; the message names the file."""
+    """Checkpoints that cannot be averaged; the message names the file."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint or an archive whose weights go into an average."""
+    """A checkpoint or an archive to be averaged."""
 
     file: ArchiveFile
     step: int
@@ -58,12 +58,12 @@ class Source:
 
     @property
     def interval(self) -> int | None:
-        """Steps between the checkpoints of the run that wrote it; None for what a run exported at its end."""
+        """Steps between the checkpoints of its run; None for the final archive of a run."""
         interval = self._schedule.get("every_n_train_steps")
         return interval if type(interval) is int and interval > 0 else None
 
     def is_on_schedule(self, newest: Source) -> bool:
-        """False where it was saved because of a stop or a good validation, or at an end that was not the last."""
+        """Whether the schedule saved it, and not a stop, the best validation, or the end of an earlier session."""
         if self._schedule.get("on_schedule", True) is not True:
             return False
         return self.interval is None or self.step % self.interval == 0 or self is newest
@@ -74,12 +74,12 @@ class Source:
         return schedule if isinstance(schedule, dict) else {}
 
     def describe(self) -> dict[str, Any]:
-        """For the provenance of the result."""
+        """Return its entry in the provenance of the mean."""
         return {"file": self.path.name, "steps": self.step, "weights_sha256": self.file.weights_sha256}
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths and patterns name. Raises `AveragingError` for one that names none."""
+    """Return the files of paths and glob patterns. Raises `AveragingError` for one without a file."""
     found: dict[Path, None] = {}
     for pattern in patterns:
         if Path(pattern).is_dir():
@@ -95,11 +95,10 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 
 def select(paths: Sequence[Path], last: int | None) -> tuple[list[Source], list[str]]:
-    """The last so many (None: all) of some checkpoints, oldest first, and a note on each that was passed over.
+    """Return the last checkpoints (None: all), oldest first, and a note for each that is skipped.
 
-    Those that a run saved off its schedule, because it was stopped or validated well, are passed over: they depend on
-    when somebody pressed Ctrl-C. Raises `AveragingError` when there are too few, when one of the series is missing,
-    or when two are the same.
+    Checkpoints off the run's schedule are skipped: they depend on the moment of a stop. Raises `AveragingError` if
+    there are too few, if one of the series is missing, or if two are equal.
     """
     every = sorted(
         (Source.open(path) for path in paths), key=lambda source: (source.step, source.file.weights_sha256, source.path)
@@ -118,10 +117,10 @@ def select(paths: Sequence[Path], last: int | None) -> tuple[list[Source], list[
 
 
 def average(sources: Sequence[Source], progress: Progress = lambda done, total: None) -> Archive:
-    """The mean of the weights, float32, in an archive like the last source's that names all of them.
+    """Return the mean of the weights, float32, in an archive like the last source's that names all sources.
 
-    Raises `ArchiveError` or `AveragingError`, naming the file, for damage, for models that differ, and for a number
-    that is not finite.
+    Raises `ArchiveError` or `AveragingError`, naming the file, for damage, for different architectures, and for weights
+    that are not finite.
     """
     last = sources[-1]
     _check_same_model(sources)
@@ -133,7 +132,7 @@ def average(sources: Sequence[Source], progress: Progress = lambda done, total: 
 
 @dataclass(frozen=True)
 class AverageReport:
-    """What went into an average, oldest first, and what was passed over."""
+    """The averaged sources, oldest first, and notes on skipped ones."""
 
     sources: list[Source]
     notes: list[str]
@@ -142,22 +141,22 @@ class AverageReport:
 def average_checkpoints(
     paths: Sequence[Path], last: int | None, output: Path, progress: Progress | None = None
 ) -> AverageReport:
-    """Average the last so many (None: all) of `paths` into `output`. Raises as `select` and `average` do."""
+    """Write the mean of the last checkpoints (None: all) to `output`. Raises as `select` and `average` do."""
     sources, notes = select(paths, last)
     write_archive(output, average(sources, progress or (lambda done, total: None)))
     return AverageReport(sources, notes)
 
 
 def _means(files: Sequence[ArchiveFile], progress: Progress) -> dict[str, Tensor]:
-    """The means of all tensors, float32, from one pass over the files side by side."""
+    """Return the means of all tensors, float32, from one parallel pass over the files."""
     last, readers = files[-1].weights, [file.read_weights_once() for file in files]
     means = {name: torch.empty(info.shape, dtype=torch.float32) for name, info in last.infos.items()}
     done, total = 0, sum(file.weights.data.size for file in files)
     with ThreadPoolExecutor(threads := min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
-        ahead = _Ahead(pool, readers, torch.empty(threads + 1, _PIECE, dtype=torch.float32))
+        ahead = _Prefetcher(pool, readers, torch.empty(threads + 1, _BLOCK, dtype=torch.float32))
         for name, mean in means.items():
             dtypes = [file.weights.dtype(name) for file in files]
-            for piece in mean.view(-1).split(_PIECE):
+            for piece in mean.view(-1).split(_BLOCK):
                 if not _mean(ahead.read(dtypes, len(piece)), len(files), piece):
                     raise _not_finite(files, name)
                 progress(done := done + len(piece) * sum(dtype.itemsize for dtype in dtypes), total)
@@ -167,49 +166,49 @@ def _means(files: Sequence[ArchiveFile], progress: Progress) -> dict[str, Tensor
 
 
 def _mean(numbers: Iterator[Tensor], count: int, mean: Tensor) -> bool:
-    """Put the mean of `count` tensors into `mean` (float32 [n]), added up in float64; False where one is not finite."""
-    total = np.full(len(mean), -0.0)  # adds nothing, not even a sign
+    """Fill `mean`, float32 [n], with the mean of `count` tensors, summed in float64. Return whether it is finite."""
+    total = np.full(len(mean), -0.0)  # -0.0 is the neutral element of the sum
     with np.errstate(invalid="ignore"):
         for read in numbers:
             np.add(total, read.float().numpy(), out=total)
-    if not np.isfinite(total).all():  # float32 cannot overflow float64: one of them is not finite itself
+    if not np.isfinite(total).all():  # a sum of float32 cannot overflow float64
         return False
     np.divide(total, count, out=total)
     mean.numpy()[:] = total
     return True
 
 
-class _Ahead:
-    """Reads the next piece of every file in turn, and hashes it, in threads: while one is added up, others are read."""
+class _Prefetcher:
+    """Reads and hashes the next block of every file in threads, ahead of the sum."""
 
     def __init__(self, pool: Executor, readers: Sequence[TensorReader], buffers: Tensor) -> None:
-        """buffers: float32 [pieces under way, numbers of a piece]."""
+        """buffers: float32 [blocks in flight, elements of a block]."""
         self.pool, self.readers, self.buffers = pool, readers, buffers
 
     def read(self, dtypes: Sequence[torch.dtype], count: int) -> Iterator[Tensor]:
-        """The next `count` numbers of each file, [count] of its dtype; good until the next is asked for."""
-        under_way: deque[Future[Tensor]] = deque()
+        """Yield the next `count` elements of each file, [count] of its dtype, valid until the next one."""
+        in_flight: deque[Future[Tensor]] = deque()
         for number, (reader, dtype) in enumerate(zip(self.readers, dtypes, strict=True)):
-            if len(under_way) == len(self.buffers):
-                yield under_way.popleft().result()
+            if len(in_flight) == len(self.buffers):
+                yield in_flight.popleft().result()
             buffer = self.buffers[number % len(self.buffers)].view(dtype)[:count]
-            under_way.append(self.pool.submit(reader.read_into, buffer))
-        while under_way:
-            yield under_way.popleft().result()
+            in_flight.append(self.pool.submit(reader.read_into, buffer))
+        while in_flight:
+            yield in_flight.popleft().result()
 
 
 def _not_finite(files: Sequence[ArchiveFile], name: str) -> UserError:
-    """Which file it is; damage, which may look like this, is told first."""
+    """Return the error that names the file. Damage, which may cause NaN, is reported first."""
     for file in files:
         file.verify(WEIGHTS)
-    culprit = next((file.path for file in files if not file.weights.load(name).isfinite().all()), None)
-    if culprit is None:
+    found = next((file.path for file in files if not file.weights.load(name).isfinite().all()), None)
+    if found is None:
         return AveragingError(f"{files[-1].path.parent}: a file changed while tensor {name!r} was read; try again")
-    return AveragingError(f"{culprit}: tensor {name!r} holds NaN or infinity; leave this file out")
+    return AveragingError(f"{found}: tensor {name!r} holds NaN or infinity; leave this file out")
 
 
 def _check_series(sources: Sequence[Source]) -> None:
-    """One run, every step once, none missing in between."""
+    """Raise `AveragingError` unless the sources are one run's, without repeated or missing steps."""
     last = sources[-1]
     for source in sources:
         for key in ("seed", "data_manifest_sha256"):
@@ -262,6 +261,6 @@ def _shapes(file: ArchiveFile) -> dict[str, list[int]]:
 
 
 def _sizes(file: ArchiveFile) -> dict[str, Any]:
-    """What the configuration says of the architecture; dropout may differ."""
+    """Return the architecture, without dropout rates, which may differ."""
     encoder = file.config.get("encoder")
     return {key: value for key, value in encoder.items() if "dropout" not in key} if isinstance(encoder, dict) else {}

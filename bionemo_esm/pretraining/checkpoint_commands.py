@@ -1,58 +1,54 @@
-"""What people run on checkpoints and archives: averaging, and the conversion of legacy archives."""
+"""The commands `average` and `convert-legacy`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
+from pydantic import field_validator, model_validator
+from typing_extensions import Self
 
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, run_to_exit_code
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.settings import integer, known, path, plain_values
+from bionemo_esm.settings import PositiveInt, Settings, plain_values
 
 
-@dataclass(frozen=True)
-class AverageConfig:
-    """Which checkpoints to average into what."""
+class AverageConfig(Settings):
+    """The configuration of `average`: conf/average_checkpoints.yaml."""
 
     checkpoints: tuple[str, ...]  # paths and patterns
-    last: int | None  # null: all
+    last: PositiveInt | None  # null: all
     output: Path
 
-    def __post_init__(self) -> None:
-        if self.last is not None and self.last < 1:
-            raise ConfigError(f"last must be at least 1, or null for all, not {self.last}")
+    @field_validator("checkpoints", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        patterns = value if isinstance(value, list | tuple) else [value]
+        if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+            raise ConfigError(f"checkpoints must be a path, a pattern or a list of them, not {value!r}")
+        return patterns
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.output.exists():
             raise ConfigError(f"output: {self.output} exists already; remove it or choose another name")
         if self.output.suffix != ".nemo":
             raise ConfigError(f"output: {self.output} must end in .nemo")
-
-
-def load_average_config(cfg: DictConfig) -> AverageConfig:
-    """Raises `ConfigError`, naming the key, for one that is unknown, missing or of the wrong kind."""
-    values = known("", plain_values(cfg), {"checkpoints", "last", "output"})
-    checkpoints = values["checkpoints"]
-    patterns = checkpoints if isinstance(checkpoints, list) else [checkpoints]
-    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ConfigError(f"checkpoints must be a path, a pattern or a list of them, not {checkpoints!r}")
-    output = path("output", values["output"])
-    if output is None:
-        raise ConfigError("output must be the path of the .nemo to write")
-    last = values["last"]
-    return AverageConfig(tuple(patterns), None if last is None else integer("last", last), output)
+        return self
 
 
 def average(cfg: DictConfig) -> None:
     """Average checkpoints as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
-    run_to_exit_code(lambda: _average(load_average_config(cfg)), "Interrupted; nothing was written.")
+    run_to_exit_code(lambda: _average(cfg), "Interrupted; nothing was written.")
 
 
-def _average(config: AverageConfig) -> int:
+def _average(cfg: DictConfig) -> int:
+    config = AverageConfig.from_config(plain_values(cfg))
     from bionemo_esm.pretraining.averaging import average_checkpoints, find_files  # torch takes a second to import
 
     console = Console(sys.stdout)

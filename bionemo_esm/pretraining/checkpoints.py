@@ -1,17 +1,18 @@
-"""Checkpoints to go on from: written whole or not at all, in the background, deleted when a newer one is safe.
+"""What a run writes while it trains: checkpoints, and snapshots of the weights for the average.
 
-NeMo's checkpoint callback keeps state in file names, unpickles what it reads, and heeds preemption on GPUs only; this
-one takes its place.
-
-Where a run begins: at nothing, at its own newest checkpoint, or at the checkpoint of a run that it continues.
+Files are written atomically, in the background; an old one is deleted when a newer one is on disk. This replaces NeMo's
+checkpoint callback, which keeps state in file names, unpickles what it reads, and handles preemption on GPUs only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,41 +20,36 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from bionemo_esm.console import Console, is_rank_zero
-from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.errors import UserError
 from bionemo_esm.files import fsync_directory
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
+from bionemo_esm.model.nemo_connector import describe
 from bionemo_esm.model.parallel import world_sum
 from bionemo_esm.model.safe_serialization import put_tensors_back, take_out_tensors
 from bionemo_esm.model.validate import check_sizes
-from bionemo_esm.pretraining.async_writer import BackgroundWriter
+from bionemo_esm.pretraining.averaging import AveragingError, Progress, average_checkpoints
 from bionemo_esm.pretraining.recipe import CheckpointConfig
-from bionemo_esm.pretraining.signals import StopSignals
+from bionemo_esm.pretraining.resume import DAMAGED, CheckpointError, list_checkpoints, recorded_step
 
 _STATE_KEYS = {"steps", "consumed_samples", "identity", "guard", "callbacks", "optimizer_states", "lr_schedulers"}
-DAMAGED = ".damaged"  # appended to the name of a checkpoint that could not be read
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read or written; the message names the file."""
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints as archives: the model under its own members, all else as plain values and tensors.
+    """Store Lightning's checkpoints as archives: a model's members, and the other state as plain values and tensors.
 
-    `ESM1nvModel.on_save_checkpoint` leaves the model's `Archive` under the key "model", and finds it there again.
+    `ESM1nvModel.on_save_checkpoint` puts the model's `Archive` under the key "model"; loading returns it there.
     """
 
-    def __init__(self, writer: BackgroundWriter) -> None:
+    def __init__(self, writer: AsyncWriter) -> None:
         self.writer = writer
-        self._copies = Copies()
+        self._copies = StateCopies()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Copy the state and hand it to the writer; training may go on as soon as this returns.
+        """Copy the state and submit it to the writer; training may continue when this returns.
 
-        The copy's memory is used again: the writer must be done with the checkpoint before, as `Checkpoints` sees to.
-        `storage_options` are recorded in the manifest as `checkpoint`.
+        The copy's buffers are reused, so the previous checkpoint must be on disk; `Checkpoints` waits for it.
+        storage_options: recorded in the manifest as `checkpoint`.
         """
         archive: Archive = checkpoint.pop("model")
         provenance = {**archive.provenance, "checkpoint": dict(storage_options or {})}
@@ -61,7 +57,7 @@ class SafeCheckpointIO(CheckpointIO):
         self.writer.submit(lambda: write_archive(Path(path), frozen))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Raises `ArchiveError` for a file that is missing or damaged, or is no checkpoint."""
+        """Return Lightning's checkpoint. Raises `ArchiveError` for a missing or damaged file, or for no checkpoint."""
         file = ArchiveFile.open(Path(path))
         check_sizes(file)
         state = file.load_state()
@@ -69,24 +65,24 @@ class SafeCheckpointIO(CheckpointIO):
             raise ArchiveError(f"{path}: state.json has no {missing[0]!r}; it is not of a pretraining run")
         weights = file.load_weights()
         state["model"] = Archive(file.model_class, file.config, weights, file.provenance)
-        state["state_dict"] = {}  # Lightning asks for it; `ESM1nvModel.on_load_checkpoint` loads
+        state["state_dict"] = {}  # Lightning requires the key; `ESM1nvModel.on_load_checkpoint` loads
         return state
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-class Copies:
-    """Copies of archives, on the CPU, which training does not change; each is overwritten by the next.
+class StateCopies:
+    """Copies archives into CPU buffers, so that training cannot change them. Each copy overwrites the one before.
 
-    Memory is asked for once: new memory costs the system more time than copying does.
+    Buffers are reused: the system needs more time for new memory than for the copy.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def of(self, archive: Archive) -> Archive:
-        """The same with its own copy of every tensor. Raises `TypeError` for a state that is not plain."""
+        """Return a copy of the archive with all tensors. Raises `TypeError` for a state that is not plain values."""
         tree, tensors = take_out_tensors({"weights": dict(archive.weights), "state": archive.state})
         copied = put_tensors_back(tree, {place: self._copy(place, tensor) for place, tensor in tensors.items()})
         return replace(archive, weights=copied["weights"], state=copied["state"])
@@ -101,10 +97,10 @@ class Copies:
 
 
 class Checkpoints(Callback):
-    """Writes `step-….ckpt` every n steps, at the end, and when a signal or the model asks the run to stop.
+    """Write `step-….ckpt` every n steps, at the end, and before a stop.
 
-    The last `keep_last` stay, and the one with the lowest validation loss. A signal to any rank lets the step or the
-    batch of validation under way finish, then saves and ends training on all ranks.
+    The last `keep_last` checkpoints stay, and the one with the lowest validation loss. After a signal to any rank, all
+    ranks finish the current step or validation batch, save, and stop.
     """
 
     def __init__(
@@ -112,18 +108,18 @@ class Checkpoints(Callback):
         folder: Path,
         config: CheckpointConfig,
         signals: StopSignals,
-        writer: BackgroundWriter,
-        patience: Callable[[], AbstractContextManager[None]] = nullcontext,
+        writer: AsyncWriter,
+        long_operation: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`patience`: entered around every save, which may take long; it tells those who watch for hangs."""
+        """long_operation: a context for every save; `HangWatch.long_operation` allows it more time."""
         self.folder, self.config, self.signals, self.writer = folder, config, signals, writer
-        self.patience = patience
-        self.best_step: int | None = None  # of the lowest validation loss so far
+        self.long_operation = long_operation
+        self.best_step: int | None = None  # with the lowest validation loss so far
         self.best_loss = float("inf")
         self._saved_step = -1
-        self._on_disk: list[Path] = []  # what may be deleted: written by this run, oldest first
+        self._on_disk: list[Path] = []  # written by this run, oldest first; these may be deleted
 
-    # --- what a checkpoint says of the others -----------------------------------------------------------------------
+    # --- state in checkpoints -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_step": self.best_step, "best_loss": self.best_loss}
@@ -131,18 +127,18 @@ class Checkpoints(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_step, self.best_loss = state_dict["best_step"], state_dict["best_loss"]
 
-    # --- when to save and when to stop ------------------------------------------------------------------------------
+    # --- when to save and stop ----------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ESM1nvModel)
-        self._check_that_ranks_agree(trainer, pl_module)
-        self._saved_step = -1 if pl_module.continues else trainer.global_step  # another run's is in another folder
+        self._check_same_step(trainer, pl_module)
+        self._saved_step = -1 if pl_module.continues else trainer.global_step  # a parent run's is in another directory
         self._on_disk = list_checkpoints(self.folder)
-        self.signals.listen()  # again: Lightning has put its own handler for SIGTERM in place
+        self.signals.install_handlers()  # again: Lightning has installed its own handler for SIGTERM
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, ESM1nvModel)
-        stop = self.must_stop(pl_module) or pl_module.gave_up
+        stop = self.should_stop_now(pl_module) or pl_module.gave_up
         if stop or trainer.global_step % self.config.every_n_train_steps == 0:
             self._save(trainer)
         if stop:
@@ -152,13 +148,13 @@ class Checkpoints(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """A stop breaks validation off; the run that goes on from here begins it anew."""
+        """Interrupt validation for a stop. The resumed run repeats it."""
         assert isinstance(pl_module, ESM1nvModel)
-        if batch_idx < pl_module.shared_validation_batches and self.must_stop(pl_module):
+        if batch_idx < pl_module.shared_validation_batches and self.should_stop_now(pl_module):
             pl_module.validation_interrupted = True
             self._save(trainer)
             trainer.should_stop = True
-            raise StopIteration  # by which Lightning's loop ends, in good order
+            raise StopIteration  # ends Lightning's validation loop
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ESM1nvModel)
@@ -167,21 +163,21 @@ class Checkpoints(Callback):
             return
         self.best_step, self.best_loss = trainer.global_step, result.loss
         self._save(trainer)
-        self._retire(trainer)  # also where it was saved before: another was the best until now
+        self._retire(trainer)  # also if this step was saved before: the best one has changed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
-        with self.patience():
+        with self.long_operation():
             self._wait_until_safe(pl_module)
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def path(self, step: int) -> Path:
-        """Of the checkpoint after a step. Nothing reads the number from the name: the manifest holds it."""
+        """Return the path of the checkpoint after a step. Readers take the step from the manifest instead."""
         return self.folder / f"step-{step:09d}.ckpt"
 
     def is_on_schedule(self, trainer: Trainer) -> bool:
-        """Whether an unbroken run would have saved here; others were saved because of a stop or a good validation."""
+        """Whether the schedule saves at this step; other saves are due to a stop or to the best validation loss."""
         return trainer.global_step % self.config.every_n_train_steps == 0 or trainer.global_step == trainer.max_steps
 
     def _save(self, trainer: Trainer) -> None:
@@ -192,14 +188,14 @@ class Checkpoints(Callback):
             "every_n_train_steps": self.config.every_n_train_steps,
             "on_schedule": self.is_on_schedule(trainer),
         }
-        with self.patience():
-            self._wait_until_safe(trainer.lightning_module)  # one state at a time is held in memory
+        with self.long_operation():
+            self._wait_until_safe(trainer.lightning_module)  # memory holds one state at a time
             trainer.save_checkpoint(path, storage_options=schedule)
         self._saved_step = trainer.global_step
         self._retire(trainer)
 
     def _retire(self, trainer: Trainer) -> None:
-        """When what is being written is safe: delete what is neither among the last nor the best as of now."""
+        """After the current write, delete checkpoints that are neither the last ones nor the best one."""
         if not trainer.is_global_zero:
             return
         newest, best = self.path(trainer.global_step), None
@@ -215,24 +211,24 @@ class Checkpoints(Callback):
             self._on_disk.remove(path)
         fsync_directory(self.folder)
 
-    # --- all ranks together -----------------------------------------------------------------------------------------
+    # --- agreement of all ranks ---------------------------------------------------------------------------------------
 
-    def must_stop(self, pl_module: ESM1nvModel) -> bool:
-        """The same answer on every rank: a signal that comes while they agree counts from the next step.
+    def should_stop_now(self, pl_module: ESM1nvModel) -> bool:
+        """Whether any rank has received a signal; equal on all ranks. Collective.
 
-        Raises on every rank where the writer of rank 0 has failed.
+        A signal that arrives during the call counts from the next step. Raises on every rank if rank 0 failed to write.
         """
         flags = torch.tensor([int(self.signals.received or 0), int(self.writer.failure is not None)])
         asked, failed = world_sum(flags.to(pl_module.device)).tolist()
         if failed:
             self._raise_failure()
         if asked and self.signals.received is None:
-            self.signals.note_another_rank()
+            self.signals.stop_with_another_rank()
         return bool(asked)
 
     def _wait_until_safe(self, pl_module: LightningModule) -> None:
-        """No rank goes on, or ends, before rank 0 has its checkpoint on disk."""
-        with suppress(Exception):  # it stays in `failure`
+        """Wait until rank 0 has its checkpoint on disk. Collective."""
+        with suppress(Exception):  # kept in `failure`
             self.writer.drain()
         failed = torch.tensor(int(self.writer.failure is not None), device=pl_module.device)
         if world_sum(failed).item():
@@ -249,7 +245,7 @@ class Checkpoints(Callback):
         raise self.writer.failure
 
     @staticmethod
-    def _check_that_ranks_agree(trainer: Trainer, pl_module: LightningModule) -> None:
+    def _check_same_step(trainer: Trainer, pl_module: LightningModule) -> None:
         steps = torch.zeros(trainer.world_size, dtype=torch.int64, device=pl_module.device)
         steps[trainer.global_rank] = trainer.global_step
         if len(set(world_sum(steps).tolist())) > 1:
@@ -259,98 +255,131 @@ class Checkpoints(Callback):
             )
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder by the step in their manifest, oldest first; unreadable ones come first of all."""
-    return sorted(folder.glob("step-*.ckpt"), key=lambda path: (recorded_step(path), path.name))
+class CheckpointAveraging(Callback):
+    """Keep snapshots of the last k checkpoints' weights, each a `.nemo`, and average them at the end.
 
-
-def recorded_step(path: Path) -> int:
-    """The step that an archive or a checkpoint records of itself; -1 where it cannot be read."""
-    try:
-        step = ArchiveFile.open(path).provenance.get("steps")
-    except ArchiveError:
-        return -1
-    return step if type(step) is int else -1
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every byte is as it was written, and a message for each damaged one met before.
-
-    Raises `CheckpointError` when there are checkpoints and all are damaged: starting anew would look like going on.
+    A snapshot is on disk before its checkpoint is. So an interrupted run always resumes from a checkpoint that has its
+    snapshot, and writes later ones again. Memory: one copy of the weights. Disk: k + 1 times the weights. Sharded
+    weights are gathered, so a snapshot does not depend on the world size.
     """
-    complaints: list[str] = []
-    candidates = list_checkpoints(folder)
-    unreadable = [path for path in candidates if recorded_step(path) < 0]
-    for path in unreadable + [path for path in reversed(candidates) if path not in unreadable]:
-        try:
-            file = ArchiveFile.open(path)
-            file.verify()
-        except ArchiveError as error:
-            complaints.append(str(error))
+
+    def __init__(self, folder: Path, last: int, every_n_train_steps: int, writer: AsyncWriter) -> None:
+        if last < 2:
+            raise AveragingError(f"an average takes at least 2 checkpoints, not {last}")
+        self.folder, self.last, self.every_n_train_steps, self.writer = folder, last, every_n_train_steps, writer
+        self._copies = StateCopies()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove snapshots that are past the current step or off the schedule, and rename damaged ones."""
+        if not trainer.is_global_zero:
+            return
+        for path in list_checkpoints(self.folder, ".nemo"):
+            step = recorded_step(path)
+            if step < 0:
+                path.rename(path.with_name(path.name + DAMAGED))
+            elif step > trainer.global_step or step % self.every_n_train_steps:
+                path.unlink()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, ESM1nvModel)
+        step = pl_module.steps
+        if step % self.every_n_train_steps and step != trainer.max_steps:
+            return
+        archive = describe(pl_module)  # on every rank: each may hold a shard
+        if not trainer.is_global_zero:
+            return
+        schedule = {"every_n_train_steps": self.every_n_train_steps, "on_schedule": True}
+        self.writer.drain()  # the copy's buffers are reused
+        frozen = self._copies.of(replace(archive, provenance={**archive.provenance, "checkpoint": schedule}))
+        path = self.folder / f"step-{step:09d}.nemo"
+        self.writer.submit(lambda: write_archive(path, frozen))
+        self.writer.submit(self._retire)
+
+    def _retire(self) -> None:
+        for path in list_checkpoints(self.folder, ".nemo")[: -self.last]:
+            path.unlink()
+        fsync_directory(self.folder)
+
+    def finish(self, output: Path, progress: Progress | None = None) -> bool:
+        """Write the average of the snapshots to `output`. Return False, and write nothing, if there are fewer than two.
+
+        Raises `AveragingError` or `ArchiveError`, naming the snapshot.
+        """
+        snapshots = list_checkpoints(self.folder, ".nemo")
+        if len(snapshots) < 2:
+            return False
+        average_checkpoints(snapshots, min(self.last, len(snapshots)), output, progress)
+        return True
+
+
+class AsyncWriter:
+    """Runs jobs in order on a thread; immediately if `in_background` is False.
+
+    No job runs after a failed one: a later job may delete what the failed one should have replaced. `failure` keeps the
+    exception and `drain` raises it. The interpreter exits after the running job.
+    """
+
+    def __init__(self, in_background: bool = True) -> None:
+        self.failure: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if in_background else None
+        self._waiting: list[Future[None]] = []
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Queue a job."""
+        if self._thread is None:
+            self._run(job)
         else:
-            return path, complaints
-    if complaints:
-        raise CheckpointError(
-            f"no checkpoint in {folder} can be read: {'; '.join(complaints)}. Remove them to start from the beginning"
-        )
-    return None, complaints
+            self._waiting.append(self._thread.submit(self._run, job))
+
+    def drain(self) -> None:
+        """Wait until all jobs have ended. Raises the exception of a failed job."""
+        while self._waiting:
+            self._waiting.pop(0).result()
+        if self.failure is not None:
+            raise self.failure
+
+    def _run(self, job: Callable[[], object]) -> None:
+        if self.failure is not None:
+            return
+        try:
+            job()
+        except BaseException as error:
+            self.failure = error
 
 
-def tidy(folder: Path, newest: Path) -> None:
-    """Set aside, as `….damaged`, what `newest_checkpoint` passed over."""
-    for path in list_checkpoints(folder):
-        if path != newest and (recorded_step(path) < 0 or recorded_step(path) > recorded_step(newest)):
-            path.rename(path.with_name(path.name + DAMAGED))
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@dataclass(frozen=True)
-class StartingPoint:
-    """What training begins with."""
+class StopSignals:
+    """SIGINT and SIGTERM as requests to stop: `received` is the first signal. A second SIGINT interrupts at once.
 
-    checkpoint: Path | None = None
-    steps: int = 0  # of the checkpoint
-    first_step: int = 0  # where this run itself began: over 0 where it continues another
-    of_another_run: bool = False  # whose configuration may have been another
-
-
-def choose_starting_checkpoint(folder: Path, origin: Path | None, console: Console) -> StartingPoint:
-    """The start of the run in `folder`, which continues `origin` (a run's folder, or a checkpoint) if it is given.
-
-    Damaged checkpoints of the run that are newer are set aside, and said to be. Raises `CheckpointError` or
-    `ArchiveError` where none can be read, `ConfigError` for an origin that has no checkpoint.
+    A repeated SIGTERM has no further effect: schedulers repeat it, and send SIGKILL when they will not wait.
     """
-    own = _own_checkpoint(folder / "checkpoints", console)
-    if own is not None:
-        provenance = ArchiveFile.open(own).provenance
-        continued = provenance.get("continued_from")
-        first_step = int(continued["steps"]) if isinstance(continued, dict) else 0
-        return StartingPoint(own, int(provenance["steps"]), first_step)
-    if origin is None:
-        return StartingPoint()
-    checkpoint = _checkpoint_of(origin, console)
-    steps = int(ArchiveFile.open(checkpoint).provenance["steps"])
-    return StartingPoint(checkpoint, steps, steps, of_another_run=True)
 
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
 
-def _own_checkpoint(folder: Path, console: Console) -> Path | None:
-    checkpoint, complaints = newest_checkpoint(folder)
-    for complaint in complaints:
-        console.print_line(
-            f"warning: {complaint}; set aside as *{DAMAGED}, going back to {checkpoint and checkpoint.name}"
-        )
-    if checkpoint is not None and is_rank_zero():
-        tidy(folder, checkpoint)
-    return checkpoint
+    @contextmanager
+    def handling(self) -> Iterator[None]:
+        """Handle the signals during the block; restore the previous handlers after it."""
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.install_handlers()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
+    def install_handlers(self) -> None:
+        """Install the handlers over any others."""
+        for number in _SIGNALS:
+            signal.signal(number, self._note)
 
-def _checkpoint_of(origin: Path, console: Console) -> Path:
-    """The newest intact checkpoint of another run, in which nothing is changed."""
-    if origin.is_file():
-        ArchiveFile.open(origin).verify()
-        return origin
-    checkpoint, complaints = newest_checkpoint(origin / "checkpoints")
-    for complaint in complaints:
-        console.print_line(f"warning: {complaint}; continuing from {checkpoint and checkpoint.name}, which is older")
-    if checkpoint is None:
-        raise ConfigError(f"continue_from_path: {origin} has no checkpoint; name a run's folder, or a .ckpt")
-    return checkpoint
+    def stop_with_another_rank(self) -> None:
+        """Record that another rank received a signal."""
+        self.received = signal.SIGTERM
+
+    def _note(self, number: int, frame: FrameType | None) -> Any:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

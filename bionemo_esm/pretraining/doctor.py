@@ -1,4 +1,4 @@
-"""`bionemo-esm doctor`: whether this machine can train, and if not, what to do. The first thing to run on a cluster."""
+"""`bionemo-esm doctor`: check whether this machine can train, and if not, say what to do."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ ENVIRONMENT: tuple[str, ...] = (
 )
 ENVIRONMENT += ("SLURM_CPUS_PER_TASK", "SLURM_PROCID", "SLURM_LOCALID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
 ENVIRONMENT += ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_")
-"""What the names of telling variables begin with."""
+"""Prefixes of the environment variables that are shown."""
 _DRIVER = Path("/proc/driver/nvidia/version")
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only its size is looked at
-_SMALLEST_SHARED_MEMORY = 10**9  # bytes; loader processes pass batches through it
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only its size is read
+_SMALLEST_SHARED_MEMORY = 10**9  # bytes; loader processes use it for batches
 _Facts = dict[str, Any]
 
 
 class NotReadyError(UserError):
-    """What hinders training here; one line a problem."""
+    """The problems that prevent training here, one a line."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print what is here, test it, and end with `ready` (0) or with what is wrong and what to do (1)."""
+    """Print the environment, test it, and return 0 for `ready` or 1 for problems, with what to do."""
     parser = argparse.ArgumentParser("bionemo-esm doctor", description="Check that this machine can train.")
     parser.add_argument("--quick", action="store_true", help="no training step, no NeMo: a few seconds")
     parser.add_argument("--json", action="store_true", help="print all as JSON")
@@ -50,50 +50,50 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     facts: _Facts = {"host": socket.gethostname(), "versions": _versions(), "machine": _machine()}
     facts |= {"environment": _environment(), "gpus": [], "notes": []}
-    speaks, problems = True, _missing_packages(facts)
-    with redirect_output(Path(os.devnull)) as console:  # NeMo warns by the screenful
+    prints, problems = True, _missing_packages(facts)
+    with redirect_output(Path(os.devnull)) as console:  # hide the warnings of NeMo
         if not problems:
-            speaks, problems = _examine(facts, options.quick, options.precision)
-        if speaks:
+            prints, problems = _examine(facts, options.quick, options.precision)
+        if prints:
             facts |= {"ready": not problems, "problems": problems}
             console.print_line(json.dumps(facts, indent=2) if options.json else _page(facts))
     return 1 if problems else 0
 
 
 def _examine(facts: _Facts, quick: bool, precision: str) -> tuple[bool, list[str]]:
-    """Look at the GPUs and, unless it has to be quick, train a step and try the network between the ranks.
+    """Inspect the GPUs; unless quick, also run the self-test and an all-reduce.
 
-    Whether this process speaks for all of them, and the problems found, on any.
+    Returns whether this process prints the result, and the problems of any rank.
     """
-    from bionemo_esm.pretraining.rank_agreement import assembled
+    from bionemo_esm.pretraining.preflight import launched_ranks
 
-    speaks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    prints = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
         if quick:
-            _look_at_gpus(facts)
+            _inspect_gpus(facts)
             return True, []
-        with assembled() as muster:
-            muster.together(lambda: _try_out(facts, precision), lambda _: facts["versions"])
-            if muster.size > 1:
-                from bionemo_esm.pretraining.selftest import all_reduce, described
+        with launched_ranks() as ranks:
+            ranks.on_every_rank(lambda: _self_test(facts, precision), lambda _: facts["versions"])
+            if ranks.size > 1:
+                from bionemo_esm.pretraining.selftest import all_reduce, to_dict
 
-                facts["all_reduce"] = described(muster.together(lambda: all_reduce(_device())))
+                facts["all_reduce"] = to_dict(ranks.on_every_rank(lambda: all_reduce(_device())))
     except UserError as error:
-        return speaks, str(error).splitlines()
-    except Exception as error:  # whatever a driver or a kernel raises is what this command is there to tell
-        return speaks, [f"{type(error).__name__}: {str(error).strip() or 'no message'}"]
-    return speaks, []
+        return prints, str(error).splitlines()
+    except Exception as error:  # this command reports any error of a driver or a kernel
+        return prints, [f"{type(error).__name__}: {str(error).strip() or 'no message'}"]
+    return prints, []
 
 
-def _try_out(facts: _Facts, precision: str) -> None:
-    """The device at work; raises `NotReadyError`, also for what a driver or a kernel raises."""
-    _look_at_gpus(facts)
+def _self_test(facts: _Facts, precision: str) -> None:
+    """Run the self-test. Raises `NotReadyError`, also for errors of a driver or a kernel."""
+    _inspect_gpus(facts)
     from bionemo_esm.model.backends import import_problem
-    from bionemo_esm.pretraining.selftest import described, self_test
+    from bionemo_esm.pretraining.selftest import self_test, to_dict
 
     device = _device()
     try:
-        facts["self_test"] = described(self_test(device, precision))
+        facts["self_test"] = to_dict(self_test(device, precision))
     except (RuntimeError, OSError, ImportError) as error:
         raise NotReadyError(f"a training step on {device} fails: {type(error).__name__}: {error}") from error
     if device.type == "cuda":
@@ -115,7 +115,7 @@ def _device() -> Any:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-# --- what is here -----------------------------------------------------------------------------------------------------
+# --- environment ------------------------------------------------------------------------------------------------------
 
 
 def _versions() -> dict[str, str | None]:
@@ -161,7 +161,7 @@ def _environment() -> dict[str, str]:
 
 
 def _promised_gpus() -> str | None:
-    """The variable, with its value, by which a scheduler or a person says that there are GPUs."""
+    """Return the environment variable, with its value, that announces GPUs; None if there is none."""
     none = {"SLURM_GPUS_ON_NODE": ("", "0"), "SLURM_JOB_GPUS": ("",), "CUDA_VISIBLE_DEVICES": ("", "-1", "NoDevFiles")}
     for name, nothing in none.items():
         if (value := os.environ.get(name, "")) not in nothing:
@@ -169,8 +169,8 @@ def _promised_gpus() -> str | None:
     return None
 
 
-def _look_at_gpus(facts: _Facts) -> None:
-    """Each GPU, and whether it answers. Raises `NotReadyError` for a driver that torch cannot use."""
+def _inspect_gpus(facts: _Facts) -> None:
+    """Record each GPU. Raises `NotReadyError` for a driver that torch cannot use."""
     import torch
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
@@ -209,7 +209,7 @@ def _look_at_gpus(facts: _Facts) -> None:
         facts["notes"].append("little shared memory: start the container with --ipc=host, or data.num_workers=0")
 
 
-# --- what a person reads ----------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 def _page(facts: _Facts) -> str:

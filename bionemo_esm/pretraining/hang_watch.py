@@ -1,12 +1,8 @@
-"""NVIDIA's resiliency extension (pip install nvidia-resiliency-ext), where it is installed; beside our own watch.
+"""Hang detection: a run without progress writes the stacks of its ranks and exits with code 4.
 
-NeMo 3's exp_manager asks for it under the name of an older package, `ptl_resiliency`, and with arguments of that one,
-so its settings `create_straggler_detection_callback` and `create_fault_tolerance_callback` fail with the package that
-PyPI has. The callbacks are made here instead.
-
-A run that stands still ends itself: with the stacks of every rank that can still write them, and exit code 4.
-
-A rank that stops answering leaves all others waiting in a collective, and their devices idle, until somebody looks.
+A rank that stops responding leaves all others waiting in a collective operation. Also here: the callbacks of NVIDIA's
+resiliency extension (pip install nvidia-resiliency-ext), if it is installed. NeMo 3's exp_manager imports an older
+package, `ptl_resiliency`, so its settings for straggler detection and fault tolerance fail with the one on PyPI.
 """
 
 from __future__ import annotations
@@ -30,59 +26,59 @@ from bionemo_esm.console import Console, duration
 from bionemo_esm.model.backends import import_problem, importable
 
 EXIT_HANG = 4
-AT_LEAST_FOR_FIRST_STEP = 900.0  # seconds: devices and networks warm up, kernels are compiled
-AT_LEAST_FOR_SAVING = 3600.0  # seconds: other ranks see nothing of rank 0's writing but that they wait
-_WRITING_SECONDS = 20.0  # that a file system is given for the stacks: it may be what hangs
+AT_LEAST_FOR_FIRST_STEP = 900.0  # seconds; kernels are compiled, connections set up
+AT_LEAST_FOR_SAVING = 3600.0  # seconds; all ranks wait while rank 0 writes
+_WRITING_SECONDS = 20.0  # for writing the stacks; the file system may hang, too
 
 
 def collective_timeout(hang_timeout_seconds: float | None) -> timedelta:
-    """How long ranks may wait for each other in a collective operation: longer than the watch does."""
+    """Return the timeout of collective operations, which is longer than the hang timeout."""
     if hang_timeout_seconds is None:
         return timedelta(days=1)
     return timedelta(seconds=max(hang_timeout_seconds, AT_LEAST_FOR_SAVING), minutes=10)
 
 
 class HangWatch(Callback):
-    """Ends the process when no batch of training or validation has begun or ended for `timeout_seconds`.
+    """End the process if no training or validation batch has started or ended for `timeout_seconds`.
 
-    The first step of a session, and a save, may take longer: see the constants of this file. Each rank appends to
-    `hang-rank-<n>.txt` in the run's folder; what others append there tells a rank that the run is over, so all end
-    together. Time in which this very process was stopped (Ctrl-Z) does not count. None: nothing is watched.
+    The first step of a session and a save may take longer: see the constants of this file. Each rank appends to
+    `hang-rank-<n>.txt` in the run directory. A rank that finds the file of another rank ends, too. Time in which this
+    process was stopped (Ctrl-Z) does not count. timeout_seconds None: no hang detection.
 
-    A thread does the watching, so a rank whose interpreter is blocked in C code that keeps Python's lock cannot end
-    itself; the others can, and then their launcher ends it.
+    The check runs in a thread. A rank that is blocked in C code that holds the GIL cannot end itself; the others end,
+    and then the launcher ends it.
     """
 
     def __init__(self, folder: Path, timeout_seconds: float | None, console: Console) -> None:
         self.folder, self.timeout_seconds, self.console = folder, timeout_seconds, console
-        self.interval = min((timeout_seconds or 0) / 10, 5.0)  # seconds between two looks
+        self.interval = min((timeout_seconds or 0) / 10, 5.0)  # seconds between two checks
         self.rank, self.world_size = 0, 1
-        self._silence, self._doing = 0.0, "starting"
+        self._idle_seconds, self._activity = 0.0, "starting"
         self._at_least = AT_LEAST_FOR_FIRST_STEP
-        self._reports: dict[str, int] = {}  # stacks of earlier hangs
+        self._reports: dict[str, int] = {}  # sizes of the files of earlier hangs
         self._over, self._ending = threading.Event(), threading.Event()
-        self._children: Sequence[Any] = ()  # ranks that Lightning's launcher has started from this process
+        self._children: Sequence[Any] = ()  # ranks that Lightning started from this process
 
     @contextmanager
-    def over_training(self) -> Iterator[None]:
-        """Around `trainer.fit`: watches from its first step on, and no longer than this block."""
+    def watching(self) -> Iterator[None]:
+        """Context for `trainer.fit`: the check runs from the first step to the end of the block."""
         try:
             yield
         finally:
             self._over.set()
 
     @contextmanager
-    def patience(self) -> Iterator[None]:
-        """Around a save: it may take long, on this rank or on the one that it waits for."""
+    def long_operation(self) -> Iterator[None]:
+        """Context for a save, which may take longer, on this rank or on rank 0."""
         before, self._at_least = self._at_least, AT_LEAST_FOR_SAVING
-        self._moved("saving")
+        self._progressed("saving")
         try:
             yield
         finally:
             self._at_least = before
-            self._moved("after a save")
+            self._progressed("after a save")
 
-    # --- signs of life ----------------------------------------------------------------------------------------------
+    # --- progress ---------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.timeout_seconds is None:
@@ -90,38 +86,38 @@ class HangWatch(Callback):
         self.rank, self.world_size = trainer.global_rank, trainer.world_size
         self._children = getattr(trainer.strategy.launcher, "procs", ())
         self._reports = self._sizes()
-        self._moved("the first step")
+        self._progressed("the first step")
         threading.Thread(target=self._watch, name="hang watch", daemon=True).start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._moved(f"step {trainer.global_step + 1:,}")
+        self._progressed(f"step {trainer.global_step + 1:,}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._at_least = 0.0
-        self._moved(f"the batch after step {trainer.global_step:,}")
+        self._progressed(f"the batch after step {trainer.global_step:,}")
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._moved(f"validation after step {trainer.global_step:,}")
+        self._progressed(f"validation after step {trainer.global_step:,}")
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._moved(f"validation after step {trainer.global_step:,}")
+        self._progressed(f"validation after step {trainer.global_step:,}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._moved(f"the batch after step {trainer.global_step:,}")
+        self._progressed(f"the batch after step {trainer.global_step:,}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """What a rank raises because another has ended, or because a collective gave up, is the same hang."""
+        """Treat an error that follows the end of another rank, or a collective timeout, as the same hang."""
         if self.timeout_seconds is None:
             return
         if self._ending.is_set():
-            threading.Event().wait()  # the watch is about to end this process
-        elif self._silence > 0.9 * self._limit or self._others_gave_up():
+            threading.Event().wait()  # the thread is about to end this process
+        elif self._idle_seconds > 0.9 * self._limit or self._other_ranks_ended():
             self._end("".join(traceback.format_exception(exception)))
 
-    def _moved(self, to: str) -> None:
-        self._silence, self._doing = 0.0, to
+    def _progressed(self, to: str) -> None:
+        self._idle_seconds, self._activity = 0.0, to
 
-    # --- the watch --------------------------------------------------------------------------------------------------
+    # --- the thread -------------------------------------------------------------------------------------------------
 
     @property
     def _limit(self) -> float:
@@ -131,19 +127,19 @@ class HangWatch(Callback):
         last = time.monotonic()
         while not self._over.wait(self.interval):
             now = time.monotonic()
-            self._silence += min(now - last, 2 * self.interval)  # more: this process itself was stopped
+            self._idle_seconds += min(now - last, 2 * self.interval)  # more: this process was stopped
             last = now
-            if self._silence > self._limit or (self._silence > self._limit / 2 and self._others_gave_up()):
+            if self._idle_seconds > self._limit or (self._idle_seconds > self._limit / 2 and self._other_ranks_ended()):
                 self._end()
 
-    def _others_gave_up(self) -> bool:
+    def _other_ranks_ended(self) -> bool:
         return self._sizes() != self._reports
 
     def _sizes(self) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in self.folder.glob("hang-rank-*.txt")}
 
     def _end(self, error: str = "") -> None:
-        """Ends the process, whatever becomes of the report."""
+        """End the process, even if the report cannot be written."""
         self._ending.set()
         reporting = threading.Thread(target=self._report, args=(error,), name="hang report", daemon=True)
         reporting.start()
@@ -154,11 +150,11 @@ class HangWatch(Callback):
 
     @property
     def _time_for_others(self) -> float:
-        """Seconds for other ranks to find out, before the loss of this one makes them fail in some other way."""
+        """Seconds in which other ranks notice the hang, before the end of this rank makes them fail otherwise."""
         return 2 * self.interval + 1
 
     def _report(self, error: str) -> None:
-        silence, doing, now = duration(self._silence), self._doing, time.strftime("%F %T %z")
+        silence, doing, now = duration(self._idle_seconds), self._activity, time.strftime("%F %T %z")
         with open(self.folder / f"hang-rank-{self.rank}.txt", "a", encoding="utf-8") as file:
             file.write(f"{now} rank {self.rank}: nothing moved for {silence}, at {doing}\n{error}")
             for thread in threading.enumerate():
@@ -183,7 +179,7 @@ class HangWatch(Callback):
 
 
 def _named(ranks: list[int], most: int = 8) -> str:
-    """`rank 3`, `ranks 0, 1 and 2`, or the first few and how many more."""
+    """Return `rank 3`, `ranks 0, 1 and 2`, or the first few and how many more."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     shown = [str(rank) for rank in ranks[:most]]
@@ -192,17 +188,17 @@ def _named(ranks: list[int], most: int = 8) -> str:
 
 
 _CALLBACKS = "nvidia_resiliency_ext.ptl_resiliency"
-_DETECTOR = "nvrx_cupti_module"  # compiled against CUPTI, which comes with CUDA
-_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # by which ft_launcher's monitor of a rank is reached
+_DETECTOR = "nvrx_cupti_module"  # needs CUPTI, a part of CUDA
+_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # set by ft_launcher
 _REPORT_SECONDS = 300.0
-_LOGGER = "lightning.pytorch.resiliency"  # whose messages reach output.log; NeMo's do not
-_SLOW = 0.7  # of the performance of other GPUs, or of what this one had before
+_LOGGER = "lightning.pytorch.resiliency"  # its messages reach output.log; NeMo's do not
+_SLOW = 0.7  # fraction of the performance of other GPUs, or of this one before
 
 
 def resiliency_callbacks(device_type: str, folder: Path) -> list[Callback]:
-    """Straggler detection on GPUs, and heartbeats to ft_launcher where it started this process.
+    """Return NVIDIA's callbacks: straggler detection on GPUs, and heartbeats if ft_launcher started this process.
 
-    What is left out, and why, is a line in the log.
+    The log names those that are off, with the reason.
     """
     package = importable(_CALLBACKS)
     if package is None:

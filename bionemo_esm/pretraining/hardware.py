@@ -1,8 +1,8 @@
-"""What devices can do at best: the yardstick of MFU, and memory to plan with.
+"""Peak FLOP/s of devices, for MFU, and their memory, for the plan.
 
-All figures are NVIDIA's own, of the document named beside each device; dense, so halved where a data sheet quotes
-sparsity. Precisions: "bf16" (tensor cores, float32 sums), "tf32" (tensor cores; half of bf16 on every device here)
-and "32" (plain float32 units, which PyTorch uses for float32 unless it is told that TF32 will do).
+All figures are NVIDIA's, from the document beside each device, for dense products: half of a figure with sparsity.
+Precisions: "bf16" (tensor cores, float32 sums), "tf32" (tensor cores; half of bf16 on every device here) and "32"
+(float32 units, which PyTorch uses unless TF32 is allowed).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _TERA, _GB = 1e12, 10**9
 
 @dataclass(frozen=True)
 class Device:
-    """One kind of GPU. `bf16` is None where it has no units for it."""
+    """A GPU model. bf16 is None if it has no units for it."""
 
-    pattern: str  # regular expression over the name that the driver gives it; matches whole words
+    pattern: str  # regular expression for the driver's name; matches whole words
     bf16: float | None  # TFLOP/s
     float32: float  # TFLOP/s
-    gigabytes: float  # as the data sheet has it; the driver shows a little less
+    gigabytes: float  # of the data sheet; the driver reports a little less
 
 
-# Where a chip comes in versions, the more special pattern stands first.
+# The more specific pattern comes first.
 DEVICES = (
     Device(r"GB[23]00", 2500, 80, 186),  # GB200 NVL72 data sheet, a 72nd of it
     Device(r"B200", 2250, 75, 180),  # DGX B200 data sheet, an eighth of it
@@ -57,18 +57,18 @@ DEVICES = (
     Device(r"RTX 3090", 71, 35.6, 24),  # Ampere GA102 white paper
     Device(r"T4", None, 8.1, 16),  # T4 data sheet
 )
-_ANOTHER_CHIP = re.compile(r"\bMIG\b|Laptop|Max-Q|\d Ti\b|\d D\b")  # or a part of one: behind a name that we know
+_ANOTHER_CHIP = re.compile(r"\bMIG\b|Laptop|Max-Q|\d Ti\b|\d D\b")  # or a part of one, with a name of the table
 
 
 def find_device(name: str) -> Device | None:
-    """The device of that name, as in `torch.cuda.get_device_name()`; None where it is not in the table."""
+    """Return the device of a name of `torch.cuda.get_device_name()`; None if it is not in the table."""
     if _ANOTHER_CHIP.search(name):
         return None
     return next((device for device in DEVICES if re.search(rf"(?<!\w){device.pattern}(?!\w)", name)), None)
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense FLOP/s at best, or None: unknown. `precision` is one of `PRECISIONS`."""
+    """Return the peak dense FLOP/s; None: unknown. precision: one of `PRECISIONS`."""
     device = find_device(device_name)
     if device is None:
         return None
@@ -78,13 +78,13 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def memory_bytes(device_name: str) -> int | None:
-    """Memory of the device by its data sheet, or None: unknown."""
+    """Return the bytes of memory on the data sheet; None: unknown."""
     device = find_device(device_name)
     return int(device.gigabytes * _GB) if device else None
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """Return the model name of the processor."""
     information = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.M) if information.is_file() else None
     return found[1] if found else platform.processor() or platform.machine()

@@ -1,14 +1,8 @@
-"""The plan of a run, before it runs: what it comes to in epochs, tokens, memory, FLOPs, hours and bytes.
+"""The plan of a run: epochs, tokens, memory, FLOPs, hours and disk space, and what does not fit together.
 
-`plan_of` is arithmetic over a recipe and the facts around it; `facts.py` looks those up, `checks.py` says
-what does not fit together, `console.py` and `picture.py` show it.
-
-What a run takes on disk: checkpoints, snapshots for the average, and the archives at its end. Arithmetic only.
-
-What a plan is reckoned from, beside the recipe: data, device, where the run begins, and what is free on disk.
-
-Each is looked up where it can be found and else taken from what the recipe's source states; it says which. Nothing is
-written, and neither NeMo nor a process group is needed.
+`gather_facts` looks up data, device, start and free space, or takes them from the recipe's source. `plan_of` computes
+the plan from recipe and facts. `findings` lists choices that would run, but that may be mistakes. `plan_report.py`
+prints it. Nothing is written; neither NeMo nor a process group is needed.
 """
 
 from __future__ import annotations
@@ -17,6 +11,7 @@ import math
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,31 +22,34 @@ from numpy.typing import ArrayLike
 
 from bionemo_esm import config_directory
 from bionemo_esm.alphabet import SPECIAL_TOKENS_PER_SEQUENCE
+from bionemo_esm.data.dataloader import divisors
 from bionemo_esm.data.fasta import read_fasta
 from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.backends import parameter_dtype
+from bionemo_esm.model.config import COSINE
 from bionemo_esm.model.costs import FLOAT32, Memory, memory_per_device, optimizer_state_bytes, training_flops
-from bionemo_esm.pretraining.data_setup import SAMPLE_FOLDER
+from bionemo_esm.model.schedule import learning_rate
 from bionemo_esm.pretraining.hardware import memory_bytes, peak_flops
 from bionemo_esm.pretraining.recipe import Recipe
 from bionemo_esm.pretraining.resume import find_parent_run
+from bionemo_esm.pretraining.run_context import SAMPLE_FOLDER, validation_batch_size
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes and numbers of files. Tensors alone are counted: what stands around them is a few kilobytes a file."""
+    """Bytes and numbers of files on disk. Only tensors are counted; the rest is a few kilobytes per file."""
 
-    checkpoint_bytes: int  # weights and Adam's two moments, float32
-    weights_bytes: int  # of a snapshot, and of an archive
-    checkpoints: int  # written on the schedule, the one at the end included
-    kept_checkpoints: int  # at most at a time: the last, the best, and one more while the next is written
-    kept_snapshots: int  # at most at a time, one more while the next is written; 0: nothing is averaged
-    archives: int  # the model, and its average
+    checkpoint_bytes: int  # weights and optimizer state, float32
+    weights_bytes: int  # of a snapshot or an archive
+    checkpoints: int  # written on the schedule, with the final one
+    kept_checkpoints: int  # at most at a time: the last, the best, and the one being written
+    kept_snapshots: int  # at most at a time, with the one being written; 0: no average
+    archives: int  # the model and its average
 
     @classmethod
     def of(cls, recipe: Recipe, first_step: int = 0) -> Storage:
-        """Of a run that begins after `first_step` optimizer steps of another."""
+        """Compute the storage of a run that continues another after `first_step` steps."""
         saving, weights = recipe.exp_manager.checkpoints, FLOAT32 * recipe.model.parameters
         every, last = saving.every_n_train_steps, recipe.trainer.max_steps
         checkpoints = max(last // every - first_step // every, 0) + (last % every > 0)
@@ -66,36 +64,36 @@ class Storage:
 
     @property
     def peak_bytes(self) -> int:
-        """On disk at a time, at most."""
+        """Bytes on disk at a time, at most."""
         weights = (self.kept_snapshots + self.archives) * self.weights_bytes
         return min(self.kept_checkpoints * self.checkpoint_bytes + weights, self.written_bytes)
 
     @property
     def written_bytes(self) -> int:
-        """Over the whole run, by its schedule: a stop, or a validation better than all before, saves once more."""
+        """Bytes written over the whole run, without the additional saves of stops and best validations."""
         a_time = self.checkpoint_bytes + (self.weights_bytes if self.kept_snapshots else 0)
         return self.checkpoints * a_time + self.archives * self.weights_bytes
 
 
 def free_space(folder: Path) -> tuple[Path, int]:
-    """The nearest folder above that exists, and the bytes that are free there."""
+    """Return the nearest existing parent folder and its free bytes."""
     existing = next(parent for parent in folder.absolute().parents if parent.is_dir())
     return existing, shutil.disk_usage(existing).free
 
 
 SPREAD = 1.4
-"""Mean square of tokens over the square of their mean, where only the mean is published. It is 1.25 for the shipped
-sample, cropped to 512, and 1.4, cropped to 1,024. Attention is under a tenth of the work: a tenth more or less of this
-is under a hundredth of the FLOPs."""
+"""Mean of the squared lengths over the square of the mean, if only the mean is published. For the shipped sample it is
+1.25, cropped to 512 tokens, and 1.4, cropped to 1,024. Attention is under 10% of the work, so an error of 10% changes
+the FLOPs by less than 1%."""
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known of the training data."""
+    """Statistics of the training data."""
 
-    source: str  # of these numbers, for a person
-    train_sequences: int  # samples of an epoch: sequences, or clusters of a clustered store
-    mean_tokens: float  # of a sequence cropped to model.seq_length, specials counted
+    source: str  # of these numbers, for the screen
+    train_sequences: int  # samples per epoch: sequences, or clusters of a clustered store
+    mean_tokens: float  # per sequence, cropped to model.seq_length, with special tokens
     mean_squared_tokens: float
     validation_sequences: int | None = None  # None: not known
     longest_residues: int | None = None
@@ -103,49 +101,49 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What one device can do; None: not known."""
+    """Memory and peak FLOP/s of a device; None: unknown."""
 
     name: str
-    source: str  # of these numbers, for a person
-    auto_precision: str  # what trainer.precision=auto comes to: "bf16" or "32"
+    source: str  # of these numbers, for the screen
+    auto_precision: str  # resolved trainer.precision=auto: "bf16" or "32"
     memory_bytes: int | None = None
-    bf16_flops: float | None = None  # a second, at best; None as well where it has no units for bf16
+    bf16_flops: float | None = None  # per second, peak; None, too, if it has no bf16 units
     float32_flops: float | None = None
 
     @property
     def multiplies_bf16(self) -> bool:
-        """False only where it is known that it does not."""
+        """Whether the device has bf16 units, or is unknown."""
         return self.bf16_flops is not None or self.float32_flops is None
 
     def peak(self, precision: str) -> float | None:
-        """FLOP/s at best, precision "bf16" or "32"."""
+        """Return the peak FLOP/s. precision: "bf16" or "32"."""
         return self.bf16_flops if precision == "bf16" else self.float32_flops
 
 
 @dataclass(frozen=True)
 class StartFacts:
-    """After which step of another run this one begins; 0 for one of its own."""
+    """The step of the parent run at which this run starts; 0 without a parent run."""
 
     step: int = 0
-    samples: int | None = 0  # consumed until then; None: not known
-    source: str = ""  # of the number, for a person
-    missing: bool = False  # continue_from_path names something that is not here
-    learning_rate: float | None = None  # that the other run would have taken next
+    samples: int | None = 0  # consumed by then; None: unknown
+    source: str = ""  # of the number, for the screen
+    missing: bool = False  # continue_from_path does not exist
+    learning_rate: float | None = None  # of the parent run's next step
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a plan is reckoned from, beside the recipe."""
+    """What a plan is computed from, besides the recipe."""
 
     data: DataFacts
     device: DeviceFacts
     start: StartFacts = StartFacts()
-    next_recipe: str | None = None  # the one whose run goes on with this run, if there is one
-    free_bytes: int | None = None  # where results go; None: the run has a folder already
+    next_recipe: str | None = None  # the recipe that continues this run, if there is one
+    free_bytes: int | None = None  # in the output folder; None: the run directory exists
 
 
 def gather_facts(recipe: Recipe) -> Facts:
-    """Look up all facts. Raises `ConfigError` where nothing is known of the data; `StoreError` for a damaged store."""
+    """Look up all facts. Raises `ConfigError` if the data are unknown, `StoreError` for a damaged store."""
     return Facts(
         data=_data(recipe),
         device=_device(recipe),
@@ -188,7 +186,7 @@ def _of_store(folder: Path, seq_length: int) -> DataFacts:
 
 
 def _of_sample(recipe: Recipe) -> DataFacts:
-    """Of the shipped sample, which becomes a store when the run starts."""
+    """Return the statistics of the shipped sample, from which the run will build a store."""
     train, validation = (
         [
             min(len(record.sequence), recipe.data.max_residues)
@@ -201,14 +199,14 @@ def _of_sample(recipe: Recipe) -> DataFacts:
 
 
 def _moments(residues: ArrayLike, seq_length: int) -> tuple[float, float]:
-    """Mean, and mean square, of the tokens of sequences of so many residues, cropped."""
+    """Return mean and mean square of the cropped sequences' tokens."""
     tokens = (np.asarray(residues, dtype=np.float64) + SPECIAL_TOKENS_PER_SEQUENCE).clip(max=seq_length)
     return float(tokens.mean()), float((tokens**2).mean())
 
 
 def _device(recipe: Recipe) -> DeviceFacts:
-    """The GPU of this machine, if it could be a node of the run; else the published one."""
-    parameter_dtype(recipe.trainer.precision, "cpu")  # refuses another word than those there are
+    """Return this machine's GPU if it has enough for a node of the run; else the published one."""
+    parameter_dtype(recipe.trainer.precision, "cpu")  # raises for an unknown precision
     here, published = torch.cuda.device_count(), recipe.published
     if recipe.trainer.accelerator == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // recipe.trainer.devices
@@ -244,7 +242,7 @@ def _start(recipe: Recipe) -> StartFacts:
 
 
 def _next_recipe(name: str) -> str | None:
-    """The recipe of ours that continues the one of this name."""
+    """Return the recipe that continues the one of this name, if there is one."""
     for path in sorted((config_directory() / "recipe").glob("*.yaml")):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(values, dict) and (values.get("published") or {}).get("continues") == name:
@@ -257,18 +255,18 @@ PFLOP_DAY = 1e15 * 86_400
 
 @dataclass(frozen=True)
 class Batch:
-    """A global batch, and the part of it that a device holds at a time. Means, where numbers vary from step to step."""
+    """Sizes of a global batch and of its micro batches; means, if they vary from step to step."""
 
     sequences: float
     tokens: float
-    accumulation: float  # micro batches of a rank in a step
+    accumulation: float  # micro batches per rank and step
     micro_tokens: float  # of a micro batch
-    most_micro_tokens: int  # of a micro batch, were all its sequences as long as the model takes them
+    most_micro_tokens: int  # of a micro batch, if all its sequences have seq_length tokens
 
     @classmethod
     def of(cls, recipe: Recipe, mean_tokens: float) -> Batch:
         dealing, longest = recipe.batch_plan(), recipe.model.seq_length
-        sequences = recipe.sequences_of_a_batch(mean_tokens)
+        sequences = recipe.mean_batch_sequences(mean_tokens)
         share = sequences * mean_tokens / recipe.trainer.data_parallel_size
         if (limit := recipe.data.micro_batch_tokens) is not None:
             accumulation, most = max(math.ceil(share / limit), 1), min(limit, _most_of_a_rank(recipe))
@@ -281,7 +279,7 @@ class Batch:
 
     @property
     def tokens_of_a_rank(self) -> float:
-        """Of the global batch, for each data-parallel rank."""
+        """Tokens of the global batch per data-parallel rank."""
         return self.micro_tokens * self.accumulation
 
 
@@ -296,7 +294,7 @@ def _most_of_a_rank(recipe: Recipe) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would be. Samples, tokens and FLOPs are those of this run itself, not of one that it continues."""
+    """The plan of a run. Samples, tokens and FLOPs are those of this run, without its parent run."""
 
     recipe: Recipe
     facts: Facts
@@ -305,13 +303,13 @@ class Plan:
     samples: float
     tokens: float
     flops: float
-    memory: Memory  # of a device, with a micro batch of mean size
-    most_memory: Memory  # with the largest there can be
+    memory: Memory  # per device, with a micro batch of mean size
+    most_memory: Memory  # with the largest possible micro batch
     storage: Storage
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of this run itself."""
+        """Optimizer steps of this run, without its parent run."""
         return self.recipe.trainer.max_steps - self.facts.start.step
 
     @property
@@ -324,7 +322,7 @@ class Plan:
 
     @property
     def device_seconds(self) -> float | None:
-        """Of all devices together, at the assumed MFU; None where that or the device's peak is not known."""
+        """Seconds of all devices together, at the assumed MFU; None if that or the peak is unknown."""
         peak, published = self.facts.device.peak(self.precision), self.recipe.published
         return self.flops / (peak * published.mfu) if peak and published else None
 
@@ -338,7 +336,7 @@ class Plan:
 
 
 def plan_of(recipe: Recipe, facts: Facts) -> Plan:
-    """The plan of a recipe under these facts. Raises `ConfigError` where no step is left to do."""
+    """Compute the plan of a recipe. Raises `ConfigError` if no step is left."""
     start, data = facts.start, facts.data
     steps = recipe.trainer.max_steps - start.step
     if steps <= 0:
@@ -371,7 +369,7 @@ def plan_of(recipe: Recipe, facts: Facts) -> Plan:
 
 
 def memory_of(recipe: Recipe, precision: str, micro_tokens: float) -> Memory:
-    """Of one device of the recipe's, with so many tokens in a micro batch."""
+    """Return the memory of a device with a micro batch of `micro_tokens`."""
     trainer = recipe.trainer
     return memory_per_device(
         recipe.model,
@@ -386,6 +384,258 @@ def memory_of(recipe: Recipe, precision: str, micro_tokens: float) -> Memory:
 
 
 def scientific(value: float) -> str:
-    """Three digits and a power of ten, as people type it: `5.64e12`, `2e-4`, `0`."""
+    """Return three digits and a power of ten: `5.64e12`, `2e-4`, `0`."""
     digits, power = f"{value:.2e}".split("e")
     return "0" if value == 0 else f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+
+
+USABLE = 0.9
+"""Fraction of a device's memory. The rest is for the CUDA context, work space and fragmentation."""
+
+_SLACK = 0.02  # tolerated relative difference of steps or epochs
+_EVEN_SHARE = 4.0  # longest sequences per rank and batch from which the ranks' work is about even
+
+
+def findings(plan: Plan) -> list[str]:
+    """Return a line for each choice that may be a mistake, with what to do."""
+    return [text for check in CHECKS if (text := check(plan)) is not None]
+
+
+def _global_batch(plan: Plan) -> str | None:
+    return plan.recipe.batch_departure()
+
+
+def _origin(plan: Plan) -> str | None:
+    path = plan.recipe.continue_from_path
+    if not plan.facts.start.missing:
+        return None
+    return f"continue_from_path: there is no {path} here; its number of steps is not known, {_assumed(plan)}"
+
+
+def _assumed(plan: Plan) -> str:
+    step = plan.facts.start.step
+    return f"and taken as {step:,}, as published" if step else "and the plan begins at step 0"
+
+
+def _length(plan: Plan) -> str | None:
+    published = plan.recipe.published
+    if published is None or published.steps is None or published.steps == plan.steps:
+        return None
+    last = published.steps + plan.facts.start.step
+    return (
+        f"trainer.max_steps: the run is {plan.steps:,} steps long, the published one {published.steps:,}; "
+        f"trainer.max_steps={last} makes them alike"
+    )
+
+
+def _another_rate(plan: Plan) -> str | None:
+    start = plan.facts.start
+    if start.learning_rate is None:
+        return None
+    rate = learning_rate(plan.recipe.optim, start.step)
+    if math.isclose(rate, start.learning_rate, rel_tol=0.01):
+        return None
+    return (
+        f"the rate goes from {start.learning_rate:.2e}, where the run before left it, to {rate:.2e} at step "
+        f"{start.step:,}: the schedule is another one; optim.lr, min_lr and max_steps of optim.sched decide it"
+    )
+
+
+def _published_epochs(plan: Plan) -> str | None:
+    """Compare the published epochs with those of the published steps over the data of this run."""
+    published, sequences = plan.recipe.published, plan.facts.data.train_sequences
+    if published is None or not (published.steps and published.epochs and published.global_batch_size):
+        return None
+    epochs = published.steps * published.global_batch_size / sequences
+    if abs(epochs / published.epochs - 1) <= _SLACK:
+        return None
+    steps = round(published.epochs * sequences / published.global_batch_size)
+    return (
+        f"the source's {published.steps:,} steps of {published.global_batch_size:,} make {epochs:,.0f} epochs of "
+        f"{sequences:,} sequences; it says about {published.epochs:,.0f}. Steps are what counts here; "
+        f"trainer.max_steps={steps + plan.facts.start.step} would make {published.epochs:,.0f}"
+    )
+
+
+def _less_than_an_epoch(plan: Plan) -> str | None:
+    if plan.epochs >= 1:
+        return None
+    return (
+        f"the run sees {plan.epochs:.1%} of the training sequences; trainer.max_steps="
+        f"{plan.facts.start.step + -int(-plan.steps_per_epoch // 1)} would show it all of them once"
+    )
+
+
+def _more_than_the_data(plan: Plan) -> str | None:
+    if plan.steps_per_epoch >= 1:
+        return None
+    return (
+        f"a global batch of {plan.batch.sequences:,.0f} sequences is more than the "
+        f"{plan.facts.data.train_sequences:,} there are: a step shows the same ones more than once; make it smaller"
+    )
+
+
+def _warm_up(plan: Plan) -> str | None:
+    trainer, optim = plan.recipe.trainer, plan.recipe.optim
+    if trainer.max_steps > optim.warmup_steps:
+        return None
+    return (
+        f"optim.sched.warmup_steps ({optim.warmup_steps:,}) are not over when the run ends, at step "
+        f"{trainer.max_steps:,}; give it fewer, or warmup_ratio in their place"
+    )
+
+
+def _horizon(plan: Plan) -> str | None:
+    last, optim = plan.recipe.trainer.max_steps, plan.recipe.optim
+    if optim.schedule != COSINE:
+        return None
+    if optim.max_steps < last:
+        return (
+            f"optim.sched.max_steps ({optim.max_steps:,}): the rate stays at its minimum for the "
+            f"{last - optim.max_steps:,} steps after it; null ends the schedule with the run"
+        )
+    if optim.max_steps > (1 + _SLACK) * last and plan.facts.next_recipe is None:
+        return (
+            f"optim.sched.max_steps ({optim.max_steps:,}): the run ends at step {last:,}, at a rate of "
+            f"{learning_rate(optim, last):.2g} still, and no recipe continues it; null ends the schedule with the run"
+        )
+    return None
+
+
+def _positions(plan: Plan) -> str | None:
+    longest, seq_length, key = plan.facts.data.longest_residues, plan.recipe.model.seq_length, "the store's longest"
+    if longest is None or plan.recipe.data.max_residues < longest:
+        longest, key = plan.recipe.data.max_residues, "data.max_residues"
+    needed = longest + SPECIAL_TOKENS_PER_SEQUENCE
+    if needed >= seq_length or not plan.recipe.model.position_rows:  # rotary positions have no parameters
+        return None
+    return (
+        f"model.seq_length ({seq_length:,}): no sequence is so long ({key}: {longest:,}), and its last "
+        f"{seq_length - needed:,} positions are never trained; {needed} would do"
+    )
+
+
+def _evenness(plan: Plan) -> str | None:
+    share, longest, ranks = (
+        plan.batch.tokens_of_a_rank,
+        plan.recipe.model.seq_length,
+        plan.recipe.trainer.data_parallel_size,
+    )
+    if ranks == 1 or share >= _EVEN_SHARE * longest:
+        return None
+    fewer = max(int(plan.batch.tokens // (_EVEN_SHARE * longest)), 1)
+    even = f"{fewer:,} ranks or fewer" if fewer > 1 else "one rank"
+    return (
+        f"a rank's share of a batch is {share:,.0f} tokens, about {share / plan.facts.data.mean_tokens:,.1f} sequences "
+        f"of up to {longest:,}: ranks with short ones wait for others. Even shares want {even}"
+    )
+
+
+def _tensor_parallel(plan: Plan) -> str | None:
+    trainer = plan.recipe.trainer
+    if trainer.devices % trainer.tensor_model_parallel_size == 0:
+        return None
+    return (
+        f"trainer.tensor_model_parallel_size ({trainer.tensor_model_parallel_size}) does not divide trainer.devices "
+        f"({trainer.devices}): some copies of the model lie on two nodes, and every layer waits for the network between"
+    )
+
+
+def _memory(plan: Plan) -> str | None:
+    capacity = plan.facts.device.memory_bytes
+    if capacity is None or plan.most_memory.total <= USABLE * capacity:
+        return None
+    name = "micro_batch_tokens" if plan.recipe.data.micro_batch_tokens else "micro_batch_size"
+    of = f"GB of the {capacity / 1e9:,.1f} that {plan.facts.device.name} has"
+    if plan.memory.total > USABLE * capacity:
+        said = f"data.{name} takes {plan.memory.total / 1e9:,.1f} {of}, and CUDA a few"
+    else:
+        said = (
+            f"data.{name} takes {plan.memory.total / 1e9:,.1f}, but would take {plan.most_memory.total / 1e9:,.1f} "
+            f"{of} if all its sequences were {plan.recipe.model.seq_length:,} tokens long; lengths are dealt evenly, "
+            "so that is unlikely"
+        )
+    return f"{said}; {_smaller(plan, USABLE * capacity)}"
+
+
+def _smaller(plan: Plan, room: float) -> str:
+    """Return the largest micro batch that always fits, with the same optimisation."""
+    recipe = plan.recipe
+    fixed = memory_of(recipe, plan.precision, 0).total
+    tokens = int((room - fixed) / ((plan.most_memory.total - fixed) / plan.batch.most_micro_tokens))
+    if recipe.data.micro_batch_tokens is not None and tokens >= recipe.model.seq_length:
+        return (
+            f"micro_batch_tokens={max(tokens // 512 * 512, recipe.model.seq_length)} fits, with the same optimisation"
+        )
+    if recipe.data.micro_batch_size is not None and recipe.global_batch_size is not None:
+        share = recipe.global_batch_size // recipe.trainer.data_parallel_size
+        sizes = [size for size in divisors(share) if size * recipe.model.seq_length <= tokens]
+        kept = "" if recipe.data.global_batch_size else f" and global_batch_size={recipe.global_batch_size}"
+        if sizes:
+            return f"micro_batch_size={sizes[-1]}{kept} always fits, with the same optimisation"
+    return "trainer.tensor_model_parallel_size or trainer.shard_optimizer take some of it off each device"
+
+
+def _precision(plan: Plan) -> str | None:
+    device = plan.facts.device
+    if plan.recipe.trainer.accelerator == "cpu" or plan.precision != "bf16" or device.multiplies_bf16:
+        return None
+    return f"trainer.precision=bf16: {device.name} has no units for it; auto trains in float32 there"
+
+
+def _validation(plan: Plan) -> str | None:
+    if plan.facts.data.validation_sequences is None:
+        return None
+    try:
+        validation_batch_size(plan.recipe, plan.facts.data.validation_sequences)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _validation_interval(plan: Plan) -> str | None:
+    every = plan.recipe.trainer.val_check_interval
+    if every <= plan.steps:
+        return None
+    return (
+        f"trainer.val_check_interval ({every:,}) is more than the run's {plan.steps:,} steps: only its end is validated"
+    )
+
+
+def _checkpoints(plan: Plan) -> str | None:
+    every = plan.recipe.exp_manager.checkpoints.every_n_train_steps
+    if plan.storage.checkpoints > 1 or every <= plan.steps:
+        return None
+    return (
+        f"exp_manager.checkpoints.every_n_train_steps ({every:,}) is more than the run's {plan.steps:,} steps: there "
+        "is nothing to go on from before its end"
+    )
+
+
+def _average(plan: Plan) -> str | None:
+    saving, written = plan.recipe.exp_manager.checkpoints, plan.storage.checkpoints
+    if not saving.average_last or saving.average_last <= written:
+        return None
+    return (
+        f"exp_manager.checkpoints.average_last ({saving.average_last}) x every_n_train_steps "
+        f"({saving.every_n_train_steps:,}) reach back beyond the run's {plan.steps:,} steps: "
+        + (f"{written} checkpoints are averaged" if written > 1 else "there is one checkpoint and no average")
+    )
+
+
+def _disk(plan: Plan) -> str | None:
+    free, needed = plan.facts.free_bytes, plan.storage.peak_bytes
+    if free is None or free >= needed:
+        return None
+    return (
+        f"exp_manager.exp_dir: the run takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} are free; choose another place, "
+        "or lower exp_manager.checkpoints.keep_last or average_last"
+    )
+
+
+CHECKS: tuple[Callable[[Plan], str | None], ...] = (
+    *(_origin, _another_rate, _global_batch, _length, _published_epochs, _less_than_an_epoch, _more_than_the_data),
+    *(_warm_up, _horizon),
+    *(_positions, _evenness, _tensor_parallel, _memory, _precision),
+    *(_validation, _validation_interval, _checkpoints, _average, _disk),
+)

@@ -1,186 +1,29 @@
-"""A plan as a person reads it: aligned lines, the picture's path, and what to look at.
-
-The learning rate of a plan as a picture: over the whole schedule, with the part that this run does.
-"""
+"""The plan of a run as text: aligned lines, and a list of what does not fit together."""
 
 from __future__ import annotations
 
-import math
 import sys
 import textwrap
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
-from numpy.typing import NDArray
 
 from bionemo_esm.console import Console, duration
-from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import COSINE
 from bionemo_esm.model.schedule import learning_rate
-from bionemo_esm.plotting import FAINT, INK, LINE, MARK, MUTED, WIDTH, styled, write_png
-from bionemo_esm.pretraining.plan import PFLOP_DAY, Plan, gather_facts, plan_of, scientific
-from bionemo_esm.pretraining.plan_checks import findings
+from bionemo_esm.pretraining.plan import PFLOP_DAY, Plan, findings, gather_facts, plan_of, scientific
 from bionemo_esm.pretraining.recipe import Recipe
-from bionemo_esm.pretraining.report import LOOK
-from bionemo_esm.pretraining.run_context import describe_model, make_folder, short
-
-_HEIGHT, _BOTTOM, _TOP = 5.5, 0.75, 1.9  # of the figure, below and above the curve; inches
-_POINTS = 2_000
-_VISIBLE, _ROOM = 0.03, 0.15  # of the width: under one a warm-up gets an inset, under the other a run no epochs
-
-
-def write_picture(plan: Plan, path: Path) -> None:
-    """Draw the plan's learning rate as a PNG. The file is there in whole or not at all; equal plans, equal bytes."""
-    with styled(**LOOK):
-        write_png(_draw(plan), path)
-
-
-def _draw(plan: Plan) -> Figure:
-    recipe, optim = plan.recipe, plan.recipe.optim
-    first, last = plan.facts.start.step, recipe.trainer.max_steps
-    end = max(last, optim.max_steps) if optim.schedule == COSINE else last
-    scale = 10.0 ** math.floor(math.log10(optim.lr))
-    figure = Figure(figsize=(WIDTH, _HEIGHT))
-    axes = figure.add_axes((0.06, _BOTTOM / _HEIGHT, 0.88, (_HEIGHT - _BOTTOM - _TOP) / _HEIGHT))
-    axes.set_xlim(0, end)
-    axes.set_ylim(0, optim.lr / scale * 1.12)
-    axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    known = plan.facts.start.learning_rate
-    same = known is None or math.isclose(known, learning_rate(optim, first), rel_tol=0.01)
-    _curve(axes, plan, (0 if same else first, end), scale)  # of another schedule before this run nothing is known
-    _phases(axes, plan, end)
-    _epochs(axes, plan)
-    if first < optim.warmup_steps < _VISIBLE * end:
-        _warm_up(axes, plan, scale)
-    unit = f"×10{str(round(math.log10(scale))).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
-    figure.text(0.06, 1 - 0.42 / _HEIGHT, recipe.name, size=16, weight="bold", parse_math=False)
-    figure.text(0.06, 1 - 0.74 / _HEIGHT, _headline(plan), size=12, color=MUTED)
-    figure.text(0.06, 1 - 1.2 / _HEIGHT, "Learning rate", size=12.5, weight="bold")
-    figure.text(0.06 + 1.42 / WIDTH, 1 - 1.2 / _HEIGHT, unit, color=MUTED)
-    return figure
-
-
-def _headline(plan: Plan) -> str:
-    start = plan.facts.start.step
-    span = f"Steps {start:,} to {plan.recipe.trainer.max_steps:,}" if start else f"{plan.steps:,} steps"
-    return f"{span}, {plan.epochs:,.1f} epochs of {plan.facts.data.train_sequences:,} sequences."
-
-
-def _rates(plan: Plan, first: float, last: float, scale: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    optim = plan.recipe.optim
-    steps = np.unique(np.append(np.linspace(first, last, _POINTS).astype(np.int64), np.int64(optim.warmup_steps)))
-    steps = steps[(steps >= first) & (steps <= last)]
-    return steps, np.array([learning_rate(optim, int(step)) for step in steps]) / scale
-
-
-def _curve(axes: Any, plan: Plan, whole: tuple[int, int], scale: float) -> None:
-    """Faint over the whole schedule, strong where this run is, with a point and the rate at either end of it."""
-    first, last = plan.facts.start.step, plan.recipe.trainer.max_steps
-    axes.plot(*_rates(plan, *whole, scale), color=FAINT, linewidth=2)
-    axes.plot(*_rates(plan, first, last, scale), color=LINE, linewidth=2.4, solid_capstyle="round")
-    optim = plan.recipe.optim
-    for step in sorted({first, last, min(max(optim.warmup_steps, first), last)}):
-        rate = learning_rate(optim, step)
-        axes.plot([step], [rate / scale], "o", color=LINE, markersize=5.5, clip_on=False, zorder=5)
-        if step >= min(optim.warmup_steps, last):
-            near_end = step > 0.9 * axes.get_xlim()[1]
-            axes.annotate(
-                scientific(rate),
-                (step, rate / scale),
-                (-2 if near_end else 8, 7),
-                textcoords="offset points",
-                ha="right" if near_end else "left",
-                color=LINE,
-                weight="bold",
-            )
-
-
-def _phases(axes: Any, plan: Plan, end: int) -> None:
-    """This run's part in colour, with names for it and for what lies before and after it."""
-    first, last, published = plan.facts.start.step, plan.recipe.trainer.max_steps, plan.recipe.published
-    if (first, last) == (0, end):
-        return
-    axes.axvspan(first, last, color=FAINT, alpha=0.28, linewidth=0)
-    before = published.continues if published and published.continues else "the run before"
-    after = plan.facts.next_recipe or "no run"
-    style = {"va": "bottom", "ha": "center", "textcoords": "offset points", "annotation_clip": False}
-    for begin, finish, text, colour, weight in (
-        (0, first, before, MUTED, "normal"),
-        (first, last, "this run", INK, "bold"),
-        (last, end, after, MUTED, "normal"),
-    ):
-        if finish - begin > 0.06 * end:
-            axes.annotate(text, ((begin + finish) / 2, 0), (0, 6), color=colour, weight=weight, **style)
-    for step in (first, last):
-        if 0 < step < end:
-            axes.axvline(step, color=MARK, linewidth=1.2, linestyle=(0, (5, 3)))
-
-
-def _epochs(axes: Any, plan: Plan) -> None:
-    """Epochs of this run on top, counted from its first step; not where there is no room for their numbers."""
-    first, per_epoch = plan.facts.start.step, plan.steps_per_epoch
-    if plan.steps < _ROOM * axes.get_xlim()[1]:
-        return
-    top = axes.secondary_xaxis("top", functions=(lambda s: (s - first) / per_epoch, lambda e: e * per_epoch + first))
-    last = plan.epochs
-    ticks = [tick for tick in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, last) if 0 <= tick <= last * 1.0001]
-    top.set_xticks(ticks)
-    top.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
-    top.spines["top"].set_visible(False)
-    top.tick_params(length=0, pad=2)
-    middle, place = first + last * per_epoch / 2, axes.get_xaxis_transform()
-    style = {"ha": "center", "textcoords": "offset points", "color": MUTED}
-    axes.annotate("epochs of this run", (middle, 1), (0, 24), xycoords=place, **style)
-
-
-def _warm_up(axes: Any, plan: Plan, scale: float) -> None:
-    """The first steps, wide enough to be seen."""
-    first, last, steps = plan.facts.start.step, plan.recipe.trainer.max_steps, plan.recipe.optim.warmup_steps
-    inset = axes.inset_axes((0.73, 0.56, 0.26, 0.36))
-    inset.set_facecolor("white")
-    inset.plot(*_rates(plan, 0, 3 * steps, scale), color=FAINT, linewidth=1.7)
-    inset.plot(*_rates(plan, first, min(3 * steps, last), scale), color=LINE, linewidth=2)
-    inset.set_xlim(0, 3 * steps)
-    inset.set_ylim(0, axes.get_ylim()[1])
-    inset.set_xticks([0, steps, 2 * steps, 3 * steps])
-    inset.set_yticks([])
-    inset.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    inset.tick_params(labelsize=9)
-    inset.set_title(f"warm-up, {steps:,} steps", size=10, color=MUTED, loc="left")
-
+from bionemo_esm.pretraining.run_context import describe_model
 
 _LINE, _LABEL = 118, 11
 _PRECISIONS = {"bf16": "bfloat16 with float32 masters", "32": "float32"}
 
 
 def show_plan(recipe: Recipe) -> None:
-    """Print the plan of a recipe and leave the picture of its learning rate beside the run's folder.
-
-    Nothing else is written. Raises `ConfigError` where there is nothing to plan with.
-    """
+    """Print the plan of a recipe. Nothing is written. Raises `ConfigError` if there is no data to plan with."""
     plan = plan_of(recipe, gather_facts(recipe))
-    folder = recipe.run_folder
-    picture = folder.with_name(f"{folder.name}-plan.png")
-    make_folder(picture.parent)
-    try:
-        write_picture(plan, picture)
-    except OSError as error:
-        raise ConfigError(
-            f"exp_manager.exp_dir: {picture} cannot be written ({error.strerror}); choose another place"
-        ) from error
-    Console(sys.stdout).print_line(
-        f"{screen_of(plan)}\n  {'picture':<{_LABEL - 2}}{short(picture.absolute())}\n\n{look_at(plan)}"
-    )
+    Console(sys.stdout).print_line(f"{describe_plan(plan)}\n\n{describe_findings(plan)}")
 
 
-def screen_of(plan: Plan) -> str:
-    """The whole plan but for the picture and what to look at."""
+def describe_plan(plan: Plan) -> str:
+    """Return the plan as aligned lines, without its findings."""
     rows = {
         "model": _model(plan),
         "data": _data(plan),
@@ -197,8 +40,8 @@ def screen_of(plan: Plan) -> str:
     return "\n".join([f"\n{plan.recipe.name}: a plan; nothing is started", *lines])
 
 
-def look_at(plan: Plan) -> str:
-    """What does not fit together, a paragraph each."""
+def describe_findings(plan: Plan) -> str:
+    """Return the findings, a paragraph each."""
     found = findings(plan)
     if not found:
         return "Nothing in it contradicts itself or the recipe's source."
@@ -238,7 +81,7 @@ def _devices(plan: Plan) -> str:
     if (split := trainer.tensor_model_parallel_size) > 1:
         text += f"; {split} hold a copy of the model together, {trainer.data_parallel_size} copies"
     if published is not None and trainer.world_size != published.gpus:
-        same = "" if plan.recipe.departure() else ", which does not matter while the global batch is the same"
+        same = "" if plan.recipe.batch_departure() else ", which does not matter while the global batch is the same"
         text += f"; the source had {published.gpus}{same}"
     return text
 
@@ -255,7 +98,7 @@ def _batch(plan: Plan) -> str:
     micro = f"{recipe.data.micro_batch_size:,} sequences" if most is None else f"at most {most:,} tokens"
     accumulated = "1 micro batch" if batch.accumulation == 1 else f"{batch.accumulation:,.0f} micro batches"
     ranks = f"{recipe.trainer.data_parallel_size:,} ranks x " if recipe.trainer.data_parallel_size > 1 else ""
-    same = "" if recipe.published is None or recipe.departure() else "; the published batch"
+    same = "" if recipe.published is None or recipe.batch_departure() else "; the published batch"
     return f"{whole} = {ranks}{accumulated} of {micro} (about {batch.micro_tokens:,.0f} tokens){same}"
 
 
@@ -324,15 +167,15 @@ def _rate(plan: Plan) -> str:
 
 
 def key_rates(plan: Plan) -> list[tuple[int, float, str]]:
-    """Step, learning rate and words for the turns of the schedule from this run's first step on, in order of steps."""
+    """Return (step, learning rate, words) for the key points of the schedule from this run's first step on."""
     optim, first, last = plan.recipe.optim, plan.facts.start.step, plan.recipe.trainer.max_steps
-    turns = {first: "at first", optim.warmup_steps: f"at its peak (step {optim.warmup_steps:,})"}
+    points = {first: "at first", optim.warmup_steps: f"at its peak (step {optim.warmup_steps:,})"}
     if optim.schedule == COSINE:
         lowest = optim.max_steps - optim.constant_steps
-        turns[lowest] = f"from step {lowest:,} on"
-    turns |= {step: f"{words}, after this run" for step, words in turns.items() if step > last}
-    turns[last] = f"at the end (step {last:,})"
-    return [(step, learning_rate(optim, step), turns[step]) for step in sorted(turns) if step >= first]
+        points[lowest] = f"from step {lowest:,} on"
+    points |= {step: f"{words}, after this run" for step, words in points.items() if step > last}
+    points[last] = f"at the end (step {last:,})"
+    return [(step, learning_rate(optim, step), points[step]) for step in sorted(points) if step >= first]
 
 
 def _count(number: float) -> str:
@@ -340,12 +183,12 @@ def _count(number: float) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits that count, with commas."""
+    """Return three significant digits, with commas."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _size(value: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Return bytes with a unit from kB to TB."""
     unit, size = next(
         ((unit, size) for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if value >= size), ("kB", 1e3)
     )

@@ -1,10 +1,9 @@
-"""What a small head reads off the model while it is pretrained: a score on a labelled set, every n steps.
+"""The probe: a linear head fitted on the hidden states of the model every n steps, and its score on a labelled set.
 
-The head is linear and convex, so that it has one answer and nothing is drawn: scikit-learn's logistic regression, or a
-ridge regression, on hidden states as they are by then (Alain and Bengio 2016, arXiv:1610.01644, "linear classifier
-probes"). Nothing of the run changes: the model is asked in evaluation mode, without gradients, and no generator of
-random numbers, no batch and no file but the history is touched. Shape suffixes: N targets that are known, F features, C
-classes; a protein has R rows, its residues, or one.
+The head is scikit-learn's logistic regression or ridge regression (Alain and Bengio 2016, arXiv:1610.01644, "linear
+classifier probes"): a convex problem with one solution and no random numbers. The probe changes nothing of the run: the
+model is in evaluation mode, without gradients; random generators, batches, and all files but the history stay as they
+are. Shape suffixes: N known targets, F features, C classes, R rows of a protein (its residues, or one).
 """
 
 from __future__ import annotations
@@ -33,28 +32,26 @@ from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.feature_extraction import representations
 from bionemo_esm.model.parallel import data_parallel_rank, is_first_rank, tensor_parallel_sum, world_sum
 from bionemo_esm.pretraining.callbacks import History, read_history
+from bionemo_esm.pretraining.checkpoints import StopSignals
 from bionemo_esm.pretraining.hang_watch import HangWatch
 from bionemo_esm.pretraining.probe_config import ProbeSet
-from bionemo_esm.pretraining.signals import StopSignals
 
 Floats = NDArray[np.float64]
 Predict = Callable[[Floats], Prediction]
-_PENALTY = (
-    0.01  # on the squares of the weights, see `_fitted`; of 10 to 0.01 the best for 300 proteins of any task tried
-)
-_STEPS = 500  # of L-BFGS, at most; what it has come to by then is the answer
+_PENALTY = 0.01  # L2 penalty of `_fitted`; the best of 0.01 to 10 on 300 proteins of each task tried
+_STEPS = 500  # of L-BFGS, at most
 _DIGITS = 6  # of a score
 
 
-class _BrokenOffError(Exception):
-    """Somebody asked the run to stop; no result."""
+class _InterruptedError(Exception):
+    """A signal interrupted the measurement."""
 
 
 class Probe(Callback):
-    """Measures every n steps and after the last one, before the checkpoint of that step is written.
+    """Measure every n steps and after the last one, before the checkpoint of that step is written.
 
-    The data-parallel ranks that hold the first copy of the model compute, the others wait. A signal to one of the
-    former breaks the measurement off; the run that goes on then begins with it: see `ProbeAtStart`.
+    The ranks of the first model copy compute, the others wait. A signal to one of the former interrupts the
+    measurement; the resumed run starts with it: see `ProbeAtStart`.
     """
 
     def __init__(
@@ -66,10 +63,10 @@ class Probe(Callback):
         history: History,
         console: Console,
     ) -> None:
-        """most_tokens: that a device sees at a time in training, which this must not exceed."""
+        """most_tokens: maximum tokens of a batch, at most those of a training micro batch."""
         self.probed, self.most_tokens = probed, most_tokens
         self.signals, self.watch, self.history, self.console = signals, watch, history, console
-        self._one_hot: float | None = None  # the score of the same head on one-hot features; once a session
+        self._one_hot: float | None = None  # score of the head on one-hot features; computed once per session
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
@@ -80,34 +77,34 @@ class Probe(Callback):
         return step % self.probed.config.every_n_train_steps == 0
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure and tell. Collective."""
+        """Measure, record and print. Collective."""
         assert isinstance(pl_module, ESM1nvModel)
         found = None
-        with self.watch.patience():
+        with self.watch.long_operation():
             if data_parallel_rank() == 0:
-                found = self._found(trainer, pl_module)
-            world_sum(torch.zeros(1, device=pl_module.device))  # the others wait here, where a wait is no hang
+                found = self._measure_head(trainer, pl_module)
+            world_sum(torch.zeros(1, device=pl_module.device))  # the others wait here
         self.history.on_probe_end(trainer, found)
         if found is not None:
-            self._tell(trainer, found)
+            self._report(trainer, found)
 
-    # --- what a head finds ------------------------------------------------------------------------------------------
+    # --- measuring --------------------------------------------------------------------------------------------------
 
-    def _found(self, trainer: Trainer, model: ESM1nvModel) -> dict[str, Any] | None:
-        """A line of the history; None on other ranks than the first, and where it was broken off."""
+    def _measure_head(self, trainer: Trainer, model: ESM1nvModel) -> dict[str, Any] | None:
+        """Return a line of the history; None on other ranks than the first, and after an interruption."""
         task, validation = self.probed.task, self.probed.validation
         try:
             with _in_evaluation(model):
                 features_NF = self._features_to_fit(trainer, model)
                 predict = _fitted(task, features_NF, self._targets) if is_first_rank() else None
-                told = self._told(trainer, model, predict)
-        except _BrokenOffError:
+                predictions = self._predictions(trainer, model, predict)
+        except _InterruptedError:
             return None
         if predict is None:
             return None
         if self._one_hot is None:
             self._one_hot = self._score_of_one_hot()
-        found = scores(task, validation.targets, told)
+        found = scores(task, validation.targets, predictions)
         named = {"score": found[task.metric], "one_hot": self._one_hot, **found}
         numbers = {key: round(value, _DIGITS) if math.isfinite(value) else None for key, value in named.items()}
         return {"task": task.name, "metric": task.metric, **numbers}
@@ -119,37 +116,37 @@ class Probe(Callback):
         return together[np.isfinite(together)]
 
     def _features_to_fit(self, trainer: Trainer, model: ESM1nvModel) -> Floats:
-        """Of the residues, or proteins, whose targets are known, [N, F], in the order of the training proteins."""
+        """Return the features with known targets, [N, F], in the order of the training proteins."""
         train = self.probed.train
         rows: dict[int, NDArray[np.float32]] = {}
         for number, rows_RF in self._states(trainer, model, train):
             rows[number] = rows_RF[np.isfinite(train.targets[number])]
         return np.concatenate([rows[number] for number in range(len(train))]).astype(np.float64)
 
-    def _told(self, trainer: Trainer, model: ESM1nvModel, predict: Predict | None) -> list[Prediction]:
-        """Of the validation proteins, in their order; nothing without a head, on ranks that only compute states."""
-        told: dict[int, Prediction] = {}
+    def _predictions(self, trainer: Trainer, model: ESM1nvModel, predict: Predict | None) -> list[Prediction]:
+        """Return the predictions of the validation proteins, in order; [] on ranks that only compute states."""
+        predictions: dict[int, Prediction] = {}
         for number, rows_RF in self._states(trainer, model, self.probed.validation):
             if predict is not None:
-                told[number] = predict(rows_RF.astype(np.float64))
-        return [told[number] for number in sorted(told)]
+                predictions[number] = predict(rows_RF.astype(np.float64))
+        return [predictions[number] for number in sorted(predictions)]
 
     def _states(
         self, trainer: Trainer, model: ESM1nvModel, labelled: LabelledDataset
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Each protein's number and states, float32 [R, F], or their mean [1, F] for a task per sequence.
+        """Yield each protein's number and hidden states, float32 [R, F], or their mean [1, F] for a task per sequence.
 
-        Collective among tensor-parallel ranks. Raises `_BrokenOffError`, on all of them.
+        Collective over tensor-parallel ranks. Raises `_InterruptedError` on all of them after a signal.
         """
         assert model.encoder is not None
         task, reading = self.probed.task, self.probed.reading
         tokens = min(self.most_tokens, BATCH_TOKENS[model.device.type])
         batches = EvaluationBatches(Collator(task, labelled, reading), tokens)
         for index in range(len(batches)):
-            self.watch.on_validation_batch_start(trainer, model)  # a sign of life
+            self.watch.on_validation_batch_start(trainer, model)  # reports progress
             asked = torch.tensor(int(self.signals.received is not None), device=model.device)
             if tensor_parallel_sum(asked).item():
-                raise _BrokenOffError
+                raise _InterruptedError
             batch = batches[index].to(model.device)
             assert batch.row is not None
             hidden_TH = representations(model.encoder, batch.row.row, [reading.layer])[reading.layer]
@@ -161,18 +158,18 @@ class Probe(Callback):
             )
 
     def _score_of_one_hot(self) -> float:
-        """Of the same head on which amino acid stands there, or on how often each occurs: a model must do better."""
+        """Return the score of the head on one-hot residues, or on residue frequencies: the baseline."""
         task, train, validation = self.probed.task, self.probed.train, self.probed.validation
         source = OneHot(train.proteins, pooled=not task.is_per_residue)
         rows = [source.of(number)[np.isfinite(target)] for number, target in enumerate(train.targets)]
         predict = _fitted(task, np.concatenate(rows).astype(np.float64), self._targets)
         source = OneHot(validation.proteins, pooled=not task.is_per_residue)
-        told = [predict(source.of(number).astype(np.float64)) for number in range(len(validation))]
-        return scores(task, validation.targets, told)[task.metric]
+        predictions = [predict(source.of(number).astype(np.float64)) for number in range(len(validation))]
+        return scores(task, validation.targets, predictions)[task.metric]
 
-    # --- what is said of it -----------------------------------------------------------------------------------------
+    # --- output -----------------------------------------------------------------------------------------------------
 
-    def _tell(self, trainer: Trainer, found: Mapping[str, Any]) -> None:
+    def _report(self, trainer: Trainer, found: Mapping[str, Any]) -> None:
         task, step = self.probed.task, trainer.global_step
         self.console.print_line(
             f"  step {step:,}  probe {task.name}: {METRIC_NAMES[task.metric]} {_number(found['score'])} "
@@ -184,10 +181,7 @@ class Probe(Callback):
 
 
 class ProbeAtStart(Callback):
-    """Measures before the first step of a session, where this is due and an earlier one has not done it.
-
-    Due: at the step of a probe; and before any other probe of this task, so that there is something to compare with.
-    """
+    """Measure before the first step of a session, if this step's probe, or any first probe of the task, is missing."""
 
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
@@ -212,7 +206,7 @@ class ProbeAtStart(Callback):
 
 @contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients; afterwards every part is in the mode it was in."""
+    """Disable dropout and gradients during the block; restore the mode of every module after it."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -240,10 +234,9 @@ def _by_protein(
 
 
 def _fitted(task: Task, features_NF: Floats, targets_N: NDArray[np.float32]) -> Predict:
-    """A linear head; what it predicts of rows [R, F] is float32 [R, C], in the unit of `Prediction`, NaN where a state
-    is not finite.
+    """Fit a linear head. Returns a function from rows [R, F] to float32 [R, C]: see `Prediction`; NaN for NaN features.
 
-    Features are brought to mean 0 and mean square 1 / F, so that a penalty means the same for any width.
+    Features are scaled to mean 0 and mean square 1 / F, so that the penalty does not depend on the width.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, Ridge
@@ -259,18 +252,18 @@ def _fitted(task: Task, features_NF: Floats, targets_N: NDArray[np.float32]) -> 
         head.fit((features_NF - mean) / scale, targets if task.is_classification else _standardised(task, targets))
 
     def predict(rows_RF: Floats) -> Prediction:
-        told = np.full((len(rows_RF), task.outputs), np.nan, dtype=np.float32)
+        predictions = np.full((len(rows_RF), task.outputs), np.nan, dtype=np.float32)
         whole = np.isfinite(rows_RF).all(axis=1)
         if not whole.any():
-            return told
+            return predictions
         standard = (rows_RF[whole] - mean) / scale
-        if task.is_classification:  # of the classes that were fitted
+        if task.is_classification:  # classes of the training targets only
             shares = np.zeros((len(standard), task.outputs), dtype=np.float32)
             shares[:, head.classes_.astype(np.int64)] = head.predict_proba(standard)
-            told[whole] = shares
+            predictions[whole] = shares
         else:
-            told[whole, 0] = head.predict(standard) * task.target_scale + task.target_mean
-        return told
+            predictions[whole, 0] = head.predict(standard) * task.target_scale + task.target_mean
+        return predictions
 
     return predict
 

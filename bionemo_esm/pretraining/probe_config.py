@@ -1,24 +1,25 @@
-"""A labelled set that is watched while a model is pretrained: as it is configured, and as it is read. No torch.
+"""The probe's configuration and its labelled set. No torch.
 
-It is no part of what a run computes: neither its folder's name nor what a run that goes on must share with itself
-depends on it.
+The probe changes nothing of a run: neither the fingerprint nor the identity of a run depends on it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
+from pydantic import model_validator
+from typing_extensions import Self
 
 from bionemo_esm import config_directory
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.finetuning.tasks import DataConfig, TaskConfig, load_data_config, load_task_config
-from bionemo_esm.settings import integer, known, plain_values
+from bionemo_esm.settings import PositiveInt, Settings, plain_values
 
 if TYPE_CHECKING:
     from bionemo_esm.finetuning.config import ReadingConfig
@@ -26,54 +27,51 @@ if TYPE_CHECKING:
     from bionemo_esm.finetuning.tasks import Targets, Task
     from bionemo_esm.model.config import EncoderConfig
 
-MOST_RESIDUES = 20_000  # that a head per residue is fitted on: the fit must take seconds
-_KEYS = {"task", "data", "every_n_train_steps", "proteins", "layer"}
+MOST_RESIDUES = 20_000  # training residues of a head per residue: the fit must take seconds
 _TASK_KEYS, _DATA_KEYS = ({item.name for item in fields(kind)} for kind in (TaskConfig, DataConfig))
-_SEED = 0  # of what is split off and chosen: runs of any seed are asked the same
+_SEED = 0  # of splits and samples: independent of the run's seed, so that runs are comparable
 _OWN_TASK = "probe.task={name: mine, level: sequence, kind: regression, target_column: activity}"
 _OUR_KEY = re.compile(
     r"(?<![\w./-])(task|data)\.(?=(?:train|validation|test|sequences|mask|split(?:\.\w+)?|max_residues|bad_records|"
     r"missing_targets|unknown_letters|unseen_classes|name|level|kind|metric|classes|unknown|\w+_column|header_pattern)"
     r"\b(?!\.\w))"
 )
-"""Keys of a fine-tuning in its messages, which are below `probe` here; not files of such a name."""
+"""Keys of a fine-tuning in error messages, which the probe has below `probe.`. Does not match file names."""
 
 
-@dataclass(frozen=True)
-class ProbeConfig:
-    """What is watched, and how often; conf/probe/default.yaml has what keys mean."""
+class ProbeConfig(Settings, section="probe"):
+    """The labelled set and the interval of the probe; conf/probe/default.yaml documents the keys."""
 
     task: TaskConfig
     data: DataConfig
-    every_n_train_steps: int = 1_000
-    proteins: int = 500
+    every_n_train_steps: PositiveInt = 1_000
+    proteins: PositiveInt = 500
     layer: int = -1
 
-    def __post_init__(self) -> None:
-        for key in ("every_n_train_steps", "proteins"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"probe.{key} must be at least 1, not {getattr(self, key)}")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.data.download is not None:
             raise ConfigError(
                 "probe.data.download: every process of a run would download; name local files by probe.data.train=..."
             )
         if not self.data.train:
             raise ConfigError("probe.data.train must be given: probe.data.train=FILE; or no probe: probe.task=null")
+        return self
 
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """The proteins that are looked at, with the targets that count, in an order that no file decides."""
+    """The proteins of the probe with their targets, in an order that does not depend on the file."""
 
     config: ProbeConfig
     task: Task
     train: LabelledDataset
     validation: LabelledDataset
     reading: ReadingConfig
-    notes: tuple[str, ...] = ()  # of the reader: what was left out, or missing
+    notes: tuple[str, ...] = ()  # of the reader: records that were left out or are missing
 
     def describe(self) -> str:
-        """For a person."""
+        """Return one line for the screen."""
         what = "residues" if self.task.is_per_residue else "proteins"
         sizes = f"fitted on {self.train.known:,} {what}"
         if self.task.is_per_residue:
@@ -84,30 +82,34 @@ class ProbeSet:
         return f"{self.task.name}, {every}: {sizes}{notes}"
 
 
-def load_probe_config(values: Any) -> ProbeConfig | None:
-    """The section `probe`; None where it asks for none. Raises `ConfigError`, naming the key."""
+def load_probe_config(values: Mapping[str, Any] | None) -> ProbeConfig | None:
+    """Return the section `probe`; None if it names no task. Raises `ConfigError`, naming the key."""
     if values is None:
         return None
-    values = known("probe", values, _KEYS)
-    files = known("probe.data", {} if values.get("data") is None else values["data"], _DATA_KEYS)
+    _check_keys("probe", values, ProbeConfig.model_fields)
+    files = {} if values.get("data") is None else values["data"]
+    _check_keys("probe.data", files, _DATA_KEYS)
     if values.get("task") is None:
         if files.get("train") is not None:
             raise ConfigError("probe.data.train is given, but no task: probe.task=secondary_structure, or another")
         return None
-    numbers = {
-        key: integer(f"probe.{key}", values[key])
-        for key in ("every_n_train_steps", "proteins", "layer")
-        if key in values
-    }
     task = _task_values(values["task"])
     try:
-        return ProbeConfig(load_task_config(task), load_data_config(files), **numbers)
+        return ProbeConfig(**{**values, "task": load_task_config(task), "data": load_data_config(files)})
     except ConfigError as error:
-        raise ConfigError(_in_terms_of_the_probe(error)) from error
+        raise ConfigError(_with_probe_keys(error), code=error.code) from error
+
+
+def _check_keys(section: str, values: Any, known: Iterable[str]) -> None:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{section} must be a mapping, not {values!r}", code="config.type")
+    if unknown := sorted(values.keys() - set(known)):
+        names = ", ".join(sorted(known))
+        raise ConfigError(f"unknown key {section}.{unknown[0]}; known are: {names}", code="config.unknown-key")
 
 
 def read_probe(config: ProbeConfig, model: EncoderConfig) -> ProbeSet:
-    """The labelled proteins, every label checked. Raises `UserError`, naming the key, or file and record."""
+    """Return the labelled proteins; every label is checked. Raises `UserError`, naming the key, or file and record."""
     from bionemo_esm.finetuning.config import ReadingOptions
     from bionemo_esm.finetuning.dataset import read_splits
     from bionemo_esm.inference.engine_options import ModelSizes
@@ -119,9 +121,9 @@ def read_probe(config: ProbeConfig, model: EncoderConfig) -> ProbeSet:
     try:
         splits = read_splits(config.task, config.data, _SEED)
     except ConfigError as error:
-        raise ConfigError(_in_terms_of_the_probe(error)) from error
+        raise ConfigError(_with_probe_keys(error), code=error.code) from error
     except UserError as error:
-        raise UserError(f"probe: {_in_terms_of_the_probe(error)}") from error
+        raise UserError(f"probe: {_with_probe_keys(error)}", code=error.code) from error
     train = _some_residues(_some_proteins(splits.train, config.proteins))
     values = np.unique(np.concatenate(train.targets))
     if np.isfinite(values).sum() < 2:
@@ -134,15 +136,16 @@ def read_probe(config: ProbeConfig, model: EncoderConfig) -> ProbeSet:
 
 
 def _task_values(task: Any) -> Mapping[str, Any]:
-    """The keys of a task: of the shipped one of this name; those of a mapping go over those of its name, if any."""
+    """Return the keys of a task. A mapping with the name of a shipped task overrides keys of that task."""
     folder = config_directory("finetuning") / "task"
     names = sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "custom")
-    given = known("probe.task", task, _TASK_KEYS) if isinstance(task, dict) else {}
-    name = given.get("name") if isinstance(task, dict) else task
+    given = task if isinstance(task, Mapping) else {}
+    _check_keys("probe.task", given, _TASK_KEYS)
+    name = given.get("name") if isinstance(task, Mapping) else task
     if name in names:
         preset = OmegaConf.load(folder / f"{name}.yaml")
         assert isinstance(preset, DictConfig)
-        return plain_values(preset) | given
+        return plain_values(preset) | dict(given)
     if not given:
         raise ConfigError(
             f"probe.task must be one of {', '.join(names)}; or keys of your own: '{_OWN_TASK}'; not {task!r}"
@@ -150,15 +153,15 @@ def _task_values(task: Any) -> Mapping[str, Any]:
     return given
 
 
-def _in_terms_of_the_probe(error: UserError) -> str:
+def _with_probe_keys(error: UserError) -> str:
     return _OUR_KEY.sub(r"probe.\1.", str(error))
 
 
-# --- what is looked at ------------------------------------------------------------------------------------------------
+# --- samples of the labelled set --------------------------------------------------------------------------------------
 
 
 def _some_proteins(labelled: LabelledDataset, most: int) -> LabelledDataset:
-    """Up to so many, by a hash of sequence and targets: the same ones, in the same order, whatever that of the file."""
+    """Return up to `most` proteins, chosen and ordered by a hash of sequence and targets, not by the file's order."""
     from bionemo_esm.finetuning.dataset import LabelledDataset
 
     draws = [_draw(p.tokens.tobytes(), t.tobytes()) for p, t in zip(labelled.proteins, labelled.targets, strict=True)]
@@ -171,7 +174,7 @@ def _draw(sequence: bytes, targets: bytes) -> tuple[bytes, bytes]:
 
 
 def _some_residues(labelled: LabelledDataset) -> LabelledDataset:
-    """The same proteins with up to `MOST_RESIDUES` known targets, drawn among all; of the others nothing is known."""
+    """Return the same proteins with at most `MOST_RESIDUES` known targets; all others become NaN."""
     from bionemo_esm.finetuning.dataset import LabelledDataset
 
     together = np.concatenate(labelled.targets)

@@ -1,7 +1,7 @@
-"""A recipe: the whole configuration of a run as frozen dataclasses, and its arithmetic.
+"""The recipe: the whole configuration of a pretraining run as `Settings`, and its arithmetic.
 
-The Hydra configuration enters here once and is checked as it does; nothing further down sees a DictConfig. This file
-imports neither NeMo nor torch's heavier parts, so that a mistake is answered at once.
+`load_recipe` is the only reader of the Hydra configuration. This file imports neither NeMo nor the slow parts of torch,
+so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from bionemo_esm.data.dataloader import BatchPlan
 from bionemo_esm.data.masking import MaskingPolicy
@@ -23,41 +24,29 @@ from bionemo_esm.model.config import FUSED_ADAM, SCHEDULES, EncoderConfig, Optim
 from bionemo_esm.model.optimizer_registry import OPTIMIZERS
 from bionemo_esm.pretraining.probe_config import ProbeConfig, load_probe_config
 from bionemo_esm.pretraining.resolve_model import resolve_model
-from bionemo_esm.settings import Settings, boolean, integer, known, number, path, plain_values, typed
-
-ACCELERATORS = ("cpu", "gpu")
-_OPTIM_KEYS = ("name", "options", "lr", "betas", "eps", "weight_decay", "max_skipped_steps", "skip_loss_above", "sched")
-_TOP_KEYS = {"name", "seed", "restore_from_path", "continue_from_path", "published", "plan"}
-_TOP_KEYS |= {"model", "data", "optim", "trainer", "exp_manager", "probe"}
-_BATCH_KEYS = ("micro_batch_size", "micro_batch_tokens", "global_batch_size", "global_batch_tokens")
-_SCHEDULE_KEYS = ("name", "warmup_steps", "warmup_ratio", "constant_steps", "min_lr", "max_steps")
+from bionemo_esm.settings import NonNegativeInt, PositiveFloat, PositiveInt, Settings, plain_values
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Where proteins come from, and how many go into a batch."""
+class DataConfig(Settings, section="data"):
+    """The proteins of a run, and the sizes of its batches."""
 
-    fasta: Path | None = None  # a FASTA file to build a store from
-    store: Path | None = None  # a store built before; neither: the sample that ships with the package
-    max_residues: int = 1024  # longer sequences are cut to this when a store is built
-    validation_sequences: int | None = None  # of `fasta`; null: 5%
-    test_sequences: int | None = None
-    micro_batch_size: int | None = 370  # sequences a device sees at a time
-    micro_batch_tokens: int | None = None  # in place of micro_batch_size: the most tokens a device sees at a time
-    global_batch_size: int | None = None  # sequences an optimizer step; null: micro batch x ranks x accumulation
-    global_batch_tokens: int | None = None  # in place of global_batch_size: the most tokens of an optimizer step
-    num_workers: int = 1  # loader processes a rank
-    masking: MaskingPolicy = field(default_factory=MaskingPolicy)
+    fasta: Path | None = None  # a FASTA file from which the run builds a store
+    store: Path | None = None  # an existing store; neither fasta nor store: the sample that ships with the package
+    own: bool = Field(default=False, exclude=True)  # refuse a run without fasta and store
+    max_residues: PositiveInt = 1024  # longer sequences are cut to this when a store is built
+    validation_sequences: NonNegativeInt | None = None  # of `fasta`; null: 5%
+    test_sequences: NonNegativeInt | None = None
+    micro_batch_size: PositiveInt | None = 370  # sequences of a micro batch
+    micro_batch_tokens: PositiveInt | None = None  # maximum tokens of a micro batch, instead of micro_batch_size
+    global_batch_size: PositiveInt | None = None  # sequences per step; null: micro batch x ranks x accumulation
+    global_batch_tokens: PositiveInt | None = None  # maximum tokens per step, instead of global_batch_size
+    num_workers: NonNegativeInt = 1  # loader processes per rank
+    masking: MaskingPolicy = Field(default_factory=MaskingPolicy)
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.fasta is not None and self.store is not None:
             raise ConfigError("data.fasta and data.store are both set; give one of them, and null for the other")
-        for name in ("max_residues", *_BATCH_KEYS):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"data.{name} must be at least 1, not {value}")
-        for name in ("validation_sequences", "test_sequences", "num_workers"):
-            if (getattr(self, name) or 0) < 0:
-                raise ConfigError(f"data.{name} must not be negative, but is {getattr(self, name)}")
         if self.global_batch_size is not None and self.global_batch_tokens is not None:
             raise ConfigError("data.global_batch_size and data.global_batch_tokens are both set; let one be null")
         if (self.micro_batch_size is None) == (self.micro_batch_tokens is None):
@@ -65,32 +54,32 @@ class DataConfig:
             raise ConfigError(
                 f"data.micro_batch_size (sequences) and data.micro_batch_tokens {both}, and let the other be null"
             )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values under the keys of the configuration."""
+        return self.model_dump(by_alias=True)
 
 
-@dataclass(frozen=True)
-class TrainerConfig:
-    """The machine and the length of a run, in Lightning's names; intervals are counted in optimizer steps."""
+class TrainerConfig(Settings, section="trainer"):
+    """The machine and the length of a run, in Lightning's names. Intervals are counted in optimizer steps."""
 
-    accelerator: str = "gpu"
-    devices: int = 8  # a node
-    num_nodes: int = 1
+    accelerator: Literal["cpu", "gpu"] = "gpu"
+    devices: PositiveInt = 8  # per node
+    num_nodes: PositiveInt = 1
     precision: str = "bf16"
-    max_steps: int = 349_500
-    accumulate_grad_batches: int = 1  # micro batches a device runs for each step, where global_batch_size is null
+    max_steps: PositiveInt = 349_500
+    accumulate_grad_batches: PositiveInt = 1  # micro batches per step, if no global batch is given
     gradient_clip_val: float = 1.0
-    val_check_interval: int = 1_000
-    limit_val_batches: int | None = None  # of each rank; null: all
-    log_every_n_steps: int = 10
-    tensor_model_parallel_size: int = 1  # devices that share one copy of the model
-    shard_optimizer: bool = False  # Adam's moments are split over the data-parallel ranks
-    hang_timeout_seconds: float | None = 1800.0  # without a step, until the job ends with the stacks of all threads
+    val_check_interval: PositiveInt = 1_000
+    limit_val_batches: PositiveInt | None = None  # per rank; null: all
+    log_every_n_steps: PositiveInt = 10
+    tensor_model_parallel_size: PositiveInt = 1  # ranks that share one copy of the model
+    shard_optimizer: bool = False  # split Adam's moments over the data-parallel ranks
+    hang_timeout_seconds: float | None = 1800.0  # without a step; then the job ends with all stacks; null: never
 
-    def __post_init__(self) -> None:
-        if self.accelerator not in ACCELERATORS:
-            raise ConfigError(f"trainer.accelerator must be one of {', '.join(ACCELERATORS)}, not {self.accelerator!r}")
-        for name in (item.name for item in fields(self) if item.type == "int"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"trainer.{name} must be at least 1, not {getattr(self, name)}")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.hang_timeout_seconds is not None and not self.hang_timeout_seconds > 0:
             raise ConfigError(
                 f"trainer.hang_timeout_seconds must be positive, or null for none, not {self.hang_timeout_seconds}"
@@ -100,6 +89,7 @@ class TrainerConfig:
                 f"trainer.tensor_model_parallel_size ({self.tensor_model_parallel_size}) must divide the "
                 f"{self.world_size} devices of trainer.num_nodes x trainer.devices"
             )
+        return self
 
     @property
     def world_size(self) -> int:
@@ -107,42 +97,40 @@ class TrainerConfig:
 
     @property
     def data_parallel_size(self) -> int:
-        """Copies of the model, each of which takes its share of every global batch."""
+        """Copies of the model. Each takes an equal part of every global batch."""
         return self.world_size // self.tensor_model_parallel_size
 
 
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """How often the state of a run is written, which of the files stay, and how many are averaged at the end."""
+class CheckpointConfig(Settings, section="exp_manager.checkpoints"):
+    """How often checkpoints are written, which of them stay, and how many are averaged at the end."""
 
-    every_n_train_steps: int = 1_000
-    keep_last: int = 3
-    keep_best: bool = True  # as well: the one with the lowest validation loss
+    every_n_train_steps: PositiveInt = 1_000
+    keep_last: PositiveInt = 3
+    keep_best: bool = True  # also keep the checkpoint with the lowest validation loss
     average_last: int = 47  # 0: no average
     in_background: bool = True
 
-    def __post_init__(self) -> None:
-        for name in ("every_n_train_steps", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"exp_manager.checkpoints.{name} must be at least 1, not {getattr(self, name)}")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.average_last < 0 or self.average_last == 1:
             raise ConfigError(
                 f"exp_manager.checkpoints.average_last must be 0 (no average) or at least 2, not {self.average_last}"
             )
+        return self
 
 
-@dataclass(frozen=True)
-class ExperimentConfig:
-    """Where results go and who is told: the part of NeMo's exp_manager that a pretraining run uses."""
+class ExperimentConfig(Settings, section="exp_manager"):
+    """Output folder and loggers: the part of NeMo's exp_manager that a pretraining run uses."""
 
     exp_dir: Path = Path("runs")
-    name: str | None = None  # folder of the run; null: the recipe's name and a hash of what it computes
+    name: str | None = None  # run directory in exp_dir; null: the recipe's name and its fingerprint
     create_tensorboard_logger: bool = True
     create_wandb_logger: bool = False
-    wandb_logger_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb_logger_kwargs: Mapping[str, Any] = Field(default_factory=dict)
+    checkpoints: CheckpointConfig = Field(default_factory=CheckpointConfig)
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
             raise ConfigError(
                 f"exp_manager.name must be the name of one folder in exp_manager.exp_dir, not {self.name!r}"
@@ -151,48 +139,88 @@ class ExperimentConfig:
         missing = sorted({"name", "project"} - given)
         if self.create_wandb_logger and missing:
             raise ConfigError(f"exp_manager.wandb_logger_kwargs: Weights & Biases needs {' and '.join(missing)}")
+        return self
 
 
-@dataclass(frozen=True)
-class Published:
-    """What the source of a recipe states: a run is held against it, and planned by it where no store is at hand."""
+class Published(Settings, section="published"):
+    """What the source of a recipe states. The plan compares a run with it, and uses it if there is no store yet."""
 
-    gpu: str  # as in `pretraining/hardware.py`
-    gpus: int
-    train_sequences: int
-    mean_tokens: float  # of a sequence, cropped, specials counted
-    mfu: float  # share of the GPUs' peak that the plan reckons with: our assumption
+    gpu: str  # a name of `pretraining/hardware.py`
+    gpus: PositiveInt
+    train_sequences: PositiveInt
+    mean_tokens: PositiveFloat  # per sequence, cropped, with special tokens
+    mfu: PositiveFloat  # fraction of peak FLOP/s that the plan assumes; our assumption
     steps: int | None = None
     epochs: float | None = None
     global_batch_size: int | None = None
     global_batch_tokens: int | None = None
-    continues: str | None = None  # the recipe whose run this one goes on with
-
-    def __post_init__(self) -> None:
-        for name in ("gpus", "train_sequences", "mean_tokens", "mfu"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"published.{name} must be positive, not {getattr(self, name)}")
+    continues: str | None = None  # the recipe whose run this recipe continues
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that a pretraining run is told."""
+class ScheduleConfig(Settings, section="optim.sched"):
+    """The keys of a learning-rate schedule. `OptimConfig` has the defaults and the checks."""
+
+    name: str = SCHEDULES[0]
+    warmup_steps: int | None = OptimConfig().warmup_steps
+    warmup_ratio: float | None = None  # of max_steps, instead of warmup_steps
+    constant_steps: int = OptimConfig().constant_steps
+    min_lr: float = OptimConfig().min_lr
+    max_steps: int | None = None  # null: trainer.max_steps
+
+    def resolve(self, trainer: TrainerConfig) -> dict[str, Any]:
+        """Return the schedule's fields of `OptimConfig`. Raises `ConfigError` for a warm-up that is given twice."""
+        last, warmup = self.max_steps or trainer.max_steps, self.warmup_steps
+        if self.warmup_ratio is not None:
+            if warmup is not None:
+                raise ConfigError("optim.sched.warmup_steps and warmup_ratio are both set; set one of them to null")
+            warmup = int(self.warmup_ratio * last)
+        if warmup is None:
+            raise ConfigError("optim.sched.warmup_steps and warmup_ratio are both null; set one of them")
+        return {
+            "schedule": self.name,
+            "warmup_steps": warmup,
+            "constant_steps": self.constant_steps,
+            "min_lr": self.min_lr,
+            "max_steps": last,
+        }
+
+
+class Sections(Settings):
+    """The configuration as it is written: the sections `model` and `optim` are not resolved yet."""
+
+    name: str
+    seed: int
+    restore_from_path: Path | None = None
+    continue_from_path: Path | None = None
+    published: Published | None = None
+    plan: bool = False
+    model: dict[str, Any]
+    data: DataConfig
+    optim: dict[str, Any]
+    trainer: TrainerConfig
+    exp_manager: ExperimentConfig
+    probe: dict[str, Any] | None = None
+
+
+class Recipe(Settings):
+    """The resolved configuration of a pretraining run."""
 
     name: str
     seed: int
     restore_from_path: Path | None
     continue_from_path: Path | None
     published: Published | None
-    plan: bool  # show what the run would be, and end
+    plan: bool  # if True, show what the run would be, and end
     model: EncoderConfig
     data: DataConfig
     optim: OptimConfig
     trainer: TrainerConfig
     exp_manager: ExperimentConfig
     probe: ProbeConfig | None = None
-    restored_sha256: str | None = None  # of the weights in restore_from_path; None: not set, or no such file
+    restored_sha256: str | None = None  # of the weights in restore_from_path; None: not set, or there is no such file
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must lie in 0..2**63 - 1, not {self.seed}")
         if self.restore_from_path is not None and self.continue_from_path is not None:
@@ -200,7 +228,8 @@ class Recipe:
         self._check_accumulation()
         self._check_parallelism()
         self._check_tokens()
-        self.batch_plan()  # refuses what cannot be dealt evenly
+        self.batch_plan()  # raises if batches cannot be dealt evenly
+        return self
 
     def _check_accumulation(self) -> None:
         wanted = self.trainer.accumulate_grad_batches
@@ -234,7 +263,7 @@ class Recipe:
 
     @property
     def global_batch_size(self) -> int | None:
-        """Sequences an optimizer step; None where it is so many tokens."""
+        """Sequences per optimizer step; None if the global batch is counted in tokens."""
         if self.data.global_batch_size is not None or self.data.global_batch_tokens is not None:
             return self.data.global_batch_size
         if self.data.micro_batch_size is None:
@@ -245,9 +274,9 @@ class Recipe:
         return self.data.micro_batch_size * self.trainer.data_parallel_size * self.trainer.accumulate_grad_batches
 
     def batch_plan(self) -> BatchPlan:
-        """How global batches are cut and dealt, as rank 0 sees it.
+        """Return how global batches are split into micro batches and over ranks, for rank 0.
 
-        Raises `ConfigError` when they cannot be dealt evenly.
+        Raises `ConfigError` if they cannot be split evenly.
         """
         try:
             return BatchPlan(
@@ -260,15 +289,15 @@ class Recipe:
         except ValueError as error:
             raise ConfigError(f"data.global_batch_size: {error}") from error
 
-    def sequences_of_a_batch(self, mean_tokens: float) -> float:
-        """Sequences of a global batch, on average where it is counted in tokens; `mean_tokens` of a sequence."""
+    def mean_batch_sequences(self, mean_tokens: float) -> float:
+        """Return the sequences of a global batch: a mean if it is counted in tokens. mean_tokens: per sequence."""
         if self.data.global_batch_tokens is not None:
             return self.data.global_batch_tokens / mean_tokens
         assert self.global_batch_size is not None
         return float(self.global_batch_size)
 
-    def departure(self) -> str | None:
-        """How the optimisation differs from the one that the recipe's source describes; None where it does not."""
+    def batch_departure(self) -> str | None:
+        """Return how the global batch differs from that of the recipe's source; None if it does not."""
         if self.published is None:
             return None
         for key, unit in (("global_batch_size", "sequences"), ("global_batch_tokens", "tokens")):
@@ -283,35 +312,34 @@ class Recipe:
         return None
 
     @property
-    def told(self) -> dict[str, str]:
-        """Every setting by its dotted name: what all ranks of a run must have been told alike."""
-        values = asdict(self)
-        values["data"]["masking"] = self.data.masking.to_dict()
-        return dict(_flattened("", values))
+    def settings_text(self) -> dict[str, str]:
+        """Every setting by its dotted key. All ranks of a run must have equal settings."""
+        return dict(_flattened("", self.model_dump()))
 
     @property
     def run_folder(self) -> Path:
-        """`exp_dir/name`. Without a name the same computation finds the same folder, and another one another."""
+        """The run directory, `exp_dir/name`. Without a name, equal computations have equal directories."""
         name = self.exp_manager.name or f"{self.name}-{self.fingerprint}"
         return self.exp_manager.exp_dir / name
 
     @property
     def fingerprint(self) -> str:
-        """Eight hex digits of what the configuration says of the result; not of machine, logging or intervals.
+        """Eight hex digits of all settings that decide the result; not of machine, logging or intervals.
 
-        A store counts by its manifest, and an archive by its weights, wherever it lies, once it is there.
+        A store counts by its manifest, and an archive by its weights, wherever they are.
         """
+        data = self.data.to_dict() | {"num_workers": 0, "micro_batch_size": 1, "micro_batch_tokens": None}
         manifest = self.data.store and self.data.store / MANIFEST_NAME
-        data = replace(self.data, num_workers=0, micro_batch_size=1, micro_batch_tokens=None)
         if manifest is not None and manifest.is_file():
-            data = replace(data, store=Path(sha256_of_file(manifest)))
+            data["store"] = sha256_of_file(manifest)
+        fasta = self.data.fasta
         science = {
             "seed": self.seed,
             "restore_from_path": self.restored_sha256 or self.restore_from_path,
             "continue_from_path": self.continue_from_path,
             "model": self.model.to_dict(),
-            "data": asdict(data) | {"masking": data.masking.to_dict()},
-            "fasta_bytes": fasta.stat().st_size if (fasta := self.data.fasta) and fasta.is_file() else None,
+            "data": data,
+            "fasta_bytes": fasta.stat().st_size if fasta is not None and fasta.is_file() else None,
             "global_batch_size": self.global_batch_size,
             "optim": self.optim.to_dict(),
             "precision": self.trainer.precision,
@@ -320,82 +348,47 @@ class Recipe:
         return hashlib.sha256(json.dumps(science, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
+def load_recipe(cfg: DictConfig) -> Recipe:
+    """Return the recipe of a composed Hydra configuration.
+
+    Raises `ConfigError`, naming the key, for an unknown or missing key, a value of the wrong type, or values that do
+    not fit together; `ArchiveError` for weights to start from that are no archive of this package.
+    """
+    sections = Sections.from_config(plain_values(cfg))
+    resolved = resolve_model(sections.model, sections.restore_from_path, sections.continue_from_path)
+    data = sections.data
+    if data.own and data.fasta is None and data.store is None:
+        raise ConfigError(
+            f"recipe {sections.name} trains on your own proteins: set data.fasta=... or data.store=... (data=sample "
+            "for the shipped ones)"
+        )
+    return Recipe(
+        **{
+            **dict(sections),
+            "model": resolved.encoder,
+            "data": data.replace(own=False),
+            "optim": _optim(sections.optim, sections.trainer),
+            "probe": load_probe_config(sections.probe),
+            "restored_sha256": resolved.weights_sha256,
+        }
+    )
+
+
+def _optim(values: Mapping[str, Any], trainer: TrainerConfig) -> OptimConfig:
+    own = {key: value for key, value in values.items() if key != "sched"}
+    schedule_keys = ("schedule", "min_lr", "warmup_steps", "constant_steps", "max_steps", "gradient_clip_val")
+    known = sorted({*OptimConfig.model_fields, "sched"} - {*schedule_keys})
+    if unknown := sorted(own.keys() - set(known)):
+        raise ConfigError(f"unknown key optim.{unknown[0]}; known are: {', '.join(known)}", code="config.unknown-key")
+    OPTIMIZERS.get(str(own.get("name", FUSED_ADAM)))  # raises for an unknown name
+    schedule = ScheduleConfig.from_config(values.get("sched", {})).resolve(trainer)
+    return OptimConfig(**own, **schedule, gradient_clip_val=trainer.gradient_clip_val)
+
+
 def _flattened(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Settings):
-            value = value.to_dict() if isinstance(value, OptimConfig) else value.model_dump()
         if isinstance(value, Mapping):
             yield from _flattened(name, value)
         else:
             yield name, str(value)
-
-
-def load_recipe(cfg: DictConfig) -> Recipe:
-    """The recipe in a composed Hydra configuration.
-
-    Raises `ConfigError`, naming the key, for one that is unknown or missing, a value of the wrong kind, or values that
-    cannot work together; `ArchiveError` for weights to start from that are no archive of ours.
-    """
-    values = plain_values(cfg)
-    top = known("", values, _TOP_KEYS)
-    trainer = TrainerConfig(**typed("trainer", top["trainer"], TrainerConfig))
-    origins = [path(key, top.get(key)) for key in ("restore_from_path", "continue_from_path")]
-    architecture = resolve_model(top["model"], *origins)
-    return Recipe(
-        name=str(top["name"]),
-        seed=integer("seed", top["seed"]),
-        restore_from_path=origins[0],
-        continue_from_path=origins[1],
-        published=_published(top.get("published")),
-        plan=boolean("plan", top.get("plan", False)),
-        model=architecture.encoder,
-        data=_data(top["data"], str(top["name"])),
-        optim=_optim(top["optim"], trainer),
-        trainer=trainer,
-        exp_manager=_experiment(top["exp_manager"]),
-        probe=load_probe_config(top.get("probe")),
-        restored_sha256=architecture.weights_sha256,
-    )
-
-
-def _published(values: Any) -> Published | None:
-    if values is None:
-        return None
-    missing = [item.name for item in fields(Published) if item.default is MISSING and item.name not in values]
-    if missing:
-        raise ConfigError(f"published.{missing[0]} is missing; set published=null for a recipe without a source")
-    return Published(**typed("published", values, Published))
-
-
-def _data(values: dict[str, Any], recipe: str) -> DataConfig:
-    values = dict(values)
-    is_own = boolean("data.own", values.pop("own", False))
-    if is_own and values.get("fasta") is None and values.get("store") is None:
-        raise ConfigError(
-            f"recipe {recipe} trains on your own proteins: set data.fasta=... or data.store=... (data=sample for the "
-            "shipped ones)"
-        )
-    policy = MaskingPolicy.from_config(values.get("masking", {}))
-    return DataConfig(**typed("data", {k: v for k, v in values.items() if k != "masking"}, DataConfig), masking=policy)
-
-
-def _optim(values: dict[str, Any], trainer: TrainerConfig) -> OptimConfig:
-    values = known("optim", values, set(_OPTIM_KEYS))
-    name = str(values.get("name", FUSED_ADAM))
-    OPTIMIZERS.get(name)  # raises for an unknown name
-    schedule = known("optim.sched", values["sched"], set(_SCHEDULE_KEYS))
-    flat = {key: value for key, value in (values | schedule).items() if key != "sched"} | {"name": name}
-    flat["schedule"] = schedule.get("name", SCHEDULES[0])
-    flat["max_steps"] = flat.get("max_steps") or trainer.max_steps
-    if (ratio := flat.pop("warmup_ratio", None)) is not None:
-        if flat.get("warmup_steps") is not None:
-            raise ConfigError("optim.sched.warmup_steps and warmup_ratio are both set; set one of them to null")
-        flat["warmup_steps"] = int(number("optim.sched.warmup_ratio", ratio) * flat["max_steps"])
-    return OptimConfig.from_config(flat | {"gradient_clip_val": trainer.gradient_clip_val})
-
-
-def _experiment(values: dict[str, Any]) -> ExperimentConfig:
-    kept = typed("exp_manager.checkpoints", values.get("checkpoints") or {}, CheckpointConfig)
-    rest = {key: value for key, value in values.items() if key != "checkpoints"}
-    return ExperimentConfig(**typed("exp_manager", rest, ExperimentConfig), checkpoints=CheckpointConfig(**kept))

@@ -1,7 +1,6 @@
-"""Which encoder a run trains: of the sizes in its configuration, or that of the archive which it starts from.
+"""The encoder of a run: of the sizes in the configuration, or, with `model=of_archive`, of the archive to start from.
 
-`model=of_archive` (conf/model/of_archive.yaml) stands for the latter. Only small members are read: neither torch nor
-NeMo is needed.
+Only small members of an archive are read, without torch and NeMo.
 """
 
 from __future__ import annotations
@@ -17,50 +16,49 @@ from bionemo_esm.model.archive import ArchiveError, ArchiveFile
 from bionemo_esm.model.config import LEARNED, EncoderConfig
 from bionemo_esm.model.interchange.format_detection import Kind, kind_of
 from bionemo_esm.model.validate import extension_of
-from bionemo_esm.settings import boolean
 
-MARK = "of_archive"  # a key of the model's group; true: its sizes are the archive's
-_FREE = ("hidden_dropout", "attention_dropout")
+OF_ARCHIVE = "of_archive"  # a key of conf/model/of_archive.yaml; true: take all sizes from the archive
+_DROPOUT_KEYS = ("hidden_dropout", "attention_dropout")
 _NAMES = tuple(EncoderConfig.model_fields)
-_CHOOSE = f"choose model={MARK}, which takes all sizes from it, or the model group that fits"
+_CHOOSE = f"choose model={OF_ARCHIVE}, which takes all sizes from it, or the model group that fits"
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """The encoder of a run, and the weights that it starts from."""
+    """The encoder of a run, and the hash of the weights that it starts from."""
 
     encoder: EncoderConfig
-    weights_sha256: str | None = None  # of restore_from_path; None where it is not set, or there is no such file
+    weights_sha256: str | None = None  # of restore_from_path; None: not set, or no such file
 
 
-def resolve_model(values: Any, restore_from: Path | None, continue_from: Path | None) -> ResolvedModel:
-    """What the section `model` of a configuration comes to, beside restore_from_path and continue_from_path.
+def resolve_model(values: Mapping[str, Any], restore_from: Path | None, continue_from: Path | None) -> ResolvedModel:
+    """Return the encoder of the section `model`, given restore_from_path and continue_from_path.
 
-    A contact head belongs to an archive's weights: whatever the configuration says, it is there if it is there. Raises
-    `ConfigError`, naming the key, for sizes that cannot be; for `model=of_archive` without an archive, or with sizes of
-    its own; `ArchiveError` for a file of `restore_from_path` that is no archive.
+    A model that starts from an archive has a contact head if and only if the archive has one. Raises `ConfigError`,
+    naming the key, for impossible sizes, and for `model=of_archive` without an archive or with sizes of its own;
+    `ArchiveError` if restore_from_path is a file but no archive.
     """
-    if not isinstance(values, dict):
-        raise ConfigError(f"model must be a mapping, not {values!r}")
-    takes_all = boolean(f"model.{MARK}", values.get(MARK, False))
+    takes_all = values.get(OF_ARCHIVE, False)
+    if not isinstance(takes_all, bool):
+        raise ConfigError(f"model.{OF_ARCHIVE} must be true or false, not {takes_all!r}", code="config.type")
     file = _file(restore_from, continue_from, takes_all)
     sha256 = file.weights_sha256 if file is not None and restore_from is not None else None
     if takes_all:
         if file is None:
             raise ConfigError(
-                f"model={MARK} takes its sizes from an archive, and restore_from_path is not set; name a .nemo there, "
-                "or choose another model. python examples/convert_checkpoint.py makes one of a model of Hugging Face's "
-                "or fair-esm's"
+                f"model={OF_ARCHIVE} takes its sizes from an archive, and restore_from_path is not set; name a .nemo "
+                "there, or choose another model. python examples/convert_checkpoint.py converts a model of Hugging "
+                "Face or fair-esm into one"
             )
-        return ResolvedModel(_of(file, values), sha256)
-    encoder = EncoderConfig.from_config({key: value for key, value in values.items() if key != MARK})
+        return ResolvedModel(_encoder_of(file, values), sha256)
+    encoder = EncoderConfig.from_config({key: value for key, value in values.items() if key != OF_ARCHIVE})
     if file is not None:
         encoder = encoder.replace(contact_head=_has_contact_head(file))
     return ResolvedModel(encoder, sha256)
 
 
-def check_that_it_is_the_archives(encoder: EncoderConfig, path: Path) -> None:
-    """Raises `ConfigError` where the archive holds a model of another shape; dropout may differ."""
+def check_encoder_of_archive(encoder: EncoderConfig, path: Path) -> None:
+    """Raise `ConfigError` if the archive has another architecture; dropout may differ."""
     for key, there, here in encoder.differences(_archived(ArchiveFile.open(path)).to_dict()):
         raise ConfigError(
             f"restore_from_path: {path} has {key} = {there}, the recipe model.{key} = {here}; set model.{key}={there}, "
@@ -68,8 +66,8 @@ def check_that_it_is_the_archives(encoder: EncoderConfig, path: Path) -> None:
         )
 
 
-def how_to_bring(path: Path) -> str | None:
-    """What to do first about a model of another library's; None where the path names none."""
+def import_advice(path: Path) -> str | None:
+    """Return how to import a model of another library; None if the path names no such model."""
     try:
         kind = kind_of(str(path))
     except ConfigError:
@@ -83,9 +81,9 @@ def how_to_bring(path: Path) -> str | None:
 
 
 def newest_archive(path: Path) -> ArchiveFile:
-    """Of the checkpoints of a run's folder, the one after most steps, or the one that is named.
+    """Return the checkpoint with the most steps of a run directory, or the checkpoint that is named.
 
-    Raises `ConfigError` where there is none that can be read. Hashes are left to the run itself.
+    Raises `ConfigError` if none can be read. Hashes are checked later, by the run.
     """
     files = [path] if path.is_file() else sorted(path.glob("checkpoints/step-*.ckpt"))
     found, problem = [], f"{path} holds no checkpoint; name a run's folder, or a .ckpt"
@@ -105,9 +103,9 @@ def newest_archive(path: Path) -> ArchiveFile:
 
 
 def _file(restore_from: Path | None, continue_from: Path | None, is_needed: bool) -> ArchiveFile | None:
-    """The archive that a run begins with; None where there is none at hand and none is needed."""
+    """Return the archive to start from; None if there is none and none is needed."""
     if restore_from is not None and (is_needed or restore_from.is_file()):
-        if (advice := how_to_bring(restore_from)) is not None:
+        if (advice := import_advice(restore_from)) is not None:
             raise ConfigError(f"restore_from_path: {advice}")
         if not restore_from.is_file():
             raise ConfigError(f"restore_from_path: {restore_from} is not a file; name a .nemo")
@@ -120,12 +118,12 @@ def _file(restore_from: Path | None, continue_from: Path | None, is_needed: bool
             return newest_archive(continue_from)
         except ConfigError:
             if is_needed:
-                raise  # for other models, `check_requirements` says it, beside all else that is missing
+                raise  # otherwise `check_requirements` reports it with all other problems
     return None
 
 
 def _archived(file: ArchiveFile) -> EncoderConfig:
-    """The sizes that an archive records. Raises `ArchiveError` for what describes no encoder of ours."""
+    """Return the archive's encoder. Raises `ArchiveError` if it describes none of this package."""
     values = file.config.get("encoder")
     try:
         if not isinstance(values, Mapping):
@@ -136,31 +134,31 @@ def _archived(file: ArchiveFile) -> EncoderConfig:
 
 
 def _has_contact_head(file: ArchiveFile) -> bool:
-    """What is no encoder of ours has none; `check_requirements` refuses it."""
+    """Whether the archive has a contact head; `check_requirements` refuses archives of other models."""
     values = file.config.get("encoder")
     return isinstance(values, Mapping) and values.get("contact_head") is True
 
 
-def _of(file: ArchiveFile, values: Mapping[str, Any]) -> EncoderConfig:
-    """The archive's encoder, under the dropout that the configuration gives, where it gives one."""
+def _encoder_of(file: ArchiveFile, values: Mapping[str, Any]) -> EncoderConfig:
+    """Return the archive's encoder, with the dropout rates of the configuration, if it has any."""
     for key, value in values.items():
-        if key not in (MARK, *_NAMES):
-            raise ConfigError(f"unknown key model.{key}; known are: {', '.join((MARK, *_NAMES))}")
+        if key not in (OF_ARCHIVE, *_NAMES):
+            raise ConfigError(f"unknown key model.{key}; known are: {', '.join((OF_ARCHIVE, *_NAMES))}")
         if key == "seq_length" and type(value) is int and (advice := _another_length(file, value)) is not None:
             raise ConfigError(f"model.seq_length={value}: {advice}")
-        if value is not None and key not in (MARK, *_FREE):
+        if value is not None and key not in (OF_ARCHIVE, *_DROPOUT_KEYS):
             raise ConfigError(
-                f"model.{key}={value}: with model={MARK} it is what {file.path} has; only "
-                f"{' and '.join(f'model.{name}' for name in _FREE)} can be set"
+                f"model.{key}={value}: with model={OF_ARCHIVE} it is what {file.path} has; only "
+                f"{' and '.join(f'model.{name}' for name in _DROPOUT_KEYS)} can be set"
             )
-    given = {key: values[key] for key in _FREE if values.get(key) is not None}
+    given = {key: values[key] for key in _DROPOUT_KEYS if values.get(key) is not None}
     return EncoderConfig.from_config({**_archived(file).to_dict(), **given})
 
 
 def _another_length(file: ArchiveFile, seq_length: int) -> str | None:
-    """How an imported model comes to be one for sequences of so many tokens; None for others, or where it is already.
+    """Return how to convert an imported model to another length; None for others, or if the length is the same.
 
-    One that was trained here since is taken home first, so that what it learned is not lost.
+    A model that was trained after its import is exported first, so that its training is kept.
     """
     archived = _archived(file)
     if "imported_from" not in file.provenance or seq_length == archived.seq_length:
@@ -169,9 +167,7 @@ def _another_length(file: ArchiveFile, seq_length: int) -> str | None:
     words = ["convert source=… target=….nemo", f"seq_length={seq_length}", *(["stretch_positions=true"] * is_stretched)]
     where = "convert its source again"
     if "steps" in file.provenance:
-        where = (
-            f"take it home ({shlex.join(['bionemo-esm', 'convert', f'source={file.path}'])} target=…), and bring that"
-        )
+        where = f"export it ({shlex.join(['bionemo-esm', 'convert', f'source={file.path}'])} target=…), and import that"
     return (
         f"{file.path} is for sequences of up to {archived.seq_length} tokens. For another length {where}: bionemo-esm "
         f"{' '.join(words)}"

@@ -1,4 +1,4 @@
-"""A pretraining run from its configuration to its results: the one function behind `examples/pretrain_esm1nv.py`."""
+"""A pretraining run, from its configuration to its results: `examples/pretrain_esm1nv.py` calls `pretrain`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, duration, is_rank_zero, redirect_output, run_to_exit_code
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.files import write_atomically
-from bionemo_esm.pretraining.data_setup import build_proteins, describe_source, open_proteins
-from bionemo_esm.pretraining.preflight import check_requirements
-from bionemo_esm.pretraining.rank_agreement import assembled, large_imports, versions
+from bionemo_esm.pretraining.preflight import check_requirements, large_imports, launched_ranks, versions
 from bionemo_esm.pretraining.recipe import Recipe, load_recipe
 from bionemo_esm.pretraining.run_context import (
     OUTPUT_LOG,
     RunContext,
+    build_run_store,
     describe_model,
+    describe_source,
     exclusive_lock,
     make_folder,
+    open_run_store,
     short,
 )
 
-if TYPE_CHECKING:  # NeMo takes seconds to import: a mistake in the configuration is answered before
+if TYPE_CHECKING:  # NeMo takes seconds to import; configuration errors are reported before
     from bionemo_esm.model.esm1nv import ESM1nvModel
     from bionemo_esm.pretraining.trainer import FitResult
 
@@ -38,11 +39,10 @@ EXIT_GAVE_UP = 3
 
 
 def pretrain(cfg: DictConfig) -> None:
-    """Run the recipe of a composed Hydra configuration, from where an earlier call left it.
+    """Run the recipe of a composed Hydra configuration. A repeated call resumes the run.
 
-    Exits with 2 after one line for a mistake that the user can mend; with 130 (SIGINT) or 143 (SIGTERM) after a stop
-    on request, its state saved; with 3 where too many steps in a row could not be taken, its state saved. The same
-    command then goes on.
+    Exits with 2 after a one-line error that the user can fix; with 130 (SIGINT) or 143 (SIGTERM) after a stop on
+    request, its state saved; with 3 after too many skipped steps in a row, its state saved.
     """
     interrupted = "Interrupted; the same command goes on from the last checkpoint, if there is one."
     run_to_exit_code(lambda: _pretrain(cfg), interrupted, silent=not is_rank_zero())
@@ -50,30 +50,30 @@ def pretrain(cfg: DictConfig) -> None:
 
 def _pretrain(cfg: DictConfig) -> int:
     started = time.monotonic()
-    if OmegaConf.select(cfg, "plan") is True:  # which needs no other rank
+    if OmegaConf.select(cfg, "plan") is True:  # needs no other rank
         _show_plan(cfg)
         return 0
-    with assembled() as muster, ExitStack() as until_the_end:
-        recipe = muster.together(lambda: load_recipe(cfg), lambda recipe: recipe.told)
-        muster.together(lambda: check_requirements(recipe, muster.launched), lambda _: versions())
+    with launched_ranks() as ranks, ExitStack() as stack:
+        recipe = ranks.on_every_rank(lambda: load_recipe(cfg), lambda recipe: recipe.settings_text)
+        ranks.on_every_rank(lambda: check_requirements(recipe, ranks.launched), lambda _: versions())
         folder = recipe.run_folder.absolute()
-        if muster.together(lambda: _already_finished(recipe, folder), lambda finished: {"finished": finished}):
+        if ranks.on_every_rank(lambda: _already_finished(recipe, folder), lambda finished: {"finished": finished}):
             return 0
-        console = muster.together(lambda: until_the_end.enter_context(_at_work_in(folder, cfg)))
-        muster.first(lambda: build_proteins(recipe, folder, console))
-        run = muster.together(
-            lambda: RunContext.of(recipe, folder, open_proteins(recipe, folder)), lambda run: run.identity
+        console = ranks.on_every_rank(lambda: stack.enter_context(_run_directory(folder, cfg)))
+        ranks.on_rank_zero(lambda: build_run_store(recipe, folder, console))
+        run = ranks.on_every_rank(
+            lambda: RunContext.of(recipe, folder, open_run_store(recipe, folder)), lambda run: run.identity
         )
         with large_imports():
             from bionemo_esm.pretraining.trainer import fit
 
-        result = fit(run, console, muster)
+        result = fit(run, console, ranks)
         if result.stopped_by is not None:
             console.print_line(f"\nStopped by {result.stopped_by.name} at step {result.steps:,}, state saved.")
             console.print_line("The same command goes on from there.")
             return 128 + result.stopped_by
         if result.model.gave_up:
-            console.print_line(_gave_up(recipe, folder, result.steps))
+            console.print_line(_gave_up_message(recipe, folder, result.steps))
             return EXIT_GAVE_UP
         if is_rank_zero():
             _finish(run, result, console, started)
@@ -88,20 +88,20 @@ def _show_plan(cfg: DictConfig) -> None:
 
 
 @contextmanager
-def _at_work_in(folder: Path, cfg: DictConfig) -> Iterator[Console]:
-    """The run's folder, held by rank 0 for all, with the messages of other libraries in its log."""
+def _run_directory(folder: Path, cfg: DictConfig) -> Iterator[Console]:
+    """Create and lock the run directory, and send the messages of other libraries to its log."""
     make_folder(folder)
     with (
         exclusive_lock(folder) if is_rank_zero() else nullcontext(),
         redirect_output(folder / OUTPUT_LOG, silent=not is_rank_zero()) as console,
     ):
-        if is_rank_zero() and not (folder / "config.yaml").exists():  # a run that is refused must not replace it
+        if is_rank_zero() and not (folder / "config.yaml").exists():  # a refused run must not replace it
             OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         yield console
 
 
 def _finish(run: RunContext, result: FitResult, console: Console, started: float) -> None:
-    """Write the archive, read it back, score it on the validation set, and report."""
+    """Write the archive, read it back, score it on the validation set, and write the report."""
     from bionemo_esm.model.esm1nv import ESM1nvModel
     from bionemo_esm.pretraining.report import write_report
 
@@ -116,14 +116,14 @@ def _finish(run: RunContext, result: FitResult, console: Console, started: float
 
 
 def _averaged(run: RunContext, result: FitResult, console: Console) -> dict[str, Any]:
-    """Write the average of the last checkpoints, read it back and score it; what the summary says of it."""
+    """Write the average of the last checkpoints, read it back, score it, and return its part of the summary."""
     from bionemo_esm.model.esm1nv import ESM1nvModel
 
     output = run.folder / f"{run.recipe.name}-averaged.nemo"
     try:
         if result.averaging is None or not result.averaging.finish(output, ProgressBar(console, "averaging")):
             return {}
-    except UserError as error:  # the run itself has come to its end, and its model is safe
+    except UserError as error:  # the run has ended, and its model is on disk
         console.print_line(f"warning: no average was made: {error}")
         return {}
     restored = ESM1nvModel.restore_from(str(output))
@@ -145,7 +145,7 @@ def _averaged(run: RunContext, result: FitResult, console: Console) -> dict[str,
     }
 
 
-def _gave_up(recipe: Recipe, folder: Path, steps: int) -> str:
+def _gave_up_message(recipe: Recipe, folder: Path, steps: int) -> str:
     return (
         f"\nStopped at step {steps:,}, state saved: {recipe.optim.max_skipped_steps} steps in a row were not taken.\n"
         f"Their samples are in {short(folder / 'metrics.jsonl')}, lines of kind skipped.\nThe same command tries "
@@ -208,7 +208,7 @@ def _steps(summary: dict[str, Any]) -> str:
 def _closing(summary: dict[str, Any], report: Path) -> str:
     folder = report.parent
     before = averaged = files = ""
-    if summary["initial_masked_residues"] == summary["masked_residues"]:  # of the same batches
+    if summary["initial_masked_residues"] == summary["masked_residues"]:  # scored on the same batches
         before = f"{summary['initial_validation_perplexity']:.2f} before training and "
     if "averaged_nemo" in summary:
         averaged = (
@@ -231,7 +231,7 @@ def _closing(summary: dict[str, Any], report: Path) -> str:
 
 
 def _already_finished(recipe: Recipe, folder: Path) -> bool:
-    """Whether the run in this folder has come to its end; if so, says what came of it."""
+    """Whether the run in this directory is finished; if so, print its result."""
     path = folder / "summary.json"
     if not path.is_file():
         return False

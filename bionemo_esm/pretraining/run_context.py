@@ -1,33 +1,31 @@
-"""A recipe with its proteins at hand, and the screen that introduces it.
-
-The folder of a run, in which one process writes.
-"""
+"""A run before training: its directory, its store, its batches, and the description printed at its start."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bionemo_esm import files as outputs
+from bionemo_esm.console import Console, ProgressBar
 from bionemo_esm.data.collate import SampleReader
 from bionemo_esm.data.dataloader import TrainingBatches, ValidationBatches, unigram_perplexity
-from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore, SequenceSplit, sha256_of_file
+from bionemo_esm.data.preprocess import BuildPolicy, build_store, build_store_from_splits
+from bionemo_esm.data.store import MANIFEST_NAME, SPLITS, ProteinStore, SequenceSplit, StoreError, sha256_of_file
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.config import INVERSE_SQUARE_ROOT
-from bionemo_esm.pretraining.data_setup import describe_source
 from bionemo_esm.pretraining.probe_config import ProbeSet, read_probe
 from bionemo_esm.pretraining.recipe import Recipe
 
-_UNFINISHED = (".*.nemo.*.partial", ".*.json*.partial", "*/.step-*.partial")
+_UNFINISHED = (".*.partial", "*/.step-*.partial")
 
 
 def make_folder(folder: Path) -> None:
-    """Raises `ConfigError` where there can be none."""
+    """Create a folder. Raises `ConfigError` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -38,9 +36,9 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder for the length of a block, and clear it of what a killed process left half-written.
+    """Lock the run directory during the block, and remove partial files that a killed process left.
 
-    Raises `ConfigError`, naming the holder, where another process holds it.
+    Raises `ConfigError`, naming the other process, if the directory is locked.
     """
     with outputs.exclusive_lock(folder, "exp_manager.exp_dir", "give this run another exp_manager.name"):
         outputs.remove_unfinished(folder, *_UNFINISHED)
@@ -52,7 +50,7 @@ OUTPUT_LOG = "output.log"
 
 @dataclass(frozen=True)
 class RunContext:
-    """All that a training needs: batches to learn from, batches to be asked, and what to hold the answers against."""
+    """A recipe with its open store: training and validation batches, and the perplexity of residue frequencies."""
 
     recipe: Recipe
     folder: Path
@@ -64,11 +62,11 @@ class RunContext:
 
     @classmethod
     def of(cls, recipe: Recipe, folder: Path, store: ProteinStore) -> RunContext:
-        """Deal the store's splits into batches as the recipe says."""
+        """Build the batches of the recipe over the splits of a store."""
         max_tokens, policy = recipe.model.seq_length, recipe.data.masking
         reader = SampleReader(store.split("train"), max_tokens, policy, recipe.seed)
-        queries = SampleReader(store.split("validation"), max_tokens, policy.for_evaluation(), recipe.seed)
-        validation = ValidationBatches(queries, validation_batch_size(recipe, queries.num_samples))
+        masked = SampleReader(store.split("validation"), max_tokens, policy.for_evaluation(), recipe.seed)
+        validation = ValidationBatches(masked, validation_batch_size(recipe, masked.num_samples))
         stream = TrainingBatches(reader, recipe.batch_plan())
         unigram = unigram_perplexity(reader.split, validation)
         if math.isnan(unigram):
@@ -82,7 +80,7 @@ class RunContext:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Where the weights of this run come from, as its checkpoints and archives record it."""
+        """The origin of this run's weights, as its checkpoints and archives record it."""
         recipe, manifest = self.recipe, self.store.manifest
         return {
             "recipe": recipe.name,
@@ -93,14 +91,14 @@ class RunContext:
             "data_sequences": {name: split["sequences"] for name, split in manifest["splits"].items()},
             "data_samples_of_an_epoch": self.train.num_clusters,
             "restored_from": str(recipe.restore_from_path) if recipe.restore_from_path else None,
-            **_of_the_weights(recipe),
+            **_weights_provenance(recipe),
         }
 
     @property
     def identity(self) -> dict[str, str | int]:
-        """What a run must not change while it goes on: the stream of samples, and how the optimizer answers it."""
+        """What a resumed run must have unchanged: the stream of samples and the optimisation."""
         train, optim = self.store.manifest["splits"]["train"], self.recipe.optim.to_dict()
-        if self.recipe.optim.schedule == INVERSE_SQUARE_ROOT:  # which has no end, so a run may be given more steps
+        if self.recipe.optim.schedule == INVERSE_SQUARE_ROOT:  # has no end: a run may be extended
             del optim["max_steps"]
         return {
             "seed": self.recipe.seed,
@@ -113,10 +111,10 @@ class RunContext:
             **{f"optim.{key}": str(value) for key, value in optim.items()},
         }
 
-    def opening_screen(self, backends: str, precision: str, resumed_from_step: int, first_step: int = 0) -> str:
-        """Model, data, batch, steps, device, fused kernels and where results go."""
+    def run_description(self, backends: str, precision: str, resumed_from_step: int, first_step: int = 0) -> str:
+        """Return the lines printed at the start: model, data, batch, steps, device, fused kernels, results."""
         recipe, trainer = self.recipe, self.recipe.trainer
-        batch = recipe.sequences_of_a_batch(self._mean_tokens())
+        batch = recipe.mean_batch_sequences(self._mean_tokens())
         tokens = batch * self._mean_tokens()
         steps = trainer.max_steps - first_step
         lines = {
@@ -124,11 +122,11 @@ class RunContext:
             f"{recipe.model.seq_length} tokens",
             "data": f"{describe_source(recipe)}: {describe_sequences(self.train)} to train on, {self.train.residues:,} "
             f"residues; {len(self.validation.reader.split):,} to validate on",
-            "batch": f"{self._batch(batch, tokens)}, packed without padding{self._dealing()}",
+            "batch": f"{self._batch(batch, tokens)}, packed without padding{self._accumulation_text()}",
             "steps": f"{steps:,}, {steps * batch / self.train.num_clusters:,.1f} epochs, {steps * tokens:,.0f} tokens"
             + (f"; after the {first_step:,} of {recipe.continue_from_path}" if first_step else "")
             + (f"; going on from step {resumed_from_step:,}" if resumed_from_step > first_step else ""),
-            "device": f"{trainer.world_size} x {trainer.accelerator}, {precision}{self._sharing()}",
+            "device": f"{trainer.world_size} x {trainer.accelerator}, {precision}{self._parallelism_text()}",
             "fused": backends,
             "results": f"{short(self.folder)} (messages of other libraries: {short(self.folder / OUTPUT_LOG)})",
         }
@@ -136,20 +134,20 @@ class RunContext:
             lines["probe"] = self.probe.describe()
         if recipe.restore_from_path is not None and not resumed_from_step:
             lines["start"] = f"from the weights of {recipe.restore_from_path}"
-        if (departure := recipe.departure()) is not None:
-            lines["note"] = departure
+        if (batch_departure := recipe.batch_departure()) is not None:
+            lines["note"] = batch_departure
         if batch > self.train.num_clusters:
             lines["warning"] = (
                 f"a batch is more than the {self.train.num_clusters:,} samples there are; make it smaller"
             )
         return "\n".join([f"\n{recipe.name}", *(f"  {key:<8} {text}" for key, text in lines.items()), ""])
 
-    def _sharing(self) -> str:
+    def _parallelism_text(self) -> str:
         trainer = self.recipe.trainer
         ranks, moments = trainer.tensor_model_parallel_size, trainer.shard_optimizer
         return (f", {ranks} share a copy of the model" if ranks > 1 else "") + (", moments sharded" if moments else "")
 
-    def _dealing(self) -> str:
+    def _accumulation_text(self) -> str:
         plan = self.stream.plan
         if plan.world_size == plan.accumulation == 1:
             return ""
@@ -169,12 +167,12 @@ class RunContext:
         return f"{sequences:,.0f} sequences, about {tokens:,.0f} tokens"
 
     def _mean_tokens(self) -> float:
-        """Tokens of a sequence after cropping, on average over up to a million of the training set."""
+        """Return the mean tokens of a cropped sequence, over up to a million of the training set."""
         return float((self.train.some_lengths() + 2).clip(max=self.recipe.model.seq_length).mean())
 
 
 def validation_batch_size(recipe: Recipe, sequences: int) -> int:
-    """The micro batch, or less where it would leave a rank without a batch."""
+    """Return the micro batch size, or less if a rank would have no batch."""
     ranks = recipe.trainer.data_parallel_size
     if sequences < ranks:
         raise ConfigError(
@@ -189,19 +187,19 @@ def validation_batch_size(recipe: Recipe, sequences: int) -> int:
 
 
 def describe_sequences(split: SequenceSplit) -> str:
-    """How many there are, for a person."""
+    """Return the number of sequences, and of clusters if they differ."""
     sequences = f"{len(split):,} sequences"
     return sequences if split.num_clusters == len(split) else f"{sequences} in {split.num_clusters:,} clusters"
 
 
 def describe_model(recipe: Recipe) -> str:
-    """The family and the sizes of the encoder, for a person."""
+    """Return family and sizes of the encoder in one line."""
     model = recipe.model
     return f"{model.family}, {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads"
 
 
-def _of_the_weights(recipe: Recipe) -> dict[str, Any]:
-    """What a run that starts from weights records of them: their hash, and the library they were imported from."""
+def _weights_provenance(recipe: Recipe) -> dict[str, Any]:
+    """Return the provenance of the weights to start from: their hash, and the library they were imported from."""
     if recipe.restore_from_path is None:
         return {}
     origin = ArchiveFile.open(recipe.restore_from_path).provenance.get("imported_from")
@@ -210,5 +208,83 @@ def _of_the_weights(recipe: Recipe) -> dict[str, Any]:
 
 
 def short(path: Path) -> str:
-    """Relative to where the person is, when it lies below."""
+    """Return the path relative to the working directory, if it is below it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+SAMPLE_FOLDER = Path(__file__).resolve().parents[1] / "data" / "sample"
+
+
+def build_run_store(recipe: Recipe, run_folder: Path, console: Console) -> None:
+    """Build the store in the run directory, if the recipe needs one and it is missing. Call it on rank 0 only.
+
+    Raises `FastaError` or `StoreError` for an unusable FASTA file.
+    """
+    folder = _store_folder(recipe, run_folder)
+    if recipe.data.store is None and not (folder / MANIFEST_NAME).is_file():
+        _build(recipe, folder, console)
+
+
+def open_run_store(recipe: Recipe, run_folder: Path) -> ProteinStore:
+    """Open the recipe's store. Raises `StoreError` if it is unusable or was built from other data or settings."""
+    folder = _store_folder(recipe, run_folder)
+    store = ProteinStore.open(folder)
+    _check_source(recipe, store, folder)
+    return store
+
+
+def _store_folder(recipe: Recipe, run_folder: Path) -> Path:
+    return recipe.data.store or run_folder / "store"
+
+
+def describe_source(recipe: Recipe) -> str:
+    """Return the source of the proteins in a few words."""
+    if recipe.data.store is not None:
+        return f"store {recipe.data.store}"
+    return str(recipe.data.fasta) if recipe.data.fasta else "the shipped sample (UniProt, CC BY 4.0)"
+
+
+def _policy(recipe: Recipe) -> BuildPolicy:
+    return BuildPolicy(
+        max_residues=recipe.data.max_residues,
+        validation_sequences=recipe.data.validation_sequences,
+        test_sequences=recipe.data.test_sequences,
+        seed=recipe.seed if recipe.data.fasta is not None else 0,  # the sample is split already
+    )
+
+
+def _sources(recipe: Recipe) -> list[Path]:
+    """Return the FASTA files of the store: one to be split, or train, validation and test."""
+    if recipe.data.fasta is not None:
+        return [recipe.data.fasta]
+    return [SAMPLE_FOLDER / f"{part}.fasta.gz" for part in SPLITS]
+
+
+def _build(recipe: Recipe, folder: Path, console: Console) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if recipe.data.fasta is not None:
+        console.print_line(f"Building a store from {recipe.data.fasta} ...")
+        meter = ProgressBar(console, "read")
+        build_store(
+            recipe.data.fasta,
+            folder,
+            _policy(recipe),
+            progress=lambda records, done, total: meter(done, total, f", {records:,} records"),
+        )
+    else:
+        train, validation, test = _sources(recipe)
+        build_store_from_splits(train, validation, test, folder, _policy(recipe), licence="CC BY 4.0")
+
+
+def _check_source(recipe: Recipe, store: ProteinStore, folder: Path) -> None:
+    """Raise `StoreError` if the store was not built from this recipe's data and settings."""
+    if recipe.data.store is not None:
+        return
+    wanted = [(path.name, path.stat().st_size) for path in _sources(recipe)]
+    found = [(source["file"], source["bytes"]) for source in store.manifest["source"]]
+    if found != wanted or store.manifest["policy"] != asdict(_policy(recipe)):
+        names = ", ".join(name for name, _ in found)
+        raise StoreError(
+            f"{folder} was built from other files ({names}), another version of them, or with other data.* settings; "
+            "give this run another exp_manager.name, or remove the run's folder"
+        )

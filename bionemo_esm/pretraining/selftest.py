@@ -1,4 +1,4 @@
-"""One real training step of a tiny model on this machine's device, and an all-reduce among its ranks."""
+"""Self-test: one training step of a tiny model on this machine's device, and an all-reduce over its ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bionemo_esm.model.parallel import ensure_groups
 
 TINY = EncoderConfig(
     num_layers=2,
-    hidden_size=128,  # heads of 64, as in ESM-1nv: fused kernels are made for some sizes
+    hidden_size=128,  # heads of size 64, as in ESM-1nv: fused kernels support some sizes only
     num_attention_heads=2,
     ffn_hidden_size=256,
     seq_length=128,
@@ -35,25 +35,25 @@ _MEBIBYTES, _REPEATS = 64, 5
 
 
 class SelfTestError(UserError):
-    """The device computes something else than it should; the message says what."""
+    """A wrong result of the device; the message names it."""
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """A step that went as it should."""
+    """Result of a training step without errors."""
 
     device: str
     precision: str
     backends: str
-    loss: float  # nats a residue; about ln 33 = 3.5 for a model that knows nothing
-    packing_difference: float  # of logits, between a packed row and its sequences one by one
+    loss: float  # nats per residue; about ln 33 = 3.5 before training
+    packing_difference: float  # largest, of logits, between a packed row and single sequences
     seconds: float
 
 
 def self_test(device: torch.device, precision: str = "auto") -> SelfTest:
-    """Forward, backward and Adam on the device, in the precision that a run would use.
+    """Run forward, backward and the optimizer on the device, in the precision of a run.
 
-    Raises `SelfTestError` when the loss is not finite, weights stay as they are, or packed sequences see one another.
+    Raises `SelfTestError` if the loss is not finite, no weight changes, or packed sequences attend to each other.
     """
     started = time.perf_counter()
     ensure_groups()
@@ -89,20 +89,20 @@ def self_test(device: torch.device, precision: str = "auto") -> SelfTest:
 
 @dataclass(frozen=True)
 class AllReduce:
-    """What the network between ranks gives."""
+    """Speed of the network between ranks."""
 
     ranks: int
     megabytes: float
     milliseconds: float
-    bus_gb_per_second: float  # 2 (n - 1) / n x bytes / seconds: what each link carries, as in NVIDIA's nccl-tests
+    bus_gb_per_second: float  # 2 (n - 1) / n x bytes / seconds, as in NVIDIA's nccl-tests
 
 
 def all_reduce(device: torch.device) -> AllReduce:
-    """Sum a buffer over all ranks, several times. Raises `SelfTestError` when the sum is wrong. Collective."""
+    """Measure all-reduces of a buffer. Raises `SelfTestError` for a wrong sum. Collective."""
     ranks, rank = distributed.get_world_size(), distributed.get_rank()
     size = (_MEBIBYTES if device.type == "cuda" else _MEBIBYTES // 4) * 2**20
     buffer = torch.full((size // 4,), float(rank + 1), device=device)
-    distributed.all_reduce(buffer)  # also sets up the connections
+    distributed.all_reduce(buffer)  # sets up the connections, too
     if not bool((buffer == ranks * (ranks + 1) / 2).all()):
         raise SelfTestError(f"an all-reduce over {ranks} ranks gives a wrong sum: the network between them fails")
     _wait_for(device)
@@ -120,7 +120,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _batch() -> PackedBatch:
-    """Four sequences of random residues; every seventh token is asked for."""
+    """Return four sequences of random residues; every seventh token is a target."""
     generator = np.random.default_rng(0)
     last = FIRST_RESIDUE_ID + NUM_STANDARD_RESIDUES
     batch = pack(generator.integers(FIRST_RESIDUE_ID, last, sum(LENGTHS)).astype(np.uint8), np.array(LENGTHS))
@@ -135,7 +135,7 @@ def _logits(encoder: ESMEncoder, batch: PackedBatch) -> Tensor:
 
 @torch.no_grad()
 def _difference_by_packing(encoder: ESMEncoder, batch: PackedBatch) -> float:
-    """The largest between logits of the row, and of each of its sequences in a row of its own."""
+    """Return the largest difference between the logits of the row and of each sequence alone."""
     everything = replace(batch, target_index=torch.arange(len(batch.tokens), device=batch.tokens.device))
     packed, bounds = _logits(encoder, everything), batch.cu_seqlens.tolist()
     largest = 0.0
@@ -152,6 +152,6 @@ def _difference_by_packing(encoder: ESMEncoder, batch: PackedBatch) -> float:
     return largest
 
 
-def described(result: SelfTest | AllReduce) -> dict[str, float | int | str]:
-    """As plain values, rounded to what is worth reading."""
+def to_dict(result: SelfTest | AllReduce) -> dict[str, float | int | str]:
+    """Return the values by name, rounded to three digits."""
     return {name: float(f"{v:.3g}") if isinstance(v, float) else v for name, v in asdict(result).items()}

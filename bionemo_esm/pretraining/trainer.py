@@ -1,4 +1,4 @@
-"""The training itself: model, strategy, callbacks and NeMo's exp_manager under a Lightning trainer."""
+"""Training: model, callbacks and NeMo's exp_manager under a Lightning trainer."""
 
 from __future__ import annotations
 
@@ -20,68 +20,84 @@ from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation
 from bionemo_esm.model.lightning import MegatronStrategy, build_trainer
 from bionemo_esm.model.lightning import fit as fit_model
-from bionemo_esm.pretraining.async_writer import BackgroundWriter
-from bionemo_esm.pretraining.averaging_callback import CheckpointAveraging
-from bionemo_esm.pretraining.callbacks import History, InitialValidation, Progress, initial_validation, last_probe
-from bionemo_esm.pretraining.checkpoints import Checkpoints, SafeCheckpointIO, StartingPoint, choose_starting_checkpoint
+from bionemo_esm.pretraining.callbacks import (
+    History,
+    InitialValidation,
+    Progress,
+    ThroughputMeter,
+    device_name,
+    initial_validation,
+    last_probe,
+)
+from bionemo_esm.pretraining.checkpoints import (
+    AsyncWriter,
+    CheckpointAveraging,
+    Checkpoints,
+    SafeCheckpointIO,
+    StopSignals,
+)
 from bionemo_esm.pretraining.hang_watch import HangWatch, collective_timeout, resiliency_callbacks
+from bionemo_esm.pretraining.preflight import RankAgreement, slurm_environment
 from bionemo_esm.pretraining.probe import Probe, ProbeAtStart
 from bionemo_esm.pretraining.probe_config import ProbeSet
-from bionemo_esm.pretraining.rank_agreement import RankAgreement, slurm_environment
 from bionemo_esm.pretraining.recipe import Recipe, TrainerConfig
+from bionemo_esm.pretraining.resume import StartingPoint, choose_starting_checkpoint
 from bionemo_esm.pretraining.run_context import RunContext
-from bionemo_esm.pretraining.signals import StopSignals
-from bionemo_esm.pretraining.throughput import ThroughputMeter, device_name
 
 PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16 with float32 masters"}
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What came of the training."""
+    """The trained model and what the summary records of the training."""
 
     model: ESM1nvModel
     steps: int
     averaging: CheckpointAveraging | None
-    stopped_by: Signals | None  # the signal that ended it before its last step
-    best_checkpoint: Path | None  # the one with the lowest validation loss
-    seconds: float  # of training and validation, earlier sessions of the run included
-    initial: Evaluation | None  # before the first step; None where the run did not start from weights
-    probe: dict[str, Any] | None  # what the last one found: `last_probe`
+    stopped_by: Signals | None  # the signal that stopped it before its last step
+    best_checkpoint: Path | None  # with the lowest validation loss
+    seconds: float  # of training and validation, in all sessions
+    initial: Evaluation | None  # before the first step; None if the run did not start from weights
+    probe: dict[str, Any] | None  # result of the last one: `last_probe`
     measured: dict[str, float]  # over the last logging interval: `Measurements`
     resumed_from_step: int
-    first_step: int  # over 0 where the run continues another
+    first_step: int  # over 0 if the run continues a parent run
     backends: str
     precision: str
     device_name: str
 
 
-def fit(run: RunContext, console: Console, muster: RankAgreement) -> FitResult:
-    """Train to the recipe's last step, from the newest checkpoint in the run's folder that can be read."""
+def fit(run: RunContext, console: Console, ranks: RankAgreement) -> FitResult:
+    """Train to the recipe's last step, from the newest readable checkpoint of the run directory."""
     recipe, folder = run.recipe, run.folder
     _send_nemo_messages_to_the_log()
-    chosen = muster.first(lambda: _start_to_tell(run, console))
+    chosen = ranks.on_rank_zero(lambda: _broadcast_start(run, console))
     start = StartingPoint(**{**chosen, "checkpoint": chosen["checkpoint"] and Path(chosen["checkpoint"])})
 
     saving, signals = recipe.exp_manager.checkpoints, StopSignals()
-    writer = BackgroundWriter(saving.in_background)
-    gauges, watch = ThroughputMeter(), HangWatch(folder, recipe.trainer.hang_timeout_seconds, console)
-    history = History(folder / "metrics.jsonl", recipe.trainer.log_every_n_steps, gauges)
-    checkpoints = Checkpoints(folder / "checkpoints", saving, signals, writer, watch.patience)
+    writer = AsyncWriter(saving.in_background)
+    meter, watch = ThroughputMeter(), HangWatch(folder, recipe.trainer.hang_timeout_seconds, console)
+    history = History(folder / "metrics.jsonl", recipe.trainer.log_every_n_steps, meter)
+    checkpoints = Checkpoints(folder / "checkpoints", saving, signals, writer, watch.long_operation)
     averaging = None
     if saving.average_last:
         averaging = CheckpointAveraging(folder / "averaging", saving.average_last, saving.every_n_train_steps, writer)
     progress = Progress(console, history, run.unigram_perplexity)
     probe = None if run.probe is None else _probe(run, run.probe, signals, watch, history, console)
-    callbacks: list[Callback] = [watch, history, progress, *([probe] if probe else [])]  # first: on record, then saved
+    callbacks: list[Callback] = [
+        watch,
+        history,
+        progress,
+        *([probe] if probe else []),
+    ]  # metrics are recorded before a checkpoint is saved
     callbacks += [*([averaging] if averaging else []), checkpoints]
     if recipe.restore_from_path is not None and start.checkpoint is None:
         limit = recipe.trainer.limit_val_batches
-        initial = InitialValidation(limit, checkpoints.must_stop, watch, history, progress)
-        callbacks.append(initial)  # last: all others are ready
+        initial = InitialValidation(limit, checkpoints.should_stop_now, watch, history, progress)
+        callbacks.append(initial)  # after all others have started
     if probe is not None:
         callbacks.append(ProbeAtStart(probe))
-    trainer = _trainer(recipe.trainer, callbacks, SafeCheckpointIO(writer), gauges.data_wait)
+    trainer = _trainer(recipe.trainer, callbacks, SafeCheckpointIO(writer), meter.data_wait)
     _start_experiment(trainer, recipe, folder)
     theirs = resiliency_callbacks(trainer.strategy.root_device.type, folder)
     trainer.callbacks.extend(theirs)  # type: ignore[attr-defined]
@@ -93,9 +109,9 @@ def fit(run: RunContext, console: Console, muster: RankAgreement) -> FitResult:
     dtype = parameter_dtype(recipe.trainer.precision, trainer.strategy.root_device.type)
     model.identity = {**run.identity, "precision": PRECISION_NAMES[dtype]}
     backends = choose_backends(trainer.strategy.root_device.type, dtype, recipe.model.attention_dropout).describe()
-    console.print_line(run.opening_screen(backends, PRECISION_NAMES[dtype], start.steps, start.first_step))
+    console.print_line(run.run_description(backends, PRECISION_NAMES[dtype], start.steps, start.first_step))
 
-    with signals.heeded(), watch.over_training():
+    with signals.handling(), watch.watching():
         fit_model(trainer, model, start.checkpoint)
     best = checkpoints.path(checkpoints.best_step) if checkpoints.best_step is not None else None
     return FitResult(
@@ -107,7 +123,7 @@ def fit(run: RunContext, console: Console, muster: RankAgreement) -> FitResult:
         seconds=history.seconds,
         initial=initial_validation(history.path),
         probe=last_probe(history.path),
-        measured=gauges.latest.known() if gauges.latest else {},
+        measured=meter.latest.known() if meter.latest else {},
         resumed_from_step=start.steps,
         first_step=start.first_step,
         backends=backends,
@@ -119,13 +135,13 @@ def fit(run: RunContext, console: Console, muster: RankAgreement) -> FitResult:
 def _probe(
     run: RunContext, probed: ProbeSet, signals: StopSignals, watch: HangWatch, history: History, console: Console
 ) -> Probe:
-    """With at most as many tokens at a time as training may have, which also keeps what it needs for gradients."""
+    """Build the probe. Its batches have at most the tokens of a training micro batch."""
     data, longest = run.recipe.data, run.recipe.model.seq_length
     most_tokens = data.micro_batch_tokens or (data.micro_batch_size or 1) * longest
     return Probe(probed, most_tokens, signals, watch, history, console)
 
 
-def _start_to_tell(run: RunContext, console: Console) -> dict[str, Any]:
+def _broadcast_start(run: RunContext, console: Console) -> dict[str, Any]:
     """Return `choose_starting_checkpoint` of rank 0, broadcast: a checkpoint is verified once, not by every rank."""
     recipe = run.recipe
     start = choose_starting_checkpoint(run.folder, recipe.continue_from_path, console)
@@ -161,7 +177,7 @@ def _trainer(
 
 
 def _start_experiment(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
-    """NeMo's exp_manager: loggers, and a record of command and commit. Checkpoints and preemption are ours."""
+    """Start NeMo's exp_manager for its loggers and its record of command and commit."""
     settings = recipe.exp_manager
     exp_manager(
         trainer,
@@ -182,6 +198,6 @@ def _start_experiment(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
 
 
 def _send_nemo_messages_to_the_log() -> None:
-    """NeMo and Lightning hold on to the terminal's stream from their import; point them at ours, which is the log."""
+    """Redirect the messages of NeMo and Lightning, which keep the stream of their import, to the log."""
     nemo_logging.remove_stream_handlers()
     logging.captureWarnings(True)
