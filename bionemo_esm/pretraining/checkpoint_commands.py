@@ -42,13 +42,18 @@ class AverageConfig(Settings):
         return self
 
 
+def load_average_config(cfg: DictConfig) -> AverageConfig:
+    """Return the configuration of `average`. Raises `ConfigError`, naming the key."""
+    return AverageConfig.from_config(plain_values(cfg))
+
+
 def average(cfg: DictConfig) -> None:
     """Average checkpoints as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
     run_to_exit_code(lambda: _average(cfg), "Interrupted; nothing was written.")
 
 
 def _average(cfg: DictConfig) -> int:
-    config = AverageConfig.from_config(plain_values(cfg))
+    config = load_average_config(cfg)
     from bionemo_esm.pretraining.averaging import average_checkpoints, find_files  # torch takes a second to import
 
     console = Console(sys.stdout)
