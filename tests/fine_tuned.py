@@ -17,14 +17,26 @@ from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.archive import Archive, write_archive
 from models import tiny_model
 
-LETTERS = Task("secondary_structure", RESIDUE, CLASSIFICATION, "accuracy", ("H", "E", "C"))
-WORDS = Task("disorder", RESIDUE, CLASSIFICATION, "mcc", ("ordered", "disordered"))
-PROFILE = Task("flexibility", RESIDUE, REGRESSION, "spearman", (), 3.0, 2.5)
-PLACES = Task("location", SEQUENCE, CLASSIFICATION, "f1", ("Nucleus", "id", "Cell, membrane", "prediction"))
-NUMBER = Task("melting", SEQUENCE, REGRESSION, "mse", (), 50.0, 8.0)
+LETTERS = Task(
+    name="secondary_structure", level=RESIDUE, kind=CLASSIFICATION, metric="accuracy", classes=("H", "E", "C")
+)
+WORDS = Task(name="disorder", level=RESIDUE, kind=CLASSIFICATION, metric="mcc", classes=("ordered", "disordered"))
+PROFILE = Task(
+    name="flexibility", level=RESIDUE, kind=REGRESSION, metric="spearman", classes=(), target_mean=3.0, target_scale=2.5
+)
+PLACES = Task(
+    name="location",
+    level=SEQUENCE,
+    kind=CLASSIFICATION,
+    metric="f1",
+    classes=("Nucleus", "id", "Cell, membrane", "prediction"),
+)
+NUMBER = Task(
+    name="melting", level=SEQUENCE, kind=REGRESSION, metric="mse", classes=(), target_mean=50.0, target_scale=8.0
+)
 TASKS = (LETTERS, WORDS, PROFILE, PLACES, NUMBER)
 LINEAR = HeadConfig()
-CONV = HeadConfig(CONVNET, hidden=4, kernel_size=5)
+CONV = HeadConfig(kind=CONVNET, hidden=4, kernel_size=5)
 READING = ReadingConfig(layer=2, window=100, overlap=40)
 ADAPTERS = AdapterConfig(rank=2, targets=("linear_qkv", "linear_fc2"))
 PROVENANCE = {

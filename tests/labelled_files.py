@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from bionemo_esm.finetuning.dataset import Splits, read_splits
-from bionemo_esm.finetuning.tasks import load_data_config, load_task_config
+from bionemo_esm.finetuning.tasks import DataConfig, TaskConfig
 from bionemo_esm.settings import plain_values
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def read(folder: Path, files: dict[str, str], task: dict[str, Any], seed: int = 
         return str(folder / value) if isinstance(value, str) and (folder / value).exists() else value
 
     return read_splits(
-        load_task_config({"name": "mine", **task}),
-        load_data_config({key: placed(value) for key, value in data.items()}),
+        TaskConfig.from_config({"name": "mine", **task}),
+        DataConfig.from_config({key: placed(value) for key, value in data.items()}),
         seed,
     )

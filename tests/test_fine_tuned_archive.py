@@ -267,11 +267,11 @@ def test_a_pretrained_archive_may_hold_no_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["${oc.env:HOME}", "nemo:x"])
 def test_a_class_whose_name_no_archive_holds_is_told_beforehand(name: str) -> None:
     encoder = tiny_model().encoder_config
-    odd = Task("location", SEQUENCE, CLASSIFICATION, "f1", ("a", name))
+    odd = Task(name="location", level=SEQUENCE, kind=CLASSIFICATION, metric="f1", classes=("a", name))
     with pytest.raises(ConfigError, match="an archive cannot hold it, so give it another name"):
         archive_config(encoder, "32", 1, odd, Parts(LINEAR, READING, None))
     with pytest.raises(ConfigError, match=r"reading\.layer is 3"):
-        archive_config(encoder, "32", 1, LETTERS, Parts(LINEAR, ReadingConfig(3, 100, 50), None))
+        archive_config(encoder, "32", 1, LETTERS, Parts(LINEAR, ReadingConfig(layer=3, window=100, overlap=50), None))
 
 
 def test_the_pretrained_classes_need_nothing_from_above(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

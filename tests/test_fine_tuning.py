@@ -143,8 +143,8 @@ def test_a_regression_is_told_in_its_own_unit(base: Path, shares: list[str], tmp
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_a_head_reads_pooled_states_as_if_it_pooled_them_itself(kind: str) -> None:
-    task, states = Task("shares", "sequence", "regression", "mse"), torch.randn(30, 6)
-    head = build_head(HeadConfig(kind, dropout=0.0), task, 6)
+    task, states = Task(name="shares", level="sequence", kind="regression", metric="mse"), torch.randn(30, 6)
+    head = build_head(HeadConfig(kind=kind, dropout=0.0), task, 6)
     head.standardise(torch.randn(6), torch.rand(6) + 0.5)
     bounds = torch.tensor([0, 4, 5, 30])
     means = torch.stack([states[begin:end].mean(0) for begin, end in pairwise(bounds.tolist())])

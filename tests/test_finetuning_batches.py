@@ -18,8 +18,8 @@ from bionemo_esm.inference.batching import blending_weights, windows
 from bionemo_esm.inference.inputs import Protein
 from finetuning_runs import neighbours, proteins
 
-TASK = Task("neighbours", "residue", "classification", "accuracy", ("N", "O", "B"))
-READING = ReadingConfig(2, 110, 50)
+TASK = Task(name="neighbours", level="residue", kind="classification", metric="accuracy", classes=("N", "O", "B"))
+READING = ReadingConfig(layer=2, window=110, overlap=50)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,9 @@ def test_class_weights_make_classes_count_alike(labelled: LabelledDataset) -> No
 
 
 def test_a_class_that_is_not_there_has_no_weight(labelled: LabelledDataset) -> None:
-    larger = Task("neighbours", "residue", "classification", "accuracy", ("N", "O", "B", "never"))
+    larger = Task(
+        name="neighbours", level="residue", kind="classification", metric="accuracy", classes=("N", "O", "B", "never")
+    )
     assert class_weights(larger, labelled.targets)[3] == 0
 
 
@@ -130,7 +132,7 @@ def test_windows_of_long_proteins_are_blended_to_one_state_a_residue(labelled: L
 
 
 def test_proteins_that_fit_are_read_whole_and_weigh_nothing(labelled: LabelledDataset) -> None:
-    row = encoder_row(labelled.proteins[:3], ReadingConfig(2, 510, 255))
+    row = encoder_row(labelled.proteins[:3], ReadingConfig(layer=2, window=510, overlap=255))
     assert row.weights is None
     assert row.row.sequences == 3
 

@@ -17,8 +17,8 @@ from bionemo_esm.finetuning.report import TEST, VALIDATION, Detail, Report, Row
 from bionemo_esm.finetuning.tasks import METRICS, Task
 
 NAMES = ("Cell.membrane", "Endoplasmic.reticulum", "Nucleus", "Plastid", "Cytoplasm", "Golgi.apparatus")
-CLASSES = Task("places", "sequence", "classification", "accuracy", NAMES)
-NUMBERS = Task("melting_point", "sequence", "regression", "mse")
+CLASSES = Task(name="places", level="sequence", kind="classification", metric="accuracy", classes=NAMES)
+NUMBERS = Task(name="melting_point", level="sequence", kind="regression", metric="mse")
 
 
 def report_of(task: Task, detail: Detail | None, rows: int = 1) -> Report:

@@ -31,8 +31,14 @@ from bionemo_esm.finetuning.report import page as page_of
 from bionemo_esm.finetuning.tasks import Prediction, Targets, Task
 from bionemo_esm.inference.inputs import Protein
 
-CLASSES = Task("subcellular_localization", "sequence", "classification", "accuracy", ("in", "out", "a|b<i>$x\n*`"))
-NUMBERS = Task("meltome", "sequence", "regression", "mse")
+CLASSES = Task(
+    name="subcellular_localization",
+    level="sequence",
+    kind="classification",
+    metric="accuracy",
+    classes=("in", "out", "a|b<i>$x\n*`"),
+)
+NUMBERS = Task(name="meltome", level="sequence", kind="regression", metric="mse")
 WITHIN = 110  # columns of a screen
 
 
@@ -150,7 +156,13 @@ def test_names_out_of_files_are_neither_markdown_nor_html(tmp_path: Path) -> Non
 
 
 def test_very_many_classes_are_cut_on_the_page_and_whole_in_the_json(tmp_path: Path) -> None:
-    task = Task("remote_homology", "sequence", "classification", "accuracy", tuple(f"fold {n}" for n in range(1195)))
+    task = Task(
+        name="remote_homology",
+        level="sequence",
+        kind="classification",
+        metric="accuracy",
+        classes=tuple(f"fold {n}" for n in range(1195)),
+    )
     counts = np.diag(np.arange(1195)).astype(np.int64)
     facts = SetFacts(40, 120, 40, tuple(range(1195)))
     before = report_of(CLASSES)
@@ -205,7 +217,7 @@ def test_how_to_read_the_numbers_says_what_is_so_of_this_report() -> None:
     of_proteins = page_of(report_of(CLASSES))
     assert "(seeds 1, 2); sd is" in of_proteins
     assert "residues of a protein go together" not in of_proteins
-    residues = dataclasses.replace(CLASSES, level="residue")
+    residues = CLASSES.replace(level="residue")
     one = page_of(dataclasses.replace(report_of(CLASSES, seeds=(1,)), task=residues))
     assert "that of one training run (seed 1)." in one
     assert "residues of a protein go together" in one

@@ -18,9 +18,13 @@ from bionemo_esm.finetuning.tasks import Task
 LENGTHS = (1, 5, 2, 40, 3, 1, 17)
 """Residues: alone, fewer than a kernel's reach, and many."""
 FEATURES = 6
-RESIDUE = Task("structure", "residue", "classification", "accuracy", ("helix", "strand", "coil"))
-SEQUENCE = Task("location", "sequence", "classification", "accuracy", ("inside", "outside"))
-NUMBER = Task("melting", "sequence", "regression", "mse", target_mean=50.0, target_scale=10.0)
+RESIDUE = Task(
+    name="structure", level="residue", kind="classification", metric="accuracy", classes=("helix", "strand", "coil")
+)
+SEQUENCE = Task(
+    name="location", level="sequence", kind="classification", metric="accuracy", classes=("inside", "outside")
+)
+NUMBER = Task(name="melting", level="sequence", kind="regression", metric="mse", target_mean=50.0, target_scale=10.0)
 CASES = [
     *((kind, RESIDUE, "mean") for kind in ("linear", "mlp", "convnet")),
     *((kind, SEQUENCE, pooling) for kind in ("linear", "mlp", "convnet") for pooling in POOLINGS),
@@ -133,7 +137,7 @@ def shapes_of(config: HeadConfig, task: Task) -> dict[str, tuple[int, ...]]:
 
 
 def test_names_of_parameters_are_those_that_archives_hold() -> None:
-    named = {(kind, task.level, pooling): sorted(shapes_of(HeadConfig(kind, 5, pooling=pooling), task))
+    named = {(kind, task.level, pooling): sorted(shapes_of(HeadConfig(kind=kind, hidden=5, pooling=pooling), task))
              for kind, task, pooling in CASES}  # fmt: skip
     output, convolution, hidden = ([f"{part}.bias", f"{part}.weight"] for part in ("output", "convolution", "hidden"))
     assert named["linear", "residue", "mean"] == named["linear", "sequence", "max"] == output
@@ -145,7 +149,10 @@ def test_names_of_parameters_are_those_that_archives_hold() -> None:
 
 
 def test_sizes_are_those_of_the_configuration() -> None:
-    convnet, attention = HeadConfig("convnet", 5, kernel_size=9), HeadConfig("attention", 5, kernel_size=9)
+    convnet, attention = (
+        HeadConfig(kind="convnet", hidden=5, kernel_size=9),
+        HeadConfig(kind="attention", hidden=5, kernel_size=9),
+    )
     assert shapes_of(convnet, RESIDUE) == {
         "convolution.weight": (5, 6, 9), "convolution.bias": (5,), "output.weight": (3, 5, 9), "output.bias": (3,),
     }  # fmt: skip

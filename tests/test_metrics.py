@@ -26,9 +26,9 @@ from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.parallel import ensure_groups
 
 FORK_SERVER = multiprocessing.get_context("forkserver")  # faults.py has it import what takes long
-LETTERS = Task("letters", "residue", "classification", "accuracy", tuple("HECXY"))
-NUMBERS = Task("numbers", "residue", "regression", "spearman")
-EACH = Task("each", "sequence", "classification", "f1", ("a", "b", "c"))
+LETTERS = Task(name="letters", level="residue", kind="classification", metric="accuracy", classes=tuple("HECXY"))
+NUMBERS = Task(name="numbers", level="residue", kind="regression", metric="spearman")
+EACH = Task(name="each", level="sequence", kind="classification", metric="f1", classes=("a", "b", "c"))
 
 
 def classified(seed: int, classes: int, lengths: list[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -190,13 +190,13 @@ def proteins(*sequences: str) -> list[Protein]:
 
 def test_of_a_residue_the_baseline_knows_what_stood_at_the_same_amino_acid() -> None:
     nan = np.nan
-    task = Task("letters", "residue", "classification", "accuracy", ("H", "E"))
+    task = Task(name="letters", level="residue", kind="classification", metric="accuracy", classes=("H", "E"))
     train = LabelledDataset(proteins("AAK", "AC"), [np.float32([0, 1, 1]), np.float32([0, nan])])
     found = composition_predictions(Splits(task, train, train, None), proteins("AKCX"))
     assert found[0].dtype == np.float32
     assert found[0] == pytest.approx(np.array([[2 / 3, 1 / 3], [0, 1], [1 / 2, 1 / 2], [1 / 2, 1 / 2]]))
 
-    task = Task("numbers", "residue", "regression", "mse")
+    task = Task(name="numbers", level="residue", kind="regression", metric="mse")
     train = LabelledDataset(proteins("AAK", "AC"), [np.float32([1, 2, 8]), np.float32([3, nan])])
     found = composition_predictions(Splits(task, train, train, None), proteins("AK", "C"))
     assert found[0] == pytest.approx(np.array([[2], [8]]))
@@ -212,7 +212,7 @@ def test_of_a_protein_the_baseline_is_a_linear_model_of_shares_and_length() -> N
     rng = np.random.default_rng(5)
     sequences = ["".join(rng.choice(list("ACDEFGHIKL"), 60)) for _ in range(120)]
     share = np.float32([sequence.count("K") / 60 for sequence in sequences])
-    task = Task("numbers", "sequence", "regression", "mse")
+    task = Task(name="numbers", level="sequence", kind="regression", metric="mse")
     train = LabelledDataset(proteins(*sequences[:80]), [np.float32([100 * value]) for value in share[:80]])
     train.targets[0][:] = np.nan
     validation = LabelledDataset(proteins(*sequences[80:]), [np.float32([100 * value]) for value in share[80:]])
@@ -236,7 +236,7 @@ def test_validation_chooses_how_strongly_the_baseline_is_held_back() -> None:
     rng = np.random.default_rng(6)
     sequences = ["".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 50)) for _ in range(60)]
     noise = [np.float32([value]) for value in rng.normal(size=60)]
-    task = Task("noise", "sequence", "regression", "mse")
+    task = Task(name="noise", level="sequence", kind="regression", metric="mse")
     train = LabelledDataset(proteins(*sequences[:30]), noise[:30])
     spread = []
     for validation in (LabelledDataset(proteins(*sequences[30:]), noise[30:]), train):  # noise; what was fitted itself

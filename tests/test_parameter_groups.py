@@ -27,7 +27,7 @@ class Model(nn.Module):
     def __init__(self, **sizes: float) -> None:
         super().__init__()
         self.encoder: ESMEncoder = tiny_model(num_layers=LAYERS, **sizes).encoder
-        task = Task("stability", "sequence", "regression", "spearman")
+        task = Task(name="stability", level="sequence", kind="regression", metric="spearman")
         self.head = build_head(HeadConfig(kind="mlp", hidden=4), task, 32)
 
 

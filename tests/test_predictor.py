@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ from fine_tuned import (
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_a_prediction_is_the_heads_answer_to_the_states_of_the_layer(task: Task, tmp_path: Path) -> None:
-    path = fine_tuned(tmp_path / "tuned.nemo", task, reading=replace(READING, layer=1))
+    path = fine_tuned(tmp_path / "tuned.nemo", task, reading=READING.replace(layer=1))
     weights = read_archive(path).weights
     weight, bias, shift, scale = (
         weights[f"head.{name}"].numpy() for name in ("output.weight", "output.bias", "shift", "scale")
@@ -69,9 +68,9 @@ def test_a_prediction_is_the_heads_answer_to_the_states_of_the_layer(task: Task,
     ("task", "head"),
     [
         (LETTERS, CONV),
-        (PLACES, HeadConfig(ATTENTION, hidden=4, kernel_size=3)),
-        (PLACES, replace(CONV, pooling=ATTENTION)),
-        (replace(NUMBER, target_mean=0.0, target_scale=1.0), HeadConfig(MLP, hidden=4, pooling=MAX)),
+        (PLACES, HeadConfig(kind=ATTENTION, hidden=4, kernel_size=3)),
+        (PLACES, CONV.replace(pooling=ATTENTION)),
+        (NUMBER.replace(target_mean=0.0, target_scale=1.0), HeadConfig(kind=MLP, hidden=4, pooling=MAX)),
     ],
     ids=["residues", "attention", "pooled-by-attention", "number"],
 )
@@ -188,4 +187,4 @@ def test_rows_that_a_task_does_not_have_are_refused() -> None:
 
 @pytest.mark.parametrize("names", [("H", ">"), ("H", " "), ("H", "\x1b"), ("H", "EE"), ("H", "")])
 def test_what_is_no_letter_is_written_in_full(names: tuple[str, ...]) -> None:
-    assert not tables.lettered(replace(LETTERS, classes=names))
+    assert not tables.lettered(LETTERS.replace(classes=names))

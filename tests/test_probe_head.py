@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,7 @@ def test_the_head_learns_what_is_linear_in_the_states_and_answers_in_the_targets
     assert found._score_of_one_hot() > 0.9  # the share is linear in a protein's composition
     rows_NF = np.random.default_rng(1).normal(size=(400, 8)) * 100 + 7
     targets_N = 300 * rows_NF[:, 2] - 5_000
-    task = dataclasses.replace(some.task, target_mean=targets_N.mean(), target_scale=targets_N.std())
+    task = some.task.replace(target_mean=targets_N.mean(), target_scale=targets_N.std())
     told = _fitted(task, rows_NF[:300], targets_N[:300].astype(np.float32))(rows_NF[300:])
     assert told.dtype == np.float32
     assert np.corrcoef(told[:, 0], targets_N[300:])[0, 1] > 0.999
@@ -99,7 +98,7 @@ def test_the_head_learns_what_is_linear_in_the_states_and_answers_in_the_targets
 
 
 def test_classes_that_are_not_among_those_chosen_are_given_no_share(labels: Path) -> None:
-    task = dataclasses.replace(probed(labels).task, classes=("C", "E", "H"))
+    task = probed(labels).task.replace(classes=("C", "E", "H"))
     rows_NF = np.random.default_rng(1).normal(size=(300, 4))
     told = _fitted(task, rows_NF, np.where(rows_NF[:, 0] > 0, 2, 0).astype(np.float32))(rows_NF)
     assert told.shape == (300, 3)
@@ -169,7 +168,7 @@ def test_a_task_of_ones_own_has_known_keys_and_may_go_over_those_of_a_shipped_on
     shipped = load_recipe(composed("recipe=laptop", "probe.task=gb1", "probe.data.train=x"))
     assert changed.probe is not None
     assert shipped.probe is not None
-    assert changed.probe.task == dataclasses.replace(shipped.probe.task, metric="spearman") != shipped.probe.task
+    assert changed.probe.task == shipped.probe.task.replace(metric="spearman") != shipped.probe.task
 
 
 def test_a_shipped_task_is_that_of_fine_tuning() -> None:

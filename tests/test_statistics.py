@@ -24,10 +24,14 @@ from bionemo_esm.finetuning.tasks import METRICS, Prediction, Targets, Task
 
 RESAMPLES = 60
 TASKS = {
-    "classes of residues": Task("a", "residue", "classification", "accuracy", ("H", "E", "C")),
-    "classes of proteins": Task("b", "sequence", "classification", "f1", tuple(map(str, range(40)))),
-    "numbers of residues": Task("c", "residue", "regression", "spearman"),
-    "numbers of proteins": Task("d", "sequence", "regression", "mse"),
+    "classes of residues": Task(
+        name="a", level="residue", kind="classification", metric="accuracy", classes=("H", "E", "C")
+    ),
+    "classes of proteins": Task(
+        name="b", level="sequence", kind="classification", metric="f1", classes=tuple(map(str, range(40)))
+    ),
+    "numbers of residues": Task(name="c", level="residue", kind="regression", metric="spearman"),
+    "numbers of proteins": Task(name="d", level="sequence", kind="regression", metric="mse"),
 }
 
 

@@ -15,7 +15,7 @@ from bionemo_esm.data import download as downloading
 from bionemo_esm.data.download import ReleaseError
 from bionemo_esm.finetuning import dataset as downloads
 from bionemo_esm.finetuning.dataset import download_task, read_splits
-from bionemo_esm.finetuning.tasks import DownloadConfig, load_data_config, load_task_config
+from bionemo_esm.finetuning.tasks import DataConfig, DownloadConfig, TaskConfig
 from labelled_files import MASK, SEQUENCES, STRUCTURE, preset
 from release_server import Reply, Server, names, running_server
 
@@ -57,7 +57,7 @@ def config(server: Server, **values: Any) -> DownloadConfig:
 
 def test_a_task_is_downloaded_read_and_then_found_where_it_is(server: Server, tmp_path: Path) -> None:
     own = preset("secondary_structure", download={"url": server.url + PATH, "checksum": SHA256})
-    task, data = load_task_config(own), load_data_config({"download": str(tmp_path / "flip")})
+    task, data = TaskConfig.from_config(own), DataConfig.from_config({"download": str(tmp_path / "flip")})
     server.fail(Reply(status=503), Reply(drop_after=100), path=PATH)  # a busy server, then a lost connection
     splits = read_splits(task, data, 1)
     assert [protein.id for protein in splits.train.proteins] == ["a"]

@@ -1,9 +1,9 @@
-"""The archive of a fine-tuned model: what it has beside an encoder, and how it is checked and opened.
+"""The archive of a fine-tuned model: its configuration and tensors beside the encoder's, checked and opened.
 
-A `.nemo` of class `ESMFineTunedModel`. Its configuration says task, head, reading and adapters as well. Its weights are
-the encoder's, as in a pretrained archive, then `head.*`, and where adapters were not merged `encoder.….lora_a` and
-`lora_b`; these are float32, also where `precision` has the encoder in bf16. It needs no other file. This module is the
-`Extension` by which the model floor knows the class; importing it is cheap.
+A `.nemo` of class `ESMFineTunedModel`. Its configuration has the further keys task, head, reading and adapters. Its
+tensors are the encoder's, as in a pretrained archive, then `head.*`, and for adapters that were not merged
+`encoder.….lora_a` and `lora_b`; these are float32 at any `precision`. This module is the `Extension` through which the
+model layer knows the class; importing it imports no torch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.finetuning.config import Parts, ReadingConfig
-from bionemo_esm.finetuning.tasks import Task
+from bionemo_esm.finetuning.config import AdapterConfig, Parts, ReadingConfig
+from bionemo_esm.finetuning.tasks import Task, from_archive
 from bionemo_esm.inference.engine_options import ModelSizes, open_model_file
 from bionemo_esm.model.archive import ArchiveError, ArchiveFile
 from bionemo_esm.model.config import EncoderConfig
@@ -24,7 +24,7 @@ from bionemo_esm.model.safe_serialization import check_plain
 from bionemo_esm.model.tar_format import quoted
 from bionemo_esm.model.validate import check_sizes
 
-if TYPE_CHECKING:  # they import torch
+if TYPE_CHECKING:  # these import torch
     from torch import Tensor, nn
 
     from bionemo_esm.model.encoder import ESMEncoder
@@ -32,12 +32,12 @@ if TYPE_CHECKING:  # they import torch
 MODEL_CLASS = "ESMFineTunedModel"
 CONFIG_KEYS = frozenset({"task", "head", "reading", "adapters"})
 _HEAD = "head."  # of the tensors' names
-_LARGEST = 1 << 20  # of a number that sizes a head or an adapter: no product of those overflows
+_LARGEST = 1 << 20  # a size of a head or an adapter: no product of those overflows
 
 
 @dataclass(frozen=True)
 class FineTunedFile:
-    """An archive of a fine-tuned model, its small members read, and the sizes of its weights checked."""
+    """An archive of a fine-tuned model whose small members are read and whose tensor sizes are checked."""
 
     file: ArchiveFile
     sizes: EncoderConfig
@@ -46,7 +46,7 @@ class FineTunedFile:
 
     @classmethod
     def open(cls, path: Path) -> FineTunedFile:
-        """Raises `ArchiveError` for a file that is none of ours, contradicts itself, or has a model without a head."""
+        """Open an archive. Raises `ArchiveError` for another file, an inconsistent one, or a model without a head."""
         file = open_model_file(path)
         if file.model_class != MODEL_CLASS:
             raise ArchiveError(
@@ -57,15 +57,15 @@ class FineTunedFile:
         return cls(file, sizes, *described(file.config, sizes))
 
     def head(self) -> nn.Module:
-        """The head with its weights, float32, in evaluation mode. Raises `ArchiveError` for what is not finite.
+        """Return the head with its weights, float32, in evaluation mode. Raises `ArchiveError` for NaN or infinity.
 
-        The weights are taken as they lie there; whoever loads the encoder has their hash checked.
+        The hash of the weights is not checked here; loading the encoder does that.
         """
         import torch
 
         from bionemo_esm.finetuning.heads import build_head
 
-        with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and replaced
+        with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
             head = build_head(self.parts.head, self.task, self.sizes.hidden_size)
         own: dict[str, Tensor] = dict(head.named_parameters()) | dict(head.named_buffers())
         with torch.no_grad():
@@ -75,9 +75,9 @@ class FineTunedFile:
 
 
 def archive_config(encoder: EncoderConfig, precision: str, seed: int, task: Task, parts: Parts) -> dict[str, Any]:
-    """What model_config.yaml says of a fine-tuned model; `precision`, "32" or "bf16", is the encoder's.
+    """Return the content of model_config.yaml; `precision`, "32" or "bf16", is the encoder's.
 
-    Raises `ConfigError` for what could not be read again, such as a class named `${x}`: call it before training.
+    Raises `ConfigError` for values that could not be read again, such as a class named `${x}`: call it before training.
     """
     config = {
         "encoder": encoder.to_dict(),
@@ -95,21 +95,33 @@ def archive_config(encoder: EncoderConfig, precision: str, seed: int, task: Task
 
 
 def described(config: Mapping[str, Any], sizes: EncoderConfig) -> tuple[Task, Parts]:
-    """Task and parts that model_config.yaml describes, checked against the encoder.
+    """Return task and parts of a model_config.yaml, checked against the encoder.
 
-    Raises `ConfigError`, naming the key, for a value of the wrong kind, and for what does not go with the encoder.
+    Raises `ConfigError`, naming the key, for a value of the wrong type or one that does not fit the encoder.
     """
     for key in ("task", "head", "reading", "adapters"):
         if not isinstance(config[key], dict) and not (key == "adapters" and config[key] is None):
-            raise ConfigError(f"{key} must be a mapping, not {quoted(config[key])}")
-    task, parts = Task.from_mapping(config["task"]), Parts.from_mapping(config)
-    head, adapters = parts.head, parts.adapters
-    rank = 0 if adapters is None else adapters.rank
-    for name, value in (("head.hidden", head.hidden), ("head.kernel_size", head.kernel_size), ("adapters.rank", rank)):
-        if value > _LARGEST:
-            raise ConfigError(f"{name} may be up to {_LARGEST:,}, not {value:,}")
+            raise ConfigError(f"{key} must be a mapping, not {quoted(config[key])}", code="config.type")
+    task, parts = Task.from_mapping(config["task"]), parts_of(config)
+    sections = {"head": parts.head, "adapters": parts.adapters}
+    for section, settings in sections.items():
+        for name, value in [] if settings is None else settings.model_dump().items():
+            if isinstance(value, int) and value > _LARGEST:
+                raise ConfigError(f"{section}.{name} may be up to {_LARGEST:,}, not {value:,}", code="config.value")
     _check_reading(parts.reading, ModelSizes(sizes))
     return task, parts
+
+
+def parts_of(config: Mapping[str, Any]) -> Parts:
+    """Return the parts that `Parts.to_dict` wrote. Raises `ConfigError`, naming the key; imports torch."""
+    from bionemo_esm.finetuning.heads import archived_head_config
+
+    adapters = config["adapters"]
+    return Parts(
+        archived_head_config(config["head"]),
+        from_archive(ReadingConfig, "reading", config["reading"]),
+        None if adapters is None else from_archive(AdapterConfig, "adapters", adapters),
+    )
 
 
 def _check_reading(reading: ReadingConfig, model: ModelSizes) -> None:
@@ -120,14 +132,14 @@ def _check_reading(reading: ReadingConfig, model: ModelSizes) -> None:
 
 
 def extra_tensors(config: Mapping[str, Any], sizes: EncoderConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights of head and adapters; see `Extension`. Raises `ConfigError` as `described`."""
+    """Return names and shapes of the tensors of head and adapters; see `Extension`. Raises as `described`."""
     task, parts = described(config, sizes)
     from bionemo_esm.finetuning.heads import head_shapes
 
     shapes = head_shapes(parts.head, task, sizes.hidden_size).items()
     found = {_HEAD + name: tuple(shape) for name, shape in shapes}
     if parts.adapters is not None:
-        with warnings.catch_warnings():  # of Megatron, where neither Apex nor Transformer Engine is installed
+        with warnings.catch_warnings():  # Megatron's, without Apex and Transformer Engine
             warnings.simplefilter("ignore")
             from bionemo_esm.finetuning.adapters import adapter_shapes
 
@@ -137,8 +149,8 @@ def extra_tensors(config: Mapping[str, Any], sizes: EncoderConfig) -> dict[str, 
 
 
 def fill(encoder: ESMEncoder, config: Mapping[str, Any], copy: Callable[[], None]) -> None:
-    """Fill a plain encoder; what adapters learned is added to its weights. See `Extension`."""
-    adapters = Parts.from_mapping(config).adapters
+    """Fill a plain encoder, and add the adapters' products to its weights. See `Extension`."""
+    adapters = parts_of(config).adapters
     if adapters is None:
         copy()
         return

@@ -23,18 +23,15 @@ from bionemo_esm.finetuning.baselines import fitted_composition
 from bionemo_esm.finetuning.config import (
     COMPOSITION,
     FROZEN,
-    LINEAR,
-    MEAN,
-    MLP,
     ONE_HOT,
     UNTRAINED,
     FinetuneConfig,
     ReadingConfig,
-    settings_text,
 )
 from bionemo_esm.finetuning.dataset import LabelledDataset, Splits
 from bionemo_esm.finetuning.features import FeatureCache, Moments, OneHot, StoredFeatures, moments
 from bionemo_esm.finetuning.fitting import FitPlan, Fitted, Sources, fit
+from bionemo_esm.finetuning.heads import HEADS
 from bionemo_esm.finetuning.metrics import decimal_places, differences, estimates, format_score, scores
 from bionemo_esm.finetuning.model import merged, write_fine_tuned
 from bionemo_esm.finetuning.report import (
@@ -93,7 +90,7 @@ class Comparison:
     def pooled(self) -> bool:
         """Whether a head reads nothing but the mean over a protein's residues."""
         head = self.config.head
-        return not self.splits.task.is_per_residue and head.kind in (LINEAR, MLP) and head.pooling == MEAN
+        return not self.splits.task.is_per_residue and HEADS.get(head.kind).reads_means(head)
 
     def ways(self) -> list[Method]:
         """All that were asked for, fitted."""
@@ -139,7 +136,7 @@ class Comparison:
         standard: Moments,
     ) -> FitPlan:
         config, one_hot = self.config, name == BARE
-        tuning = replace(config.tuning, mode=FROZEN, keep_adapters=False) if one_hot else config.tuning
+        tuning = config.tuning.replace(mode=FROZEN, keep_adapters=False) if one_hot else config.tuning
         parts = replace(self.parts, adapters=None) if one_hot else self.parts
         return FitPlan(
             name=f"{name}, seed {seed}",
@@ -315,7 +312,7 @@ def _report(comparison: Comparison, ways: Sequence[Method], test: LabelledDatase
             "hidden_size": comparison.encoder.hidden_size,
             "parameters": comparison.encoder.parameters,
         },
-        settings=dict(settings_text(config)) | {"reading": dict(vars(comparison.parts.reading))},
+        settings=config.record() | {"reading": comparison.parts.reading.model_dump()},
     )
 
 

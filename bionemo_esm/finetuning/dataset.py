@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -249,7 +249,15 @@ def read_splits(task: TaskConfig, data: DataConfig, seed: int, progress: Progres
     mean, scale = (0.0, 1.0) if task.is_classification else _moments(sets[TRAIN])
     train, validation, test = (_set_of(sets[name]) for name in SETS)
     return Splits(
-        task=Task(task.name, task.level, task.kind, task.metric, classes, mean, scale),
+        task=Task(
+            name=task.name,
+            level=task.level,
+            kind=task.kind,
+            metric=task.metric,
+            classes=classes,
+            target_mean=mean,
+            target_scale=scale,
+        ),
         train=train,
         validation=validation,
         test=SealedTestSet(test) if len(test) else None,
@@ -275,7 +283,7 @@ def with_files(task: TaskConfig, data: DataConfig, progress: Progress | None = N
         )
     found = download_task(task.name, task.download, data.download, progress)
     train, sequences, mask = ((str(found[key]),) if key in found else () for key in ("train", "sequences", "mask"))
-    return replace(data, download=None, train=train, sequences=sequences, mask=mask)
+    return data.replace(download=None, train=train, sequences=sequences, mask=mask)
 
 
 # --- which set --------------------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def _first_of_each(proteins: Sequence[Protein], texts: Sequence[bytes]) -> list[
 
 
 def _digest(identity: str, reading: ReadingConfig, pooled: bool, texts: dict[bytes, int]) -> str:
-    digest = hashlib.sha256(f"{identity} {reading} {pooled}\n".encode())
+    digest = hashlib.sha256(f"{identity} {reading!r} {pooled}\n".encode())
     for text in texts:
         digest.update(hashlib.sha256(text).digest())
     return digest.hexdigest()[:32]

@@ -18,10 +18,12 @@ from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, is_rank_zero, redirect_output, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import check_writable, exclusive_lock
-from bionemo_esm.finetuning.config import load_finetune_config
+from bionemo_esm.finetuning.config import ATTENTION, CONVNET, FinetuneConfig
+from bionemo_esm.finetuning.tasks import RESIDUE
 from bionemo_esm.inference.engine_options import ModelSizes, open_model_file
 from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile
 from bionemo_esm.model.validate import check_sizes
+from bionemo_esm.settings import plain_values
 
 if TYPE_CHECKING:
     from bionemo_esm.finetuning.dataset import Splits
@@ -39,7 +41,7 @@ def finetune(cfg: DictConfig) -> None:
 
 def _finetune(cfg: DictConfig) -> int:
     started = time.monotonic()
-    config = load_finetune_config(cfg)
+    config = finetune_config(cfg)
     folder = config.output.absolute()
     if _is_finished(cfg, folder) if is_rank_zero() else (folder / _REPORT).exists():
         if is_rank_zero():
@@ -58,6 +60,23 @@ def _finetune(cfg: DictConfig) -> int:
 
         compare(config, base, splits, folder, console, started)
     return 0
+
+
+def finetune_config(cfg: DictConfig) -> FinetuneConfig:
+    """Return the settings of a composed configuration. Raises `ConfigError`, naming the key.
+
+    A head's settings are those of its kind (default: convnet per residue, attention per protein).
+    """
+    from bionemo_esm.finetuning.heads import HEADS, head_config
+
+    values = plain_values(cfg)
+    head, task = values.get("head"), values.get("task")
+    if isinstance(head, dict) and isinstance(task, dict):
+        default = CONVNET if task.get("level") == RESIDUE else ATTENTION
+        values["head"] = head_config({**head, "kind": head.get("kind") or default})
+    config = FinetuneConfig.from_config(values)
+    HEADS.get(config.head.kind).check_task(config.task.name, config.task.is_per_residue)
+    return config
 
 
 def _pretrained(path: Path) -> tuple[ArchiveFile, ModelSizes]:

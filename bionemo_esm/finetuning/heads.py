@@ -1,87 +1,102 @@
-"""What turns the features of residues into predictions, of each residue or of each protein.
+"""Heads: from the features of residues to predictions for residues or proteins.
 
-Proteins lie end to end in one row, without <cls>, <eos> or padding. Heads compute in float32, whatever the encoder
-does. Shape suffixes: R residues of the row, S proteins, F features, H hidden features or channels, C outputs, K kernel
-size.
+A head is a class with its settings, registered under the name that `head.kind` selects:
 
-Sums, maxima and neighbourhoods within proteins that lie end to end: no padding, and no loop over proteins.
+    class GatedConfig(HeadConfig, section="head"):
+        gates: int = 4
 
-What a protein is given depends on its own residues alone; its neighbours in the row change no bit of it on a CPU, but
-for a matrix product's rounding. Shape suffixes: R residues of all proteins, S proteins, F features.
+    @HEADS.register("gated")
+    class GatedHead(Head):
+        settings = GatedConfig
+
+        def __init__(self, config: GatedConfig, task: Task, features: int) -> None: ...
+        def predict(self, features_RF: Tensor, segments: Segments) -> Tensor: ...
+
+An installed package adds one by an entry point in the group `bionemo_esm.heads` (see `registry.py`).
+
+Proteins are packed: one row of residues, end to end, without <cls>, <eos> or padding. No head reads across the border
+of two proteins, and none loops over proteins. Heads compute in float32. Shape suffixes: R residues of the row,
+S proteins, F features, H hidden features or channels, C outputs, K kernel size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu
 
-from bionemo_esm.finetuning.config import ATTENTION, LINEAR, MAX, MEAN, MLP, HeadConfig
-from bionemo_esm.finetuning.tasks import Task
+from bionemo_esm.errors import ConfigError
+from bionemo_esm.finetuning.config import ATTENTION, CONVNET, LINEAR, MAX, MEAN, MLP, HeadConfig
+from bionemo_esm.finetuning.tasks import Task, from_archive
+from bionemo_esm.registry import Registry
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where proteins of one or more residues each lie in a row of R residues."""
+    """Positions of proteins, of one or more residues each, in a row of R residues."""
 
     lengths: Tensor  # int64 [S], residues of each protein
-    protein: Tensor  # int64 [R], to which protein a residue belongs
-    place: Tensor  # int64 [R], its place in that protein, from 0
+    protein: Tensor  # int64 [R], number of each residue's protein
+    place: Tensor  # int64 [R], position of each residue in its protein, from 0
 
     @classmethod
     def of(cls, bounds_S1: Tensor, residues: int) -> Segments:
-        """`bounds_S1`: int64 [S + 1], from 0 to `residues`, on the device of what is to be computed."""
+        """`bounds_S1`: int64 [S + 1], from 0 to `residues`, on the device of the features."""
         lengths_S = bounds_S1.diff()
         proteins_S = torch.arange(len(lengths_S), device=bounds_S1.device)
-        protein_R = proteins_S.repeat_interleave(lengths_S, output_size=residues)  # the size spares a GPU a wait
+        protein_R = proteins_S.repeat_interleave(lengths_S, output_size=residues)  # a given size avoids a host sync
         first_R = bounds_S1.index_select(0, protein_R)
         return cls(lengths_S, protein_R, torch.arange(residues, device=bounds_S1.device) - first_R)
 
     def sums(self, rows_RF: Tensor) -> Tensor:
-        """Of each protein, the sum of its rows: float64 [S, F], so that 30,000 residues add up as well as one."""
+        """Sum of each protein's rows: float64 [S, F], so that long proteins add up as exactly as short ones."""
         empty_SF = rows_RF.new_zeros(len(self.lengths), rows_RF.shape[1], dtype=torch.float64)
         return empty_SF.index_add(0, self.protein, rows_RF.double())
 
     def mean(self, rows_RF: Tensor) -> Tensor:
-        """Of each protein, the mean of its rows, [S, F] in their dtype."""
+        """Mean of each protein's rows, [S, F] in their dtype."""
         return (self.sums(rows_RF) / self.lengths[:, None]).to(rows_RF.dtype)
 
     def maximum(self, rows_RF: Tensor) -> Tensor:
-        """Of each protein, the largest of each feature, [S, F]. Rows that share it share its gradient."""
+        """Maximum of each feature over each protein, [S, F]. Rows that share it share its gradient."""
         empty_SF = rows_RF.new_zeros(len(self.lengths), rows_RF.shape[1])
         places_RF = self.protein[:, None].expand_as(rows_RF)
         return empty_SF.scatter_reduce(0, places_RF, rows_RF, "amax", include_self=False)
 
     def attended(self, values_RF: Tensor, scores_RF: Tensor) -> Tensor:
-        """Of each protein, the sum of its values times the softmax of its scores over its residues: [S, F].
+        """Sum of each protein's values, weighted by the softmax of its scores over its residues: [S, F].
 
-        `scores_RF`: of each feature, or [R, 1] for all of them. The largest score of a protein is taken off before the
-        exponential, so that no score is too large; it cancels out, and so has no gradient.
+        `scores_RF`: for each feature, or [R, 1] for all of them. A protein's largest score is subtracted before the
+        exponential, to avoid overflow; it cancels out, and has no gradient.
         """
         largest_SF = self.maximum(scores_RF.detach())
         weights_RF = (scores_RF - largest_SF.index_select(0, self.protein)).exp()
         return (self.sums(values_RF * weights_RF) / self.sums(weights_RF)).to(values_RF.dtype)
 
     def has_neighbour(self, offset: int) -> Tensor:
-        """Whether a residue's own protein goes on for `offset` residues after it, or -`offset` before: bool [R]."""
+        """Whether the residue at this offset, positive or negative, belongs to the same protein: bool [R]."""
         there_R = self.place + offset
         return (there_R >= 0) & (there_R < self.lengths.index_select(0, self.protein))
 
 
 BUFFERS = ("head.shift", "head.scale")
-"""Of every head, by their names in an archive: found out from the features, and not trained."""
+"""Buffers of every head, by their names in an archive: computed from the features, not trained."""
 SMALLEST_DEVIATION = 1e-6
-"""Of a feature that is taken to differ between residues."""
+"""A feature with a smaller deviation counts as constant."""
 
 
 class Head(nn.Module):
-    """From features to `Task.outputs` numbers: logits of the classes, or one number, standardised.
+    """Base of all heads: `Task.outputs` numbers from features; logits of the classes, or one standardised number.
 
-    Features are standardised first, by what `standardise` was told: buffers `shift` and `scale`, float32 [F].
+    Features are standardised first, by the buffers `shift` and `scale`, float32 [F]. A subclass declares its `settings`
+    and implements `predict`; its constructor calls `super().__init__(features)`.
     """
 
+    settings: ClassVar[type[HeadConfig]] = HeadConfig
     shift: Tensor
     scale: Tensor
 
@@ -90,41 +105,64 @@ class Head(nn.Module):
         self.register_buffer("shift", torch.zeros(features, dtype=torch.float32))
         self.register_buffer("scale", torch.ones(features, dtype=torch.float32))
 
+    @classmethod
+    def check_task(cls, task: str, per_residue: bool) -> None:
+        """Raise `ConfigError` if this head does not fit a task of this name and level; by default every task fits."""
+
+    @classmethod
+    def reads_means(cls, config: HeadConfig) -> bool:
+        """Whether the head, for a task per protein, depends on nothing but the mean of a protein's features."""
+        return False
+
     def standardise(self, mean_F: Tensor, deviation_F: Tensor) -> None:
-        """From now on take features less their mean, over their deviation; those that never differ are only shifted."""
+        """Standardise features by this mean and deviation from now on; a constant feature is only shifted."""
         self.shift.copy_(mean_F)
         self.scale.copy_(torch.where(deviation_F > SMALLEST_DEVIATION, 1 / deviation_F, 1.0))
 
     def forward(self, features_RF: Tensor, bounds_S1: Tensor) -> Tensor:
-        """float32 [R, C] of a task per residue, [S, C] of one per protein.
+        """Return float32 [R, C] for a task per residue, [S, C] for one per protein.
 
-        features_RF: of any floating dtype; bounds_S1: int64 [S + 1], where proteins, of one or more residues each,
-        begin and end; on the same device. What a protein is given does not depend on its neighbours, but for rounding.
+        features_RF: any floating dtype; bounds_S1: int64 [S + 1], where the proteins, of one or more residues each,
+        begin and end; on the same device. The result for a protein does not depend on its neighbours, but for rounding.
         """
         standard_RF = (features_RF.float() - self.shift) * self.scale
-        return self.predicted(standard_RF, Segments.of(bounds_S1, len(features_RF)))
+        return self.predict(standard_RF, Segments.of(bounds_S1, len(features_RF)))
 
-    def predicted(self, features_RF: Tensor, segments: Segments) -> Tensor:
-        """`forward`, of float32 features."""
+    def predict(self, features_RF: Tensor, segments: Segments) -> Tensor:
+        """Return what `forward` returns, from standardised float32 features."""
         raise NotImplementedError
 
 
+HEADS: Registry[type[Head]] = Registry("head", "head.kind", "heads")
+
+
+def head_config(values: Mapping[str, Any]) -> HeadConfig:
+    """Return the settings of a head of the given `kind`. Raises `ConfigError`, naming the key."""
+    return HEADS.get(str(values["kind"])).settings.from_config(values)
+
+
+def archived_head_config(values: Mapping[str, Any]) -> HeadConfig:
+    """Return the settings that an archive holds. Raises `ConfigError`, also for a head that is not installed."""
+    kind = str(values.get("kind"))
+    if kind not in HEADS:
+        raise ConfigError(
+            f"head.kind must be one of {', '.join(HEADS)}, not {kind[:40]!r}; if another package adds this head, "
+            "install that package",
+            code="registry.unknown-name",
+        )
+    return from_archive(HEADS.get(kind).settings, "head", values)
+
+
 def build_head(config: HeadConfig, task: Task, features: int) -> Head:
-    """A head for features [R, `features`], its weights drawn from PyTorch's generator. Raises `ConfigError`."""
-    config.check_for(task.name, task.is_per_residue)
-    per_residue = task.is_per_residue
-    if config.kind == LINEAR:
-        return LinearHead(config, features, task.outputs, per_residue)
-    if config.kind == MLP:
-        return MLPHead(config, features, task.outputs, per_residue)
-    if config.kind == ATTENTION:
-        return AttentionHead(config, features, task.outputs)
-    convnet = ResidueConvNet if per_residue else SequenceConvNet
-    return convnet(config, features, task.outputs)
+    """Return a head for features [R, `features`], its weights drawn from PyTorch's generator. Raises `ConfigError`."""
+    kind: Any = HEADS.get(config.kind)  # the constructor of a subclass takes (config, task, features)
+    kind.check_task(task.name, task.is_per_residue)
+    head: Head = kind(config, task, features)
+    return head
 
 
 def head_shapes(config: HeadConfig, task: Task, features: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter and buffer that `build_head` would make; nothing is allocated or drawn."""
+    """Return name and shape of every parameter and buffer that `build_head` makes; nothing is allocated or drawn."""
     with torch.device("meta"):
         head = build_head(config, task, features)
     return {name: tuple(tensor.shape) for name, tensor in (*head.named_parameters(), *head.named_buffers())}
@@ -134,10 +172,10 @@ def head_shapes(config: HeadConfig, task: Task, features: int) -> dict[str, tupl
 
 
 class Pooling(nn.Module):
-    """From rows of residues to rows of proteins, [R, F] -> [S, F]: their mean, their maximum, or a weighted mean.
+    """From residues to proteins, [R, F] -> [S, F]: the mean, the maximum, or a weighted mean over residues.
 
     With `attention` a residue's weight is the softmax, over its protein, of a learned linear score: `Attention1d` of
-    FLIP's baselines. A score's bias would cancel out, so there is none.
+    FLIP's baselines. The score has no bias, which would cancel out.
     """
 
     def __init__(self, kind: str, features: int) -> None:
@@ -154,10 +192,10 @@ class Pooling(nn.Module):
 
 
 class PackedConvolution(nn.Conv1d):
-    """A convolution along each protein, [R, F] -> [R, H]: what `nn.Conv1d`, padded with zeros, gives each one alone.
+    """A convolution along each protein, [R, F] -> [R, H]: equal to `nn.Conv1d`, padded with zeros, on each one alone.
 
-    Parameters are those of `nn.Conv1d`. A residue is multiplied by all K slices of the kernel at once, and what a slice
-    gives is added to that neighbour for which it counts, if it is of the same protein.
+    Parameters are those of `nn.Conv1d`. Each residue is multiplied by all K slices of the kernel at once; the product
+    with a slice is added to the neighbour at that offset, if it belongs to the same protein.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int, bias: bool = True) -> None:
@@ -180,91 +218,109 @@ class PackedConvolution(nn.Conv1d):
 # --- heads ------------------------------------------------------------------------------------------------------------
 
 
-class LinearHead(Head):
-    """One linear layer, of a residue's features or of a protein's pooled ones; no dropout."""
+class _PooledHead(Head):
+    """A head that is applied to each residue's features, or to the pooled features of a protein."""
 
-    def __init__(self, config: HeadConfig, features: int, outputs: int, per_residue: bool) -> None:
+    def __init__(self, config: HeadConfig, task: Task, features: int) -> None:
         super().__init__(features)
-        self.pooling = None if per_residue else Pooling(config.pooling, features)
-        self.output = nn.Linear(features, outputs, dtype=torch.float32)
+        self.pooling = None if task.is_per_residue else Pooling(config.pooling, features)
 
-    def predicted(self, features_RF: Tensor, segments: Segments) -> Tensor:
+    @classmethod
+    def reads_means(cls, config: HeadConfig) -> bool:
+        return config.pooling == MEAN
+
+    def pooled(self, features_RF: Tensor, segments: Segments) -> Tensor:
+        """[R, F] per residue, [S, F] per protein."""
         pooled: Tensor = features_RF if self.pooling is None else self.pooling(features_RF, segments)
-        predicted: Tensor = self.output(pooled)
+        return pooled
+
+
+@HEADS.register(LINEAR)
+class LinearHead(_PooledHead):
+    """One linear layer, without dropout."""
+
+    def __init__(self, config: HeadConfig, task: Task, features: int) -> None:
+        super().__init__(config, task, features)
+        self.output = nn.Linear(features, task.outputs, dtype=torch.float32)
+
+    def predict(self, features_RF: Tensor, segments: Segments) -> Tensor:
+        predicted: Tensor = self.output(self.pooled(features_RF, segments))
         return predicted
 
 
-class MLPHead(Head):
-    """Linear, GELU, dropout, linear, of a residue's features or of a protein's pooled ones."""
+@HEADS.register(MLP)
+class MLPHead(_PooledHead):
+    """Linear, GELU, dropout, linear."""
 
-    def __init__(self, config: HeadConfig, features: int, outputs: int, per_residue: bool) -> None:
-        super().__init__(features)
-        self.pooling = None if per_residue else Pooling(config.pooling, features)
+    def __init__(self, config: HeadConfig, task: Task, features: int) -> None:
+        super().__init__(config, task, features)
         self.hidden = nn.Linear(features, config.hidden, dtype=torch.float32)
         self.dropout = nn.Dropout(config.dropout)
-        self.output = nn.Linear(config.hidden, outputs, dtype=torch.float32)
+        self.output = nn.Linear(config.hidden, task.outputs, dtype=torch.float32)
 
-    def predicted(self, features_RF: Tensor, segments: Segments) -> Tensor:
-        pooled: Tensor = features_RF if self.pooling is None else self.pooling(features_RF, segments)
-        predicted: Tensor = self.output(self.dropout(gelu(self.hidden(pooled))))
+    def predict(self, features_RF: Tensor, segments: Segments) -> Tensor:
+        predicted: Tensor = self.output(self.dropout(gelu(self.hidden(self.pooled(features_RF, segments)))))
         return predicted
 
 
-class ResidueConvNet(Head):
-    """FLIP's for tasks per residue: convolution, ReLU, dropout, convolution.
+@HEADS.register(CONVNET)
+class ConvNetHead(Head):
+    """FLIP's convolutional networks.
 
-    `CNN` in biotrainer's `models/CNN.py`, with which FLIP's authors trained them: 32 channels, kernels of 7.
+    Per residue: convolution, ReLU, dropout, convolution; `CNN` in biotrainer's `models/CNN.py`, by which FLIP's authors
+    trained, with 32 channels and kernels of 7. Per protein: convolution, ReLU, linear to twice the channels, ReLU,
+    pooling, dropout, linear; `FluorescenceModel` in FLIP's `baselines/models.py`, which pools by the maximum, and there
+    over padding, too.
     """
 
-    def __init__(self, config: HeadConfig, features: int, outputs: int) -> None:
+    def __init__(self, config: HeadConfig, task: Task, features: int) -> None:
         super().__init__(features)
         self.convolution = PackedConvolution(features, config.hidden, config.kernel_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.output = PackedConvolution(config.hidden, outputs, config.kernel_size)
-
-    def predicted(self, features_RF: Tensor, segments: Segments) -> Tensor:
-        hidden_RH = self.dropout(relu(self.convolution(features_RF, segments)))
-        predicted_RC: Tensor = self.output(hidden_RH, segments)
-        return predicted_RC
-
-
-class SequenceConvNet(Head):
-    """FLIP's for tasks per protein: convolution, ReLU, linear to twice the channels, ReLU, pooling, dropout, linear.
-
-    `FluorescenceModel` in FLIP's `baselines/models.py`, which pools by the maximum, and there over padding, too.
-    """
-
-    def __init__(self, config: HeadConfig, features: int, outputs: int) -> None:
-        super().__init__(features)
-        self.convolution = PackedConvolution(features, config.hidden, config.kernel_size)
+        self.pooling: Pooling | None = None
+        if task.is_per_residue:
+            self.output: nn.Module = PackedConvolution(config.hidden, task.outputs, config.kernel_size)
+            return
         self.widening = nn.Linear(config.hidden, 2 * config.hidden, dtype=torch.float32)
         self.pooling = Pooling(config.pooling, 2 * config.hidden)
-        self.dropout = nn.Dropout(config.dropout)
-        self.output = nn.Linear(2 * config.hidden, outputs, dtype=torch.float32)
+        self.output = nn.Linear(2 * config.hidden, task.outputs, dtype=torch.float32)
 
-    def predicted(self, features_RF: Tensor, segments: Segments) -> Tensor:
+    def predict(self, features_RF: Tensor, segments: Segments) -> Tensor:
         hidden_RH = relu(self.convolution(features_RF, segments))
+        if self.pooling is None:
+            predicted_RC: Tensor = self.output(self.dropout(hidden_RH), segments)
+            return predicted_RC
         pooled_SH = self.pooling(relu(self.widening(hidden_RH)), segments)
         predicted_SC: Tensor = self.output(self.dropout(pooled_SH))
         return predicted_SC
 
 
+@HEADS.register(ATTENTION)
 class AttentionHead(Head):
-    """Light attention (Stark et al. 2021, doi:10.1093/bioadv/vbab035), simplified.
+    """Light attention (Stark et al. 2021, doi:10.1093/bioadv/vbab035), simplified; for tasks per protein.
 
-    Two convolutions give H values and H scores of each residue; values go through dropout. Of each channel the softmax
-    of the scores over a protein's residues weighs its values; beside that sum stands their maximum, and a linear layer
-    reads both. Theirs has as many channels as features, and an MLP with batch normalisation in place of that layer.
+    Two convolutions give H values and H scores for each residue; values go through dropout. For each channel, the
+    softmax of the scores over a protein's residues weights its values; a linear layer reads that sum and the maximum of
+    the values. The original has as many channels as features, and an MLP with batch normalisation for the last layer.
     """
 
-    def __init__(self, config: HeadConfig, features: int, outputs: int) -> None:
+    def __init__(self, config: HeadConfig, task: Task, features: int) -> None:
         super().__init__(features)
         self.values = PackedConvolution(features, config.hidden, config.kernel_size)
         self.scores = PackedConvolution(features, config.hidden, config.kernel_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.output = nn.Linear(2 * config.hidden, outputs, dtype=torch.float32)
+        self.output = nn.Linear(2 * config.hidden, task.outputs, dtype=torch.float32)
 
-    def predicted(self, features_RF: Tensor, segments: Segments) -> Tensor:
+    @classmethod
+    def check_task(cls, task: str, per_residue: bool) -> None:
+        if per_residue:
+            raise ConfigError(
+                f"head.kind {ATTENTION} weighs the residues of a protein, and {task} asks about each of them; "
+                f"take {LINEAR}, {MLP} or {CONVNET}",
+                code="head.task",
+            )
+
+    def predict(self, features_RF: Tensor, segments: Segments) -> Tensor:
         values_RH = self.dropout(self.values(features_RF, segments))
         attended_SH = segments.attended(values_RH, self.scores(features_RF, segments))
         predicted_SC: Tensor = self.output(torch.cat([attended_SH, segments.maximum(values_RH)], dim=1))

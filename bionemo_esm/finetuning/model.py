@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from bionemo_esm.data.hashing import derive_key
 from bionemo_esm.finetuning.adapters import ADAPTER_NAMES, LORA_A, LORA_B, add_adapters, merged_weights
-from bionemo_esm.finetuning.archive import MODEL_CLASS, archive_config
+from bionemo_esm.finetuning.archive import MODEL_CLASS, archive_config, parts_of
 from bionemo_esm.finetuning.batches import (
     EvaluationBatches,
     LabelledBatch,
@@ -144,7 +144,7 @@ class ESMFineTunedModel(ModelPT):
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         values: Any = OmegaConf.to_container(cfg)
         self.encoder_config = EncoderConfig.from_config(values["encoder"])
-        self.task, self.parts = Task.from_mapping(values["task"]), Parts.from_mapping(values)
+        self.task, self.parts = Task.from_mapping(values["task"]), parts_of(values)
         super().__init__(OmegaConf.create(values), trainer=trainer)
         self._save_restore_connector = ESMSaveRestoreConnector()
         self.automatic_optimization = False  # a batch is a whole optimizer step: see training_step

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
+from pydantic import field_validator
 
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
@@ -19,42 +19,38 @@ from bionemo_esm.finetuning.predictor import FineTunedPredictor, Layout, asked, 
 from bionemo_esm.inference.embedding.options import plural
 from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig, describe, run
 from bionemo_esm.inference.inputs import POLICY_KEYS, InputPolicy, Protein, read_proteins, scan_input
-from bionemo_esm.settings import boolean, known, path, plain_values
+from bionemo_esm.settings import Settings, known, plain_values
 
-_KEYS = ENGINE_KEYS | {"input", "output", "residues", "probabilities", *POLICY_KEYS}
+_OWN_KEYS = ("input", "output", "residues", "probabilities")
+KEYS = {*ENGINE_KEYS, *POLICY_KEYS, *_OWN_KEYS}
 
 
-@dataclass(frozen=True)
-class PredictConfig:
-    """The settings of the job; conf/finetuning/predict.yaml has what they mean."""
+class PredictConfig(Settings):
+    """The settings of `bionemo-esm predict`; conf/finetuning/predict.yaml explains each key."""
 
     engine: EngineConfig
-    input: str  # a path, or `STANDARD_INPUT`
     policy: InputPolicy
+    input: str  # a path, or `STANDARD_INPUT`
     output: Path
     residues: bool | None
     probabilities: bool
 
+    @field_validator("input", mode="after")
+    @classmethod
+    def _expand(cls, value: str) -> str:
+        return value if value == STANDARD_INPUT else str(Path(value).expanduser())
 
-def load_predict_config(cfg: DictConfig) -> PredictConfig:
-    """Raises `ConfigError`, naming the key, for one that is unknown, missing or of the wrong kind."""
-    values = known("", plain_values(cfg), _KEYS)
-    output, source, residues = path("output", values["output"]), values["input"], values["residues"]
-    if output is None or not isinstance(source, str) or not source:
-        raise ConfigError("input and output must be paths")
-    return PredictConfig(
-        EngineConfig.of(values),
-        source if source == STANDARD_INPUT else str(Path(source).expanduser()),
-        InputPolicy.of(values),
-        output,
-        None if residues is None else boolean("residues", residues),
-        boolean("probabilities", values["probabilities"]),
-    )
+    @classmethod
+    def of(cls, cfg: DictConfig) -> PredictConfig:
+        """Return the settings of a composed configuration. Raises `ConfigError`, naming the key."""
+        values = known("", plain_values(cfg), KEYS)
+        own = {key: values[key] for key in _OWN_KEYS}
+        return cls(engine=EngineConfig.of(values), policy=InputPolicy.of(values), **own)
 
 
 def predict(cfg: DictConfig) -> None:
     """Predict as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
-    run(lambda: _predict(load_predict_config(cfg)), "Stopped; nothing was written. The same command begins anew.")
+    run(lambda: _predict(PredictConfig.of(cfg)), "Stopped; nothing was written. The same command begins anew.")
 
 
 def _predict(config: PredictConfig) -> int:

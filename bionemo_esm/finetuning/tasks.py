@@ -1,74 +1,76 @@
-"""What is to be learned, and of which files, as a configuration says it: the groups `task` and `data`. No torch.
-
-Every key is known and of its type once it is here; what the files hold is for `finetuning/dataset.py` to see.
-
-What a fine-tuned model predicts: of each residue or of each protein, one of some classes or a number. No torch.
-"""
+"""What a fine-tuned model learns, and from which files: the configuration groups `task` and `data`. No torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference.inputs import InputPolicy
 from bionemo_esm.model.safe_serialization import check_plain
-from bionemo_esm.settings import integer, known, number, path
+from bionemo_esm.settings import PositiveInt, Settings
 
 RESIDUE, SEQUENCE = "residue", "sequence"
-LEVELS = (RESIDUE, SEQUENCE)
 CLASSIFICATION, REGRESSION = "classification", "regression"
+ERROR, SKIP = "error", "skip"
+Level = Literal["residue", "sequence"]
+Kind = Literal["classification", "regression"]
 METRICS = {CLASSIFICATION: ("accuracy", "f1", "mcc"), REGRESSION: ("spearman", "pearson", "mse")}
-"""By kind: what is reported of every fine-tuning, and what `Task.metric` may be."""
+"""By kind: the metrics of every report, and the values of `Task.metric`."""
 LOWER_IS_BETTER = frozenset({"mse"})
+_DEFAULT_METRIC = {CLASSIFICATION: "accuracy", REGRESSION: "mse"}
 
 Targets = NDArray[np.float32]
-"""What is known of one protein: [R], a target for each residue, or [1], one for the protein. Of a classification the
-number of the class in `Task.classes`, of a regression the number itself, in its own unit; NaN where it is not known."""
+"""Targets of one protein: [R], one for each residue, or [1], one for the protein. A classification's are class numbers
+in `Task.classes`, a regression's are in their own unit; NaN where the target is not known."""
 Prediction = NDArray[np.float32]
-"""Of one protein, [R, C] or [1, C]: probabilities of the C classes, or the number itself, in its own unit (C = 1)."""
+"""Of one protein, [R, C] or [1, C]: probabilities of the C classes, or the number in the target's unit (C = 1)."""
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-@dataclass(frozen=True)
-class Task:
-    """A task, when its training data have been read.
+def from_archive(settings: type[SettingsT], section: str, values: Mapping[str, Any]) -> SettingsT:
+    """Return settings from an archive, where every key is written. Raises `ConfigError`, also for a missing key."""
+    if missing := sorted(set(settings.model_fields) - set(values)):
+        raise ConfigError(f"{section}.{missing[0]} is missing", code="config.missing-key")
+    return settings.from_config(values)
 
-    metric: the one of `METRICS` that early stopping, and the choice of the best checkpoint, go by.
+
+class Task(Settings, section="task"):
+    """A task whose training data have been read.
+
+    metric: one of `METRICS`; it decides early stopping and the choice of the best epoch.
     classes: names of the labels in the order of their numbers; () for a regression.
     target_mean, target_scale: of a regression's training targets; a head's output is (target - mean) / scale.
-    Raises `ConfigError` for values that do not go together.
     """
 
     name: str
-    level: str
-    kind: str
+    level: Level
+    kind: Kind
     metric: str
     classes: tuple[str, ...] = ()
     target_mean: float = 0.0
     target_scale: float = 1.0
 
-    def __post_init__(self) -> None:
-        if self.level not in LEVELS or self.kind not in METRICS:
-            raise ConfigError(
-                f"a task is of level {' or '.join(LEVELS)}, and of kind {' or '.join(METRICS)}, "
-                f"not {self.level!r} and {self.kind!r}"
-            )
+    @model_validator(mode="after")
+    def _check(self) -> Task:
         if self.metric not in METRICS[self.kind]:
             raise ConfigError(f"metric of a {self.kind} is {', '.join(METRICS[self.kind])}, not {self.metric!r}")
         if (self.kind == CLASSIFICATION) != (len(self.classes) > 1) or len(set(self.classes)) < len(self.classes):
             raise ConfigError(f"a classification has two or more different classes, a regression none: {self.classes}")
         if not (np.isfinite(self.target_mean) and 0 < self.target_scale < np.inf):
             raise ConfigError(f"target_scale must be positive and finite, not {self.target_scale}")
+        return self
 
     @property
     def outputs(self) -> int:
-        """C: numbers that a head gives for each residue, or protein."""
+        """C: numbers that a head gives for each residue or protein."""
         return len(self.classes) or 1
 
     @property
@@ -79,6 +81,11 @@ class Task:
     def is_per_residue(self) -> bool:
         return self.level == RESIDUE
 
+    @property
+    def unit(self) -> str:
+        """What each target belongs to, in a sentence: a residue or a protein."""
+        return "residue" if self.is_per_residue else "protein"
+
     def is_better(self, one: float, other: float) -> bool:
         """Whether one value of `metric` is better than another; NaN is worse than any."""
         if np.isnan(one) or np.isnan(other):
@@ -86,43 +93,32 @@ class Task:
         return one < other if self.metric in LOWER_IS_BETTER else one > other
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for an archive."""
-        return {**asdict(self), "classes": list(self.classes)}
+        """Return plain values, for an archive."""
+        return self.model_dump(mode="json")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Task:
-        """From what `to_dict` gave. Raises `ConfigError` for other keys, or values of another type."""
-        kinds: dict[str, type | tuple[type, ...]] = {field.name: str for field in fields(cls)}
-        kinds |= {"classes": list, "target_mean": (int, float), "target_scale": (int, float)}
-        if values.keys() != kinds.keys():
-            raise ConfigError(f"a task has exactly the keys {', '.join(kinds)}, not {', '.join(map(str, values))}")
-        for key, value in values.items():
-            if not isinstance(value, kinds[key]) or isinstance(value, bool):
-                raise ConfigError(f"{key} of a task cannot be {value!r}")
-        if not all(isinstance(name, str) for name in values["classes"]):
+        """Return the task that `to_dict` wrote. Raises `ConfigError`, naming the key."""
+        names = values.get("classes", ())
+        if isinstance(names, list) and not all(isinstance(name, str) for name in names):
             raise ConfigError("classes of a task must be texts")
-        return cls(**{**values, "classes": tuple(values["classes"])})
+        return from_archive(cls, "task", values)
 
 
 def standardised(task: Task, targets: Sequence[Targets]) -> list[Targets]:
-    """What a head is fitted on: numbers of classes as they are, numbers by the task's mean and scale."""
+    """Return the targets that a head is fitted to: class numbers as they are, numbers less their mean, over scale."""
     if task.is_classification:
         return list(targets)
     mean, scale = np.float32(task.target_mean), np.float32(task.target_scale)
     return [(target - mean) / scale for target in targets]
 
 
-ERROR, SKIP = "error", "skip"
-_USUAL_METRIC = {"classification": "accuracy", "regression": "mse"}
-
-
-@dataclass(frozen=True)
-class DownloadConfig:
-    """Where a task's own files can be had: one zip archive, and what its members are.
+class DownloadConfig(Settings, section="task.download"):
+    """A zip archive with a task's files, and its members.
 
     checksum: `sha256:` and 64 hexadecimal digits, or `git:` and the 40 of the archive's blob in its repository.
-    train: the member that holds the labels of all sets. sequences, mask: those that hold sequences and resolved
-    residues, where labels stand alone.
+    train: the member with the labels of all sets. sequences, mask: the members with sequences and resolved residues,
+    for labels in a file of their own.
     """
 
     url: str
@@ -131,7 +127,8 @@ class DownloadConfig:
     sequences: str | None = None
     mask: str | None = None
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> DownloadConfig:
         if not re.fullmatch(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}", self.checksum):
             raise ConfigError(
                 "task.download.checksum must be sha256: and 64 hexadecimal digits, or git: and 40, "
@@ -142,22 +139,22 @@ class DownloadConfig:
             raise ConfigError(
                 "task.download: train, sequences and mask must have different names, as files in one folder"
             )
+        return self
 
 
-@dataclass(frozen=True)
-class TaskConfig:
-    """A task before its data have been read. Raises `ConfigError` for values that do not go together.
+class TaskConfig(Settings, section="task"):
+    """A task before its data have been read.
 
-    level, kind, metric: as in `Task`. classes: None for those of the training set, sorted, by number where all are
-    whole numbers. unknown: labels that say that nothing is known.
+    level, kind, metric: as in `Task`. classes: None for those of the training set, sorted, by number if all are whole
+    numbers. unknown: labels that mean "not known".
     sequence_column: of a table; None for `sequence` or `seq`. id_column: None for `id`, or else the number of the row.
-    set_column, validation_column: None for `set` and `validation`, where they are there.
-    header_pattern: where the header of a FASTA record has no TARGET=, a regular expression with one group, the label.
+    set_column, validation_column: None for `set` and `validation`, if they exist.
+    header_pattern: for FASTA headers without TARGET=, a regular expression with one group, the label.
     """
 
     name: str
-    level: str
-    kind: str
+    level: Level
+    kind: Kind
     metric: str
     classes: tuple[str, ...] | None = None
     unknown: tuple[str, ...] = ()
@@ -169,12 +166,40 @@ class TaskConfig:
     header_pattern: str | None = None
     download: DownloadConfig | None = None
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        given = {key: value for key, value in values.items() if value is not None}
+        return {"metric": _DEFAULT_METRIC.get(str(given.get("kind")), "accuracy"), **given}
+
+    @field_validator(
+        *("name", "metric", "target_column", "sequence_column", "id_column", "set_column", "validation_column"),
+        "header_pattern",
+        mode="before",
+    )
+    @classmethod
+    def _check_text(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"task.{info.field_name} must be text, not {value!r}", code="config.type")
+        return value
+
+    @field_validator("classes", "unknown", mode="before")
+    @classmethod
+    def _check_labels(cls, values: Any, info: ValidationInfo) -> Any:
+        """Accept text and whole numbers, but no fraction: its digits may differ from those in the file."""
+        key = f"task.{info.field_name}"
+        if not isinstance(values, list | tuple) or not all(isinstance(one, str | int) for one in values):
+            raise ConfigError(f"{key} must be a list of labels, not {values!r}; put those that are not whole in quotes")
+        if truths := [one for one in values if isinstance(one, bool)]:
+            raise ConfigError(f"{key}: {truths[0]} must be in quotes, as the text that the file has")
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> TaskConfig:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.name):
             raise ConfigError(f"task.name must be made of letters, digits, _ . and -, not {self.name!r}")
-        _one_of("task.level", self.level, LEVELS)
-        _one_of("task.kind", self.kind, tuple(METRICS))
-        _one_of("task.metric", self.metric, METRICS[self.kind])
+        if self.metric not in METRICS[self.kind]:
+            raise ConfigError(f"task.metric must be one of {', '.join(METRICS[self.kind])}, not {self.metric!r}")
         self._check_classes()
         if self.header_pattern is not None:
             try:
@@ -183,6 +208,7 @@ class TaskConfig:
                 raise ConfigError(f"task.header_pattern is no regular expression: {error}") from error
             if groups != 1:
                 raise ConfigError(f"task.header_pattern must have one group in parentheses, the label, not {groups}")
+        return self
 
     def _check_classes(self) -> None:
         if self.classes is not None:
@@ -202,34 +228,39 @@ class TaskConfig:
 
     @property
     def is_per_residue(self) -> bool:
-        return self.level == "residue"
+        return self.level == RESIDUE
 
 
-@dataclass(frozen=True)
-class SplitConfig:
+class SplitConfig(Settings, section="data.split"):
     """Shares of the training set's distinct sequences that are split off at random; 0: none."""
 
     validation: float = 0.0
     test: float = 0.0
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {key: 0.0 if value is None else value for key, value in values.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> SplitConfig:
         if not (0 <= self.validation < 1 and 0 <= self.test < 1 and self.validation + self.test < 1):
             raise ConfigError(
-                f"data.split.validation and data.split.test must be shares of which the rest is trained on, as 0.1, "
+                "data.split.validation and data.split.test must be shares that leave some to train on, such as 0.1, "
                 f"not {self.validation} and {self.test}"
             )
+        return self
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Which files hold a task's labels, and what becomes of records that are not as they should be.
+class DataConfig(Settings, section="data"):
+    """The files with a task's labels, and the handling of records that cannot be used.
 
-    train: FASTA, CSV, TSV or Parquet, by name; may hold all sets. validation, test: () for what is marked so in train.
-    sequences: for labels that stand alone, FASTA or tables with the sequences by id. mask: FASTA of 1 and 0 by id;
-    of residues at 0, which the experiment did not show, nothing is known; () for none such.
-    max_residues: longer proteins are left out, and counted. bad_records: a sequence that cannot be read, or has labels
-    or a mask of another length, or is not there. unknown_letters: as in `InputPolicy`. missing_targets: empty, or NaN.
-    unseen_classes: in validation or test, where they are none of the task's. download: a folder for a task's own files.
+    train: FASTA, CSV, TSV or Parquet, by name; may hold all sets. validation, test: () for the records marked so in
+    train. sequences: for labels in a file of their own, FASTA or tables with the sequences by id. mask: FASTA of 1 and
+    0 by id; the targets of residues at 0, which the experiment did not resolve, are not known.
+    max_residues: longer proteins are left out, and counted. bad_records: a sequence that cannot be read, or that has
+    labels or a mask of another length, or is missing. unknown_letters: as in `InputPolicy`. missing_targets: empty, or
+    NaN. unseen_classes: in validation or test, in none of the task's. download: a folder for the task's own files.
     """
 
     train: tuple[str, ...] = ()
@@ -238,19 +269,34 @@ class DataConfig:
     sequences: tuple[str, ...] = ()
     mask: tuple[str, ...] = ()
     split: SplitConfig = SplitConfig()
-    max_residues: int | None = None
-    bad_records: str = ERROR
-    unknown_letters: str = ERROR
-    missing_targets: str = ERROR
-    unseen_classes: str = ERROR
+    max_residues: PositiveInt | None = None
+    bad_records: Literal["error", "skip"] = "error"
+    unknown_letters: Literal["error", "X"] = "error"
+    missing_targets: Literal["error", "skip"] = "error"
+    unseen_classes: Literal["error", "skip"] = "error"
     download: Path | None = None
 
-    def __post_init__(self) -> None:
-        for key in ("bad_records", "missing_targets", "unseen_classes"):
-            _one_of(f"data.{key}", getattr(self, key), (ERROR, SKIP))
-        _one_of("data.unknown_letters", self.unknown_letters, (ERROR, "X"))
-        if self.max_residues is not None and self.max_residues < 1:
-            raise ConfigError(f"data.max_residues must be at least 1, or null, not {self.max_residues}")
+    @field_validator("train", "validation", "test", "sequences", "mask", mode="before")
+    @classmethod
+    def _check_paths(cls, value: Any, info: ValidationInfo) -> tuple[str, ...]:
+        key = f"data.{info.field_name}"
+        given = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+        if not all(isinstance(one, str) and one for one in given) or value == []:
+            raise ConfigError(f"{key} must be a path, or a list of paths, not {value!r}", code="config.type")
+        found = [str(Path(one).expanduser()) for one in given]
+        if "-" in found:
+            raise ConfigError(f"{key} must be a file: standard input can be read only once; save it first")
+        if len(set(found)) < len(found):
+            raise ConfigError(f"{key} names a file twice")
+        return tuple(found)
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _no_split(cls, value: Any) -> Any:
+        return SplitConfig() if value is None else value
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
         if self.train and self.download is not None:
             raise ConfigError("data.train names local files, data.download a folder to get them into; give one of both")
         if self.download is not None and (self.validation or self.test or self.sequences or self.mask):
@@ -260,15 +306,21 @@ class DataConfig:
         for key in ("validation", "test"):
             if getattr(self, key) and getattr(self.split, key):
                 raise ConfigError(f"data.{key} names files, data.split.{key} splits off another such set; give one")
+        return self
 
 
 class DataPolicy(InputPolicy):
-    """How proteins are read, in the words of these keys."""
+    """The policy for reading proteins, with advice in terms of the keys `data` and `task`."""
 
     @classmethod
     def for_reading(cls, task: TaskConfig, data: DataConfig) -> DataPolicy:
-        """Of a task's columns, and of what is done about bad records."""
-        return cls(None, task.id_column, task.sequence_column, data.bad_records, data.unknown_letters)
+        """Return the policy for a task's columns and data."""
+        return cls(
+            id_column=task.id_column,
+            sequence_column=task.sequence_column,
+            bad_records=data.bad_records,
+            unknown_letters=data.unknown_letters,
+        )
 
     def advice(self, text: str, key: str, value: str) -> str:
         section = "data" if key in ("bad_records", "unknown_letters") else "task"
@@ -276,7 +328,7 @@ class DataPolicy(InputPolicy):
 
 
 def class_problem(label: str) -> str:
-    """Why a label cannot name a class, for a message; "" where it can. An archive's configuration has to hold it."""
+    """Return why a label cannot name a class, for a message; "" if it can. An archive's configuration holds it."""
     if len(label.splitlines()) > 1:
         return "runs over several lines: is a quote not closed?"
     try:
@@ -284,86 +336,3 @@ def class_problem(label: str) -> str:
     except ValueError:
         return "cannot be kept in a model's archive, where ${ and nemo: at the beginning refer to something else"
     return ""
-
-
-def load_task_config(values: Mapping[str, Any]) -> TaskConfig:
-    """The section `task`. Raises `ConfigError`, naming the key that is unknown, missing or of the wrong kind."""
-    checked = dict(known("task", dict(values), {item.name for item in fields(TaskConfig)}))
-    for key in ("name", "level", "kind"):
-        if checked.get(key) is None:
-            raise ConfigError(f"task.{key} must be given: task.{key}=...")
-    if checked.get("metric") is None:
-        checked["metric"] = _USUAL_METRIC.get(str(checked["kind"]), "accuracy")
-    if checked.get("target_column") is None:
-        checked["target_column"] = "target"
-    classes = checked.pop("classes", None)
-    unknown = checked.pop("unknown", None)
-    download = checked.pop("download", None)
-    return TaskConfig(
-        classes=None if classes is None else _labels("task.classes", classes),
-        unknown=() if unknown is None else _labels("task.unknown", unknown),
-        download=None if download is None else _download_config(download),
-        **{key: None if value is None else _text(f"task.{key}", value) for key, value in checked.items()},  # type: ignore[arg-type]
-    )
-
-
-def load_data_config(values: Mapping[str, Any]) -> DataConfig:
-    """The section `data`. Raises `ConfigError`, naming the key, for one that is unknown or of the wrong kind."""
-    checked = dict(known("data", dict(values), {item.name for item in fields(DataConfig)}))
-    for key in ("train", "validation", "test", "sequences", "mask"):
-        checked[key] = _paths(f"data.{key}", checked.get(key))
-    split = checked.pop("split", None)
-    if split is not None:
-        shares = known("data.split", split, {item.name for item in fields(SplitConfig)})
-        split = {key: 0.0 if value is None else number(f"data.split.{key}", value) for key, value in shares.items()}
-    if checked.get("max_residues") is not None:
-        checked["max_residues"] = integer("data.max_residues", checked["max_residues"])
-    for key in ("bad_records", "unknown_letters", "missing_targets", "unseen_classes"):
-        if key in checked:
-            checked[key] = _text(f"data.{key}", checked[key])
-    checked["download"] = path("data.download", checked.get("download"))
-    return DataConfig(split=SplitConfig(**split or {}), **checked)
-
-
-def _download_config(values: Any) -> DownloadConfig:
-    checked = known("task.download", values, {item.name for item in fields(DownloadConfig)})
-    for key in ("url", "checksum", "train"):
-        if checked.get(key) is None:
-            raise ConfigError(f"task.download.{key} is missing")
-    return DownloadConfig(
-        **{key: None if value is None else _text(f"task.download.{key}", value) for key, value in checked.items()}  # type: ignore[arg-type]
-    )
-
-
-def _labels(key: str, values: Any) -> tuple[str, ...]:
-    """Labels as text: whole numbers may be given as such, but no fraction, whose digits could be others in the file."""
-    if not isinstance(values, list | tuple) or not all(isinstance(one, str | int) for one in values):
-        raise ConfigError(f"{key} must be a list of labels, not {values!r}; put those that are not whole in quotes")
-    if truths := [one for one in values if isinstance(one, bool)]:
-        raise ConfigError(f"{key}: {truths[0]} must be in quotes, as the text that the file has")
-    return tuple(str(one) for one in values)
-
-
-def _paths(key: str, value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    several = value if isinstance(value, list | tuple) else [value]
-    found = [path(key, one) for one in several]
-    if not found or None in found:
-        raise ConfigError(f"{key} must be a path, or a list of paths, not {value!r}")
-    if "-" in map(str, found):
-        raise ConfigError(f"{key} must be a file: standard input can be read only once; save it first")
-    if len(set(found)) < len(found):
-        raise ConfigError(f"{key} names a file twice")
-    return tuple(map(str, found))
-
-
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{key} must be text, not {value!r}")
-    return value
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key} must be one of {', '.join(allowed)}, not {value!r}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from bionemo_esm import config_directory
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.finetuning.tasks import DataConfig, TaskConfig, load_data_config, load_task_config
+from bionemo_esm.finetuning.tasks import DataConfig, TaskConfig
 from bionemo_esm.settings import PositiveInt, Settings, plain_values
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bionemo_esm.model.config import EncoderConfig
 
 MOST_RESIDUES = 20_000  # training residues of a head per residue: the fit must take seconds
-_TASK_KEYS, _DATA_KEYS = ({item.name for item in fields(kind)} for kind in (TaskConfig, DataConfig))
+_TASK_KEYS, _DATA_KEYS = set(TaskConfig.model_fields), set(DataConfig.model_fields)
 _SEED = 0  # of splits and samples: independent of the run's seed, so that runs are comparable
 _OWN_TASK = "probe.task={name: mine, level: sequence, kind: regression, target_column: activity}"
 _OUR_KEY = re.compile(
@@ -95,7 +95,7 @@ def load_probe_config(values: Mapping[str, Any] | None) -> ProbeConfig | None:
         return None
     task = _task_values(values["task"])
     try:
-        return ProbeConfig(**{**values, "task": load_task_config(task), "data": load_data_config(files)})
+        return ProbeConfig(**{**values, "task": TaskConfig.from_config(task), "data": DataConfig.from_config(files)})
     except ConfigError as error:
         raise ConfigError(_with_probe_keys(error), code=error.code) from error
 
@@ -115,7 +115,7 @@ def read_probe(config: ProbeConfig, model: EncoderConfig) -> ProbeSet:
     from bionemo_esm.inference.engine_options import ModelSizes
 
     try:
-        reading = ReadingOptions(config.layer).resolved(ModelSizes(model))
+        reading = ReadingOptions(layer=config.layer).resolved(ModelSizes(model))
     except ConfigError as error:
         raise ConfigError(f"probe.{error}") from error
     try:
