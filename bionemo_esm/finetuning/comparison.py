@@ -82,7 +82,7 @@ class Comparison:
         self.encoder = EncoderConfig.from_config(base.config["encoder"])
         self.parts = config.parts(ModelSizes(self.encoder))
         if not config.is_frozen:
-            self.encoder = replace(self.encoder, contact_head=False)
+            self.encoder = self.encoder.replace(contact_head=False)
         self.test: Sequence[Protein] = () if splits.test is None else splits.test.proteins
         self.cache = FeatureCache(config.cache or folder / _CACHE)
 
@@ -184,7 +184,7 @@ class Comparison:
 
     def _identity(self, name: str) -> str:
         """Of an encoder's states."""
-        model = self.base.model_identity if name == PRETRAINED else f"untrained {self.encoder} {self.config.seeds[0]}"
+        model = self.base.model_identity if name == PRETRAINED else f"untrained {self.encoder!r} {self.config.seeds[0]}"
         return f"{model} {parameter_dtype(self.config.trainer.precision, self._place)}"
 
     def _first_look(self, name: str, engine: Callable[[], Engine]) -> Moments:
