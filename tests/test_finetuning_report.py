@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from bionemo_esm.alphabet import encode
+from bionemo_esm.finetuning.comparison import write_report
 from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.metrics import Estimate, differences, estimates, scores
 from bionemo_esm.finetuning.report import (
@@ -25,7 +26,6 @@ from bionemo_esm.finetuning.report import (
     Row,
     SetFacts,
     lines,
-    write_report,
 )
 from bionemo_esm.finetuning.report import page as page_of
 from bionemo_esm.finetuning.tasks import Prediction, Targets, Task

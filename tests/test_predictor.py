@@ -22,6 +22,7 @@ from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.archive import read_archive
+from errors import refused
 from fine_tuned import (
     CONV,
     LETTERS,
@@ -114,7 +115,7 @@ def test_an_answer_that_is_no_number_names_the_protein(tmp_path: Path) -> None:
     model = predictor(tmp_path, NUMBER)
     with torch.no_grad():
         model.head.output.bias.fill_(3e38)  # type: ignore[union-attr, operator]
-    with pytest.raises(UserError, match=r"record 1 \(ubiquitin\): the model's answer is no finite number"):
+    with pytest.raises(UserError, match=r"record 1 \(ubiquitin\): the prediction is no finite number"):
         model.predict(proteins())
 
 
@@ -129,6 +130,23 @@ def test_neither_nemo_nor_torch_is_waited_for_before_they_are_needed(tmp_path: P
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["(1, 7)", "[] []"]
+
+
+def test_predict_and_predict_table_accept_the_same_forms_of_input(tmp_path: Path) -> None:
+    model, sequences = predictor(tmp_path, NUMBER), {"a": "MKTV", "b": "WYWYW"}
+    (tmp_path / "in.fasta").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in sequences.items()))
+    expected = np.concatenate(model.predict(proteins(sequences)))
+    for given in (sequences, list(sequences.values()), list(sequences.items()), tmp_path / "in.fasta"):
+        np.testing.assert_array_equal(np.concatenate(model.predict(given)), expected)
+        np.testing.assert_array_equal(model.predict_table(given)["prediction"], expected[:, 0])
+    assert model.predict("MKTV")[0].shape == (1, 1)
+    for wrong in ([None], {}):
+        for method in (model.predict, model.predict_table):
+            with pytest.raises(UserError, match="sequences"):
+                method(wrong)
+    for path in (None, 3, ""):
+        with refused("config.type", "path must name a .nemo"):
+            FineTunedPredictor.load(path)
 
 
 # Tables
@@ -187,4 +205,4 @@ def test_rows_that_a_task_does_not_have_are_refused() -> None:
 
 @pytest.mark.parametrize("names", [("H", ">"), ("H", " "), ("H", "\x1b"), ("H", "EE"), ("H", "")])
 def test_what_is_no_letter_is_written_in_full(names: tuple[str, ...]) -> None:
-    assert not tables.lettered(LETTERS.replace(classes=names))
+    assert not tables.has_letters(LETTERS.replace(classes=names))

@@ -1,11 +1,12 @@
-"""A pretrained model and its baselines, fitted to the same data from the same seeds, and what came of each.
+"""A pretrained model and its baselines, fitted to the same data from the same seeds, and their report.
 
-Ways to predict are `rows` of the report: the pretrained encoder; one-hot features under the same head; an encoder of
-the same shape that was never trained, tuned in the same way; and composition, which needs no network.
+The methods are rows of the report: the pretrained encoder; one-hot features under the same head; an encoder of the same
+shape with random weights, tuned in the same method; and composition, which needs no network.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from bionemo_esm.console import RESIDUES, Console, ProgressBar, duration, is_rank_zero
+from bionemo_esm.files import atomic_write
 from bionemo_esm.finetuning.archive import archive_config
 from bionemo_esm.finetuning.baselines import fitted_composition
 from bionemo_esm.finetuning.config import (
@@ -42,9 +44,11 @@ from bionemo_esm.finetuning.report import (
     Report,
     Row,
     SetFacts,
+    as_json,
     lines,
-    write_report,
+    page,
 )
+from bionemo_esm.finetuning.report_figure import draw
 from bionemo_esm.finetuning.tasks import Prediction
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.engine_options import ModelSizes
@@ -55,15 +59,15 @@ from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.parallel import data_parallel_size, destroy_groups, ensure_groups
 
-PRETRAINED, BARE = "pretrained", "one-hot"
-"""Rows of the report; `BARE` is that of the baseline `ONE_HOT`."""
+PRETRAINED, ONE_HOT_ROW = "pretrained", "one-hot"
+"""Rows of the report; the second is that of the baseline `ONE_HOT`."""
 _FITS, _CACHE = "fits", "cache"
-_SAMPLE_RESIDUES = 2**17  # of which the encoder's states are looked at before it is tuned, for their mean and spread
+_SAMPLE_RESIDUES = 2**17  # whose states give mean and deviation of the features before the encoder is tuned
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to predict, with what each of its runs predicted."""
+    """One method, with the predictions of each of its training runs."""
 
     name: str
     description: str
@@ -73,7 +77,7 @@ class Method:
 
 
 class Comparison:
-    """The fits of one job, one after another."""
+    """The fits of one command, one after another."""
 
     def __init__(
         self, config: FinetuneConfig, base: ArchiveFile, splits: Splits, folder: Path, console: Console
@@ -88,17 +92,17 @@ class Comparison:
 
     @property
     def pooled(self) -> bool:
-        """Whether a head reads nothing but the mean over a protein's residues."""
+        """Whether the head reads only the mean over a protein's residues, so that means are stored."""
         head = self.config.head
         return not self.splits.task.is_per_residue and HEADS.get(head.kind).reads_means(head)
 
-    def ways(self) -> list[Method]:
-        """All that were asked for, fitted."""
-        found = [self._way(PRETRAINED, f"{self.encoder.family}, {self.config.tuning.mode}")]
+    def fit_all(self) -> list[Method]:
+        """Fit the pretrained model and the configured baselines."""
+        found = [self._fit_method(PRETRAINED, f"{self.encoder.family}, {self.config.tuning.mode}")]
         if ONE_HOT in self.config.baselines:
-            found.append(self._way(BARE, "20 amino acids, the same head"))
+            found.append(self._fit_method(ONE_HOT_ROW, "20 amino acids, the same head"))
         if UNTRAINED in self.config.baselines:
-            found.append(self._way("untrained", f"random weights, {self.config.tuning.mode}"))
+            found.append(self._fit_method("untrained", f"random weights, {self.config.tuning.mode}"))
         if COMPOSITION in self.config.baselines:
             self.console.print_line("  composition")
             predict = fitted_composition(self.splits)
@@ -110,23 +114,23 @@ class Comparison:
     def _sets(self) -> tuple[Sequence[Protein], Sequence[Protein], Sequence[Protein]]:
         return self.splits.train.proteins, self.splits.validation.proteins, self.test
 
-    def _way(self, name: str, description: str) -> Method:
-        way = Method(name, description)
+    def _fit_method(self, name: str, description: str) -> Method:
+        method = Method(name, description)
         sources, standard = self._sources(name)
         if self.config.trainer.ranks > 1 and data_parallel_size() == 1:
             destroy_groups()  # an encoder's, of this process alone; the first trainer brings up those of all
         for seed in self.config.seeds:
             fitted = fit(self._plan(name, seed, sources, standard), self.console)
-            way.fitted.append(fitted)
-            way.validation.append(fitted.validation)
-            way.test.extend([fitted.test] if self.test else [])
+            method.fitted.append(fitted)
+            method.validation.append(fitted.validation)
+            method.test.extend([fitted.test] if self.test else [])
             metric = self.splits.task.metric
             found = fitted.scores[metric]
             self.console.print_line(
                 f"  {name}, seed {seed}: {len(fitted.history)} epochs, the best {fitted.best_epoch}, "
                 f"validation {metric} {format_score(found, decimal_places(metric, found))}, {duration(fitted.seconds)}"
             )
-        return way
+        return method
 
     def _plan(
         self,
@@ -135,7 +139,7 @@ class Comparison:
         sources: Sources | ReadingConfig,
         standard: Moments,
     ) -> FitPlan:
-        config, one_hot = self.config, name == BARE
+        config, one_hot = self.config, name == ONE_HOT_ROW
         tuning = config.tuning.replace(mode=FROZEN, keep_adapters=False) if one_hot else config.tuning
         parts = replace(self.parts, adapters=None) if one_hot else self.parts
         return FitPlan(
@@ -154,16 +158,16 @@ class Comparison:
             num_nodes=config.trainer.num_nodes,
         )
 
-    # --- what heads read ----------------------------------------------------------------------------------------------
+    # --- features of the heads ------------------------------------------------------------------------------------------
 
     def _sources(self, name: str) -> tuple[Sources | ReadingConfig, Moments]:
-        """What the head reads of the three sets, and mean and spread of it over the training set."""
-        if name == BARE:
+        """Return the features of the three sets, and their mean and deviation over the training set."""
+        if name == ONE_HOT_ROW:
             one_hot = [OneHot(proteins, self.pooled) for proteins in self._sets()]
             return (one_hot[0], one_hot[1], one_hot[2]), moments(one_hot[0], range(len(self.splits.train)))
         engine = _Once(lambda: self._engine(name))
         if not self.config.is_frozen:
-            return self.parts.reading, self._first_look(name, engine)
+            return self.parts.reading, self._sample_moments(name, engine)
         proteins = [protein for part in self._sets() for protein in part]
         stored = self._stored(name, engine, proteins)
         bounds = np.cumsum([0, *map(len, self._sets())]).tolist()
@@ -174,21 +178,21 @@ class Comparison:
         total = sum(protein.residues for protein in proteins)
         meter, done = ProgressBar(self.console, f"{name}, states", RESIDUES), 0
 
-        def answered(residues: int) -> None:
+        def advance(residues: int) -> None:
             nonlocal done
             done += residues
             meter(done, total)
 
         first, reading = is_rank_zero(), self.parts.reading
-        return self.cache.features(engine, self._identity(name), proteins, reading, self.pooled, answered, first)
+        return self.cache.features(engine, self._identity(name), proteins, reading, self.pooled, advance, first)
 
     def _identity(self, name: str) -> str:
-        """Of an encoder's states."""
+        """Return the identity of an encoder's states, for the cache."""
         model = self.base.model_identity if name == PRETRAINED else f"untrained {self.encoder!r} {self.config.seeds[0]}"
-        return f"{model} {parameter_dtype(self.config.trainer.precision, self._place)}"
+        return f"{model} {parameter_dtype(self.config.trainer.precision, self._device_type)}"
 
-    def _first_look(self, name: str, engine: Callable[[], Engine]) -> Moments:
-        """Mean and spread of the states of some training proteins, before the encoder is tuned."""
+    def _sample_moments(self, name: str, engine: Callable[[], Engine]) -> Moments:
+        """Return mean and deviation of the states of some training proteins, before the encoder is tuned."""
         train, some, filled = self.splits.train.proteins, list[Protein](), 0
         for number in np.random.default_rng(0).permutation(len(train)).tolist():
             if filled and filled + train[number].residues > _SAMPLE_RESIDUES:
@@ -201,13 +205,13 @@ class Comparison:
         return moments(stored, range(len(some)))
 
     @property
-    def _place(self) -> str:
-        """The kind of device that computes a frozen encoder's states."""
+    def _device_type(self) -> str:
+        """The device type that computes a frozen encoder's states."""
         accelerator = self.config.trainer.accelerator
         return "cuda" if accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available()) else "cpu"
 
     def _engine(self, name: str) -> Engine:
-        precision, place = self.config.trainer.precision, self._place
+        precision, place = self.config.trainer.precision, self._device_type
         if name == PRETRAINED:
             return Engine.load(self.base.path, place, precision)
         ensure_groups()
@@ -220,7 +224,7 @@ class Comparison:
 
 
 class _Once:
-    """A model that is loaded when it is first needed."""
+    """A model that is loaded on first use."""
 
     def __init__(self, load: Callable[[], Engine]) -> None:
         self._load = load
@@ -234,18 +238,18 @@ class _Once:
 def compare(
     config: FinetuneConfig, base: ArchiveFile, splits: Splits, folder: Path, console: Console, started: float
 ) -> None:
-    """Fit all ways, then open the test set, and write model and report."""
+    """Fit all methods, then open the test set, and write model and report."""
     comparison = Comparison(config, base, splits, folder, console)
     try:
-        ways = comparison.ways()
+        methods = comparison.fit_all()
     finally:
         destroy_groups()
     if not is_rank_zero():
         return
     test = None if splits.test is None else splits.test.open()
-    report = _report(comparison, ways, test)
-    best = _best(ways[0], comparison)
-    model = _save(comparison, ways[0].fitted[best], config.seeds[best], report, folder / "model.nemo")
+    report = _report(comparison, methods, test)
+    best = _best(methods[0], comparison)
+    model = _save(comparison, methods[0].fitted[best], config.seeds[best], report, folder / "model.nemo")
     written = write_report(folder, report)
     shutil.rmtree(folder / _FITS, ignore_errors=True)
     shutil.rmtree(folder / _CACHE, ignore_errors=True)
@@ -253,53 +257,53 @@ def compare(
         console.print_line(line)
 
 
-def _best(way: Method, comparison: Comparison) -> int:
-    """Which run validates best; the first of equals."""
+def _best(method: Method, comparison: Comparison) -> int:
+    """Return the index of the run with the best validation score; of equal ones the first."""
     task = comparison.splits.task
     best = 0
-    for index, fitted in enumerate(way.fitted):
-        if task.is_better(fitted.scores[task.metric], way.fitted[best].scores[task.metric]):
+    for index, fitted in enumerate(method.fitted):
+        if task.is_better(fitted.scores[task.metric], method.fitted[best].scores[task.metric]):
             best = index
     return best
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- report and model -------------------------------------------------------------------------------------------------
 
 
-def _report(comparison: Comparison, ways: Sequence[Method], test: LabelledDataset | None) -> Report:
+def _report(comparison: Comparison, methods: Sequence[Method], test: LabelledDataset | None) -> Report:
     config, splits = comparison.config, comparison.splits
     task, on = splits.task, TEST if test is not None else VALIDATION
     resamples = config.resamples
     rows = [
         Row(
-            way.name,
-            way.description,
-            [scores(task, splits.validation.targets, run) for run in way.validation],
-            estimates(task, splits.validation.targets, way.validation, resamples),
-            None if test is None else estimates(task, test.targets, way.test, resamples),
-            sum(fitted.seconds for fitted in way.fitted) if way.fitted else None,
-            [fitted.best_epoch for fitted in way.fitted],
-            way.fitted[0].parameters if way.fitted else None,
-            [len(fitted.history) for fitted in way.fitted],
+            method.name,
+            method.description,
+            [scores(task, splits.validation.targets, run) for run in method.validation],
+            estimates(task, splits.validation.targets, method.validation, resamples),
+            None if test is None else estimates(task, test.targets, method.test, resamples),
+            sum(fitted.seconds for fitted in method.fitted) if method.fitted else None,
+            [fitted.best_epoch for fitted in method.fitted],
+            method.fitted[0].parameters if method.fitted else None,
+            [len(fitted.history) for fitted in method.fitted],
         )
-        for way in ways
+        for method in methods
     ]
     compared = []
     for which, labelled in ((VALIDATION, splits.validation), (TEST, test)):
-        for other in ways[1:] if labelled is not None else ():
-            runs = [(way.validation if which == VALIDATION else way.test) for way in (ways[0], other)]
+        for other in methods[1:] if labelled is not None else ():
+            runs = [(method.validation if which == VALIDATION else method.test) for method in (methods[0], other)]
             assert labelled is not None
             found = differences(task, labelled.targets, runs[0], runs[1], resamples)
-            compared.append(Difference(ways[0].name, other.name, which, found))
-    best = _best(ways[0], comparison)
-    shown = (splits.validation, ways[0].validation) if test is None else (test, ways[0].test)
+            compared.append(Difference(methods[0].name, other.name, which, found))
+    best = _best(methods[0], comparison)
+    shown = (splits.validation, methods[0].validation) if test is None else (test, methods[0].test)
     sets = {"train": splits.train, VALIDATION: splits.validation} | ({} if test is None else {TEST: test})
     return Report(
         task=task,
         sets={name: SetFacts.of(task, labelled) for name, labelled in sets.items()},
         rows=rows,
         differences=compared,
-        detail=Detail.of(task, ways[0].name, on, config.seeds[best], shown[0].targets, shown[1][best]),
+        detail=Detail.of(task, methods[0].name, on, config.seeds[best], shown[0].targets, shown[1][best]),
         seeds=config.seeds,
         resamples=resamples,
         notes=splits.notes,
@@ -317,7 +321,7 @@ def _report(comparison: Comparison, ways: Sequence[Method], test: LabelledDatase
 
 
 def _save(comparison: Comparison, fitted: Fitted, seed: int, report: Report, path: Path) -> Path:
-    """The model of one run, with what is known of it."""
+    """Write the model of one run, with its provenance."""
     config, base, parts = comparison.config, comparison.base, comparison.parts
     trained = fitted.weights
     if parts.adapters is not None and not config.tuning.keep_adapters:
@@ -343,6 +347,16 @@ def _save(comparison: Comparison, fitted: Fitted, seed: int, report: Report, pat
         path, base, trained, comparison.splits.task, parts, config.tuning.mode, seed,
         {**provenance, "finetuning": account},
     )  # fmt: skip
+
+
+def write_report(folder: Path, report: Report) -> list[Path]:
+    """Write report.json, report.png and report.md, each whole, over existing ones; return report.md's path first."""
+    texts = {"report.json": json.dumps(as_json(report), indent=1, allow_nan=False) + "\n", "report.md": page(report)}
+    draw(report, folder / "report.png")
+    for name, text in texts.items():
+        with atomic_write(folder / name) as stream:
+            stream.write(text.encode())
+    return [folder / name for name in ("report.md", "report.json", "report.png")]
 
 
 def _rounded(found: dict[str, float]) -> dict[str, float | None]:

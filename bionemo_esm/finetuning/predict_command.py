@@ -1,4 +1,4 @@
-"""`bionemo-esm predict`: what a fine-tuned model says of all proteins of an input, into a table."""
+"""`bionemo-esm predict`: the predictions of a fine-tuned model for all proteins of an input, as a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import atomic_write, check_absent, check_writable
 from bionemo_esm.finetuning.archive import FineTunedFile
-from bionemo_esm.finetuning.predictor import FineTunedPredictor, Layout, asked, check_ending, table_writer
+from bionemo_esm.finetuning.predictor import FineTunedPredictor, Layout, check_ending, describe_task, table_writer
 from bionemo_esm.inference.embedding.options import plural
 from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig, describe, run
 from bionemo_esm.inference.inputs import POLICY_KEYS, InputPolicy, Protein, read_proteins, scan_input
@@ -49,7 +49,7 @@ class PredictConfig(Settings):
 
 
 def predict(cfg: DictConfig) -> None:
-    """Predict as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
+    """Run the command for a composed Hydra configuration; exits with 2 after one line for a user error."""
     run(lambda: _predict(PredictConfig.of(cfg)), "Stopped; nothing was written. The same command begins anew.")
 
 
@@ -67,13 +67,13 @@ def _predict(config: PredictConfig) -> int:
         raise ConfigError(f"model: {engine.model} was replaced while the input was read; run the same command again")
     reading = predictor.reading
     console.print_line(f"  model    {describe(predictor.engine)}")
-    console.print_line(f"  task     {asked(task)}")
+    console.print_line(f"  task     {describe_task(task)}")
     console.print_line(
         f"           proteins over {reading.window:,} residues in windows that share {reading.overlap:,}"
     )
     count = 0
     with atomic_write(config.output) as stream, table_writer(stream, config.output, layout) as add:
-        for protein, prediction in predictor.stream(proteins, _metered(console, residues)):
+        for protein, prediction in predictor.stream(proteins, _progress(console, residues)):
             add(protein, prediction)
             count += 1
     console.print_line(f"Wrote {config.output}, {plural(count, 'protein')}, {config.output.stat().st_size:,} bytes")
@@ -81,9 +81,9 @@ def _predict(config: PredictConfig) -> int:
 
 
 def _input(config: PredictConfig, console: Console) -> tuple[Iterable[Protein], int]:
-    """The proteins, all of them checked, and their residues. Raises `InputError`, `SourceError`.
+    """Return the proteins, all checked, and their number of residues. Raises `InputError`, `SourceError`.
 
-    A file is read again for the work; what comes through standard input is held in memory.
+    A file is read a second time for the predictions; standard input is held in memory.
     """
     name = "standard input" if config.input == STANDARD_INPUT else config.input
     console.print_line(f"Reading {name}")
@@ -93,30 +93,32 @@ def _input(config: PredictConfig, console: Console) -> tuple[Iterable[Protein], 
         if not held:
             raise ConfigError(f"input=-: no protein {f'is left: {problems[0]}' if problems else 'in standard input'}")
         lengths = [protein.residues for protein in held]
-        _say_input(console, len(held), sum(lengths), max(lengths), len(problems), (problems or [""])[0])
+        _print_input(console, len(held), sum(lengths), max(lengths), len(problems), (problems or [""])[0])
         return held, sum(lengths)
     stock = scan_input(config.input, config.policy)
-    _say_input(console, stock.proteins, stock.residues, stock.longest, stock.skipped, stock.first_problem)
+    _print_input(console, stock.proteins, stock.residues, stock.longest, stock.skipped, stock.first_problem)
     return read_proteins(config.input, config.policy), stock.residues
 
 
-def _say_input(console: Console, proteins: int, residues: int, longest: int, skipped: int, first_problem: str) -> None:
+def _print_input(
+    console: Console, proteins: int, residues: int, longest: int, skipped: int, first_problem: str
+) -> None:
     sizes = f"{plural(proteins, 'protein')}, {plural(residues, 'residue')}, the longest of {longest:,}"
     console.print_line(f"  input    {sizes}")
     if skipped:
         console.print_line(f"           {plural(skipped, 'record')} left out; the first: {first_problem}")
 
 
-def _metered(console: Console, residues: int) -> Callable[[int], None]:
-    """Shows how many of the residues are done."""
+def _progress(console: Console, residues: int) -> Callable[[int], None]:
+    """Return a function that shows how many of the residues are done."""
     meter, done = ProgressBar(console, "predicting", RESIDUES), 0
 
-    def answered(more: int) -> None:
+    def advance(more: int) -> None:
         nonlocal done
         done += more
         meter(done, residues)
 
-    return answered
+    return advance
 
 
 main = ConfiguredCommand(

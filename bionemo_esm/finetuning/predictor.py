@@ -1,12 +1,12 @@
-"""A fine-tuned model at work: proteins in, probabilities or numbers out.
+"""Predictions of a fine-tuned model: proteins in, probabilities or numbers out.
 
     model = FineTunedPredictor.load("finetuned.nemo")
     model.predict_table({"ubiquitin": "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"})
 
-The encoder reads each protein as in training (`ReadingConfig`), and the head what that gives; neither NeMo nor
+The encoder reads each protein as in training (`ReadingConfig`), and the head reads its states; neither NeMo nor
 Lightning is imported. Shape suffixes: R residues of packed proteins, S proteins, H hidden size, C outputs.
 
-Predictions as tables: which columns, and CSV, TSV, Parquet or FASTA, written as they come.
+Tables of predictions: their columns, and CSV, TSV, Parquet or FASTA, written protein by protein.
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.embedding.options import EmbeddingOptions, record_label
 from bionemo_esm.inference.inputs import InputPolicy, Protein, Sequences, proteins_of
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _PARQUET = (".parquet", ".pq")
 _FASTA = (".fasta", ".fa")
@@ -51,29 +48,30 @@ Add = Callable[[Protein, Prediction], None]
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns a table of predictions has. No two can have the same name: those of classes begin with `p_`.
+    """The columns of a table of predictions.
 
-    A row for each protein: `id`, `prediction` (a class, or a number in its own unit), for a class its `probability`,
-    and `p_CLASS` for each class. A row for each residue: `id`, `position` (1 for the first), `residue` (its letter),
-    then the same. Of a task per residue whose classes have one letter each, also a row for each protein: `prediction`
-    is a letter for each residue, `probability` the mean of theirs.
+    A row for each protein: `id`, `prediction` (a class, or a number in the target's unit), for a class its
+    `probability`, and `p_CLASS` for each class. A row for each residue: `id`, `position` (from 1), `residue` (its
+    letter), then the same. A task per residue whose classes have one letter each may also have a row for each protein:
+    `prediction` is a letter for each residue, `probability` their mean probability.
     """
 
     task: Task
-    by_residue: bool  # a row for each
+    by_residue: bool  # a row for each residue
     probabilities: bool  # p_CLASS for each class
 
     @classmethod
     def of(cls, task: Task, residues: bool | None, probabilities: bool) -> Layout:
-        """`residues`: a row for each; None: where a task per residue cannot be written as letters.
+        """Return the layout of a task's table.
 
+        residues: a row for each residue; None: only if the classes of a task per residue are not single letters.
         Raises `ConfigError` for rows that the task does not have.
         """
         if residues and not task.is_per_residue:
             raise ConfigError(f"residues=true: {task.name} predicts one thing for each protein; leave it out")
-        if residues is False and task.is_per_residue and not lettered(task):
+        if residues is False and task.is_per_residue and not has_letters(task):
             raise ConfigError(f"residues=false: what {task.name} predicts cannot be one letter for each residue")
-        by_residue = task.is_per_residue and not lettered(task) if residues is None else residues
+        by_residue = task.is_per_residue and not has_letters(task) if residues is None else residues
         return cls(task, by_residue, probabilities and task.is_classification and by_residue == task.is_per_residue)
 
     @property
@@ -86,7 +84,7 @@ class Layout:
 
     @property
     def numbers(self) -> list[str]:
-        """Those of the columns that hold float32."""
+        """Names of the float32 columns."""
         return [name for name in self.columns if name not in ("id", "position", "residue", *self._words)]
 
     @property
@@ -94,7 +92,7 @@ class Layout:
         return ["prediction"] if self.task.is_classification else []
 
     def rows(self, protein: Protein, prediction: Prediction) -> Columns:
-        """The rows of one protein, column by column."""
+        """Return the rows of one protein, column by column."""
         found: Columns = {"id": [protein.id] * (protein.residues if self.by_residue else 1)}
         if self.by_residue:
             found |= {"position": list(range(1, protein.residues + 1)), "residue": list(decode(protein.tokens))}
@@ -110,17 +108,17 @@ class Layout:
         return found
 
 
-def lettered(task: Task) -> bool:
-    """Whether what is predicted of a protein can be written as one letter for each residue."""
+def has_letters(task: Task) -> bool:
+    """Whether a prediction can be written as one letter for each residue."""
     return task.is_per_residue and task.is_classification and all(_is_letter(name) for name in task.classes)
 
 
 def check_ending(key: str, output: Path, task: Task, residues: bool | None) -> None:
-    """Raises `ConfigError`, naming the key, for a name that no table, or none of this task, can have."""
+    """Raise `ConfigError`, naming the key, if no table of this task can have the name."""
     ending = _ending(output)
     if ending not in _ENDINGS or (ending in _PARQUET and output.suffix.lower() == _GZIP):
         raise ConfigError(f"{key}: {output} must end in .csv, .tsv, .fasta (each with .gz, too) or .parquet")
-    if ending in _FASTA and not lettered(task):
+    if ending in _FASTA and not has_letters(task):
         raise ConfigError(
             f"{key}: {output}: FASTA takes a letter for each residue, which {task.name} does not predict; "
             "choose .csv, .tsv or .parquet"
@@ -133,10 +131,10 @@ def check_ending(key: str, output: Path, task: Task, residues: bool | None) -> N
 
 @contextmanager
 def table_writer(stream: IO[bytes], output: Path, layout: Layout) -> Iterator[Add]:
-    """What writes the rows of each protein to the stream, in the format that the name of `output` says.
+    """Yield a function that writes a protein's rows to the stream, in the format that the name of `output` says.
 
-    CSV and TSV have six decimals of a probability, six digits of a number; Parquet has float32. FASTA has the letters
-    that are predicted. Nothing is kept but what makes up a block.
+    CSV and TSV have six decimals of a probability, six digits of a number; Parquet has float32. FASTA has the predicted
+    letters. At most one block of rows is held in memory.
     """
     ending = _ending(output)
     if ending in _PARQUET:
@@ -154,7 +152,7 @@ def table_writer(stream: IO[bytes], output: Path, layout: Layout) -> Iterator[Ad
 
 
 def frame(layout: Layout, found: Iterable[tuple[Protein, Prediction]]) -> DataFrame:
-    """All predictions as a table in memory."""
+    """Return all predictions as a table in memory."""
     import pandas
 
     every: Columns = {name: [] for name in layout.columns}
@@ -242,26 +240,28 @@ _GROUP_BYTES = 1 << 27  # of states in memory at once, or those of one protein
 
 
 class FineTunedPredictor:
-    """An encoder, the head that was trained on it, and the task of both."""
+    """An encoder, the head that was trained on it, and their task."""
 
     def __init__(self, engine: Engine, head: nn.Module, task: Task, reading: ReadingConfig) -> None:
-        """`head` is float32, and on any device; it is moved to the engine's."""
+        """Move `head`, float32, to the engine's device."""
         self.engine, self.task, self.reading = engine, task, reading
         self.head = head.to(engine.device).eval()
 
     def __repr__(self) -> str:
         from bionemo_esm.inference.engine_options import describe
 
-        return f"<FineTunedPredictor: {asked(self.task)}; {describe(self.engine)}>"
+        return f"<FineTunedPredictor: {describe_task(self.task)}; {describe(self.engine)}>"
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], device: str = "auto", precision: str = "32", batch_tokens: int | None = None
     ) -> FineTunedPredictor:
-        """The model of a `.nemo` that `bionemo-esm finetune` wrote; arguments and errors are those of `Engine.load`.
+        """Load a `.nemo` that `bionemo-esm finetune` wrote; arguments and errors are those of `Engine.load`.
 
-        `precision` is the encoder's; a head computes in float32.
+        precision: of the encoder; a head computes in float32.
         """
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+            raise ConfigError(f"path must name a .nemo of `bionemo-esm finetune`, not {path!r}", code="config.type")
         opened = FineTunedFile.open(Path(path))
         with warnings.catch_warnings():  # of Megatron, where neither Apex nor Transformer Engine is installed
             warnings.simplefilter("ignore")
@@ -270,31 +270,33 @@ class FineTunedPredictor:
             engine = Engine.from_file(opened.file, device, precision, batch_tokens)
         return cls(engine, opened.head(), opened.task, opened.parts.reading)
 
-    def predict(
-        self, proteins: Iterable[Protein], answered: Callable[[int], None] = lambda residues: None
-    ) -> list[Prediction]:
-        """What the model says of each protein, in order; as `stream`, with all answers in memory."""
-        return [prediction for _, prediction in self.stream(proteins, answered)]
+    def predict(self, sequences: Sequences | Sequence[Protein], policy: InputPolicy | None = None) -> list[Prediction]:
+        """Return the prediction of each protein, in order, float32: [R, C] per residue, [1, C] per protein.
+
+        C: probabilities of the classes, or one number in the target's unit. `sequences`: as for `predict_table`, or
+        checked proteins. Raises `InputError`, and `UserError` for a prediction that is not finite.
+        """
+        return [prediction for _, prediction in self.stream(_checked(sequences, policy))]
 
     def stream(
-        self, proteins: Iterable[Protein], answered: Callable[[int], None] = lambda residues: None
+        self, proteins: Iterable[Protein], progress: Callable[[int], None] = lambda residues: None
     ) -> Iterator[tuple[Protein, Prediction]]:
-        """Each protein with what the model says of it, in order.
+        """Yield each protein with its prediction, in order.
 
-        Proteins are taken as they are needed, some at a time; `answered` is told of progress, in residues that add up
-        to those of the proteins. No answer depends on the other proteins but for rounding, 1e-5 in float32. Raises
-        `UserError` for a protein of which the model says NaN or infinity.
+        Proteins are read as they are needed, some at a time. `progress` is called with residues that are done; they add
+        up to those of the proteins. A prediction does not depend on the other proteins, but for rounding, 1e-5 in
+        float32. Raises `UserError` for a prediction that is not finite.
         """
         from bionemo_esm.inference.batching import group_by_size
 
         residues = max(1, _GROUP_BYTES // (4 * self.engine.config.hidden_size))
         for some in group_by_size(residues, proteins, lambda protein: protein.residues):
-            states = self._states(some, answered)
-            found = answers(self.head, self.task, states, self.engine.device, self.engine.batch_tokens)
+            states = self._states(some, progress)
+            found = head_predictions(self.head, self.task, states, self.engine.device, self.engine.batch_tokens)
             for protein, prediction in zip(some, found, strict=True):
                 if not np.isfinite(prediction).all():
                     raise UserError(
-                        f"{record_label(protein)}: the model's answer is no finite number; precision=32 may help"
+                        f"{record_label(protein)}: the prediction is no finite number; precision=32 may help"
                     )
                 yield protein, prediction
 
@@ -305,33 +307,41 @@ class FineTunedPredictor:
         probabilities: bool = True,
         policy: InputPolicy | None = None,
     ) -> DataFrame:
-        """The predictions as a table, with the columns that `bionemo-esm predict` writes; see `Layout`.
+        """Return the predictions as a table, with the columns that `bionemo-esm predict` writes; see `Layout`.
 
-        `sequences`: ids with their sequences, sequences, one sequence, or the name of a file, read by the policy.
-        `residues`: of a task per residue, a row for each; None where letters cannot name the classes. Raises
-        `InputError`; `ConfigError` for a table that the task does not have.
+        sequences: ids with their sequences, sequences, one sequence, a table, or a file name, read by the policy; see
+        `proteins_of`. residues: for a task per residue, a row for each residue (default: if the classes are not single
+        letters). probabilities: the columns `p_CLASS`. Raises `InputError`; `ConfigError` for a table that the task
+        does not have.
         """
         layout = Layout.of(self.task, residues, probabilities)
-        return frame(layout, self.stream(proteins_of(sequences, policy or InputPolicy())))
+        return frame(layout, self.stream(_checked(sequences, policy)))
 
-    def _states(self, proteins: Sequence[Protein], answered: Callable[[int], None]) -> list[NDArray[np.floating]]:
-        """What the head is given: of each protein, the states of its residues, float32 [R, H]."""
+    def _states(self, proteins: Sequence[Protein], progress: Callable[[int], None]) -> list[NDArray[np.floating]]:
+        """Return the head's input: for each protein, the hidden states of its residues, float32 [R, H]."""
         from bionemo_esm.inference.embedding.embeddings import embed_proteins
 
         reading = self.reading
         options = EmbeddingOptions(
             (reading.layer,), mean=False, residues=True, window=reading.window, overlap=reading.overlap
         )
-        found = embed_proteins(self.engine, proteins, options, answered)
+        found = embed_proteins(self.engine, proteins, options, progress)
         return [embedding.arrays[f"residues_{reading.layer}"] for embedding in found]
 
 
-def answers(
+def _checked(sequences: Sequences | Sequence[Protein], policy: InputPolicy | None) -> Sequence[Protein]:
+    """Return proteins in any form that Python programs pass. Raises `InputError`."""
+    if isinstance(sequences, list | tuple) and sequences and all(isinstance(one, Protein) for one in sequences):
+        return sequences
+    return proteins_of(sequences, policy or InputPolicy())  # type: ignore[arg-type]
+
+
+def head_predictions(
     head: nn.Module, task: Task, states: Sequence[NDArray[np.floating]], device: object, batch_tokens: int
 ) -> list[Prediction]:
-    """What a head on that device says of some proteins, by the states [R, H] of their residues, in order.
+    """Return the predictions of a head on that device from the states [R, H] of each protein's residues, in order.
 
-    As many together as have `batch_tokens` residues, or one. Probabilities, or numbers in the task's own unit.
+    A batch has up to `batch_tokens` residues, or one protein.
     """
     import torch
 
@@ -350,13 +360,13 @@ def answers(
 
 
 def in_own_unit(task: Task, outputs: Tensor) -> Tensor:
-    """A head's outputs [..., C] as `Prediction` has them: softmax over the classes, or the number, float32."""
+    """Return a head's outputs [..., C] as a `Prediction`, float32: softmax over the classes, or the number."""
     if task.is_classification:
         return outputs.float().softmax(dim=-1)
     return outputs.float() * task.target_scale + task.target_mean
 
 
-def asked(task: Task) -> str:
-    """A task in a few words."""
+def describe_task(task: Task) -> str:
+    """Return a task in a few words."""
     what = f"one of {len(task.classes):,} classes" if task.is_classification else "a number"
     return f"{task.name}, {what} for each {'residue' if task.is_per_residue else 'protein'}"

@@ -8,21 +8,18 @@ The report of a fine-tuning as Markdown: what a paper's supplement would say of 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.console import duration
-from bionemo_esm.files import atomic_write
 from bionemo_esm.finetuning.config import FROZEN
 from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.metrics import (
@@ -180,18 +177,6 @@ class Report:
             f"On {difference.on}, {verdict(metric, difference.one, difference.other, difference.estimates[metric])}."
             for difference in self.differences
         ]
-
-
-def write_report(folder: Path, report: Report) -> list[Path]:
-    """Write report.json, report.png and report.md, each whole, over what is there; their paths, report.md first."""
-    from bionemo_esm.finetuning.report_figure import draw
-
-    texts = {"report.json": json.dumps(as_json(report), indent=1, allow_nan=False) + "\n", "report.md": page(report)}
-    draw(report, folder / "report.png")
-    for name, text in texts.items():
-        with atomic_write(folder / name) as stream:
-            stream.write(text.encode())
-    return [folder / name for name in ("report.md", "report.json", "report.png")]
 
 
 # --- for the screen ---------------------------------------------------------------------------------------------------

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from bionemo_esm.finetuning.metrics import decimal_places, format_score
-from bionemo_esm.finetuning.report import VALIDATION, cut
+from bionemo_esm.finetuning.report import VALIDATION, Detail, Report, cut
 from bionemo_esm.finetuning.tasks import LOWER_IS_BETTER
 from bionemo_esm.plotting import FAINT, GRID, INK, LINE, MARK, MUTED, STYLE, WIDTH, styled, write_png
-
-if TYPE_CHECKING:
-    from bionemo_esm.finetuning.report import Detail, Report
 
 MOST_CLASSES = 30  # of a confusion matrix; more could not be read
 _MOST_WRITTEN = 12  # classes whose cells have room for a number
