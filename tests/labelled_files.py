@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from bionemo_esm.finetuning.dataset import Splits, read_splits
+from bionemo_esm.finetuning.splits import Splits, read_splits
 from bionemo_esm.finetuning.tasks import DataConfig, TaskConfig
 from bionemo_esm.settings import plain_values
 

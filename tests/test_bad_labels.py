@@ -194,7 +194,7 @@ def test_a_table_that_cannot_be_used_is_told_with_its_record(
     ("task", "data", "told"),
     [
         ("gb1", {}, r"data\.train must be given: data\.train=FILE, or the task's own files by data\.download=FOLDER"),
-        ("stability", {"download": "here"}, r"data\.download: of task stability, no file is known"),
+        ("stability", {"download": "here"}, r"data\.download: task stability has no file"),
         ("gb1", {"train": "nothing.csv"}, r"nothing\.csv"),
         ("gb1", {"train": "gb1.csv", "mask": "mask.fasta"}, r"data\.mask is of residues"),
         (

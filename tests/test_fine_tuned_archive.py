@@ -18,7 +18,7 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.finetuning.archive import FineTunedFile, archive_config
 from bionemo_esm.finetuning.batches import Collator
 from bionemo_esm.finetuning.config import AdapterConfig, Parts, ReadingConfig
-from bionemo_esm.finetuning.dataset import LabelledDataset
+from bionemo_esm.finetuning.splits import LabelledDataset
 from bionemo_esm.finetuning.tasks import CLASSIFICATION, SEQUENCE, Task
 from bionemo_esm.inference.embedding.embeddings import embed_proteins
 from bionemo_esm.inference.embedding.options import EmbeddingOptions
@@ -177,15 +177,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "head-is-a-number": ({"head": 3}, "head must be a mapping"),
     "reading-is-text": ({"reading": "layer"}, "reading must be a mapping"),
     "adapters-are-false": ({"adapters": False}, "adapters must be a mapping"),
-    "classes-is-a-number": (task(classes=10**9), "classes of a task cannot be 1000000000"),
+    "classes-is-a-number": (task(classes=10**9), "task.classes must be a list"),
     "classes-are-numbers": (task(classes=[1, 2, 3]), "classes of a task must be texts"),
     "a-class-more": (task(classes=["H", "E", "C", "X"]), "one of the two is not of this model"),
     "a-class-twice": (task(classes=["H", "E", "E"]), "two or more different classes"),
-    "level": (task(level="atom"), "a task is of level"),
-    "level-is-a-list": (task(level=["residue"]), "level of a task cannot be"),
+    "level": (task(level="atom"), "task.level must be one of residue, sequence"),
+    "level-is-a-list": (task(level=["residue"]), "task.level must be one of residue, sequence"),
     "scale-of-zero": (task(target_scale=0.0), "target_scale must be positive"),
-    "scale-is-true": (task(target_scale=True), "target_scale of a task cannot be True"),
-    "name-missing": ({"task": {"level": "residue"}}, "a task has exactly the keys"),
+    "scale-is-true": (task(target_scale=True), "task.target_scale must be a number"),
+    "name-missing": ({"task": {"level": "residue"}}, "task.classes is missing"),
     "head-of-no-kind": (part("head", kind="oracle"), "head.kind must be one of"),
     "head-without-end": (part("head", kind="mlp", hidden=10**18), "head.hidden may be up to"),
     "head-too-large": (part("head", kind="convnet", hidden=2**20, kernel_size=2**20 - 1), "one of the two is not"),

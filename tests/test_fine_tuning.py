@@ -23,9 +23,9 @@ from bionemo_esm.finetuning import fitting as fit
 from bionemo_esm.finetuning.archive import FineTunedFile
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches
 from bionemo_esm.finetuning.config import HeadConfig
-from bionemo_esm.finetuning.dataset import LabelledDataset, SealedTestSet
 from bionemo_esm.finetuning.heads import build_head
 from bionemo_esm.finetuning.model import ESMFineTunedModel
+from bionemo_esm.finetuning.splits import LabelledDataset, SealedTestSet
 from bionemo_esm.finetuning.tasks import Task
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.archive import ArchiveFile, read_archive

@@ -10,9 +10,9 @@ from bionemo_esm.alphabet import encode
 from bionemo_esm.data.dataloader import BatchPlan
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches, TrainingSteps, encoder_row
 from bionemo_esm.finetuning.config import ReadingConfig
-from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.features import OneHot
 from bionemo_esm.finetuning.model import class_weights
+from bionemo_esm.finetuning.splits import LabelledDataset
 from bionemo_esm.finetuning.tasks import Task
 from bionemo_esm.inference.batching import blending_weights, windows
 from bionemo_esm.inference.inputs import Protein

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from bionemo_esm.alphabet import decode
 from bionemo_esm.errors import UserError
-from bionemo_esm.finetuning.dataset import LabelledDataset
+from bionemo_esm.finetuning.splits import LabelledDataset
 from labelled_files import CLASSES, GB1, NUMBERS, RESIDUES, SEQUENCES, STRUCTURE, UBIQUITIN, preset, read
 
 DEEPLOC = "".join(

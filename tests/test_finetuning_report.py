@@ -14,7 +14,6 @@ import pytest
 
 from bionemo_esm.alphabet import encode
 from bionemo_esm.finetuning.comparison import write_report
-from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.metrics import Estimate, differences, estimates, scores
 from bionemo_esm.finetuning.report import (
     TEST,
@@ -28,6 +27,7 @@ from bionemo_esm.finetuning.report import (
     lines,
 )
 from bionemo_esm.finetuning.report import page as page_of
+from bionemo_esm.finetuning.splits import LabelledDataset
 from bionemo_esm.finetuning.tasks import Prediction, Targets, Task
 from bionemo_esm.inference.inputs import Protein
 

@@ -19,8 +19,8 @@ from torch import distributed
 from bionemo_esm.alphabet import encode
 from bionemo_esm.finetuning.baselines import composition, composition_predictions
 from bionemo_esm.finetuning.batches import gather_predictions
-from bionemo_esm.finetuning.dataset import LabelledDataset, Splits
 from bionemo_esm.finetuning.metrics import confusion, per_class, scores
+from bionemo_esm.finetuning.splits import LabelledDataset, Splits
 from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.parallel import ensure_groups

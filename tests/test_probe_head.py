@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.finetuning.dataset import LabelledDataset, SealedTestSet
+from bionemo_esm.finetuning.splits import LabelledDataset, SealedTestSet
 from bionemo_esm.inference.embedding.embeddings import embed_proteins
 from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.engine import Engine

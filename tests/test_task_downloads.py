@@ -13,8 +13,8 @@ import pytest
 
 from bionemo_esm.data import download as downloading
 from bionemo_esm.data.download import ReleaseError
-from bionemo_esm.finetuning import dataset as downloads
-from bionemo_esm.finetuning.dataset import download_task, read_splits
+from bionemo_esm.finetuning import splits as downloads
+from bionemo_esm.finetuning.splits import download_task, read_splits
 from bionemo_esm.finetuning.tasks import DataConfig, DownloadConfig, TaskConfig
 from labelled_files import MASK, SEQUENCES, STRUCTURE, preset
 from release_server import Reply, Server, names, running_server

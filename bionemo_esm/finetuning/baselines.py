@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import FIRST_RESIDUE_ID, NUM_STANDARD_RESIDUES, VOCABULARY_SIZE
-from bionemo_esm.finetuning.dataset import LabelledDataset, Splits
 from bionemo_esm.finetuning.metrics import scores
+from bionemo_esm.finetuning.splits import LabelledDataset, Splits
 from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.inputs import Protein
 

@@ -20,7 +20,7 @@ from bionemo_esm.alphabet import SPECIAL_TOKENS_PER_SEQUENCE
 from bionemo_esm.data.collate import PackedBatch, pack
 from bionemo_esm.data.dataloader import BatchPlan, EpochPermutation, assign_micro_batches
 from bionemo_esm.finetuning.config import ReadingConfig
-from bionemo_esm.finetuning.dataset import LabelledDataset
+from bionemo_esm.finetuning.splits import LabelledDataset
 from bionemo_esm.finetuning.tasks import Prediction, Targets, Task, standardised
 from bionemo_esm.inference.batching import batches_by_length, blending_weights, windows
 from bionemo_esm.inference.inputs import Protein

@@ -30,7 +30,6 @@ from bionemo_esm.finetuning.config import (
     FinetuneConfig,
     ReadingConfig,
 )
-from bionemo_esm.finetuning.dataset import LabelledDataset, Splits
 from bionemo_esm.finetuning.features import FeatureCache, Moments, OneHot, StoredFeatures, moments
 from bionemo_esm.finetuning.fitting import FitPlan, Fitted, Sources, fit
 from bionemo_esm.finetuning.heads import HEADS
@@ -49,6 +48,7 @@ from bionemo_esm.finetuning.report import (
     page,
 )
 from bionemo_esm.finetuning.report_figure import draw
+from bionemo_esm.finetuning.splits import LabelledDataset, Splits
 from bionemo_esm.finetuning.tasks import Prediction
 from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.engine_options import ModelSizes
@@ -158,7 +158,7 @@ class Comparison:
             num_nodes=config.trainer.num_nodes,
         )
 
-    # --- features of the heads ------------------------------------------------------------------------------------------
+    # --- features of the heads ----------------------------------------------------------------------------------------
 
     def _sources(self, name: str) -> tuple[Sources | ReadingConfig, Moments]:
         """Return the features of the three sets, and their mean and deviation over the training set."""

@@ -26,7 +26,7 @@ from bionemo_esm.model.validate import check_sizes
 from bionemo_esm.settings import plain_values
 
 if TYPE_CHECKING:
-    from bionemo_esm.finetuning.dataset import Splits
+    from bionemo_esm.finetuning.splits import Splits
 
 _CONFIG, _LOG, _REPORT = "config.yaml", "output.log", "report.json"
 _PRETRAINED = "ESM1nvModel"
@@ -49,7 +49,7 @@ def _finetune(cfg: DictConfig) -> int:
         return 0
     base, sizes = _pretrained(config.restore_from_path)
     config.parts(sizes)
-    from bionemo_esm.finetuning.dataset import read_splits
+    from bionemo_esm.finetuning.splits import read_splits
 
     splits = read_splits(config.task, config.data, config.seeds[0])
     if is_rank_zero():

@@ -22,10 +22,10 @@ from bionemo_esm.console import Console, duration
 from bionemo_esm.data.dataloader import BatchPlan
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches, Features, TrainingSteps, gather_predictions
 from bionemo_esm.finetuning.config import ReadingConfig, TuningConfig
-from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.features import Moments
 from bionemo_esm.finetuning.heads import BUFFERS
 from bionemo_esm.finetuning.model import ESMFineTunedModel, class_weights
+from bionemo_esm.finetuning.splits import LabelledDataset
 from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.archive import Archive, ArchiveFile, write_archive

@@ -1,11 +1,10 @@
-"""Proteins and their labels, brought together: from one file, or by ids from several; and which set each is of.
+"""Parse files of labelled proteins: records, their sets, and their labels or numbers.
 
-Labels as they stand in a file: FLIP's FASTA, any other with the label in its header, or a table with a column of it.
+Formats: FASTA of FLIP, FASTA with the label in the header, and tables (CSV, TSV, Parquet) with a column of labels.
+Sequences are in the same file, or in others, and are then found by id.
 
-FLIP (Dallago et al. 2021) has two kinds of FASTA: sequences with `TARGET=x SET=train VALIDATION=False` in the header,
-and labels of residues in the place of the sequence, with SET and VALIDATION alone, the sequences in another file.
-
-From what a file says of a protein to what is known of it: labels, numbers, and the classes of a training set.
+FLIP (Dallago et al. 2021) has two kinds of FASTA: sequences with `TARGET=x SET=train VALIDATION=False` in the header;
+and labels of residues in place of the sequence, with SET and VALIDATION, and the sequences in another file.
 """
 
 from __future__ import annotations
@@ -32,41 +31,43 @@ _SET_WORDS = {"train": TRAIN, "training": TRAIN, "test": TEST} | dict.fromkeys(
     ("validation", "valid", "val"), VALIDATION
 )
 _TRUTHS = {"true": True, "1": True, "1.0": True} | dict.fromkeys(("false", "0", "0.0", "", "nan", "none"), False)
-_AS_BY_PATTERN = r"""'task.header_pattern="class=(\S+)"'"""  # as a shell, and then Hydra, has to be given it
+_AS_BY_PATTERN = r"""'task.header_pattern="class=(\S+)"'"""  # quoted for a shell and for Hydra
 _ATTRIBUTE = re.compile(r"(?:^|\s)([A-Z]+)=")
 
 
 class LabelError(UserError):
-    """Labels that cannot be used; the message names the file, the record and its id, and what to do."""
+    """Labels that cannot be used; the message names file, record and id, and what to do."""
+
+    code = "labels"
 
 
 class Record(NamedTuple):
-    """What a file says of one protein, not yet understood."""
+    """One record of a file, not yet interpreted."""
 
     number: int  # 1 for the first
-    id: str  # "" where the file has none
-    target: Any  # text; of a Parquet file, whatever its column holds
-    set: str | None  # one of `SETS`; None where the file does not say
+    id: str  # "" if the file has none
+    target: Any  # text; for Parquet, any value of the column
+    set: str | None  # one of `SETS`; None if the file has no mark
     where: str  # "train.csv, record 3 (1abc-A)", for messages
 
 
 def read_records(
-    path: str, task: TaskConfig, labels_stand_alone: bool, told: Callable[[str], None] = lambda note: None
+    path: str, task: TaskConfig, labels_stand_alone: bool, note: Callable[[str], None] = lambda line: None
 ) -> list[Record]:
-    """The records of a file in order; FASTA, CSV, TSV or Parquet, by its name.
+    """Return the records of a file in order; FASTA, CSV, TSV or Parquet, by its name.
 
     labels_stand_alone: sequences are in another file, so that a FASTA record of a task per residue holds labels.
-    told: gets what is worth a note, of a table whose ids may stand in a column of another name.
-    Raises `LabelError` for a record without a label, a set or VALIDATION that is none, a column that is not there;
-    and what reading the file raises.
+    note: receives a line for the report, if a table may have ids in another column.
+    Raises `LabelError` for a record without a label, an unknown SET or VALIDATION, or a missing column; and the errors
+    of reading the file.
     """
     if InputPolicy().format_of(path) != "fasta":
-        return list(_of_table(path, task, labels_stand_alone, told))
+        return list(_of_table(path, task, labels_stand_alone, note))
     return [_of_fasta(path, record, task, labels_stand_alone) for record in read_fasta(path)]
 
 
 def place_of(path: str, number: int, identifier: str) -> str:
-    """Where a record stands, for a message."""
+    """Return the location of a record, for a message."""
     shown = identifier if len(identifier) <= 40 else identifier[:37] + "..."
     return f"{path}, record {number}" + (f" ({shown})" if shown and shown != str(number) else "")
 
@@ -76,24 +77,24 @@ def place_of(path: str, number: int, identifier: str) -> str:
 
 def _of_fasta(path: str, record: FastaRecord, task: TaskConfig, labels_stand_alone: bool) -> Record:
     where = place_of(path, record.number, record.id)
-    said = attributes(record.header)
-    if labels_stand_alone and task.is_per_residue and "TARGET" not in said:
+    given = attributes(record.header)
+    if labels_stand_alone and task.is_per_residue and "TARGET" not in given:
         target = record.sequence.decode("ascii", "replace")
     else:
-        target = _target_in_header(record.header, said, task, where)
-    return Record(record.number, record.id, target, _set_of(said.get("SET"), said.get("VALIDATION"), where), where)
+        target = _target_in_header(record.header, given, task, where)
+    return Record(record.number, record.id, target, _set_of(given.get("SET"), given.get("VALIDATION"), where), where)
 
 
 def attributes(header: str) -> dict[str, str]:
-    """The KEY=value pairs of a FASTA header; a value runs until the next key, and may have blanks within."""
+    """Return the KEY=value pairs of a FASTA header; a value runs until the next key, and may contain blanks."""
     found = list(_ATTRIBUTE.finditer(header))
     ends = [*(match.start() for match in found), len(header)][1:]
     return {match[1]: header[match.end() : end].strip() for match, end in zip(found, ends, strict=True)}
 
 
-def _target_in_header(header: str, said: dict[str, str], task: TaskConfig, where: str) -> str:
-    if "TARGET" in said:
-        return said["TARGET"]
+def _target_in_header(header: str, given: dict[str, str], task: TaskConfig, where: str) -> str:
+    if "TARGET" in given:
+        return given["TARGET"]
     if task.header_pattern is None:
         advice = f"say where it is, as by {_AS_BY_PATTERN}"
         if task.is_per_residue:
@@ -111,13 +112,13 @@ def _target_in_header(header: str, said: dict[str, str], task: TaskConfig, where
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _of_table(path: str, task: TaskConfig, labels_stand_alone: bool, told: Callable[[str], None]) -> Iterator[Record]:
+def _of_table(path: str, task: TaskConfig, labels_stand_alone: bool, note: Callable[[str], None]) -> Iterator[Record]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     table = read_table(path)
     targets = _column(table, "target_column", task.target_column, _target_advice(table, task, labels_stand_alone))
     ids = _optional(table, "id_column", task.id_column, "id")
     if ids is None and (name := next((each for each in table.table.column_names if each.lower() == "name"), None)):
-        told(f"{path}: ids are the numbers of the rows; task.id_column={name} takes those of the column {name}")
+        note(f"{path}: ids are the numbers of the rows; task.id_column={name} takes those of the column {name}")
     sets = _optional(table, "set_column", task.set_column, "set")
     marks = _optional(table, "validation_column", task.validation_column, "validation")
     for index, target in enumerate(targets):
@@ -130,7 +131,7 @@ def _of_table(path: str, task: TaskConfig, labels_stand_alone: bool, told: Calla
 
 
 def _target_advice(table: VariantTable, task: TaskConfig, labels_stand_alone: bool) -> str:
-    """What to do where the column of targets is not there; the sequences' may be of another name, too."""
+    """Return what to do about a missing column of targets; the sequences' may have another name, too."""
     advice = "; say which it is by task.target_column=..."
     usual = any(name.lower() in ("sequence", "seq") for name in table.table.column_names)
     if not (usual or task.sequence_column is not None or labels_stand_alone):
@@ -147,7 +148,7 @@ def _column(table: VariantTable, key: str, column: str, advice: str = "") -> Seq
 
 
 def _optional(table: VariantTable, key: str, wanted: str | None, usual: str) -> Sequence[Any] | None:
-    """The column that is wanted; where none is, the usual one, in capitals or not, if it is there."""
+    """Return the configured column, or else the default one, in any case, if it exists."""
     if wanted is not None:
         return _column(table, key, wanted)
     found = next((name for name in table.table.column_names if name.lower() == usual), None)
@@ -162,14 +163,14 @@ def _field(value: Any) -> str:
 
 
 def _set_of(name: str | None, validation: str | None, where: str) -> str | None:
-    """FLIP's two marks as one: what is for validation is of the set `train` there."""
+    """Return one set for FLIP's two marks: its validation records are in the set `train`."""
     if name is None and validation is None:
         return None
     found = TRAIN if name is None else _word("SET", name, _SET_WORDS, "train, validation or test", where)
     if validation is None or not _word("VALIDATION", validation, _TRUTHS, "True or False", where):
         return found
     if found == TEST:
-        raise LabelError(f"{where}: is marked as of the test set and as for validation; it can be in one only")
+        raise LabelError(f"{where}: is marked for test and for validation; it can be in one only")
     return VALIDATION
 
 
@@ -183,17 +184,17 @@ def _word(what: str, text: str, meanings: dict[str, Any], allowed: str, where: s
 
 
 def check_ids(records: Sequence[Record]) -> None:
-    """By which sequences are found. Raises `LabelError` for a second record of the same id, and for one without."""
+    """Raise `LabelError` for a record without an id, or with that of another record."""
     found: dict[str, str] = {}
     for record in records:
         if not record.id:
-            raise LabelError(f"{record.where}: has no id, by which its sequence could be found; give each record one")
+            raise LabelError(f"{record.where}: has no id to find its sequence by; give each record one")
         if found.setdefault(record.id, record.where) != record.where:
             raise LabelError(f"{record.where}: {found[record.id]} has the same id; ids must differ")
 
 
 Labels: TypeAlias = Sequence[str | None]
-"""Of one protein: a label for each residue, or one; None where it is not known."""
+"""Of one protein: a label for each residue, or one label; None where it is not known."""
 _NO_LABEL = ("", "nan")
 _NO_NUMBER = ("", "nan", "na", "null", "none")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
@@ -201,32 +202,32 @@ _SEPARATORS = re.compile(r"\s*[,;]\s*|\s+")
 
 
 class LengthError(LabelError):
-    """Labels, or a mask, of another number of residues than the sequence's."""
+    """Labels, or a mask, that differ in length from the sequence."""
 
 
 def labels_of(record: Record, residues: int, task: TaskConfig, data: DataConfig) -> Labels:
-    """Of a classification. Per residue they are single letters, or separated by `,`, `;` or blanks.
+    """Return the labels of a classification. Per residue: single letters, or separated by `,`, `;` or blanks.
 
-    Raises `LengthError`; `LabelError` where there is none, unless `data.missing_targets` says to skip it.
+    Raises `LengthError`; `LabelError` for a missing label, unless `data.missing_targets` is skip.
     """
     items = _items(record, residues, task)
-    if isinstance(items, str):  # of single letters: the text itself is the sequence of its labels
+    if isinstance(items, str):  # single letters: the text is the sequence of labels
         return [None if letter in task.unknown else letter for letter in items] if task.unknown else items
     return [_label(record, place, item, task, data) for place, item in enumerate(items)]
 
 
 def numbers_of(record: Record, residues: int, task: TaskConfig, data: DataConfig) -> Targets:
-    """Of a regression, float32 [R] or [1], NaN where not known. Per residue they are separated by `,`, `;` or blanks.
+    """Return the numbers of a regression, float32 [R] or [1], NaN if not known; separated by `,`, `;` or blanks.
 
-    Raises `LengthError`; `LabelError` for what is no number, or not finite; where there is none, unless
-    `data.missing_targets` says to skip it.
+    Raises `LengthError`; `LabelError` for text that is no finite number, and for a missing number, unless
+    `data.missing_targets` is skip.
     """
     items = _items(record, residues, task)
     return np.array([_number(record, place, item, task, data) for place, item in enumerate(items)], dtype=np.float32)
 
 
 def resolved_only(record: Record, known: Labels | Targets, mask: bytes | None) -> Labels | Targets:
-    """What is known of residues where the mask has a `1`. Raises `LengthError`; `LabelError` for other letters."""
+    """Return the targets of residues with a `1` in the mask. Raises `LengthError`; `LabelError` for other letters."""
     if mask is None:
         return known
     if len(mask) != len(known):
@@ -243,9 +244,9 @@ def resolved_only(record: Record, known: Labels | Targets, mask: bytes | None) -
 
 
 def classes_of(every: Iterable[Labels], task: TaskConfig, where: str) -> tuple[str, ...]:
-    """The task's classes, or else those of a training set, sorted; by number where all are whole numbers.
+    """Return the task's classes, or else those of a training set, sorted; by number if all are whole numbers.
 
-    Raises `LabelError` where these are fewer than two, or numbers that are not whole.
+    Raises `LabelError` for fewer than two classes, or numbers that are not whole.
     """
     if task.classes is not None:
         return task.classes
@@ -263,19 +264,19 @@ def classes_of(every: Iterable[Labels], task: TaskConfig, where: str) -> tuple[s
 
 
 def class_numbers(labels: Labels, numbers: dict[str | None, float]) -> Targets:
-    """Numbers of classes, float32 [R] or [1], NaN where not known, or not in `numbers`."""
+    """Return class numbers, float32 [R] or [1], NaN if not known, or not in `numbers`."""
     return np.array([numbers.get(label, np.nan) for label in labels], dtype=np.float32)
 
 
 def strange_label(labels: Labels, numbers: dict[str | None, float]) -> tuple[int, str] | None:
-    """The first label that is no class, and its place from 0; None where there is none."""
+    """Return the first label that is no class, with its position from 0; None if there is none."""
     if set(labels) <= numbers.keys():
         return None
     return next((place, label) for place, label in enumerate(labels) if label is not None and label not in numbers)
 
 
 def counts_in_words(counts: Counter[str], most: int = 12, shown: int = 3) -> str:
-    """How often each class occurs; of more than `most`, the most and the least frequent, so many of each."""
+    """Return the counts of classes as text; of more than `most`, the `shown` most and least frequent."""
     ordered = counts.most_common()
     told = [f"{label} {count:,}" for label, count in ordered]
     if len(told) > most:
@@ -284,7 +285,7 @@ def counts_in_words(counts: Counter[str], most: int = 12, shown: int = 3) -> str
 
 
 def _items(record: Record, residues: int, task: TaskConfig) -> Sequence[Any]:
-    """One for each residue, or one; a text of single letters stays one. Raises `LengthError`, `LabelError`."""
+    """Return an item for each residue, or one; single letters stay text. Raises `LengthError`, `LabelError`."""
     target = record.target
     if isinstance(target, dict) or (isinstance(target, list) and not task.is_per_residue):
         raise LabelError(f"{record.where}: the target of a protein cannot be a {type(target).__name__}; correct it")
@@ -360,60 +361,60 @@ def _is_number(text: str) -> bool:
 
 
 class Entry(NamedTuple):
-    """One protein with its labels; numbers of their classes come later, when the training set has been seen."""
+    """One protein with its labels; they become class numbers once the training set is read."""
 
     protein: Protein
     known: Labels | Targets  # of a classification, or of a regression
-    set: str | None  # what its file says: one of `SETS`
+    set: str | None  # the mark in its file: one of `SETS`
     where: str
 
     @property
     def sequence(self) -> bytes:
-        """What tells equal sequences: the bytes of the tokens."""
+        """The bytes of the tokens; equal for equal sequences."""
         return self.protein.tokens.tobytes()
 
 
 @dataclass
 class Notes:
-    """What was left out, or is worth a word, in order."""
+    """Lines about the data for screen and report, in order."""
 
     lines: list[str]
 
     def count(self, what: str, number: int, first: str = "") -> None:
-        """A line, where there is anything to count."""
+        """Add a line unless the number is zero."""
         if number:
             self.lines.append(f"{what}: {number:,}" + (f"; the first: {first}" if first else ""))
 
 
 class Reader:
-    """Reads each file of a task once. Raises as `read_records`, `read_proteins` and `labels_of` do."""
+    """Reader of a task's files, each read once. Raises as `read_records`, `read_proteins` and `labels_of`."""
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         self.task, self.data = task, data
         self.policy = DataPolicy.for_reading(task, data)
         self.problems: list[str] = []  # of records that are left out
-        self.told: list[str] = []  # what is worth a note
+        self.notes: list[str] = []
         self.unmasked = 0
         self._files: dict[str, list[Entry]] = {}
         self._sequences: dict[str, Protein] | None = None
-        self._unread: list[str] = []  # of the files of sequences: why not
+        self._unread: list[str] = []  # why sequences could not be read
         self._masks: dict[str, bytes] | None = None
 
     def read(self, path: str) -> list[Entry]:
-        """The entries of a file, in order."""
+        """Return the entries of a file, in order."""
         if path not in self._files:
-            records = read_records(path, self.task, bool(self.data.sequences), self.told.append)
+            records = read_records(path, self.task, bool(self.data.sequences), self.notes.append)
             proteins = self._by_id(records) if self.data.sequences else self._by_number(path)
             entries = (self._entry(record, proteins) for record in records)
             self._files[path] = [entry for entry in entries if entry is not None]
         return self._files[path]
 
     def _by_number(self, path: str) -> Mapping[int, Protein]:
-        """The proteins that stand in the file of labels itself, by the number of their records."""
+        """Return the proteins of a file that has both sequences and labels, by record number."""
         return {protein.number: protein for protein in read_proteins(path, self.policy, self.problems.append)}
 
     def _by_id(self, records: Sequence[Record]) -> Mapping[int, Protein]:
-        """The proteins that stand in other files, by the number of the records that have their labels."""
+        """Return the proteins of the sequence files, by the number of the records with their labels."""
         if self._sequences is None:
             self._sequences = self._read_sequences()
         check_ids(records)
@@ -439,7 +440,7 @@ class Reader:
 
     def _entry(self, record: Record, proteins: Mapping[int, Protein]) -> Entry | None:
         protein = proteins.get(record.number)
-        if protein is None:  # left out, and told of, when it was read
+        if protein is None:  # left out when it was read
             return None
         read: Callable[..., Labels | Targets] = labels_of if self.task.is_classification else numbers_of
         try:
@@ -472,7 +473,7 @@ def _read_masks(paths: Sequence[str]) -> dict[str, bytes]:
 
 
 def read_sets(reader: Reader, data: DataConfig, notes: Notes) -> dict[str, list[Entry]]:
-    """The entries of each of `SETS`, as the configuration's keys, and marks in the files, tell them apart."""
+    """Return the entries of each of `SETS`, by the configuration's keys and the marks in the files."""
     marked = [entry for path in data.train for entry in reader.read(path)]
     sets = {name: [entry for entry in marked if (entry.set or TRAIN) == name] for name in SETS}
     for name, files in ((VALIDATION, data.validation), (TEST, data.test)):
@@ -488,7 +489,7 @@ def read_sets(reader: Reader, data: DataConfig, notes: Notes) -> dict[str, list[
 
 
 def _of_file(entries: list[Entry], path: str, name: str, is_shared: bool) -> list[Entry]:
-    """Of a file that is named for a set: what is marked so; or all where nothing is marked, and no other set has it."""
+    """Return a set's entries from its file: the marked ones, or all if none is marked and no set shares it."""
     if all(entry.set is None for entry in entries):
         if is_shared:
             raise LabelError(
@@ -507,24 +508,24 @@ def _of_file(entries: list[Entry], path: str, name: str, is_shared: bool) -> lis
 
 
 def _check_ids(name: str, entries: Iterable[Entry]) -> None:
-    """Within a file ids differ already, but a set may be of several."""
+    """Raise `LabelError` for an id that two files of a set share; within a file ids were checked."""
     found: dict[str, str] = {}
     for protein, _, _, where in entries:
         if protein.id != str(protein.number) and found.setdefault(protein.id, where) != where:
             raise LabelError(f"{where}: {found[protein.id]} of the {name} set has the same id; ids must differ")
 
 
-def shorter(entries: list[Entry], most_residues: int | None) -> list[Entry]:
-    """Those of at most so many residues."""
+def at_most(entries: list[Entry], most_residues: int | None) -> list[Entry]:
+    """Return the entries of at most so many residues."""
     return [entry for entry in entries if most_residues is None or entry.protein.residues <= most_residues]
 
 
 def with_targets(entry: Entry, targets: Targets) -> Entry:
-    """The entry with its labels as numbers."""
+    """Return the entry with class numbers for its labels."""
     return entry._replace(known=targets)
 
 
 def known_of(entry: Entry) -> NDArray[np.float32]:
-    """The targets of an entry, those that are known; float32 [K]."""
+    """Return the known targets of an entry; float32 [K]."""
     assert isinstance(entry.known, np.ndarray)
     return entry.known[np.isfinite(entry.known)]

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from bionemo_esm.console import duration
 from bionemo_esm.finetuning.config import FROZEN
-from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.metrics import (
     METRIC_NAMES,
     RESAMPLES,
@@ -35,6 +34,7 @@ from bionemo_esm.finetuning.metrics import (
     per_class,
     verdict,
 )
+from bionemo_esm.finetuning.splits import LabelledDataset
 from bionemo_esm.finetuning.tasks import LOWER_IS_BETTER, METRICS, Prediction, Targets, Task
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"

@@ -168,7 +168,9 @@ class TaskConfig(Settings, section="task"):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _defaults(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
         given = {key: value for key, value in values.items() if value is not None}
         return {"metric": _DEFAULT_METRIC.get(str(given.get("kind")), "accuracy"), **given}
 
@@ -239,7 +241,9 @@ class SplitConfig(Settings, section="data.split"):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _defaults(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
         return {key: 0.0 if value is None else value for key, value in values.items()}
 
     @model_validator(mode="after")

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from bionemo_esm.console import Console
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches
-from bionemo_esm.finetuning.dataset import LabelledDataset
 from bionemo_esm.finetuning.features import OneHot
 from bionemo_esm.finetuning.metrics import METRIC_NAMES, scores
+from bionemo_esm.finetuning.splits import LabelledDataset
 from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.engine import BATCH_TOKENS
 from bionemo_esm.model.esm1nv import ESM1nvModel

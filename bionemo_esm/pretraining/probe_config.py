@@ -23,7 +23,7 @@ from bionemo_esm.settings import PositiveInt, Settings, plain_values
 
 if TYPE_CHECKING:
     from bionemo_esm.finetuning.config import ReadingConfig
-    from bionemo_esm.finetuning.dataset import LabelledDataset
+    from bionemo_esm.finetuning.splits import LabelledDataset
     from bionemo_esm.finetuning.tasks import Targets, Task
     from bionemo_esm.model.config import EncoderConfig
 
@@ -111,7 +111,7 @@ def _check_keys(section: str, values: Any, known: Iterable[str]) -> None:
 def read_probe(config: ProbeConfig, model: EncoderConfig) -> ProbeSet:
     """Return the labelled proteins; every label is checked. Raises `UserError`, naming the key, or file and record."""
     from bionemo_esm.finetuning.config import ReadingOptions
-    from bionemo_esm.finetuning.dataset import read_splits
+    from bionemo_esm.finetuning.splits import read_splits
     from bionemo_esm.inference.engine_options import ModelSizes
 
     try:
@@ -162,7 +162,7 @@ def _with_probe_keys(error: UserError) -> str:
 
 def _some_proteins(labelled: LabelledDataset, most: int) -> LabelledDataset:
     """Return up to `most` proteins, chosen and ordered by a hash of sequence and targets, not by the file's order."""
-    from bionemo_esm.finetuning.dataset import LabelledDataset
+    from bionemo_esm.finetuning.splits import LabelledDataset
 
     draws = [_draw(p.tokens.tobytes(), t.tobytes()) for p, t in zip(labelled.proteins, labelled.targets, strict=True)]
     chosen = sorted(range(len(draws)), key=draws.__getitem__)[:most]
@@ -175,7 +175,7 @@ def _draw(sequence: bytes, targets: bytes) -> tuple[bytes, bytes]:
 
 def _some_residues(labelled: LabelledDataset) -> LabelledDataset:
     """Return the same proteins with at most `MOST_RESIDUES` known targets; all others become NaN."""
-    from bionemo_esm.finetuning.dataset import LabelledDataset
+    from bionemo_esm.finetuning.splits import LabelledDataset
 
     together = np.concatenate(labelled.targets)
     places = np.flatnonzero(np.isfinite(together))

@@ -1,14 +1,10 @@
-"""A task's files, as sets of labelled proteins, with all that can be wrong with them found before any training.
+"""The training, validation and test sets of a task, read from its files and checked before any training.
 
-Proteins with what is known of them, and how they are shared out to training, validation and test.
+Sets that are split off at random do not depend on the order of the records: a keyed hash of the sequence decides, so
+equal sequences stay together. Similar ones may not: files can hold a split by families.
 
-Sets split off a training set at random, the same whatever the order of its records.
-
-A sequence's place is drawn by a keyed hash of the sequence itself, so that equal ones go together. Similar ones may
-part: a split by families is for the files to bring.
-
-A task's own files over the network: one zip archive at a fixed commit of FLIP's repository, of which only named
-members are taken out, once its bytes have been found to be the expected ones.
+A task's own files are downloaded as one zip archive at a fixed commit of FLIP's repository; named members are extracted
+once the archive's checksum matches.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +34,12 @@ from bionemo_esm.finetuning.parsing import (
     LabelError,
     Notes,
     Reader,
+    at_most,
     class_numbers,
     classes_of,
     counts_in_words,
     known_of,
     read_sets,
-    shorter,
     strange_label,
     with_targets,
 )
@@ -60,13 +55,8 @@ from bionemo_esm.finetuning.tasks import (
 )
 from bionemo_esm.inference.inputs import Protein
 
-
-class LabelledProtein(NamedTuple):
-    """One record, checked."""
-
-    protein: Protein
-    targets: Targets
-    where: str  # "train.csv, record 3 (1abc-A)", for messages
+_IMBALANCED = 10  # ratio of the most to the least frequent class, from which on the report notes it
+_NAMES = {TRAIN: "training", VALIDATION: "validation", TEST: "test"}
 
 
 @dataclass(frozen=True)
@@ -86,12 +76,12 @@ class LabelledDataset:
 
     @property
     def known(self) -> int:
-        """Targets that are known."""
+        """Number of known targets."""
         return sum(int(np.isfinite(target).sum()) for target in self.targets)
 
 
 class SealedTestSet:
-    """The test set: its proteins are at hand, its labels only after `open`, which is called once, at the end."""
+    """The test set: its proteins are accessible, its labels only through `open`, which is called once, at the end."""
 
     def __init__(self, labelled: LabelledDataset) -> None:
         self.proteins = labelled.proteins
@@ -101,131 +91,32 @@ class SealedTestSet:
         return len(self.proteins)
 
     def open(self) -> LabelledDataset:
-        """The set with its labels. A second call is a fault of ours: test labels are looked at once."""
-        assert self._labelled is not None, "the test labels have been looked at already"
+        """Return the set with its labels. A second call is a bug: test labels are used once."""
+        assert self._labelled is not None, "the test labels were used already"
         labelled, self._labelled = self._labelled, None
         return labelled
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A task's data, checked: every label known to be what the task says, before anything is computed."""
+    """A task's data; every label was checked."""
 
     task: Task  # classes, mean and scale are those of the training set
     train: LabelledDataset
     validation: LabelledDataset
     test: SealedTestSet | None
-    notes: tuple[str, ...] = ()  # what was left out, was missing, or was split off; for screen and report
+    notes: tuple[str, ...] = ()  # records left out, missing values, random splits; for screen and report
     files: Mapping[str, str] = field(default_factory=dict)  # by file name: SHA-256
 
 
-def split_off(entries: Sequence[Entry], shares: SplitConfig, seed: int) -> dict[str, list[Entry]]:
-    """The entries of train, validation and test, each in its order; shares of 0 give empty sets, others no empty one.
-
-    Raises `ConfigError` where there are too few different sequences for that.
-    """
-    drawn = sorted({entry.sequence for entry in entries}, key=lambda sequence: _draw(sequence, seed))
-    test = max(round(shares.test * len(drawn)), int(shares.test > 0))
-    validation = max(round(shares.validation * len(drawn)), int(shares.validation > 0))
-    if test + validation >= len(drawn):
-        raise ConfigError(
-            f"data.split.validation={shares.validation} and data.split.test={shares.test} leave none of "
-            f"{len(drawn):,} different sequences to train on; give more proteins, or files of each set"
-        )
-    places = dict.fromkeys(drawn, TRAIN) | dict.fromkeys(drawn[test : test + validation], VALIDATION)
-    places |= dict.fromkeys(drawn[:test], TEST)
-    return {name: [one for one in entries if places[one.sequence] == name] for name in (TRAIN, VALIDATION, TEST)}
-
-
-def _draw(sequence: bytes, seed: int) -> bytes:
-    return hashlib.blake2b(sequence, digest_size=16, key=str(seed).encode()).digest()
-
-
-_LARGEST_ARCHIVE_BYTES = 2**30
-_LARGEST_MEMBER_BYTES = 2**30
-_BLOCK_BYTES = 2**20
-
-
-def download_task(name: str, config: DownloadConfig, folder: Path, progress: Progress | None = None) -> dict[str, Path]:
-    """The files of a task in `folder/name`, by what they are: train, and where the task has them sequences and mask.
-
-    What is there already is looked through, and not downloaded again. Raises `ReleaseError`: for an archive that cannot
-    be had, has other bytes than expected, or lacks a member; for a folder that cannot be written to.
-    """
-    place = folder / name
-    archive = place / (PurePosixPath(config.url).name or "archive.zip")
-    if not (archive.is_file() and _has_checksum(archive, config.checksum)):
-        try:
-            download(config.url, archive, progress=progress)
-        except ReleaseError as error:
-            raise ReleaseError(f"{error}; or give local files by data.train=...") from error
-        if not _has_checksum(archive, config.checksum):
-            archive.unlink()
-            raise ReleaseError(
-                f"{config.url}: has other bytes than {config.checksum}; it was removed. Check the address and "
-                "task.download.checksum, or give local files by data.train=..."
-            )
-    members = {"train": config.train, "sequences": config.sequences, "mask": config.mask}
-    with file_errors(archive):
-        return {key: _taken_out(archive, member, place) for key, member in members.items() if member is not None}
-
-
-def _has_checksum(path: Path, checksum: str) -> bool:
-    """Whether a file has the bytes of `sha256:...`, or of a blob `git:...`: SHA-1 of a header and the file."""
-    kind, _, expected = checksum.partition(":")
-    size = path.stat().st_size
-    if size > _LARGEST_ARCHIVE_BYTES:
-        return False
-    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest() == expected
-
-
-def _taken_out(archive: Path, member: str, place: Path) -> Path:
-    """One member of an archive, as a file of its last name in a folder."""
-    target = place / PurePosixPath(member).name
-    try:
-        with zipfile.ZipFile(archive) as packed:
-            if member not in packed.namelist():
-                there = ", ".join(name for name in packed.namelist() if not name.endswith("/"))
-                raise ReleaseError(f"{archive}: has no member {member!r}, but {there}; correct task.download")
-            info = packed.getinfo(member)
-            if target == archive or not target.name or info.is_dir() or info.file_size > _LARGEST_MEMBER_BYTES:
-                raise ReleaseError(f"{archive}: member {member!r} is no file of up to 1 GiB; correct task.download")
-            if _is_taken_out(target, info):
-                return target
-            require_room(target, info.file_size)
-            with packed.open(info) as source, atomic_write(target) as stream:
-                shutil.copyfileobj(source, stream, _BLOCK_BYTES)  # no more than file_size, and its CRC is checked
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise ReleaseError(f"{archive}: cannot be unpacked ({error}); remove it and run this again") from error
-    return target
-
-
-def _is_taken_out(target: Path, info: zipfile.ZipInfo) -> bool:
-    if not target.is_file() or target.stat().st_size != info.file_size:
-        return False
-    check = 0
-    with target.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            check = zlib.crc32(block, check)
-    return check == info.CRC
-
-
-if TYPE_CHECKING:
-    from bionemo_esm.data.download import Progress
-
-_IMBALANCED = 10  # times as many of the most frequent class as of the least
-_NAMES = {TRAIN: "training", VALIDATION: "validation", TEST: "test"}
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_splits(task: TaskConfig, data: DataConfig, seed: int, progress: Progress | None = None) -> Splits:
-    """The sets of a task, every label checked; of the test set, the labels sealed.
+    """Return the sets of a task, every label checked, the labels of the test set sealed.
 
-    seed: of what is split off at random. progress: of a download. Raises `LabelError`, `InputError`, `TableError`,
-    `SourceError` for files, `ConfigError` for keys, `ReleaseError` for a download.
+    seed: of random splits. progress: of a download. Raises `LabelError`, `InputError`, `TableError` or `SourceError`
+    for files, `ConfigError` for keys, `ReleaseError` for a download.
     """
     if data.mask and not task.is_per_residue:
         raise ConfigError(f"data.mask is of residues, and {task.name} asks for one target a protein; leave it out")
@@ -233,11 +124,11 @@ def read_splits(task: TaskConfig, data: DataConfig, seed: int, progress: Progres
     notes = Notes([])
     reader = Reader(task, data)
     sets = read_sets(reader, data, notes)
-    notes.lines += reader.told
+    notes.lines += reader.notes
     notes.count("records left out by data.bad_records=skip", len(reader.problems), next(iter(reader.problems), ""))
     notes.count("proteins without a mask, all of whose residues count as resolved", reader.unmasked)
-    sets = _shorter(sets, data, notes)
-    sets = _shared_out(sets, data, seed, notes)
+    sets = _without_long(sets, data, notes)
+    sets = _with_random_splits(sets, data, seed, notes)
     classes = _classes(sets[TRAIN], task, data)
     strange: Counter[str] = Counter()  # labels that are no class, of each set
     if task.is_classification:
@@ -267,9 +158,9 @@ def read_splits(task: TaskConfig, data: DataConfig, seed: int, progress: Progres
 
 
 def with_files(task: TaskConfig, data: DataConfig, progress: Progress | None = None) -> DataConfig:
-    """The configuration with local files: those that it names, or the task's own, downloaded where they are not there.
+    """Return the configuration with local files: those that it names, or the task's own, downloaded if missing.
 
-    Raises `ConfigError` where neither is asked for, or the task has none; `ReleaseError`.
+    Raises `ConfigError` if neither is configured, or the task has no files; `ReleaseError`.
     """
     if data.train:
         return data
@@ -278,7 +169,7 @@ def with_files(task: TaskConfig, data: DataConfig, progress: Progress | None = N
         raise ConfigError(f"data.train must be given: data.train=FILE{own}")
     if task.download is None:
         raise ConfigError(
-            f"data.download: of task {task.name}, no file is known that could be downloaded and checked; give local "
+            f"data.download: task {task.name} has no file that could be downloaded and checked; give local "
             "ones by data.train=..."
         )
     found = download_task(task.name, task.download, data.download, progress)
@@ -286,19 +177,21 @@ def with_files(task: TaskConfig, data: DataConfig, progress: Progress | None = N
     return data.replace(download=None, train=train, sequences=sequences, mask=mask)
 
 
-# --- which set --------------------------------------------------------------------------------------------------------
+# --- sets -------------------------------------------------------------------------------------------------------------
 
 
-def _shorter(sets: Mapping[str, list[Entry]], data: DataConfig, notes: Notes) -> dict[str, list[Entry]]:
-    kept = {name: shorter(entries, data.max_residues) for name, entries in sets.items()}
+def _without_long(sets: Mapping[str, list[Entry]], data: DataConfig, notes: Notes) -> dict[str, list[Entry]]:
+    kept = {name: at_most(entries, data.max_residues) for name, entries in sets.items()}
     for name, entries in sets.items():
         if left := len(entries) - len(kept[name]):
             notes.lines.append(f"{_NAMES[name]}: {left:,} of {len(entries):,} proteins left out, as too long")
     return kept
 
 
-def _shared_out(sets: Mapping[str, list[Entry]], data: DataConfig, seed: int, notes: Notes) -> dict[str, list[Entry]]:
-    """With what is split off at random. Raises `LabelError` for a set that is missing, or that is empty."""
+def _with_random_splits(
+    sets: Mapping[str, list[Entry]], data: DataConfig, seed: int, notes: Notes
+) -> dict[str, list[Entry]]:
+    """Return the sets after random splits. Raises `LabelError` for a missing or an empty set."""
     files = ", ".join(data.train)
     for name, share in ((VALIDATION, data.split.validation), (TEST, data.split.test)):
         if share and sets[name]:
@@ -324,7 +217,7 @@ def _shared_out(sets: Mapping[str, list[Entry]], data: DataConfig, seed: int, no
     return {name: parts[name] or (list(sets[name]) if name != TRAIN else []) for name in SETS}
 
 
-# --- what is known ----------------------------------------------------------------------------------------------------
+# --- known targets --------------------------------------------------------------------------------------------------
 
 
 def _classes(train: Sequence[Entry], task: TaskConfig, data: DataConfig) -> tuple[str, ...]:
@@ -346,9 +239,9 @@ def _numbered(
     data: DataConfig,
     strange: Counter[str],
 ) -> list[Entry]:
-    """With numbers of classes in the place of labels; what is none of the classes is counted in `strange`.
+    """Return the entries with class numbers for labels; unknown classes are counted in `strange`.
 
-    Raises `LabelError` for such a label, where it is to be an error.
+    Raises `LabelError` for an unknown class, unless `data.unseen_classes` is skip.
     """
     numbers: dict[str | None, float] = {None: np.nan} | {label: float(place) for place, label in enumerate(classes)}  # type: ignore[dict-item]
     numbered = []
@@ -367,7 +260,7 @@ def _strange(name: str, entry: Entry, found: tuple[int, str], classes: Sequence[
     where = f"{entry.where}, residue {place + 1}" if task.is_per_residue else entry.where
     of = "task.classes" if task.classes is not None else "the classes of the training set"
     listed = ", ".join(classes[:20]) + (f" and {len(classes) - 20:,} more" if len(classes) > 20 else "")
-    advice = "correct it, or list it in task.unknown where it says that nothing is known"
+    advice = "correct it, or list it in task.unknown if it means that the label is not known"
     if name != TRAIN:
         advice += "; data.unseen_classes=skip treats all such as not known"
     return f"{where}: the label {label[:40]!r} is none of {of} ({listed}); {advice}"
@@ -376,12 +269,12 @@ def _strange(name: str, entry: Entry, found: tuple[int, str], classes: Sequence[
 def _labelled(
     name: str, entries: Sequence[Entry], task: TaskConfig, data: DataConfig, strange: int, notes: Notes
 ) -> list[Entry]:
-    """Those of which anything is known; of the labels so many were strange. Raises `LabelError` where none is left."""
+    """Return the entries with a known target. `strange`: labels of unknown classes. Raises `LabelError` if none is left."""
     kept = [entry for entry in entries if len(known_of(entry))]
     if entries and not kept:
         raise LabelError(f"{_files(name, data)}: no target of the {_NAMES[name]} set is known; check the labels")
     left = len(entries) - len(kept)
-    if not task.is_per_residue and strange == left:  # the same proteins: told once
+    if not task.is_per_residue and strange == left:  # the same proteins: one note
         notes.count(f"{_NAMES[name]}: proteins left out, as their classes are none of the task's", left)
     else:
         notes.count(f"{_NAMES[name]}: labels of classes that are none of the task's, treated as not known", strange)
@@ -393,7 +286,7 @@ def _labelled(
 
 
 def _check_sets(sets: Mapping[str, Sequence[Entry]], task: TaskConfig, data: DataConfig) -> None:
-    """Something to learn, and something to measure it by."""
+    """Raise `LabelError` unless targets differ: in training, and in validation for a correlation."""
     for name in (TRAIN, VALIDATION):
         values = np.unique(np.concatenate([known_of(entry) for entry in sets[name]]))
         needed = name == TRAIN or task.metric in ("spearman", "pearson")
@@ -406,22 +299,22 @@ def _check_sets(sets: Mapping[str, Sequence[Entry]], task: TaskConfig, data: Dat
 
 
 def _files(name: str, data: DataConfig) -> str:
-    """Those of a set, for a message."""
+    """Return the file names of a set, for a message."""
     own = {TRAIN: data.train, VALIDATION: data.validation, TEST: data.test}[name]
     return ", ".join(own or data.train)
 
 
 def _moments(entries: Sequence[Entry]) -> tuple[float, float]:
-    """Mean and standard deviation of the known targets."""
+    """Return mean and standard deviation of the known targets."""
     values = np.concatenate([known_of(entry) for entry in entries]).astype(np.float64)
     return float(values.mean()), float(values.std())
 
 
-# --- what is worth a word ---------------------------------------------------------------------------------------------
+# --- notes ----------------------------------------------------------------------------------------------------------
 
 
 def _note_repeats(sets: Mapping[str, Sequence[Entry]], notes: Notes) -> None:
-    """Equal sequences: of sets that should have none in common, and with different targets to train on."""
+    """Note sequences that several sets have in common, and equal training sequences with different targets."""
     sequences = {name: [entry.sequence for entry in entries] for name, entries in sets.items()}
     for one, other in ((TRAIN, VALIDATION), (TRAIN, TEST), (VALIDATION, TEST)):
         common = set(sequences[one])
@@ -451,7 +344,7 @@ def _note_classes(train: Sequence[Entry], classes: Sequence[str], notes: Notes) 
         notes.lines.append(f"training: the classes are far from equally frequent: {counts_in_words(counts)}")
 
 
-# --- what is handed on ------------------------------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------------------------------
 
 
 def _set_of(entries: Sequence[Entry]) -> LabelledDataset:
@@ -459,7 +352,7 @@ def _set_of(entries: Sequence[Entry]) -> LabelledDataset:
 
 
 def _digests(data: DataConfig) -> dict[str, str]:
-    """SHA-256 of every file, by its name; where two have the same name, with the folder it is in."""
+    """Return the SHA-256 of every file by its name; with its folder if two names are equal."""
     every = dict.fromkeys((*data.train, *data.validation, *data.test, *data.sequences, *data.mask))
     names = Counter(Path(path).name for path in every)
     found = {}
@@ -471,3 +364,103 @@ def _digests(data: DataConfig) -> dict[str, str]:
             raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
         found[path.name if names[path.name] == 1 else f"{path.absolute().parent.name}/{path.name}"] = digest
     return found
+
+
+# --- random splits --------------------------------------------------------------------------------------------------
+
+
+def split_off(entries: Sequence[Entry], shares: SplitConfig, seed: int) -> dict[str, list[Entry]]:
+    """Return the entries of train, validation and test, each in its order; only shares of 0 give empty sets.
+
+    Raises `ConfigError` for too few distinct sequences.
+    """
+    drawn = sorted({entry.sequence for entry in entries}, key=lambda sequence: _draw(sequence, seed))
+    test = max(round(shares.test * len(drawn)), int(shares.test > 0))
+    validation = max(round(shares.validation * len(drawn)), int(shares.validation > 0))
+    if test + validation >= len(drawn):
+        raise ConfigError(
+            f"data.split.validation={shares.validation} and data.split.test={shares.test} leave none of "
+            f"{len(drawn):,} different sequences to train on; give more proteins, or files of each set"
+        )
+    places = dict.fromkeys(drawn, TRAIN) | dict.fromkeys(drawn[test : test + validation], VALIDATION)
+    places |= dict.fromkeys(drawn[:test], TEST)
+    return {name: [one for one in entries if places[one.sequence] == name] for name in (TRAIN, VALIDATION, TEST)}
+
+
+def _draw(sequence: bytes, seed: int) -> bytes:
+    return hashlib.blake2b(sequence, digest_size=16, key=str(seed).encode()).digest()
+
+
+# --- downloads ------------------------------------------------------------------------------------------------------
+
+_LARGEST_ARCHIVE_BYTES = 2**30
+_LARGEST_MEMBER_BYTES = 2**30
+_BLOCK_BYTES = 2**20
+
+
+def download_task(name: str, config: DownloadConfig, folder: Path, progress: Progress | None = None) -> dict[str, Path]:
+    """Return the files of a task in `folder/name` by key: train, and sequences and mask if the task has them.
+
+    An existing file is checked, and not downloaded again. Raises `ReleaseError` for an archive that cannot be
+    downloaded, has another checksum or lacks a member, and for a folder that is not writable.
+    """
+    place = folder / name
+    archive = place / (PurePosixPath(config.url).name or "archive.zip")
+    if not (archive.is_file() and _has_checksum(archive, config.checksum)):
+        try:
+            download(config.url, archive, progress=progress)
+        except ReleaseError as error:
+            raise ReleaseError(f"{error}; or give local files by data.train=...") from error
+        if not _has_checksum(archive, config.checksum):
+            archive.unlink()
+            raise ReleaseError(
+                f"{config.url}: has other bytes than {config.checksum}; it was removed. Check the address and "
+                "task.download.checksum, or give local files by data.train=..."
+            )
+    members = {"train": config.train, "sequences": config.sequences, "mask": config.mask}
+    with file_errors(archive):
+        return {key: _extract(archive, member, place) for key, member in members.items() if member is not None}
+
+
+def _has_checksum(path: Path, checksum: str) -> bool:
+    """Whether a file has this checksum: `sha256:...`, or `git:...`, the SHA-1 of a blob's header and the file."""
+    kind, _, expected = checksum.partition(":")
+    size = path.stat().st_size
+    if size > _LARGEST_ARCHIVE_BYTES:
+        return False
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest() == expected
+
+
+def _extract(archive: Path, member: str, place: Path) -> Path:
+    """Extract one member of an archive into a folder, under the last part of its name."""
+    target = place / PurePosixPath(member).name
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            if member not in packed.namelist():
+                there = ", ".join(name for name in packed.namelist() if not name.endswith("/"))
+                raise ReleaseError(f"{archive}: has no member {member!r}, but {there}; correct task.download")
+            info = packed.getinfo(member)
+            if target == archive or not target.name or info.is_dir() or info.file_size > _LARGEST_MEMBER_BYTES:
+                raise ReleaseError(f"{archive}: member {member!r} is no file of up to 1 GiB; correct task.download")
+            if _is_extracted(target, info):
+                return target
+            require_room(target, info.file_size)
+            with packed.open(info) as source, atomic_write(target) as stream:
+                shutil.copyfileobj(source, stream, _BLOCK_BYTES)  # file_size bytes at most; the CRC is checked
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise ReleaseError(f"{archive}: cannot be unpacked ({error}); remove it and run this again") from error
+    return target
+
+
+def _is_extracted(target: Path, info: zipfile.ZipInfo) -> bool:
+    if not target.is_file() or target.stat().st_size != info.file_size:
+        return False
+    check = 0
+    with target.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            check = zlib.crc32(block, check)
+    return check == info.CRC
