@@ -285,7 +285,9 @@ def test_the_pretrained_classes_need_nothing_from_above(monkeypatch: pytest.Monk
 
 def card(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(sys, "argv", ["bionemo-esm", "inspect", str(path)])
-    command_line.main()
+    with pytest.raises(SystemExit) as stop:
+        command_line.main()
+    assert not stop.value.code
     return capsys.readouterr().out
 
 

@@ -269,7 +269,7 @@ def _strange(name: str, entry: Entry, found: tuple[int, str], classes: Sequence[
 def _labelled(
     name: str, entries: Sequence[Entry], task: TaskConfig, data: DataConfig, strange: int, notes: Notes
 ) -> list[Entry]:
-    """Return the entries with a known target. `strange`: labels of unknown classes. Raises `LabelError` if none is left."""
+    """Return the entries with a known target. `strange`: their labels of unknown classes. Raises `LabelError`."""
     kept = [entry for entry in entries if len(known_of(entry))]
     if entries and not kept:
         raise LabelError(f"{_files(name, data)}: no target of the {_NAMES[name]} set is known; check the labels")
