@@ -240,14 +240,14 @@ def test_training_ends_when_validation_gets_no_better_and_keeps_the_best_epoch(
     def scripted(task: Any, targets: Any, predictions: Any) -> dict[str, float]:
         return {"accuracy": next(told), "f1": 0.0, "mcc": 0.0}
 
-    end = fit._Watch.on_validation_end
+    end = fit._EpochRecorder.on_validation_end
 
     def remember(self: Any, trainer: Any, module: ESMFineTunedModel) -> None:
         kept.append(module.trained()["head.output.weight"].clone())
         end(self, trainer, module)
 
     monkeypatch.setattr("bionemo_esm.finetuning.model.scores", scripted)
-    monkeypatch.setattr(fit._Watch, "on_validation_end", remember)
+    monkeypatch.setattr(fit._EpochRecorder, "on_validation_end", remember)
     report = run_here(tmp_path / "out", base, *residues, *CONVNET, "tuning.patience=3", "tuning.max_epochs=50")
     assert len(kept) == 5
     assert report["rows"][0]["epochs"] == [2]

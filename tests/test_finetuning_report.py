@@ -16,8 +16,8 @@ from bionemo_esm.alphabet import encode
 from bionemo_esm.finetuning.comparison import write_report
 from bionemo_esm.finetuning.metrics import Estimate, differences, estimates, scores
 from bionemo_esm.finetuning.report import (
+    OPTIMISTIC,
     TEST,
-    TOO_GOOD,
     VALIDATION,
     Detail,
     Difference,
@@ -120,7 +120,7 @@ def test_equal_reports_are_equal_bytes_and_hold_every_number(tmp_path: Path, tas
             assert f"{told_so}; sd {sd:,.{digits}f}" in page
     for text in (page, console):
         assert report.verdicts[0].replace("\n", " ") in text.replace("\n", " ")
-        assert text.replace("\n", " ").count(TOO_GOOD) == 1
+        assert text.replace("\n", " ").count(OPTIMISTIC) == 1
         assert ("There is no test set." in text.replace("\n", " ")) == (TEST not in sets)
     assert "200 times" in page
     assert max(map(len, lines(report))) <= WITHIN
@@ -216,11 +216,11 @@ def test_classes_stand_in_the_order_of_the_task_everywhere() -> None:
 def test_how_to_read_the_numbers_says_what_is_so_of_this_report() -> None:
     of_proteins = page_of(report_of(CLASSES))
     assert "(seeds 1, 2); sd is" in of_proteins
-    assert "residues of a protein go together" not in of_proteins
+    assert "residues of a protein are drawn together" not in of_proteins
     residues = CLASSES.replace(level="residue")
     one = page_of(dataclasses.replace(report_of(CLASSES, seeds=(1,)), task=residues))
     assert "that of one training run (seed 1)." in one
-    assert "residues of a protein go together" in one
+    assert "residues of a protein are drawn together" in one
     assert "sd" not in one
 
 

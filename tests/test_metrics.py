@@ -17,7 +17,7 @@ from sklearn import metrics as sklearn_metrics
 from torch import distributed
 
 from bionemo_esm.alphabet import encode
-from bionemo_esm.finetuning.baselines import composition, composition_predictions
+from bionemo_esm.finetuning.baselines import composition, fitted_composition
 from bionemo_esm.finetuning.batches import gather_predictions
 from bionemo_esm.finetuning.metrics import confusion, per_class, scores
 from bionemo_esm.finetuning.splits import LabelledDataset, Splits
@@ -192,13 +192,13 @@ def test_of_a_residue_the_baseline_knows_what_stood_at_the_same_amino_acid() -> 
     nan = np.nan
     task = Task(name="letters", level="residue", kind="classification", metric="accuracy", classes=("H", "E"))
     train = LabelledDataset(proteins("AAK", "AC"), [np.float32([0, 1, 1]), np.float32([0, nan])])
-    found = composition_predictions(Splits(task, train, train, None), proteins("AKCX"))
+    found = fitted_composition(Splits(task, train, train, None))(proteins("AKCX"))
     assert found[0].dtype == np.float32
     assert found[0] == pytest.approx(np.array([[2 / 3, 1 / 3], [0, 1], [1 / 2, 1 / 2], [1 / 2, 1 / 2]]))
 
     task = Task(name="numbers", level="residue", kind="regression", metric="mse")
     train = LabelledDataset(proteins("AAK", "AC"), [np.float32([1, 2, 8]), np.float32([3, nan])])
-    found = composition_predictions(Splits(task, train, train, None), proteins("AK", "C"))
+    found = fitted_composition(Splits(task, train, train, None))(proteins("AK", "C"))
     assert found[0] == pytest.approx(np.array([[2], [8]]))
     assert found[1] == pytest.approx(np.array([[3.5]]))
 
@@ -216,20 +216,20 @@ def test_of_a_protein_the_baseline_is_a_linear_model_of_shares_and_length() -> N
     train = LabelledDataset(proteins(*sequences[:80]), [np.float32([100 * value]) for value in share[:80]])
     train.targets[0][:] = np.nan
     validation = LabelledDataset(proteins(*sequences[80:]), [np.float32([100 * value]) for value in share[80:]])
-    found = composition_predictions(Splits(task, train, validation, None), validation.proteins)
+    found = fitted_composition(Splits(task, train, validation, None))(validation.proteins)
     assert all(one.shape == (1, 1) and one.dtype == np.float32 for one in found)
     assert scores(task, validation.targets, found)["pearson"] > 0.999
-    again = composition_predictions(Splits(task, train, validation, None), validation.proteins)
+    again = fitted_composition(Splits(task, train, validation, None))(validation.proteins)
     assert all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
 
     lysines = [np.float32([2 * (value > 0.1)]) for value in share]  # the second class never occurs
     train = LabelledDataset(proteins(*sequences[:80]), lysines[:80])
     validation = LabelledDataset(proteins(*sequences[80:]), lysines[80:])
-    found = composition_predictions(Splits(EACH, train, validation, None), validation.proteins)
+    found = fitted_composition(Splits(EACH, train, validation, None))(validation.proteins)
     assert all(one.shape == (1, 3) and one[0, 1] == 0 for one in found)
     assert np.concatenate(found).sum(axis=1) == pytest.approx(np.ones(40), abs=1e-6)
     assert scores(EACH, validation.targets, found)["accuracy"] > 0.85
-    assert composition_predictions(Splits(EACH, train, validation, None), []) == []
+    assert fitted_composition(Splits(EACH, train, validation, None))([]) == []
 
 
 def test_validation_chooses_how_strongly_the_baseline_is_held_back() -> None:
@@ -240,6 +240,6 @@ def test_validation_chooses_how_strongly_the_baseline_is_held_back() -> None:
     train = LabelledDataset(proteins(*sequences[:30]), noise[:30])
     spread = []
     for validation in (LabelledDataset(proteins(*sequences[30:]), noise[30:]), train):  # noise; what was fitted itself
-        found = composition_predictions(Splits(task, train, validation, None), proteins(*sequences))
+        found = fitted_composition(Splits(task, train, validation, None))(proteins(*sequences))
         spread.append(np.concatenate(found).std())
     assert spread[0] < 0.7 * spread[1]

@@ -1,9 +1,8 @@
 """Low-rank adapters on Megatron's linear layers: W x + scale B A x (LoRA, Hu et al. 2021, arXiv:2106.09685).
 
-A and B are parameters of the layer that they adapt, `lora_a` [rank, inputs] and `lora_b` [outputs, rank], in the
-encoder's dtype: in bfloat16 they multiply as fast as it does, and the optimizer's float32 masters keep what small steps
-add up to, as they do for all weights. Rows of `lora_b` are in the order of the layer's own, which for queries, keys and
-values is Megatron's, head by head. Names of all other parameters stay as they are.
+A and B are parameters of the adapted layer, `lora_a` [rank, inputs] and `lora_b` [outputs, rank], in the encoder's
+dtype; the optimizer keeps float32 masters of them, as of all weights. Rows of `lora_b` are in the order of the layer's
+own, which for queries, keys and values is Megatron's, head by head. Names of other parameters do not change.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ ADAPTER_NAMES = (LORA_A, LORA_B)
 
 @dataclass(frozen=True)
 class _LowRank:
-    """The forward hook of an adapted layer, which returns its output and, where that is added later, its bias."""
+    """The forward hook of an adapted layer, which returns its output and, if that is added later, its bias."""
 
     scale: float
     dropout: float
@@ -41,9 +40,9 @@ class _LowRank:
 
 
 def add_adapters(encoder: ESMEncoder, config: AdapterConfig) -> None:
-    """Give the layers that `config` names adapters which, as B is zero, change no answer; all else is frozen.
+    """Add adapters to the layers that `config` names, and freeze all other parameters; B is zero: outputs stay equal.
 
-    A is drawn from PyTorch's generator on the CPU, uniform within 1 / sqrt(inputs), as in the authors' own code. Raises
+    A is drawn from PyTorch's generator on the CPU, uniform within 1 / sqrt(inputs), as in the authors' code. Raises
     `ConfigError` under tensor parallelism.
     """
     if tensor_parallel_size() > 1:
@@ -64,7 +63,7 @@ def add_adapters(encoder: ESMEncoder, config: AdapterConfig) -> None:
 
 @torch.no_grad()
 def merge_adapters(encoder: ESMEncoder, config: AdapterConfig) -> None:
-    """Take the adapters off, their products added to the weights: the answers stay, to rounding. All stays frozen."""
+    """Add the adapters' products to the weights, and remove the adapters; outputs stay equal, to rounding."""
     layers = list(_targets(encoder, config))
     assert all(_is_adapted(layer) for layer in layers), "the encoder has no such adapters"
     assert sum(_is_adapted(module) for module in encoder.modules()) == len(layers), "the encoder has other adapters"
@@ -78,7 +77,7 @@ def merge_adapters(encoder: ESMEncoder, config: AdapterConfig) -> None:
 
 @torch.no_grad()
 def merged_weights(weights: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
-    """Weights by name, with adapters among them, as they are without: for float32 masters, or an archive's tensors."""
+    """Return named weights with their adapters merged: for float32 masters, or an archive's tensors."""
     merged = {name: tensor for name, tensor in weights.items() if not name.endswith(ADAPTER_NAMES)}
     for name in weights:
         if name.endswith(LORA_A):
@@ -89,7 +88,7 @@ def merged_weights(weights: Mapping[str, Tensor], config: AdapterConfig) -> dict
 
 
 def adapter_shapes(config: AdapterConfig, encoder_config: EncoderConfig) -> dict[str, tuple[int, int]]:
-    """Name, as in `ESMEncoder.named_parameters`, and shape of every parameter that `add_adapters` adds."""
+    """Return name, as in `ESMEncoder.named_parameters`, and shape of every parameter that `add_adapters` adds."""
     shapes = {}
     for name, shape in encoder_config.tensors():
         layer, _, kind = name.removeprefix("encoder.").rpartition(".")

@@ -1,9 +1,9 @@
-"""What can be said of a protein without a model: from how often each amino acid occurs in it. A baseline.
+"""The composition baseline: predictions from amino-acid frequencies, without a neural network.
 
-Per protein: a linear model of the shares of the 20 amino acids and the logarithm of the length, as in the first
-predictors of subcellular localization (Nakashima & Nishikawa 1994), by scikit-learn; how strongly it is held back is
-chosen on the validation set by the task's metric. Per residue: what was seen in training at the same amino acid, the
-shares of the classes or the mean. Nothing is drawn: the same data give the same answers.
+Per protein: a linear model (scikit-learn) of the shares of the 20 amino acids and the logarithm of the length, as in
+the first predictors of subcellular localization (Nakashima & Nishikawa 1994); its penalty is chosen on the validation
+set by the task's metric. Per residue: the class frequencies, or the mean, of training residues of the same amino acid.
+The result is deterministic.
 """
 
 from __future__ import annotations
@@ -24,22 +24,17 @@ from bionemo_esm.inference.inputs import Protein
 Floats = NDArray[np.float64]
 Predict = Callable[[Sequence[Protein]], list[Prediction]]
 INVERSE_PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)  # scikit-learn's C of a logistic regression; 1 / C is a ridge's alpha
-_MANY_CLASSES = 100  # from which on the penalty is not chosen: a fit takes long, and there is little to choose
-_STEPS, _STEPS_OF_MANY = 1000, 50  # of L-BFGS, at most; what it has come to by then is the answer
+_MANY_CLASSES = 100  # from which on the penalty is not chosen, as a fit takes long
+_STEPS, _STEPS_OF_MANY = 1000, 50  # of L-BFGS, at most
 
 
 def fitted_composition(splits: Splits) -> Predict:
-    """What the composition says, fitted on the training set; shapes and units as `Prediction` has them."""
+    """Fit the baseline to the training set; return a function from proteins to predictions."""
     return _per_residue(splits) if splits.task.is_per_residue else _per_protein(splits)
 
 
-def composition_predictions(splits: Splits, proteins: Sequence[Protein]) -> list[Prediction]:
-    """What `fitted_composition` says of some proteins; for several sets, fit once."""
-    return fitted_composition(splits)(proteins)
-
-
 def composition(proteins: Sequence[Protein]) -> Floats:
-    """Of each protein the shares of the 20 standard amino acids and the natural logarithm of its length, [S, 21]."""
+    """Return the shares of the 20 standard amino acids and the natural logarithm of the length, [S, 21]."""
     found = np.zeros((len(proteins), NUM_STANDARD_RESIDUES + 1))
     for row, protein in zip(found, proteins, strict=True):
         counts = np.bincount(protein.tokens, minlength=VOCABULARY_SIZE)
@@ -49,7 +44,7 @@ def composition(proteins: Sequence[Protein]) -> Floats:
 
 
 def _per_residue(splits: Splits) -> Predict:
-    """By look-up, [33, C]: what stands at each token id; at ids that training never shows, of all residues."""
+    """Predict by look-up in [33, C]: frequencies by token id; of all residues for ids that training lacks."""
     train = splits.train
     tokens = np.concatenate([protein.tokens for protein in train.proteins])
     targets = np.concatenate(train.targets).astype(np.float64)
@@ -65,7 +60,7 @@ def _per_residue(splits: Splits) -> Predict:
 
 
 def _per_protein(splits: Splits) -> Predict:
-    """Of the fits with each penalty the one that does best on the validation set; of equal ones the more held back."""
+    """Return the fit whose penalty validates best; of equal ones the stronger penalty."""
     task, validation = splits.task, splits.validation
     best: tuple[float, Predict] | None = None
     for inverse_penalty in (1.0,) if task.outputs > _MANY_CLASSES else INVERSE_PENALTIES:
@@ -97,13 +92,13 @@ def _fitted(task: Task, train: LabelledDataset, inverse_penalty: float) -> Predi
         model.fit((features - mean) / scale, targets[there])
 
     def predict(proteins: Sequence[Protein]) -> list[Prediction]:
-        told = np.zeros((len(proteins), task.outputs), dtype=np.float32)
+        predicted = np.zeros((len(proteins), task.outputs), dtype=np.float32)
         if len(proteins):
             standard = (composition(proteins) - mean) / scale
-            if task.is_classification:  # of the classes that training shows
-                told[:, model.classes_.astype(np.int64)] = model.predict_proba(standard)
+            if task.is_classification:  # classes in the training set
+                predicted[:, model.classes_.astype(np.int64)] = model.predict_proba(standard)
             else:
-                told[:, 0] = model.predict(standard)
-        return [told[begin:end] for begin, end in pairwise(range(len(proteins) + 1))]
+                predicted[:, 0] = model.predict(standard)
+        return [predicted[begin:end] for begin, end in pairwise(range(len(proteins) + 1))]
 
     return predict

@@ -1,7 +1,7 @@
-"""Labelled proteins as batches: residues laid end to end, with what a head, or the encoder before it, reads of them.
+"""Batches of labelled proteins: packed residues with their targets, and features or an encoder's input.
 
-Shape suffixes: S proteins, R residues of all of them (or S rows, where features are pooled), F features, T tokens of a
-packed row, W residues of the row's sequences: one where a protein is read whole, more where windows overlap.
+Shape suffixes: S proteins, R residues of all of them (or S rows, if features are pooled), F features, T tokens of a
+packed row, W residues of the row's sequences; more than R if windows overlap.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Numbers = NDArray[np.int64]  # [S], of proteins in their set, from 0
 
 
 class Features(Protocol):
-    """Features of the proteins of a set that are there before training: one-hot, or of a frozen encoder."""
+    """Features of a set's proteins, computed before training: one-hot, or states of a frozen encoder."""
 
     @property
     def size(self) -> int:
@@ -38,25 +38,25 @@ class Features(Protocol):
         ...
 
     def of(self, number: int) -> NDArray[np.float32]:
-        """Of one protein: float32 [its residues, F], or [1, F] where they are pooled."""
+        """Return one protein's features: float32 [its residues, F], or [1, F] if pooled."""
         ...
 
 
 @dataclass(frozen=True)
 class EncoderRow:
-    """Proteins as the encoder reads them, and where its answers belong."""
+    """The encoder's input, and the positions of its states in the batch."""
 
     row: PackedBatch
-    sources: Tensor  # int64 [W], places of residues in the row
-    places: Tensor  # int64 [W], which residue of the batch each is
-    weights: Tensor | None  # float32 [W], what each window counts; None where all proteins are read whole
+    sources: Tensor  # int64 [W], positions of residues in the row
+    places: Tensor  # int64 [W], the residue of the batch for each
+    weights: Tensor | None  # float32 [W], blending weights; None if no protein is read in windows
 
     def to(self, device: torch.device) -> EncoderRow:
         weights = None if self.weights is None else self.weights.to(device)
         return EncoderRow(self.row.to(device), self.sources.to(device), self.places.to(device), weights)
 
     def blended(self, hidden_TH: Tensor, residues: int) -> Tensor:
-        """States of the batch's residues, [residues, H] in float32, from those of the row's tokens."""
+        """Return the states of the batch's residues, float32 [residues, H], from those of the row's tokens."""
         states_WH = hidden_TH[self.sources].float()
         if self.weights is None:
             return states_WH
@@ -66,11 +66,11 @@ class EncoderRow:
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """Some proteins of a set. Either `features` or `row` is there; without any protein neither is."""
+    """Some proteins of a set, with either `features` or `row`; an empty batch has neither."""
 
     numbers: Numbers
     bounds: Tensor  # int64 [S + 1], 0 to R
-    targets: Tensor  # float32 [R], or [S] of a task per sequence: as heads are fitted on, NaN where not known
+    targets: Tensor  # float32 [R], or [S] for a task per protein, standardised; NaN where not known
     features: Tensor | None = None  # float32 [R, F]
     row: EncoderRow | None = None
 
@@ -87,46 +87,44 @@ class LabelledBatch:
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's part of an optimizer step."""
+    """One rank's part of an optimizer step; a micro batch for each entry of `batches`."""
 
     batches: list[LabelledBatch]
-    weight: (
-        float  # of all known targets of the global batch, all ranks together; their number where classes count alike
-    )
+    weight: float  # of all known targets of the global batch, over all ranks; their number without class weights
     residues: int  # of the global batch
     epoch: int
 
 
 class Collator:
-    """Makes batches of a set by the numbers of its proteins."""
+    """Collate batches of a set from the numbers of its proteins."""
 
     def __init__(self, task: Task, labelled: LabelledDataset, source: Features | ReadingConfig) -> None:
-        """`source`: the features; or, where the encoder is to compute them, how it reads proteins."""
+        """source: the features; or, if the encoder computes them, how it reads proteins."""
         self.task, self.labelled, self.source = task, labelled, source
         self.targets: Sequence[Targets] = standardised(task, labelled.targets)
 
     @property
     def costs(self) -> NDArray[np.int64]:
-        """What each protein counts against the limit of a batch, int64 [S]: its tokens."""
+        """Tokens of each protein, int64 [S], for the limit of a batch."""
         return self.labelled.lengths + SPECIAL_TOKENS_PER_SEQUENCE
 
     def __call__(self, numbers: Numbers) -> LabelledBatch:
         chosen = numbers.tolist()
         targets = [self.targets[number] for number in chosen]
-        told = torch.from_numpy(np.concatenate(targets or [np.zeros(0, dtype=np.float32)]))
+        packed = torch.from_numpy(np.concatenate(targets or [np.zeros(0, dtype=np.float32)]))
         if not chosen:
-            return LabelledBatch(numbers, torch.zeros(1, dtype=torch.int64), told)
+            return LabelledBatch(numbers, torch.zeros(1, dtype=torch.int64), packed)
         if isinstance(self.source, ReadingConfig):
             proteins = [self.labelled.proteins[number] for number in chosen]
             bounds = _bounds([protein.residues for protein in proteins])
-            return LabelledBatch(numbers, bounds, told, row=encoder_row(proteins, self.source))
+            return LabelledBatch(numbers, bounds, packed, row=encoder_row(proteins, self.source))
         features = [self.source.of(number) for number in chosen]
         bounds = _bounds([len(rows) for rows in features])
-        return LabelledBatch(numbers, bounds, told, features=torch.from_numpy(np.concatenate(features)))
+        return LabelledBatch(numbers, bounds, packed, features=torch.from_numpy(np.concatenate(features)))
 
 
 def encoder_row(proteins: Sequence[Protein], reading: ReadingConfig) -> EncoderRow:
-    """Proteins, or windows of those that are longer than one, packed for the encoder."""
+    """Pack proteins for the encoder; those longer than a window as overlapping windows."""
     pieces, places, weights = [], [], []
     first, blends = 0, False
     for protein in proteins:
@@ -139,7 +137,7 @@ def encoder_row(proteins: Sequence[Protein], reading: ReadingConfig) -> EncoderR
         first += protein.residues
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
     row = pack(np.concatenate(pieces), lengths)
-    shift = SPECIAL_TOKENS_PER_SEQUENCE * np.arange(len(lengths)) + 1  # the specials before each piece's residues
+    shift = SPECIAL_TOKENS_PER_SEQUENCE * np.arange(len(lengths)) + 1  # special tokens before each piece's residues
     sources = np.arange(int(lengths.sum())) + np.repeat(shift, lengths)
     return EncoderRow(
         row,
@@ -150,10 +148,10 @@ def encoder_row(proteins: Sequence[Protein], reading: ReadingConfig) -> EncoderR
 
 
 class TrainingSteps(IterableDataset[RankBatch]):
-    """Steps of an endless training from one on, as one rank sees them.
+    """The endless steps of a training from `first_step` on, as one rank reads them.
 
-    Each epoch shows every protein once, in an order that depends on (seed, epoch) alone; its last step may be smaller.
-    A step's proteins are dealt to the ranks by length, so the sum over ranks is the same however many there are.
+    Each epoch contains every protein once, in an order that depends on (seed, epoch) only; its last step may be
+    smaller. A step's proteins are assigned to ranks by length; the sum over ranks does not depend on the world size.
     """
 
     def __init__(
@@ -164,14 +162,14 @@ class TrainingSteps(IterableDataset[RankBatch]):
         class_weights: NDArray[np.float32] | None = None,
         first_step: int = 0,
     ) -> None:
-        """`plan`: the global batch in sequences, micro batches in tokens. `class_weights`: float32 [C]."""
+        """plan: the global batch in sequences, micro batches in tokens. class_weights: float32 [C]."""
         assert plan.global_batch_size is not None and plan.micro_batch_tokens is not None
         self.collator, self.plan, self.class_weights, self.first_step = collator, plan, class_weights, first_step
         self.order = EpochPermutation(len(collator.labelled), seed)
         self.batch = plan.global_batch_size
 
     def on_rank(self, rank: int, world_size: int) -> TrainingSteps:
-        """The same training as that rank of so many sees it."""
+        """Return the same steps as this rank of a world of this size reads them."""
         plan = replace(self.plan, rank=rank, world_size=world_size)
         return TrainingSteps(self.collator, plan, self.order.seed, self.class_weights, self.first_step)
 
@@ -207,7 +205,7 @@ class TrainingSteps(IterableDataset[RankBatch]):
 
 
 class EvaluationBatches(Dataset[LabelledBatch]):
-    """One rank's part of a set, each protein on one rank only; at least one batch, which may be of no protein."""
+    """One rank's part of a set, each protein on one rank; at least one batch, which may be empty."""
 
     def __init__(self, collator: Collator, batch_tokens: int, rank: int = 0, world_size: int = 1) -> None:
         self.collator, self.batch_tokens = collator, batch_tokens
@@ -226,7 +224,7 @@ class EvaluationBatches(Dataset[LabelledBatch]):
 
 
 def loader(batches: Dataset[Any]) -> DataLoader[Any]:
-    """Of batches that are ready: nothing is put together from them."""
+    """Return a data loader of ready batches."""
     return DataLoader(batches, batch_size=None)
 
 

@@ -201,7 +201,7 @@ class Comparison:
             filled += train[number].residues
         cache = FeatureCache(self.folder / _CACHE)
         first, identity = is_rank_zero(), self._identity(name)
-        stored = cache.features(engine, identity, some, self.parts.reading, self.pooled, mine=first)
+        stored = cache.features(engine, identity, some, self.parts.reading, self.pooled, is_writer=first)
         return moments(stored, range(len(some)))
 
     @property

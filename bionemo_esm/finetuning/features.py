@@ -1,4 +1,4 @@
-"""Features that are there before training: one-hot, or those of a frozen encoder, computed once and kept on disk.
+"""Feature extraction before training: one-hot, or the states of a frozen encoder, computed once and kept on disk.
 
 An epoch of a head then takes seconds. Shape suffixes: R residues of a protein, F features.
 """
@@ -31,19 +31,19 @@ _IDENTITY = np.eye(NUM_STANDARD_RESIDUES, dtype=np.float32)
 
 
 class Moments(NamedTuple):
-    """Of each feature, float32 [F]."""
+    """Mean and standard deviation of each feature, float32 [F]."""
 
     mean: NDArray[np.float32]
     deviation: NDArray[np.float32]
 
 
 class OneHot:
-    """Which of the 20 amino acids a residue is: the features that need no model. Zeros for any other letter."""
+    """One-hot encoding of the 20 amino acids; zeros for any other letter."""
 
     size = NUM_STANDARD_RESIDUES
 
     def __init__(self, proteins: Sequence[Protein], pooled: bool = False) -> None:
-        """`pooled`: of each protein the mean over its residues, which is its composition."""
+        """pooled: the mean over each protein's residues, which is its composition."""
         self.proteins, self.pooled = proteins, pooled
 
     def of(self, number: int) -> NDArray[np.float32]:
@@ -54,10 +54,10 @@ class OneHot:
 
 
 class StoredFeatures:
-    """States of a frozen encoder, in a file that is mapped and not read: float32 [all rows, F], protein by protein."""
+    """States of a frozen encoder in a memory-mapped file: float32 [all rows, F], protein by protein."""
 
     def __init__(self, table: NDArray[np.float32], first: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
-        """`first`, `rows`: int64 [proteins], of each the number of its first row, and how many it has."""
+        """first, rows: int64 [proteins], the first row and the number of rows of each protein."""
         self.table, self.first, self.rows = table, first, rows
 
     @property
@@ -69,12 +69,12 @@ class StoredFeatures:
         return np.array(self.table[begin : begin + int(self.rows[number])])
 
     def part(self, begin: int, end: int) -> StoredFeatures:
-        """Of the proteins from one to before another."""
+        """Return the features of proteins `begin` to `end` - 1."""
         return StoredFeatures(self.table, self.first[begin:end], self.rows[begin:end])
 
 
 def moments(source: OneHot | StoredFeatures, numbers: Iterable[int]) -> Moments:
-    """Mean and standard deviation of each feature over all rows of some proteins, float32 [F]; sums are float64."""
+    """Return the moments of each feature over all rows of these proteins; sums are float64."""
     total, squares = np.zeros(source.size), np.zeros(source.size)
     count = 0
     for number in numbers:
@@ -86,9 +86,9 @@ def moments(source: OneHot | StoredFeatures, numbers: Iterable[int]) -> Moments:
 
 
 class FeatureCache:
-    """A folder of states of frozen encoders, each of which is computed once.
+    """A folder of states of frozen encoders, each computed once.
 
-    A file's name is a hash of all that its content depends on: weights, layer, windows, precision, and the sequences.
+    A file's name is a hash of all that its content depends on: model, layer, windows, precision, and sequences.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,14 +101,14 @@ class FeatureCache:
         proteins: Sequence[Protein],
         reading: ReadingConfig,
         pooled: bool,
-        answered: Callable[[int], None] = lambda residues: None,
-        mine: bool = True,
+        progress: Callable[[int], None] = lambda residues: None,
+        is_writer: bool = True,
     ) -> StoredFeatures:
-        """The features of these proteins; equal sequences are computed and stored once.
+        """Return the features of these proteins; equal sequences are computed and stored once.
 
-        `load` gives the encoder, if it is needed; `identity` says which it is, and in what precision it computes.
-        `answered` is told the residues of proteins as they are done. Written whole or not at all. `mine`: False where
-        another process writes the file, and this one is to wait for it.
+        load: returns the encoder; called only if it is needed. identity: of the encoder and its precision. progress:
+        called with the residues of finished proteins. is_writer: False if another process writes the file, and this one
+        waits for it. A file is written whole or not at all.
         """
         texts = [protein.tokens.tobytes() for protein in proteins]
         place_of = {text: place for place, text in enumerate(dict.fromkeys(texts))}
@@ -116,10 +116,10 @@ class FeatureCache:
         sizes = np.array([1 if pooled else protein.residues for protein in distinct], dtype=np.int64)
         starts = np.concatenate([[0], np.cumsum(sizes)])
         path = self.folder / f"{_digest(identity, reading, pooled, place_of)}.npy"
-        if not mine:
+        if not is_writer:
             _wait_for(path)
         if not path.exists():
-            self._compute(path, load(), distinct, reading, pooled, int(starts[-1]), answered)
+            self._compute(path, load(), distinct, reading, pooled, int(starts[-1]), progress)
         places = np.array([place_of[text] for text in texts], dtype=np.int64)
         table = np.load(path, mmap_mode="r")
         return StoredFeatures(table, starts[places], sizes[places])
@@ -132,7 +132,7 @@ class FeatureCache:
         reading: ReadingConfig,
         pooled: bool,
         rows: int,
-        answered: Callable[[int], None],
+        progress: Callable[[int], None],
     ) -> None:
         options = EmbeddingOptions(
             (reading.layer,), mean=pooled, residues=not pooled, window=reading.window, overlap=reading.overlap
@@ -143,16 +143,16 @@ class FeatureCache:
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[arg-type]
             for some in group_by_size(_RESIDUES_AT_ONCE, proteins, lambda protein: protein.residues):
-                for embedding in embed_proteins(engine, some, options, answered):
+                for embedding in embed_proteins(engine, some, options, progress):
                     stream.write(np.atleast_2d(embedding.arrays[name]).astype("<f4").tobytes())
 
 
 def _wait_for(path: Path) -> None:
-    """Until the first process has written a file. Raises `UserError` where that process has ended before."""
+    """Wait until the first process has written a file. Raises `UserError` if that process ended before."""
     launcher = os.getppid()
     while not path.exists():
         if os.getppid() != launcher:
-            raise UserError("the process that was to compute the encoder's states has ended; see its message")
+            raise UserError("the process that computes the encoder's states has ended; see its message")
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 

@@ -1,7 +1,7 @@
-"""`bionemo-esm finetune`: a task learned from a pretrained model, compared with what needs none, and reported.
+"""`bionemo-esm finetune`: fit a pretrained model to a task, compare it with baselines, and write a report.
 
-All of the data are read and checked before the first model is loaded. Every fit leaves a file, so that the same command
-goes on where it was stopped. The labels of the test set are looked at when all fits have come to their ends.
+All data are read and checked before the first model is loaded. Every fit has a file, so that the same command resumes
+after a stop. The labels of the test set are used only after the last fit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _STOPPED = "Stopped; the same command goes on from the last epoch that was saved
 
 
 def finetune(cfg: DictConfig) -> None:
-    """Fine-tune as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
+    """Run the command for a composed Hydra configuration; exits with 2 after one line for a user error."""
     with sigterm_as_exit(_STOPPED) if is_rank_zero() else nullcontext():
         run_to_exit_code(lambda: _finetune(cfg), _STOPPED, silent=not is_rank_zero())
 
@@ -54,8 +54,8 @@ def _finetune(cfg: DictConfig) -> int:
     splits = read_splits(config.task, config.data, config.seeds[0])
     if is_rank_zero():
         base.verify(WEIGHTS)
-    with _at_work_in(folder, cfg) as console:
-        _say_data(console, splits)
+    with _working_folder(folder, cfg) as console:
+        _print_data(console, splits)
         from bionemo_esm.finetuning.comparison import compare
 
         compare(config, base, splits, folder, console, started)
@@ -80,7 +80,7 @@ def finetune_config(cfg: DictConfig) -> FinetuneConfig:
 
 
 def _pretrained(path: Path) -> tuple[ArchiveFile, ModelSizes]:
-    """Raises `ArchiveError` for a file that holds no pretrained model of ours."""
+    """Open the pretrained archive. Raises `ArchiveError` for a file that holds none."""
     file = open_model_file(path)
     if file.model_class != _PRETRAINED:
         raise ArchiveError(
@@ -91,9 +91,9 @@ def _pretrained(path: Path) -> tuple[ArchiveFile, ModelSizes]:
 
 
 def _is_finished(cfg: DictConfig, folder: Path) -> bool:
-    """Whether this very job has come to its end there.
+    """Whether this command has finished in the folder.
 
-    Raises `ConfigError` unless the folder is new, or one in which this job, and no other, has been at work.
+    Raises `ConfigError` unless the folder is new, or belongs to this command.
     """
     check_writable("output", folder)
     if not folder.exists():
@@ -125,8 +125,8 @@ def _first_difference(key: str, earlier: object, now: object) -> str:
 
 
 @contextmanager
-def _at_work_in(folder: Path, cfg: DictConfig) -> Iterator[Console]:
-    """The folder, held by rank 0 for all, with the messages of other libraries in its log."""
+def _working_folder(folder: Path, cfg: DictConfig) -> Iterator[Console]:
+    """Lock the folder on rank 0, and redirect the messages of other libraries to its log."""
     folder.mkdir(parents=True, exist_ok=True)
     first = is_rank_zero()
     with (
@@ -138,7 +138,7 @@ def _at_work_in(folder: Path, cfg: DictConfig) -> Iterator[Console]:
         yield console
 
 
-def _say_data(console: Console, splits: Splits) -> None:
+def _print_data(console: Console, splits: Splits) -> None:
     task = splits.task
     what = f"{len(task.classes):,} classes" if task.is_classification else "a number"
     console.print_line(f"{task.name}: {what} for each {'residue' if task.is_per_residue else 'protein'}")

@@ -1,7 +1,7 @@
-"""One fine-tuning: epochs until validation gets no better, the best of them kept, under a Lightning trainer.
+"""One fit: epochs with early stopping under a Lightning trainer; the weights of the best epoch are kept.
 
-What a fit has come to is in a file, which is whole or absent: after each epoch so that the same command goes on from
-there, and at the end so that it need not be done again.
+The state of a fit is in a file that is written whole or not at all: after an epoch, so that the same command resumes
+there, and at the end, so that it is not repeated.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from bionemo_esm.model.lightning import fit as fit_model
 from bionemo_esm.model.parallel import data_parallel_rank, data_parallel_size, is_first_rank
 
 _SECONDS_BETWEEN_SAVES = 20.0
-_SECONDS_BETWEEN_LINES = 15.0  # of progress, where output is no terminal
+_SECONDS_BETWEEN_LINES = 15.0  # of progress, if the output is no terminal
 
 Sources = tuple[Features, Features, Features | None]  # of training, validation and test set
 
 
 @dataclass(frozen=True)
 class FitPlan:
-    """What is fitted to what, from which seed, on which device."""
+    """The model, data, seed and devices of a fit."""
 
     name: str  # "pretrained, seed 1"
-    file: Path  # that keeps what it has come to
+    file: Path  # holds its state
     config: Mapping[str, Any]  # of the model: see `ESMFineTunedModel`
     initial_weights: Path | None  # of the encoder; None: random ones, or no encoder
     tuning: TuningConfig
@@ -52,7 +52,7 @@ class FitPlan:
     validation: LabelledDataset
     test: Sequence[Protein]  # without their labels
     sources: Sources | ReadingConfig
-    standard: Moments  # of what the head reads, over the training set
+    standard: Moments  # of the head's features, over the training set
     accelerator: str
     devices: int
     num_nodes: int
@@ -60,22 +60,22 @@ class FitPlan:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What came of a fit, by the weights of its best epoch."""
+    """The result of a fit at its best epoch."""
 
-    weights: Mapping[str, Tensor]  # of what was trained, float32, by name
-    history: list[dict[str, Any]]  # of each epoch: epoch (from 1), loss, seconds, and the validation scores
+    weights: Mapping[str, Tensor]  # trained tensors, float32, by name
+    history: list[dict[str, Any]]  # for each epoch: epoch (from 1), loss, seconds, and the validation scores
     best_epoch: int
     validation: list[Prediction]
     test: list[Prediction]
 
     @property
     def scores(self) -> dict[str, float]:
-        """On the validation set, at the best epoch."""
+        """Scores on the validation set."""
         return dict(self.history[self.best_epoch - 1]["scores"])
 
     @property
     def parameters(self) -> int:
-        """Numbers that were trained."""
+        """Number of trained parameters."""
         return sum(tensor.numel() for name, tensor in self.weights.items() if name not in BUFFERS)
 
     @property
@@ -84,18 +84,18 @@ class Fitted:
 
 
 def fit(plan: FitPlan, console: Console) -> Fitted:
-    """Fit, or go on with what the plan's file has of it, or take it from there. Collective over data-parallel ranks.
+    """Fit, resume from the plan's file, or return the finished fit that it holds. Collective over data-parallel ranks.
 
-    Raises `ArchiveError` for a file that is damaged, and `KeyboardInterrupt` on Ctrl-C; what was saved stays.
+    Raises `ArchiveError` for a damaged file, and `KeyboardInterrupt` on Ctrl-C; the saved state remains.
     """
     saved = _Saved.read(plan)
     if saved is not None and saved.finished is not None:
         return saved.finished
     batch = plan.tuning.global_batch_size
-    watch = _Watch(plan, console, saved)
+    recorder = _EpochRecorder(plan, console, saved)
     trainer = build_trainer(
         MegatronStrategy(leave_groups_up=True),
-        [watch],
+        [recorder],
         accelerator=plan.accelerator,
         devices=plan.devices,
         num_nodes=plan.num_nodes,
@@ -103,7 +103,7 @@ def fit(plan: FitPlan, console: Console) -> Fitted:
     )
     model = _model(plan, trainer, saved)
     fit_model(trainer, model)
-    return watch.result(model, trainer.strategy.root_device)
+    return recorder.result(model, trainer.strategy.root_device)
 
 
 def _model(plan: FitPlan, trainer: Trainer, saved: _Saved | None) -> ESMFineTunedModel:
@@ -125,7 +125,7 @@ def _model(plan: FitPlan, trainer: Trainer, saved: _Saved | None) -> ESMFineTune
 
 
 def _collator(plan: FitPlan, task: Task, place: int, labelled: LabelledDataset) -> Collator:
-    """Of the set at this place of `Sources`."""
+    """Return the collator of the set at this index of `Sources`."""
     if isinstance(plan.sources, ReadingConfig):
         return Collator(task, labelled, plan.sources)
     source = plan.sources[place]
@@ -136,8 +136,8 @@ def _collator(plan: FitPlan, task: Task, place: int, labelled: LabelledDataset) 
 # --- epoch by epoch ---------------------------------------------------------------------------------------------------
 
 
-class _Watch(Callback):
-    """After each epoch: what it came to, whether it is the best, what of it is saved, and whether it is the last."""
+class _EpochRecorder(Callback):
+    """Record each epoch, keep the best one, save the state, and stop early."""
 
     def __init__(self, plan: FitPlan, console: Console, saved: _Saved | None) -> None:
         self.plan, self.console = plan, console
@@ -149,7 +149,7 @@ class _Watch(Callback):
 
     @property
     def best_epoch(self) -> int:
-        """Of those so far, from 1; 0 before the first."""
+        """The best epoch so far, from 1; 0 before the first."""
         return self.history[-1]["best_epoch"] if self.history else 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -198,11 +198,11 @@ class _Watch(Callback):
             }
         )
         self._started, self._residues = now, 0
-        self._stop_where_it_is_time(trainer)
+        self._stop_early(trainer)
         if now - self._saved_at > _SECONDS_BETWEEN_SAVES and not trainer.should_stop and is_first_rank():
             self._save(pl_module)
 
-    def _stop_where_it_is_time(self, trainer: Trainer) -> None:
+    def _stop_early(self, trainer: Trainer) -> None:
         epochs, tuning = len(self.history), self.plan.tuning
         if epochs and (epochs >= tuning.max_epochs or epochs - self.best_epoch >= tuning.patience):
             trainer.should_stop = True
@@ -223,7 +223,7 @@ class _Watch(Callback):
         return told | ({"test": torch.from_numpy(np.concatenate(test))} if test else {})
 
     def result(self, model: ESMFineTunedModel, device: torch.device) -> Fitted:
-        """By the best weights; the test set's proteins are predicted with those, and nobody looks at their labels."""
+        """Return the result at the best epoch, with predictions for the test set, whose labels are not used."""
         test: list[Prediction] = []
         if self.plan.test:
             model.load_trained({name: tensor.to(model.device) for name, tensor in self.best.items()})
@@ -234,7 +234,7 @@ class _Watch(Callback):
 
 
 def _predicted(model: ESMFineTunedModel, plan: FitPlan) -> list[Prediction]:
-    """Of the test set, on all ranks."""
+    """Return the predictions for the test set, on all ranks."""
     per_residue = model.task.is_per_residue
     blank = [np.full(protein.residues if per_residue else 1, np.nan, dtype=np.float32) for protein in plan.test]
     collator = _collator(plan, model.task, 2, LabelledDataset(plan.test, blank))
@@ -251,7 +251,7 @@ def _predicted(model: ESMFineTunedModel, plan: FitPlan) -> list[Prediction]:
 
 @dataclass(frozen=True)
 class _Saved:
-    """What a file has of a fit: its result, or where it was."""
+    """The content of a fit's file: its result, or its state after an epoch."""
 
     finished: Fitted | None
     history: list[dict[str, Any]]

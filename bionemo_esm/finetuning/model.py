@@ -1,14 +1,11 @@
-"""The fine-tuned model as a NeMo model: a pretrained encoder, a head on its states, and one optimizer step of both.
+"""The fine-tuned model as a NeMo model: a pretrained encoder, a head on its states, and their optimizer step.
 
-Shape suffixes: S proteins of a batch, R residues of all of them, H hidden size, C outputs of the task.
+Parameter groups: layer 0 is the embeddings, layer k the k-th block. The rate of layer k is that of the top layer times
+decay to the power of the blocks above it: discriminative fine-tuning (Howard & Ruder 2018, arXiv:1801.06146, section
+3.1, which divides by 2.6 from layer to layer).
 
-Which parameters are trained, and how fast: slower the deeper they lie.
-
-Layers are numbered as everywhere: 0 is the embeddings, k the k-th block. The rate of layer k is that of the uppermost
-times decay to the power of the blocks above it: discriminative fine-tuning (Howard & Ruder 2018, arXiv:1801.06146,
-section 3.1, which divides by 2.6 from layer to layer).
-
-A fitted model as an archive of its own: what was trained over what it was trained from, tensor by tensor.
+`write_fine_tuned` writes the archive: trained tensors over those of the pretrained archive. Shape suffixes: S proteins
+of a batch, R residues of all of them, H hidden size, C outputs of the task.
 """
 
 from __future__ import annotations
@@ -62,9 +59,9 @@ _HEAD = "head."
 
 
 def layer_of(name: str, num_layers: int) -> int:
-    """To which layer a parameter of a model with parts `encoder` and `head` belongs.
+    """Return the layer of a parameter of a model with parts `encoder` and `head`.
 
-    0: embeddings; k: the k-th block, whose name has k - 1; `num_layers`: what stands above all blocks as well;
+    0: embeddings; k: the k-th block, whose name has k - 1; `num_layers`: also the modules above all blocks;
     `num_layers` + 1: the head.
     """
     if name.startswith(_HEAD):
@@ -87,11 +84,11 @@ def parameter_groups(
     decay: float,
     weight_decay: float,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer, with keys params, lr and weight_decay; those that need no gradient are left out.
+    """Return parameter groups for an optimizer, with keys params, lr and weight_decay, of trainable parameters.
 
-    `named`: parameters by name, of a model with parts `encoder` and `head`. `num_layers`: the layer that features are
-    taken from, which learns at `lr`; layer k below it at lr * decay**(num_layers - k), the head at `head_lr`. Biases
-    and norms have no weight decay. Parameters of equal rate and decay are one group; order is that of their first.
+    named: parameters by name, of a model with parts `encoder` and `head`. num_layers: the layer of the features, with
+    rate `lr`; layer k below it has lr * decay**(num_layers - k), the head `head_lr`. Biases and norms have no weight
+    decay. Parameters of equal rate and decay form one group; groups are in the order of their first parameter.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
@@ -104,15 +101,15 @@ def parameter_groups(
 
 
 def freeze(module: nn.Module) -> None:
-    """No parameter of the module is trained."""
+    """Exclude all parameters of the module from training."""
     module.requires_grad_(False)
 
 
 def set_trainable(encoder: ESMEncoder, mode: str, layer: int) -> None:
-    """Say which parameters of an encoder are trained, when features are the hidden states of `layer`.
+    """Set which parameters of an encoder are trained, for features from the hidden states of `layer`.
 
-    frozen: none; lora: adapters, which have been added, of the blocks that features come through; full: those blocks
-    and the embeddings, and the final layer norm where features are the last layer's. What predicts tokens never is.
+    frozen: none; lora: the adapters, already added, of the blocks up to that layer; full: those blocks and the
+    embeddings, and the final layer norm for the last layer. The language-model head is never trained.
     """
     blocks = len(encoder.encoder.layers)
     assert mode in (FROZEN, FULL, LORA) and 0 <= layer <= blocks
@@ -127,18 +124,17 @@ def set_trainable(encoder: ESMEncoder, mode: str, layer: int) -> None:
         parameter.requires_grad = reached and (mode == FULL or name.endswith(ADAPTER_NAMES))
 
 
-_DROPOUT_STREAM, _HEAD_STREAM = 16, 17  # keep their seeds apart from one another, and from those of pretraining
+_DROPOUT_STREAM, _HEAD_STREAM = 16, 17  # distinct from each other and from those of pretraining
 _ENCODER, CONTACT_HEAD = "encoder.", "contact_head."
 
 
 @register_model
 class ESMFineTunedModel(ModelPT):
-    """An encoder and a head that answers about residues or proteins.
+    """An encoder and a head that predicts for residues or proteins.
 
-    `cfg`: `encoder`, `precision` and `seed` as of `ESM1nvModel`, `task` (`Task.to_dict`), and head, reading and
-    adapters (`Parts.to_dict`). With a trainer it is built when the trainer has brought the process groups up; without
-    one at once. For training set `tuning`, and, where features are there beforehand, `head_inputs`: then there is no
-    encoder.
+    `cfg`: `encoder`, `precision` and `seed` as in `ESM1nvModel`, `task` (`Task.to_dict`), and head, reading and
+    adapters (`Parts.to_dict`). With a trainer it is built once the process groups exist; without one at once. For
+    training set `tuning`, and for precomputed features `head_inputs`: there is no encoder then.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
@@ -165,7 +161,7 @@ class ESMFineTunedModel(ModelPT):
         self.last_loss = float("nan")
         self.last_scores: dict[str, float] = {}
         self.last_predictions: list[Prediction] = []
-        self._answers: list[tuple[int, Prediction]] = []
+        self._local_predictions: list[tuple[int, Prediction]] = []
         if trainer is None:
             ensure_groups()
             self.configure_model()
@@ -173,7 +169,7 @@ class ESMFineTunedModel(ModelPT):
     # --- its parts --------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Build encoder and head, with weights that depend on the seed alone, then load what there is to load."""
+        """Build encoder and head, with weights that depend on the seed only, then load initial weights."""
         if self.head is not None:
             return
         device_type = self._trainer.strategy.root_device.type if self._trainer else "cpu"
@@ -195,23 +191,23 @@ class ESMFineTunedModel(ModelPT):
             set_trainable(self.encoder, self.tuning.mode, self.parts.reading.layer)
 
     def trained(self) -> dict[str, Tensor]:
-        """What training changes, float32 masters by name, and what it found out about the features."""
+        """Return the trained float32 masters by name, and the head's buffers."""
         assert self.masters is not None and self.head is not None
         fixed = {f"head.{name}": buffer.detach() for name, buffer in self.head.named_buffers()}
         return {name: master.detach() for name, master in self.masters.masters.items()} | fixed
 
     @torch.no_grad()
     def load_trained(self, weights: Mapping[str, Tensor]) -> None:
-        """The inverse of `trained`."""
+        """Load what `trained` returned."""
         assert self.masters is not None and self.head is not None
         self.masters.load_state_dict({name: weights[name] for name in self.masters.masters})
         for name, buffer in self.head.named_buffers():
             buffer.copy_(weights[f"head.{name}"])
 
-    # --- answers ----------------------------------------------------------------------------------------------------
+    # --- predictions -------------------------------------------------------------------------------------------------
 
     def forward(self, batch: LabelledBatch) -> Tensor:
-        """What the head says of each residue, or protein: float32 [R, C] or [S, C]; logits, or standardised numbers."""
+        """Return the head's outputs: float32 [R, C] or [S, C]; logits, or standardised numbers."""
         assert self.head is not None
         features, bounds = batch.features, batch.bounds
         if features is None:
@@ -219,32 +215,33 @@ class ESMFineTunedModel(ModelPT):
             row, layer = batch.row.row, self.parts.reading.layer
             states_TH = representations(self.encoder, row, {layer})[layer]
             features = batch.row.blended(states_TH, batch.rows)
-        answers: Tensor = self.head(features, bounds)
-        return answers
+        outputs: Tensor = self.head(features, bounds)
+        return outputs
 
     @torch.no_grad()
     def predictions(self, batch: LabelledBatch) -> list[Prediction]:
-        """Of each protein, on the CPU: probabilities, or numbers in the target's unit."""
+        """Return each protein's prediction, on the CPU: probabilities, or numbers in the target's unit."""
         if not len(batch.numbers):
             return []
-        told = in_own_unit(self.task, self(batch))
+        outputs = in_own_unit(self.task, self(batch))
         rows = torch.diff(batch.bounds).tolist() if self.task.is_per_residue else [1] * len(batch.numbers)
-        return [part.numpy() for part in told.cpu().split(rows)]
+        return [part.numpy() for part in outputs.cpu().split(rows)]
 
     def loss(self, batch: LabelledBatch) -> Tensor:
-        """Summed over known targets: cross-entropy in nats, times the weight of the class, or the squared error."""
-        answers, known = self(batch), batch.targets.isfinite()
-        answers, targets = answers[known], batch.targets[known]
+        """Return the sum over known targets of class-weighted cross-entropy in nats, or of squared errors."""
+        outputs, known = self(batch), batch.targets.isfinite()
+        outputs, targets = outputs[known], batch.targets[known]
         if not self.task.is_classification:
-            squares: Tensor = (answers.squeeze(-1) - targets).square().sum()
+            squares: Tensor = (outputs.squeeze(-1) - targets).square().sum()
             return squares
-        return cross_entropy(answers, targets.long(), weight=self.class_weights, reduction="sum")
+        return cross_entropy(outputs, targets.long(), weight=self.class_weights, reduction="sum")
 
     # --- training ---------------------------------------------------------------------------------------------------
 
     def training_step(self, share: RankBatch, batch_idx: int) -> None:
-        """One optimizer step: the loss is summed over all known targets of the global batch, and divided by their
-        weight, so it does not depend on how the batch was dealt to ranks and micro batches.
+        """Make one optimizer step on the loss of the global batch: its sum over known targets, over their weight.
+
+        It does not depend on the assignment of proteins to ranks and micro batches.
         """
         assert self.masters is not None
         torch.manual_seed(_seed_of(self.seed, _DROPOUT_STREAM, self.steps, data_parallel_rank()))
@@ -274,7 +271,7 @@ class ESMFineTunedModel(ModelPT):
         return batch.to(device)
 
     def configure_optimizers(self) -> Any:
-        """Fused Adam over what is trained, each part at its rate, which rises over the first steps and then stays."""
+        """Return fused Adam over the trained parameters; rates rise over the first steps and then stay constant."""
         assert self.head is not None and self.backends is not None
         if self.masters is not None:
             self.masters.release()
@@ -298,25 +295,25 @@ class ESMFineTunedModel(ModelPT):
     # --- validation -------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._answers = []
+        self._local_predictions = []
 
     def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
-        self._answers += zip(batch.numbers.tolist(), self.predictions(batch), strict=True)
+        self._local_predictions += zip(batch.numbers.tolist(), self.predictions(batch), strict=True)
 
     def on_validation_epoch_end(self) -> None:  # type: ignore[override]
-        """Every rank has all predictions, whoever made them, and comes to the same scores."""
+        """Gather the predictions of all ranks, and score them on each."""
         labelled = self._validation.collator.labelled
-        self.last_predictions = gather_predictions(self._answers, len(labelled), self.device)
+        self.last_predictions = gather_predictions(self._local_predictions, len(labelled), self.device)
         self.last_scores = scores(self.task, labelled.targets, self.last_predictions)
 
-    # --- data, as NeMo and Lightning ask for them -------------------------------------------------------------------
+    # --- data loaders of NeMo and Lightning -----------------------------------------------------------------------
 
     def setup_training_data(self, train_data_config: TrainingSteps) -> None:
-        """Train on these steps, of which each rank takes its part."""
+        """Train on these steps; each rank reads its part."""
         self._steps = train_data_config
 
     def setup_validation_data(self, val_data_config: EvaluationBatches) -> None:
-        """Validate on a set, of which each rank takes its part."""
+        """Validate on a set; each rank reads its part."""
         self._validation = val_data_config
 
     def train_dataloader(self) -> DataLoader[RankBatch]:
@@ -327,27 +324,27 @@ class ESMFineTunedModel(ModelPT):
 
     @classmethod
     def list_available_models(cls) -> list[Any]:
-        """None: weights are files that people bring; nothing is fetched from a catalogue."""
+        """Return no model: there is no catalogue of weights to download."""
         return []
 
-    # --- what is saved ----------------------------------------------------------------------------------------------
+    # --- saving ---------------------------------------------------------------------------------------------------
 
     def archive_provenance(self) -> dict[str, Any]:
         return dict(self.provenance)
 
 
 def load_encoder(encoder: ESMEncoder, file: ArchiveFile) -> None:
-    """The verified weights of a pretrained archive, and no other tensor. Raises `ArchiveError`."""
+    """Load the verified encoder weights of a pretrained archive. Raises `ArchiveError`."""
     weights = {
         name.removeprefix(_ENCODER): tensor for name, tensor in file.load_weights().items() if name.startswith(_ENCODER)
     }
-    if encoder.contact_head is None:  # fitted to the weights as they were, and so left behind
+    if encoder.contact_head is None:  # it was fitted to the pretrained weights
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(CONTACT_HEAD)}
     load_weights(encoder, weights, str(file.path))
 
 
 def class_weights(task: Task, targets: Sequence[Targets]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """So that each class counts as much as all others: float32 [C], 1 on average over the known targets."""
+    """Return weights by which all classes count alike: float32 [C], 1 on average over the known targets."""
     known = np.concatenate([target[np.isfinite(target)] for target in targets]).astype(np.int64)
     counts = np.bincount(known, minlength=len(task.classes)).astype(np.float64)
     present = counts > 0
@@ -373,10 +370,10 @@ def write_fine_tuned(
     seed: int,
     provenance: Mapping[str, Any],
 ) -> Path:
-    """Write the model, whole or not at all. Raises `ArchiveError`, also where the pretrained archive is damaged.
+    """Write the model, whole or not at all. Raises `ArchiveError`, also if the pretrained archive is damaged.
 
-    trained: float32, by name; where `parts` have no adapters, there are none among them (see `merged`). If the encoder
-    was trained, all of it is float32; a frozen one, and one beside its adapters, stays as it was, bit for bit.
+    trained: float32, by name, with adapters only if `parts` have them (see `merged`). A trained encoder is written in
+    float32; a frozen one, and one beside its adapters, is unchanged, bit for bit.
     """
     base.verify(WEIGHTS)
     encoder = EncoderConfig.from_config(base.config["encoder"])
@@ -384,24 +381,24 @@ def write_fine_tuned(
     if mode != FROZEN and encoder.contact_head:  # it was fitted to other weights
         encoder = EncoderConfig.from_config({**encoder.to_dict(), "contact_head": False})
         names = [name for name in names if not name.startswith(_ENCODER_SAVING + CONTACT_HEAD)]
-    as_it_was = mode == FROZEN or parts.adapters is not None
-    outline = {name: _outline(base, name, as_it_was) for name in names}
+    unchanged = mode == FROZEN or parts.adapters is not None
+    outline = {name: _outline(base, name, unchanged) for name in names}
     outline |= {name: torch.empty(tensor.shape, device="meta") for name, tensor in trained.items()}
 
     def make(name: str) -> Tensor:
         if name in trained:
             return trained[name]
         tensor = base.load_finite(name)
-        return tensor if as_it_was else tensor.float()
+        return tensor if unchanged else tensor.float()
 
     precision = "bf16" if outline[names[0]].dtype == torch.bfloat16 else "32"
     config = archive_config(encoder, precision, seed, task, parts)
-    told = {**provenance, "package_versions": package_versions()}
-    return write_archive(path, Archive(MODEL_CLASS, config, LazyTensors(outline, make), told))
+    recorded = {**provenance, "package_versions": package_versions()}
+    return write_archive(path, Archive(MODEL_CLASS, config, LazyTensors(outline, make), recorded))
 
 
 def merged(base: ArchiveFile, trained: Mapping[str, Tensor], parts: Parts) -> dict[str, Tensor]:
-    """What was trained, with the encoder's adapted weights in the place of their adapters: float32."""
+    """Return the trained tensors, float32, with the encoder's merged weights in place of adapters."""
     assert parts.adapters is not None
     found = {name: tensor for name, tensor in trained.items() if not name.endswith(ADAPTER_NAMES)}
     for name in trained:
@@ -413,6 +410,6 @@ def merged(base: ArchiveFile, trained: Mapping[str, Tensor], parts: Parts) -> di
     return found
 
 
-def _outline(base: ArchiveFile, name: str, as_it_was: bool) -> Tensor:
+def _outline(base: ArchiveFile, name: str, unchanged: bool) -> Tensor:
     info = base.weights.infos[name]
-    return torch.empty(info.shape, dtype=_DTYPES[info.dtype] if as_it_was else torch.float32, device="meta")
+    return torch.empty(info.shape, dtype=_DTYPES[info.dtype] if unchanged else torch.float32, device="meta")

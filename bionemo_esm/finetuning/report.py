@@ -1,9 +1,6 @@
-"""What a fine-tuning came to, beside its baselines: for the screen, a paper's supplement, programs, and as a picture.
+"""The report of a fine-tuning and its baselines: its data, and as lines for the screen, JSON and Markdown.
 
-Equal reports give equal bytes; nothing holds a date. Names out of files (classes, paths) may hold anything: they are
-made harmless to Markdown.
-
-The report of a fine-tuning as Markdown: what a paper's supplement would say of it.
+Equal reports give equal bytes; nothing holds a date. Names from files (classes, paths) are escaped in Markdown.
 """
 
 from __future__ import annotations
@@ -38,16 +35,16 @@ from bionemo_esm.finetuning.splits import LabelledDataset
 from bionemo_esm.finetuning.tasks import LOWER_IS_BETTER, METRICS, Prediction, Targets, Task
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
-TOO_GOOD = "Validation chose the epoch, so its numbers are a little too good."
+OPTIMISTIC = "The epoch was chosen on validation, so validation scores are slightly optimistic."
 _SCHEMA = 1
 _SCREEN = 110  # columns
-_FEW = 30  # proteins, of which fewer are too few to be resampled well
-_SEEN = "in the training set too"  # in a note of the data: what makes a score too good
+_FEW = 30  # proteins; intervals of fewer are rough
+_SEEN = "in the training set too"  # in a note: the score is optimistic
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to predict, over one or more training runs."""
+    """One method, over one or more training runs."""
 
     name: str  # "pretrained", "one-hot"
     description: str
@@ -55,18 +52,18 @@ class Row:
     validation: Mapping[str, Estimate]  # by metric
     test: Mapping[str, Estimate] | None = None
     seconds: float | None = None  # of training, all runs together
-    epochs: Sequence[int] = ()  # for each seed, up to the one that was kept
+    epochs: Sequence[int] = ()  # for each seed, the epoch that was kept
     parameters: int | None = None  # trained
-    epochs_made: Sequence[int] = ()  # for each seed, with those after the one that was kept
+    epochs_made: Sequence[int] = ()  # for each seed, all epochs
 
     def on(self, which: str) -> Mapping[str, Estimate] | None:
-        """Its estimates on validation or test."""
+        """Return the estimates on validation or test."""
         return self.validation if which == VALIDATION else self.test
 
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much one row is above another, on the same proteins."""
+    """The scores of one row less those of another, on the same proteins."""
 
     one: str
     other: str
@@ -76,7 +73,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class SetFacts:
-    """How much a set holds."""
+    """The size of a set."""
 
     proteins: int
     residues: int
@@ -95,7 +92,7 @@ class SetFacts:
 
 @dataclass(frozen=True)
 class Detail:
-    """One run of one row in full: which class was taken for which, or what was predicted for what was measured."""
+    """One run of one row: its confusion matrix, or pairs of measured and predicted values."""
 
     row: str
     on: str
@@ -115,7 +112,7 @@ class Detail:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is told."""
+    """The content of a report."""
 
     task: Task
     sets: Mapping[str, SetFacts]  # by name: train, validation and, where there is one, test
@@ -123,43 +120,43 @@ class Report:
     differences: Sequence[Difference] = ()
     detail: Detail | None = None
     seeds: Sequence[int] = ()
-    resamples: int = RESAMPLES  # that the intervals are of
-    notes: Sequence[str] = ()  # of the data: what was left out, was missing, or was split off
+    resamples: int = RESAMPLES  # of the intervals
+    notes: Sequence[str] = ()  # on the data: records left out, missing values, random splits
     files: Mapping[str, str] = field(default_factory=dict)  # by name of a data file: SHA-256
     model: Mapping[str, Any] = field(default_factory=dict)  # plain values: file, sha256, parameters, family
     settings: Mapping[str, Any] = field(default_factory=dict)  # plain values
 
     @property
     def measured_on(self) -> tuple[str, ...]:
-        """The sets with scores, that which counts first."""
+        """The sets with scores, the test set first."""
         return (TEST, VALIDATION) if any(row.test is not None for row in self.rows) else (VALIDATION,)
 
     @property
     def class_scores(self) -> list[ClassScore]:
-        """Of the detail, none where there is nothing of the kind."""
+        """Scores of each class, of the detail; none for a regression."""
         if self.detail is None or self.detail.confusion is None:
             return []
         return per_class(self.task, self.detail.confusion)
 
     @property
     def runs(self) -> int:
-        """Training runs of the row that has most."""
+        """The largest number of training runs of a row."""
         return max(len(row.runs_validation) for row in self.rows)
 
     def seen(self, which: str) -> list[str]:
-        """Notes that proteins of a set are in the training set."""
+        """Return the notes that proteins of a set are in the training set."""
         return [note for note in self.notes if _SEEN in note and re.search(rf"\b{which}\b", note)]
 
     def too_few(self, which: str) -> str:
-        """A sentence where a set is too small for its intervals; or nothing."""
+        """Return a sentence if a set is too small for its intervals, else ""."""
         proteins = self.sets[which].proteins if which in self.sets else _FEW
         return "" if proteins >= _FEW else f"The {which} set has {proteins} proteins: its intervals are rough."
 
     @property
     def unfinished(self) -> str:
-        """A sentence on the rows whose best epoch was the last that they were allowed; or nothing.
+        """A sentence on the rows whose best epoch was the last one, else "".
 
-        Patience ends a run only when epochs have passed since its best, so one that ends with it was out of epochs.
+        Early stopping ends a run some epochs after its best one, so such a run reached tuning.max_epochs.
         """
         found = []
         for row in self.rows:
@@ -183,7 +180,7 @@ class Report:
 
 
 def lines(report: Report) -> list[str]:
-    """The table and the verdicts, at most 110 columns wide; the task's own metric stands first."""
+    """Return the table and the verdicts, at most 110 columns wide, the task's own metric first."""
     found = []
     metrics = metrics_of(report.task)
     for which in report.measured_on:
@@ -202,24 +199,24 @@ def lines(report: Report) -> list[str]:
 
 
 def metrics_of(task: Task) -> list[str]:
-    """Those of the task's kind, its own first."""
+    """Return the metrics of the task's kind, its own first."""
     return sorted(METRICS[task.kind], key=lambda name: name != task.metric)
 
 
 def cell(of: Mapping[str, Estimate] | None, metric: str) -> str:
-    """`0.773 (0.765 to 0.781)`, or what of it there is."""
+    """Return `0.773 (0.765 to 0.781)`, or `-` without estimates."""
     return "-" if of is None else format_estimate(of[metric], metric)
 
 
 def how_made(report: Report) -> str:
-    """How the numbers and their intervals come about, and what validation's are worth."""
+    """Return a sentence on how scores and intervals were computed."""
     mean = f"Means over {report.runs} training runs" if report.runs > 1 else "Of one training run"
     without = "" if TEST in report.measured_on else " There is no test set."
-    return f"{mean}; in brackets what 95% of resamples of the proteins come to.{without} {TOO_GOOD}"
+    return f"{mean}; in brackets the 95% bootstrap intervals over proteins.{without} {OPTIMISTIC}"
 
 
 def cut(name: str, longest: int) -> str:
-    """A name of at most so many characters."""
+    """Return a name of at most so many characters."""
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
@@ -227,7 +224,7 @@ def cut(name: str, longest: int) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Plain values of everything but single predictions; NaN is None, paths are texts, numbers have eight digits."""
+    """Return all but single predictions as plain values; NaN is None, paths are text, numbers have eight digits."""
     detail = report.detail
     cells = np.empty((0, 3)) if detail is None or detail.confusion is None else _cells(detail.confusion)
     found = {
@@ -261,7 +258,7 @@ def as_json(report: Report) -> dict[str, Any]:
         else {
             **{"row": detail.row, "on": detail.on, "seed": detail.seed},
             "classes": [score._asdict() for score in report.class_scores],
-            "confusion": cells.tolist(),  # number of the true class, of the predicted one, targets; none is 0
+            "confusion": cells.tolist(),  # true class, predicted class, targets; counts of 0 are left out
         },
     }
     plain: dict[str, Any] = _plain(found)
@@ -306,39 +303,39 @@ def _plain(value: Any) -> Any:
 
 
 _MEANINGS = {
-    "accuracy": "share of targets whose class is the likeliest.",
+    "accuracy": "share of targets whose class has the highest probability.",
     "f1": "mean over the classes that occur among the targets, each with the same weight, of F1.",
-    "mcc": "Matthews' correlation of many classes (Gorodkin 2004); 0: no better than always the same class.",
+    "mcc": "Matthews' correlation for several classes (Gorodkin 2004); 0: no better than a constant class.",
     "spearman": "correlation of ranks, those of equal values averaged.",
     "pearson": "correlation of values.",
     "mse": "mean squared error, in the square of the target's unit; lower is better.",
 }
 _MOST_CLASSES = 30  # that a table lists
 _MOST_ACROSS = 12  # classes of a confusion matrix
-_OF_ENCODERS = ("encoder_lr", "layer_decay", "keep_adapters")  # of tuning: no matter where the encoder is frozen
+_OF_ENCODERS = ("encoder_lr", "layer_decay", "keep_adapters")  # of tuning: unused if the encoder is frozen
 
 
 def page(report: Report) -> str:
-    """The whole page."""
+    """Return the report as Markdown."""
     task = report.task
     kind = f"{task.kind} of each {'residue' if task.is_per_residue else 'protein'}"
     what = f"{kind}, {task.outputs} classes" if task.is_classification else kind
-    parts = [f"# {safe(task.name)}", f"A {what}. The metric that counts: {METRIC_NAMES[task.metric]}."]
+    parts = [f"# {safe(task.name)}", f"A {what}. Main metric: {METRIC_NAMES[task.metric]}."]
     parts += _verdicts(report)
     for which in report.measured_on:
         parts += [f"## On {which}", _results(report, which), *_remarks(report, which)]
     parts += ["![Scores with their intervals, and predictions in detail](report.png)", *_rows(report)]
-    parts += ["## How to read the numbers", _bullets(_reading(report))]
+    parts += ["## How the numbers were computed", _bullets(_explanations(report))]
     parts += ["## Data", *_data(report)]
     parts += _classes(report)
-    for title, values in (("Model", report.model), ("Settings", _that_matter(report.settings))):
+    for title, values in (("Model", report.model), ("Settings", _used_settings(report.settings))):
         if values:
             parts += [f"## {title}", _table(("key", "value"), ((key, _value(one)) for key, one in _flat(values)))]
     return "\n\n".join(parts) + "\n"
 
 
 def safe(text: str) -> str:
-    """A text that is no Markdown, no HTML and no control characters, on one line."""
+    """Return a text on one line, with Markdown and HTML escaped, and without control characters."""
     shown = "".join(
         letter if letter.isprintable() else " " if letter.isspace() else ascii(letter)[1:-1] for letter in text
     )
@@ -367,17 +364,17 @@ def _cell(row: Row, which: str, metric: str) -> str:
 
 
 def _remarks(report: Report, which: str) -> Iterator[str]:
-    """What is to be known of the numbers of a set."""
+    """Yield remarks on the scores of a set."""
     yield from (f"**{safe(note)}**" for note in report.seen(which))
     without = "" if TEST in report.measured_on else "There is no test set."
-    sentences = (report.too_few(which), *((without, TOO_GOOD) if which == VALIDATION else ()))
+    sentences = (report.too_few(which), *((without, OPTIMISTIC) if which == VALIDATION else ()))
     if remark := " ".join(filter(None, sentences)):
         yield remark
 
 
 def _rows(report: Report) -> Iterator[str]:
-    yield "## What was compared"
-    head = ("", "what it is", "trained parameters", "runs", "epochs", "training time")
+    yield "## Methods"
+    head = ("", "description", "trained parameters", "runs", "epochs", "training time")
     yield _table(
         head,
         (
@@ -403,24 +400,24 @@ def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
-def _reading(report: Report) -> Iterator[str]:
+def _explanations(report: Report) -> Iterator[str]:
     several = report.runs > 1
     named = f" (seed{'s' if len(report.seeds) > 1 else ''} {', '.join(map(str, report.seeds))})" if report.seeds else ""
     if several:
         yield f"A score is the mean over training runs{named}; sd is the standard deviation over them."
     else:
         yield f"A score is that of one training run{named}."
-    together = " The residues of a protein go together." if report.task.is_per_residue else ""
-    of_seeds = "; what hangs on the seed the sd says" if several else ", not how much hangs on the seed"
+    together = " The residues of a protein are drawn together." if report.task.is_per_residue else ""
+    of_seeds = "; the sd shows the variation over seeds" if several else ", and no variation over seeds"
     yield (
-        f"In brackets stands its 95% interval: {report.resamples:,} times the proteins with a known target are drawn "
-        f"anew, with replacement, and the scores of these sets are taken from the 2.5th to the 97.5th percentile."
-        f"{together} The interval says how much hangs on which proteins are in the set{of_seeds}."
+        f"Brackets hold the 95% interval: the proteins with a known target are resampled {report.resamples:,} times "
+        f"with replacement, and the interval reaches from the 2.5th to the 97.5th percentile of the resampled scores."
+        f"{together} The interval shows the variation over proteins{of_seeds}."
     )
-    yield "Two rows are compared on the same draws; one beats the other where the interval of the difference has no 0."
+    yield "Two rows are compared on the same resamples; one beats the other if the difference's interval excludes 0."
     if TEST in report.measured_on:
-        yield "Test labels were looked at once, when every model had been chosen."
-    yield "Targets that are not known are in no score."
+        yield "Test labels were used once, after every model had been chosen."
+    yield "Unknown targets are left out of all scores."
     for name in metrics_of(report.task):
         yield f"{METRIC_NAMES[name]}: {_MEANINGS[name]}"
 
@@ -451,7 +448,7 @@ def _class_counts(report: Report) -> Iterator[str]:
 
 
 def _classes(report: Report) -> Iterator[str]:
-    """The classes of the detail one by one, and which was taken for which."""
+    """Yield the scores of each class, and the confusion matrix."""
     task, detail = report.task, report.detail
     if detail is None or detail.confusion is None:
         return
@@ -478,7 +475,7 @@ def _classes(report: Report) -> Iterator[str]:
 
 
 def _most_frequent(counts: Sequence[int]) -> list[int]:
-    """Numbers of the classes that a table lists, in the task's order."""
+    """Return the numbers of the classes that a table lists, in the task's order."""
     return sorted(sorted(range(len(counts)), key=lambda number: (-counts[number], number))[:_MOST_CLASSES])
 
 
@@ -487,7 +484,7 @@ def _left_out(task: Task) -> Iterator[str]:
         yield f"The {_MOST_CLASSES} most frequent of {task.outputs:,} classes; report.json has all."
 
 
-def _that_matter(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+def _used_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     tuning = settings.get("tuning")
     if not isinstance(tuning, Mapping) or tuning.get("mode") != FROZEN:
         return settings
@@ -498,7 +495,7 @@ def _that_matter(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _table(head: Sequence[str], rows: Any) -> str:
-    """Numbers, and what looks like them, to the right."""
+    """Return a Markdown table; columns of numbers are aligned right."""
     body = [[safe(text) for text in row] for row in rows]
     rule = ["---" if at == 0 else "---:" if _are_numbers(body, at) else "---" for at in range(len(head))]
     return "\n".join("| " + " | ".join(row) + " |" for row in ([safe(text) for text in head], rule, *body))

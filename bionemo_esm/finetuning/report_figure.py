@@ -1,4 +1,4 @@
-"""The picture of a fine-tuning: every row's score with its interval, and how the first row's predictions lie."""
+"""The figure of a report: each row's score with its interval, and the predictions of the first row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DARK = 0.85  # of the colours of shares, from where white can be read better th
 
 
 def draw(report: Report, path: Path) -> Path:
-    """A PNG at `path`, whole, over what is there; the same bytes for the same report."""
+    """Write a PNG, whole, over an existing one; equal reports give equal bytes."""
     from matplotlib.figure import Figure
 
     detail = report.detail if _is_drawable(report) else None
@@ -41,7 +41,7 @@ def draw(report: Report, path: Path) -> Path:
         figure = Figure(figsize=(WIDTH, height))
         name = cut(report.task.name.replace("_", " "), 60)
         figure.text(0.03, 1 - 0.42 / height, name, size=16, weight="bold", parse_math=False)
-        figure.text(0.03, 1 - 0.70 / height, _said(report), size=10.5, color=MUTED, parse_math=False)
+        figure.text(0.03, 1 - 0.70 / height, _subtitle(report), size=10.5, color=MUTED, parse_math=False)
         left = min(max(len(cut(row.name, _LONGEST_NAME)) for row in report.rows) * _CHARACTER + 0.5, 2.6)
         right = WIDTH - 0.8 if detail is None else _DETAIL - 0.75
         bottom = height - _TOP - tall
@@ -63,7 +63,7 @@ def _is_drawable(report: Report) -> bool:
     return detail.pairs is not None and bool(np.isfinite(detail.pairs).all(axis=1).any())
 
 
-def _said(report: Report) -> str:
+def _subtitle(report: Report) -> str:
     mean = f"mean over {report.runs} training runs" if report.runs > 1 else "one training run"
     return f"dots: {mean}; lines: 95% interval over the proteins of the set"
 
@@ -72,7 +72,7 @@ def _said(report: Report) -> str:
 
 
 def _scores(axes: Any, report: Report) -> None:
-    """A band for each row, from the top; the set that counts in full colour, validation beside a test set faint."""
+    """Draw a band for each row; the first set in full colour, validation beside a test set faint."""
     metric, sets = report.task.metric, report.measured_on
     for at, which in enumerate(sets):
         colour, text = (LINE, INK) if at == 0 else (FAINT, MUTED)
@@ -90,7 +90,7 @@ def _scores(axes: Any, report: Report) -> None:
             text_of = format_score(value, decimal_places(metric, value, low, high))
             axes.annotate(text_of, end, (8, 0), textcoords="offset points", va="center", size=9, color=text)
     axes.set_yticks(range(len(report.rows)), [cut(row.name, _LONGEST_NAME) for row in report.rows], color=INK)
-    _plainly(axes.get_yticklabels())
+    _without_formulas(axes.get_yticklabels())
     axes.set_ylim(len(report.rows) - 0.5, -0.5)
     axes.margins(x=0.14)
     axes.xaxis.set_major_formatter(_TICKS)
@@ -112,13 +112,13 @@ def _scores(axes: Any, report: Report) -> None:
 
 
 def _room_for_classes(report: Report) -> float:
-    """Inches that the names beside and under a confusion matrix take."""
+    """Return the inches that names beside and under a confusion matrix take."""
     names, size = _classes(report)
     return max(map(len, names)) * _CHARACTER * size / float(STYLE["font.size"])
 
 
 def _classes(report: Report) -> tuple[list[str], float]:
-    """The names that a confusion matrix shows, and their size in points."""
+    """Return the names in a confusion matrix, and their size in points."""
     classes = report.task.classes
     size = 9.0 if len(classes) <= _MOST_WRITTEN else 6.5
     longest = 22 if _FEW_CLASSES < len(classes) <= _MOST_WRITTEN else 30  # where cells are large, or letters small
@@ -136,7 +136,7 @@ def _detail(axes: Any, report: Report, detail: Detail) -> None:
 
 
 def _confusion(axes: Any, report: Report, detail: Detail) -> None:
-    """Shares of each true class, in colour; as percent where there is room."""
+    """Draw the shares of each true class, as percent if there is room."""
     from matplotlib.colors import LinearSegmentedColormap
 
     assert detail.confusion is not None
@@ -148,7 +148,7 @@ def _confusion(axes: Any, report: Report, detail: Detail) -> None:
     names, size = _classes(report)
     axes.set_yticks(range(len(names)), names, size=size, color=INK)
     axes.set_xticks(range(len(names)), names, size=size, color=INK, rotation=90 if max(map(len, names)) > 3 else 0)
-    _plainly([*axes.get_xticklabels(), *axes.get_yticklabels()])
+    _without_formulas([*axes.get_xticklabels(), *axes.get_yticklabels()])
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set(visible=True, color=GRID)
@@ -163,7 +163,7 @@ def _confusion(axes: Any, report: Report, detail: Detail) -> None:
 
 
 def _scatter(axes: Any, report: Report, detail: Detail) -> None:
-    """Measured across, predicted up, on the same scale; of very many a part, evenly chosen."""
+    """Draw predicted against measured values on the same scale; of very many, an even selection."""
     assert detail.pairs is not None
     pairs = detail.pairs[np.isfinite(detail.pairs).all(axis=1)]
     every = -(-len(pairs) // _MOST_POINTS)
@@ -184,7 +184,7 @@ def _scatter(axes: Any, report: Report, detail: Detail) -> None:
     axes.grid(True)
 
 
-def _plainly(labels: Any) -> None:
-    """Names are no formulas, whatever dollars are in them."""
+def _without_formulas(labels: Any) -> None:
+    """Turn off formulas in names with dollar signs."""
     for label in labels:
         label.set_parse_math(False)
