@@ -44,7 +44,7 @@ def refused(
     ("overrides", "words"),
     [
         (["head.kind=attention"], "head.kind attention weighs the residues of a protein, and neighbours asks about"),
-        (["head.kind=transformer"], "head.kind must be one of linear, mlp, convnet, attention, not 'transformer'"),
+        (["head.kind=transformer"], "head.kind must be one of attention, convnet, linear, mlp, not 'transformer'"),
         (["head.kernel_size=4"], "head.kernel_size odd"),
         (["reading.layer=3"], "layer 3"),
         (["reading.window=200"], "reading.window must be from 1 to 126 residues, not 200"),
@@ -53,7 +53,7 @@ def refused(
         (["tuning.mode=lora", "reading.layer=0"], "reading.layer=0 lies before all of them"),
         (["tuning.mode=lora", "lora.targets=[qkv]"], "lora.targets must be one of linear_qkv"),
         (["tuning.keep_adapters=true"], "tuning.keep_adapters is for tuning.mode=lora"),
-        (["tuning.lr=-1"], "tuning.lr must be positive and finite, not -1"),
+        (["tuning.lr=-1"], "tuning.lr must be positive, not -1"),
         (["seeds=[1,1]"], "seeds must be different numbers"),
         (["baselines=[one-hot]"], "baselines are one_hot, untrained, composition, not 'one-hot'"),
         (["trainer.precision=16"], "trainer.precision must be one of auto, 32, bf16, not '16'"),
