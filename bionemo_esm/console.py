@@ -168,7 +168,10 @@ def run_program(main: Callable[[], None]) -> None:
             Path.cwd()
         except OSError as error:
             raise UserError("the working folder was deleted; change to another one (cd)", code="cwd") from error
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # here, so that a full disk is an error
         return 0
 
     try:
