@@ -39,7 +39,7 @@ def test_the_default_recipe_says_all_that_is_missing_and_names_the_laptop(capfd:
     error = complaint(capfd)
     assert "trainer.devices asks for 8 GPUs a node; this machine has 0" in error
     assert "data.store: data/uniref50_2022_05 is not a store" in error
-    assert "python examples/pretrain_esm1nv.py recipe=laptop" in error
+    assert "bionemo-esm pretrain recipe=laptop" in error
 
 
 @pytest.mark.parametrize(

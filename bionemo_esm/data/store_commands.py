@@ -6,6 +6,7 @@ import argparse
 import glob
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -151,7 +152,7 @@ def _preprocess(job: Preprocessing) -> int:
         draw_summary(store, picture)
     console.print_line(f"\n{StoreSummary.of(store).text()}\n\nDone in {duration(time.monotonic() - started)}.")
     console.print_line(f"  store    {job.output}\n  picture  {picture}")
-    console.print_line(f"  train    bionemo-esm pretrain recipe=laptop data.store={job.output}")
+    console.print_line(f"  train    bionemo-esm pretrain recipe=laptop data.store={shlex.quote(str(job.output))}")
     return 0
 
 

@@ -7,6 +7,7 @@ shape with random weights, tuned in the same method; and composition, which need
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -371,5 +372,5 @@ def _closing(report: Report, model: Path, written: Sequence[Path], started: floa
         f"Done in {duration(time.monotonic() - started)}.",
         f"  model    {model}",
         f"  report   {written[0]}",
-        f"Predict:  bionemo-esm predict model={model} input=proteins.fasta output=predictions.csv",
+        f"Predict:  bionemo-esm predict model={shlex.quote(str(model))} input=proteins.fasta output=predictions.csv",
     ]

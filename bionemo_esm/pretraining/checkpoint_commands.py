@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def _average(cfg: DictConfig) -> int:
         f"Averaged {len(sources)} checkpoints, {sources[0].path.name} (step {sources[0].step:,}) to "
         f"{sources[-1].path.name} (step {sources[-1].step:,}), into {config.output}."
     )
-    console.print_line(f"Look at it: bionemo-esm inspect {config.output}")
+    console.print_line(f"Look at it: bionemo-esm inspect {shlex.quote(str(config.output))}")
     return 0
 
 

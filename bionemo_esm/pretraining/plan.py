@@ -169,7 +169,7 @@ def _data(recipe: Recipe) -> DataFacts:
     if published is None:
         raise ConfigError(
             f"plan: data.store: {folder} is not here, and recipe {recipe.name} does not say what is in it; build it "
-            f"with `python examples/preprocess_uniref50.py output={folder}`, or name the folder of a store"
+            f"with `bionemo-esm preprocess output={shlex.quote(str(folder))}`, or name the folder of a store"
         )
     mean = published.mean_tokens
     return DataFacts(f"published, as there is no store in {folder}", published.train_sequences, mean, SPREAD * mean**2)

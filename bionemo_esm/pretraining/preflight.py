@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import platform
+import shlex
 import socket
 import sys
 import warnings
@@ -33,7 +34,7 @@ from bionemo_esm.pretraining.recipe import Recipe, TrainerConfig
 from bionemo_esm.pretraining.resolve_model import check_encoder_of_archive, import_advice
 from bionemo_esm.pretraining.resume import find_parent_run
 
-_LAPTOP = "\nTo see the whole path at work on this machine: python examples/pretrain_esm1nv.py recipe=laptop"
+_LAPTOP = "\nTo see the whole path at work on this machine: bionemo-esm pretrain recipe=laptop"
 
 
 def check_requirements(recipe: Recipe, launched: int | None = None) -> None:
@@ -88,7 +89,7 @@ def _missing_files(recipe: Recipe) -> list[str]:
     if recipe.data.store is not None and not (recipe.data.store / "manifest.json").is_file():
         missing.append(
             f"data.store: {recipe.data.store} is not a store (no manifest.json); build it with "
-            f"`python examples/preprocess_uniref50.py output={recipe.data.store}`, or name the folder of one"
+            f"`bionemo-esm preprocess output={shlex.quote(str(recipe.data.store))}`, or name the folder of one"
         )
     if (fasta := recipe.data.fasta) is not None and not fasta.is_file():
         missing.append(f"data.fasta: {fasta} is not a file")

@@ -47,7 +47,7 @@ def resolve_model(values: Mapping[str, Any], restore_from: Path | None, continue
         if file is None:
             raise ConfigError(
                 f"model={OF_ARCHIVE} takes its sizes from an archive, and restore_from_path is not set; name a .nemo "
-                "there, or choose another model. python examples/convert_checkpoint.py converts a model of Hugging "
+                "there, or choose another model. `bionemo-esm convert` converts a model of Hugging "
                 "Face or fair-esm into one"
             )
         return ResolvedModel(_encoder_of(file, values), sha256)

@@ -5,6 +5,7 @@ Shape suffixes: R residues of a protein, W residues of a window.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,8 @@ def check_head(engine: Engine) -> None:
     if engine.encoder.contact_head is None:
         name = engine.source or "x.nemo"
         raise UserError(
-            f"model: {name} has no contact head; fit one on a few structures: bionemo-esm fit-contacts model={name} "
+            f"model: {name} has no contact head; fit one on a few structures: bionemo-esm fit-contacts "
+            f"model={shlex.quote(str(name))} "
             "structures=structures.parquet output=x_contacts.nemo"
         )
 
