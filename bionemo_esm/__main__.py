@@ -98,7 +98,8 @@ def _main() -> None:
 def _run(name: str) -> None:
     command = COMMANDS[name]
     function = getattr(import_module(command.module), command.function)
-    sys.exit(function() if command.configured else function(sys.argv[1:]))
+    if code := function() if command.configured else function(sys.argv[1:]):
+        sys.exit(code)
 
 
 if __name__ == "__main__":

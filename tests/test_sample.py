@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,15 +11,13 @@ from types import ModuleType
 
 import pytest
 
+from conftest import needs_mmseqs
+
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "bionemo_esm" / "data" / "sample"
 COUNTS = {"train": 2600, "validation": 200, "test": 200}
 K = 8  # two unrelated proteins share a word of 8 residues by chance only in low-complexity stretches
 MOST_SHARED = 0.2
-
-needs_mmseqs = pytest.mark.skipif(
-    shutil.which("mmseqs") is None, reason="mmseqs is not on PATH: apt-get install mmseqs2"
-)
 
 
 def read_part(part: str) -> list[tuple[str, str]]:
@@ -203,7 +200,7 @@ def test_written_bytes_are_the_shipped_ones(make_sample: ModuleType, tmp_path: P
 def test_missing_program_or_input_says_what_to_install(
     make_sample: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(make_sample, "find_mmseqs", lambda: None)
     with pytest.raises(FileNotFoundError, match="apt-get install mmseqs2"):
         make_sample.mmseqs("version")
     with pytest.raises(FileNotFoundError, match="apt-get install mmseqs2-examples"):

