@@ -12,7 +12,7 @@ pretrain: .venv/.ready
 	@$(BIN)/python examples/pretrain_esm1nv.py recipe=laptop
 
 test: lint
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 bench: .venv/.ready
 	@$(BIN)/python -m benchmarks

@@ -1,8 +1,7 @@
 """bionemo_esm: pretrain ESM-1nv and ESM-1b protein language models, and use them.
 
-Importing this package is cheap. `bionemo_esm.ESM1nvModel` brings in NeMo and Megatron when it is first named;
-`bionemo_esm.ProteinModel` asks a pretrained model, `bionemo_esm.FineTunedPredictor` a fine-tuned one; both import what
-they need when they load one.
+Importing this package imports no large library. `ESM1nvModel` imports NeMo and Megatron when it is first named;
+`ProteinModel` (a pretrained model) and `FineTunedPredictor` (a fine-tuned one) import torch when they load a model.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def config_directory(part: str = "") -> Path:
-    """Where the Hydra configurations lie: `conf/` of a checkout, or their copy inside an installed package.
+    """Return the folder of the Hydra configurations: `conf/` of a checkout, or its copy in an installed package.
 
-    `part` "inference": those of jobs over a model. They have a key `model`, which in `conf/` is a group.
+    part: "inference" or "finetuning", for commands whose key `model` is a path; in `conf/` itself it is a group.
     """
     package = Path(__file__).resolve().parent
     installed = package / "conf"

@@ -1,4 +1,4 @@
-"""`bionemo-esm COMMAND [key=value ...]`: the jobs of this package for those who installed it with pip."""
+"""`bionemo-esm COMMAND [key=value ...]`: the table of commands, and the program that runs them."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from bionemo_esm.errors import UserError
 USAGE = f"""bionemo-esm {__version__}: protein language models
 
   bionemo-esm pretrain recipe=laptop                                 a small ESM-1nv on the shipped sample
-  bionemo-esm pretrain recipe=laptop data.fasta=proteins.fasta.gz    the same on your own proteins
-  bionemo-esm pretrain recipe=esm1nv_phase1 plan=true                what that run would be and cost; nothing is started
-  bionemo-esm preprocess                                             UniRef50, downloaded, into a store
+  bionemo-esm pretrain recipe=laptop data.fasta=proteins.fasta.gz    the same on a FASTA file
+  bionemo-esm pretrain recipe=esm1nv_phase1 plan=true                size, memory and cost of that run
+  bionemo-esm preprocess                                             download UniRef50 and build a store
   bionemo-esm preprocess input=proteins.fasta.gz output=data/store split.validation=null split.test=null
-                                                                     your own proteins, one in twenty held out twice
-  bionemo-esm inspect data/store --verify                            what is in a store, and whether it is intact
-  bionemo-esm inspect runs/laptop/laptop.nemo --verify               the same of a model (.nemo) or a checkpoint (.ckpt)
-  bionemo-esm check-leakage data/store                               near-duplicates between its splits, by MMseqs2
+                                                                     build one of a FASTA file, 5% held out twice
+  bionemo-esm inspect data/store --verify                            describe a store, and check its hashes
+  bionemo-esm inspect runs/laptop/laptop.nemo --verify               the same for a model or a checkpoint
+  bionemo-esm check-leakage data/store                               search its splits for near-duplicates, by MMseqs2
   bionemo-esm average checkpoints='runs/laptop/averaging/*.nemo' last=5
-                                                                     the mean of a run's last checkpoints
+                                                                     average a run's last checkpoints
   bionemo-esm convert source=facebook/esm2_t6_8M_UR50D target=esm2_8m.nemo
-                                                                     a model of Hugging Face or fair-esm into a .nemo
+                                                                     import a model of Hugging Face or fair-esm
   bionemo-esm convert source=runs/laptop/laptop.nemo target=laptop_hf
-                                                                     a .nemo or .ckpt into a folder for Hugging Face
+                                                                     export a model to Transformers
   bionemo-esm embed model=x.nemo input=proteins.fasta output=embeddings.h5
-                                                                     proteins as features for predictive models
+                                                                     compute embeddings
   bionemo-esm score model=x.nemo sequence=wildtype.fasta input=mutants.csv output=scores.csv
-                                                                     effects of variants; scan=true for every one
+                                                                     score variants; scan=true for every single one
   bionemo-esm fit-contacts model=x.nemo structures=structures.parquet output=x_contacts.nemo
-                                                                     a contact head from a few structures
+                                                                     fit a contact head on a few structures
   bionemo-esm contacts model=x_contacts.nemo input=proteins.fasta output=contacts
-                                                                     which residues touch, with pictures
+                                                                     predict contacts, with pictures
   bionemo-esm finetune task=secondary_structure restore_from_path=x.nemo data.download=flip output=structure
-                                                                     a task learned: FLIP's, TAPE's, or your own
+                                                                     fine-tune on a task of FLIP, TAPE or your own
   bionemo-esm predict model=finetuned.nemo input=proteins.fasta output=predictions.csv
-                                                                     what a fine-tuned model says of proteins
-  bionemo-esm doctor                                                 whether this machine can train, and what is missing
-  bionemo-esm convert-legacy old.nemo new.nemo                       an ESM-1nv of NeMo 1, which holds a pickle
+                                                                     predict with a fine-tuned model
+  bionemo-esm doctor                                                 check that this machine can train
+  bionemo-esm convert-legacy old.nemo new.nemo                       convert an ESM-1nv of NeMo 1, which holds a pickle
 
-inspect, doctor, check-leakage and convert-legacy take --help; all others take key=value, and --help lists every key.
+inspect, doctor, check-leakage and convert-legacy take options; all others take key=value. --help lists them.
 """
 
 
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def run(name: str) -> None:
-    """Run a command with the arguments of this process: what a program does that is one command."""
+    """Run a command with the arguments of this process."""
     run_program(lambda: _run(name))
 
 

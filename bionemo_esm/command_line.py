@@ -37,6 +37,7 @@ _HYDRAS_FLAGS = (
 )
 _SWEEPS = r"(-m|--multirun)$|\+{0,2}hydra\.mode=(?i:multirun)"
 _HELP = ("--help", "-h")
+_SYNTAX = "command-line.syntax"
 _MUST_BE_CHOSEN = "???"
 _PROGRAM = "bionemo-esm "
 """What the name of this program begins with where it was not started by a file."""
@@ -160,7 +161,9 @@ def _as_called(text: str) -> str:
 def _check_no_sweep(arguments: list[str]) -> int:
     for argument in arguments:
         if re.match(_SWEEPS, argument):
-            raise ConfigError(f"{argument}: one job a command; for several, write a loop in the shell")
+            raise ConfigError(
+                f"{argument}: one job a command; for several, write a loop in the shell", code="command-line.sweep"
+            )
     return 0
 
 
@@ -168,19 +171,20 @@ def _check(command: ConfiguredCommand, arguments: list[str]) -> int:
     for argument in arguments:
         if argument.startswith("-"):
             key = argument.lstrip("-").split("=")[0]
-            raise ConfigError(f"there is no option {argument}; settings are key=value, as in {key}=...")
+            raise ConfigError(f"there is no option {argument}; settings are key=value, as in {key}=...", code=_SYNTAX)
         if argument.startswith("~"):
             key = argument[1:].split("=")[0]
-            raise ConfigError(f"{argument}: a key cannot be deleted; set it to another value: {key}=...")
+            raise ConfigError(f"{argument}: a key cannot be deleted; set it to another value: {key}=...", code=_SYNTAX)
         if "=" not in argument:
-            raise ConfigError(f"{argument!r} is not key=value; --help lists every key")
+            raise ConfigError(f"{argument!r} is not key=value; --help lists every key", code=_SYNTAX)
     GlobalHydra.instance().clear()
     folder, overrides = config_directory(command.part), [command.for_hydra(argument) for argument in arguments]
     with initialize_config_dir(str(folder), version_base="1.3"):
         try:
             compose(command.config_name, overrides=overrides)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_explained(command.config_name, folder, overrides, error)) from error
+            message = _explained(command.config_name, folder, overrides, error)
+            raise ConfigError(message, code="command-line.override") from error
     return 0
 
 

@@ -44,7 +44,9 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     path = options.path
     try:
-        facts = _folder(path) if path.is_dir() else _file(path) if path.is_file() else _absent(path)
+        if not (path.is_dir() or path.is_file()):
+            raise UserError(f"{path}: {_what_is_wrong(path)}; {_WANTED}", code="inspect.absent")
+        facts = _folder(path) if path.is_dir() else _file(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be looked at ({error.strerror})", code="inspect.unreadable") from error
     if facts is None:
@@ -117,10 +119,10 @@ def _file(path: Path) -> Facts | None:
     return None
 
 
-def _absent(path: Path) -> None:
-    wrong = "neither a folder nor a file" if path.exists() else "no such folder or file"
-    wrong = f"a link to {path.readlink()}, which is not there" if path.is_symlink() else wrong
-    raise UserError(f"{path}: {wrong}; {_WANTED}", code="inspect.absent")
+def _what_is_wrong(path: Path) -> str:
+    if path.is_symlink():
+        return f"a link to {path.readlink()}, which is not there"
+    return "neither a folder nor a file" if path.exists() else "no such folder or file"
 
 
 def _embeddings(path: Path) -> Facts:

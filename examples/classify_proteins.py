@@ -57,19 +57,19 @@ class Estimate(NamedTuple):
 def classify(features: Features, classes: NDArray[np.str_]) -> dict[str, Estimate]:
     """Five-fold cross-validation of a logistic regression; the folds depend on the classes alone.
 
-    The share of proteins that are told right, and the F1 of a class, meant over the classes, so that rare ones count.
+    Return the accuracy, and the F1 averaged over the classes (macro F1), so that rare ones count.
     """
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
-    told = cross_val_predict(model, features, classes, cv=folds)
+    predicted = cross_val_predict(model, features, classes, cv=folds)
     scores = {"accuracy": accuracy_score, "macro F1": partial(f1_score, average="macro")}
-    return {name: estimated(score, classes, told) for name, score in scores.items()}
+    return {name: estimated(score, classes, predicted) for name, score in scores.items()}
 
 
-def estimated(score: Callable[..., float], classes: NDArray[np.str_], told: NDArray[np.str_]) -> Estimate:
+def estimated(score: Callable[..., float], classes: NDArray[np.str_], predicted: NDArray[np.str_]) -> Estimate:
     draws = np.random.default_rng(SEED).integers(len(classes), size=(RESAMPLES, len(classes)))
-    low, high = np.percentile([score(classes[some], told[some]) for some in draws], [2.5, 97.5])
-    return Estimate(float(score(classes, told)), float(low), float(high))
+    low, high = np.percentile([score(classes[some], predicted[some]) for some in draws], [2.5, 97.5])
+    return Estimate(float(score(classes, predicted)), float(low), float(high))
 
 
 def verdict(baseline: Estimate, embeddings: Estimate) -> str:

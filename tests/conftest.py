@@ -1,7 +1,8 @@
-"""What several test files share: stores built once a session from the shipped sample of real proteins."""
+"""Fixtures of several test files: stores built once a session from the shipped sample of real proteins."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,9 +23,17 @@ needs_mmseqs = pytest.mark.skipif(find_mmseqs() is None, reason=NO_MMSEQS)
 TINY_SEQUENCES = 37  # a prime, so that no batch size divides it
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files with the slowest tests first: a long file that starts last leaves the other worker idle."""
+    weights = Counter[Path]()
+    for item in items:
+        weights[item.path] += 30 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: -weights[item.path])
+
+
 @pytest.fixture(scope="session")
 def sample_store(tmp_path_factory: pytest.TempPathFactory) -> ProteinStore:
-    """The shipped sample as a store: train, validation and test, built as `bionemo-esm` builds it."""
+    """The shipped sample as a store of three splits."""
     parts = (SAMPLE / f"{name}.fasta.gz" for name in SPLITS)
     return build_store_from_splits(*parts, tmp_path_factory.mktemp("sample") / "store", BuildPolicy())
 
@@ -55,7 +64,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses made between attempts, in seconds; none is waited for."""
+    """The pauses between attempts, in seconds; the tests do not wait for them."""
     made: list[float] = []
     monkeypatch.setattr("bionemo_esm.data.download.sleep", made.append)
     return made
