@@ -72,6 +72,12 @@ def test_values_become_what_is_declared() -> None:
     assert made.inner == Inner(betas=(0.0, 1.0), names=("a",))
 
 
+def test_a_tilde_is_expanded_only_before_a_name_that_a_user_has() -> None:
+    assert Outer(file="~").file == Path.home()
+    for name in ("~tilde.fasta", "a/~/b", "~nobody-has-this-name/x.fasta"):
+        assert Outer(file=name).file == Path(name)
+
+
 def test_settings_are_frozen_and_a_changed_copy_is_checked() -> None:
     with pytest.raises(ValidationError):
         Outer().steps = 3  # type: ignore[misc]
