@@ -19,12 +19,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from bionemo_esm.model.cpu_kernels import dropout_scale
 from bionemo_esm.model.parallel import tensor_parallel_rng
 
 _BASE = 10_000.0
+_LENGTH_BUCKET = 32  # tokens
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of each token's angles, float32 [T, 1, D]."""
 
@@ -88,12 +89,13 @@ class PackedRow(PackedSeqParams):
     rotation: Rotation | None = None  # of queries and keys; None: positions are in the embeddings
     observer: MapObserver | None = None
     queries: Tensor | None = None  # int64 [Q], places in the row, ascending: they alone ask; None: all do
+    context_rows: int = 0  # the least rows of the context; zeros after those of the queries
 
-    def query_index(self, places_Q: Tensor) -> PackedRow:
-        """The same row, of which the tokens at some places ask and all answer."""
+    def query_index(self, places_Q: Tensor, context_rows: int = 0) -> PackedRow:
+        """The same row with queries at some places only, and a context padded to so many rows."""
         bounds = torch.searchsorted(places_Q, self.cu_seqlens_kv.long()).to(self.cu_seqlens_kv.dtype)
         row = copy(self)
-        row.queries, row.cu_seqlens_q = places_Q, bounds
+        row.queries, row.cu_seqlens_q, row.context_rows = places_Q, bounds, context_rows
         return row
 
 
@@ -122,26 +124,36 @@ def attention_by_sequence(
 
 
 class _WrittenOutAttention(torch.autograd.Function):
-    """Attention as products and a softmax, for training on a CPU: there no fused kernel takes dropout, and the one that
-    takes bfloat16 computes in float32, forward and backward.
+    """Attention as matrix products and a softmax, for training on a CPU.
 
-    Here the scores alone are float32, and the weights are kept in the dtype of the rest. query [S N, Q, D], key and
-    value [S N, L, D].
+    No fused CPU kernel takes dropout, and the one for bfloat16 computes in float32. Here scores are float32, and
+    probabilities have the dtype of the inputs. query [S N, Q, D], key and value [S N, L, D].
+
+    oneDNN compiles a kernel for each new shape of a bfloat16 product. Lengths are therefore padded to multiples of
+    `_LENGTH_BUCKET`; the last block, whose number of queries varies freely, computes its few products in float32.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        scale = query.shape[-1] ** -0.5
-        scores = torch.bmm(query.float() * scale, key.float().transpose(1, 2))
+        ctx.scale, ctx.dtype = query.shape[-1] ** -0.5, query.dtype
+        ctx.queries, ctx.keys = query.shape[1], key.shape[1]
+        if query.dtype == torch.bfloat16:
+            convert = _pad_length if ctx.queries == ctx.keys else Tensor.float
+            query, key, value = convert(query), convert(key), convert(value)
+        scores = torch.bmm(_at_least_float32(query) * ctx.scale, _at_least_float32(key).transpose(1, 2))
+        scores[:, :, ctx.keys :] = -torch.inf
         weights = scores.softmax(dim=-1).to(query.dtype)
         kept = dropout_scale(weights.shape, dropout, weights.dtype) if dropout else None
         ctx.save_for_backward(query, key, value, weights, kept)
-        ctx.scale = scale
-        return torch.bmm(weights if kept is None else weights * kept, value)
+        context = torch.bmm(weights if kept is None else weights * kept, value)
+        return context[:, : ctx.queries].to(ctx.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, weights, kept = ctx.saved_tensors
+        gradient = gradient.to(query.dtype)
+        if query.shape[1] > ctx.queries:
+            gradient = _pad_length(gradient)
         of_value = torch.bmm((weights if kept is None else weights * kept).transpose(1, 2), gradient)
         of_weights = torch.bmm(gradient, value.transpose(1, 2))
         if kept is not None:
@@ -149,7 +161,17 @@ class _WrittenOutAttention(torch.autograd.Function):
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
         of_query = torch.bmm(of_scores, key).mul_(ctx.scale)
         of_key = torch.bmm(of_scores.transpose(1, 2), query).mul_(ctx.scale)
-        return of_query, of_key, of_value, None
+        of_query, of_key, of_value = of_query[:, : ctx.queries], of_key[:, : ctx.keys], of_value[:, : ctx.keys]
+        return of_query.to(ctx.dtype), of_key.to(ctx.dtype), of_value.to(ctx.dtype), None
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+def _pad_length(rows: Tensor) -> Tensor:
+    """[B, L, D] with zeros up to the next multiple of `_LENGTH_BUCKET` in L."""
+    return pad(rows, (0, 0, 0, -rows.shape[1] % _LENGTH_BUCKET))
 
 
 def varlen_flash_attention(
@@ -224,6 +246,8 @@ class PackedAttention(MegatronModule):
             query = query[packed_seq_params.queries]
         dropout = self.config.attention_dropout if self.training else 0.0
         if dropout == 0:
-            return self.attend(query, key, value, packed_seq_params, dropout)
-        with tensor_parallel_rng(query.device):  # tensor-parallel ranks have different heads
-            return self.attend(query, key, value, packed_seq_params, dropout)
+            context = self.attend(query, key, value, packed_seq_params, dropout)
+        else:
+            with tensor_parallel_rng(query.device):  # tensor-parallel ranks have different heads
+                context = self.attend(query, key, value, packed_seq_params, dropout)
+        return pad(context, (0, 0, 0, 0, 0, max(packed_seq_params.context_rows - len(context), 0)))

@@ -32,7 +32,7 @@ def representations(encoder: ESMEncoder, batch: PackedBatch, layers: Iterable[in
     states: dict[int, Tensor] = {}
 
     def keep(layer: int, state_T1H: Tensor) -> None:
-        states[layer] = state_T1H.squeeze(1)
+        states[layer] = state_T1H.squeeze(1)[: len(batch.tokens)]  # the encoder may pad the row
 
     def keep_output(layer: int) -> Any:
         return lambda module, inputs, outputs: keep(layer, outputs[0])
