@@ -1,13 +1,13 @@
-"""What embeddings are worth: a linear classifier on top of them, beside one on one-hot features; and a picture.
+"""Compare a linear classifier on embeddings with one on one-hot features, and draw both.
 
     python examples/classify_proteins.py model=x.nemo input=deeploc.fasta label='(\\S+)-[MSU]$' output=localization
 
-Every protein needs a class: what the first group of `label`, a regular expression, finds in the header of its FASTA
+The class of a protein is the match of the first group of `label`, a regular expression, in the header of its FASTA
 record. A protein's features are the mean over its residues: of the last layer's states, and, as the baseline, of
-one-hot vectors, which is its composition. Both are standardised and go through the same logistic regression
-(scikit-learn), scored by five-fold cross-validation on the same folds. Random folds put relatives on both sides, for
-both alike; for a number to publish, split by identity. Written are report.json, and classes.png: the first two
-principal components of either, with the accuracy. In Jupyter, import `classify` and `draw`.
+one-hot vectors, which is its composition. Both are standardised and classified by the same logistic regression
+(scikit-learn), scored by five-fold cross-validation on the same folds. Random folds put similar proteins on both sides,
+for both alike; for scores to publish, split by identity. The outputs are report.json, and classes.png: the first two
+principal components of each, with the accuracy. In Jupyter, import `classify` and `draw`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from bionemo_esm.alphabet import FIRST_RESIDUE_ID, NUM_STANDARD_RESIDUES, encode
 from bionemo_esm.data.fasta import read_fasta
 from bionemo_esm.errors import UserError
 from bionemo_esm.plotting import MUTED, WIDTH, styled, write_png
+from bionemo_esm.statistics import percentile_interval, resampled_indices
 
 Features = NDArray[np.float64]  # [proteins, features]
 KEYS = {"model", "input", "label", "output"}
@@ -55,9 +56,9 @@ class Estimate(NamedTuple):
 
 
 def classify(features: Features, classes: NDArray[np.str_]) -> dict[str, Estimate]:
-    """Five-fold cross-validation of a logistic regression; the folds depend on the classes alone.
+    """Return accuracy and macro F1 of a logistic regression in five-fold cross-validation.
 
-    Return the accuracy, and the F1 averaged over the classes (macro F1), so that rare ones count.
+    The folds depend on the classes only.
     """
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
@@ -67,20 +68,20 @@ def classify(features: Features, classes: NDArray[np.str_]) -> dict[str, Estimat
 
 
 def estimated(score: Callable[..., float], classes: NDArray[np.str_], predicted: NDArray[np.str_]) -> Estimate:
-    draws = np.random.default_rng(SEED).integers(len(classes), size=(RESAMPLES, len(classes)))
-    low, high = np.percentile([score(classes[some], predicted[some]) for some in draws], [2.5, 97.5])
-    return Estimate(float(score(classes, predicted)), float(low), float(high))
+    drawn = resampled_indices(len(classes), RESAMPLES, SEED)
+    interval = percentile_interval(np.array([score(classes[some], predicted[some]) for some in drawn]))
+    return Estimate(float(score(classes, predicted)), *interval)
 
 
 def verdict(baseline: Estimate, embeddings: Estimate) -> str:
-    """What embeddings add to the accuracy, and whether the two intervals have something in common."""
+    """Return a sentence on the gain in accuracy, and whether the two intervals overlap."""
     apart = embeddings.low > baseline.high or baseline.low > embeddings.high
     where = "beyond the intervals" if apart else "within the intervals: no difference is shown"
     return f"embeddings: {embeddings.value - baseline.value:+.3f} accuracy, {where}"
 
 
 def composition(sequences: list[str]) -> Features:
-    """The mean of one-hot vectors over the residues of each protein: [proteins, 20]."""
+    """Return the mean of one-hot vectors over the residues of each protein: [proteins, 20]."""
     counts = [np.bincount(encode(sequence), minlength=33) for sequence in sequences]
     standard = np.array(counts)[:, FIRST_RESIDUE_ID : FIRST_RESIDUE_ID + NUM_STANDARD_RESIDUES]
     features: Features = standard / np.array([[len(sequence)] for sequence in sequences])
@@ -88,7 +89,7 @@ def composition(sequences: list[str]) -> Features:
 
 
 def read_classes(path: Path, pattern: str) -> tuple[dict[str, str], NDArray[np.str_]]:
-    """Sequences by id, and the class of each: those of classes with at least `FEWEST` proteins."""
+    """Return sequences by id, and the class of each, without classes of fewer than `FEWEST` proteins."""
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -108,7 +109,7 @@ def read_classes(path: Path, pattern: str) -> tuple[dict[str, str], NDArray[np.s
 
 
 def draw(panels: dict[str, Features], classes: NDArray[np.str_], path: Path) -> Path:
-    """The first two principal components of each set of features, side by side, a colour for each class."""
+    """Draw the first two principal components of each set of features, with a colour for each class."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -123,7 +124,7 @@ def draw(panels: dict[str, Features], classes: NDArray[np.str_], path: Path) -> 
             for index, name in enumerate(shown):
                 colour = colormaps["tab10"](index)
                 axes.scatter(*places[classes == name].T, s=9, color=colour, alpha=0.7, linewidths=0, label=name)
-            axes.margins(0.05)  # no point is cut
+            axes.margins(0.05)  # keeps points inside the axes
             axes.set_title(title, loc="left", weight="bold", fontsize="medium")
             first, second = components.explained_variance_ratio_
             axes.set_xlabel(f"first component, {first:.0%} of the variance")

@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained model on a task: one of FLIP's or TAPE's, or your own.
+"""Fine-tune a pretrained model on a task of FLIP or TAPE, or your own.
 
 python examples/finetune.py task=secondary_structure restore_from_path=x.nemo data.train=sampled.fasta \
   data.sequences=sequences.fasta data.mask=mask.fasta output=structure
