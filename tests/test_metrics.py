@@ -17,8 +17,8 @@ from sklearn import metrics as sklearn_metrics
 from torch import distributed
 
 from bionemo_esm.alphabet import encode
-from bionemo_esm.finetuning.baselines import composition, fitted_composition
 from bionemo_esm.finetuning.batches import gather_predictions
+from bionemo_esm.finetuning.comparison import composition, fitted_composition
 from bionemo_esm.finetuning.metrics import confusion, per_class, scores
 from bionemo_esm.finetuning.splits import LabelledDataset, Splits
 from bionemo_esm.finetuning.tasks import Prediction, Task
