@@ -156,7 +156,7 @@ waits() { [[ "$(field "$1" JobState)" == PENDING ]]; }
 
 has_saved() { compgen -G "$1/checkpoints/step-*.ckpt" >/dev/null; } # RUN
 
-runs_again() { [[ "$(grep -c 'going on from step' "$(log_of "$1")")" -ge "$2" ]]; } # JOB TIMES
+runs_again() { [[ "$(grep -c 'resuming from step' "$(log_of "$1")")" -ge "$2" ]]; } # JOB TIMES
 
 hasten() { # JOB: Slurm holds one that was queued again back for two minutes; slurmd needs a few seconds of them
     wait_for 60 "job $1 to be queued again" waits "$1"

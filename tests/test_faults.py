@@ -211,7 +211,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_none_left_is_an_err
     spoilt = newest.read_bytes()
     outcome = goes_on(folder, unbroken)
     assert "step-000000006.ckpt: " in outcome.console
-    assert "going back to step-000000004.ckpt" in outcome.console
+    assert "resuming from step-000000004.ckpt" in outcome.console
     assert newest.with_name(newest.name + ".damaged").read_bytes() == spoilt, "evidence is kept"
 
     (folder / "summary.json").unlink()
@@ -298,7 +298,7 @@ def test_nan_on_one_rank_skips_the_step_on_all_and_names_the_samples(tmp_path: P
     assert suspects["rank"] == nonfinite
     expected = samples_of(folder, consumed=16, rank=nonfinite)
     assert suspects["samples"] == expected
-    assert f"step 2 was not taken: its loss is nan; rank {nonfinite}, samples {expected[0]}, " in outcome.console
+    assert f"step 2 was skipped: its loss is nan; rank {nonfinite}, samples {expected[0]}, " in outcome.console
 
 
 def samples_of(folder: Path, consumed: int, rank: int) -> list[int]:
@@ -314,7 +314,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_saved_state_that_the_same_command
     fault = Fault(MODEL + "ESM1nvModel.forward", spoil=to_nan, call=3, rank=1, repeated=True)
     outcome = run(folder, patience, ranks=2, faults=[fault])
     assert outcome.codes == [3, 3], outcome.ranks
-    assert "Stopped at step 4, state saved: 2 steps in a row were not taken." in outcome.console
+    assert "Stopped at step 4, state saved: 2 steps in a row were skipped." in outcome.console
     assert assert_whole(folder)[-1] == 4
     assert [line["in_a_row"] for line in history(folder) if line["kind"] == "skipped"] == [1, 2]
     assert run(folder, patience, ranks=2).codes == [0, 0]

@@ -50,13 +50,13 @@ def test_when_a_rank_sleeps_for_ever_all_end_with_stacks_and_the_run_goes_on(tmp
     assert outcome.codes == [EXIT_HANG, EXIT_HANG]
     written = stacks(folder)
     assert "sleep_for_ever" in written[1]
-    assert "rank 1: nothing moved for 0:03, at step 4" in written[1]
+    assert "rank 1: no progress for 0:03, at step 4" in written[1]
     assert "training_step" in written[0]
     assert "is MainThread" in written[0]
     (line,) = [line for line in outcome.console.splitlines() if "hangs" in line]
-    assert "nothing moved for 0:03, at step 4" in line
+    assert "no progress for 0:03, at step 4" in line
     assert "Stacks of ranks 0 and 1 are in" in line
-    assert "The same command goes on from the last checkpoint" in line
+    assert "The same command resumes from the last checkpoint" in line
 
     assert run(folder, *overrides, ranks=2).codes == [0, 0]
     assert json.loads((folder / "summary.json").read_text())["resumed_from_step"] == 2
@@ -69,7 +69,7 @@ def test_when_a_rank_is_stopped_the_other_ends_and_names_it(tmp_path: Path) -> N
     outcome = run(folder, *SETTINGS, "trainer.hang_timeout_seconds=3", ranks=2, faults=[fault], stopped=[0])
     assert outcome.codes == [-signal.SIGKILL, EXIT_HANG]
     assert list(stacks(folder)) == [1]
-    assert "nothing came from rank 0: look there first" in outcome.screens[1]
+    assert "no report from rank 0: look there first" in outcome.screens[1]
 
 
 def test_slow_steps_slow_validation_and_long_saves_are_no_hangs(tmp_path: Path) -> None:

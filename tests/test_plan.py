@@ -421,7 +421,7 @@ def cases() -> Iterator[tuple[str, tuple[str, ...], Facts, str]]:
     yield "validation", (), of_data(validation_sequences=175), "175 validation sequences cannot be dealt to 176 ranks"
     yield "validating late", ("trainer.val_check_interval=400000",), plain, "only its end is validated"
     every = "exp_manager.checkpoints.every_n_train_steps=400000"
-    yield "checkpoints", (every,), plain, "nothing to go on from before its end"
+    yield "checkpoints", (every,), plain, "no checkpoint to resume from before its end"
     yield "no average", (every,), plain, "there is one checkpoint and no average"
     yield (
         "average",

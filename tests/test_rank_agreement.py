@@ -109,7 +109,7 @@ def test_a_rank_that_never_comes_is_not_waited_for_without_end(tmp_path: Path) -
     impatient = Fault(RUN + "launched_ranks", wait_three_seconds_only)
     outcome = run(tmp_path / "run", "data.micro_batch_size=4", ranks=2, faults=[absent, impatient])
     assert outcome.codes == [2, 9]
-    assert "error: rank 0 of 2 waited in vain for the others at 127.0.0.1:" in outcome.errors
+    assert "error: rank 0 of 2 timed out waiting for the other ranks at 127.0.0.1:" in outcome.errors
 
 
 def test_one_process_alone_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

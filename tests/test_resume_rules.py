@@ -89,7 +89,7 @@ def test_a_continued_run_that_was_stopped_goes_on_from_its_own_checkpoint(first:
     shutil.rmtree(origin)
     outcome = run(second, *overrides)
     assert outcome.codes == [0], outcome.errors
-    assert "going on from step 6" in outcome.console
+    assert "resuming from step 6" in outcome.console
     assert nemo(second).read_bytes() == nemo(unbroken).read_bytes()
 
 
@@ -147,5 +147,5 @@ def test_another_global_batch_without_saying_so_is_refused(first: Path, tmp_path
 
 def test_phase_2_wants_to_know_the_run_that_it_continues(tmp_path: Path) -> None:
     recipe = load_recipe(composed("recipe=esm1nv_phase2", f"exp_manager.exp_dir={tmp_path}"))
-    with pytest.raises(ConfigError, match="esm1nv_phase2 goes on with a run of esm1nv_phase1; name its folder"):
+    with pytest.raises(ConfigError, match="esm1nv_phase2 continues a run of esm1nv_phase1; name its folder"):
         check_requirements(recipe, 144)

@@ -224,7 +224,7 @@ class Progress(Callback):
         samples = ", ".join(map(str, first.samples[:5])) + (", ..." if len(first.samples) > 5 else "")
         more = f" and {len(skipped.suspects) - 1} more micro batches" if len(skipped.suspects) > 1 else ""
         self.console.print_line(
-            f"warning: step {step:,} was not taken: {skipped.reason}; rank {first.rank}, samples {samples}{more} "
+            f"warning: step {step:,} was skipped: {skipped.reason}; rank {first.rank}, samples {samples}{more} "
             f"(all in {self.history.path.name})"
         )
 

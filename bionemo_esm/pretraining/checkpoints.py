@@ -240,7 +240,7 @@ class Checkpoints(Callback):
         if isinstance(self.writer.failure, UserError):
             newest = f"the newest that is safe is {self._on_disk[-1].name}" if self._on_disk else "none is on disk yet"
             raise CheckpointError(
-                f"{self.writer.failure}. Training stops; {newest}, and the same command goes on from there"
+                f"{self.writer.failure}. Training stops; {newest}, and the same command resumes from there"
             )
         raise self.writer.failure
 
@@ -250,7 +250,7 @@ class Checkpoints(Callback):
         steps[trainer.global_rank] = trainer.global_step
         if len(set(world_sum(steps).tolist())) > 1:
             raise CheckpointError(
-                f"ranks found different checkpoints to go on from (steps {steps.tolist()}); the run's folder must be "
+                f"ranks found different checkpoints to resume from (steps {steps.tolist()}); the run's folder must be "
                 "the same on every node"
             )
 

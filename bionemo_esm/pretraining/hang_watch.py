@@ -156,7 +156,7 @@ class HangWatch(Callback):
     def _report(self, error: str) -> None:
         silence, doing, now = duration(self._idle_seconds), self._activity, time.strftime("%F %T %z")
         with open(self.folder / f"hang-rank-{self.rank}.txt", "a", encoding="utf-8") as file:
-            file.write(f"{now} rank {self.rank}: nothing moved for {silence}, at {doing}\n{error}")
+            file.write(f"{now} rank {self.rank}: no progress for {silence}, at {doing}\n{error}")
             for thread in threading.enumerate():
                 file.write(f"Thread 0x{thread.ident or 0:016x} is {thread.name}\n")
             file.flush()
@@ -171,10 +171,10 @@ class HangWatch(Callback):
 
     def _message(self, silence: str, doing: str, wrote: list[int]) -> str:
         missing = [rank for rank in range(self.world_size) if rank not in wrote]
-        suspects = f"; nothing came from {_named(missing)}: look there first" if missing else ""
+        suspects = f"; no report from {_named(missing)}: look there first" if missing else ""
         return (
-            f"error: the run hangs: nothing moved for {silence}, at {doing}. Stacks of {_named(wrote)} are in "
-            f"{self.folder}/hang-rank-*.txt{suspects}. The same command goes on from the last checkpoint."
+            f"error: the run hangs: no progress for {silence}, at {doing}. Stacks of {_named(wrote)} are in "
+            f"{self.folder}/hang-rank-*.txt{suspects}. The same command resumes from the last checkpoint."
         )
 
 

@@ -608,7 +608,7 @@ def _checkpoints(plan: Plan) -> str | None:
         return None
     return (
         f"exp_manager.checkpoints.every_n_train_steps ({every:,}) is more than the run's {plan.steps:,} steps: there "
-        "is nothing to go on from before its end"
+        "is no checkpoint to resume from before its end"
     )
 
 

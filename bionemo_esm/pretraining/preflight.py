@@ -104,7 +104,7 @@ def _missing_parent_run(recipe: Recipe) -> list[str]:
     if _has_checkpoints(recipe):
         return []
     if origin is None and before is not None:
-        return [f"continue_from_path: {recipe.name} goes on with a run of {before}; name its folder, or a .ckpt of it"]
+        return [f"continue_from_path: {recipe.name} continues a run of {before}; name its folder, or a .ckpt of it"]
     if origin is not None and not origin.exists():
         return [f"continue_from_path: there is no {origin}; name a run's folder, or a .ckpt"]
     return []
@@ -248,8 +248,8 @@ def launched_ranks() -> Iterator[RankAgreement]:
     except (distributed.DistError, RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         message = (
-            f"rank {rank} of {size} waited in vain for the others at {where} ({str(error).splitlines()[0]}); look for "
-            "a process that ended early, and whether nodes reach each other there"
+            f"rank {rank} of {size} timed out waiting for the other ranks at {where} ({str(error).splitlines()[0]}); "
+            "look for a process that ended early, and whether nodes reach each other there"
         )
         if rank:
             print(f"error: {message}", file=sys.stderr)  # noqa: T201 - rank 0, which prints errors, may be missing

@@ -151,7 +151,7 @@ def _newest_own_checkpoint(folder: Path, console: Console) -> Path | None:
     checkpoint, complaints = newest_checkpoint(folder)
     for complaint in complaints:
         console.print_line(
-            f"warning: {complaint}; set aside as *{DAMAGED}, going back to {checkpoint and checkpoint.name}"
+            f"warning: {complaint}; renamed to *{DAMAGED}, resuming from {checkpoint and checkpoint.name}"
         )
     if checkpoint is not None and is_rank_zero():
         set_aside_damaged(folder, checkpoint)

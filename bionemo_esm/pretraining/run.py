@@ -44,7 +44,7 @@ def pretrain(cfg: DictConfig) -> None:
     Exits with 2 after a one-line error that the user can fix; with 130 (SIGINT) or 143 (SIGTERM) after a stop on
     request, its state saved; with 3 after too many skipped steps in a row, its state saved.
     """
-    interrupted = "Interrupted; the same command goes on from the last checkpoint, if there is one."
+    interrupted = "Interrupted; the same command resumes from the last checkpoint, if there is one."
     run_to_exit_code(lambda: _pretrain(cfg), interrupted, silent=not is_rank_zero())
 
 
@@ -70,7 +70,7 @@ def _pretrain(cfg: DictConfig) -> int:
         result = fit(run, console, ranks)
         if result.stopped_by is not None:
             console.print_line(f"\nStopped by {result.stopped_by.name} at step {result.steps:,}, state saved.")
-            console.print_line("The same command goes on from there.")
+            console.print_line("The same command resumes from there.")
             return 128 + result.stopped_by
         if result.model.gave_up:
             console.print_line(_gave_up_message(recipe, folder, result.steps))
@@ -147,7 +147,7 @@ def _averaged(run: RunContext, result: FitResult, console: Console) -> dict[str,
 
 def _gave_up_message(recipe: Recipe, folder: Path, steps: int) -> str:
     return (
-        f"\nStopped at step {steps:,}, state saved: {recipe.optim.max_skipped_steps} steps in a row were not taken.\n"
+        f"\nStopped at step {steps:,}, state saved: {recipe.optim.max_skipped_steps} steps in a row were skipped.\n"
         f"Their samples are in {short(folder / 'metrics.jsonl')}, lines of kind skipped.\nThe same command tries "
         "again with the samples after them; a lower optim.lr needs another exp_manager.name, which may begin with "
         "restore_from_path=....nemo."

@@ -125,7 +125,7 @@ class RunContext:
             "batch": f"{self._batch(batch, tokens)}, packed without padding{self._accumulation_text()}",
             "steps": f"{steps:,}, {steps * batch / self.train.num_clusters:,.1f} epochs, {steps * tokens:,.0f} tokens"
             + (f"; after the {first_step:,} of {recipe.continue_from_path}" if first_step else "")
-            + (f"; going on from step {resumed_from_step:,}" if resumed_from_step > first_step else ""),
+            + (f"; resuming from step {resumed_from_step:,}" if resumed_from_step > first_step else ""),
             "device": f"{trainer.world_size} x {trainer.accelerator}, {precision}{self._parallelism_text()}",
             "fused": backends,
             "results": f"{short(self.folder)} (messages of other libraries: {short(self.folder / OUTPUT_LOG)})",
@@ -158,7 +158,7 @@ class RunContext:
                 if plan.micro_batch_tokens
                 else f"{plan.micro_batch_size} sequences"
             )
-            return f" (dealt to {ranks}, at most {most} at a time)"
+            return f" (over {ranks}, at most {most} at a time)"
         return f" ({ranks} x {plan.micro_batch_size} sequences x {plan.accumulation} accumulated)"
 
     def _batch(self, sequences: float, tokens: float) -> str:
