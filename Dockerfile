@@ -1,17 +1,17 @@
-# NVIDIA's PyTorch container brings CUDA, NCCL, Transformer Engine and Apex; this adds the plugin and what it imports.
+# NVIDIA's PyTorch container has CUDA, NCCL, Transformer Engine and Apex. This adds the package and its dependencies.
 #   docker build -t bionemo_esm .
 #   docker run --rm --gpus all bionemo_esm doctor
 #   docker run --gpus all --ipc host -v /data:/data:ro -v "$PWD/runs:/workspace/runs" --user "$(id -u)" bionemo_esm \
 #       pretrain trainer.num_nodes=1 trainer.devices=1 data.store=/data/uniref50
-# 26.03 has torch 2.11.0a0. 25.12 would not do: its 2.10.0a0 comes before 2.10.
+# 26.03 has torch 2.11.0a0. 25.12 is too old: its 2.10.0a0 is before 2.10.
 FROM nvcr.io/nvidia/pytorch:26.03-py3
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/bionemo_esm
 
-# Dependencies first: this layer stays in the cache until pyproject.toml changes. The base image holds all its packages in
-# place (PIP_CONSTRAINT), which leaves pip no way out where two disagree; here only those stay that are built for each
-# other, or for its CUDA.
+# Dependencies first: this layer stays in the cache until pyproject.toml changes. The base image pins all its packages
+# (PIP_CONSTRAINT), so pip cannot resolve conflicts. Here only those stay pinned that are built for each other or for its
+# CUDA.
 COPY pyproject.toml ./
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
         > /tmp/wanted.txt \
@@ -25,14 +25,14 @@ COPY conf conf
 COPY bionemo_esm bionemo_esm
 RUN PIP_CONSTRAINT="" pip install --no-cache-dir --no-deps .
 
-# Runs land in /workspace/runs. Everybody may write there and in the caches, as in /tmp: under `docker run --user` and under
-# Slurm's pyxis the process is another user, whose home the container does not have.
+# Runs are written to /workspace/runs. All users may write there and in the caches: under `docker run --user` and Slurm's
+# pyxis the process is another user, without a home in the container.
 RUN useradd --create-home --uid 10001 esm && install --directory --mode=1777 /workspace /workspace/runs /var/cache/esm
 ENV NUMBA_CACHE_DIR=/var/cache/esm MPLCONFIGDIR=/var/cache/esm
 USER 10001
 WORKDIR /workspace
 
-# Versions, GPUs, fused kernels; without the step of training that `doctor` makes else, for a run has the GPU.
+# Versions, GPUs and fused kernels; without a training step, because a run uses the GPU.
 HEALTHCHECK --interval=10m --timeout=2m --start-period=2m --retries=3 CMD ["bionemo-esm", "doctor", "--quick"]
 ENTRYPOINT ["bionemo-esm"]
 CMD ["--help"]

@@ -1,1 +1,1 @@
-"""A pretraining run: its recipe, its process groups, what it writes and what it shows."""
+"""Pretraining: recipes, plan, preflight check, training, checkpoints, averages, metrics and report."""

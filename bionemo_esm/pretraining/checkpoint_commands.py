@@ -49,7 +49,7 @@ def load_average_config(cfg: DictConfig) -> AverageConfig:
 
 
 def average(cfg: DictConfig) -> None:
-    """Average checkpoints as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
+    """Average checkpoints as a composed Hydra configuration says. Exits with 2 for an error that a user can fix."""
     run_to_exit_code(lambda: _average(cfg), "Interrupted; nothing was written.")
 
 
@@ -81,7 +81,7 @@ average_main = ConfiguredCommand(
 
 
 def convert(arguments: Sequence[str]) -> None:
-    """`bionemo-esm convert-legacy OLD.nemo NEW.nemo`: the one command that opens an archive of pickles."""
+    """Run `bionemo-esm convert-legacy OLD.nemo NEW.nemo`, the only command that opens an archive of pickles."""
     parser = argparse.ArgumentParser(
         "bionemo-esm convert-legacy",
         description="Turn an ESM-1nv archive of NeMo 1 or BioNeMo 1, which holds a pickle, into one of ours. The "

@@ -32,6 +32,7 @@ from bionemo_esm.pretraining.averaging import AveragingError, Progress, average_
 from bionemo_esm.pretraining.recipe import CheckpointConfig
 from bionemo_esm.pretraining.resume import DAMAGED, CheckpointError, list_checkpoints, recorded_step
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STATE_KEYS = {"steps", "consumed_samples", "identity", "guard", "callbacks", "optimizer_states", "lr_schedulers"}
 
 
@@ -345,9 +346,6 @@ class AsyncWriter:
             job()
         except BaseException as error:
             self.failure = error
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:

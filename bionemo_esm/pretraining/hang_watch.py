@@ -28,6 +28,12 @@ from bionemo_esm.model.backends import import_problem, importable
 EXIT_HANG = 4
 AT_LEAST_FOR_FIRST_STEP = 900.0  # seconds; kernels are compiled, connections set up
 AT_LEAST_FOR_SAVING = 3600.0  # seconds; all ranks wait while rank 0 writes
+_CALLBACKS = "nvidia_resiliency_ext.ptl_resiliency"
+_DETECTOR = "nvrx_cupti_module"  # needs CUPTI, a part of CUDA
+_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # set by ft_launcher
+_REPORT_SECONDS = 300.0
+_LOGGER = "lightning.pytorch.resiliency"  # its messages reach output.log; NeMo's do not
+_SLOW = 0.7  # fraction of the performance of other GPUs, or of this one before
 _WRITING_SECONDS = 20.0  # for writing the stacks; the file system may hang, too
 
 
@@ -185,14 +191,6 @@ def _named(ranks: list[int], most: int = 8) -> str:
     shown = [str(rank) for rank in ranks[:most]]
     last = f"{len(ranks) - most} more" if len(ranks) > most else shown.pop()
     return f"ranks {', '.join(shown)} and {last}"
-
-
-_CALLBACKS = "nvidia_resiliency_ext.ptl_resiliency"
-_DETECTOR = "nvrx_cupti_module"  # needs CUPTI, a part of CUDA
-_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # set by ft_launcher
-_REPORT_SECONDS = 300.0
-_LOGGER = "lightning.pytorch.resiliency"  # its messages reach output.log; NeMo's do not
-_SLOW = 0.7  # fraction of the performance of other GPUs, or of this one before
 
 
 def resiliency_callbacks(device_type: str, folder: Path) -> list[Callback]:

@@ -35,6 +35,17 @@ from bionemo_esm.pretraining.recipe import Recipe
 from bionemo_esm.pretraining.resume import find_parent_run
 from bionemo_esm.pretraining.run_context import SAMPLE_FOLDER, validation_batch_size
 
+PFLOP_DAY = 1e15 * 86_400
+SPREAD = 1.4
+"""Mean of the squared lengths over the square of the mean, if only the mean is published. For the shipped sample it is
+1.25, cropped to 512 tokens, and 1.4, cropped to 1,024. Attention is under 10% of the work, so an error of 10% changes
+the FLOPs by less than 1%."""
+USABLE = 0.9
+"""Fraction of a device's memory. The rest is for the CUDA context, work space and fragmentation."""
+
+_SLACK = 0.02  # tolerated relative difference of steps or epochs
+_EVEN_SHARE = 4.0  # longest sequences per rank and batch from which the ranks' work is about even
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -81,10 +92,7 @@ def free_space(folder: Path) -> tuple[Path, int]:
     return existing, shutil.disk_usage(existing).free
 
 
-SPREAD = 1.4
-"""Mean of the squared lengths over the square of the mean, if only the mean is published. For the shipped sample it is
-1.25, cropped to 512 tokens, and 1.4, cropped to 1,024. Attention is under 10% of the work, so an error of 10% changes
-the FLOPs by less than 1%."""
+# --- facts ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -250,7 +258,7 @@ def _next_recipe(name: str) -> str | None:
     return None
 
 
-PFLOP_DAY = 1e15 * 86_400
+# --- the plan ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -389,11 +397,7 @@ def scientific(value: float) -> str:
     return "0" if value == 0 else f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
 
 
-USABLE = 0.9
-"""Fraction of a device's memory. The rest is for the CUDA context, work space and fragmentation."""
-
-_SLACK = 0.02  # tolerated relative difference of steps or epochs
-_EVEN_SHARE = 4.0  # longest sequences per rank and batch from which the ranks' work is about even
+# --- findings ---------------------------------------------------------------------------------------------------------
 
 
 def findings(plan: Plan) -> list[str]:

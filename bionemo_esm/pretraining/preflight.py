@@ -34,6 +34,14 @@ from bionemo_esm.pretraining.recipe import Recipe, TrainerConfig
 from bionemo_esm.pretraining.resolve_model import check_encoder_of_archive, import_advice
 from bionemo_esm.pretraining.resume import find_parent_run
 
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+T = TypeVar("T")
+_PACKAGES = ("bionemo_esm", "torch", "megatron-core", "nemo_toolkit", "lightning", "numpy")
+_RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+_RANK_0_TIMEOUT = timedelta(days=1)  # rank 0 may build a store; in training `HangWatch` ends a hang
+_MOST_NAMED = 4  # ranks, or differences, in one message
 _LAPTOP = "\nTo see the whole path at work on this machine: bionemo-esm pretrain recipe=laptop"
 
 
@@ -143,14 +151,7 @@ def large_imports() -> Iterator[None]:
             gc.enable()
 
 
-if TYPE_CHECKING:
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-
-T = TypeVar("T")
-_PACKAGES = ("bionemo_esm", "torch", "megatron-core", "nemo_toolkit", "lightning", "numpy")
-_RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
-_RANK_0_TIMEOUT = timedelta(days=1)  # rank 0 may build a store; in training `HangWatch` ends a hang
-_MOST_NAMED = 4  # ranks, or differences, in one message
+# --- agreement of all ranks -------------------------------------------------------------------------------------------
 
 
 class RankAgreementError(UserError):

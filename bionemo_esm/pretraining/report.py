@@ -1,7 +1,7 @@
-"""The report of a run on one page: what it reached, how it got there, what it was given, how to use the model.
+"""The report of a run on one page: results, curves, settings, and how to use the model.
 
-It needs only the two files that training leaves in its folder; equal files give equal bytes, for nothing holds a date.
-In HTML the figure takes its colours from the page's style sheet, and so follows the reader's light or dark mode.
+Inputs are `metrics.jsonl` and `summary.json` of the run directory. Equal inputs give equal bytes: no file has a date.
+The HTML figure's colours come from the page's style sheet, so it follows the reader's light or dark mode.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from bionemo_esm.files import write_atomically
 from bionemo_esm.plotting import DPI, FAINT, GRID, INK, LINE, MARK, MUTED, WIDTH, styled
 
-FloatArray = NDArray[np.float64]  # one value a logged step; NaN where none was logged, or none that is finite
+FloatArray = NDArray[np.float64]  # one value per logged step; NaN if there is none, or if it is not finite
 
 PANELS, HEADING = 6.3, 0.9  # inches
 COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--grid", LINE: "--line", FAINT: "--faint", MARK: "--mark"}
@@ -34,7 +34,7 @@ LOOK: dict[str, Any] = {
 }
 LABEL: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "annotation_clip": False, "va": "center"}
 LABEL |= {"color": LINE, "weight": "bold"}
-# label | key in summary.json | how it reads. Without a format: as it stands, over the whole width of the page.
+# label | key in summary.json | format. Without a format: unchanged, over the whole width of the page.
 FACTS = """
 Validation perplexity | validation_perplexity | {:.3f};     Validation loss | validation_loss | {:.4f} nats per residue
 Perplexity of residue frequencies | unigram_perplexity | {:.3f};  Masked residues named right | masked_accuracy | {:.2%}
@@ -92,16 +92,16 @@ class _Run(NamedTuple):
     summary: dict[str, Any]
     probe: dict[str, FloatArray]
     probe_name: str  # its task and metric
-    perplexity: float  # of validation; this and the next are NaN where the summary has none
+    perplexity: float  # of validation; this and the next are NaN if the summary has none
     unigram_perplexity: float
     accuracy: float
     initial_perplexity: float  # before the first step, of a run that starts from weights
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` and its figure `report.png` from metrics.jsonl and summary.json in `folder`; the html's path.
+    """Write `report.html` and `report.png` from metrics.jsonl and summary.json in `folder`; return the html's path.
 
-    Neither is ever there in part. Raises `ValueError`, naming the file, when an input is missing or cannot be parsed.
+    Both are written atomically. Raises `ValueError`, naming the file, if an input is missing or cannot be parsed.
     """
     run = _read_run(Path(folder))
     svg, png = _draw(run)
@@ -124,7 +124,7 @@ def _read_run(folder: Path) -> _Run:
 
 
 def _probe_of(records: dict[str, dict[str, Any]]) -> tuple[dict[str, FloatArray], str]:
-    """Steps and scores of the probe that came last, and its task and metric."""
+    """Return steps and scores of the last probe's task, and its task and metric."""
 
     def name(record: dict[str, Any]) -> str:
         return _plain(f"{record.get('task')} {record.get('metric')}")
@@ -136,7 +136,7 @@ def _probe_of(records: dict[str, dict[str, Any]]) -> tuple[dict[str, FloatArray]
 
 
 def _objects(path: Path) -> dict[str, dict[str, Any]]:
-    """The JSON objects of a file, by the place they stand at: one in a .json, one a line in a .jsonl."""
+    """Return the JSON objects of a file by their location: one in a .json, one per line in a .jsonl."""
     objects, where = {}, str(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -160,7 +160,7 @@ def _number(record: dict[str, Any], key: str, where: str) -> float:
 
 
 def _columns(records: dict[str, dict[str, Any]], kind: str, keys: tuple[str, ...]) -> dict[str, FloatArray]:
-    """The values of one kind of line, in steps' order. A resumed run repeats steps: the later line holds."""
+    """Return the values of one kind of line, sorted by step. A resumed run repeats steps: the last line counts."""
     rows: dict[float, list[float]] = {}
     for where, record in records.items():
         if record.get("kind") == kind:
@@ -176,9 +176,9 @@ def _headline(run: _Run) -> str:
     if math.isfinite(run.perplexity):
         sentence = f"Validation perplexity {run.perplexity:,.1f}"
         others = {"before training": run.initial_perplexity, "for residue frequencies alone": run.unigram_perplexity}
-        told = [f"{value:,.1f} {words}" for words, value in others.items() if math.isfinite(value)]
-        if told:
-            sentence += f", against {' and '.join(told)}"
+        baselines = [f"{value:,.1f} {words}" for words, value in others.items() if math.isfinite(value)]
+        if baselines:
+            sentence += f", against {' and '.join(baselines)}"
         return sentence + (f"; {run.accuracy:.1%} of masked residues named right." if run.accuracy >= 0 else ".")
     finite = np.flatnonzero(np.isfinite(run.train["loss"]))
     if not finite.size:
@@ -188,7 +188,7 @@ def _headline(run: _Run) -> str:
 
 
 def _draw(run: _Run) -> tuple[str, bytes]:
-    """The figure, as an SVG element for the page and as a PNG with a heading."""
+    """Return the figure as an SVG element for the page, and as a PNG with a heading."""
     with styled(**LOOK):
         height, svg, png = PANELS + HEADING, BytesIO(), BytesIO()
         figure = Figure(figsize=(WIDTH, height))
@@ -197,7 +197,7 @@ def _draw(run: _Run) -> tuple[str, bytes]:
         _loss_panel(panels[0, 0], run.train["step"], run.train["loss"])
         _validation_panel(panels[0, 1], run)
         _rate_panel(panels[1, 0], run.train["step"], run.train["learning_rate"])
-        if run.probe["step"].size:  # the page has the throughput, too
+        if run.probe["step"].size:  # the page has the throughput as a number
             _probe_panel(panels[1, 1], run)
         else:
             _throughput_panel(panels[1, 1], run.train["step"], run.train["residues_per_second"])
@@ -234,7 +234,7 @@ def _validation_panel(axes: Any, run: _Run) -> None:
         axes.annotate(f"{perplexity[last]:,.1f}", (step[last], perplexity[last]), **LABEL)
         if math.isfinite(base):
             axes.axhline(base, color=MARK, linewidth=1.3, linestyle=(0, (5, 3)))
-            side, shift = ("bottom", 4) if perplexity[last] <= base else ("top", -4)  # where the curve does not end
+            side, shift = ("bottom", 4) if perplexity[last] <= base else ("top", -4)  # away from the end of the curve
             style = {"color": MARK, "ha": "right", "va": side, "xycoords": axes.get_yaxis_transform()}
             text = f"residue frequencies ({base:,.1f})"
             axes.annotate(text, (1, base), (-2, shift), textcoords="offset points", **style)
@@ -268,7 +268,7 @@ def _throughput_panel(axes: Any, step: FloatArray, rate: FloatArray) -> None:
 
 
 def _curve(axes: Any, title: str, unit: str, step: FloatArray, values: FloatArray, window: int = 1) -> bool:
-    """Title, and the line over faint raw values where it is a mean of several; whether there was anything to draw."""
+    """Draw title and curve; over faint raw values, if it is a moving mean. Return False if there is nothing to draw."""
     unit += f" ({window:,}-point mean)" if window > 1 else ""
     axes.annotate(title, (0, 1), (0, 23), "axes fraction", "offset points", weight="bold", size=12.5)
     if not np.isfinite(values).any():
@@ -286,7 +286,7 @@ def _curve(axes: Any, title: str, unit: str, step: FloatArray, values: FloatArra
 
 
 def _smooth(values: FloatArray, window: int) -> FloatArray:
-    """Mean of the finite values in a centred window, which is narrower at the start, where a loss falls fast."""
+    """Return the mean of finite values in a centred window, which is narrower at the start, where a loss falls fast."""
     places = np.arange(len(values))
     first = np.maximum(places - window // 2, 0)
     end = np.minimum(places + np.minimum(places, window // 2), len(values) - 1) + 1
@@ -296,7 +296,7 @@ def _smooth(values: FloatArray, window: int) -> FloatArray:
 
 
 def _inline(svg: str) -> str:
-    """Matplotlib's SVG file as an element of a page: no prologue, no name spaces, colours left to the style sheet."""
+    """Return Matplotlib's SVG file as an HTML element, with the colours of the style sheet."""
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"|<!--.*?-->', "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'<svg width="[^"]*" height="[^"]*"', '<svg role="img" aria-label="Curves of the run"', svg, count=1)
     return re.sub("|".join(COLOURS), lambda found: f"var({COLOURS[found[0]]})", svg).replace("xlink:href", "href")
@@ -318,7 +318,7 @@ def _page(run: _Run, svg: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value as one line of text that can be encoded."""
+    """Return a value as one line of valid Unicode text."""
     if isinstance(value, dict):
         value = [f"{key} {_plain(item)}" for key, item in value.items()]
     text = ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)

@@ -21,6 +21,8 @@ from bionemo_esm.model.config import INVERSE_SQUARE_ROOT
 from bionemo_esm.pretraining.probe_config import ProbeSet, read_probe
 from bionemo_esm.pretraining.recipe import Recipe
 
+OUTPUT_LOG = "output.log"
+SAMPLE_FOLDER = Path(__file__).resolve().parents[1] / "data" / "sample"
 _UNFINISHED = (".*.partial", "*/.step-*.partial")
 
 
@@ -43,9 +45,6 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     with outputs.exclusive_lock(folder, "exp_manager.exp_dir", "give this run another exp_manager.name"):
         outputs.remove_unfinished(folder, *_UNFINISHED)
         yield
-
-
-OUTPUT_LOG = "output.log"
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ def short(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-SAMPLE_FOLDER = Path(__file__).resolve().parents[1] / "data" / "sample"
+# --- the store --------------------------------------------------------------------------------------------------------
 
 
 def build_run_store(recipe: Recipe, run_folder: Path, console: Console) -> None:

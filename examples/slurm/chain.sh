@@ -1,11 +1,11 @@
 #!/bin/bash
-# Phase 1, then phase 2 from its last checkpoint, then the average of phase 2's last checkpoints: three jobs, each of
-# which waits for the one before to end well. Submitted by one command:
+# Phase 1, then phase 2 from its last checkpoint, then the average of phase 2's last checkpoints: three jobs, each waits
+# for the success of the one before. One command submits them:
 #
 #   RUNS=/scratch/runs DATA=/data/uniref50 examples/slurm/chain.sh
 #   RUNS=/scratch/runs DATA=/data/uniref50 examples/slurm/chain.sh optim.lr=1e-4 seed=7        key=value for both phases
 #
-# A phase that is stopped and queues itself again keeps its place: the next one goes on waiting. If one fails, those after
+# A phase that is stopped and queues itself again keeps its place: the next one keeps waiting. If one fails, those after
 # it are cancelled. Settings, as variables of the environment, besides those of pretrain.sbatch:
 #   NAME                          the runs are NAME-phase1 and NAME-phase2; default: esm1nv
 #   PHASE1_RECIPE, PHASE2_RECIPE  default: esm1nv_phase1 and esm1nv_phase2
@@ -14,7 +14,7 @@
 #   LAST                          how many checkpoints are averaged; default: 47
 #   SBATCH_OPTIONS                more options for sbatch, for both phases, separated by blanks
 #   AVERAGE_OPTIONS               the same for the third job, which needs one core and no GPU
-# Account, partition and quality of service of all three: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS, as sbatch has them.
+# Account, partition and quality of service of all three: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS, the variables of sbatch.
 
 set -euo pipefail
 
@@ -36,7 +36,7 @@ read -ra phase1 <<<"${PHASE1:-}"
 read -ra phase2 <<<"${PHASE2:-}"
 
 submitted=()
-submit() { # SBATCH-ARGUMENT... ; the job's id. What was submitted before is taken back if this is refused.
+submit() { # SBATCH-ARGUMENT... ; prints the job's id. If this is refused, cancel the jobs before it.
     local id
     id=$(sbatch --parsable "$@") || {
         [[ ${#submitted[@]} -eq 0 ]] || scancel "${submitted[@]}"
