@@ -211,7 +211,8 @@ def test_a_runs_name_is_that_of_one_folder(name: str) -> None:
 
 def test_a_section_that_is_no_mapping_is_refused() -> None:
     cfg = composed("recipe=esm1nv_phase1", "probe.task=secondary_structure", "probe.data.train=x")
-    assert_sections_must_be_mappings(load_recipe, cfg, optional=("published", "probe", "probe.data", "probe.data.split"))
+    optional = ("published", "probe", "probe.data", "probe.data.split")
+    assert_sections_must_be_mappings(load_recipe, cfg, optional)
 
 
 def test_a_masking_policy_that_is_null_or_zero_is_refused() -> None:
