@@ -80,7 +80,7 @@ def _converted(value: Any, annotation: Any) -> Any:
     kinds = get_args(annotation) if union else (annotation,)
     if value is None and NoneType in kinds:
         return None
-    kinds = tuple(kind for kind in kinds if kind is not NoneType)
+    kinds = tuple(_without_constraints(kind) for kind in kinds if kind is not NoneType)
     if len(kinds) != 1:
         return value
     if get_origin(kinds[0]) is tuple and isinstance(value, list | tuple):
@@ -91,6 +91,11 @@ def _converted(value: Any, annotation: Any) -> Any:
             raise _wrong_type(f"a list of {len(items)}", value)
         return tuple(_converted(item, kind) for item, kind in zip(value, items, strict=True))
     return _CONVERTERS[kinds[0]](value) if kinds[0] in _CONVERTERS else value
+
+
+def _without_constraints(kind: Any) -> Any:
+    """Return `int` for `Annotated[int, Field(ge=1)]`: pydantic keeps constraints inside unions and tuples."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _config_error(settings: type[Settings], error: ValidationError) -> UserError:

@@ -22,6 +22,8 @@ class Inner(Settings, section="outer.inner"):
 class Outer(Settings, section="outer"):
     steps: PositiveInt = 8
     limit: int | None = None
+    most: PositiveInt | None = None
+    counts: tuple[PositiveInt, ...] = ()
     lr: PositiveFloat = 1e-3
     name: str | None = None
     file: Path | None = None
@@ -44,6 +46,9 @@ class Outer(Settings, section="outer"):
         ({"steps": "3"}, "config.type", "outer.steps must be an integer, not '3'"),
         ({"steps": True}, "config.type", "outer.steps must be an integer, not True"),
         ({"steps": float("nan")}, "config.type", "outer.steps must be an integer, not nan"),
+        ({"most": True}, "config.type", "outer.most must be an integer, not True"),
+        ({"most": "5"}, "config.type", "outer.most must be an integer, not '5'"),
+        ({"counts": [1, True]}, "config.type", "outer.counts must be an integer, not True"),
         ({"limit": 2.5}, "config.type", "outer.limit must be an integer, not 2.5"),
         ({"lr": float("nan")}, "config.value", "outer.lr must be positive, not nan"),
         ({"flag": 1}, "config.type", "outer.flag must be true or false, not 1"),
