@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from bionemo_esm.alphabet import encode
 from bionemo_esm.model.attention import PackedRow, attention_by_sequence, nested_attention
 from bionemo_esm.model.backends import choose_backends
-from bionemo_esm.model.cpu_kernels import Dropout, dropout_scale, get_dropout_add, linear, product
+from bionemo_esm.model.cpu_kernels import dropout_scale, linear, product
+from bionemo_esm.model.encoder import Dropout, get_dropout_add
 from models import TINY, tiny_model
 from peers import PROTEIN, batch_of
 

@@ -268,7 +268,10 @@ def _gather_arrays(local: Sequence[tuple[int, Prediction]], device: torch.device
 
 def _gather_vectors(own: Tensor, device: torch.device | str) -> list[Tensor]:
     """Return the vectors of all data-parallel ranks, of any lengths, on the CPU."""
-    ranks, group = data_parallel_size(), data_parallel_group()
+    ranks = data_parallel_size()
+    if ranks == 1:
+        return [own.cpu()]
+    group = data_parallel_group()
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks)]
     distributed.all_gather(lengths, torch.tensor([len(own)], device=device), group=group)
     longest = max(int(length) for length in lengths)

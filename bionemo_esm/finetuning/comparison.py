@@ -60,7 +60,7 @@ from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.encoder import ESMEncoder
-from bionemo_esm.model.parallel import data_parallel_size, destroy_groups, ensure_groups
+from bionemo_esm.model.parallel import destroy_groups
 
 PRETRAINED, ONE_HOT_ROW = "pretrained", "one-hot"
 """Rows of the report; the second is that of the baseline `ONE_HOT`."""
@@ -127,8 +127,6 @@ class Comparison:
     def _fit_method(self, name: str, description: str) -> Method:
         method = Method(name, description)
         sources, standard = self._sources(name)
-        if self.config.trainer.ranks > 1 and data_parallel_size() == 1:
-            destroy_groups()  # an encoder's, of this process alone; the first trainer brings up those of all
         for seed in self.config.seeds:
             fitted = fit(self._plan(name, seed, sources, standard), self.console)
             method.fitted.append(fitted)
@@ -224,12 +222,11 @@ class Comparison:
         precision, place = self.config.trainer.precision, self._device_type
         if name == PRETRAINED:
             return Engine.load(self.base.path, place, precision)
-        ensure_groups()
         dtype = parameter_dtype(precision, place)
         quiet = self.encoder.replace(hidden_dropout=0.0, attention_dropout=0.0, contact_head=False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seeds[0])
-            encoder = ESMEncoder(quiet, dtype, choose_backends(place, dtype, 0.0)).to(dtype)
+            torch.default_generator.manual_seed(self.config.seeds[0])
+            encoder = ESMEncoder(quiet, dtype, choose_backends(place, dtype, 0.0))
         return Engine(encoder.to(place), quiet)
 
 

@@ -11,14 +11,12 @@ of a batch, R residues of all of them, H hidden size, C outputs of the task.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -42,13 +40,12 @@ from bionemo_esm.finetuning.metrics import scores
 from bionemo_esm.finetuning.predictor import in_own_unit
 from bionemo_esm.finetuning.tasks import Prediction, Targets, Task
 from bionemo_esm.model.archive import WEIGHTS, Archive, ArchiveFile, write_archive
-from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.feature_extraction import representations
-from bionemo_esm.model.nemo_connector import ESMSaveRestoreConnector, load_weights, register_model
-from bionemo_esm.model.optimizer import MasterWeights
-from bionemo_esm.model.parallel import data_parallel_rank, data_parallel_size, data_parallel_sum, ensure_groups
+from bionemo_esm.model.nemo_connector import load_weights, register_model
+from bionemo_esm.model.packed_model import PackedModel
+from bionemo_esm.model.parallel import data_parallel_rank, data_parallel_size, data_parallel_sum
 from bionemo_esm.model.tensor_io import LazyTensors
 from bionemo_esm.model.validate import package_versions
 
@@ -129,7 +126,7 @@ _ENCODER, CONTACT_HEAD = "encoder.", "contact_head."
 
 
 @register_model
-class ESMFineTunedModel(ModelPT):
+class ESMFineTunedModel(PackedModel):
     """An encoder and a head that predicts for residues or proteins.
 
     `cfg`: `encoder`, `precision` and `seed` as in `ESM1nvModel`, `task` (`Task.to_dict`), and head, reading and
@@ -139,31 +136,20 @@ class ESMFineTunedModel(ModelPT):
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         values: Any = OmegaConf.to_container(cfg)
-        self.encoder_config = EncoderConfig.from_config(values["encoder"])
         self.task, self.parts = Task.from_mapping(values["task"]), parts_of(values)
-        super().__init__(OmegaConf.create(values), trainer=trainer)
-        self._save_restore_connector = ESMSaveRestoreConnector()
-        self.automatic_optimization = False  # a batch is a whole optimizer step: see training_step
-        self.seed = int(values["seed"])
+        super().__init__(values, trainer)
         self.tuning = TuningConfig()
         self.head_inputs: int | None = None
-        self.encoder: ESMEncoder | None = None
         self.head: Head | None = None
-        self.backends: FusedBackends | None = None
-        self.masters: MasterWeights | None = None
-        self.initial_weights: Path | None = None  # a pretrained archive; None: random ones
         self.resumed: Mapping[str, Tensor] | None = None  # trained weights of an earlier session
         self.resumed_optimizer: Mapping[str, Any] | None = None
         self.class_weights: Tensor | None = None
-        self.standard: Moments | None = None  # of what the head reads
-        self.provenance: dict[str, Any] = {}
-        self.steps = 0
+        self.standard: Moments | None = None  # of the head's inputs
         self.last_loss = float("nan")
         self.last_scores: dict[str, float] = {}
         self.last_predictions: list[Prediction] = []
         self._local_predictions: list[tuple[int, Prediction]] = []
         if trainer is None:
-            ensure_groups()
             self.configure_model()
 
     # --- its parts --------------------------------------------------------------------------------------------------
@@ -172,18 +158,17 @@ class ESMFineTunedModel(ModelPT):
         """Build encoder and head, with weights that depend on the seed only, then load initial weights."""
         if self.head is not None:
             return
-        device_type = self._trainer.strategy.root_device.type if self._trainer else "cpu"
-        dtype = parameter_dtype(str(self.cfg.precision), device_type)
-        self.backends = choose_backends(device_type, dtype, self.encoder_config.attention_dropout)
+        dtype = self.choose_kernels()
+        assert self.backends is not None
         with torch.random.fork_rng(devices=[]):
             if self.head_inputs is None:
-                torch.manual_seed(self.seed)
-                self.encoder = ESMEncoder(self.encoder_config, dtype, self.backends).to(dtype)
+                torch.default_generator.manual_seed(self.seed)
+                self.encoder = ESMEncoder(self.encoder_config, dtype, self.backends)
                 if self.initial_weights is not None:
                     load_encoder(self.encoder, ArchiveFile.open(self.initial_weights))
                 if self.parts.adapters is not None:
                     add_adapters(self.encoder, self.parts.adapters)
-            torch.manual_seed(_seed_of(self.seed, _HEAD_STREAM))
+            torch.default_generator.manual_seed(_seed_of(self.seed, _HEAD_STREAM))
             self.head = build_head(self.parts.head, self.task, self.head_inputs or self.encoder_config.hidden_size)
         if self.standard is not None:
             self.head.standardise(*map(torch.from_numpy, self.standard))
@@ -238,31 +223,21 @@ class ESMFineTunedModel(ModelPT):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def training_step(self, share: RankBatch, batch_idx: int) -> None:
+    def training_step(self, rank_batch: RankBatch, batch_idx: int) -> None:
         """Make one optimizer step on the loss of the global batch: its sum over known targets, over their weight.
 
         It does not depend on the assignment of proteins to ranks and micro batches.
         """
         assert self.masters is not None
-        torch.manual_seed(_seed_of(self.seed, _DROPOUT_STREAM, self.steps, data_parallel_rank()))
-        self.masters.zero_gradients()
-        total = torch.zeros((), device=self.device)
-        batches = [batch for batch in share.batches if len(batch.numbers)]
-        for index, batch in enumerate(batches):
-            with self.masters.overlapped_reduction() if index == len(batches) - 1 else nullcontext():
-                part = self.loss(batch) / max(share.weight, 1e-9)
-                self.manual_backward(part)
-            total += part.detach()
-        if not batches:
-            with self.masters.overlapped_reduction():
-                pass
+        batches = [batch for batch in rank_batch.batches if len(batch.numbers)]
+
+        def loss(batch: LabelledBatch) -> Tensor:
+            return self.loss(batch) / max(rank_batch.weight, 1e-9)
+
+        losses = self.accumulate_gradients(batches, loss, _DROPOUT_STREAM, self.steps)
         self.masters.clip_gradients(self.tuning.gradient_clip_val)
-        optimizer: Any = self.optimizers()
-        schedule: Any = self.lr_schedulers()
-        optimizer.step()
-        self.masters.write_back()
-        schedule.step()
-        self.steps += 1
+        self.finish_step()
+        total = sum(losses.unbind(), torch.zeros((), device=self.device))
         self.last_loss = float(data_parallel_sum(total))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -273,10 +248,9 @@ class ESMFineTunedModel(ModelPT):
     def configure_optimizers(self) -> Any:
         """Return fused Adam over the trained parameters; rates rise over the first steps and then stay constant."""
         assert self.head is not None and self.backends is not None
-        if self.masters is not None:
-            self.masters.release()
         trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-        self.masters = MasterWeights(trained)
+        self.make_masters(trained)
+        assert self.masters is not None
         if self.resumed is not None:
             self.load_trained(self.resumed)
         config = self.tuning
@@ -321,11 +295,6 @@ class ESMFineTunedModel(ModelPT):
 
     def val_dataloader(self) -> DataLoader[LabelledBatch]:
         return loader(self._validation.on_rank(data_parallel_rank(), data_parallel_size()))
-
-    @classmethod
-    def list_available_models(cls) -> list[Any]:
-        """Return no model: there is no catalogue of weights to download."""
-        return []
 
     # --- saving ---------------------------------------------------------------------------------------------------
 

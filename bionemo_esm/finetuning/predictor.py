@@ -33,6 +33,7 @@ from bionemo_esm.finetuning.config import ReadingConfig
 from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.embedding.options import EmbeddingOptions, record_label
 from bionemo_esm.inference.inputs import InputPolicy, Protein, Sequences, proteins_of
+from bionemo_esm.inference.protein_model import isolated
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _PARQUET = (".parquet", ".pq")
@@ -253,6 +254,7 @@ class FineTunedPredictor:
         return f"<FineTunedPredictor: {describe_task(self.task)}; {describe(self.engine)}>"
 
     @classmethod
+    @isolated
     def load(
         cls, path: str | os.PathLike[str], device: str = "auto", precision: str = "32", batch_tokens: int | None = None
     ) -> FineTunedPredictor:
@@ -270,6 +272,7 @@ class FineTunedPredictor:
             engine = Engine.from_file(opened.file, device, precision, batch_tokens)
         return cls(engine, opened.head(), opened.task, opened.parts.reading)
 
+    @isolated
     def predict(self, sequences: Sequences | Sequence[Protein], policy: InputPolicy | None = None) -> list[Prediction]:
         """Return the prediction of each protein, in order, float32: [R, C] per residue, [1, C] per protein.
 
@@ -300,6 +303,7 @@ class FineTunedPredictor:
                     )
                 yield protein, prediction
 
+    @isolated
     def predict_table(
         self,
         sequences: Sequences,

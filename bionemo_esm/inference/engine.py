@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bionemo_esm.data.collate import PackedBatch, pack
-from bionemo_esm.errors import ConfigError
+from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.batching import MaskedQuery, Residues, group_by_size, tokens_of_query
 from bionemo_esm.inference.engine_options import ModelSizes, check_words, open_model_file
 from bionemo_esm.model.archive import WEIGHTS, ArchiveFile
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.encoder import ESMEncoder
-from bionemo_esm.model.parallel import ensure_groups
 from bionemo_esm.model.validate import check_sizes, extension_of
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
@@ -67,9 +67,8 @@ class Engine(ModelSizes):
         check_words(device, precision, batch_tokens)
         place, sizes = _device(device), check_sizes(file)
         dtype = parameter_dtype(precision, place.type)
-        ensure_groups()
         quiet = sizes.replace(hidden_dropout=0.0, attention_dropout=0.0)  # so that any attention kernel will do
-        encoder = ESMEncoder(quiet, dtype, choose_backends(place.type, dtype, 0.0), initialize=False).to(dtype)
+        encoder = ESMEncoder(quiet, dtype, choose_backends(place.type, dtype, 0.0), initialize=False)
         if (extension := extension_of(file)) is None:
             _fill(encoder, file)
         else:
@@ -78,6 +77,13 @@ class Engine(ModelSizes):
         engine.source, engine.weights_sha256 = file.path, file.weights_sha256
         engine.model_identity = file.model_identity
         return engine
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy as a reference to the file. Loading raises `UserError` if the file holds another model."""
+        if self.source is None:
+            raise TypeError("only a model that was loaded from a file can be pickled or copied")
+        precision = "bf16" if self.dtype == torch.bfloat16 else "32"
+        return _reload, (self.source.absolute(), str(self.device), precision, self.batch_tokens, self.model_identity)
 
     def packed(self, proteins: Sequence[Residues]) -> PackedBatch:
         """Proteins as one packed row, on the device. Each must fit: see `longest`."""
@@ -104,6 +110,14 @@ class Engine(ModelSizes):
             answers = self.encoder.logits(hidden).double().log_softmax(dim=-1).cpu().numpy()
             answered(batch.residues)
             yield from np.split(answers, np.cumsum([len(query.places) for query in some[:-1]]))
+
+
+def _reload(path: Path, device: str, precision: str, batch_tokens: int, model_identity: str) -> Engine:
+    """Load a pickled engine in a new process. Raises `UserError` if the file has changed since."""
+    engine = Engine.load(path, device, precision, batch_tokens)
+    if engine.model_identity != model_identity:
+        raise UserError(f"{path} has other weights than the model that was pickled", code="engine.file-changed")
+    return engine
 
 
 def _device(name: str) -> torch.device:

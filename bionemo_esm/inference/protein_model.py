@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from bionemo_esm.inference.engine_options import EngineConfig, describe
 
@@ -26,6 +27,23 @@ if TYPE_CHECKING:  # torch and Megatron take seconds to import
     from bionemo_esm.inference.inputs import InputPolicy, Sequences
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def isolated(method: Method) -> Method:
+    """Decorator: compute without the ambient PyTorch settings of the user's program (see `default_torch_state`)."""
+
+    @wraps(method)
+    def run(*args: Any, **options: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Megatron's at import, without Apex or Transformer Engine
+            from bionemo_esm.model.backends import default_torch_state
+        with default_torch_state():
+            return method(*args, **options)
+
+    return cast(Method, run)
+
+
 class ProteinModel:
     """A pretrained model, and what it is for."""
 
@@ -36,6 +54,7 @@ class ProteinModel:
         return f"<ProteinModel: {describe(self.engine)}, window of {self.engine.window:,} residues>"
 
     @classmethod
+    @isolated
     def load(
         cls, path: str | os.PathLike[str], device: str = "auto", precision: str = "32", batch_tokens: int | None = None
     ) -> ProteinModel:
@@ -47,6 +66,7 @@ class ProteinModel:
         """
         return cls(load_engine(EngineConfig(Path(path), device, precision, batch_tokens)))
 
+    @isolated
     def embed(
         self,
         sequences: Sequences,
@@ -79,6 +99,7 @@ class ProteinModel:
         ).resolved(self.engine)
         return Embeddings(embed_proteins(self.engine, proteins_of(sequences, policy or InputPolicy()), options))
 
+    @isolated
     def score_variants(
         self,
         sequence: str,
@@ -101,6 +122,7 @@ class ProteinModel:
         wild_type, options = read_wild_type(sequence, offset=offset), ScoringOptions((method,), masks, window)
         return score(self.engine, wild_type, variants_at_hand(variants, wild_type), options)[method]
 
+    @isolated
     def scan(
         self,
         sequence: str,
@@ -121,6 +143,7 @@ class ProteinModel:
         options = ScoringOptions((method,) if isinstance(method, str) else tuple(method), window=window)
         return scan_frame(self.engine, read_wild_type(sequence, offset=offset), options, region)
 
+    @isolated
     def contacts(self, sequence: str, window: int | None = None, overlap: int | None = None) -> NDArray[np.float32]:
         """Probabilities of contact between all residues of a protein: float32 [R, R].
 

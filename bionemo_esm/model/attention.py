@@ -1,10 +1,10 @@
-"""Core attention over a packed row: every sequence attends to itself, and no position is padding.
+"""Core attention over a packed row, and rotary positions.
 
-Shape suffixes: T tokens of the row, Q tokens that ask (all T, or some), N heads, D size of a head, S sequences.
+A row holds several sequences one after another, without padding; every sequence attends to itself only. Rotary position
+embeddings (RoFormer, Su et al. 2021, arXiv:2104.09864) are those of ESM-2.
 
-Rotary position embeddings (RoFormer, Su et al. 2021, arXiv:2104.09864), as ESM-2 has them, over packed rows.
-
-Shape suffixes: T tokens of the row, N heads, D size of a head.
+Shape suffixes: T tokens of the row, Q query tokens (all T, or some), N heads, D head size, S sequences, L tokens of one
+sequence.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from bionemo_esm.model.cpu_kernels import dropout_scale
+from bionemo_esm.model import cpu_kernels
 from bionemo_esm.model.parallel import tensor_parallel_rng
+from bionemo_esm.registry import Registry
 
 _BASE = 10_000.0
-_LENGTH_BUCKET = 32  # tokens
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of each token's angles, float32 [T, 1, D]."""
 
 
-def rotary_frequencies(head_size: int) -> Tensor:
-    """Radians a position for each pair of numbers of a head: 10000^(-2i / D), float32 [D / 2].
+# --- rotary positions -------------------------------------------------------------------------------------------------
 
-    Computed as fair-esm (`esm/rotary_embedding.py`) and Hugging Face do, to the last bit.
+
+def rotary_frequencies(head_size: int) -> Tensor:
+    """Return radians per position for each pair of a head's numbers: 10000^(-2i / D), float32 [D / 2].
+
+    Bit for bit as in fair-esm (`esm/rotary_embedding.py`) and Hugging Face.
     """
-    return 1.0 / (_BASE ** (torch.arange(0, head_size, 2).float() / head_size))
+    return 1.0 / (_BASE ** (torch.arange(0, head_size, 2, device="cpu").float() / head_size))
 
 
 class FixedTensors(nn.Module):
-    """Holds tensors that no optimizer changes, in float32 at any precision of the model around it."""
+    """A module whose buffers stay float32, whatever dtype the model around it is cast to."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -47,16 +50,16 @@ class FixedTensors(nn.Module):
         for name, buffer in kept.items():
             moved = self._buffers[name]
             assert moved is not None
-            if moved.dtype != buffer.dtype:  # a cast has rounded it
+            if moved.dtype != buffer.dtype:  # the cast has rounded it
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
 
 class RotaryEmbedding(FixedTensors):
-    """Turns queries and keys by angles that grow with the position.
+    """Angles that grow with the position, for rotating queries and keys.
 
-    The frequencies are kept with the weights: released checkpoints of ESM-2 may hold them rounded to float16, as they
-    were in training (transformers, `modeling_esm.py`, `load_hook`), and the formula's would make another model.
+    The frequencies are stored with the weights. Released ESM-2 checkpoints may hold them rounded to float16, as in
+    training (transformers, `modeling_esm.py`, `load_hook`); recomputing them would change the model.
     """
 
     def __init__(self, head_size: int) -> None:
@@ -64,120 +67,92 @@ class RotaryEmbedding(FixedTensors):
         self.register_buffer("frequencies", rotary_frequencies(head_size))
 
     def forward(self, positions_T: Tensor) -> Rotation:
-        """The rotation at each position, int64 [T], counted from 0 in each sequence."""
+        """Return the rotation at each position, int64 [T], counted from 0 in each sequence."""
         assert isinstance(self.frequencies, Tensor)
         angles_TD = (positions_T.float()[:, None] * self.frequencies).repeat(1, 2)
         return angles_TD.cos()[:, None], angles_TD.sin()[:, None]
 
 
 def rotate(heads_TND: Tensor, rotation: Rotation) -> Tensor:
-    """Queries or keys [T, N, D], number i turned together with number i + D/2, in the dtype that they came in."""
+    """Rotate queries or keys [T, N, D] in their dtype. Number i forms a pair with number i + D/2."""
     cosine_T1D, sine_T1D = rotation
     first, second = heads_TND.chunk(2, dim=-1)
-    turned = heads_TND * cosine_T1D + torch.cat([-second, first], dim=-1) * sine_T1D  # in the angles' float32
-    return turned.to(heads_TND.dtype)
+    rotated = heads_TND * cosine_T1D + torch.cat([-second, first], dim=-1) * sine_T1D  # in the angles' float32
+    return rotated.to(heads_TND.dtype)
 
+
+# --- the row ----------------------------------------------------------------------------------------------------------
 
 MapObserver = Callable[[int, list[Tensor]], None]
-"""Called with the number of a layer, from 1, and its attention maps: float32 [N, L, L] of each sequence's L tokens."""
+"""Called with the number of a layer, from 1, and its attention maps: float32 [N, L, L] of each sequence."""
 
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """Where the sequences of a row begin and end, and what else attention is told of it."""
+    """Sequence bounds of a row, and further inputs of attention."""
 
-    rotation: Rotation | None = None  # of queries and keys; None: positions are in the embeddings
+    rotation: Rotation | None = None  # of queries and keys; None: learned positions
     observer: MapObserver | None = None
-    queries: Tensor | None = None  # int64 [Q], places in the row, ascending: they alone ask; None: all do
-    context_rows: int = 0  # the least rows of the context; zeros after those of the queries
+    queries: Tensor | None = None  # int64 [Q], ascending places in the row; None: all tokens are queries
+    context_rows: int = 0  # minimum rows of the context; zeros follow those of the queries
 
     def query_index(self, places_Q: Tensor, context_rows: int = 0) -> PackedRow:
-        """The same row with queries at some places only, and a context padded to so many rows."""
+        """Return the same row with queries at these places only, and a context padded to `context_rows`."""
         bounds = torch.searchsorted(places_Q, self.cu_seqlens_kv.long()).to(self.cu_seqlens_kv.dtype)
         row = copy(self)
         row.queries, row.cu_seqlens_q, row.context_rows = places_Q, bounds, context_rows
         return row
 
 
+# --- backends ---------------------------------------------------------------------------------------------------------
+
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, PackedSeqParams, float], Tensor]
+"""(query [Q, N, D], key [T, N, D], value [T, N, D], row, dropout) -> context [Q, N, D]."""
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """An implementation of core attention. The supported one with the highest priority is used."""
+
+    attend: AttentionFunction
+    supports: Callable[[str, torch.dtype, float], bool]  # device type, dtype, dropout
+    priority: int = 0
+
+
+ATTENTION: Registry[AttentionBackend] = Registry("attention backend", "attention backend", "attention")
+
+
+def choose_attention(device_type: str, dtype: torch.dtype, dropout: float) -> str:
+    """Return the name of the best backend in `ATTENTION` for a device ("cpu" or "cuda")."""
+    supported = [name for name in ATTENTION if ATTENTION.get(name).supports(device_type, dtype, dropout)]
+    return max(supported, key=lambda name: ATTENTION.get(name).priority)
 
 
 def attention_by_sequence(
     query_QND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float
 ) -> Tensor:
-    """PyTorch's scaled dot product attention, sequence after sequence, neighbours of one length at once: anywhere."""
-    asking, answering = torch.diff(layout.cu_seqlens_q), torch.diff(layout.cu_seqlens_kv)
-    alike, counts = torch.stack([asking, answering]).unique_consecutive(dim=1, return_counts=True)
-    rows = [(counts * lengths).tolist() for lengths in (*alike, alike[1])]
+    """Call PyTorch's scaled dot product attention once for each run of sequences with one length; on any device."""
+    query_lengths, key_lengths = torch.diff(layout.cu_seqlens_q), torch.diff(layout.cu_seqlens_kv)
+    lengths, counts = torch.stack([query_lengths, key_lengths]).unique_consecutive(dim=1, return_counts=True)
+    rows = [(counts * length).tolist() for length in (*lengths, lengths[1])]
     tensors = (query_QND, key_TND, value_TND)
     pieces = zip(*(tensor.split(sizes) for tensor, sizes in zip(tensors, rows, strict=True)), strict=True)
     outputs = []
     for count, piece in zip(counts.tolist(), pieces, strict=True):
         query, key, value = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in piece)
         if dropout or (torch.is_grad_enabled() and query.dtype == torch.bfloat16):
-            flat = (part.flatten(0, 1) for part in (query, key, value))
-            attended = _WrittenOutAttention.apply(*flat, dropout).unflatten(0, query.shape[:2])  # type: ignore[no-untyped-call]
+            flat = [part.flatten(0, 1) for part in (query, key, value)]
+            attended = cpu_kernels.attention(flat[0], flat[1], flat[2], dropout).unflatten(0, query.shape[:2])
         else:
             attended = scaled_dot_product_attention(query, key, value)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
 
 
-class _WrittenOutAttention(torch.autograd.Function):
-    """Attention as matrix products and a softmax, for training on a CPU.
-
-    No fused CPU kernel takes dropout, and the one for bfloat16 computes in float32. Here scores are float32, and
-    probabilities have the dtype of the inputs. query [S N, Q, D], key and value [S N, L, D].
-
-    oneDNN compiles a kernel for each new shape of a bfloat16 product. Lengths are therefore padded to multiples of
-    `_LENGTH_BUCKET`; the last block, whose number of queries varies freely, computes its few products in float32.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        ctx.scale, ctx.dtype = query.shape[-1] ** -0.5, query.dtype
-        ctx.queries, ctx.keys = query.shape[1], key.shape[1]
-        if query.dtype == torch.bfloat16:
-            convert = _pad_length if ctx.queries == ctx.keys else Tensor.float
-            query, key, value = convert(query), convert(key), convert(value)
-        scores = torch.bmm(_at_least_float32(query) * ctx.scale, _at_least_float32(key).transpose(1, 2))
-        scores[:, :, ctx.keys :] = -torch.inf
-        weights = scores.softmax(dim=-1).to(query.dtype)
-        kept = dropout_scale(weights.shape, dropout, weights.dtype) if dropout else None
-        ctx.save_for_backward(query, key, value, weights, kept)
-        context = torch.bmm(weights if kept is None else weights * kept, value)
-        return context[:, : ctx.queries].to(ctx.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, weights, kept = ctx.saved_tensors
-        gradient = gradient.to(query.dtype)
-        if query.shape[1] > ctx.queries:
-            gradient = _pad_length(gradient)
-        of_value = torch.bmm((weights if kept is None else weights * kept).transpose(1, 2), gradient)
-        of_weights = torch.bmm(gradient, value.transpose(1, 2))
-        if kept is not None:
-            of_weights.mul_(kept)
-        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-        of_query = torch.bmm(of_scores, key).mul_(ctx.scale)
-        of_key = torch.bmm(of_scores.transpose(1, 2), query).mul_(ctx.scale)
-        of_query, of_key, of_value = of_query[:, : ctx.queries], of_key[:, : ctx.keys], of_value[:, : ctx.keys]
-        return of_query.to(ctx.dtype), of_key.to(ctx.dtype), of_value.to(ctx.dtype), None
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-
-
-def _pad_length(rows: Tensor) -> Tensor:
-    """[B, L, D] with zeros up to the next multiple of `_LENGTH_BUCKET` in L."""
-    return pad(rows, (0, 0, 0, -rows.shape[1] % _LENGTH_BUCKET))
-
-
 def varlen_flash_attention(
     query_QND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float
 ) -> Tensor:
-    """One variable-length flash kernel for the whole row (`torch.nn.attention.varlen`); it knows no dropout."""
+    """Call one variable-length flash kernel for the whole row (`torch.nn.attention.varlen`); without dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
     assert dropout == 0
@@ -190,7 +165,7 @@ def varlen_flash_attention(
 def nested_attention(
     query_QND: Tensor, key_TND: Tensor, value_TND: Tensor, layout: PackedSeqParams, dropout: float
 ) -> Tensor:
-    """The fused kernels behind jagged nested tensors, which take dropout and float32."""
+    """Call the fused kernels behind jagged nested tensors, which support dropout and float32."""
 
     def nested(row_TND: Tensor, bounds: Tensor, longest: int) -> Tensor:
         jagged = torch.nested.nested_tensor_from_jagged(row_TND, bounds.long(), min_seqlen=1, max_seqlen=longest)
@@ -203,8 +178,21 @@ def nested_attention(
     return context_QND
 
 
+ATTENTION.register("varlen-flash")(
+    AttentionBackend(
+        varlen_flash_attention,
+        lambda device, dtype, dropout: device == "cuda" and dtype == torch.bfloat16 and dropout == 0,
+        priority=2,
+    )
+)
+ATTENTION.register("nested")(
+    AttentionBackend(nested_attention, lambda device, dtype, dropout: device == "cuda", priority=1)
+)
+ATTENTION.register("sdpa-by-sequence")(AttentionBackend(attention_by_sequence, lambda device, dtype, dropout: True))
+
+
 def attention_maps(query_TND: Tensor, key_TND: Tensor, layout: PackedSeqParams) -> list[Tensor]:
-    """What the kernels above never write down: each query's weights over the keys, float32 [N, L, L] a sequence."""
+    """Return attention probabilities, which fused kernels do not return: float32 [N, L, L] of each sequence."""
     lengths = torch.diff(layout.cu_seqlens_q).tolist()
     scale = query_TND.shape[-1] ** -0.5
     pieces = zip(query_TND.float().split(lengths), key_TND.float().split(lengths), strict=True)
@@ -212,21 +200,14 @@ def attention_maps(query_TND: Tensor, key_TND: Tensor, layout: PackedSeqParams) 
     return [score_NLL.softmax(dim=-1) for score_NLL in scores]
 
 
-ATTENTION: dict[str, AttentionFunction] = {
-    "sdpa-by-sequence": attention_by_sequence,
-    "varlen-flash": varlen_flash_attention,
-    "nested": nested_attention,
-}
-
-
 class PackedAttention(MegatronModule):
-    """The `core_attention` of a Megatron layer spec, over packed rows; Megatron's own calls CUDA even on a CPU."""
+    """The `core_attention` of a Megatron layer spec, over packed rows. Megatron's own calls CUDA even on a CPU."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, backend: str, **_: Any) -> None:
-        """`backend` is a key of `ATTENTION`; Megatron passes more that packing has no use for."""
+        """`backend` is a name in `ATTENTION`. Megatron passes further arguments, which packing does not need."""
         super().__init__(config=config)
         self.layer_number = layer_number
-        self.attend = ATTENTION[backend]
+        self.attend = ATTENTION.get(backend).attend
 
     def forward(
         self,
@@ -237,7 +218,7 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedRow,
         **_: Any,
     ) -> Tensor:
-        """query, key, value [T, N, D] -> context [Q, N, D]; who sees whom is in `packed_seq_params`, not in a mask."""
+        """query, key, value [T, N, D] -> context [Q, N, D]. `packed_seq_params` replaces the mask."""
         if (rotation := packed_seq_params.rotation) is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if packed_seq_params.observer is not None:

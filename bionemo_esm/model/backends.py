@@ -1,31 +1,55 @@
-"""Which fused kernels run: chosen here, once, from what imports and from the device, and reported at start.
+"""Choice of fused kernels, by what is installed and by device: layer norm, Adam, attention, linear layers.
 
-Transformer Engine and NVIDIA Apex come with the NGC PyTorch container and are optional; PyTorch's own fused kernels
-serve everywhere else. No other file asks what is installed.
+Each kind has a table. The installed entry with the highest priority that supports the device is used, and reported at
+start. Another package adds an entry by an entry point in the groups `bionemo_esm.norms`, `bionemo_esm.adams` and
+`bionemo_esm.attention`. No other module checks what is installed.
+
+Transformer Engine and NVIDIA Apex come with the NGC PyTorch container and are optional.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from bionemo_esm.compat import cpu_multiplies_bfloat16, onednn_is_available
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import PRECISIONS
+from bionemo_esm.registry import Registry
+
+ONEDNN, MEGATRON = "oneDNN", "Megatron"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A fused implementation. `load` returns its class, or None if it is not installed."""
+
+    load: Callable[[], Any | None]
+    device_types: tuple[str, ...] = ("cuda",)
+    priority: int = 0  # the highest that is installed is used
+
+
+NORMS: Registry[Kernel] = Registry("layer norm", "layer norm", "norms")
+"""Classes that Megatron builds as norm(config=, hidden_size=, eps=)."""
+ADAMS: Registry[Kernel] = Registry("Adam", "Adam", "adams")
+"""Classes that are built as adam(parameter_groups, lr=, betas=, eps=)."""
 
 
 @dataclass(frozen=True)
 class FusedBackends:
-    """The classes in use and the names a person reads; `attention` is a key of `model.attention.ATTENTION`."""
+    """The chosen kernels and their names. `attention` is a name in `model.attention.ATTENTION`."""
 
     layer_norm_name: str
-    layer_norm: Any  # built by Megatron as layer_norm(config=, hidden_size=, eps=)
+    layer_norm: Any  # an entry of NORMS
     adam_name: str
-    adam: Any  # built as adam(parameter_groups, lr=, betas=, eps=)
+    adam: Any  # an entry of ADAMS
     attention: str
-    linear: str = "Megatron"  # or "oneDNN": who takes the products of linear layers
+    linear: str = MEGATRON  # GEMM backend of the linear layers: MEGATRON or ONEDNN
 
     def describe(self) -> str:
         norm_and_adam = f"layer norm: {self.layer_norm_name}; Adam: {self.adam_name}"
@@ -33,34 +57,66 @@ class FusedBackends:
 
 
 def choose_backends(device_type: str, dtype: torch.dtype, attention_dropout: float) -> FusedBackends:
-    """The best available kernels for `device_type` ("cpu" or "cuda") and the parameters' dtype."""
-    layer_norm_name, layer_norm = _choose_layer_norm(device_type)
-    adam_name, adam = _choose_adam(device_type)
-    attention = _choose_attention(device_type, dtype, attention_dropout)
-    return FusedBackends(layer_norm_name, layer_norm, adam_name, adam, attention, _choose_linear(device_type, dtype))
+    """Return the best installed kernels for `device_type` ("cpu" or "cuda") and the parameters' dtype."""
+    from bionemo_esm.model.attention import choose_attention  # imports Megatron, which takes seconds
+
+    linear = ONEDNN if device_type == "cpu" and onednn_is_available(dtype) else MEGATRON
+    attention = choose_attention(device_type, dtype, attention_dropout)
+    return FusedBackends(*_best(NORMS, device_type), *_best(ADAMS, device_type), attention, linear)
+
+
+def _best(kernels: Registry[Kernel], device_type: str) -> tuple[str, Any]:
+    """Return name and class of the installed kernel with the highest priority."""
+    for name in sorted(kernels, key=lambda name: -kernels.get(name).priority):
+        kernel = kernels.get(name)
+        if device_type in kernel.device_types and (found := kernel.load()) is not None:
+            return name, found
+    raise AssertionError(f"PyTorch's own {kernels.kind} is always installed")
 
 
 def parameter_dtype(precision: str, device_type: str) -> torch.dtype:
-    """float32 for "32"; bfloat16 (with float32 masters) for "bf16"; for "auto" what the hardware multiplies faster.
+    """Return float32 for "32", bfloat16 (with float32 masters) for "bf16", and the faster one for "auto".
 
     Raises `ConfigError` for another word.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     if precision == "auto":
-        precision = "bf16" if _multiplies_bf16(device_type) else "32"
+        precision = "bf16" if _multiplies_bfloat16(device_type) else "32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def _multiplies_bf16(device_type: str) -> bool:
-    """Whether bf16 products run in hardware; emulated on a CPU they are several times slower than float32."""
+def _multiplies_bfloat16(device_type: str) -> bool:
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return cpu_multiplies_bfloat16()
+
+
+@contextmanager
+def default_torch_state(device_type: str = "cpu") -> Iterator[None]:
+    """Compute as in a fresh process: default device CPU, default dtype float32, no autocast, no inference mode.
+
+    For code that a user's program, or Lightning, calls under settings of its own.
+    """
+    with ExitStack() as settings:
+        if torch.get_default_device().type != "cpu":
+            settings.enter_context(torch.device("cpu"))
+        if (default := torch.get_default_dtype()) != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            settings.callback(torch.set_default_dtype, default)
+        for kind in {"cpu", device_type}:
+            if torch.is_autocast_enabled(kind):
+                settings.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            settings.enter_context(torch.inference_mode(mode=False))
+        yield
+
+
+# --- what may be installed --------------------------------------------------------------------------------------------
 
 
 def importable(module: str) -> Any | None:
-    """The module, or None where it, or a library that it links to, is absent."""
+    """Return the module, or None if it, or a library that it links to, is missing."""
     try:
         return importlib.import_module(module)
     except (ImportError, OSError):
@@ -68,7 +124,7 @@ def importable(module: str) -> Any | None:
 
 
 def import_problem(module: str) -> str | None:
-    """Why a module cannot be imported, in one line; None where it can."""
+    """Return in one line why a module cannot be imported; None if it can."""
     try:
         importlib.import_module(module)
     except (ImportError, OSError) as error:
@@ -76,39 +132,44 @@ def import_problem(module: str) -> str | None:
     return None
 
 
-def _choose_layer_norm(device_type: str) -> tuple[str, Any]:
-    if device_type == "cuda":
-        if importable("transformer_engine.pytorch"):
-            return "Transformer Engine", importlib.import_module("megatron.core.extensions.transformer_engine").TENorm
-        if importable("apex.normalization.fused_layer_norm"):
-            return "Apex", importlib.import_module("megatron.core.fusions.fused_layer_norm").FusedLayerNorm
-    return "PyTorch fused", importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+def _megatron_wrapper(requires: str, module: str, name: str) -> Callable[[], Any | None]:
+    """Return a loader of Megatron's class around another library's kernel."""
+
+    def load() -> Any | None:
+        return getattr(importlib.import_module(f"megatron.core.{module}"), name) if importable(requires) else None
+
+    return load
 
 
-def _choose_adam(device_type: str) -> tuple[str, Any]:
-    if device_type == "cuda":
-        if engine := importable("transformer_engine.pytorch.optimizers"):
-            return "Transformer Engine FusedAdam", engine.FusedAdam
-        apex = importable("apex.optimizers")
-        if apex and hasattr(apex, "FusedAdam"):  # the package named apex on PyPI is another project
-            return "Apex FusedAdam", apex.FusedAdam
+def _fused_adam_of(module: str) -> Callable[[], Any | None]:
+    """Return a loader of a library's `FusedAdam`; the package named apex on PyPI is another project without one."""
+    return lambda: getattr(importable(module), "FusedAdam", None)
 
+
+def _pytorch_adam() -> Any:
     def fused_adamw(groups: Any, **options: Any) -> torch.optim.AdamW:
         return torch.optim.AdamW(groups, fused=True, **options)
 
-    return "PyTorch AdamW(fused)", fused_adamw
+    return fused_adamw
 
 
-def _choose_linear(device_type: str, dtype: torch.dtype) -> str:
-    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
-        return "Megatron"
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "Megatron"
-    return "oneDNN"
+def _pytorch_norm() -> Any:
+    return importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
 
 
-def _choose_attention(device_type: str, dtype: torch.dtype, attention_dropout: float) -> str:
-    if device_type != "cuda":
-        return "sdpa-by-sequence"
-    # PyTorch's varlen_attn takes neither dropout nor float32; nested tensors reach a fused kernel for both.
-    return "varlen-flash" if attention_dropout == 0 and dtype == torch.bfloat16 else "nested"
+_EVERYWHERE = ("cpu", "cuda")
+NORMS.register("Transformer Engine")(
+    Kernel(_megatron_wrapper("transformer_engine.pytorch", "extensions.transformer_engine", "TENorm"), priority=2)
+)
+NORMS.register("Apex")(
+    Kernel(
+        _megatron_wrapper("apex.normalization.fused_layer_norm", "fusions.fused_layer_norm", "FusedLayerNorm"),
+        priority=1,
+    )
+)
+NORMS.register("PyTorch fused")(Kernel(_pytorch_norm, _EVERYWHERE))
+ADAMS.register("Transformer Engine FusedAdam")(
+    Kernel(_fused_adam_of("transformer_engine.pytorch.optimizers"), priority=2)
+)
+ADAMS.register("Apex FusedAdam")(Kernel(_fused_adam_of("apex.optimizers"), priority=1))
+ADAMS.register("PyTorch AdamW(fused)")(Kernel(_pytorch_adam, _EVERYWHERE))

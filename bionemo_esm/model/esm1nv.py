@@ -6,19 +6,17 @@ Shape suffixes: T tokens of a packed row, H hidden size, M masked positions, V t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from bionemo_esm.compat import fit_loop_state
 from bionemo_esm.data.collate import PackedBatch
 from bionemo_esm.data.dataloader import (
     RankBatch,
@@ -27,24 +25,22 @@ from bionemo_esm.data.dataloader import (
     training_loader,
     validation_loader,
 )
-from bionemo_esm.data.hashing import derive_key
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import Archive, read_archive
-from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter_dtype
-from bionemo_esm.model.config import EncoderConfig, OptimConfig
+from bionemo_esm.model.config import OptimConfig
 from bionemo_esm.model.encoder import ESMEncoder
-from bionemo_esm.model.nemo_connector import ESMSaveRestoreConnector, describe, load_weights, register_model
+from bionemo_esm.model.nemo_connector import describe, load_weights, register_model
 from bionemo_esm.model.nonfinite_guard import NonFiniteGuard, SkippedStep, SuspectSamples
-from bionemo_esm.model.optimizer import MasterWeights, build_optimizer, build_schedule, build_sharded_optimizer
+from bionemo_esm.model.optimizer import build_optimizer, build_schedule, build_sharded_optimizer
+from bionemo_esm.model.packed_model import PackedModel
 from bionemo_esm.model.parallel import (
     data_parallel_rank,
     data_parallel_size,
     data_parallel_sum,
-    ensure_groups,
     gather_shards,
 )
-from bionemo_esm.model.resume import adopt_checkpoint, check_compatible, loops_after
-from bionemo_esm.model.step_stats import StepStats, Stopwatch, measure_step
+from bionemo_esm.model.resume import adopt_checkpoint, check_compatible
+from bionemo_esm.model.step_stats import StepStats, measure_step
 
 _DROPOUT_STREAM = 6  # keeps dropout's seeds apart from the keys of order and corruption
 
@@ -74,7 +70,7 @@ class Evaluation:
 
 
 @register_model
-class ESM1nvModel(ModelPT):
+class ESM1nvModel(PackedModel):
     """A BERT-style protein language model, pretrained with one packed row a micro batch.
 
     `cfg`: `encoder` (the fields of `EncoderConfig`), `precision` ("32", "bf16" or "auto") and `seed`. With a trainer
@@ -82,44 +78,31 @@ class ESM1nvModel(ModelPT):
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
-        self.encoder_config = EncoderConfig.from_config(OmegaConf.to_container(cfg.encoder))  # type: ignore[arg-type]
-        super().__init__(OmegaConf.create(OmegaConf.to_container(cfg)), trainer=trainer)
-        self._save_restore_connector = ESMSaveRestoreConnector()
-        self.automatic_optimization = False  # a batch is a whole optimizer step: see training_step
+        values: Any = OmegaConf.to_container(cfg)
+        super().__init__(values, trainer)
         self.strict_loading = False  # on_load_checkpoint loads, and accounts for every tensor
-        self.seed = int(cfg.get("seed", 0))
-        self.encoder: ESMEncoder | None = None
-        self.backends: FusedBackends | None = None
-        self.masters: MasterWeights | None = None
         self.guard = NonFiniteGuard(OptimConfig())
-        self.initial_weights: Path | None = None
-        self.provenance: dict[str, Any] = {}
         self.shard_optimizer = False
-        self.continues = False  # the checkpoint to begin with is another run's, and the configuration may differ
-        self.identity: dict[str, Any] = {}  # what a checkpoint must share with the run that goes on from it
-        self.steps = self.consumed_samples = 0  # trained, over all sessions; skipped steps count
+        self.continues = False  # the checkpoint to start from is another run's; its configuration may differ
+        self.identity: dict[str, Any] = {}  # values that a checkpoint must share with the run that resumes from it
+        self.consumed_samples = 0  # over all sessions, those of skipped steps included
         self.last_step: StepReport | None = None
-        self.stopwatch = Stopwatch()  # of forward and backward passes
         self.last_evaluation: Evaluation | None = None
         self.validation_interrupted = False
         self._resumed_masters: dict[str, Tensor] | None = None
-        self._sums: Tensor | None = None  # float64 [3]: loss, right answers, targets of the validation under way
+        self._sums: Tensor | None = None  # float64 [3]: loss, correct predictions, targets of the current validation
         if trainer is None:
-            ensure_groups()
             self.configure_model()
 
     def configure_model(self) -> None:
         """Build the encoder, with weights that depend on the seed alone, or those of `initial_weights`."""
         if self.encoder is not None:
             return
-        device_type = self._trainer.strategy.root_device.type if self._trainer else "cpu"
-        if self._trainer is None and torch.cuda.is_available():
-            device_type = "cuda"
-        dtype = parameter_dtype(str(self.cfg.get("precision", "32")), device_type)
-        self.backends = choose_backends(device_type, dtype, self.encoder_config.attention_dropout)
+        dtype = self.choose_kernels()
+        assert self.backends is not None
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            self.encoder = ESMEncoder(self.encoder_config, dtype, self.backends).to(dtype)  # norms and head, too
+            torch.default_generator.manual_seed(self.seed)
+            self.encoder = ESMEncoder(self.encoder_config, dtype, self.backends)
         if self.initial_weights is not None:
             load_weights(self, dict(read_archive(self.initial_weights).weights), str(self.initial_weights))
 
@@ -145,40 +128,27 @@ class ESM1nvModel(ModelPT):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def training_step(self, share: RankBatch, batch_idx: int) -> None:
-        """One optimizer step over this rank's share of a global batch.
+    def training_step(self, rank_batch: RankBatch, batch_idx: int) -> None:
+        """Take one optimizer step over this rank's part of a global batch.
 
-        The loss is the sum of cross-entropies over the masked positions of the whole global batch, all ranks and all
-        micro batches, divided by their number; so it does not depend on how the batch was dealt.
+        The loss is the sum of cross-entropies over the masked positions of the whole global batch (all ranks, all micro
+        batches) divided by their number. It does not depend on how the batch is split.
         """
-        assert self.masters is not None and self.encoder is not None
-        batches = share.micro_batches
-        self._seed_dropout()
+        assert self.masters is not None
+        batches = rank_batch.micro_batches
         work = measure_step(batches, self.device)
-        self.masters.zero_gradients()
-        parts = torch.zeros(len(batches), device=self.device)
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with self.masters.overlapped_reduction() if last else nullcontext(), self.stopwatch.running(self.device):
-                part = cross_entropy(self(batch), batch.targets, reduction="sum") / max(work.targets, 1)
-                self.manual_backward(part)
-            parts[index] = part.detach()
-        norm = float(self.masters.clip_gradients(self.optim_config.gradient_clip_val))
-        loss = float(data_parallel_sum(parts.sum()))
 
-        optimizer: Any = self.optimizers()
-        schedule: Any = self.lr_schedulers()
-        rate, skipped = optimizer.param_groups[0]["lr"], None
-        if (reason := self.guard.skip_reason(loss, norm)) is None:
-            optimizer.step()
-            self.masters.write_back()
-        else:
-            skipped = SkippedStep(reason, self.guard.in_a_row, self._suspects(parts))
-            self._count_a_step_not_taken()
-        schedule.step()
-        self.steps += 1
-        self.consumed_samples += share.samples
-        self.last_step = StepReport(loss, norm, rate, work, skipped)
+        def loss(batch: PackedBatch) -> Tensor:
+            return cross_entropy(self(batch), batch.targets, reduction="sum") / max(work.targets, 1)
+
+        losses = self.accumulate_gradients(batches, loss, _DROPOUT_STREAM, self.consumed_samples)
+        norm = float(self.masters.clip_gradients(self.optim_config.gradient_clip_val))
+        total, skipped = float(data_parallel_sum(losses.sum())), None
+        if (reason := self.guard.skip_reason(total, norm)) is not None:
+            skipped = SkippedStep(reason, self.guard.in_a_row, self._suspects(losses))
+        rate = self.finish_step(skip=skipped is not None)
+        self.consumed_samples += rank_batch.samples
+        self.last_step = StepReport(total, norm, rate, work, skipped)
         self._log_step(self.last_step)
 
     @property
@@ -216,20 +186,6 @@ class ESM1nvModel(ModelPT):
             for index, (epochs, samples) in enumerate(micro_batches)
             if nonfinite[rank, index] or not nonfinite.any()
         )
-
-    def _count_a_step_not_taken(self) -> None:
-        """In Lightning's count, by which checkpoints, validation and the end of training go."""
-        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        progress.increment_ready()
-        progress.increment_completed()
-
-    def _seed_dropout(self) -> None:
-        """Dropout depends on (seed, consumed samples, rank): an interrupted run needs no generator state to go on.
-
-        The data-parallel rank: ranks that share a copy of the model must drop the same activations.
-        """
-        key = derive_key(self.seed, _DROPOUT_STREAM, self.consumed_samples, data_parallel_rank())
-        torch.manual_seed(int(key[0] >> 1))
 
     def _log_step(self, report: StepReport) -> None:
         self.log_dict(
@@ -299,14 +255,12 @@ class ESM1nvModel(ModelPT):
 
     def configure_optimizers(self) -> Any:
         assert self.encoder is not None and self.backends is not None
-        if self.masters is not None:
-            self.masters.release()
-        self.masters = MasterWeights(self.named_parameters())
+        masters = self.make_masters(self.named_parameters())
         if self._resumed_masters is not None:
-            self.masters.load_state_dict(self._resumed_masters)
+            masters.load_state_dict(self._resumed_masters)
             self._resumed_masters = None
         build = build_sharded_optimizer if self.shard_optimizer else build_optimizer
-        optimizer = build(self.masters, self.optim_config, self.backends)
+        optimizer = build(masters, self.optim_config, self.backends)
         return [optimizer], [{"scheduler": build_schedule(optimizer, self.optim_config), "interval": "step"}]
 
     def setup_training_data(self, train_data_config: TrainingBatches, num_workers: int = 0) -> None:
@@ -328,11 +282,6 @@ class ESM1nvModel(ModelPT):
     @property
     def _pinned(self) -> bool:
         return bool(self.device.type == "cuda")
-
-    @classmethod
-    def list_available_models(cls) -> list[Any]:
-        """None: weights are files that people bring; nothing is fetched from a catalogue."""
-        return []
 
     # --- what is saved ----------------------------------------------------------------------------------------------
 
@@ -361,7 +310,7 @@ class ESM1nvModel(ModelPT):
         load_weights(self, dict(archive.weights), "checkpoint")
         self.guard.load_state_dict(checkpoint["guard"])
         self.steps, self.consumed_samples = int(checkpoint["steps"]), int(checkpoint["consumed_samples"])
-        checkpoint["loops"] = {"fit_loop": loops_after(self.steps, self.trainer.fit_loop.state_dict())}
+        checkpoint["loops"] = {"fit_loop": fit_loop_state(self.trainer, self.steps)}
 
     def archive_provenance(self) -> dict[str, Any]:
         """Where the weights come from: what a reader of the archive can trust and cite."""

@@ -9,12 +9,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch import distributed
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from bionemo_esm.model.optimizer import MasterWeights, full_state, load_full_state
-from bionemo_esm.model.parallel import destroy_groups, ensure_groups, tensor_parallel_size
+from bionemo_esm.model.optimizer_registry import FUSED_ADAM_FAMILY, OPTIMIZERS, OptimizerFamily
+from bionemo_esm.model.parallel import destroy_groups, ensure_groups, tensor_parallel_size, world_size
 
 
 class MegatronStrategy(DDPStrategy):
@@ -44,31 +44,29 @@ class MegatronStrategy(DDPStrategy):
         self.tensor_model_parallel_size = tensor_model_parallel_size
         self._owns_groups = False
 
-    @property
-    def _works_alone(self) -> bool:
-        return bool(self.num_processes * self.num_nodes == 1)
-
     def _configure_launcher(self) -> None:
-        """Alone, nothing is launched, and no rendezvous is left behind in the environment."""
-        if not self._works_alone:
+        """Configure no launcher for one process: it would leave a rendezvous address in the environment."""
+        if self.num_processes * self.num_nodes > 1:
             super()._configure_launcher()
 
     def setup_distributed(self) -> None:
-        if self._works_alone:
+        """Create the process groups. One process needs none."""
+        ranks = self.num_processes * self.num_nodes
+        if ranks == 1:
             self.set_world_ranks()
         else:
             super().setup_distributed()
-        ensure_groups(self.tensor_model_parallel_size, self._collective_timeout)
-        self._owns_groups = not self._leave_groups_up
-        assert distributed.get_world_size() == self.num_processes * self.num_nodes, "another world was up before"
-        assert tensor_parallel_size() == self.tensor_model_parallel_size, "other groups were up in this process before"
+            ensure_groups(self.tensor_model_parallel_size, self._collective_timeout)
+            self._owns_groups = not self._leave_groups_up
+        assert world_size() == ranks, "torch.distributed was initialised with another world size"
+        assert tensor_parallel_size() == self.tensor_model_parallel_size, "Megatron's groups have another size"
 
     def setup(self, trainer: Trainer) -> None:
-        """As for one device. DDP's own would make the ranks' weights equal where only validation is asked for."""
+        """Set up as for one device. DDP's own setup would broadcast weights for validation alone."""
         super(DDPStrategy, self).setup(trainer)
 
     def _setup_model(self, model: Module) -> Module:  # type: ignore[override]
-        """Nothing is wrapped: see the class."""
+        """Return the model without a wrapper."""
         return model
 
     @property
@@ -77,17 +75,22 @@ class MegatronStrategy(DDPStrategy):
         assert isinstance(masters, MasterWeights)
         return masters
 
+    @property
+    def _family(self) -> OptimizerFamily:
+        config = getattr(self.lightning_module, "optim_config", None)
+        return FUSED_ADAM_FAMILY if config is None else OPTIMIZERS.get(config.name)
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """For a checkpoint: the whole state on rank 0, nothing on others; every rank takes part."""
-        return full_state(optimizer, self._masters)
+        """Return the full state on rank 0, for a checkpoint, and {} on other ranks. Collective."""
+        return full_state(optimizer, self._masters, self._family)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """From a checkpoint that any number of ranks has written: what this rank holds of the state."""
+        """Load this rank's part of the state from a checkpoint that any number of ranks has written."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             load_full_state(optimizer, self._masters, state)
 
     def on_train_end(self) -> None:
-        """The last moment at which every rank can be asked for its part of the weights."""
+        """Gather split weights while every rank still takes part."""
         super().on_train_end()
         self._masters.keep_full_copy()
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nemo.core.classes import modelPT
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from bionemo_esm.compat import replace_nemo_connector
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, is_our_archive, write_archive
 from bionemo_esm.model.parallel import local_shard
 from bionemo_esm.model.tar_format import quoted
@@ -127,4 +127,4 @@ def _check_that_torch_is_safe(path: Path) -> None:
         raise ArchiveError(f"{path}: is not an archive of bionemo_esm, and {_UNSAFE_TORCH} is set; unset it")
 
 
-modelPT.SaveRestoreConnector = ESMSaveRestoreConnector  # makes the plugin known to NeMo
+replace_nemo_connector(ESMSaveRestoreConnector)  # makes the plugin known to NeMo

@@ -1,7 +1,9 @@
-"""Process groups: Megatron's layers ask for them even where one process works alone.
+"""Parallelism over Megatron's process groups: ranks, sharded tensors, sums.
 
-Data-parallel ranks hold the same weights and see different sequences. Tensor-parallel ranks share one copy of the
-weights and see the same sequences: matrices are split between them, norms and some biases are held by each.
+Data-parallel ranks hold the same weights and see different sequences. Tensor-parallel ranks share one replica and see
+the same sequences: matrices are split between them, and each holds all norms and some biases. A process that works
+alone needs no process group: every function here then answers for one rank, also while the user's own
+`torch.distributed` is initialised.
 """
 
 from __future__ import annotations
@@ -10,22 +12,21 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import distributed
 
+from bionemo_esm.compat import single_rank_groups, split_dimension
+
 
 def ensure_groups(tensor_model_parallel_size: int = 1, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Bring up what is missing: a process group of this process alone, and Megatron's groups over the world there is.
+    """Create Megatron's groups over all ranks of `torch.distributed`, unless they exist.
 
-    Alone, the rendezvous is in memory: no port, no file, no environment variable. Under a launcher the strategy has
-    brought the world up before, and only Megatron's groups are added. Groups that are up stay as they are. `timeout`:
-    of a collective operation.
+    `timeout`: of a collective operation.
     """
-    if not distributed.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    assert distributed.is_initialized(), "a launcher initialises torch.distributed first"
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_model_parallel_size,
@@ -34,86 +35,123 @@ def ensure_groups(tensor_model_parallel_size: int = 1, timeout: timedelta = time
 
 
 def destroy_groups() -> None:
-    """Take down Megatron's groups and the process group, if they are up."""
+    """Destroy Megatron's groups and `torch.distributed`, if they are initialised."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
-# --- who is who -------------------------------------------------------------------------------------------------------
+def model_groups() -> Any:
+    """Return the process groups to build Megatron's layers with: those of `ensure_groups`, or groups of one rank."""
+    if not parallel_state.is_initialized():
+        return single_rank_groups()
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp", "cp", "embd"])
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
 
 
 def data_parallel_rank() -> int:
-    """Which share of a global batch is this process's; 0 where no groups are up."""
+    """Return this process's data-parallel rank; 0 without groups."""
     return int(parallel_state.get_data_parallel_rank()) if parallel_state.is_initialized() else 0
 
 
 def data_parallel_size() -> int:
-    """Into how many shares a global batch is dealt; 1 where no groups are up."""
+    """Return the data-parallel world size; 1 without groups."""
     return int(parallel_state.get_data_parallel_world_size()) if parallel_state.is_initialized() else 1
 
 
 def data_parallel_group() -> distributed.ProcessGroup:
-    """The ranks that hold the same part of the weights as this one."""
+    """Return the group of ranks that hold the same part of the weights as this one."""
     group: distributed.ProcessGroup = parallel_state.get_data_parallel_group()
     return group
 
 
 def tensor_parallel_rank() -> int:
-    """Which part of split weights is this process's; 0 where no groups are up."""
+    """Return this process's tensor-parallel rank; 0 without groups."""
     return int(parallel_state.get_tensor_model_parallel_rank()) if parallel_state.is_initialized() else 0
 
 
 def tensor_parallel_size() -> int:
-    """Into how many parts weights are split; 1 where no groups are up."""
+    """Return the tensor-parallel world size; 1 without groups."""
     return int(parallel_state.get_tensor_model_parallel_world_size()) if parallel_state.is_initialized() else 1
 
 
+def world_size() -> int:
+    """Return the number of ranks of the run; 1 without groups."""
+    return distributed.get_world_size() if parallel_state.is_initialized() else 1
+
+
 def is_first_rank() -> bool:
-    """Whether this is rank 0 of all."""
+    """Whether this is rank 0 of the run."""
     return data_parallel_rank() == 0 and tensor_parallel_rank() == 0
 
 
-# --- tensors that are split -------------------------------------------------------------------------------------------
+# --- sharded tensors --------------------------------------------------------------------------------------------------
 
 
 def is_split(parameter: torch.Tensor) -> bool:
-    """Whether every tensor-parallel rank holds another part of this parameter; if not, each holds all of it."""
-    return tensor_parallel_size() > 1 and bool(getattr(parameter, "tensor_model_parallel", False))
+    """Whether every tensor-parallel rank holds a different part of this parameter."""
+    return tensor_parallel_size() > 1 and split_dimension(parameter) is not None
 
 
 def gather_shards(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The whole of which every tensor-parallel rank holds a part, laid out like `parameter`; collective.
+    """Return the whole of a tensor that is split like `parameter`. Collective.
 
-    Parts are contiguous and in the order of the ranks, those of the mixed query-key-value matrix too: Megatron keeps
-    the rows of one head together. A tensor that is not split, or of which there is one part, is returned as it is.
+    Parts are contiguous and in the order of the ranks, also those of the fused query-key-value matrix: Megatron keeps
+    the rows of one head together. A tensor that is not split is returned as it is.
     """
     if not is_split(parameter):
         return tensor
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(tensor_parallel_size())]
-    distributed.all_gather(parts, tensor.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(parts, dim=parameter.partition_dim)  # type: ignore[attr-defined]
+    dimension = split_dimension(parameter)
+    assert dimension is not None
+    return torch.cat(_gather_tensor_parallel(tensor), dim=dimension)
 
 
 def local_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a whole tensor, laid out like `parameter`: the inverse of `gather_shards`."""
+    """Return this rank's part of a whole tensor that is split like `parameter`: the inverse of `gather_shards`."""
     if not is_split(parameter):
         return whole
-    dimension: int = parameter.partition_dim  # type: ignore[attr-defined]
+    dimension = split_dimension(parameter)
+    assert dimension is not None
     return whole.chunk(tensor_parallel_size(), dim=dimension)[tensor_parallel_rank()]
+
+
+def _gather_tensor_parallel(part: torch.Tensor) -> list[torch.Tensor]:
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(tensor_parallel_size())]
+    distributed.all_gather(parts, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return parts
+
+
+class GatherLastDimension(torch.autograd.Function):
+    """Every tensor-parallel rank's columns [M, N / ranks] -> all of them [M, N], on each rank.
+
+    All ranks then compute the same loss, so the gradient of a part is a slice. Megatron's own gather allocates on CUDA
+    even on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor) -> torch.Tensor:
+        return part if tensor_parallel_size() == 1 else torch.cat(_gather_tensor_parallel(part), dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.chunk(tensor_parallel_size(), dim=-1)[tensor_parallel_rank()]
 
 
 @contextmanager
 def tensor_parallel_rng(device: torch.device) -> Iterator[None]:
-    """Within it, tensor-parallel ranks draw different numbers; after it, again the same.
+    """Make tensor-parallel ranks draw different numbers within the context, and equal numbers after it.
 
-    For dropout of what they have split. Elsewhere their generators must agree: each then drops the same activations.
+    For dropout of split activations. Elsewhere the generators must agree, so that all ranks drop the same activations.
     """
     if tensor_parallel_size() == 1:
         yield
         return
-    seed = int(torch.randint(2**62, ()))  # the same on all of them, and another at every call
+    seed = int(torch.randint(2**62, (), device="cpu"))  # equal on all ranks, new at every call
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed + tensor_parallel_rank())
         yield
@@ -123,21 +161,21 @@ def tensor_parallel_rng(device: torch.device) -> Iterator[None]:
 
 
 def data_parallel_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over data-parallel ranks, in place; returns the tensor."""
+    """Sum over data-parallel ranks, in place; return the tensor."""
     if data_parallel_size() > 1:
         distributed.all_reduce(tensor, group=data_parallel_group())
     return tensor
 
 
 def tensor_parallel_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over the ranks that share one copy of the weights, in place; returns the tensor."""
+    """Sum over the ranks that share one replica of the weights, in place; return the tensor."""
     if tensor_parallel_size() > 1:
         distributed.all_reduce(tensor, group=parallel_state.get_tensor_model_parallel_group())
     return tensor
 
 
 def world_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over all ranks, whatever each of them holds of the model, in place; returns the tensor."""
-    if distributed.get_world_size() > 1:
+    """Sum over all ranks of the run, in place; return the tensor."""
+    if world_size() > 1:
         distributed.all_reduce(tensor)
     return tensor

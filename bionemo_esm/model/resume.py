@@ -73,13 +73,3 @@ def adopt_checkpoint(checkpoint: dict[str, Any], config: OptimConfig) -> dict[st
         "consumed_samples": int(checkpoint["consumed_samples"]),
         **({"continued_from": before} if (before := provenance.get("continued_from")) else {}),
     }
-
-
-def loops_after(steps: int, loops: dict[str, Any]) -> dict[str, Any]:
-    """Return the state of Lightning's training loop, `fit_loop.state_dict()`, after a number of steps."""
-    counts = {"ready": steps, "started": steps, "processed": steps, "completed": steps}
-    for key in ("epoch_loop.batch_progress", "epoch_loop.manual_optimization.optim_step_progress"):
-        for span in ("total", "current"):
-            loops[key][span] = {name: count for name, count in counts.items() if name in loops[key][span]}
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = steps
-    return loops

@@ -26,7 +26,7 @@ from bionemo_esm.console import Console, duration
 from bionemo_esm.files import write_atomically
 from bionemo_esm.model.esm1nv import ESM1nvModel, Evaluation, StepReport
 from bionemo_esm.model.nonfinite_guard import SkippedStep
-from bionemo_esm.model.parallel import data_parallel_sum
+from bionemo_esm.model.parallel import data_parallel_sum, world_size
 from bionemo_esm.model.step_stats import StepStats
 from bionemo_esm.pretraining.hang_watch import HangWatch
 from bionemo_esm.pretraining.hardware import cpu_name, peak_flops
@@ -411,8 +411,10 @@ def memory_gb(device: torch.device) -> float:
 
 def _of_all_ranks(values: tuple[float, ...], device: torch.device) -> list[list[float]]:
     """Return the values of all ranks, by rank. Collective."""
+    if world_size() == 1:
+        return [list(values)]
     own = torch.tensor(values, dtype=torch.float64, device=device)
-    table = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    table = [torch.empty_like(own) for _ in range(world_size())]
     distributed.all_gather(table, own)
     rows: list[list[float]] = torch.stack(table).tolist()
     return rows

@@ -18,7 +18,6 @@ from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig, OptimConfig
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.optimizer import MasterWeights, build_optimizer
-from bionemo_esm.model.parallel import ensure_groups
 
 TINY = EncoderConfig(
     num_layers=2,
@@ -56,12 +55,11 @@ def self_test(device: torch.device, precision: str = "auto") -> SelfTest:
     Raises `SelfTestError` if the loss is not finite, no weight changes, or packed sequences attend to each other.
     """
     started = time.perf_counter()
-    ensure_groups()
     dtype = parameter_dtype(precision, device.type)
     backends = choose_backends(device.type, dtype, TINY.attention_dropout)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = ESMEncoder(TINY, dtype, backends).to(device=device, dtype=dtype)
+        torch.default_generator.manual_seed(0)
+        encoder = ESMEncoder(TINY, dtype, backends).to(device)
     masters = MasterWeights(encoder.named_parameters())
     optimizer = build_optimizer(masters, OptimConfig(lr=1e-3, min_lr=1e-4), backends)
     batch = _batch().to(device)

@@ -260,9 +260,9 @@ def untrained(engine: Engine, seed: int) -> Engine:
     """A model of the same shape and precision with the random weights that pretraining would begin with."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron's, where neither Apex nor Transformer Engine is installed
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         backends = choose_backends(engine.device.type, engine.dtype, 0.0)
-        encoder = ESMEncoder(engine.config, engine.dtype, backends).to(engine.dtype).to(engine.device)
+        encoder = ESMEncoder(engine.config, engine.dtype, backends).to(engine.device)
     return Engine(encoder, engine.config, engine.batch_tokens)
 
 

@@ -1,0 +1,122 @@
+"""Base of the NeMo models: an encoder over packed rows, trained with one optimizer step per batch.
+
+Lightning's manual optimisation is used, so that a loss can be divided by a count over the whole global batch: all ranks
+and all micro batches. Intervals of the configuration then count optimizer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Trainer
+from nemo.core.classes import ModelPT
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.nn import Parameter
+
+from bionemo_esm.compat import count_skipped_step
+from bionemo_esm.data.hashing import derive_key
+from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter_dtype
+from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.encoder import ESMEncoder
+from bionemo_esm.model.nemo_connector import ESMSaveRestoreConnector
+from bionemo_esm.model.optimizer import MasterWeights
+from bionemo_esm.model.parallel import data_parallel_rank
+from bionemo_esm.model.step_stats import Stopwatch
+
+Batch = TypeVar("Batch")
+
+
+class PackedModel(ModelPT):
+    """A `ModelPT` with an `ESMEncoder`, float32 masters, and an optimizer step that it runs itself.
+
+    Subclasses build their parts in `configure_model`, compute the loss, and give data loaders and optimizer. With a
+    trainer, Lightning calls `configure_model` after it has created the process groups; without one the subclass calls
+    it in its initialiser.
+    """
+
+    def __init__(self, values: Mapping[str, Any], trainer: Trainer | None) -> None:
+        """`values`: plain values of `encoder` (see `EncoderConfig`), `precision` ("32", "bf16", "auto"), `seed`."""
+        self.encoder_config = EncoderConfig.from_config(values["encoder"])
+        super().__init__(OmegaConf.create(dict(values)), trainer=trainer)
+        self._save_restore_connector = ESMSaveRestoreConnector()
+        self.automatic_optimization = False
+        self.seed = int(values.get("seed", 0))
+        self.encoder: ESMEncoder | None = None
+        self.backends: FusedBackends | None = None
+        self.masters: MasterWeights | None = None
+        self.initial_weights: Path | None = None  # a pretrained archive; None: random weights
+        self.provenance: dict[str, Any] = {}
+        self.steps = 0  # over all sessions; skipped steps count
+        self.stopwatch = Stopwatch()  # of forward and backward passes
+
+    def choose_kernels(self) -> torch.dtype:
+        """Set `backends` for the device of the trainer, or a GPU if there is one; return the parameters' dtype."""
+        if self._trainer is not None:
+            device_type = self._trainer.strategy.root_device.type
+        else:
+            device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = parameter_dtype(str(self.cfg.get("precision", "32")), device_type)
+        self.backends = choose_backends(device_type, dtype, self.encoder_config.attention_dropout)
+        return dtype
+
+    def make_masters(self, named_parameters: Iterable[tuple[str, Parameter]]) -> MasterWeights:
+        """Return new masters of these parameters, in place of earlier ones."""
+        if self.masters is not None:
+            self.masters.release()
+        self.masters = MasterWeights(named_parameters)
+        return self.masters
+
+    def accumulate_gradients(
+        self, batches: Sequence[Batch], loss: Callable[[Batch], Tensor], *dropout_key: int
+    ) -> Tensor:
+        """Run forward and backward over this rank's micro batches; return their losses, float32 [batches].
+
+        loss: a part of the loss of the global batch, already divided by its global count. Gradients are summed over
+        data-parallel ranks during the last backward pass. Collective, also for a rank without batches.
+
+        Dropout depends on (seed, dropout_key, data-parallel rank): a resumed run needs no generator state, and ranks
+        that share one replica of the model drop the same activations.
+        """
+        assert self.masters is not None
+        torch.manual_seed(int(derive_key(self.seed, *dropout_key, data_parallel_rank())[0] >> 1))
+        self.masters.zero_gradients()
+        losses = torch.zeros(len(batches), device=self.device)
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            reduction = self.masters.overlapped_reduction() if is_last else nullcontext()
+            with reduction, self.stopwatch.running(self.device):
+                part = loss(batch)
+                self.manual_backward(part)
+            losses[index] = part.detach()
+        if not batches:
+            with self.masters.overlapped_reduction():
+                pass
+        return losses
+
+    def finish_step(self, skip: bool = False) -> float:
+        """Update the weights, unless `skip`; advance schedule and counters; return the learning rate of the step.
+
+        A skipped step counts in the schedule and in Lightning's loops, so that a resumed run skips it as well.
+        """
+        assert self.masters is not None
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        rate = float(optimizer.param_groups[0]["lr"])
+        if skip:
+            count_skipped_step(self.trainer)
+        else:
+            optimizer.step()
+            self.masters.write_back()
+        schedule.step()
+        self.steps += 1
+        return rate
+
+    @classmethod
+    def list_available_models(cls) -> list[Any]:
+        """Return no model: weights are files, and none are downloaded."""
+        return []
