@@ -13,23 +13,23 @@ from bionemo_esm.model.attention import FixedTensors
 
 
 def average_product_correction(map_NRR: Tensor) -> Tensor:
-    """Maps [..., R, R] without what rows and columns explain: a - (row sum x column sum) / sum of all."""
+    """Return maps [..., R, R] minus the product of row and column sums over the total sum."""
     rows = map_NRR.sum(-1, keepdim=True)
     columns = map_NRR.sum(-2, keepdim=True)
     total = map_NRR.sum((-1, -2), keepdim=True)
-    return map_NRR - rows * columns / total.clamp_min(torch.finfo(total.dtype).tiny)  # a map of zeros stays one
+    return map_NRR - rows * columns / total.clamp_min(torch.finfo(total.dtype).tiny)  # a map of zeros stays zero
 
 
 def regression_features(maps_NLL: Tensor) -> Tensor:
-    """A layer's attention maps as the regression reads them: float32 [N, R, R], symmetric, and corrected."""
-    residues_NRR = maps_NLL.float()[:, 1:-1, 1:-1]  # <cls> and <eos> are no residues
+    """Return a layer's attention maps as features of the regression: float32 [N, R, R], symmetric and corrected."""
+    residues_NRR = maps_NLL.float()[:, 1:-1, 1:-1]  # without <cls> and <eos>
     return average_product_correction(residues_NRR + residues_NRR.transpose(-1, -2))
 
 
 class ContactHead(FixedTensors):
-    """The regression's weights, one for each attention head of each layer, and its bias; zeros until they are fitted.
+    """One weight for each attention head of each layer, and a bias; zeros until they are fitted.
 
-    Maps come layer by layer and are added up at once, so that those of one layer are held and no more.
+    The maps of one layer at a time are added up, so that only one layer's are in memory.
     """
 
     def __init__(self, features: int) -> None:
@@ -39,13 +39,13 @@ class ContactHead(FixedTensors):
         self.register_buffer("bias", torch.zeros(1))
 
     def evidence(self, layer: int, maps_NLL: Tensor) -> Tensor:
-        """What one layer (numbered from 1) adds to the log-odds of each pair of residues: float32 [R, R]."""
+        """Return one layer's (numbered from 1) summand of each pair's log-odds: float32 [R, R]."""
         assert isinstance(self.weight, Tensor)
         heads = len(maps_NLL)
         weight_N = self.weight[0, (layer - 1) * heads : layer * heads]
         return torch.einsum("n,nij->ij", weight_N, regression_features(maps_NLL))
 
     def forward(self, evidence_RR: Tensor) -> Tensor:
-        """Probability of contact of each pair of residues, float32 [R, R], from the evidence of all layers."""
+        """Return the contact probability of each pair of residues, float32 [R, R], from the sum over all layers."""
         assert isinstance(self.bias, Tensor)
         return torch.sigmoid(evidence_RR + self.bias)

@@ -1,4 +1,4 @@
-"""ESM-1nv as a NeMo model: the encoder, its loss, one optimizer step, and what a checkpoint holds.
+"""ESM-1nv as a NeMo model: loss, optimizer step, validation, and the content of a checkpoint.
 
 Shape suffixes: T tokens of a packed row, H hidden size, M masked positions, V tokens of the alphabet.
 """
@@ -47,21 +47,21 @@ _DROPOUT_STREAM = 6  # keeps dropout's seeds apart from the keys of order and co
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did, over all ranks."""
+    """Result of one optimizer step over all ranks."""
 
     loss: float  # nats a masked residue
     gradient_norm: float  # before clipping
     learning_rate: float
     work: StepStats
-    skipped: SkippedStep | None = None  # then no rank has changed its weights
+    skipped: SkippedStep | None = None  # None: the step was taken
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Masked-residue prediction with every chosen residue shown as `<mask>`."""
+    """Masked-residue prediction, with every chosen residue shown as `<mask>`."""
 
     loss: float  # nats a masked residue
-    accuracy: float  # fraction of masked residues whose likeliest token is right
+    accuracy: float  # fraction of masked residues whose most likely token is correct
     residues: int  # masked residues scored
 
     @property
@@ -71,10 +71,10 @@ class Evaluation:
 
 @register_model
 class ESM1nvModel(PackedModel):
-    """A BERT-style protein language model, pretrained with one packed row a micro batch.
+    """A BERT-style protein language model; a micro batch is one packed row.
 
-    `cfg`: `encoder` (the fields of `EncoderConfig`), `precision` ("32", "bf16" or "auto") and `seed`. With a trainer
-    the encoder is built when the trainer has brought the process groups up; without one it is built at once.
+    `cfg`: `encoder` (the fields of `EncoderConfig`), `precision` ("32", "bf16" or "auto") and `seed`. Without a trainer
+    the encoder is built at once; with one, Lightning calls `configure_model`.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
@@ -109,7 +109,7 @@ class ESM1nvModel(PackedModel):
     # --- forward and loss -------------------------------------------------------------------------------------------
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Logits float32 [M, V] at the batch's masked positions."""
+        """Return logits float32 [M, V] at the batch's masked positions."""
         assert self.encoder is not None
         logits_MV: Tensor = self.encoder(
             batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.target_index
@@ -117,12 +117,12 @@ class ESM1nvModel(PackedModel):
         return logits_MV
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Final hidden states [T, H] of every token of the row."""
+        """Return the final hidden states [T, H] of every token of the row."""
         assert self.encoder is not None
         return self.encoder.hidden_states(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
 
     def logits(self, batch: PackedBatch) -> Tensor:
-        """Logits float32 [T, V] at every token of the row."""
+        """Return logits float32 [T, V] at every token of the row."""
         assert self.encoder is not None
         return self.encoder.logits(self.hidden_states(batch))
 
@@ -153,7 +153,7 @@ class ESM1nvModel(PackedModel):
 
     @property
     def epoch(self) -> float:
-        """How often training has gone through its data."""
+        """Passes through the training data so far."""
         return self.consumed_samples / self._stream.permutation.size
 
     @property
@@ -166,19 +166,19 @@ class ESM1nvModel(PackedModel):
 
     @property
     def gave_up(self) -> bool:
-        """Whether too many steps in a row could not be taken."""
+        """Whether training must stop, after too many consecutive skipped steps."""
         return self.guard.gave_up
 
-    def _suspects(self, parts: Tensor) -> tuple[SuspectSamples, ...]:
-        """The micro batches of all ranks whose loss is not finite, or all of them where each has a finite one.
+    def _suspects(self, losses: Tensor) -> tuple[SuspectSamples, ...]:
+        """Return the micro batches of all ranks whose loss is not finite, or all micro batches if every loss is finite.
 
-        `parts`: float32 [micro batches], the losses of this rank's. Collective.
+        `losses`: of this rank's micro batches, float32 [micro batches]. Collective.
         """
         rank_batches = [
             self._stream.rank_batches(self.consumed_samples, rank)[0] for rank in range(data_parallel_size())
         ]
         nonfinite = torch.zeros(len(rank_batches), max(map(len, rank_batches)), device=self.device)
-        nonfinite[data_parallel_rank(), : len(parts)] = (~parts.isfinite()).float()
+        nonfinite[data_parallel_rank(), : len(losses)] = (~losses.isfinite()).float()
         nonfinite = data_parallel_sum(nonfinite)
         return tuple(
             SuspectSamples(rank, int(epochs[0]), tuple(samples.tolist()))
@@ -203,7 +203,7 @@ class ESM1nvModel(PackedModel):
 
     @property
     def shared_validation_batches(self) -> int:
-        """Validation batches that every rank has; some ranks have one more."""
+        """Number of validation batches that every rank has; some ranks have one more."""
         ranks = data_parallel_size()
         return len(self._validation.on_rank(ranks - 1, ranks))
 
@@ -231,21 +231,21 @@ class ESM1nvModel(PackedModel):
 
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> Tensor:
-        """float64 [3]: summed cross-entropy in nats, right answers, and number of the batch's masked positions."""
+        """Return float64 [3]: summed cross-entropy in nats, correct predictions, masked positions."""
         logits_MV = self(batch)
         loss = cross_entropy(logits_MV, batch.targets, reduction="none").double().sum()
         right = (logits_MV.argmax(dim=-1) == batch.targets).sum()
         return torch.stack([loss, right.double(), torch.tensor(len(batch.targets), device=loss.device).double()])
 
     def evaluate(self, batches: ValidationBatches) -> Evaluation:
-        """Score validation batches outside a trainer, on the model's device."""
+        """Evaluate validation batches outside a trainer, on the model's device."""
         device = next(self.parameters()).device
         scores = [self.score(batches[index].to(device)) for index in range(len(batches))]
         return self.evaluation(torch.stack(scores).sum(0))
 
     @staticmethod
     def evaluation(sums: Tensor) -> Evaluation:
-        """From summed `score`s. Raises `ConfigError` when nothing was masked."""
+        """Return the evaluation of summed `score`s. Raises `ConfigError` if nothing was masked."""
         loss, right, count = sums.tolist()
         if count == 0:
             raise ConfigError("the validation set has no masked residue; give it more sequences")
@@ -264,11 +264,11 @@ class ESM1nvModel(PackedModel):
         return [optimizer], [{"scheduler": build_schedule(optimizer, self.optim_config), "interval": "step"}]
 
     def setup_training_data(self, train_data_config: TrainingBatches, num_workers: int = 0) -> None:
-        """Train on this stream (dealt to the ranks there are), from `consumed_samples` on."""
+        """Train on these batches, of which every rank takes its part, from `consumed_samples` on."""
         self._stream, self._num_workers = train_data_config, num_workers
 
     def setup_validation_data(self, val_data_config: ValidationBatches) -> None:
-        """Validate on these batches (dealt to the ranks there are)."""
+        """Validate on these batches, of which every rank takes its part."""
         self._validation = val_data_config
 
     def train_dataloader(self) -> DataLoader[RankBatch]:
@@ -286,10 +286,10 @@ class ESM1nvModel(PackedModel):
     # --- what is saved ----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The float32 masters are the weights; with them and `consumed_samples`, the next step is determined.
+        """Store the float32 masters as the weights; with `consumed_samples` they determine the next step.
 
-        Lightning's account of its loops is left out: it follows from the number of steps, at whatever moment of a step
-        or a validation the checkpoint is written.
+        The state of Lightning's loops is left out. It follows from the number of steps, so the bytes do not depend on
+        the moment within a step or a validation at which the checkpoint is written.
         """
         for key in ("state_dict", "loops", "hyper_parameters", "hparams_name", "hparams_type"):
             checkpoint.pop(key, None)
@@ -313,12 +313,12 @@ class ESM1nvModel(PackedModel):
         checkpoint["loops"] = {"fit_loop": fit_loop_state(self.trainer, self.steps)}
 
     def archive_provenance(self) -> dict[str, Any]:
-        """Where the weights come from: what a reader of the archive can trust and cite."""
+        """Return the origin of the weights, as an archive records it."""
         trained = {"steps": self.steps, "consumed_samples": self.consumed_samples} if self.steps else {}
         return {**self.provenance, **trained}
 
     def archive_config(self, weights: Mapping[str, Tensor]) -> Mapping[str, Any]:
-        """What `.nemo` says of the model: its sizes, its seed, and the precision of the weights beside it."""
+        """Return the configuration that `.nemo` records: encoder, seed, and the precision of these weights."""
         weights_dtype = next(iter(weights.values())).dtype
         return {
             "encoder": self.encoder_config.to_dict(),
@@ -327,9 +327,9 @@ class ESM1nvModel(PackedModel):
         }
 
     def archive_weights(self) -> dict[str, Tensor]:
-        """The float32 masters where there are, else the parameters, whole, and what training leaves as it is.
+        """Return the whole weights: the float32 masters, or the parameters without masters, and the buffers.
 
-        Collective where parameters are sharded.
+        Collective if parameters are split over ranks.
         """
         fixed = {name: buffer.detach() for name, buffer in self.named_buffers()}
         if self.masters is not None:

@@ -1,6 +1,6 @@
-"""What can be read out of an encoder beside its logits: hidden states of any layer, attention maps, contacts.
+"""Features of an encoder: hidden states of any layer, attention maps, contacts.
 
-Numbers of layers are fair-esm's: 0 is what the first block reads, the last one's states have gone through the final
+Layers are numbered as in fair-esm: 0 is the input of the first block; the states of the last layer follow the final
 layer norm. Shape suffixes: T tokens of the packed row, H hidden size, N heads, L tokens and R residues of a sequence.
 """
 
@@ -21,9 +21,9 @@ from bionemo_esm.model.parallel import tensor_parallel_size
 
 
 def representations(encoder: ESMEncoder, batch: PackedBatch, layers: Iterable[int]) -> dict[int, Tensor]:
-    """Hidden states [T, H] after each of some layers, in the parameters' dtype.
+    """Return the hidden states [T, H] after each of these layers, in the parameters' dtype.
 
-    Raises `UserError` for a layer that the encoder does not have.
+    Raises `UserError` for a layer that does not exist.
     """
     wanted, last = set(layers), len(encoder.encoder.layers)
     for layer in sorted(wanted):
@@ -54,9 +54,9 @@ def representations(encoder: ESMEncoder, batch: PackedBatch, layers: Iterable[in
 
 @torch.no_grad()
 def observe_attention_maps(encoder: ESMEncoder, batch: PackedBatch, observer: MapObserver) -> None:
-    """Show `observer` the attention maps of each layer in turn: float32 [N, L, L] of each sequence, and none kept.
+    """Call `observer` with the attention maps of each layer in turn: float32 [N, L, L] of each sequence; none is kept.
 
-    Raises `UserError` under tensor parallelism, where no rank has all heads.
+    Raises `UserError` under tensor parallelism, where no rank holds all heads.
     """
     if tensor_parallel_size() > 1:
         raise UserError("attention maps need all heads on one device; run with tensor_model_parallel_size=1")
@@ -65,7 +65,7 @@ def observe_attention_maps(encoder: ESMEncoder, batch: PackedBatch, observer: Ma
 
 @torch.no_grad()
 def contacts(encoder: ESMEncoder, batch: PackedBatch) -> list[Tensor]:
-    """Probabilities of contact, float32 [R, R] of each sequence. Raises `UserError` for a model without a head."""
+    """Return contact probabilities, float32 [R, R] of each sequence. Raises `UserError` without a contact head."""
     head = encoder.contact_head
     if head is None:
         raise UserError("the model has no contact head; import one that has, or fit one")

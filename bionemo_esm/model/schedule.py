@@ -1,4 +1,4 @@
-"""The learning rate at a step, as a formula: what a plan and a picture show, and what the schedulers must compute.
+"""The learning rate at a step, as a formula that the schedulers must match; plans and figures use it.
 
 Imports neither torch nor NeMo. Steps are counted from 0, the first optimizer step.
 """
@@ -11,15 +11,15 @@ from bionemo_esm.model.config import INVERSE_SQUARE_ROOT, OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
-    """The rate of all parameters at an optimizer step (from 0), whatever the schedule."""
+    """Return the rate of all parameters at an optimizer step (from 0), for either schedule."""
     assert step >= 0
     return inverse_square_root(config, step) if config.schedule == INVERSE_SQUARE_ROOT else cosine(config, step)
 
 
 def inverse_square_root(config: OptimConfig, step: int) -> float:
-    """Up to `lr` in a line from 0 over `warmup_steps`, then lr x sqrt(warmup_steps / step).
+    """Return the rate that rises linearly from 0 to `lr` over `warmup_steps`, then is lr x sqrt(warmup_steps / step).
 
-    fairseq's `inverse_sqrt` (fairseq/optim/lr_scheduler/inverse_square_root_schedule.py), which ESM-1b trained with.
+    fairseq's `inverse_sqrt` (fairseq/optim/lr_scheduler/inverse_square_root_schedule.py), the schedule of ESM-1b.
     """
     if step < config.warmup_steps:
         return config.lr * step / config.warmup_steps
@@ -27,10 +27,10 @@ def inverse_square_root(config: OptimConfig, step: int) -> float:
 
 
 def cosine(config: OptimConfig, step: int) -> float:
-    """Up to `lr` in a line, down to `min_lr` along half a cosine, and on at `min_lr`.
+    """Return the rate that rises linearly to `lr`, falls along half a cosine to `min_lr`, and stays there.
 
-    NeMo's `CosineAnnealing` (nemo/core/optim/lr_scheduler.py). Its warm-up begins at 0 with a constant end, and without
-    one a step further up.
+    NeMo's `CosineAnnealing` (nemo/core/optim/lr_scheduler.py). Its warm-up starts at 0 if there is a constant end, and
+    one step higher without one.
     """
     shift = 0 if config.constant_steps else 1
     if config.warmup_steps and step <= config.warmup_steps:

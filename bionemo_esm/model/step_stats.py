@@ -1,4 +1,4 @@
-"""What one optimizer step has to do, over all ranks, and how long a rank computes at its own share."""
+"""Token counts and FLOPs of an optimizer step over all ranks, and a stopwatch for a rank's computation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_SPANS = 1000
 
 @dataclass(frozen=True)
 class StepStats:
-    """Counts of a global batch. Sums of two steps are the counts of both."""
+    """Counts of a global batch. The sum of two adds their counts."""
 
     targets: int = 0  # masked positions
     residues: int = 0
@@ -30,21 +30,21 @@ class StepStats:
         return StepStats(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def flops(self, config: EncoderConfig) -> float:
-        """Floating-point operations of forward and backward; see `costs.training_flops`."""
+        """Return the floating-point operations of forward and backward; see `costs.training_flops`."""
         return training_flops(config, self.tokens, self.squared_lengths, self.targets)
 
 
 def measure_step(batches: Sequence[PackedBatch], device: torch.device) -> StepStats:
-    """The work in this rank's micro batches and those of all others; collective."""
+    """Return the counts over the micro batches of all ranks. Collective."""
     counts = torch.tensor([[len(b.targets), b.residues, len(b.tokens)] for b in batches], device=device).sum(0)
     squares = [torch.diff(batch.cu_seqlens).long().square().sum() for batch in batches]
     return StepStats(*data_parallel_sum(torch.cat([counts, torch.stack(squares).sum().view(1)])).tolist())
 
 
 class Stopwatch:
-    """Seconds that a rank spent in `running` blocks since they were last read.
+    """Seconds spent in `running` blocks since the last `read`.
 
-    On CUDA the time is the device's, between events, and nothing waits for it until it is read.
+    On CUDA the time is the device's, between events; the host waits for it in `read` only.
     """
 
     def __init__(self) -> None:
@@ -53,13 +53,13 @@ class Stopwatch:
 
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
-        """Counts the time of this block, which works on `device`."""
+        """Time the enclosed block, which computes on `device`."""
         if device.type != "cuda":
             started = time.perf_counter()
             yield
             self._seconds += time.perf_counter() - started
             return
-        if len(self._spans) == _MOST_SPANS:  # nobody reads: keep memory bounded
+        if len(self._spans) == _MOST_SPANS:  # bounds memory if `read` is never called
             self._add_up()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -68,7 +68,7 @@ class Stopwatch:
         self._spans.append((start, end))
 
     def read(self) -> float:
-        """Seconds since the last call; on CUDA waits for the device to get as far."""
+        """Return the seconds since the last call. On CUDA this waits for the device."""
         self._add_up()
         seconds, self._seconds = self._seconds, 0.0
         return seconds
