@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import ast
 import gzip
+import io
 import random
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
+from numpy.typing import NDArray
 
+from bionemo_esm.alphabet import VOCABULARY_SIZE, encode
 from bionemo_esm.data import fasta
 from bionemo_esm.data import fasta as sources
-from bionemo_esm.data.fasta import FastaError, FastaRecord, SourceError, read_fasta
+from bionemo_esm.data.fasta import FastaError, FastaRecord, SourceError, read_fasta, refuse_nucleotides
+from errors import refused
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 CRAMBIN = "TTCCPSIVARSNFNVCRLPGTPEALCATYTGCIIIPGATCPGDYAN"
@@ -183,6 +189,69 @@ def test_an_unreadable_file_is_refused_with_place_and_advice(tmp_path: Path, con
     with pytest.raises(SourceError, match=message) as caught:
         read(tmp_path, content)
     assert str(tmp_path / "proteins.fasta") in str(caught.value)
+
+
+def workbook() -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("[Content_Types].xml", "<Types/>")
+        archive.writestr("xl/workbook.xml", "<workbook/>")
+    return content.getvalue()
+
+
+def zipped() -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("proteins.fasta", THREE)
+    return content.getvalue()
+
+
+OTHER_FORMATS = {
+    "PIR": (b">P1;CRAB_ANAPL\nALPHA CRYSTALLIN B CHAIN.\n MDITIHNPLI*\n", "a PIR file", "'pir'"),
+    "GenBank": (b"LOCUS       NP_000508  142 aa  linear   PRI\n", "a GenBank file", "'genbank'"),
+    "EMBL": (b"ID   P69905; SV 1; linear; mRNA; STD; HUM; 576 BP.\n", "an EMBL or Swiss-Prot file", "'swiss'"),
+    "Swiss-Prot": (b"ID   HBA_HUMAN  Reviewed;  142 AA.\n", "an EMBL or Swiss-Prot file", "'swiss'"),
+    "Clustal": (b"CLUSTAL O(1.2.4) multiple sequence alignment\n\n", "a Clustal alignment", "'clustal'"),
+    "Stockholm": (b"# STOCKHOLM 1.0\n", "a Stockholm alignment", "'stockholm'"),
+    "NEXUS": (b"#NEXUS\nbegin data;\n", "a NEXUS file", "'nexus'"),
+    "FASTQ": (b"@read1 a long description of where it was read\nACGT\n+\nIIII\n", "a FASTQ file", "'fastq'"),
+    "PDB": (b"HEADER    PLANT PROTEIN            30-APR-81   1CRN\n", "a PDB structure", "'pdb-atom'"),
+    "mmCIF": (b"data_1CRN\n#\n_entry.id 1CRN\n", "an mmCIF structure", "'cif-atom'"),
+    "A3M": (b"#A3M#\n>query\nMKV\n", "an A3M alignment", "lower-case insertions"),
+    "HTML": (b"\n<!DOCTYPE html>\n<html><title>404</title>", "an HTML page", "the download failed"),
+    "XML": (b"<?xml version='1.0'?><uniprot/>", "an XML file", "download the FASTA file"),
+    "xlsx": (workbook(), "a workbook", "export the sheet as CSV"),
+    "xls": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(9), "a workbook", "export the sheet as CSV"),
+    "twice": (gzip.compress(gzip.compress(THREE)), "compressed twice", "gzip -d"),
+    "zipped twice": (gzip.compress(zipped()), "compressed twice", "gzip -d"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FORMATS)
+def test_a_file_of_another_format_is_named_with_the_remedy(tmp_path: Path, case: str) -> None:
+    content, what, remedy = OTHER_FORMATS[case]
+    with refused("fasta.format", tmp_path / "proteins.fasta", f"is {what}", remedy):
+        read(tmp_path, content)
+
+
+def test_a_zip_archive_is_unpacked_first(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="compressed with zip; decompress it first with `unzip`"):
+        read(tmp_path, zipped())
+
+
+def counts(text: str) -> NDArray[np.int64]:
+    return np.bincount(encode(text), minlength=VOCABULARY_SIZE)
+
+
+@pytest.mark.parametrize("text", ["ACGT" * 5, "acgu" * 9, "ACGTN" * 9 + "RY", "GATTACA" * 3])
+def test_nucleotides_are_refused(text: str) -> None:
+    with refused("fasta.nucleotides", "x.fasta: looks like DNA or RNA"):
+        refuse_nucleotides("x.fasta", counts(text))
+
+
+@pytest.mark.parametrize("text", ["GATTACA", "GAGAGS" * 9, "A" * 99, "GAAAG" * 20, CRAMBIN, UBIQUITIN, ""])
+def test_peptides_repeats_and_proteins_are_no_nucleotides(text: str) -> None:
+    refuse_nucleotides("x.fasta", counts(text))
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:

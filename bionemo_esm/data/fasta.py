@@ -21,9 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, cast
 
+import numpy as np
 import zstandard
 from isal import isal_zlib
+from numpy.typing import NDArray
 
+from bionemo_esm.alphabet import TOKEN_IDS
 from bionemo_esm.errors import UserError
 
 STANDARD_INPUT = "-"
@@ -31,10 +34,10 @@ STANDARD_INPUT = "-"
 _READ_BYTES = 2**18  # of compressed bytes decompressed at once
 _UNPACKED_BYTES = 2**20  # decompressed at once
 _ZSTD_READ_BYTES = 2**12  # 4 bytes may stand for 128 KiB
-_LONGEST_MAGIC = 5
+_START_BYTES = 64
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-_OTHER_FORMATS = {
+_OTHER_COMPRESSIONS = {
     b"\xfd7zXZ": ("xz", "xz -d"),
     b"BZh": ("bzip2", "bzip2 -d"),
     b"PK\x03\x04": ("zip", "unzip"),
@@ -98,9 +101,11 @@ class Source:
             self.size = self._path.stat().st_size
         self._hash = BackgroundHash()
         self._start = self._look_at_start()
-        for magic, (name, command) in _OTHER_FORMATS.items():
+        for magic, (name, command) in _OTHER_COMPRESSIONS.items():
             if self._start.startswith(magic):
                 self.__exit__(None, None, None)
+                if self._start.startswith(_OFFICE_ENTRIES, _ZIP_HEADER_BYTES) and name == "zip":
+                    raise SourceError(f"{self.name}: {_WORKBOOK}", code="fasta.format")
                 raise SourceError(f"{self.name}: is compressed with {name}; decompress it first with `{command}`")
         packed = {_GZIP_MAGIC: self._gunzip, _ZSTD_MAGIC: self._unzstd}
         self._unpacked = next((unpack() for magic, unpack in packed.items() if self._start.startswith(magic)), None)
@@ -151,7 +156,7 @@ class Source:
 
     def _look_at_start(self) -> bytes:
         start = b""
-        while len(start) < _LONGEST_MAGIC and (more := self._stream.read(_LONGEST_MAGIC - len(start))):
+        while len(start) < _START_BYTES and (more := self._stream.read(_START_BYTES - len(start))):
             start += more
         return start
 
@@ -232,6 +237,38 @@ _SHOWN_BYTES = 40
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _WHITESPACE = b" \t\n\r\v\f"
 _NOT_BLANK = re.compile(rb"[^ \t\n\r\v\f]")
+
+
+def _convertible(format_name: str, biopython: str) -> str:
+    convert = f"Biopython's SeqIO.convert(FILE, '{biopython}', 'proteins.fasta', 'fasta')"
+    return f"is {format_name}, not FASTA; convert it first, for instance with {convert}"
+
+
+_OFFICE_ENTRIES, _ZIP_HEADER_BYTES = (b"[Content_Types].xml", b"_rels/", b"xl/", b"mimetypeapplication/vnd.oasis"), 30
+_WORKBOOK = "is a workbook, not FASTA; export the sheet as CSV, with the columns id and sequence"
+_TWICE = "is compressed twice; decompress it once, for instance with `gzip -d`"
+_OTHER_FORMATS: tuple[tuple[bytes, str], ...] = (
+    (rb">(?:P1|F1|D[LC]|R[LC]|N[13]|XX);", _convertible("a PIR file", "pir")),
+    (rb"LOCUS\s", _convertible("a GenBank file", "genbank")),
+    (rb"ID {3}\S", _convertible("an EMBL or Swiss-Prot file", "swiss")),
+    (rb"CLUSTAL|MUSCLE \(", _convertible("a Clustal alignment", "clustal")),
+    (rb"#\s*STOCKHOLM", _convertible("a Stockholm alignment", "stockholm")),
+    (rb"#NEXUS", _convertible("a NEXUS file", "nexus")),
+    (rb"@(?!HD\t|SQ\t|RG\t|PG\t|CO\t)\S", _convertible("a FASTQ file of reads", "fastq")),
+    (rb"HEADER {4}|ATOM {2}", _convertible("a PDB structure", "pdb-atom")),
+    (rb"data_\S*\s", _convertible("an mmCIF structure", "cif-atom")),
+    (rb"#A3M#", "is an A3M alignment, not FASTA; remove its first line, and the gaps and lower-case insertions"),
+    (rb"<!DOCTYPE|<html", "is an HTML page, not FASTA; the download failed or needs another address"),
+    (rb"<\?xml", "is an XML file, not FASTA; download the FASTA file of the same data"),
+    (rb"\xd0\xcf\x11\xe0", _WORKBOOK),
+    (rb"PK\x03\x04|\x1f\x8b|\x28\xb5\x2f\xfd|BZh|\xfd7zXZ", _TWICE),
+)
+"""First bytes of the text of files that are taken for FASTA, as patterns, and the problem with its remedy."""
+
+_NUCLEOTIDE_SHARE, _FEWEST_LETTERS = 0.95, 20
+_NUCLEOTIDE_IDS = [TOKEN_IDS[letter] for letter in "ACGTUN"]
+NUCLEOTIDE_RECORDS = 1_000
+"""So many records, from the first on, are checked by `refuse_nucleotides`."""
 
 
 class FastaError(SourceError):
@@ -328,7 +365,10 @@ def record_blocks(source: Source, buffer_of: Callable[[int], bytearray]) -> Iter
 
 
 def _check_start(name: str, offset: int, text: bytes) -> None:
-    """Only white space may stand before the first '>'."""
+    """Raise `FastaError` for a file of another format, and for text before the first '>'."""
+    for pattern, problem in _OTHER_FORMATS:
+        if re.match(pattern, text, re.IGNORECASE):
+            raise FastaError(f"{name}: {problem}", code="fasta.format")
     if not text or text.startswith(b">"):
         return
     if b"\0" in text[:_SHOWN_BYTES]:
@@ -362,6 +402,26 @@ def parse_record(name: str, number: int, offset: int, piece: bytes) -> FastaReco
         raise fasta_error(
             name, number, where, f"the header is not UTF-8 (byte {header[error.start]:#04x}); {advice}"
         ) from None
+
+
+def refuse_nucleotides(name: str, counts: NDArray[np.int64]) -> None:
+    """Raise `FastaError` for an input whose first records look like DNA or RNA.
+
+    counts: int64 [33], how often each token id occurs in the first `NUCLEOTIDE_RECORDS` records. An input is refused if
+    over 95% of its letters are A, C, G, T, U or N, and every base occurs: repeats such as silk's (GAGAGS) are proteins.
+    Fewer than 20 letters are not judged.
+    """
+    letters = int(counts.sum())
+    if letters < _FEWEST_LETTERS:
+        return
+    share = int(counts[_NUCLEOTIDE_IDS].sum()) / letters
+    a, c, g, t, u = (int(counts[TOKEN_IDS[base]]) for base in "ACGTU")
+    if share > _NUCLEOTIDE_SHARE and a and c and g and (t or u):
+        found = f"{share:.1%} of its letters are A, C, G, T, U or N"
+        raise FastaError(
+            f"{name}: looks like DNA or RNA ({found}); translate it first, or name a protein file",
+            code="fasta.nucleotides",
+        )
 
 
 def fasta_error(name: str, number: int, offset: int, problem: str) -> FastaError:

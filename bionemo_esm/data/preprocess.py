@@ -26,9 +26,18 @@ from typing import IO, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from bionemo_esm.alphabet import TOKEN_IDS
+from bionemo_esm.alphabet import VOCABULARY_SIZE
 from bionemo_esm.data import kernels
-from bionemo_esm.data.fasta import FastaError, RecordBlock, Source, fasta_error, parse_record, record_blocks
+from bionemo_esm.data.fasta import (
+    NUCLEOTIDE_RECORDS,
+    FastaError,
+    RecordBlock,
+    Source,
+    fasta_error,
+    parse_record,
+    record_blocks,
+    refuse_nucleotides,
+)
 from bionemo_esm.data.hashing import derive_key
 from bionemo_esm.data.kernels import DigestSet
 from bionemo_esm.data.store import SPLITS, ProteinStore, StoreError, StoreWriter, disk_errors
@@ -48,10 +57,6 @@ CHOICES = {
 }
 """What can be done about each; the first is the default."""
 
-_NUCLEOTIDE_SHARE = 0.95
-_NUCLEOTIDE_RECORDS = 1_000
-_NUCLEOTIDES = np.zeros(256, dtype=np.bool_)
-_NUCLEOTIDES[[TOKEN_IDS[letter] for letter in "ACGTUN"]] = True
 _DIGEST_STREAM = 7  # keeps the digests' key apart from the keys of order, crop and corruption
 _BLOCKS_AHEAD = 2  # a thread
 
@@ -265,7 +270,8 @@ class RecordCleaner:
     def _clean(self, name: str, parsed: _ParsedBlock) -> CleanBlock:
         """Apply the policy to a block; whatever is wrong with it is raised here, where its place is known."""
         if self._number == 0:
-            _refuse_nucleotides(name, parsed)
+            first = int(parsed.fields[:NUCLEOTIDE_RECORDS, kernels.LENGTH].sum(dtype=np.int64))
+            refuse_nucleotides(name, np.bincount(parsed.tokens[:first], minlength=VOCABULARY_SIZE))
         for record in np.flatnonzero(parsed.fields[:, kernels.SUSPECT]):
             self._judge(name, parsed, int(record))
         if parsed.source.problem:
@@ -328,15 +334,6 @@ class RecordCleaner:
         offset = parsed.source.offset + int(parsed.fields[record, kernels.OFFSET])
         problem = f"has {what}, which the policy calls an error; mend the record or choose what to do with such ones"
         raise fasta_error(name, self._number + record + 1, offset, problem)
-
-
-def _refuse_nucleotides(name: str, parsed: _ParsedBlock) -> None:
-    """Raise `FastaError` if the first thousand records, or as many as the first block has, look like DNA or RNA."""
-    residues = int(parsed.fields[:_NUCLEOTIDE_RECORDS, kernels.LENGTH].sum(dtype=np.int64))
-    share = _NUCLEOTIDES[parsed.tokens[:residues]].mean() if residues else 0.0
-    if share > _NUCLEOTIDE_SHARE:
-        found = f"{share:.1%} of its letters are A, C, G, T, U or N"
-        raise FastaError(f"{name}: looks like DNA or RNA ({found}); translate it first, or name a protein file")
 
 
 def _why_nothing_is_left(before: dict[str, int], after: dict[str, int]) -> str:
@@ -411,10 +408,18 @@ class BuildPolicy(CleaningPolicy):
         if validation + test + 1 > sequences:
             raise StoreError(
                 f"{name}: {sequences:,} distinct sequences are too few for {validation:,} in validation, {test:,} in "
-                "test and at least one in train; ask for fewer (split.validation, split.test; in a training run "
-                "data.validation_sequences, data.test_sequences), or set both to null for one in twenty each"
+                f"test and at least one in train; {self._remedy()}",
+                code="preprocess.too-few-sequences",
             )
         return validation, test
+
+    def _remedy(self) -> str:
+        if self.validation_sequences is None and self.test_sequences is None:
+            return "give at least three distinct sequences"
+        return (
+            "ask for fewer (split.validation, split.test; in a training run data.validation_sequences, "
+            "data.test_sequences), or set both to null for one in twenty each"
+        )
 
     def held_out_bound(self, seen: NDArray[np.int64]) -> NDArray[np.float64]:
         """Beyond which share of all digests a sequence surely belongs to train, once so many distinct ones were seen.
