@@ -1,4 +1,4 @@
-"""The 33-token ESM alphabet: amino-acid letters to token ids and back, by one table look-up.
+"""The 33-token ESM alphabet: amino-acid letters to token ids and back, by table look-up.
 
 Ids equal those of fair-esm (`Alphabet.from_architecture("ESM-1b")`, esm/data.py) and of Hugging Face's `EsmTokenizer`,
 so weights, logits and token arrays can be exchanged with both. Only NumPy is needed here.
@@ -39,7 +39,7 @@ ENCODING_TABLE = _encoding_table()
 
 
 def encode(sequence: str | bytes) -> NDArray[np.uint8]:
-    """Token ids of a residue string, uint8 [residues]; no `<cls>` or `<eos>` is added.
+    """Return the token ids of a residue string, uint8 [residues], without `<cls>` and `<eos>`.
 
     Lower case is read as upper case; a character outside the alphabet (`J`, `*`, a digit) becomes `<unk>`.
     """
@@ -48,7 +48,7 @@ def encode(sequence: str | bytes) -> NDArray[np.uint8]:
 
 
 def decode(token_ids: NDArray[np.integer]) -> str:
-    """The text of token ids [tokens]; special tokens appear by name (`<cls>`, `<mask>`, ...).
+    """Return the text of token ids [tokens]; special tokens appear by name (`<cls>`, `<mask>`, ...).
 
     Raises `ValueError` for an id outside 0..32.
     """
@@ -59,5 +59,5 @@ def decode(token_ids: NDArray[np.integer]) -> str:
 
 
 def padded_vocabulary_size(multiple: int = 128) -> int:
-    """Rows of the embedding table: the 33 tokens rounded up to a multiple (128: the tile of a tensor core)."""
+    """Return the rows of the embedding table: 33 rounded up to a multiple (128: the tile of a tensor core)."""
     return -(-VOCABULARY_SIZE // multiple) * multiple

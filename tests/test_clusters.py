@@ -7,7 +7,6 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +146,7 @@ def test_where_the_first_member_has_no_sequence_the_next_one_is_held_out(store: 
 
 
 def test_which_clusters_are_held_out_depends_on_the_seed(store: ProteinStore, tmp_path: Path) -> None:
-    other = build(tmp_path / "seed", policy=replace(POLICY, seed=6))
+    other = build(tmp_path / "seed", policy=POLICY.replace(seed=6))
     assert content(other)["test"] != content(store)["test"]
 
 
@@ -286,7 +285,7 @@ def test_a_member_that_the_table_repeats_in_its_cluster_is_one_member(store: Pro
 
 def test_repeats_cannot_be_kept_where_clusters_are_dealt(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="duplicate_sequences is 'keep'; for clusters it must be drop"):
-        build(tmp_path / "in", policy=replace(POLICY, duplicate_sequences="keep"))
+        build(tmp_path / "in", policy=POLICY.replace(duplicate_sequences="keep"))
 
 
 def test_no_sequence_straddles_the_splits_even_if_it_is_in_two_clusters(tmp_path: Path) -> None:
@@ -348,7 +347,7 @@ def test_more_clusters_held_out_than_there_are_is_refused(tmp_path: Path) -> Non
     with pytest.raises(
         StoreError, match=r"the clusters, each by its representative: 68 .* are too few for 60 in validation, 9 in test"
     ):
-        build(tmp_path / "in", policy=replace(POLICY, validation_sequences=60))
+        build(tmp_path / "in", policy=POLICY.replace(validation_sequences=60))
     assert not (tmp_path / "in" / "store").exists()
 
 

@@ -170,8 +170,8 @@ def test_the_defaults_are_the_model_cards() -> None:
     assert values["split"] == {"validation": 5_000, "test": 1_000_000}
     assert (values["policy"]["max_residues"], values["policy"]["long_sequences"]) == (1024, "truncate")
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
-        job = jobs.Preprocessing.of(compose("preprocess_uniref50"))
-    assert job.inputs == ()
+        job = jobs.PreprocessConfig.load(compose("preprocess_uniref50"))
+    assert job.input == ()
     assert jobs.MODEL_CARD_RELEASE == "2022_05"
 
 
@@ -229,17 +229,19 @@ TEST = f"input={FILES['test']}"
         ([TEST, "+policy.gap=drop"], "unknown key policy.gap; known are: "),
         ([TEST, "+split.dev=1"], "unknown key split.dev; known are: test, validation"),
         ([TEST, "split=5"], "split must be a mapping"),
-        ([TEST, "policy.gaps=drp"], "gaps is 'drp'; choose one of remove, drop, error"),
-        ([TEST, "policy.max_residues=0"], "max_residues is 0; it must lie in 1..2**31-1"),
+        ([TEST, "policy=null"], "policy must be a mapping, not None"),
+        ([TEST, "+policy.seed=1"], "unknown key policy.seed; known are: "),
+        ([TEST, "policy.gaps=drp"], "policy.gaps must be one of remove, drop, error, not 'drp'"),
+        ([TEST, "policy.max_residues=0"], "policy.max_residues must be at least 1, not 0"),
         ([TEST, "policy.max_residues=many"], "policy.max_residues must be an integer, not 'many'"),
-        ([TEST, "split.validation=-1"], "split.validation is -1; give a count of 0 or more, or null"),
+        ([TEST, "split.validation=-1"], "split.validation must not be negative, but is -1"),
         ([TEST, "split.test=1.5"], "split.test must be an integer, not 1.5"),
         ([TEST, "split.test=200"], "200 distinct sequences are too few"),
         ([TEST, "split.test=1000000"], "1,000,000 in test and at least one in train; ask for fewer"),
-        ([TEST, "seed=-1"], "seed is -1"),
-        ([TEST, "threads=0"], "threads must be at least 1, or null for one a core, not 0"),
+        ([TEST, "seed=-1"], "seed must not be negative, but is -1"),
+        ([TEST, "threads=0"], "threads must be at least 1, not 0"),
         ([TEST, "threads=two"], "threads must be an integer, not 'two'"),
-        ([TEST, "output=null"], "output and download_folder must each name a folder"),
+        ([TEST, "output=null"], "output must be a path, not None"),
         (["input=absent.fasta"], "absent.fasta: no such file; check the path"),
         (["input=."], ".: is a folder; name a file in it"),
         (["input='absent/*.fasta'"], "input: no file matches absent/*.fasta; check the pattern"),

@@ -1,8 +1,8 @@
-"""Stores of clusters: the members of each UniRef50 cluster among the UniRef90 sequences, of which an epoch shows one.
+"""Stores of clusters: UniRef90 sequences as the members of UniRef50 clusters, of which an epoch shows one.
 
-ESM-2 was trained so (Lin et al., Science 379, 1123, 2023): draw a UniRef50 cluster, then one of its UniRef90 members.
-Here the order draws the clusters, and a hash of seed, epoch and cluster the member. Clusters are split by the keyed
-hash of their names; of one that is held out only the representative, the first member that the map names, is kept.
+ESM-2 was trained this way (Lin et al., Science 379, 1123, 2023): draw a UniRef50 cluster, then one of its UniRef90
+members. Here the epoch permutation draws the clusters, and a hash of seed, epoch and cluster draws the member. Clusters
+are split by the keyed hash of their names. A held-out cluster keeps its representative, the first member in the map.
 
 Memory: 25 bytes for each member in the map and 28 for each sequence; while sorting, some 16 more for either.
 """
@@ -38,26 +38,26 @@ _WRITTEN_AT_ONCE = 2**14  # sequences, or one cluster where that is larger
 
 
 class ClusterMap(NamedTuple):
-    """Which cluster each member belongs to, by keyed hashes of the names, in the order of the members' hashes."""
+    """The cluster of each member, by keyed hashes of the names, in the order of the members' hashes."""
 
     members: NDArray[np.uint64]
     clusters: NDArray[np.uint64]
     places: NDArray[np.int64]
-    """Where in the file each member stands, counted in members."""
+    """The position of each member in the file, counted in members."""
     manifest_entry: dict[str, object]
 
     def look_up(self, members: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Where in these arrays each of members uint64 [n] is, and whether it is there: two arrays [n]."""
+        """Return the index of each of members uint64 [n] in these arrays, and whether it exists: two arrays [n]."""
         at = np.minimum(np.searchsorted(self.members, members), self.members.size - 1)
         return at, self.members[at] == members
 
 
 def read_cluster_map(path: PathLike, key: np.uint64) -> ClusterMap:
-    """A table of two columns: `cluster<TAB>member,member,...`, as of MMseqs2 with one member a line, or
+    """Read a table of two columns: `cluster<TAB>member,member,...`, as of MMseqs2 with one member a line, or
     `member<TAB>cluster`, which is recognised by the second column's `UniRef50_`. Plain, gzip or zstd.
 
-    Raises `SourceError` when it cannot be read, and `StoreError`, naming the line, for one without a tab; also for a
-    member that stands in two clusters, and an empty table.
+    Raises `SourceError` when it cannot be read, and `StoreError`, naming the line, for a line without a tab, for a
+    member of two clusters, and for an empty table.
     """
     with Source(path) as source:
         table = _Table(source.name, key)
@@ -86,7 +86,7 @@ def read_cluster_map(path: PathLike, key: np.uint64) -> ClusterMap:
 
 
 class _Table:
-    """The pairs of a table of clusters, hashed as its lines come."""
+    """The hashed pairs of a table of clusters."""
 
     def __init__(self, name: str, key: np.uint64) -> None:
         self.name, self._key = name, key
@@ -95,7 +95,7 @@ class _Table:
         self._cluster_first: bool | None = None  # not known before the first lines
 
     def add(self, text: bytes) -> None:
-        """Add whole lines. Raises `StoreError`, naming the line, for one that has not two columns."""
+        """Add whole lines. Raises `StoreError`, naming the line, for a line without two columns."""
         if self._cluster_first is None:
             given = text.count(b"\n")
             text = text.lstrip(b"\r\n")
@@ -119,7 +119,7 @@ class _Table:
 
 
 def _without_heading(text: bytes) -> tuple[bytes, bool]:
-    """The table without its line of column names, if it has one, and whether the cluster is the first column."""
+    """Return the table without column names, and whether the cluster is the first column."""
     first, _, others = text.partition(b"\n")
     second = others.partition(b"\n")[0]
     is_heading = _CLUSTER_PREFIX not in first and _CLUSTER_PREFIX in second
@@ -164,14 +164,14 @@ def build_clustered_store(
                 "release": release,
                 "licence": licence,
                 "counts": asdict(intake.counts),
-                "policy": asdict(policy),
+                "policy": policy.model_dump(),
             }
         )
     return ProteinStore.open(output)
 
 
 class _Collected:
-    """Members as they are read, in a scratch file, until all are known and can be written cluster by cluster."""
+    """Members in a scratch file, until all have been read and can be written cluster by cluster."""
 
     def __init__(
         self, by_member: ClusterMap, policy: BuildPolicy, writer: StoreWriter, scratch: IO[bytes], counts: BuildCounts
@@ -181,11 +181,11 @@ class _Collected:
         self.lengths, self._clusters, self._places, self._digests = array("i"), array("Q"), array("q"), array("Q")
 
     def expect(self, expected: ExpectedTotals) -> None:
-        """Make sure of room on disk for what the members' file will bring, twice."""
+        """Check the disk for twice the totals of the members' file."""
         self._writer.require_space(2 * expected.residues, expected.records)
 
     def add(self, block: CleanBlock) -> None:
-        """Take the sequences of a block that are in a cluster."""
+        """Add the sequences of a block that are in a cluster."""
         at, known = self._map.look_up(block.id_digests)
         self._was_met[at[known]] = True
         self._counts.dropped_without_cluster += int((~known).sum())
@@ -198,9 +198,9 @@ class _Collected:
         self._places.frombytes(self._map.places[at[known]].tobytes())
 
     def _ordered(self) -> NDArray[np.int64]:
-        """The sequences by their clusters' hashes, then by the map; of equal ones the first, int64 [n].
+        """Return the order of the sequences: by cluster hash, then by the map; the first of equal ones, int64 [n].
 
-        What is held out comes first, so a sequence that is in a held-out cluster is dropped from those of train.
+        Held-out clusters come first, so a sequence in one of them is dropped from those of train.
         """
         clusters = np.frombuffer(self._clusters, dtype=np.uint64)
         order = np.lexsort((np.frombuffer(self._places, dtype=np.int64), clusters))
@@ -209,7 +209,7 @@ class _Collected:
         return order[np.sort(first)]
 
     def write(self) -> dict[str, int]:
-        """Write the clusters, in the order of their hashes: validation, test, train; the counts of the map."""
+        """Write the clusters in the order of their hashes: validation, test, train. Return the counts of the map."""
         order = self._ordered()
         clusters = np.frombuffer(self._clusters, dtype=np.uint64)[order]
         firsts = np.flatnonzero(np.diff(clusters, prepend=clusters[0] + np.uint64(1)))
@@ -237,7 +237,7 @@ class _Collected:
     def _write_split(
         self, name: str, pieces: _Pieces, sequences: NDArray[np.int64], sizes: NDArray[np.int64] | None
     ) -> None:
-        """Write sequences in this order; `sizes` says how many each cluster has, None that each is its own."""
+        """Write sequences in this order. sizes: the sequences of each cluster; None: each is its own cluster."""
         ends = np.cumsum(sizes) if sizes is not None else np.arange(1, sequences.size + 1)
         begin = cluster = 0
         while begin < sequences.size:
@@ -256,7 +256,7 @@ class _Pieces:
         self._ends = np.cumsum(lengths, dtype=np.int64)
 
     def gather(self, sequences: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-        """Token ids of sequences [n], one after another, and their lengths [n]."""
+        """Return the concatenated token ids of sequences [n], and their lengths [n]."""
         lengths = self._lengths[sequences]
         ends = self._ends[sequences]
         spans = zip((ends - lengths).tolist(), ends.tolist(), strict=True)

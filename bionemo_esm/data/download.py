@@ -1,8 +1,6 @@
-"""A file over https, so that it can be resumed and is checked; and what else writes a large file shares with that.
+"""Download a file over https: resumable and checked.
 
-A download survives lost connections, busy servers and Ctrl-C, and never glues halves of two states of a file together.
-What to download is for `release` to say. The error of all three modules, `ReleaseError`, is here, and so are the lock
-and the check for room that `release_archive` needs as well.
+A download survives lost connections, busy servers and Ctrl-C, and never joins parts of two versions of a file.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from bionemo_esm.errors import UserError
 from bionemo_esm.files import LockedError, lock_file, write_atomically
 
 Progress = Callable[[int, "int | None"], None]
-"""Called with the bytes there so far and, where it is known, with how many there will be."""
+"""Called with the bytes so far and the total, None where it is unknown."""
 
 _RETRIES = 8  # without a byte gained in between: some three minutes of pauses
 _TIMEOUT_SECONDS = 60.0
@@ -40,11 +38,11 @@ _T = TypeVar("_T")
 
 
 class ReleaseError(UserError):
-    """A release that cannot be had; the message names the address or file, what is wrong, and what to do."""
+    """A release that cannot be downloaded; the message names the address or file, the problem and the remedy."""
 
 
 class _PassingError(Exception):
-    """An attempt failed in a way that another may not; after `pause` seconds, if the server named a time."""
+    """A failure that may pass; the next attempt follows after `pause` seconds, if the server named a time."""
 
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason)
@@ -61,15 +59,15 @@ def download(
     retries: int = _RETRIES,
     timeout_seconds: float = _TIMEOUT_SECONDS,
 ) -> Path:
-    """The file at an https address as `target`, of the `size` in bytes and the `md5` in hexadecimal, where given.
+    """Download an https address to `target`, and check the `size` in bytes and the `md5` in hexadecimal, where given.
 
-    A target that is there already and has them is returned at once; any other is replaced. What has arrived is kept
-    in `<target>.part` when the download breaks off, even by Ctrl-C, and the next call goes on from there, unless the
-    file has changed at its source. Attempts that fail for a passing reason are repeated, `retries` times after the
-    last byte was gained, with pauses that double; a server has `timeout_seconds` to say something.
+    A target that exists and matches both is returned at once; any other is replaced. When the download stops, even by
+    Ctrl-C, the received bytes stay in `<target>.part`. The next call resumes from there, unless the file has changed at
+    its source. Attempts that fail for a passing reason are repeated, `retries` times after the last byte received, with
+    pauses that double. A server has `timeout_seconds` to answer.
 
-    Raises `ReleaseError`: plain http from another host than this one, an answer that another attempt will not mend,
-    retries used up, too little room, another process at the same target, another size or MD5 than expected.
+    Raises `ReleaseError`: plain http from another host than this one, an answer that another attempt will not change,
+    no retries left, too little space, another process at the same target, another size or MD5 than expected.
     """
     _check_url(url)
     if (size is not None or md5 is not None) and is_whole(target, size, md5):
@@ -91,7 +89,7 @@ def download(
 
 
 def read_small(url: str, most_bytes: int) -> bytes:
-    """The file at an https address, asked for as `download` does. Raises `ReleaseError`, also if it is any longer."""
+    """Return the content of an https address, of at most so many bytes. Raises `ReleaseError`."""
 
     def read() -> bytes:
         with _get(url, {}, _TIMEOUT_SECONDS) as response:
@@ -106,7 +104,7 @@ def read_small(url: str, most_bytes: int) -> bytes:
 
 
 class _Part:
-    """A file that is arriving: what is there of it, its MD5 so far, and which state of the remote file it is of."""
+    """A partial download: its bytes, their MD5, and the version of the remote file that they belong to."""
 
     def __init__(self, url: str, stream: IO[bytes], size: int | None, progress: Progress | None) -> None:
         self.url, self.stream, self.size, self.progress = url, stream, size, progress
@@ -116,7 +114,7 @@ class _Part:
         self.digest = hashlib.md5(usedforsecurity=False)
         self.validator = self._read_validator()
         if not self.validator:
-            self.restart("")  # nothing could tell whether the rest that would be got belongs to it
+            self.restart("")  # nothing shows that the rest would belong to it
             return
         stream.seek(0)
         while block := stream.read(1 << 20):
@@ -143,7 +141,7 @@ class _Part:
         self.origin_path.unlink(missing_ok=True)
 
     def fetch(self, timeout_seconds: float) -> None:
-        """Ask once for what is missing; raises `_PassingError` if less than that arrives."""
+        """Request the missing bytes once. Raises `_PassingError` if fewer arrive."""
         if self.length and self.length == self.size:
             return
         headers = {"Range": f"bytes={self.length}-", "If-Range": self.validator} if self.length else {}
@@ -156,7 +154,7 @@ class _Part:
             raise _PassingError(f"the connection ended after {self.length} of {total} bytes")
 
     def _begin(self, response: requests.Response) -> int | None:
-        """See to it that what the server sends continues what is there; returns the size of the whole file."""
+        """Check that the answer continues the bytes on disk, or restart. Return the size of the whole file."""
         if response.status_code in (206, 416):
             form = r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)"
             found = re.fullmatch(form, response.headers.get("Content-Range", ""))
@@ -188,7 +186,7 @@ class _Part:
             raise ReleaseError(f"{self.url}: {sizes}; the release may just be changing, try again later")
 
     def finish(self, target: Path, md5: str | None) -> None:
-        """Check what has arrived and give it its name."""
+        """Check the received file and rename it."""
         self._check_size(self.length)
         found = self.digest.hexdigest()
         if md5 is not None and found != md5.lower():
@@ -203,7 +201,7 @@ class _Part:
 
 
 def _persist(attempt: Callable[[], _T], url: str, retries: int, gained: Callable[[], int] = lambda: 0) -> _T:
-    """What `attempt` returns, repeated after a `_PassingError`; counted anew when more than ever was gained."""
+    """Repeat `attempt` after a `_PassingError` and return its result; new bytes reset the count."""
     failures, best = 0, gained()
     while True:
         try:
@@ -221,7 +219,7 @@ def _persist(attempt: Callable[[], _T], url: str, retries: int, gained: Callable
 
 @contextmanager
 def _get(url: str, headers: Mapping[str, str], timeout_seconds: float) -> Iterator[requests.Response]:
-    """The answer of a server, its body not yet read: 2xx or 416. Raises `_PassingError` or `ReleaseError`."""
+    """Request an address; yield the answer, 2xx or 416, before its body is read. Raises as `_persist` expects."""
     _check_url(url)
     headers = {"Accept-Encoding": "identity", **headers}
     try:
@@ -247,7 +245,7 @@ def _get(url: str, headers: Mapping[str, str], timeout_seconds: float) -> Iterat
 
 
 def _blocks(response: requests.Response) -> Iterator[bytes]:
-    """The body as it is sent: requests itself would decompress a .gz that a server calls Content-Encoding: gzip."""
+    """Yield the body as sent: requests would decompress a .gz that a server calls Content-Encoding: gzip."""
     blocks = response.raw.stream(_BLOCK_BYTES, decode_content=False)
     while True:
         try:
@@ -260,7 +258,7 @@ def _blocks(response: requests.Response) -> Iterator[bytes]:
 
 
 def _retry_after(url: str, value: str) -> float | None:
-    """Seconds that a Retry-After header, a number or a date, asks to wait; `ReleaseError` if that is too long."""
+    """Return the seconds of a Retry-After header (a number or a date). Raises `ReleaseError` for over an hour."""
     try:
         seconds = float(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time()
     except (TypeError, ValueError):
@@ -271,7 +269,7 @@ def _retry_after(url: str, value: str) -> float | None:
 
 
 def _validator(headers: Mapping[str, str]) -> str:
-    """What tells one state of a remote file from another in If-Range, which allows no weak ETag; '' if nothing does."""
+    """Return the validator for If-Range, which allows no weak ETag; '' if there is none."""
     etag = headers.get("ETag", "")
     return etag if etag.startswith('"') else headers.get("Last-Modified", "")
 
@@ -296,7 +294,7 @@ def _check_url(url: str) -> None:
 
 
 def require_room(part: Path, size: int) -> None:
-    """Raise `ReleaseError` unless there is room for `size` bytes at `part`; what is there of it already counts."""
+    """Raise `ReleaseError` unless the disk has room for `size` bytes at `part`, less the bytes that exist."""
     free = shutil.disk_usage(part.parent).free
     needed = size - (part.stat().st_size if part.exists() else 0)
     if needed > free:
@@ -321,7 +319,7 @@ def locked(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """An `OSError` of the block as `ReleaseError`; `path` is named where the error names no file."""
+    """Raise an `OSError` of the block as `ReleaseError`, naming `path` where the error names no file."""
     try:
         yield
     except OSError as error:
@@ -331,7 +329,7 @@ def file_errors(path: Path) -> Iterator[None]:
 
 
 def md5_of(path: Path) -> str:
-    """MD5 of a file, in hexadecimal."""
+    """Return the MD5 of a file, in hexadecimal."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -340,7 +338,7 @@ def md5_of(path: Path) -> str:
 
 
 def is_whole(path: Path, size: int | None, md5: str | None) -> bool:
-    """Whether the file is there, of this size and MD5 where they are given."""
+    """Return whether the file exists, with this size and MD5 where they are given."""
     if not path.is_file() or (size is not None and path.stat().st_size != size):
         return False
     return md5 is None or md5_of(path) == md5.lower()

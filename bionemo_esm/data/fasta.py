@@ -1,12 +1,10 @@
-"""FASTA as a stream of records: plain, gzip or zstd, read in blocks of bytes, one record in memory at a time.
+"""FASTA as an iterator of records: a file or standard input, plain, gzip or zstd, one record in memory at a time.
 
-All work over residues is done by `bytes` methods, none by Python loops. This reader defines what a record is and says
-what is wrong with one; `blocks.py` reads many times as fast for the builder of stores, by the same rules.
+This reader defines what a record is and raises what is wrong with one. `kernels.parse` reads many times as fast for the
+builder of stores, by the same rules. Residues are handled by `bytes` methods, not by Python loops.
 
-Where text comes from: a file or standard input, plain, gzip or zstd, told apart by its first bytes.
-
-A `Source` is read once, in blocks, and hashed on the way, so that a pipe serves as well as a file. Decompression and
-hashing release Python's lock, so both run beside whatever consumes the blocks.
+A `Source` is read once, in blocks, and hashed at the same time, so that a pipe works as well as a file. Its first bytes
+tell the compression. Decompression and hashing release the GIL, so both run beside the consumer of the blocks.
 """
 
 from __future__ import annotations
@@ -49,11 +47,11 @@ _GzipError = cast("type[Exception]", isal_zlib.error)
 
 
 class SourceError(UserError):
-    """A source that cannot be opened or whose compression is not read here."""
+    """A source that cannot be opened, or whose compression or format is not supported."""
 
 
 class BackgroundHash:
-    """SHA-256 of bytes handed over in order, computed on a thread of its own."""
+    """SHA-256 of bytes passed in order, computed on its own thread."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
@@ -61,17 +59,17 @@ class BackgroundHash:
         self._last: Future[None] | None = None
 
     def update(self, content: bytes | memoryview) -> None:
-        """Hand over the next bytes; waits until those handed over before have been hashed."""
+        """Pass the next bytes; wait until the bytes before them have been hashed."""
         self.wait()
         self._last = self._thread.submit(self._sha256.update, content)
 
     def wait(self) -> None:
-        """Until all that was handed over has been hashed."""
+        """Wait until all bytes have been hashed."""
         if self._last is not None:
             self._last.result()
 
     def hexdigest(self) -> str:
-        """The hash of all bytes so far, as 64 hexadecimal digits; nothing may be added afterwards."""
+        """Return the hash of all bytes, as 64 hexadecimal digits. No bytes may be added afterwards."""
         self._thread.shutdown()
         return self._sha256.hexdigest()
 
@@ -79,9 +77,9 @@ class BackgroundHash:
 class Source:
     """One input: a path, or `-` for standard input.
 
-    `fill` hands out its text once. `bytes_read` counts the bytes of the file itself, compressed where it is; at the end
-    `sha256` is their hash, and `damage` says what is wrong where the compressed stream is cut short or contradicts its
-    checksum. Raises `SourceError` on entry.
+    `fill` reads its text once. `bytes_read` counts the bytes of the file itself, compressed or not. At the end `sha256`
+    is their hash, and `damage` describes a compressed stream that is cut short or contradicts its checksum. Raises
+    `SourceError` on entry.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -119,7 +117,7 @@ class Source:
 
     @property
     def manifest_entry(self) -> dict[str, object]:
-        """What a manifest says of this source, once it has been read to its end: file, bytes, sha256."""
+        """The manifest's entry of this source after its end: file, bytes, sha256."""
         return {
             "file": self.name if self.is_standard_input else self._path.name,
             "bytes": self.bytes_read,
@@ -127,9 +125,9 @@ class Source:
         }
 
     def fill(self, view: memoryview) -> int:
-        """Put the next decompressed bytes into a writable view; how many, fewer than it holds at the end only.
+        """Write the next decompressed bytes to a view. Return their number, less than its size at the end only.
 
-        The bytes are hashed until the next call: what was filled must not be changed before.
+        The bytes are hashed until the next call and must not be changed before.
         """
         self._hash.wait()
         filled = 0
@@ -161,7 +159,7 @@ class Source:
         return start
 
     def _read_into(self, view: memoryview) -> int:
-        """The next bytes of the file, those that were looked at on entry first."""
+        """Read the next bytes of the file, first those that were read on entry."""
         if self._start:
             count = min(len(self._start), len(view))
             view[:count], self._start = self._start[:count], self._start[count:]
@@ -173,7 +171,7 @@ class Source:
         return count
 
     def _packed(self, size: int) -> Iterator[bytes]:
-        """The file in pieces of up to so many bytes."""
+        """Yield the file in pieces of up to so many bytes."""
         while True:
             piece = bytearray(size)
             count = self._read_into(memoryview(piece))
@@ -182,7 +180,7 @@ class Source:
             yield bytes(memoryview(piece)[:count])
 
     def _gunzip(self) -> Iterator[bytes]:
-        """All members, as bgzip and `cat a.gz b.gz` make several; zeros may pad them."""
+        """Decompress all members, of which bgzip and `cat a.gz b.gz` write several; zeros may pad them."""
         member = isal_zlib.decompressobj(wbits=31)
         try:
             for compressed in self._packed(_READ_BYTES):
@@ -194,7 +192,7 @@ class Source:
                         member = isal_zlib.decompressobj(wbits=31)
                     yield member.decompress(compressed, _UNPACKED_BYTES)
                     compressed = member.unused_data if member.eof else member.unconsumed_tail
-            while rest := member.decompress(b"", _UNPACKED_BYTES):  # what the decompressor still held
+            while rest := member.decompress(b"", _UNPACKED_BYTES):  # still in the decompressor
                 yield rest
         except _GzipError as error:
             self.damage = f"the gzip stream is damaged ({error})"
@@ -202,7 +200,7 @@ class Source:
             self.damage = "" if member.eof else "the gzip stream is damaged (it ends before its end mark)"
 
     def _unzstd(self) -> Iterator[bytes]:
-        """All frames, read in small steps: a frame says nothing of its size that could be trusted."""
+        """Decompress all frames, in small steps: the size that a frame declares cannot be trusted."""
         frames = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW_BYTES)
         frame = frames.decompressobj()
         try:
@@ -230,7 +228,7 @@ def _open(path: Path) -> io.FileIO:
 
 
 MAX_RECORD_BYTES = 64 * 2**20
-"""The longest record accepted. The longest of UniRef50 has some 45,000 residues, so a longer one is no protein."""
+"""The longest record accepted. The longest of UniRef50 has some 45,000 residues, so a longer record is no protein."""
 
 _BLOCK_BYTES = 2**22
 _SHOWN_BYTES = 40
@@ -272,11 +270,11 @@ NUCLEOTIDE_RECORDS = 1_000
 
 
 class FastaError(SourceError):
-    """A FASTA file that cannot be read; the message names the file, the record, the byte, and what to do."""
+    """A FASTA file that cannot be read; the message names the file, the record, the byte and the remedy."""
 
 
 class FastaRecord(NamedTuple):
-    """One record: the header line without '>' and the residues as they stand in the file, without white space."""
+    """One record: the header line without '>' and the residues as in the file, without white space."""
 
     header: str
     sequence: bytes
@@ -292,10 +290,10 @@ class FastaRecord(NamedTuple):
 
 
 class RecordBlock(NamedTuple):
-    """Some whole records as they stand in the decompressed text, and what is wrong with the one that follows."""
+    """Whole records of the decompressed text, and what is wrong with the record after them."""
 
     text: memoryview
-    """Begins with a '>' and ends before the next record's, or at the end of the file; may be empty at a problem."""
+    """From a '>' to the next record or the end of the file; may be empty before a problem."""
     offset: int
     """Byte offset in the decompressed text."""
     problem: str = ""
@@ -303,14 +301,14 @@ class RecordBlock(NamedTuple):
 
 
 def read_fasta(path: str | os.PathLike[str]) -> Iterator[FastaRecord]:
-    """The records of a FASTA file in order, or of standard input (`-`); plain, gzip or zstd, told by their first bytes.
+    """Yield the records of a FASTA file, or of standard input (`-`), in order; plain, gzip or zstd.
 
     Lines may be wrapped or not, end in LF or CRLF, be blank or padded; a record may have an empty header or no
     residues. Memory: a few blocks of 4 MiB, or the longest record.
 
     Raises `SourceError`, as soon as the first record is asked for: no such file, a folder, another compression; and its
     subclass `FastaError`, naming record and byte: no record at all, text before the first '>', a damaged or truncated
-    stream, a NUL byte, a '>' amid a sequence line, lines that end in a lone CR, a header that is not UTF-8, a record
+    stream, a NUL byte, a '>' inside a sequence line, lines that end in a lone CR, a header that is not UTF-8, a record
     over `MAX_RECORD_BYTES`.
     """
     number = 0
@@ -326,10 +324,10 @@ def read_fasta(path: str | os.PathLike[str]) -> Iterator[FastaRecord]:
 
 
 def record_blocks(source: Source, buffer_of: Callable[[int], bytearray]) -> Iterator[RecordBlock]:
-    """An open source cut into blocks of whole records, some 4 MiB each, in order.
+    """Yield an open source in blocks of whole records, some 4 MiB each, in order.
 
-    `buffer_of` gives a buffer of at least so many bytes for the next block, whose text is a view into it. Where a block
-    ends depends on the source, so nothing may be made to depend on it. Raises `FastaError` for a source without any
+    `buffer_of` returns a buffer of at least so many bytes for the next block, whose text is a view into it. The end of
+    a block depends on the source, so no result may depend on it. Raises `FastaError` for a source without any
     record, or with text before the first.
     """
     offset, rest, started = 0, b"", False
@@ -380,7 +378,7 @@ def _check_start(name: str, offset: int, text: bytes) -> None:
 
 
 def parse_record(name: str, number: int, offset: int, piece: bytes) -> FastaRecord:
-    """The record of the text between one '>' and the next. Raises `FastaError` as `read_fasta` says."""
+    """Parse the text between one '>' and the next. Raises `FastaError` as `read_fasta` does."""
     header, _, body = piece.partition(b"\n")
     header = header.strip()
     sequence = body.translate(None, _WHITESPACE)
@@ -425,5 +423,5 @@ def refuse_nucleotides(name: str, counts: NDArray[np.int64]) -> None:
 
 
 def fasta_error(name: str, number: int, offset: int, problem: str) -> FastaError:
-    """The error for a record of a source, by its number and a byte offset in the decompressed text."""
+    """Return the error for a record, with its number and a byte offset in the decompressed text."""
     return FastaError(f"{name}, record {number}, byte {offset}: {problem}")

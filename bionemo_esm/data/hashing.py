@@ -1,10 +1,9 @@
 """Stateless random numbers: 64-bit hashes of counters under a key.
 
-Order, crop and corruption draw from here, so each is a pure function of (seed, epoch, sample): nothing to store,
-nothing to advance, the same on every rank and worker. The mixer is splitmix64's finaliser (Steele, Lea and Flood, "Fast
-splittable pseudorandom number generators", OOPSLA 2014), vectorised; arithmetic is modulo 2**64.
-
-The hashes of `hashing.py` for one word at a time, to be called in compiled loops.
+The order of samples, crop and masking draw from here. So each is a pure function of (seed, epoch, sample), without
+state, and the same on every rank and worker. The mixer is splitmix64's finaliser (Steele, Lea and Flood, "Fast
+splittable pseudorandom number generators", OOPSLA 2014); arithmetic is modulo 2**64. `mix`, `derive_key` and
+`uniform_integers` take arrays; `mixed`, `derived`, `drawn` and `scaled` do the same for one word in compiled loops.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 
 
 def mix(values: UInt64Array) -> UInt64Array:
-    """A bijection of 64-bit words that scatters them; values uint64 [n] -> uint64 [n]."""
+    """Scatter 64-bit words by a bijection: uint64 [n] -> uint64 [n]."""
     mixed = values + _INCREMENT
     mixed ^= mixed >> np.uint64(30)
     mixed *= _MULTIPLIER_1
@@ -35,9 +34,9 @@ def mix(values: UInt64Array) -> UInt64Array:
 
 
 def derive_key(*parts: ArrayLike) -> UInt64Array:
-    """One 64-bit key from integers or integer arrays that broadcast: uint64, of their common shape (at least 1-D).
+    """Derive 64-bit keys from integers or integer arrays that broadcast: uint64, of their common shape (at least 1-D).
 
-    Every part counts, and so does its place: `derive_key(1, 2)` and `derive_key(2, 1)` have nothing in common.
+    Parts and their order matter: `derive_key(1, 2)` and `derive_key(2, 1)` are unrelated.
     """
     key = np.zeros(1, dtype=np.uint64)
     for part in parts:
@@ -46,19 +45,19 @@ def derive_key(*parts: ArrayLike) -> UInt64Array:
 
 
 def threshold(probability: float) -> np.uint64:
-    """The bound below which a uniform 64-bit word falls with this probability (1.0 is short by 2**-64)."""
+    """Return the bound below which a uniform 64-bit word falls with this probability (1.0 is short by 2**-64)."""
     return np.uint64(min(int(probability * 2.0**64), 2**64 - 1))
 
 
 def uniform_integers(words: UInt64Array, bounds: ArrayLike) -> NDArray[np.int64]:
-    """Integers in [0, bound) from uniform words, int64 [n]: the high 32 bits times the bound, over 2**32."""
+    """Return integers in [0, bound) from uniform words, int64 [n]: the high 32 bits times the bound, over 2**32."""
     high = words >> np.uint64(32)
     return ((high * np.asarray(bounds).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 
 
 _U = np.uint64
 
-mixed: Any = compiled(mix)  # the same lines: what works on arrays works on a word
+mixed: Any = compiled(mix)  # the same code compiled for one word
 
 
 @compiled

@@ -1,13 +1,11 @@
-"""The loops over bytes, compiled by Numba: parse a block of FASTA, look digests up, copy and count tokens.
+"""Loops over bytes, compiled by Numba: parse a block of FASTA, look up digests, copy and count tokens.
 
-Everything else in this package leaves loops over residues to NumPy and `bytes`; these run over every byte of
-UniRef50, where a pass more is seconds more. All release Python's lock. Indices are unsigned, as Numba wraps negative
-ones, which doubles the time of a look-up.
+They run over every byte of UniRef50, where another pass costs seconds. All release the GIL. Indices are unsigned:
+Numba wraps negative ones, which doubles the time of a look-up.
 
-A set of 64-bit digests: which of millions of sequences or identifiers was met before, in 8 bytes and a half each.
-
-Two different sequences with equal digests would be taken for one. Among the 54 million of UniRef50 that happens with a
-probability of 8 in 100,000 (n**2 / 2**65): once in some 12,000 builds, to one sequence.
+`DigestSet` is a set of 64-bit digests of millions of sequences or identifiers, in 8.5 bytes each. Two different
+sequences with equal digests count as one. Among the 54 million of UniRef50 that happens with a probability of 8 in
+100,000 (n**2 / 2**65): once in some 12,000 builds, to one sequence.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from bionemo_esm.alphabet import ENCODING_TABLE, TOKEN_IDS, UNK_ID
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# What a byte of a sequence is: a token id below 128, or one of these.
+# The class of a byte of a sequence: a token id below 128, or one of these.
 BLANK, GAP, STOP, UNKNOWN, FORBIDDEN = range(128, 133)
 
 # Columns of the fields that `parse` fills for each record.
@@ -51,11 +49,11 @@ def _byte_classes() -> NDArray[np.uint8]:
 
 
 BYTE_CLASSES = _byte_classes()
-"""uint8 [256]: the token id of each byte of a sequence, or what it is instead."""
+"""uint8 [256]: the token id of each byte of a sequence, or its class."""
 
 
 def _sources() -> str:
-    """A hash of all that compiled code is made of: the files of this folder, and the alphabet."""
+    """Hash the sources of compiled code: the files of this folder, and the alphabet."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     for path in (folder.parent / "alphabet.py", *sorted(folder.glob("*.py"))):
@@ -67,10 +65,10 @@ _SOURCES = _sources()
 
 
 def compiled(function: Function) -> Function:
-    """Machine code, kept on disk where there is a place for it, so that only the first use pays a second or two.
+    """Compile to machine code, cached on disk where possible: the first use takes a second or two.
 
-    Numba takes code from the disk while the function's own file is unchanged. Ours is also made of constants and
-    functions of other files, so it must be of the same `_sources`.
+    Numba reuses cached code while the function's own file is unchanged. Ours depends on constants and functions of
+    other files, too, so the cache also compares `_sources`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -84,13 +82,13 @@ def compiled(function: Function) -> Function:
 
 
 def words_of(content: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """Every eight neighbouring bytes of uint8 [n] as a number: a view, uint64 [n - 7], of overlapping elements."""
+    """View every eight neighbouring bytes of uint8 [n] as a number: uint64 [n - 7], overlapping."""
     return np.ndarray((max(content.size - 7, 0),), np.dtype("<u8"), buffer=content.data, strides=(1,))
 
 
 @compiled
 def _word(content: Any, words: Any, at: Any, count: Any) -> Any:
-    """The next `count` bytes, below eight, as a number, with a one above them so that zeros at the end count."""
+    """The next `count` bytes, under eight, as a number, with a one above them so that trailing zeros count."""
     if at + _U(8) <= content.size:
         return (words[at] & ((_U(1) << (_U(8) * count)) - _U(1))) | (_U(1) << (_U(8) * count))
     word = _U(1)
@@ -128,7 +126,7 @@ def _is_plain(word: Any) -> Any:
 
 @compiled
 def _encode_run(text: Any, at: Any, count: Any, classes: Any, tokens: Any, end: Any) -> Any:
-    """Encode `count` bytes at once; whether all of them were residues (else what was written does not count)."""
+    """Encode `count` bytes at once; return whether all were residues (otherwise the output is invalid)."""
     seen = np.uint8(0)
     for place in range(count):
         code = classes[text[at + _U(place)]]
@@ -182,7 +180,7 @@ def parse(  # noqa: C901
             word_end += _U(1)
         digests[record, 1] = _digest(text, words, word, word_end, key) if word_end > word else _U(0)
         at += _U(1)
-        # The sequence, line by line; most lines are as wide as the one before and hold nothing but residues.
+        # The sequence, line by line; most lines are as wide as the one before, and of residues alone.
         first, stops = end, 0
         while at < size and text[at] != _HEADER:
             line_end = at + width
@@ -234,7 +232,7 @@ def parse(  # noqa: C901
 
 @compiled
 def _trimmed(text: Any, begin: Any, end: Any) -> Any:
-    """Where text[begin:end] ends without the blanks at its end."""
+    """Return the end of text[begin:end] without trailing blanks."""
     while end > begin and text[end - _U(1)] <= _SPACE:
         end -= _U(1)
     return end
@@ -282,7 +280,7 @@ def parse_map(text: Any, words: Any, key: Any, cluster_first: Any, members: Any,
 
 @compiled
 def _slot_of(slots: Any, digest: Any) -> Any:
-    """Where a digest is in a hash set, or the free slot where it would be."""
+    """Return the slot of a digest in a hash set, or the free slot for it."""
     capacity = _U(slots.size)
     slot = ((digest >> _U(32)) * capacity) >> _U(32)
     while slots[slot] != _U(0) and slots[slot] != digest:
@@ -297,7 +295,7 @@ def insert(slots: Any, digests: Any, is_new: Any) -> Any:
     """Add digests to a hash set by linear probing.
 
     slots uint64 [capacity], 0 where free; digests uint64 [n], none 0; is_new bool [n] is filled: whether each was
-    absent. There must be free slots left. Returns how many were.
+    absent. There must be free slots left. Returns the number of new ones.
     """
     added = 0
     for index in range(digests.size):
@@ -320,11 +318,11 @@ def find(slots: Any, digests: Any, is_there: Any) -> Any:
 
 @compiled
 def select(tokens: Any, lengths: Any, chosen: Any, selected: Any) -> Any:
-    """Copy the chosen sequences together: tokens uint8, lengths [n], chosen bool [n], selected uint8, filled."""
+    """Copy the chosen sequences: tokens uint8, lengths [n], chosen bool [n]; selected uint8 is filled."""
     begin, end, index = _U(0), _U(0), 0
     while index < lengths.size:
         run = _U(0)
-        if chosen[index]:  # neighbours are copied in one go
+        if chosen[index]:  # neighbours are copied at once
             while index < lengths.size and chosen[index]:
                 run += _U(lengths[index])
                 index += 1
@@ -361,7 +359,7 @@ _BLOCK = 2**20
 
 
 class DigestSet:
-    """Grows as needed; `reserve` spares it growing in steps where a number is expected."""
+    """A set of digests that grows as needed; `reserve` avoids growing in steps where a number is expected."""
 
     def __init__(self) -> None:
         self._slots = np.zeros(_SMALLEST_CAPACITY, dtype=np.uint64)
@@ -372,11 +370,11 @@ class DigestSet:
         return self._size
 
     def reserve(self, digests: int) -> None:
-        """Expect so many digests in all. Takes effect when the set has to grow."""
+        """Expect so many digests in all. Takes effect when the set grows."""
         self._expected = digests
 
     def add(self, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Add digests uint64 [n]; which of them were not yet in the set, or earlier among these: bool [n]."""
+        """Add digests uint64 [n]; return which of them are new, bool [n]."""
         if self._size + digests.size > _FULLEST * self._slots.size:
             self._grow(self._size + digests.size)
         is_new = np.empty(digests.size, dtype=np.bool_)
@@ -384,7 +382,7 @@ class DigestSet:
         return is_new
 
     def contains(self, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Which of digests uint64 [n] are in the set: bool [n]."""
+        """Return which of digests uint64 [n] are in the set, bool [n]."""
         is_there = np.empty(digests.size, dtype=np.bool_)
         find(self._slots, np.maximum(digests, 1), is_there)
         return is_there

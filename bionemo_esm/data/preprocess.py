@@ -21,10 +21,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
-from typing import IO, NamedTuple, NoReturn
+from typing import IO, Annotated, Literal, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from bionemo_esm.alphabet import VOCABULARY_SIZE
 from bionemo_esm.data import kernels
@@ -41,21 +42,12 @@ from bionemo_esm.data.fasta import (
 from bionemo_esm.data.hashing import derive_key
 from bionemo_esm.data.kernels import DigestSet
 from bionemo_esm.data.store import SPLITS, ProteinStore, StoreError, StoreWriter, disk_errors
+from bionemo_esm.settings import Settings
 
 PathLike = str | os.PathLike[str]
 
 Progress = Callable[[int, int, int | None], None]
 """Called after each block with the records and the bytes read of a source so far, and its size (None for a pipe)."""
-
-CHOICES = {
-    "unknown_letters": ("x", "drop", "error"),
-    "internal_stops": ("drop", "x", "error"),
-    "gaps": ("remove", "drop", "error"),
-    "long_sequences": ("truncate", "drop", "keep", "error"),
-    "duplicate_ids": ("keep", "drop", "error"),
-    "duplicate_sequences": ("drop", "keep"),
-}
-"""What can be done about each; the first is the default."""
 
 _DIGEST_STREAM = 7  # keeps the digests' key apart from the keys of order, crop and corruption
 _BLOCKS_AHEAD = 2  # a thread
@@ -64,49 +56,84 @@ _DROPPED = -1  # in arrays of split codes, where 0, 1, 2 index SPLITS
 _TRAIN, _VALIDATION, _TEST = range(len(SPLITS))
 _PROPORTION = 20  # validation and test get one sequence in so many, each, unless counts are given
 _SCRATCH_BUFFER_BYTES = 2**20
-_DEAL_SEQUENCES = 2**14  # dealt at once at the end: about 5 MB of tokens
+_SPLIT_SEQUENCES = 2**14  # split at once at the end: about 5 MB of tokens
 
 
-@dataclass(frozen=True)
-class CleaningPolicy:
-    """What to do about each irregularity, in the words of `CHOICES`; `error` stops at the first, naming its record.
+class CleaningPolicy(Settings, section="policy"):
+    """What to do about each irregularity of a record. `error` stops at the first one and names its record.
 
     unknown_letters: letters outside the alphabet (J) and other symbols, digits among them: read as X, or the record is
-    dropped. internal_stops: a `*` amid the residues. gaps: `-` and `.`. long_sequences: over `max_residues`; `truncate`
-    keeps the first ones. Always: a trailing `*` is stripped, lower case is read as upper, a record without residues is
-    dropped. Raises `StoreError` for another word or a number out of range.
+    dropped. internal_stops: a `*` inside the residues. gaps: `-` and `.`. long_sequences: over `max_residues`;
+    `truncate` keeps the first residues. Always: a trailing `*` is stripped, lower case is read as upper case, a record
+    without residues is dropped. Raises `ConfigError` for a value that is not allowed.
     """
 
-    max_residues: int = 1024  # as the ESM-1nv model card has it
-    unknown_letters: str = "x"
-    internal_stops: str = "drop"
-    gaps: str = "remove"
-    long_sequences: str = "truncate"
-    duplicate_ids: str = "keep"
-    duplicate_sequences: str = "drop"
-    seed: int = 0
+    max_residues: Annotated[int, Field(ge=1, lt=2**31)] = 1024  # as the ESM-1nv model card has it
+    unknown_letters: Literal["x", "drop", "error"] = "x"
+    internal_stops: Literal["drop", "x", "error"] = "drop"
+    gaps: Literal["remove", "drop", "error"] = "remove"
+    long_sequences: Literal["truncate", "drop", "keep", "error"] = "truncate"
+    duplicate_ids: Literal["keep", "drop", "error"] = "keep"
+    duplicate_sequences: Literal["drop", "keep"] = "drop"
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_residues < 2**31:
-            raise StoreError(f"max_residues is {self.max_residues}; it must lie in 1..2**31-1")
-        if not 0 <= self.seed < 2**64:
-            raise StoreError(f"seed is {self.seed}; it must lie in 0..2**64-1")
-        for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise StoreError(f"{key} is {getattr(self, key)!r}; choose one of {', '.join(choices)}")
+
+class BuildPolicy(CleaningPolicy):
+    """How a store is built: how records are cleaned, the seed of the split, and how many sequences are held out.
+
+    `validation_sequences` and `test_sequences` are counts; None takes one in twenty, at least one. They belong to
+    `build_store`: where the splits are given they must be None. Raises `ConfigError` for a value out of range.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    validation_sequences: Annotated[int, Field(ge=0, lt=2**48)] | None = None
+    test_sequences: Annotated[int, Field(ge=0, lt=2**48)] | None = None
 
     @property
     def key(self) -> np.uint64:
         """The key under which sequences and identifiers are hashed."""
         return np.uint64(derive_key(self.seed, _DIGEST_STREAM)[0])
 
+    def held_out(self, sequences: int, name: str) -> tuple[int, int]:
+        """Return how many of the distinct sequences go to validation and test; at least one is left for train."""
+        proportional = max(1, sequences // _PROPORTION)
+        validation = proportional if self.validation_sequences is None else self.validation_sequences
+        test = proportional if self.test_sequences is None else self.test_sequences
+        if validation + test + 1 > sequences:
+            raise StoreError(
+                f"{name}: {sequences:,} distinct sequences are too few for {validation:,} in validation, {test:,} in "
+                f"test and at least one in train; {self._remedy()}",
+                code="preprocess.too-few-sequences",
+            )
+        return validation, test
+
+    def _remedy(self) -> str:
+        if self.validation_sequences is None and self.test_sequences is None:
+            return "give at least three distinct sequences"
+        return (
+            "ask for fewer (split.validation, split.test; in a training run data.validation_sequences, "
+            "data.test_sequences), or set both to null for one in twenty each"
+        )
+
+    def held_out_bound(self, seen: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the share of all digests above which a sequence belongs to train, after so many distinct ones.
+
+        After n sequences, H(n) of them are to be held out, and H(n) / n falls as n grows. The digests below
+        (H + 8 sqrt(H) + 64) / n number H + 8 sqrt(H) + 64 on average, and fewer than H with a probability under 1e-13
+        (Chernoff). So does the bound fall, and a sequence above it now is above it at the end.
+        """
+        given = sum(count for count in (self.validation_sequences, self.test_sequences) if count is not None)
+        proportional = sum(count is None for count in (self.validation_sequences, self.test_sequences))
+        held_out = given + proportional * (seen / _PROPORTION + 1)
+        bound: NDArray[np.float64] = (held_out + 8 * np.sqrt(held_out) + 64) / np.maximum(seen, 1)
+        return bound
+
 
 @dataclass
 class BuildCounts:
-    """What became of the records; `records_read` is `records_kept` and all the dropped ones together.
+    """Counts of records; `records_read` is the sum of `records_kept` and all that were dropped.
 
-    A record that is dropped is counted under the first reason in the order below; the counts that are not of dropped
-    records count each irregularity wherever it was met.
+    A dropped record is counted under the first reason in the order below. The other counts are of irregularities in all
+    records.
     """
 
     records_read: int = 0
@@ -133,9 +160,9 @@ class BuildCounts:
     truncated: int = 0
     """Of these, those that were cut to it."""
     duplicate_ids: int = 0
-    """Records whose identifier, the header's first word, an earlier one had."""
+    """Records with the identifier (the first word of the header) of an earlier one."""
     duplicate_sequences: int = 0
-    """Records whose sequence, as cleaned and cut, an earlier one had."""
+    """Records with the sequence, as cleaned and cut, of an earlier one."""
 
     @property
     def dropped(self) -> int:
@@ -144,19 +171,19 @@ class BuildCounts:
 
 
 class CleanBlock(NamedTuple):
-    """Clean sequences of one block, in their order. The arrays serve until the block has been consumed, no longer."""
+    """Clean sequences of one block, in order. The arrays are valid until the block has been consumed."""
 
     tokens: NDArray[np.uint8]
-    """Token ids of all, one sequence after another, uint8 [sum of lengths]."""
+    """Token ids of all sequences, concatenated, uint8 [sum of lengths]."""
     lengths: NDArray[np.int32]
     """Residues of each, int32 [sequences]."""
     digests: NDArray[np.uint64]
     """Keyed 64-bit hash of each sequence's token ids, uint64 [sequences]."""
     id_digests: NDArray[np.uint64]
-    """The same of each identifier; 0 where it has none."""
+    """The same of each identifier; 0 for a record without one."""
 
     def select(self, chosen: NDArray[np.bool_]) -> CleanBlock:
-        """The chosen sequences, bool [sequences]."""
+        """Return the chosen sequences; chosen: bool [sequences]."""
         if chosen.all():
             return self
         tokens, lengths = select_sequences(self.tokens, self.lengths, chosen)
@@ -166,7 +193,7 @@ class CleanBlock(NamedTuple):
 def select_sequences(
     tokens: NDArray[np.uint8], lengths: NDArray[np.int32], chosen: NDArray[np.bool_]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Token ids and lengths of the chosen ones, bool [sequences], of sequences that stand one after another."""
+    """Return token ids and lengths of the chosen ones, bool [sequences], of concatenated sequences."""
     chosen_lengths = lengths[chosen]
     selected = np.empty(int(chosen_lengths.sum(dtype=np.int64)), dtype=np.uint8)
     kernels.select(tokens, lengths, chosen, selected)
@@ -174,7 +201,7 @@ def select_sequences(
 
 
 class _Workspace:
-    """Text and the arrays that the kernel fills, used again and again: fresh memory costs more than the parsing."""
+    """Text and arrays that the kernel fills, allocated once: fresh memory costs more than the parsing."""
 
     def __init__(self) -> None:
         self._allocate(0)
@@ -186,13 +213,13 @@ class _Workspace:
         self._digests = np.empty((size // 2 + 1, 2), dtype=np.uint64)
 
     def buffer_of(self, size: int) -> bytearray:
-        """At least so many bytes, for the text that `parse` is given next."""
+        """Return a buffer of at least so many bytes for the next text of `parse`."""
         if len(self._text) < size:
             self._allocate(size)
         return self._text
 
-    def parse(self, block: RecordBlock, bytes_read: int, policy: CleaningPolicy) -> _ParsedBlock:
-        """Run the kernel over a block; the result is overwritten by the next one."""
+    def parse(self, block: RecordBlock, bytes_read: int, policy: BuildPolicy) -> _ParsedBlock:
+        """Run the kernel over a block. The next call overwrites the result."""
         text = np.frombuffer(block.text, dtype=np.uint8)
         limit = text.size if policy.long_sequences == "keep" else policy.max_residues
         filled = self._tokens, kernels.words_of(self._tokens), self._fields, self._digests
@@ -203,7 +230,7 @@ class _Workspace:
 
 
 class _ParsedBlock(NamedTuple):
-    """What the kernel made of a block of records."""
+    """The kernel's result for a block of records."""
 
     source: RecordBlock
     tokens: NDArray[np.uint8]
@@ -214,7 +241,7 @@ class _ParsedBlock(NamedTuple):
 
 
 class ExpectedTotals(NamedTuple):
-    """How much a source of known size will give, judged by its first block."""
+    """Totals of a source of known size, estimated from its first block."""
 
     records: int
     residues: int
@@ -222,9 +249,9 @@ class ExpectedTotals(NamedTuple):
 
 @dataclass
 class RecordCleaner:
-    """Reads sources, one after another, and hands on clean blocks; keeps the counts and the identifiers seen."""
+    """Read sources, one after another, and pass on clean blocks; keep counts and identifiers."""
 
-    policy: CleaningPolicy
+    policy: BuildPolicy
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     progress: Progress | None = None
     counts: BuildCounts = field(default_factory=BuildCounts)
@@ -239,7 +266,7 @@ class RecordCleaner:
         consume: Callable[[CleanBlock], None],
         expect: Callable[[ExpectedTotals], None] = lambda _: None,
     ) -> None:
-        """Clean every record of a source and give the blocks, in order, to `consume`, on a thread of its own.
+        """Clean every record of a source and pass the blocks, in order, to `consume`, on its own thread.
 
         `expect` is called before the first block where the source's size is known. Raises `SourceError` or `FastaError`
         when it cannot be read, looks like DNA, or has no usable record; `FastaError` where the policy says `error`; and
@@ -268,7 +295,7 @@ class RecordCleaner:
             raise FastaError(f"{source.name}: {_why_nothing_is_left(before, vars(self.counts))}")
 
     def _clean(self, name: str, parsed: _ParsedBlock) -> CleanBlock:
-        """Apply the policy to a block; whatever is wrong with it is raised here, where its place is known."""
+        """Apply the policy to a block. Raises what is wrong with it, with its position."""
         if self._number == 0:
             first = int(parsed.fields[:NUCLEOTIDE_RECORDS, kernels.LENGTH].sum(dtype=np.int64))
             refuse_nucleotides(name, np.bincount(parsed.tokens[:first], minlength=VOCABULARY_SIZE))
@@ -285,7 +312,7 @@ class RecordCleaner:
         return block.select(kept)
 
     def _keep(self, name: str, parsed: _ParsedBlock) -> NDArray[np.bool_]:
-        """Which records of the block go on, bool [records]; counts the others."""
+        """Return which records of the block are kept, bool [records]; count the others."""
         fields, policy, counts = parsed.fields, self.policy, self.counts
         unknown, gaps, stops = (fields[:, c] for c in (kernels.UNKNOWN_LETTERS, kernels.GAPS, kernels.INTERNAL_STOPS))
         too_long = fields[:, kernels.GIVEN_LENGTH] > policy.max_residues
@@ -316,14 +343,14 @@ class RecordCleaner:
         return kept
 
     def _repeated_ids(self, parsed: _ParsedBlock, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which kept records have an identifier that was met before, bool [records]."""
+        """Return which kept records repeat an identifier, bool [records]."""
         named = kept & (parsed.digests[:, 1] != 0)
         repeated = np.zeros(kept.size, dtype=np.bool_)
         repeated[named] = ~self._ids.add(parsed.digests[named, 1])
         return repeated
 
     def _judge(self, name: str, parsed: _ParsedBlock, record: int) -> None:
-        """Let the reference reader say what is wrong with a record, if anything is: bytes over 127 may be UTF-8."""
+        """Parse a record by the reference reader, which raises what is wrong; bytes over 127 may be UTF-8."""
         offsets = parsed.fields[:, kernels.OFFSET]
         begin = int(offsets[record])
         end = int(offsets[record + 1]) if record + 1 < len(offsets) else len(parsed.source.text)
@@ -337,7 +364,7 @@ class RecordCleaner:
 
 
 def _why_nothing_is_left(before: dict[str, int], after: dict[str, int]) -> str:
-    """For a source of which every record was dropped."""
+    """Explain a source of which every record was dropped."""
     new = {key: after[key] - before[key] for key in after}
     reasons = ", ".join(
         f"{count} {key.removeprefix('dropped_').replace('_', ' ')}"
@@ -347,7 +374,7 @@ def _why_nothing_is_left(before: dict[str, int], after: dict[str, int]) -> str:
     return f"0 of {new['records_read']} records usable ({reasons}); check that it holds protein sequences"
 
 
-def _in_order(source: Source, policy: CleaningPolicy, consume: Callable[[_ParsedBlock], None], threads: int) -> None:
+def _in_order(source: Source, policy: BuildPolicy, consume: Callable[[_ParsedBlock], None], threads: int) -> None:
     """Read blocks here, parse them on `threads` threads, consume them on one more, in order; a few are under way."""
     under_way: deque[Future[None]] = deque()
     idle: SimpleQueue[_Workspace] = SimpleQueue()
@@ -382,59 +409,6 @@ def _in_order(source: Source, policy: CleaningPolicy, consume: Callable[[_Parsed
                 future.cancel()
 
 
-@dataclass(frozen=True)
-class BuildPolicy(CleaningPolicy):
-    """How a store is built: how records are cleaned, and how many sequences are held out.
-
-    `validation_sequences` and `test_sequences` are counts; None takes one in twenty, at least one. They belong to
-    `build_store`: where the splits are given they must be None. Raises `StoreError` for a value out of range.
-    """
-
-    validation_sequences: int | None = None
-    test_sequences: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("validation_sequences", "test_sequences"):
-            count = getattr(self, key)
-            if count is not None and not 0 <= count < 2**48:
-                raise StoreError(f"{key} is {count}; give a count from 0 to 2**48, or null for one in {_PROPORTION}")
-
-    def held_out(self, sequences: int, name: str) -> tuple[int, int]:
-        """How many of the distinct sequences of a source go to validation and test; one at least is left for train."""
-        proportional = max(1, sequences // _PROPORTION)
-        validation = proportional if self.validation_sequences is None else self.validation_sequences
-        test = proportional if self.test_sequences is None else self.test_sequences
-        if validation + test + 1 > sequences:
-            raise StoreError(
-                f"{name}: {sequences:,} distinct sequences are too few for {validation:,} in validation, {test:,} in "
-                f"test and at least one in train; {self._remedy()}",
-                code="preprocess.too-few-sequences",
-            )
-        return validation, test
-
-    def _remedy(self) -> str:
-        if self.validation_sequences is None and self.test_sequences is None:
-            return "give at least three distinct sequences"
-        return (
-            "ask for fewer (split.validation, split.test; in a training run data.validation_sequences, "
-            "data.test_sequences), or set both to null for one in twenty each"
-        )
-
-    def held_out_bound(self, seen: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Beyond which share of all digests a sequence surely belongs to train, once so many distinct ones were seen.
-
-        After n sequences, H(n) of them are to be held out, and H(n) / n falls as n grows. The digests below
-        (H + 8 sqrt(H) + 64) / n number H + 8 sqrt(H) + 64 on average, and fewer than H with a probability under 1e-13
-        (Chernoff). So does the bound fall, and a sequence above it now is above it at the end.
-        """
-        given = sum(count for count in (self.validation_sequences, self.test_sequences) if count is not None)
-        proportional = sum(count is None for count in (self.validation_sequences, self.test_sequences))
-        held_out = given + proportional * (seen / _PROPORTION + 1)
-        bound: NDArray[np.float64] = (held_out + 8 * np.sqrt(held_out) + 64) / np.maximum(seen, 1)
-        return bound
-
-
 def build_store(
     fasta: PathLike | Sequence[PathLike],
     output: PathLike,
@@ -448,12 +422,12 @@ def build_store(
     """Build a store at `output` from FASTA files, or standard input (`-`), its sequences split at random by the seed.
 
     Exact duplicates, compared after cleaning and cutting, are dropped, so none straddles two splits. The order within a
-    split follows from the order of the records. Equal records and names give equal bytes at any number of threads
+    split follows from the order of the records. Equal records and names give equal bytes with any number of threads
     (None: as many as there are cores).
 
     Raises `SourceError` or `FastaError` for a file that cannot be read, holds no usable record, or looks like DNA;
     `StoreError` when `output` exists or is being built, the disk is too small, or the policy asks for more sequences
-    than there are. Nothing is left behind then.
+    than there are. Nothing is left behind in that case.
     """
     paths = [fasta] if isinstance(fasta, str | os.PathLike) else list(fasta)
     if not paths:
@@ -507,7 +481,7 @@ def build_store_from_splits(
 def _take_split(
     intake: RecordCleaner, writer: StoreWriter, name: str, path: PathLike, elsewhere: DigestSet
 ) -> DigestSet:
-    """All of one file to one split, but for repeats and for what is elsewhere; the digests of the split."""
+    """Write one file to one split, without repeats and sequences of other splits. Return the digests of the split."""
     here, counts, kept_before = DigestSet(), intake.counts, intake.counts.records_kept
 
     def add(block: CleanBlock) -> None:
@@ -526,7 +500,7 @@ def _take_split(
 
 
 class _RandomSplit:
-    """Deals clean blocks: to train at once what surely belongs there, the rest when all have been seen."""
+    """Split clean blocks at random: what certainly belongs to train at once, the rest at the end."""
 
     def __init__(
         self, name: str, policy: BuildPolicy, writer: StoreWriter, scratch: IO[bytes], counts: BuildCounts
@@ -537,7 +511,7 @@ class _RandomSplit:
         self._waiting_digests = array("Q")
 
     def expect(self, expected: ExpectedTotals) -> None:
-        """Make room for what a source will bring, in memory and on disk."""
+        """Reserve memory and check the disk for the totals of a source."""
         self._seen.reserve(len(self._seen) + expected.records)
         ends = np.array([max(expected.records, 1)])
         waiting = min(1.0, float(self._policy.held_out_bound(ends)[0]))  # of the last sequences; of the first ones more
@@ -545,7 +519,7 @@ class _RandomSplit:
         self._writer.require_space(int(expected.residues * (1 + waiting)), expected.records)
 
     def add(self, block: CleanBlock) -> None:
-        """Deal one block; repeats are dropped, or under the policy `keep` follow their first."""
+        """Split one block. Repeats are dropped, or under the policy `keep` go where the first one goes."""
         number_before = len(self._seen)
         is_new = self._seen.add(block.digests)
         kept = is_new if self._policy.duplicate_sequences == "drop" else np.ones_like(is_new)
@@ -561,14 +535,14 @@ class _RandomSplit:
         self._waiting_digests.frombytes(waiting.digests.tobytes())
 
     def finish(self) -> None:
-        """Deal the sequences that waited."""
+        """Split the sequences that waited."""
         lengths, codes = np.frombuffer(self._waiting_lengths, dtype=np.int32), self._codes()
         self._counts.dropped_duplicate += int((codes == _DROPPED).sum())
         with disk_errors(self._writer.folder):
             self._scratch.seek(0)
-        for begin in range(0, codes.size, _DEAL_SEQUENCES):
-            lengths_here = lengths[begin : begin + _DEAL_SEQUENCES]
-            codes_here = codes[begin : begin + _DEAL_SEQUENCES]
+        for begin in range(0, codes.size, _SPLIT_SEQUENCES):
+            lengths_here = lengths[begin : begin + _SPLIT_SEQUENCES]
+            codes_here = codes[begin : begin + _SPLIT_SEQUENCES]
             content = self._scratch.read(int(lengths_here.sum(dtype=np.int64)))
             tokens = np.frombuffer(content, dtype=np.uint8)
             for code, name in enumerate(SPLITS):
@@ -576,7 +550,7 @@ class _RandomSplit:
         self._counts.records_kept = self._counts.records_read - self._counts.dropped
 
     def _codes(self) -> NDArray[np.int8]:
-        """The split of each sequence that waited, int8 [n]; of equal ones that are held out the first one stays."""
+        """Return the split of each waiting sequence, int8 [n]; of equal held-out sequences the first one is kept."""
         digests = np.frombuffer(self._waiting_digests, dtype=np.uint64)
         validation, test = self._policy.held_out(len(self._seen), self._name)
         distinct, first = np.unique(digests, return_index=True)
@@ -590,11 +564,11 @@ class _RandomSplit:
 
 
 def scratch_file(writer: StoreWriter) -> IO[bytes]:
-    """A file without a name on the disk of a store that is being written."""
+    """Open a file without a name on the disk of a store that is being written."""
     with disk_errors(writer.folder):
         return tempfile.TemporaryFile(dir=writer.partial, buffering=_SCRATCH_BUFFER_BYTES)
 
 
 def _finish(intake: RecordCleaner, writer: StoreWriter, provenance: dict[str, object]) -> None:
-    """Write the manifest; no date in it, so that equal content gives equal bytes."""
-    writer.finish({**provenance, "counts": asdict(intake.counts), "policy": asdict(intake.policy)})
+    """Write the manifest, without a date: equal content gives equal bytes."""
+    writer.finish({**provenance, "counts": asdict(intake.counts), "policy": intake.policy.model_dump()})

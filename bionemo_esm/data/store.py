@@ -62,11 +62,11 @@ _BLOCKS, _BLOCK = 1_000, 1_000  # some lengths are read at so many places, so ma
 
 
 class StoreError(UserError):
-    """A store that cannot be written or must not be read; the message names the file, the key, and what to do."""
+    """A store that cannot be written or must not be read; the message names the file, the key and the remedy."""
 
 
 def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -75,12 +75,12 @@ def sha256_of_file(path: Path) -> str:
 
 
 def index_bytes(sequences: int, clusters: int) -> int:
-    """Size of an index file: header, lengths, offsets, and where each cluster begins."""
+    """Return the size of an index file: header, lengths, offsets, and the start of each cluster."""
     return INDEX_HEADER.size + 4 * sequences + 8 * sequences + 8 * (clusters + 1)
 
 
 class SplitSummary(NamedTuple):
-    """What the manifest says of one split, under `splits.<name>`."""
+    """The entry `splits.<name>` of the manifest."""
 
     sequences: int
     clusters: int  # of sequences, in a clustered store; else as many as there are sequences
@@ -92,7 +92,7 @@ class SplitSummary(NamedTuple):
 
     @classmethod
     def parse(cls, manifest_path: Path, name: str, entry: object) -> SplitSummary:
-        """The entry of split `name`; raises `StoreError` naming the key that is missing or of another type."""
+        """Check the entry of split `name`. Raises `StoreError` naming the key that is missing or of another type."""
         if not isinstance(entry, dict):
             raise StoreError(f"{manifest_path}: the key splits.{name} is missing or no mapping; {_REBUILD}")
         for key in cls._fields:
@@ -113,19 +113,19 @@ def _is_count(value: object) -> bool:
 class SequenceSplit:
     """The sequences of one split, memory-mapped read-only; opening costs no memory, however many there are.
 
-    `prefix` is the path of the two files without `.bin` and `.idx`; `summary` the totals they must have. Raises
-    `StoreError` for a file that is missing or whose size or index header says otherwise. Pickles as its path, so that
-    loader workers map the files themselves.
+    prefix: the path of the two files without `.bin` and `.idx`; summary: the totals they must have. Raises `StoreError`
+    for a file that is missing, or whose size or index header differs. Pickled as its path: loader workers map the files
+    themselves.
     """
 
     def __init__(self, prefix: Path, summary: SplitSummary) -> None:
-        self.prefix = prefix.absolute()  # a later change of the working folder must not matter
+        self.prefix = prefix.absolute()  # the working folder may change later
         self.summary = summary
         sequences, clusters, self.residues = summary.sequences, summary.clusters, summary.residues
         index_path = self.prefix.with_name(f"{prefix.name}.idx")
         index = _map(index_path, index_bytes(sequences, clusters))
         self.tokens: NDArray[np.uint8] = _map(self.prefix.with_name(f"{prefix.name}.bin"), self.residues)
-        """Token ids of all sequences, uint8 [residues], read-only, as they are in the file: not checked."""
+        """Token ids of all sequences, uint8 [residues], read-only, not checked."""
         self._token_bytes = self.tokens.data
         _check_header(index_path, index, sequences, clusters)
         after_lengths = INDEX_HEADER.size + 4 * sequences
@@ -133,7 +133,7 @@ class SequenceSplit:
         self.lengths: NDArray[np.int32] = index[INDEX_HEADER.size : after_lengths].view("<i4")
         """Residues of each sequence, int32 [sequences], read-only."""
         self.offsets: NDArray[np.int64] = index[after_lengths:after_pointers].view("<i8")
-        """Where each sequence begins in `tokens`, int64 [sequences], read-only, as it is in the file: not checked."""
+        """The start of each sequence in `tokens`, int64 [sequences], read-only, not checked."""
         self.cluster_starts: NDArray[np.int64] = index[after_pointers:].view("<i8")
         """The first sequence of each cluster, and the number of all, int64 [clusters + 1], read-only, not checked."""
         if sequences and int(self.offsets[-1]) + int(self.lengths[-1]) != self.residues:
@@ -146,14 +146,14 @@ class SequenceSplit:
 
     @property
     def num_clusters(self) -> int:
-        """Clusters of sequences; as many as sequences where every one is its own."""
+        """Clusters of sequences; in a plain store each sequence is its own cluster."""
         return self.summary.clusters
 
     def __len__(self) -> int:
         return self.summary.sequences
 
     def some_lengths(self) -> NDArray[np.int32]:
-        """Up to a million of the lengths, in blocks from everywhere: files sorted by length are not rare."""
+        """Return up to a million of the lengths, in blocks from all parts: the split may be sorted by length."""
         if len(self) <= _BLOCKS * _BLOCK:
             return self.lengths
         starts = np.linspace(0, len(self) - _BLOCK, _BLOCKS).astype(np.int64)
@@ -168,7 +168,7 @@ class SequenceSplit:
         return self.tokens[begin : begin + int(self.lengths[position])]
 
     def gather(self, sequences: ArrayLike, starts: ArrayLike, lengths: ArrayLike) -> NDArray[np.uint8]:
-        """Windows of sequences, one after another: uint8 [sum of lengths], a writable copy.
+        """Return windows of sequences, concatenated: uint8 [sum of lengths], a writable copy.
 
         Window i holds the residues `starts[i] : starts[i] + lengths[i]` of sequence `sequences[i]`; the three are
         integers [windows]. Raises `IndexError` for a sequence outside the split or a window outside its sequence.
@@ -200,7 +200,7 @@ class SequenceSplit:
 
 
 def _map(path: Path, expected_bytes: int) -> NDArray[np.uint8]:
-    """A file as a read-only uint8 [bytes]; `StoreError` when it is missing or not of the expected size."""
+    """Map a file as read-only uint8 [bytes]. Raises `StoreError` when it is missing or has another size."""
     try:
         stream = path.open("rb")
     except FileNotFoundError:
@@ -279,7 +279,7 @@ class ProteinStore:
 
 
 class _TokenFile:
-    """A `.bin` on its way to disk. One buffer is filled while the other is written, hashed and counted on a thread."""
+    """Writer of a `.bin` file: one buffer is filled while a thread writes, hashes and counts the other."""
 
     def __init__(self, path: Path) -> None:
         self._stream = path.open("wb", buffering=0)
@@ -291,7 +291,7 @@ class _TokenFile:
         self.counts = np.zeros(VOCABULARY_SIZE, dtype=np.int64)
 
     def append(self, flat_ids: NDArray[np.uint8], lengths: NDArray[np.int32], chosen: NDArray[np.bool_]) -> int:
-        """Append the chosen ones of some sequences; how many residues they have."""
+        """Append the chosen sequences; return their number of residues."""
         size = int(lengths[chosen].sum(dtype=np.int64))
         if self._filled + size > self._buffers[0].size:
             self._flush()
@@ -313,16 +313,16 @@ class _TokenFile:
         while rest:
             rest = rest[self._stream.write(rest) :]
         self._unsynced += tokens.size
-        if self._unsynced > _SYNC_BYTES:  # on the way, so that the end need not wait for all of it
+        if self._unsynced > _SYNC_BYTES:  # so that the last sync is short
             os.fsync(self._stream.fileno())
             self._unsynced = 0
         self._sha256.update(tokens.data)
         kernels.count_tokens(tokens, self.counts)
 
     def finish(self) -> str:
-        """Write what is left, sync, and close; the SHA-256 of the file."""
+        """Write the rest, sync and close; return the SHA-256 of the file."""
         self._flush()
-        self._flush()  # which waits for the first
+        self._flush()  # waits for the first
         self._thread.shutdown()
         os.fsync(self._stream.fileno())
         self._stream.close()
@@ -335,7 +335,7 @@ class _TokenFile:
 
 
 class _SplitWriter:
-    """One split on its way to disk: appends to `.bin`, remembers lengths (4 bytes a sequence), writes `.idx` last."""
+    """Writer of one split: appends to `.bin`, keeps lengths (4 bytes a sequence), writes `.idx` last."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._index_path = folder / f"{name}.idx"
@@ -391,7 +391,7 @@ class _SplitWriter:
 
 
 def _write_starts(stream: IO[bytes], sizes: NDArray[np.int32]) -> int:
-    """Write where each of some pieces begins, int64, and return where the last one ends; blockwise, to spare memory."""
+    """Write the starts of pieces of these sizes, int64, in blocks; return the end of the last one."""
     begin = 0
     for at in range(0, sizes.size, _INDEX_BLOCK):
         ends = begin + np.cumsum(sizes[at : at + _INDEX_BLOCK], dtype="<i8")
@@ -401,16 +401,16 @@ def _write_starts(stream: IO[bytes], sizes: NDArray[np.int32]) -> int:
 
 
 class StoreWriter:
-    """Writes a store under a temporary name beside `folder` and renames it when it is complete.
+    """Write a store under a temporary name beside `folder`, and rename it when it is complete.
 
         with StoreWriter(folder) as writer:
             writer.add_many("train", flat_ids, lengths)
             writer.finish({"seed": 1})
 
-    Leaving the block without `finish` removes all that was written. A writer that was killed leaves its temporary
-    folder; the next one with the same `folder` empties it. `partial` is that folder: scratch files may be kept in it
-    until `finish`. Raises `StoreError` on entry when `folder` exists, when another process is building it, or when its
-    parent cannot be written to; and from any method when the disk is full.
+    Leaving the block without `finish` removes everything. A writer that was killed leaves its temporary folder; the
+    next writer of the same `folder` empties it. `partial` is that folder: it may hold scratch files until `finish`.
+    Raises `StoreError` on entry when `folder` exists, when another process is building it, or when its parent cannot be
+    written to; and from any method when the disk is full.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -434,14 +434,14 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for split in self._splits.values():
-            with suppress(OSError):  # of a full disk, which was told of already
+            with suppress(OSError):  # of a full disk, already reported
                 split.tokens.abandon()
         if is_still(self.partial, self._lock):
-            shutil.rmtree(self.partial, ignore_errors=True)  # gone already where `finish` has renamed it
+            shutil.rmtree(self.partial, ignore_errors=True)  # `finish` renames it
         os.close(self._lock)
 
     def require_space(self, residues: int, sequences: int) -> None:
-        """Raise `StoreError` unless the disk has room for so many."""
+        """Raise `StoreError` unless the disk has room for so many residues and sequences."""
         needed = residues + index_bytes(sequences, sequences)
         free = shutil.disk_usage(self.partial).free
         if needed > free:
@@ -451,7 +451,7 @@ class StoreWriter:
             )
 
     def add(self, split: str, token_ids: NDArray[np.uint8]) -> None:
-        """Append one sequence of token ids, uint8 [residues]; many at once are quicker through `add_many`."""
+        """Append one sequence of token ids, uint8 [residues]; `add_many` is faster for many."""
         self.add_many(split, token_ids, [token_ids.size])
 
     def add_many(
@@ -462,10 +462,10 @@ class StoreWriter:
         cluster_sizes: ArrayLike | None = None,
         chosen: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Append sequences to a split: their token ids one after another, uint8 [sum of lengths], lengths [sequences].
+        """Append sequences to a split: concatenated token ids, uint8 [sum of lengths], and lengths [sequences].
 
-        Of these only the `chosen`, bool [sequences], where given. In a clustered split the sequences of a cluster stand
-        together, and `cluster_sizes` [clusters] says how many each has. Raises `ValueError` for another dtype, an id
+        chosen: bool [sequences], those to append (default: all). cluster_sizes: [clusters], the sequences of each
+        cluster of a clustered split, which are neighbours. Raises `ValueError` for another dtype, an id
         over 32, a length below 1, or sizes that do not sum up.
         """
         counts = np.asarray(lengths).astype(np.int32, copy=False)
@@ -487,7 +487,7 @@ class StoreWriter:
             self._splits[split].add_many(flat_ids, counts, taken, cluster_sizes)
 
     def finish(self, manifest_fields: Mapping[str, object]) -> Path:
-        """Complete the store: sync all files, write the manifest with these further fields, rename; the final folder.
+        """Complete the store: sync all files, write the manifest with these fields, rename. Return the final folder.
 
         Raises `ValueError` for a field that the manifest sets itself, `StoreError` when `folder` exists by now.
         """
@@ -517,7 +517,7 @@ class StoreWriter:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Say in one line, as a `StoreError`, what the disk refuses while the store `folder` is being written."""
+    """Raise errors of the disk, while the store `folder` is written, as one-line `StoreError`s."""
     try:
         yield
     except OSError as error:
@@ -527,7 +527,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _lock_folder(partial: Path, folder: Path) -> int:
-    """Make the temporary folder, or take over one that a killed builder left; its descriptor, locked until closed.
+    """Make the temporary folder, or take over that of a killed builder. Return its descriptor, locked until closed.
 
     Raises `StoreError` while another process holds it.
     """
@@ -545,16 +545,16 @@ def _lock_folder(partial: Path, folder: Path) -> int:
             os.close(descriptor)
             raise StoreError(f"{partial}: is in use, or was left by a builder that died; remove it then")
         if is_still(partial, descriptor):
-            if os.path.lexists(folder):  # finished between the look and the lock
+            if os.path.lexists(folder):  # finished before it was locked
                 os.close(descriptor)
                 partial.rmdir()
                 raise StoreError(f"{folder}: exists already; open it, remove it, or choose another output")
             return descriptor
-        os.close(descriptor)  # the holder has renamed it meanwhile
+        os.close(descriptor)  # its holder has renamed it
 
 
 def _readable(manifest: Mapping[str, object]) -> str:
-    """JSON of two blanks' indent, the 33 counts of a split on one line."""
+    """JSON with an indent of two, the 33 counts of a split on one line."""
     text = json.dumps(manifest, indent=2)
     for split in manifest["splits"].values():  # type: ignore[attr-defined]
         counts = json.dumps(split["residue_counts"])

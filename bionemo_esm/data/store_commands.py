@@ -1,4 +1,4 @@
-"""The jobs around a store: build one, show its card, look for leakage. Behind `examples/` and the command line."""
+"""The commands `preprocess`, `inspect` for stores, and `check-leakage`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig
+from pydantic import Field, field_validator, model_validator
 
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, duration, run_to_exit_code
@@ -23,76 +23,86 @@ from bionemo_esm.data.clusters import build_clustered_store
 from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.data.leakage import check_leakage
 from bionemo_esm.data.preprocess import BuildPolicy, CleaningPolicy, build_store
-from bionemo_esm.data.store import ProteinStore, StoreError
+from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.data.store_summary import StoreSummary, draw_summary
 from bionemo_esm.data.uniprot_release import fetch_release
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.settings import integer, known, path, plain_values, typed
+from bionemo_esm.settings import NonNegativeInt, PositiveInt, Settings, plain_values
 
 MODEL_CARD_RELEASE = "2022_05"
 PICTURE_NAME = "card.png"
-_KEYS = {"input", "release", "download_folder", "output", "licence", "seed", "threads", "split", "policy", "clusters"}
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """What `preprocess` is told."""
+class SplitCounts(Settings, section="split"):
+    """Sequences, or clusters, that are held out; None: one in twenty."""
 
-    inputs: tuple[str, ...]  # none: download the release
-    release: str | None
+    validation: NonNegativeInt | None = None
+    test: NonNegativeInt | None = None
+
+
+class ClusterSettings(Settings, section="clusters"):
+    """A table of clusters and their members; None: a store of single sequences."""
+
+    map: Path | None = None
+
+
+class PreprocessConfig(Settings):
+    """The configuration of `preprocess`."""
+
+    input: tuple[str, ...] = ()  # FASTA files; empty: download the release
+    release: str | None = None
     download_folder: Path
     output: Path
-    licence: str | None
-    policy: BuildPolicy
-    cluster_map: Path | None
-    threads: int | None
+    licence: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
+    threads: PositiveInt | None = None  # None: one per core
+    split: SplitCounts
+    policy: CleaningPolicy
+    clusters: ClusterSettings
 
     @classmethod
-    def of(cls, cfg: DictConfig) -> Preprocessing:
-        """From a composed configuration. Raises `ConfigError` naming the key."""
-        values = known("", plain_values(cfg), _KEYS)
-        split = known("split", values["split"], {"validation", "test"})
-        clusters = known("clusters", values["clusters"], {"map"})
-        cluster_map = path("clusters.map", clusters.get("map"))
-        policy = typed("policy", values["policy"], CleaningPolicy)
-        validation, test = (
-            None if split.get(name) is None else integer(f"split.{name}", split[name])
-            for name in ("validation", "test")
+    def load(cls, cfg: DictConfig) -> PreprocessConfig:
+        """Build from a composed configuration. Raises `ConfigError` naming the key."""
+        values = plain_values(cfg)
+        sections: dict[str, type[Settings]] = {
+            "split": SplitCounts, "policy": CleaningPolicy, "clusters": ClusterSettings,
+        }  # fmt: skip
+        return cls.from_config(
+            values | {name: section.from_config(values.get(name, {})) for name, section in sections.items()}
         )
-        threads = None if values.get("threads") is None else integer("threads", values["threads"])
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads must be at least 1, or null for one a core, not {threads}")
-        for name, count in (("validation", validation), ("test", test)):
-            if count is not None and count < 0:
-                raise ConfigError(f"split.{name} is {count}; give a count of 0 or more, or null for one in twenty")
-        output, downloads = path("output", values["output"]), path("download_folder", values["download_folder"])
-        if output is None or downloads is None:
-            raise ConfigError("output and download_folder must each name a folder")
-        inputs = _inputs(values.get("input"))
-        if cluster_map is not None and len(inputs) != 1:
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> tuple[str, ...]:
+        return _input_files(value)
+
+    @field_validator("release", mode="before")
+    @classmethod
+    def _version(cls, value: Any) -> str | None:
+        """Read 202205 as 2022_05, which is a number to YAML."""
+        text = None if value is None else str(value)
+        return f"{text[:4]}_{text[4:]}" if text and re.fullmatch(r"\d{6}", text) else text
+
+    @model_validator(mode="after")
+    def _check_clusters(self) -> PreprocessConfig:
+        if self.clusters.map is not None and len(self.input) != 1:
             raise ConfigError("clusters.map needs one `input`, the FASTA file of the clusters' members")
-        return cls(
-            inputs=inputs,
-            release=_release(values.get("release")),
-            download_folder=downloads,
-            output=output,
-            licence=values.get("licence"),
-            policy=_policy({**policy, "validation_sequences": validation, "test_sequences": test}, values["seed"]),
-            cluster_map=cluster_map,
-            threads=threads,
+        return self
+
+    @property
+    def build_policy(self) -> BuildPolicy:
+        """The policy of cleaning with the seed and the counts of the split."""
+        return BuildPolicy(
+            **self.policy.model_dump(),
+            seed=self.seed,
+            validation_sequences=self.split.validation,
+            test_sequences=self.split.test,
         )
 
 
-def _policy(values: dict[str, Any], seed: Any) -> BuildPolicy:
-    try:
-        return BuildPolicy(**values, seed=integer("seed", seed))
-    except StoreError as error:
-        raise ConfigError(f"policy: {error}") from None
-
-
-def _inputs(value: Any) -> tuple[str, ...]:
-    """The files that `input` names, patterns expanded in the order of names."""
-    patterns = [] if value is None else value if isinstance(value, list) else [value]
+def _input_files(value: Any) -> tuple[str, ...]:
+    """Expand the patterns of `input` to file names, each in the order of names."""
+    patterns = [] if value is None else value if isinstance(value, list | tuple) else [value]
     found: list[str] = []
     for pattern in map(str, patterns):
         if not pattern:
@@ -108,28 +118,22 @@ def _inputs(value: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _release(value: Any) -> str | None:
-    """2022_05 is a number to YAML: 202205."""
-    text = None if value is None else str(value)
-    return f"{text[:4]}_{text[4:]}" if text and re.fullmatch(r"\d{6}", text) else text
-
-
 def preprocess(cfg: DictConfig) -> None:
-    """Build the store of a composed configuration, and show its card.
+    """Build the store of a composed configuration, and print its summary.
 
-    Exits with 2 after one line for what the user can mend, and with 130 on Ctrl-C: an unfinished store is removed then,
-    an unfinished download stays and goes on with the next call.
+    Exits with 2 after a one-line error, and with 130 on Ctrl-C. An unfinished store is removed; an unfinished download
+    stays, and the next call resumes it.
     """
     run_to_exit_code(
-        lambda: _preprocess(Preprocessing.of(cfg)), "Interrupted; no store was made. A download goes on next time."
+        lambda: _preprocess(PreprocessConfig.load(cfg)), "Interrupted; no store was made. A download goes on next time."
     )
 
 
-def _preprocess(job: Preprocessing) -> int:
+def _preprocess(job: PreprocessConfig) -> int:
     started, console = time.monotonic(), Console(sys.stdout)
     if job.output.exists():
         raise ConfigError(f"output: {job.output} exists already; name another folder, or remove it")
-    inputs, release, licence = job.inputs, job.release, job.licence
+    inputs, release, licence = job.input, job.release, job.licence
     if not inputs:
         release = release or MODEL_CARD_RELEASE
         console.print_line(
@@ -144,10 +148,10 @@ def _preprocess(job: Preprocessing) -> int:
         meter(done, total, f", {records:,} records")
 
     given: dict[str, Any] = {"release": release, "licence": licence, "threads": job.threads, "progress": progress}
-    if job.cluster_map is not None:
-        store = build_clustered_store(inputs[0], job.cluster_map, job.output, job.policy, **given)
+    if job.clusters.map is not None:
+        store = build_clustered_store(inputs[0], job.clusters.map, job.output, job.build_policy, **given)
     else:
-        store = build_store(inputs, job.output, job.policy, **given)
+        store = build_store(inputs, job.output, job.build_policy, **given)
     with _written(job.output / PICTURE_NAME) as picture:
         draw_summary(store, picture)
     console.print_line(f"\n{StoreSummary.of(store).text()}\n\nDone in {duration(time.monotonic() - started)}.")

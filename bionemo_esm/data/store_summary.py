@@ -1,4 +1,4 @@
-"""The card of a store: what is in each split and where it came from, as text, as a dictionary and as a picture.
+"""The summary of a store: contents and provenance of each split, as text, as a dictionary and as a picture.
 
 Lengths are counted in blocks, so 54 million sequences take seconds and a few megabytes.
 """
@@ -20,7 +20,7 @@ from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit
 from bionemo_esm.plotting import FAINT, FAINT_MARK, INK, LINE, MARK, MUTED, WIDTH, styled, write_png
 
 CONTEXTS = (512, 1024)
-"""Tokens a model sees at once, ESM-1nv's and ESM-1b's: what the card says of cropping and padding is for these."""
+"""Context lengths in tokens of ESM-1nv and ESM-1b, for which cropping and padding are reported."""
 PERCENTILES = (5, 25, 75, 95)
 NOT_RECORDED = "not recorded"
 
@@ -37,7 +37,7 @@ _ON_BAR: dict[str, Any] = {"ha": "center", "va": "bottom", "size": 7.5, "xytext"
 
 @dataclass(frozen=True, eq=False)
 class SplitStatistics:
-    """One split, by its distinct lengths: int64 ascending, in residues, and how many sequences have each.
+    """One split by its distinct lengths: int64 ascending, in residues, and the number of sequences of each.
 
     Statistics are None where the split is empty.
     """
@@ -50,7 +50,7 @@ class SplitStatistics:
     def of(cls, split: SequenceSplit) -> SplitStatistics:
         """Count a split; raises `StoreError` where it holds a token id over 32."""
         lengths, counts = np.empty(0, np.int64), np.empty(0, np.int64)
-        # Merging the distinct lengths of each block is bounded by their number, a table up to the longest is not.
+        # Merging distinct lengths needs memory for their number; a table would need it up to the longest.
         for begin in range(0, len(split), _BLOCK):
             here, times = np.unique(split.lengths[begin : begin + _BLOCK].astype(np.int64), return_counts=True)
             lengths, where = np.unique(np.concatenate([lengths, here]), return_inverse=True)
@@ -73,30 +73,30 @@ class SplitStatistics:
         return self.residues / self.sequences if self.sequences else None
 
     def percentile(self, percent: int) -> int | None:
-        """A length that occurs, in residues; between two the longer one, as NumPy's method "higher" has it."""
+        """Return a percentile of the lengths, in residues; between two the longer one (NumPy's method "higher")."""
         rank = -(-percent * (self.sequences - 1) // 100)  # in integers: 0.05 has no exact float
         return (
             int(self.lengths[np.searchsorted(np.cumsum(self.counts), rank, side="right")]) if self.sequences else None
         )
 
     def share_cropped(self, tokens: int) -> float | None:
-        """Share of the sequences that are longer than a window of so many tokens, `<cls>` and `<eos>` among them."""
+        """Return the share of sequences that are longer than a window of so many tokens, special tokens counted."""
         longer = int(self.counts[self.lengths > tokens - _SPECIALS].sum())
         return longer / self.sequences if self.sequences else None
 
     def padding_waste(self, tokens: int) -> float | None:
-        """Share of padding in a batch where every sequence is cropped and padded to so many tokens with specials."""
+        """Return the share of padding where every sequence is cropped and padded to so many tokens."""
         used = int(np.minimum(self.lengths + _SPECIALS, tokens) @ self.counts)
         return 1 - used / (tokens * self.sequences) if self.sequences else None
 
     def composition(self) -> dict[str, float]:
-        """The share of each of the 20 standard residues, as the alphabet orders them, and of all else as `other`."""
+        """Return the share of each of the 20 standard residues, in the alphabet's order, and of the rest as `other`."""
         standard = self.residue_counts[_STANDARD] / max(self.residues, 1)
         other = int(self.residue_counts.sum() - self.residue_counts[_STANDARD].sum()) / max(self.residues, 1)
         return {**dict(zip(STANDARD_RESIDUES, standard.tolist(), strict=True)), "other": other}
 
     def unigram_perplexity(self, train: SplitStatistics) -> float | None:
-        """Perplexity of this split's residues, each answered with the residue frequencies of `train`.
+        """Return the perplexity of this split's residues under the residue frequencies of `train`.
 
         One is added to every count of train, so that a letter that is not in it does not make it infinite.
         """
@@ -106,7 +106,7 @@ class SplitStatistics:
         return float(np.exp(-(self.residue_counts @ log_frequency) / self.residues))
 
     def to_dict(self, train: SplitStatistics) -> dict[str, Any]:
-        """All of it by name, JSON-able; lengths in residues, shares from 0 to 1."""
+        """Return all values by name, JSON-able; lengths in residues, shares from 0 to 1."""
         lengths = {"shortest": self.percentile(0), "median": self.percentile(50), "mean": self.mean}
         lengths |= {"longest": self.percentile(100), **{f"percentile_{p}": self.percentile(p) for p in PERCENTILES}}
         return {
@@ -122,7 +122,7 @@ class SplitStatistics:
 
 @dataclass(frozen=True, eq=False)
 class StoreSummary:
-    """What a store holds. `manifest` is the store's; of its keys only those that are there are told."""
+    """The contents of a store. Of the manifest only the keys that exist are shown."""
 
     name: str
     manifest: Mapping[str, Any]
@@ -130,12 +130,12 @@ class StoreSummary:
 
     @classmethod
     def of(cls, store: ProteinStore) -> StoreSummary:
-        """Count what a store holds. Raises `StoreError` for a token id over 32."""
+        """Count the contents of a store. Raises `StoreError` for a token id over 32."""
         return cls(store.folder.name, store.manifest, {name: SplitStatistics.of(store.split(name)) for name in SPLITS})
 
     @property
     def title(self) -> str:
-        """The release, or the folder's name where none is recorded."""
+        """The release, or the name of the folder where none is recorded."""
         return str(self.manifest.get("release") or self.name)
 
     @property
@@ -148,17 +148,17 @@ class StoreSummary:
 
     @property
     def totals(self) -> str:
-        """How much there is, in words."""
+        """The number of proteins and residues as text."""
         return f"{self.sequences:,} protein{'s' * (self.sequences != 1)}, {self.residues:,} residues"
 
     def to_dict(self) -> dict[str, Any]:
-        """The card for machines, JSON-able: `name`, `sequences`, `residues`, `splits`, and the `manifest` as it is."""
+        """Return the summary as JSON-able values: `name`, `sequences`, `residues`, `splits`, and the `manifest`."""
         splits = {name: split.to_dict(self.splits["train"]) for name, split in self.splits.items()}
         totals = {"sequences": self.sequences, "residues": self.residues}
         return {"name": self.name, **totals, "splits": splits, "manifest": dict(self.manifest)}
 
     def text(self) -> str:
-        """The card for people: plain text of some forty lines, without the last line's end."""
+        """Return the summary as plain text of some forty lines, without a final line end."""
         lines = [self.title, self.totals, "", *self._provenance(), "", *self._table(), "", *self._residue_lines()]
         return "\n".join(line.rstrip() for line in lines)
 
@@ -238,7 +238,7 @@ def _plain(value: Any) -> str:
 
 
 def _source(entry: Any) -> str:
-    """`file, 1,234 bytes, SHA-256 0123456789ab…` and whatever else an entry of the manifest's `source` says."""
+    """Return an entry of the manifest's `source` as text: `file, 1,234 bytes, SHA-256 0123456789ab…`, then the rest."""
     if not isinstance(entry, dict):
         return _plain(entry)
     rest = {key: item for key, item in entry.items() if key not in ("file", "bytes", "sha256", "split")}
@@ -249,7 +249,7 @@ def _source(entry: Any) -> str:
 
 
 def _listed(values: Any) -> str:
-    """`name 12, other name 3`; what is zero is left out, but for a seed, and what is null said to be."""
+    """Return `name 12, other name 3`, without zeros, except for a seed; null is shown."""
     if not isinstance(values, dict) or not values:
         return _plain(values)
     told = {key: item for key, item in values.items() if item or item is None or key == "seed"}
@@ -261,9 +261,9 @@ def _listed(values: Any) -> str:
 
 
 def draw_summary(card: StoreSummary | ProteinStore, path: str | os.PathLike[str]) -> Path:
-    """Draw a card, or that of a store, as a PNG at `path`, over what is there; the path. Equal cards give equal bytes.
+    """Draw a summary as a PNG. Replaces `path` and returns it. Equal summaries give equal bytes.
 
-    Above, the lengths of train, and of validation and test together; below, their residues.
+    Above: the lengths of train, and of validation and test together; below: their residues.
     """
     from matplotlib.figure import Figure  # a second to import, which reading a store must not cost
 
@@ -287,7 +287,7 @@ def _headline(card: StoreSummary) -> str:
 
 
 class _Part(NamedTuple):
-    """What is drawn in one colour."""
+    """The data of one colour."""
 
     name: str
     colour: str
@@ -296,7 +296,7 @@ class _Part(NamedTuple):
 
 
 def _drawn_parts(card: StoreSummary) -> list[_Part]:
-    """Train, and the held-out splits as one; only what is not empty."""
+    """Return train, and the held-out splits as one, if they are not empty."""
     held_out = [card.splits[name] for name in ("validation", "test") if card.splits[name].sequences]
     parts = [_Part("train", LINE, FAINT, card.splits["train"])]
     if held_out:

@@ -1,24 +1,17 @@
-"""The FASTA of UniRef50 out of the archive of a release, where UniProt keeps UniRef100, 90 and 50 together.
-
-An archive holds uniref100.tar, uniref90.tar and uniref50.tar, and the last of them uniref50.xml.gz but no FASTA, so the
-FASTA is written from the XML: the same headers, in the order of the XML, which need not be that of the FASTA once
-published.
-
-This layout is taken from public programs that read these files (archives of 2015_01, 2021_02, 2021_04 and 2023_01); it
-was not compared with UniProt's server, and the tests make their archives so. A tar with the FASTA in it, or without the
-inner tar, is read as well.
-
-UniRef50 as UniProt publishes it: a release is found by its metalink, fetched, checked, and known again.
+"""UniRef50 from UniProt: find a release by its metalink, download and check it, and extract the FASTA of an archive.
 
     uniref/uniref50/uniref50.fasta.gz                                the current release, some 9 GB
     previous_releases/release-2022_05/uniref/uniref2022_05.tar.gz    an archived one: UniRef100, 90 and 50, some 170 GB
 
-Beside each lies a RELEASE.metalink (Metalink 3.0) with the version, and the size and MD5 of every file. `download`
-gets the file, `release_archive` the FASTA out of an archive; beside the FASTA, uniref50_2022_05.json records where it
-came from.
+Beside each is a RELEASE.metalink (Metalink 3.0) with the version, and the size and MD5 of every file. Beside the FASTA
+that results, uniref50_2022_05.json records its source.
 
-This layout is taken from public programs that read these files; it was not compared with UniProt's server, and the
-tests run against a local one that is laid out so.
+Archives are experimental. An archive holds uniref100.tar, uniref90.tar and uniref50.tar. The last one holds
+uniref50.xml.gz but no FASTA, so the FASTA is written from the XML: with the same headers, in the order of the XML,
+which may differ from that of the published FASTA. A tar with the FASTA, or without the inner tar, is read as well.
+
+The layout is taken from public programs that read these files (archives of 2015_01, 2021_02, 2021_04 and 2023_01). It
+was not compared with UniProt's server; the tests use a local server of this layout.
 """
 
 from __future__ import annotations
@@ -57,17 +50,17 @@ _METALINK_BYTES = 2**22
 
 
 class Release(NamedTuple):
-    """Where a release of UniRef50 lies, and how to know it again."""
+    """The address, size and MD5 of a release of UniRef50."""
 
     version: str  # "2022_05"
     url: str
     size: int  # bytes
     md5: str
-    archived: bool  # `url` is a tar that holds UniRef50 among others, not its FASTA
+    archived: bool  # `url` is a tar of UniRef50 and others, not its FASTA
 
 
 class FetchedRelease(NamedTuple):
-    """A release on disk, and where it came from."""
+    """A release on disk, and its source."""
 
     path: Path  # FASTA
     version: str
@@ -79,14 +72,14 @@ class FetchedRelease(NamedTuple):
 def fetch_release(
     name: str, folder: str | os.PathLike[str], progress: Progress | None = None, base_url: str = UNIPROT
 ) -> FetchedRelease:
-    """UniRef50 of the release `YYYY_NN`, or of `current`, as `<folder>/uniref50_<version>.fasta.gz` (or `.fasta`).
+    """Download UniRef50, release `YYYY_NN` or `current`, to `<folder>/uniref50_<version>.fasta.gz` (or `.fasta`).
 
-    A release that was fetched into the folder before is checked by its MD5 and returned; if it was asked for by its
-    number, without a connection. Else it is downloaded, going on where an earlier call broke off. An archived release
-    needs room for its archive, some 170 GB, which is removed once the FASTA is written, some 10 GB.
+    A release that exists in the folder is checked by its MD5 and returned, for a number without a connection. Otherwise
+    it is downloaded; an interrupted download resumes. An archived release needs space for its archive, some 170 GB,
+    which is removed once the FASTA, some 10 GB, is written.
 
     `progress` is called with the bytes downloaded. For an archived release it then starts again from 0, with the bytes
-    of the archive that have been read to write the FASTA.
+    of the archive that have been read.
 
     Raises `ReleaseError` as `locate_release`, `download` and `extract_fasta` do.
     """
@@ -110,7 +103,7 @@ def fetch_release(
 
 
 def locate_release(name: str, *, base_url: str = UNIPROT) -> Release:
-    """The release `YYYY_NN`, or the `current` one, from its metalink under `base_url`; nothing else is downloaded.
+    """Return the release `YYYY_NN`, or `current`, by its metalink under `base_url`; nothing else is downloaded.
 
     Raises `ReleaseError`: a name of another form, an address that `download` refuses, no such release, a server that
     does not answer, a metalink that is no such file, has a DTD, or lacks the version, the size or the MD5.
@@ -161,14 +154,14 @@ def _record_path(folder: Path, version: str) -> Path:
 
 
 def _remember(fetched: FetchedRelease, file_md5: str) -> None:
-    """Note beside the FASTA where it came from, with its own size and MD5, so that it is known again."""
+    """Record the source of the FASTA beside it, with its size and MD5."""
     file = {"path": fetched.path.name, "file_bytes": fetched.path.stat().st_size, "file_md5": file_md5}
     path = _record_path(fetched.path.parent, fetched.version)
     write_atomically(path, json.dumps(fetched._asdict() | file, indent=2) + "\n")
 
 
 def _recall(folder: Path, version: str) -> FetchedRelease | None:
-    """What an earlier call put into the folder, if the file is there and as it was."""
+    """Return the release that an earlier call wrote to the folder, if the file is unchanged."""
     try:
         record: dict[str, Any] = json.loads(_record_path(folder, version).read_text())
         path = folder / record["path"]
@@ -183,8 +176,8 @@ def _recall(folder: Path, version: str) -> FetchedRelease | None:
 _MEMBERS = ("uniref50.fasta.gz", "uniref50.fasta", "uniref50.xml.gz", "uniref50.xml")
 _INNER_TARS = ("uniref50.tar", "uniref50.tar.gz")
 _FASTA_SHARE = {"uniref50.fasta.gz": 1.0, "uniref50.fasta": 1.0, "uniref50.xml.gz": 0.85, "uniref50.xml": 0.2}
-"""What is written, by the size of the member that is read. For XML this is rather too much: it was measured on the
-shipped sample, put into clusters of a single member each, and more members add to the XML but not to the FASTA."""
+"""Bytes written per byte of the member. For XML it is an upper bound: it was measured on the shipped sample in clusters
+of a single member, and more members add to the XML but not to the FASTA."""
 _ARCHIVE_TO_FASTA = 17  # some 170 GB to some 10 GB
 _BLOCK_BYTES = 2**16  # read of the archive at once; gzip makes up to a thousand times as much of it
 _LINE_RESIDUES = 60
@@ -192,14 +185,14 @@ _DAMAGE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, expat.Expat
 
 
 def extract_fasta(archive: Path, folder: Path, version: str, progress: Progress | None = None) -> Path:
-    """UniRef50 of an archived release, out of its tar, as `<folder>/uniref50_<version>.fasta.gz`, or `.fasta` if plain.
+    """Extract UniRef50 from an archived release to `<folder>/uniref50_<version>.fasta.gz`, or `.fasta` if plain.
 
-    The tars are read through once; nothing of them but the contents of one file, known by its name, reaches the disk.
-    A FASTA is copied as it is; of XML the representative sequences are written. `progress` is told how many bytes of
-    the archive have been read, and its size, which is not reached where other files follow UniRef50.
+    The tars are read once, and only the content of one file, selected by name, is written to disk. A FASTA is copied;
+    of XML the representative sequences are written. `progress` gets the bytes read of the archive, and its size, which
+    is not reached where other files follow UniRef50.
 
-    The room for it is checked twice: before the archive is read, for the share that a FASTA has of UniProt's archives,
-    and before the FASTA is written, by the size of the file in the archive (of XML, an estimate).
+    The free space is checked before the archive is read, by the typical share of the FASTA, and before the FASTA is
+    written, by the size of the member (an estimate for XML).
 
     Raises `ReleaseError` for too little room, an archive that is damaged or has no UniRef50, a file that cannot be
     written, another process at the same file.
@@ -225,7 +218,7 @@ def extract_fasta(archive: Path, folder: Path, version: str, progress: Progress 
 
 
 class _MeteredFile(io.FileIO):
-    """A file that tells how far it has been read."""
+    """A file that reports how far it has been read."""
 
     def __init__(self, path: Path, progress: Progress | None) -> None:
         super().__init__(path)
@@ -240,7 +233,7 @@ class _MeteredFile(io.FileIO):
 
 
 def _members(tar: tarfile.TarFile, inner_tars: tuple[str, ...]) -> Iterator[tuple[str, int, IO[bytes]]]:
-    """The files of a tar, and of the tars in it, that hold UniRef50: name, size, content to read before the next."""
+    """Yield the files of UniRef50 in a tar and its inner tars: name, size, content to read before the next."""
     for member in tar:
         name = PurePosixPath(member.name).name
         content = tar.extractfile(member) if member.isreg() and name in (*_MEMBERS, *inner_tars) else None
@@ -261,7 +254,7 @@ def _write_fasta(name: str, size: int, content: IO[bytes], target: Path) -> None
             require_room(part, int(size * _FASTA_SHARE[name]))
             if "xml" in name:
                 xml: IO[bytes] = gzip.GzipFile(fileobj=content) if name.endswith(".gz") else content  # type: ignore[assignment]
-                # Level 1: this is what the conversion mostly waits for. No name and time, so that it is reproducible.
+                # Level 1, as compression takes most of the time. No name and time, so that it is reproducible.
                 with gzip.GzipFile("", "wb", compresslevel=1, fileobj=stream, mtime=0) as packed:
                     _XmlToFasta(packed).convert(xml)
             else:
@@ -279,14 +272,14 @@ def _part_of(target: Path) -> Path:
 
 
 def refuse_doctype(*_: object) -> None:
-    """For expat's `StartDoctypeDeclHandler`: without a DTD, XML can neither grow without bound nor read our files."""
+    """Refuse a DTD (expat's `StartDoctypeDeclHandler`), by which XML can grow without bound or read local files."""
     raise ValueError("it has a DTD, which may hide anything")
 
 
 class _XmlToFasta:
-    """Writes the representative of each cluster of UniRef's XML, with the header that UniRef's FASTA gives it.
+    """Write the representative of each cluster of UniRef's XML, with the header of UniRef's FASTA.
 
-    By expat's own events, so that a cluster of a million members needs no more memory than one of a single one.
+    It uses expat's events, so that memory does not grow with the members of a cluster.
     """
 
     def __init__(self, sink: IO[bytes] | gzip.GzipFile) -> None:
@@ -299,7 +292,7 @@ class _XmlToFasta:
         self.parser.StartElementHandler = self._seek_entry
 
     def convert(self, xml: IO[bytes]) -> None:
-        """Raises `ExpatError` or `ValueError` for what is no XML, or not UniRef's."""
+        """Convert a whole file. Raises `ExpatError` or `ValueError` for XML that is invalid or not UniRef's."""
         while block := xml.read(1 << 20):
             self.parser.Parse(block, False)
         self.parser.Parse(b"", True)
@@ -331,7 +324,7 @@ class _XmlToFasta:
         else:
             self._write("".join("".join(self.text).split()))
             self.fields = {}
-            self.parser.StartElementHandler = self._seek_entry  # the other members of the cluster are passed over
+            self.parser.StartElementHandler = self._seek_entry  # skips the other members of the cluster
 
     def _write(self, residues: str) -> None:
         fields = self.fields
