@@ -22,6 +22,7 @@ from bionemo_esm.data.fasta import FastaError, SourceError, read_fasta
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.inputs import InputError, InputInventory, InputPolicy, proteins_of, read_proteins, scan_input
 from conftest import SAMPLE
+from errors import refused
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 CRAMBIN = "TTCCPSIVARSNFNVCRLPGTPEALCATYTGCIIIPGATCPGDYAN"
@@ -394,3 +395,25 @@ def test_advice_is_in_the_words_of_who_can_follow_it(place: str, tmp_path: Path)
 def test_a_damaged_fasta_is_told_as_the_data_reader_tells_it(tmp_path: Path) -> None:
     with pytest.raises(FastaError, match="gzip stream is damaged"):
         read(written(tmp_path, "cut.fasta.gz", gzip.compress(fasta(TWO))[:-9]))
+
+
+@pytest.mark.parametrize("records", [1, 3, 1500])
+def test_nucleotides_are_refused_as_preprocess_refuses_them(tmp_path: Path, records: int) -> None:
+    path = tmp_path / "genes.fasta"
+    path.write_text("".join(f">gene{number}\nATGGTGCATCTGACTCCTGAGGAG\n" for number in range(records)))
+    with refused("fasta.nucleotides", f"{path}: looks like DNA or RNA"):
+        scan_input(path)
+    with refused("fasta.nucleotides", "looks like DNA or RNA"):
+        proteins_of({"gene": "ATGGTGCATCTGACTCCTGAGGAG"})
+
+
+@pytest.mark.parametrize("sequence", ["GATTACA", "GAGAGAGAGAGAGAGAGAGAGAGA"])
+def test_a_peptide_of_the_letters_of_bases_is_a_protein(sequence: str) -> None:
+    assert [protein.residues for protein in proteins_of([sequence])] == [len(sequence)]
+
+
+def test_a_file_of_another_format_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "crystallin.fasta"
+    path.write_text(">P1;CRAB_ANAPL\nALPHA CRYSTALLIN B CHAIN.\n MDITIHNPLI*\n")
+    with refused("fasta.format", f"{path}: is a PIR file"):
+        scan_input(path)

@@ -22,8 +22,15 @@ from unicodedata import category
 import numpy as np
 from numpy.typing import NDArray
 
-from bionemo_esm.alphabet import TOKEN_IDS, UNK_ID, encode
-from bionemo_esm.data.fasta import MAX_RECORD_BYTES, STANDARD_INPUT, Source, read_fasta
+from bionemo_esm.alphabet import TOKEN_IDS, UNK_ID, VOCABULARY_SIZE, encode
+from bionemo_esm.data.fasta import (
+    MAX_RECORD_BYTES,
+    NUCLEOTIDE_RECORDS,
+    STANDARD_INPUT,
+    Source,
+    read_fasta,
+    refuse_nucleotides,
+)
 from bionemo_esm.data.kernels import DigestSet
 from bionemo_esm.errors import ConfigError, UserError
 
@@ -220,10 +227,14 @@ def scan_input(path: str | os.PathLike[str], policy: InputPolicy | None = None) 
 def _checked(
     name: str, records: Iterable[_Record], policy: InputPolicy, skipped: Callable[[str], None]
 ) -> Iterator[Protein]:
-    seen = DigestSet()
+    seen, counts = DigestSet(), np.zeros(VOCABULARY_SIZE, dtype=np.int64)
     for number, record in enumerate(records, start=1):
         where = f"{name}, record {number}" + (f" ({_shown(record.id)})" if record.id else "")
         tokens = encode(_one_byte_each(record.sequence.removesuffix(b"*")))
+        if number <= NUCLEOTIDE_RECORDS:
+            counts += np.bincount(tokens, minlength=VOCABULARY_SIZE)
+        if number == NUCLEOTIDE_RECORDS:
+            refuse_nucleotides(name, counts)
         problem = _problem(record, tokens, policy)
         if not problem and not seen.add(np.array([_digest(record.id)], dtype=np.uint64))[0]:
             problem = "an earlier record has the same id; ids must differ, as results are found by them"
@@ -234,6 +245,7 @@ def _checked(
         else:
             advice = policy.advice("; {} leaves such records out", "bad_records", "skip")
             raise InputError(f"{where}: {problem}{advice}")
+    refuse_nucleotides(name, counts)
 
 
 def _problem(record: _Record, tokens: NDArray[np.uint8], policy: InputPolicy) -> str:
