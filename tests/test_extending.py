@@ -1,0 +1,142 @@
+"""The examples of docs/extending.md: written to files as they stand, installed by pip, and run by their commands."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bionemo_esm.data.fasta import read_fasta
+from models import tiny_model
+from runs import ROOT, composed
+from scripts.structure import Structure
+
+PAGE = (ROOT / "docs" / "extending.md").read_text()
+SECTIONS = {section.splitlines()[0]: section for section in re.split(r"^## ", PAGE, flags=re.M)}
+
+
+def titled_blocks(text: str) -> list[tuple[str, str]]:
+    return re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', text, re.S | re.M)
+
+
+def commands(section: str) -> list[list[str]]:
+    (block,) = re.findall(r"^```bash\n(.*?)^```", SECTIONS[section], re.S | re.M)
+    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+
+
+def run(arguments: list[str], folder: Path, site: Path) -> str:
+    """Run a command with the packages of `site`; its screen. The command succeeds."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
+    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_commands(section: str, folder: Path, site: Path) -> str:
+    outputs = []
+    for program, *arguments in commands(section):
+        assert program == "bionemo-esm"
+        outputs.append(run([sys.executable, "-m", "bionemo_esm", *arguments], folder, site))
+    return "".join(outputs)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page's package, installed by pip into a folder of its own."""
+    source, target = tmp_path_factory.mktemp("my-plugin"), tmp_path_factory.mktemp("site")
+    (source / "my_plugin").mkdir()
+    (source / "my_plugin" / "__init__.py").touch()
+    for title, code in titled_blocks(PAGE):
+        if title == "pyproject.toml" or title.startswith("my_plugin/"):
+            with (source / title).open("a") as file:
+                file.write(code + "\n")
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(target)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(source)], check=True, capture_output=True)
+    return target
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model, proteins and labels for the commands."""
+    tiny_model().save_to(str(tmp_path / "model.nemo"))
+    proteins = list(read_fasta(ROOT / "bionemo_esm" / "data" / "sample" / "test.fasta.gz"))[:12]
+    sequences = [record.sequence.decode()[:60] for record in proteins]
+    (tmp_path / "proteins.fasta").write_text("".join(f">p{i}\n{text}\n" for i, text in enumerate(sequences)))
+    with (tmp_path / "mine.csv").open("w", newline="") as file:
+        rows = ([f"p{i}", text, text.count("A") + 0.5 * text.count("G")] for i, text in enumerate(sequences))
+        csv.writer(file).writerows([["id", "sequence", "activity"], *rows])
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_an_optimizer_of_another_package_trains_and_continues_from_its_state(site: Path, tmp_path: Path) -> None:
+    text = run_commands("An optimizer", tmp_path, site)
+    assert "Done in" in text
+    (command,) = commands("An optimizer")
+    longer = [word.replace("max_steps=20", "max_steps=22") for word in command[1:]]
+    longer = [word.replace("name=muon", "name=longer") if "exp_manager" in word else word for word in longer]
+    arguments = [sys.executable, "-m", "bionemo_esm", *longer, "continue_from_path=runs/muon"]
+    assert "after the 20 of" in run(arguments, tmp_path, site)
+
+
+@pytest.mark.slow
+def test_a_head_of_another_package_is_fitted_and_predicts(site: Path, folder: Path) -> None:
+    run_commands("A head", folder, site)
+    with (folder / "predictions.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 12
+
+
+@pytest.mark.slow
+def test_an_embedding_writer_of_another_package_writes_what_it_reads(site: Path, folder: Path) -> None:
+    run_commands("An embedding writer", folder, site)
+    arguments = [word.replace(".jsonl", ".npz") for word in commands("An embedding writer")[0][1:]]
+    run([sys.executable, "-m", "bionemo_esm", *arguments], folder, site)
+    code = (
+        "from bionemo_esm.inference.embedding.formats import read_embeddings\n"
+        "pairs = zip(read_embeddings('embeddings.jsonl'), read_embeddings('embeddings.npz'), strict=True)\n"
+        "print(sum(a.id == b.id and a.arrays['mean_2'].tobytes() == b.arrays['mean_2'].tobytes() for a, b in pairs))"
+    )
+    assert run([sys.executable, "-c", code], folder, site) == "12\n"
+
+
+def test_a_model_family_is_one_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bionemo_esm.pretraining.recipe import load_recipe
+
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    ((title, text),) = titled_blocks(SECTIONS["A model family"])
+    (tmp_path / title).write_text(text)
+    monkeypatch.setattr("runs.config_directory", lambda part="": tmp_path / "conf" / part)
+    ((_, _, *settings),) = commands("A model family")
+    model = load_recipe(composed(*settings)).model
+    assert (model.num_layers, model.hidden_size, model.position_embedding) == (3, 480, "rotary")
+
+
+def test_a_masking_rule_is_one_function(tmp_path: Path) -> None:
+    """The page's function in place of the one of the same name selects spans."""
+    shutil.copytree(ROOT / "bionemo_esm", tmp_path / "bionemo_esm", ignore=shutil.ignore_patterns("__pycache__"))
+    ((title, code),) = titled_blocks(SECTIONS["A masking rule"])
+    lines = (tmp_path / title).read_text().splitlines()
+    (old,) = (node for node in ast.parse("\n".join(lines)).body if getattr(node, "name", "") == "_choose")
+    assert isinstance(old, ast.FunctionDef)
+    lines[old.decorator_list[0].lineno - 1 : old.end_lineno] = code.splitlines()
+    (tmp_path / title).write_text("\n".join(lines) + "\n")
+    (script,) = re.findall(r"^```python\n(.*?)^```", SECTIONS["A masking rule"], re.S | re.M)
+    chosen = run([sys.executable, "-c", script], tmp_path, tmp_path).strip()
+    spans = {chosen[at : at + 3] for at in range(0, len(chosen) - 2, 3)}
+    assert len(chosen) == 76
+    assert spans == {"...", "***"}
+
+
+def test_no_example_needs_more_files_than_it_should() -> None:
+    most = {"An optimizer": 3, "A head": 2, "An embedding writer": 2, "A model family": 1, "A masking rule": 1}
+    found = {name: len(files) for name, files in Structure().extension_files().items()}
+    assert found.keys() == most.keys()
+    assert all(found[name] <= most[name] for name in most), found
