@@ -61,8 +61,9 @@ class Module:
 
 
 def layer_of(module: str) -> str:
+    """Name of the layer; "" for entry points, to which every `__main__` belongs."""
     parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in LAYERS else ""
+    return parts[1] if len(parts) > 1 and parts[1] in LAYERS and parts[-1] != "__main__" else ""
 
 
 def is_upward(source: str, target: str) -> bool:

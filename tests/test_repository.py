@@ -18,14 +18,11 @@ PACKAGE = ROOT / "bionemo_esm"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-CIRCLES_TO_RESOLVE: list[list[str]] = []  # known today; a circle that is not listed here fails
-
-
 def test_imports_go_down_the_layers_and_never_in_circles() -> None:
     structure = Structure()
     assert structure.upward_imports() == []
     assert structure.circles(top_level_only=True) == []
-    assert [circle for circle in structure.circles(top_level_only=False) if circle not in CIRCLES_TO_RESOLVE] == []
+    assert structure.circles(top_level_only=False) == []
 
 
 def test_the_structure_script_finds_circles_upward_imports_and_names_in_strings(tmp_path: Path) -> None:
