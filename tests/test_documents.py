@@ -156,8 +156,12 @@ def test_every_import_in_the_documents_works() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_pictures_and_files_that_a_document_names_exist(document: Path) -> None:
     text = document.read_text()
-    for target in re.findall(r"\]\((?!\w+:)([^)#]+)", text):
-        assert (document.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)(#[^)]+)?\)", text):
+        path = document.parent / target if target else document
+        assert path.exists(), target
+        headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M) if anchor else []
+        slugs = {"#" + re.sub(r"[^\w -]", "", heading).lower().strip().replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in slugs, target + anchor
     for path in re.findall(r"`((?:bionemo_esm|conf|examples|scripts|benchmarks|docs|tests)/[\w/.-]*\w\.\w+)`", text):
         assert (ROOT / path).exists(), path
     for name in re.findall(r"`(test_\w+\.py)`", text):
