@@ -15,8 +15,7 @@ from bionemo_esm.alphabet import MASK_ID, PAD_ID, VOCABULARY_SIZE
 from bionemo_esm.model.archive import Archive, read_archive, write_archive
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.interchange.key_mapping import HUGGING_FACE
-from bionemo_esm.model.interchange.state_dict_adapter import to_foreign
+from bionemo_esm.model.interchange.state_dict_adapter import HUGGING_FACE, from_native
 
 TINY = {
     "num_layers": 2,
@@ -78,4 +77,4 @@ def padded_twin(model: ESM1nvModel) -> EsmForMaskedLM:
 
 def translated(tensors: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
     """Weights, or their gradients, under Hugging Face's names and in its layouts."""
-    return dict(to_foreign(config, dict.fromkeys(tensors, torch.float32), tensors.__getitem__, HUGGING_FACE))
+    return dict(from_native(config, dict.fromkeys(tensors, torch.float32), tensors.__getitem__, HUGGING_FACE))

@@ -16,6 +16,7 @@ from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.model.archive import ArchiveFile, read_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.interchange.convert import export_model, import_model
+from bionemo_esm.model.interchange.formats import FORMATS
 from bionemo_esm.model.interchange.state_dict_adapter import interpolate_positions
 from models import tiny_model
 from peers import logits_of
@@ -173,6 +174,66 @@ def test_to_hugging_face_and_back_every_bit_is_the_same(tmp_path: Path, family: 
     ours = ArchiveFile.open(tmp_path / "ours.nemo")
     assert report.weights_sha256 == ours.weights_sha256
     assert {**ArchiveFile.open(report.output).config, "seed": 1} == dict(ours.config)
+
+
+# Formats of other packages
+
+PLUGIN = """
+import json
+from pathlib import Path
+
+from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.interchange.export import DTYPES, ExportReport
+from bionemo_esm.model.interchange.formats import ModelFormat
+from bionemo_esm.model.interchange.state_dict_adapter import FAIR_ESM, SourceModel, SourceTensors, from_native
+from bionemo_esm.model.tar_format import Section
+from bionemo_esm.model.tensor_io import TensorTable, tensor_member
+from bionemo_esm.model.validate import check_sizes
+
+
+class PairFormat(ModelFormat):
+    description, suffixes = "a pair of files", (".pair",)
+
+    def detect(self, source):
+        return source.endswith(".pair")
+
+    def read(self, source, revision, tell):
+        path = Path(source)
+        config = EncoderConfig.from_config(json.loads(path.with_suffix(".json").read_text()))
+        table = TensorTable.open(path, path.name, Section(0, path.stat().st_size))
+        origin = {"imported_from": {"format": "pair", "source": path.name}}
+        return SourceModel(FAIR_ESM, config, SourceTensors.of(source, [table], FAIR_ESM), origin)
+
+    def write(self, file, target, *, precision, shard_bytes, progress):
+        config, dtypes = check_sizes(file), {name: DTYPES["32"] for name in file.weights.infos}
+        target.with_suffix(".json").write_text(json.dumps(config.to_dict()))
+        with target.open("wb") as stream:
+            tensor_member(from_native(config, dtypes, file.load_finite, FAIR_ESM)).write(stream)
+        return ExportReport(target, config, "32", {target.name: target.stat().st_size}, ())
+
+
+PAIR = PairFormat()
+"""
+
+
+def test_a_format_of_another_package_is_written_and_read(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "site" / "pair_plugin-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info.parent / "pair_plugin.py").write_text(PLUGIN)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pair-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[bionemo_esm.formats]\npair = pair_plugin:PAIR\n")
+    monkeypatch.syspath_prepend(info.parent)
+    monkeypatch.setattr(FORMATS, "_plugins_loaded", False)
+    monkeypatch.setattr(FORMATS, "_parts", dict(FORMATS._parts))
+    first = import_model(sources / "ESM-2", tmp_path / "first.nemo")
+    export_model(first.output, tmp_path / "theirs.pair")
+    report = import_model(tmp_path / "theirs.pair", tmp_path / "back.nemo")
+    assert report.weights_sha256 == first.weights_sha256
+    assert report.provenance["imported_from"] == {"format": "pair", "source": "theirs.pair"}
+    with pytest.raises(ConfigError, match=r"from a pair of files an archive is made, so its name must end in \.nemo"):
+        import_model(tmp_path / "theirs.pair", tmp_path / "folder")
 
 
 # Faults

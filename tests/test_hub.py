@@ -253,7 +253,7 @@ def test_the_needed_files_are_fetched_and_no_others(fetch: Fetch, tmp_path: Path
     assert folder.is_relative_to(tmp_path)
     told_of = [path for _, path, _ in hub.requests.all if not path.startswith(("/api/models/lab/esm/", "/lab/esm/"))]
     assert not told_of  # nothing about who asks
-    assert read_hugging_face(folder, tmp_path).config.num_layers == 1
+    assert read_hugging_face(folder).config.num_layers == 1
 
 
 @pytest.mark.usefixtures("repository")

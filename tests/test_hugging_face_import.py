@@ -22,12 +22,12 @@ from bionemo_esm.errors import UserError
 from bionemo_esm.model.archive import Archive, write_archive
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.interchange.huggingface import read_hugging_face
-from bionemo_esm.model.interchange.key_mapping import HUGGING_FACE
 from bionemo_esm.model.interchange.state_dict_adapter import (
+    HUGGING_FACE,
     ImportedWeights,
     InterchangeError,
     SourceModel,
-    to_foreign,
+    from_native,
     to_native,
 )
 from theirs import FAMILIES, SMALL, Shape, hugging_face_model
@@ -69,14 +69,12 @@ WAYS: dict[str, Callable[[EsmForMaskedLM, Path], Any]] = {
 
 
 def read(folder: Path) -> SourceModel:
-    scratch = folder.with_name(f"{folder.name}-scratch")
-    scratch.mkdir()
-    return read_hugging_face(folder, scratch)
+    return read_hugging_face(folder)
 
 
 def taken(folder: Path) -> ImportedWeights:
     foreign = read(folder)
-    return to_native(foreign.tensors, foreign.config, foreign.dialect)
+    return to_native(foreign.tensors, foreign.config, foreign.key_mapping)
 
 
 def refused(folder: Path, *parts: str) -> str:
@@ -102,7 +100,7 @@ def test_every_tensor_that_was_saved_is_read_back_bit_for_bit(tmp_path: Path, fa
     assert len(list((tmp_path / "saved").iterdir())) > 2 or "shards" not in way
     ours = taken(tmp_path / "saved")
     dtypes = {name: tensor.dtype for name, tensor in ours.weights.outline.items()}
-    back = to_foreign(ours.config, dtypes, ours.weights.__getitem__, HUGGING_FACE)
+    back = from_native(ours.config, dtypes, ours.weights.__getitem__, HUGGING_FACE)
     theirs = {name: tensor for name, tensor in model.state_dict().items() if "decoder" not in name}
     if (frequencies := theirs.pop(FREQUENCIES, None)) is not None:
         assert torch.equal(ours.weights["encoder.rotary.frequencies"], frequencies)
@@ -128,7 +126,7 @@ def test_the_model_that_is_read_answers_as_theirs_does(tmp_path: Path, family: s
 def test_where_a_model_is_from_is_recorded_with_hashes_of_all_that_was_read(tmp_path: Path) -> None:
     esm().save_pretrained(tmp_path / "mine", max_shard_size="40KB")
     told: list[int] = []
-    foreign = read_hugging_face(tmp_path / "mine", tmp_path, source="me/mine", revision="abc", tell=told.append)
+    foreign = read_hugging_face(tmp_path / "mine", source="me/mine", revision="abc", advance=told.append)
     origin = foreign.provenance["imported_from"]
     files = [path for path in (tmp_path / "mine").iterdir() if path.name != "generation_config.json"]
     assert origin["sha256"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -69,7 +68,7 @@ class Inspect:
         try:
             command_line.main()
         except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         return Said(code, *self._capfd.readouterr())
 
 
@@ -471,17 +470,17 @@ def test_help_names_both_and_a_picture_is_of_a_store_only(tmp_path: Path, inspec
 # what it costs
 
 
-def test_the_card_needs_neither_torch_nor_nemo_nor_hydra_and_no_second(checkpoint: Path) -> None:
+def test_the_card_needs_neither_torch_nor_nemo_nor_hydra(checkpoint: Path) -> None:
     code = (
         "import sys; from bionemo_esm.__main__ import main\n"
-        f"sys.argv = ['bionemo-esm', 'inspect', {str(checkpoint)!r}, '--verify']\nmain()\n"
+        f"sys.argv = ['bionemo-esm', 'inspect', {str(checkpoint)!r}, '--verify']\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
         "heavy = ('torch', 'nemo', 'megatron', 'lightning', 'hydra', 'numba', 'matplotlib')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert time.monotonic() - started < 5  # 0.3 on an idle machine
 
 
 def test_verify_tells_how_far_it_is(checkpoint: Path, inspect: Inspect, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,7 @@ from torch.nn.functional import cross_entropy
 from bionemo_esm.alphabet import PAD_ID, encode
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.model.esm1nv import ESM1nvModel
-from bionemo_esm.model.interchange.key_mapping import FAIR_ESM, HUGGING_FACE
-from bionemo_esm.model.interchange.state_dict_adapter import to_foreign
+from bionemo_esm.model.interchange.state_dict_adapter import FAIR_ESM, HUGGING_FACE, from_native
 from peers import Peer, Proteins, batch_of, brought_here, errors, fair_esm, hugging_face, padded
 from theirs import Shape
 
@@ -79,7 +78,7 @@ def test_loss_and_gradients_are_those_of_hugging_face(
     gradients |= dict(ours.named_buffers())
     theirs = dict(peer.model.named_parameters())
     compared = 0
-    for name, ours_there in to_foreign(
+    for name, ours_there in from_native(
         ours.encoder_config, dict.fromkeys(gradients), gradients.get, HUGGING_FACE
     ).items():
         if "contact" in name or "inv_freq" in name:
@@ -96,6 +95,6 @@ def test_a_difference_would_be_seen(batches: dict[str, Proteins], tmp_path: Path
     assert all(found[quantity] > TOLERANCE for quantity in ("hidden states", "attentions", "logits"))
 
 
-def test_both_dialects_name_the_same_parts() -> None:
+def test_both_key_mappings_name_the_same_parts() -> None:
     assert HUGGING_FACE.parts.keys() == FAIR_ESM.parts.keys()
     assert HUGGING_FACE.layer_parts.keys() == FAIR_ESM.layer_parts.keys()

@@ -14,13 +14,15 @@ from torch import Tensor
 from bionemo_esm.alphabet import MASK_ID, VOCABULARY_SIZE
 from bionemo_esm.model.attention import rotary_frequencies
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.interchange.key_mapping import FAIR_ESM, HUGGING_FACE, KeyMapping
 from bionemo_esm.model.interchange.state_dict_adapter import (
+    FAIR_ESM,
+    HUGGING_FACE,
     ImportedWeights,
     InterchangeError,
+    KeyMapping,
     SourceTensors,
+    from_native,
     rules,
-    to_foreign,
     to_native,
 )
 from bionemo_esm.model.tar_format import Section
@@ -31,39 +33,43 @@ ESM1NV = EncoderConfig.from_config(SIZES)
 ESM1B = EncoderConfig.from_config(SIZES | {"embedding_layernorm": True, "token_dropout": True, "contact_head": True})
 ESM2 = EncoderConfig.from_config(SIZES | {"token_dropout": True, "position_embedding": "rotary", "contact_head": True})
 FAMILIES = pytest.mark.parametrize("config", [ESM1NV, ESM1B, ESM2], ids=["ESM-1nv", "ESM-1b", "ESM-2"])
-DIALECTS = pytest.mark.parametrize("dialect", [HUGGING_FACE, FAIR_ESM], ids=["Hugging Face", "fair-esm"])
+KEY_MAPPINGS = pytest.mark.parametrize("key_mapping", [HUGGING_FACE, FAIR_ESM], ids=["Hugging Face", "fair-esm"])
 WORDS, DECODER = "esm.embeddings.word_embeddings.weight", "lm_head.decoder.weight"
 POSITIONS, REGRESSION = "esm.embeddings.position_embeddings.weight", "esm.contact_head.regression.weight"
 FREQUENCIES = "esm.encoder.layer.{}.attention.self.rotary_embeddings.inv_freq"
 Weights = dict[str, Tensor]
 
 
-def foreign(config: EncoderConfig, dialect: KeyMapping = HUGGING_FACE) -> Weights:
+def foreign(config: EncoderConfig, key_mapping: KeyMapping = HUGGING_FACE) -> Weights:
     """Random weights under another library's names; position tables begin with the two rows that nothing reads."""
     generator = torch.Generator().manual_seed(1)
     return {
         name: torch.randn(rule.shape, generator=generator)
         if rule.ours != "encoder.rotary.frequencies"
         else rotary_frequencies(config.head_size).half().float()
-        for rule in rules(config, dialect)
+        for rule in rules(config, key_mapping)
         for name in rule.theirs
     }
 
 
-def opened(folder: Path, weights: Weights, dialect: KeyMapping = HUGGING_FACE, name: str = "model") -> SourceTensors:
+def opened(
+    folder: Path, weights: Weights, key_mapping: KeyMapping = HUGGING_FACE, name: str = "model"
+) -> SourceTensors:
     path = folder / f"{name}.safetensors"
     save_file({key: tensor.contiguous().clone() for key, tensor in weights.items()}, path)
     table = TensorTable.open(path, "weights", Section(0, path.stat().st_size))
-    return SourceTensors.of(str(folder), [table], dialect)
+    return SourceTensors.of(str(folder), [table], key_mapping)
 
 
-def taken(folder: Path, config: EncoderConfig, weights: Weights, dialect: KeyMapping = HUGGING_FACE) -> ImportedWeights:
-    return to_native(opened(folder, weights, dialect), config, dialect)
+def taken(
+    folder: Path, config: EncoderConfig, weights: Weights, key_mapping: KeyMapping = HUGGING_FACE
+) -> ImportedWeights:
+    return to_native(opened(folder, weights, key_mapping), config, key_mapping)
 
 
-def given(result: ImportedWeights, dialect: KeyMapping = HUGGING_FACE) -> Weights:
+def given(result: ImportedWeights, key_mapping: KeyMapping = HUGGING_FACE) -> Weights:
     dtypes = {name: tensor.dtype for name, tensor in result.weights.outline.items()}
-    return dict(to_foreign(result.config, dtypes, result.weights.__getitem__, dialect))
+    return dict(from_native(result.config, dtypes, result.weights.__getitem__, key_mapping))
 
 
 def identical(ours: Weights, theirs: Weights) -> bool:
@@ -76,10 +82,12 @@ def identical(ours: Weights, theirs: Weights) -> bool:
 
 
 @FAMILIES
-@DIALECTS
-def test_what_is_taken_in_is_given_back_bit_for_bit(tmp_path: Path, config: EncoderConfig, dialect: KeyMapping) -> None:
-    weights = foreign(config, dialect)
-    assert identical(given(taken(tmp_path, config, weights, dialect), dialect), weights)
+@KEY_MAPPINGS
+def test_what_is_taken_in_is_given_back_bit_for_bit(
+    tmp_path: Path, config: EncoderConfig, key_mapping: KeyMapping
+) -> None:
+    weights = foreign(config, key_mapping)
+    assert identical(given(taken(tmp_path, config, weights, key_mapping), key_mapping), weights)
 
 
 @FAMILIES
@@ -192,7 +200,7 @@ def test_no_more_than_one_tensor_of_ours_is_held_while_a_model_is_given_away(tmp
         loaded.append(weakref.ref(tensor))
         return tensor
 
-    for name in to_foreign(ESM1NV, dict.fromkeys(weights, torch.float32), load, HUGGING_FACE).items():
+    for name in from_native(ESM1NV, dict.fromkeys(weights, torch.float32), load, HUGGING_FACE).items():
         del name
         assert sum(reference() is not None for reference in loaded) <= 1
     assert len(loaded) > 10

@@ -38,8 +38,7 @@ from bionemo_esm.inference.inputs import Protein, read_proteins
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.interchange.convert import import_model
-from bionemo_esm.model.interchange.key_mapping import FAIR_ESM
-from bionemo_esm.model.interchange.state_dict_adapter import to_foreign
+from bionemo_esm.model.interchange.state_dict_adapter import FAIR_ESM, from_native
 from theirs import Shape, fair_esm_model, hugging_face_model, saved  # type: ignore[import-not-found]
 
 SAMPLE = Path(__file__).parents[2] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
@@ -184,7 +183,7 @@ def fair_esm_peer(form: Form, shape: Shape, archive: Path) -> nn.Module:
     whole = read_archive(archive)
     config, dtypes = EncoderConfig.from_config(whole.config["encoder"]), dict.fromkeys(whole.weights, torch.float32)
     missing, unknown = model.load_state_dict(
-        dict(to_foreign(config, dtypes, whole.weights.__getitem__, FAIR_ESM)), False
+        dict(from_native(config, dtypes, whole.weights.__getitem__, FAIR_ESM)), False
     )
     assert not unknown
     assert all(name == "lm_head.weight" for name in missing), missing  # tied to the embeddings

@@ -1,9 +1,9 @@
-"""Models at rest: the `.nemo` archive, and the `.ckpt` that holds the state of a training beside the same members.
+"""Model files: the `.nemo` archive, and the `.ckpt`, which has the training state beside the same members.
 
-A plain tar of `model_config.yaml`, `manifest.json` and `model_weights.safetensors`; a checkpoint has `state.json` and
-`state.safetensors` as well. Nothing in it is a pickle, an import path that is followed, or ever extracted to disk; the
-class comes from our own registry of names. Every byte is covered by a SHA-256 or checked to be zero. Equal content
-gives equal bytes. Reading the small members needs neither torch nor NeMo.
+A file is a plain tar of `model_config.yaml`, `manifest.json` and `model_weights.safetensors`; a checkpoint has
+`state.json` and `state.safetensors` as well. It contains no pickle. No import path in it is followed: the class comes
+from our own registry of names. No member is extracted to disk. Every byte is covered by a SHA-256 or checked to be
+zero. Equal content gives equal bytes. Reading the small members needs neither torch nor NeMo.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ STATE, STATE_TENSORS = "state.json", "state.safetensors"
 FORMAT_VERSION = 2
 _MODEL, _TRAINING = (CONFIG, MANIFEST, WEIGHTS), (STATE, STATE_TENSORS)
 _SIZE_LIMITS = {CONFIG: 1 << 16, MANIFEST: 1 << 20, WEIGHTS: 1 << 38, STATE: 1 << 20, STATE_TENSORS: 1 << 40}
-"""Bytes; no honest member comes near, and a hostile one cannot keep a parser busy."""
+"""Bytes; far above any valid member, and low enough that a hostile one cannot keep a parser busy."""
 _WEIGHT_DTYPES = ("F32", "BF16")
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A model at rest: the name of its class, its configuration, its weights by parameter name, where it came from.
+    """Content of a file: name of the model's class, configuration, weights by parameter name, provenance.
 
-    `state` is there in checkpoints only: a tree of plain values and tensors.
+    `state` is the training state of a checkpoint, a tree of plain values and tensors; None in a `.nemo`.
     """
 
     model_class: str
@@ -64,7 +64,7 @@ class Archive:
 
 
 def write_archive(path: Path, archive: Archive) -> Path:
-    """Write an archive whole or not at all. Raises `ArchiveError` where the disk does not take it."""
+    """Write an archive, complete or not at all. Raises `ArchiveError` if it cannot be written."""
     members: dict[str, Member | Summary] = {
         CONFIG: Member.of(yaml.safe_dump(dict(archive.config), sort_keys=True).encode()),
         WEIGHTS: tensor_member(archive.weights),
@@ -77,8 +77,8 @@ def write_archive(path: Path, archive: Archive) -> Path:
     def manifest(digests: Mapping[str, str]) -> bytes:
         return _manifest_of(archive, {name: {"size": size, "sha256": digests[name]} for name, size in sizes.items()})
 
-    length = len(manifest(dict.fromkeys(members, "0" * 64)))  # it stands in front of what it lists the hashes of
-    first = {CONFIG: members.pop(CONFIG), MANIFEST: Summary(length, manifest)}  # what is read alone stands in front
+    length = len(manifest(dict.fromkeys(members, "0" * 64)))  # it precedes the members whose hashes it lists
+    first = {CONFIG: members.pop(CONFIG), MANIFEST: Summary(length, manifest)}  # the small members first
     members = first | members
     for name, member in members.items():
         if member.size > _SIZE_LIMITS[name]:
@@ -99,10 +99,10 @@ def _manifest_of(archive: Archive, files: Mapping[str, Mapping[str, int | str]])
 
 
 def read_archive(path: Path, with_weights: bool = True) -> Archive:
-    """Read and check an archive; `with_weights=False` reads the small members only.
+    """Read and check an archive; with `with_weights=False` the small members only.
 
-    Raises `ArchiveError`, naming the file and the member, for anything but exactly our members as regular files with
-    the sizes and SHA-256 that the manifest lists, finite weights, and a plain configuration.
+    Raises `ArchiveError`, naming the file and the member, unless the members are exactly ours, are regular files of
+    the sizes and SHA-256 in the manifest, and have finite weights and a plain configuration.
     """
     file = ArchiveFile.open(path)
     weights = file.load_weights() if with_weights else {}
@@ -110,7 +110,7 @@ def read_archive(path: Path, with_weights: bool = True) -> Archive:
 
 
 def is_our_archive(path: Path) -> bool:
-    """Whether the file begins like one of ours; False for NeMo's own archives, and for files that are no plain tar."""
+    """Return whether the file begins like one of ours; False for NeMo's own archives and for other files."""
     try:
         with path.open("rb") as stream:
             header = stream.read(512)
@@ -121,7 +121,7 @@ def is_our_archive(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class ArchiveFile:
-    """An archive on disk, its small members read and checked, its large ones within reach."""
+    """An archive on disk: small members read and checked, large ones read on demand."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -131,7 +131,7 @@ class ArchiveFile:
 
     @classmethod
     def open(cls, path: Path) -> ArchiveFile:
-        """Check the structure, the small members and the headers of the large ones; `verify` reads all the rest.
+        """Check the structure, the small members and the headers of the large ones; `verify` reads the rest.
 
         Raises `ArchiveError`, naming the file and the member.
         """
@@ -166,7 +166,7 @@ class ArchiveFile:
 
     @property
     def weights_sha256(self) -> str:
-        """Of the member with the weights: equal weights, equal hash."""
+        """SHA-256, in hex, of the member with the weights; equal weights have equal hashes."""
         return str(self.manifest["files"][WEIGHTS]["sha256"])
 
     @property
@@ -186,41 +186,41 @@ class ArchiveFile:
     def verify(self, *names: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compare members (all, if none is named) with their SHA-256. Raises `ArchiveError` for one that differs.
 
-        `progress` is given the bytes read and the bytes to read.
+        `progress` is called with the bytes read and the bytes to read.
         """
         names = names or tuple(name for name in self.sections if name != MANIFEST)
         done, total = 0, sum(self.sections[name].size for name in names)
 
-        def tell(count: int) -> None:
+        def advance(count: int) -> None:
             nonlocal done
             done += count
             progress(done, total)
 
         for name in names:
-            _compare(self.path, name, hash_section(self.path, self.sections[name], tell), self.manifest)
+            _compare(self.path, name, hash_section(self.path, self.sections[name], advance), self.manifest)
 
     def read_weights_once(self) -> TensorReader:
-        """A pass over the weights that needs no second one to verify them."""
+        """Return a reader that verifies the weights as it reads them."""
         return TensorReader(self, self.weights)
 
     def load_weights(self) -> dict[str, Tensor]:
-        """The verified weights. Raises `ArchiveError` for damage, and for a number that is not finite."""
+        """Return the verified weights. Raises `ArchiveError` for damage, and for NaN or infinity."""
         return self._load_once(self.weights, self._check_finite)
 
     def load_finite(self, name: str) -> Tensor:
-        """One tensor of the weights, not verified. Raises `ArchiveError` for a number that is not finite."""
+        """Return one tensor of the weights, not verified. Raises `ArchiveError` for NaN or infinity."""
         tensor = self.weights.load(name)
         self._check_finite(name, tensor)
         return tensor
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
-        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):  # which a NaN anywhere makes NaN
+        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):  # a NaN anywhere makes both NaN
             raise ArchiveError(f"{self.path}: tensor {quoted(name)} holds NaN or infinity; the model is of no use")
 
     def _load_once(self, table: TensorTable, check: Callable[[str, Tensor], None]) -> dict[str, Tensor]:
-        """All tensors of a member, read once, and each checked. Raises `ArchiveError` for damage, before any check."""
-        with ThreadPoolExecutor(1) as beside:
-            reader = TensorReader(self, table, beside)
+        """Read all tensors of a member once, verify them, then check each. Raises `ArchiveError` for damage."""
+        with ThreadPoolExecutor(1) as hasher:
+            reader = TensorReader(self, table, hasher)
             tensors = {name: reader.read_into(table.empty(name)) for name in table.infos}
             reader.finish()
         for name, tensor in tensors.items():
@@ -228,7 +228,7 @@ class ArchiveFile:
         return tensors
 
     def load_outline(self) -> dict[str, Any]:
-        """The state of training without its tensors, verified: small, and quick to read."""
+        """Return the training state without its tensors, verified."""
         if not self.is_checkpoint:
             raise ArchiveError(f"{self.path}: holds a model and no state of training; give a checkpoint")
         self.verify(STATE)
@@ -241,12 +241,12 @@ class ArchiveFile:
         return outline
 
     def load_state(self) -> dict[str, Any]:
-        """The state of training that a checkpoint holds, verified. Raises `ArchiveError` for damage."""
+        """Return the training state of a checkpoint, verified. Raises `ArchiveError` for damage."""
         outline = self.load_outline()
         try:
             table = TensorTable.open(self.path, STATE_TENSORS, self.sections[STATE_TENSORS])
         except ArchiveError:
-            self.verify(STATE_TENSORS)  # damage is called damage
+            self.verify(STATE_TENSORS)  # a damaged file is reported as damaged
             raise
         tensors = self._load_once(table, check=lambda name, tensor: None)
         try:
@@ -259,33 +259,33 @@ class ArchiveFile:
 
 
 class TensorReader:
-    """The tensors of a member read once: one after another in the order of the file, hashed on the way.
+    """Reads the tensors of a member once, in the order of the file, and hashes them on the way.
 
-    What it gave is to be trusted once `finish` has returned, and not before.
+    The tensors are verified once `finish` has returned, and not before.
     """
 
-    def __init__(self, file: ArchiveFile, table: TensorTable, beside: Executor | None = None) -> None:
-        """beside: as of `SectionReader`."""
+    def __init__(self, file: ArchiveFile, table: TensorTable, hasher: Executor | None = None) -> None:
+        """hasher: see `SectionReader`."""
         self._file, self._table = file, table
         section = file.sections[table.member]
-        self._reader = SectionReader(file.path, section, beside)
-        self._reader.read_into(memoryview(bytearray(table.data.start - section.start)))  # their header
+        self._reader = SectionReader(file.path, section, hasher)
+        self._reader.read_into(memoryview(bytearray(table.data.start - section.start)))  # the header of the member
 
     def read_into(self, tensor: Tensor) -> Tensor:
-        """Fill a contiguous tensor with the numbers that come next, of their dtype; the same tensor.
+        """Fill a contiguous tensor of the right dtype with the next elements, and return it.
 
-        Raises `ArchiveError` where the file ends before.
+        Raises `ArchiveError` if the file ends early.
         """
         self._reader.read_into(bytes_of(tensor))
         return tensor
 
     def finish(self) -> None:
-        """Raises `ArchiveError` where the bytes that were read are not those that were written."""
+        """Raises `ArchiveError` if the bytes read do not match their SHA-256."""
         _compare(self._file.path, self._table.member, self._reader.hexdigest(), self._file.manifest)
 
 
 def _manifest(path: Path, content: bytes, sections: Mapping[str, Section]) -> dict[str, Any]:
-    """The parsed manifest, if it fits its own hash, this alphabet and the members that are there."""
+    """Return the parsed manifest. Raises `ArchiveError` unless it fits its own hash, the alphabet and the members."""
     try:
         manifest = parse_json(content)
     except ValueError as error:
@@ -335,5 +335,5 @@ def _json(value: Any) -> bytes:
 
 
 def _self_hash(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest without its hash of itself."""
+    """Return the SHA-256 of the manifest without its entry for this hash."""
     return hashlib.sha256(_json(manifest)).hexdigest()

@@ -1,22 +1,21 @@
-"""From a legacy `.nemo` (NeMo 1, BioNeMo 1: a tar with a pickle in it) to an archive of ours. Runs only when called.
+"""Convert a `.nemo` of NeMo 1 or BioNeMo 1 (a tar with a pickle in it) to an archive of ours.
 
-Where the names and layouts come from: NVIDIA/NeMo 1.x, `nemo/collections/nlp/` (`models/language_modeling/megatron/
-bert_model.py`, `modules/common/megatron/language_model.py`, `attention.py`, `fused_bias_gelu.py`), Megatron-core's
-`BertModel`, and BioNeMo 1's ESM-1nv, a `MegatronBertModel` over a sentencepiece vocabulary.
-
-The files inside a legacy `.nemo` archive, read without trusting them. Used by `bionemo_esm.model.legacy` alone.
+Experimental: written from the sources below, and not yet tried on a released BioNeMo 1 archive.
 
 A legacy archive is a tar, plain or gzipped, of `model_config.yaml`, `model_weights.ckpt` (a torch pickle) and artifacts
-with a hash before their name. Members are looked at one by one and copied out by name. The pickle is opened by
-`bionemo_esm.model.torch_pickle`.
+with a hash before their name. Nothing is extracted but the pickle, which `bionemo_esm.model.torch_pickle` opens.
+
+Names and layouts: NVIDIA/NeMo 1.x, `nemo/collections/nlp/` (`models/language_modeling/megatron/bert_model.py`,
+`modules/common/megatron/language_model.py`, `attention.py`, `fused_bias_gelu.py`), Megatron-core's `BertModel`, and
+BioNeMo 1's ESM-1nv, a `MegatronBertModel` over a sentencepiece vocabulary.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import math
 import re
+import shutil
 import tarfile
 import tempfile
 import zlib
@@ -28,36 +27,30 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import torch
-import yaml
 from torch import Tensor
 
 from bionemo_esm.alphabet import STANDARD_RESIDUES, TOKENS, padded_vocabulary_size
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.model.archive import Archive, write_archive
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.torch_pickle import ChildLimits, PickledTensors, PickleError, convert_pickle
+from bionemo_esm.model.safe_serialization import parse_yaml
+from bionemo_esm.model.tar_format import Section, hash_section
+from bionemo_esm.model.torch_pickle import PickleError, read_pickle
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
-_CONVERTED = "weights.safetensors"
-_SMALL_MEMBER = 1 << 22  # bytes; a configuration or a vocabulary of amino acids has some thousand
+_LARGEST_TEXT = 1 << 22  # bytes; a configuration or a vocabulary of amino acids has some thousand
 _LARGEST_MEMBER = 1 << 36  # bytes; ESM-1b's weights have 2.6e9
-_LONGEST_READ = 1 << 24  # bytes; a tar header that asks for more at once is no honest one
+_LONGEST_READ = 1 << 24  # bytes; a tar header that asks for more at once is damaged or hostile
 _MOST_MEMBERS = 1000
 
 
 class LegacyArchiveError(UserError):
     """A legacy archive that cannot be converted; the message names the file, the member and what to do."""
 
+    code = "legacy"
+
 
 # --- the tar --------------------------------------------------------------------------------------------------------
-
-
-def sha256(stream: BinaryIO) -> str:
-    """The digest of a whole file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 class _BoundedReads:
@@ -74,12 +67,11 @@ class _BoundedReads:
         return content
 
 
-class LegacyTar:
+class _LegacyTar:
     """The members of a legacy archive by name, checked one by one; `stream` is the open file of `path`."""
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self.path = path
-        stream.seek(0)
         gzipped = stream.read(2) == b"\x1f\x8b"
         stream.seek(0)
         with self._damage_reported():
@@ -121,20 +113,22 @@ class LegacyTar:
         )
 
     def text(self, name: str) -> str:
-        """A small member as text."""
+        """Return a small member as text."""
         member = self._member(name)
-        if member.size > _SMALL_MEMBER:
-            raise self._refusal(member, f"claims {member.size} bytes, of at most {_SMALL_MEMBER}")
-        content = b"".join(self._chunks(member))
-        with self._damage_reported():
-            return content.decode("utf-8")
+        if member.size > _LARGEST_TEXT:
+            raise self._refusal(member, f"claims {member.size} bytes, of at most {_LARGEST_TEXT}")
+        with self._damage_reported(), self._tar.extractfile(member) as content:  # type: ignore[union-attr]
+            text: str = content.read().decode("utf-8")
+        return text
 
-    def copy(self, name: str, target: Path) -> None:
-        """Copy a member into a new file of ours."""
+    def copy(self, name: str, target: Path) -> Path:
+        """Copy a member to a new file and return its path."""
         member = self._member(name)
-        with target.open("xb") as out:
-            for chunk in self._chunks(member):
-                out.write(chunk)
+        with self._damage_reported(), self._tar.extractfile(member) as content, target.open("xb") as out:  # type: ignore[union-attr]
+            shutil.copyfileobj(content, out)
+            if out.tell() != member.size:
+                raise tarfile.ReadError(f"member {member.name} ends early")
+        return target
 
     def _member(self, name: str) -> tarfile.TarInfo:
         if name in self.members:
@@ -146,37 +140,16 @@ class LegacyTar:
             reason = "its weights are split over ranks; merge them with NeMo's own tools first"
         raise LegacyArchiveError(f"{self.path}: member {name} is missing; {reason}")
 
-    def _chunks(self, member: tarfile.TarInfo) -> Iterator[bytes]:
-        stream = self._tar.extractfile(member)
-        assert stream is not None  # the member is a regular file
-        left = member.size
-        while left:
-            with self._damage_reported():
-                chunk = stream.read(min(left, 1 << 20))
-                if not chunk:
-                    raise tarfile.ReadError(f"member {member.name} ends early")
-            left -= len(chunk)
-            yield chunk
+
+# --- configuration, vocabulary, pickle --------------------------------------------------------------------------------
 
 
-# --- the small files --------------------------------------------------------------------------------------------------
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, which can make a small file expand without end."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed in a model configuration")
-        return super().compose_node(parent, index)
-
-
-def read_config(tar: LegacyTar) -> dict[str, Any]:
-    """The model's part of `model_config.yaml` as plain values; class paths in it (`target`) are text to us."""
+def _read_config(tar: _LegacyTar) -> dict[str, Any]:
+    """Return the model's part of `model_config.yaml` as plain values; class paths in it (`target`) stay text."""
     where, text = f"{tar.path}: {CONFIG}", tar.text(CONFIG)
     try:
-        config = yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - a SafeLoader without aliases
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        config = parse_yaml(text.encode())
+    except ValueError as error:
         raise LegacyArchiveError(f"{where} cannot be parsed ({error}); write plain values there") from error
     config = config.get("model", config) if isinstance(config, dict) else config
     if not isinstance(config, dict):
@@ -184,8 +157,8 @@ def read_config(tar: LegacyTar) -> dict[str, Any]:
     return config
 
 
-def config_value(config: Mapping[str, Any], key: str, where: str) -> Any:
-    """A value; `${.other}` stands for another key beside it, as OmegaConf writes it."""
+def _value(config: Mapping[str, Any], key: str, where: str) -> Any:
+    """Return a value; `${.other}` stands for another key beside it, as OmegaConf writes it."""
     value = config.get(key)
     if isinstance(value, str) and (reference := re.fullmatch(r"\$\{(?:\.|model\.)?(\w+)\}", value)):
         value = config.get(reference[1])
@@ -194,9 +167,10 @@ def config_value(config: Mapping[str, Any], key: str, where: str) -> Any:
     return value
 
 
-def config_number(config: Mapping[str, Any], keys: tuple[str, ...], default: float | None, where: str) -> float:
+def _number(config: Mapping[str, Any], keys: tuple[str, ...], default: float | None, where: str) -> float:
+    """Return the number of the first key that has a value, else the default."""
     for key in keys:
-        value = config_value(config, key, where)
+        value = _value(config, key, where)
         if value is None:
             continue
         try:
@@ -211,8 +185,8 @@ def config_number(config: Mapping[str, Any], keys: tuple[str, ...], default: flo
     return default
 
 
-def read_vocabulary(tar: LegacyTar, config: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The member that holds the vocabulary, and its tokens in the order of their ids.
+def _read_vocabulary(tar: _LegacyTar, config: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return the member that holds the vocabulary, and its tokens in the order of their ids.
 
     `.vocab` of sentencepiece has `token<TAB>score` lines, `vocab.txt` of BERT one token a line.
     """
@@ -237,25 +211,14 @@ def read_vocabulary(tar: LegacyTar, config: Mapping[str, Any]) -> tuple[str, lis
     return member, [token.rstrip("\r") for token in tokens]
 
 
-# --- the pickle -------------------------------------------------------------------------------------------------------
-
-
-def read_weights(tar: LegacyTar, folder: Path, limits: ChildLimits) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of `model_weights.ckpt` in their own dtypes, and the names of entries that are no tensors.
-
-    `folder` is private to us and empty. Raises `LegacyArchiveError` for a pickle with anything but plain values and
-    tensors in it, and for a child that fails, hangs or grows.
-    """
-    tar.copy(WEIGHTS, folder / WEIGHTS)
-    converted = folder / _CONVERTED
+def _read_weights(tar: _LegacyTar, folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of `model_weights.ckpt` in their own dtypes, and the names of entries that are no tensors."""
     try:
-        others = convert_pickle(folder / WEIGHTS, converted, limits=limits)
+        table, others = read_pickle(tar.copy(WEIGHTS, folder / WEIGHTS))
     except PickleError as error:
         raise LegacyArchiveError(f"{tar.path}: {WEIGHTS}: {error.why}") from error
-    table = PickledTensors.of(folder / WEIGHTS, converted)
     dicts = tuple(f"{name}." for name, value in others.items() if isinstance(value, dict))
-    tensors = {name: table.load(name) for name in table.infos if not name.startswith(dicts)}
-    return tensors, sorted(others)
+    return {name: table.load(name) for name in table.infos if not name.startswith(dicts)}, sorted(others)
 
 
 _SIZES: dict[str, tuple[tuple[str, ...], float | None]] = {
@@ -319,90 +282,77 @@ _WORDS, _POSITIONS = "encoder.embedding.word_embeddings.weight", "encoder.embedd
 _TOKEN_TYPES, _OUTPUT_BIAS = "encoder.embedding.tokentype_embeddings.weight", "encoder.output_layer.bias"
 
 
-@dataclass(frozen=True)
-class ConversionReport:
-    """What became of a legacy archive."""
-
-    parameters: int  # of the converted model, rows of padding counted
-    renamed: Mapping[str, str]  # legacy tensor name to ours
-    dropped: tuple[str, ...]  # legacy names that our model has no place for
-    notes: tuple[str, ...]  # what differs from the legacy model, and what was filled in
-
-
 @dataclass
-class _Account:
-    """What the report will say, gathered on the way."""
+class ConversionReport:
+    """The result of a conversion."""
 
-    renamed: dict[str, str] = field(default_factory=dict)
-    dropped: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    parameters: int = 0  # of the converted model, rows of padding counted
+    renamed: dict[str, str] = field(default_factory=dict)  # legacy tensor name to ours
+    dropped: list[str] = field(default_factory=list)  # legacy names that our model has no place for
+    notes: list[str] = field(default_factory=list)  # what differs from the legacy model, and what was filled in
 
 
 def convert_legacy(source: Path, output: Path) -> ConversionReport:
     """Write the model of a legacy archive as an `ESM1nvModel` archive with float32 weights.
 
-    The pickle in it is opened by another process, under limits, by torch's reader for plain weights. Raises
-    `LegacyArchiveError`, naming the file and the member, key or tensor, for whatever our model cannot express, is
-    missing, or is left over; nothing is written then.
+    No code in the archive is run. Raises `LegacyArchiveError`, naming the file and the member, key or tensor, for
+    whatever our model cannot express, is missing, or is left over; nothing is written then.
     """
     if not source.is_file():
         raise LegacyArchiveError(f"{source}: no such file; give the path of a legacy .nemo archive")
     if output.exists() and output.samefile(source):
         raise LegacyArchiveError(f"{output}: is the legacy archive itself; give the output another name")
-    account = _Account()
+    report = ConversionReport()
     with source.open("rb") as stream, tempfile.TemporaryDirectory(prefix="legacy-nemo-") as folder:
-        digest = sha256(stream)
-        tar = LegacyTar(source, stream)
-        config = read_config(tar)
-        encoder = _encoder_config(config, f"{source}: {CONFIG}", account)
-        member, tokens = read_vocabulary(tar, config)
-        rows = _vocabulary_rows(tokens, f"{source}: {member}", account)
-        stored, others = read_weights(tar, Path(folder), ChildLimits())
+        digest = hash_section(source, Section(0, source.stat().st_size))
+        tar = _LegacyTar(source, stream)
+        config = _read_config(tar)
+        encoder = _encoder_config(config, f"{source}: {CONFIG}", report)
+        member, tokens = _read_vocabulary(tar, config)
+        rows = _vocabulary_rows(tokens, f"{source}: {member}", report)
+        stored, others = _read_weights(tar, Path(folder))
     where = f"{source}: {WEIGHTS}"
-    named = _our_names(stored, others, where, account)
+    named = _our_names(stored, others, where, report)
     if encoder.num_layers > len(stored):
         raise LegacyArchiveError(f"{source}: {CONFIG}: num_layers is {encoder.num_layers}; the weights have fewer")
     legacy_rows = max(len(tokens), *named[_WORDS][1].shape[:1], 1)  # padded, for the sake of tensor cores
     shapes = expected_shapes(encoder, legacy_rows)
     _check(named, shapes | ({_TOKEN_TYPES: (2, encoder.hidden_size)} if _TOKEN_TYPES in named else {}), where)
-    weights = _our_tensors(named, encoder, rows, config.get("megatron_legacy") is True, account)
-    provenance = {"converted_from": {"file": source.name, "sha256": digest}, "notes": account.notes}
+    weights = _our_tensors(named, encoder, rows, config.get("megatron_legacy") is True, report)
+    provenance = {"converted_from": {"file": source.name, "sha256": digest}, "notes": report.notes}
     archive_config = {"encoder": encoder.to_dict(), "precision": "32", "seed": 0}
     write_archive(output, Archive("ESM1nvModel", archive_config, weights, provenance))
-    dropped, notes = tuple(sorted(account.dropped)), tuple(account.notes)
-    return ConversionReport(encoder.parameters, account.renamed, dropped, notes)
+    report.parameters, report.dropped = encoder.parameters, sorted(report.dropped)
+    return report
 
 
-# --- configuration and vocabulary ------------------------------------------------------------------------------------
-
-
-def _encoder_config(config: Mapping[str, Any], where: str, account: _Account) -> EncoderConfig:
+def _encoder_config(config: Mapping[str, Any], where: str, report: ConversionReport) -> EncoderConfig:
     for key, ours in _REQUIRED.items():
-        value = config_value(config, key, where)
+        value = _value(config, key, where)
         if value is not None and str(value).lower() != str(ours).lower():
             raise LegacyArchiveError(
                 f"{where}: {key} is {value!r}; only {ours!r} can be converted, our encoder has no other"
             )
-    sizes = {name: config_number(config, keys, default, where) for name, (keys, default) in _SIZES.items()}
+    sizes = {name: _number(config, keys, default, where) for name, (keys, default) in _SIZES.items()}
     try:
         encoder = EncoderConfig.from_config(sizes)
     except ConfigError as error:
         raise LegacyArchiveError(f"{where}: {str(error).replace('model.', '')}") from error
-    channels = config_value(config, "kv_channels", where)
+    channels = _value(config, "kv_channels", where)
     if channels not in (None, encoder.hidden_size // encoder.num_attention_heads):
         raise LegacyArchiveError(
             f"{where}: kv_channels is {channels!r}; only hidden_size / num_attention_heads can be converted"
         )
     fused = config.get("bias_gelu_fusion", config.get("bias_activation_fusion", True))
     if fused is not False or config.get("openai_gelu") is True:
-        account.notes.append(
+        report.notes.append(
             "GELU: the legacy MLP computed the tanh approximation (bias_gelu_fusion or openai_gelu), ours is exact; "
             "one activation differs by up to 0.0005"
         )
     return encoder
 
 
-def _vocabulary_rows(tokens: list[str], where: str, account: _Account) -> list[int]:
+def _vocabulary_rows(tokens: list[str], where: str, report: ConversionReport) -> list[int]:
     """The legacy row for each of our tokens; where the legacy vocabulary lacks one, that of `<unk>`."""
     ids = {token.lower() if re.fullmatch(r"<.*>|\[.*\]", token) else token: row for row, token in enumerate(tokens)}
     found: dict[str, int] = {}
@@ -418,11 +368,11 @@ def _vocabulary_rows(tokens: list[str], where: str, account: _Account) -> list[i
             )
     filled = [token for token in TOKENS if token not in found]
     if filled:
-        account.notes.append(f"tokens the legacy vocabulary lacks, given the row of its <unk>: {' '.join(filled)}")
+        report.notes.append(f"tokens the legacy vocabulary lacks, given the row of its <unk>: {' '.join(filled)}")
     unused = [token for row, token in enumerate(tokens) if row not in found.values()]
     if unused:
         shown = " ".join(map(ascii, unused[:12])) + (" ..." if len(unused) > 12 else "")
-        account.notes.append(f"{len(unused)} legacy tokens that our alphabet lacks, left out: {shown}")
+        report.notes.append(f"{len(unused)} legacy tokens that our alphabet lacks, left out: {shown}")
     return [found.get(token, found["<unk>"]) for token in TOKENS]
 
 
@@ -430,7 +380,7 @@ def _vocabulary_rows(tokens: list[str], where: str, account: _Account) -> list[i
 
 
 def _our_names(
-    stored: Mapping[str, Tensor], others: list[str], where: str, account: _Account
+    stored: Mapping[str, Tensor], others: list[str], where: str, report: ConversionReport
 ) -> dict[str, tuple[str, Tensor]]:
     """Our name to (legacy name, tensor), for every entry but those that our model has no place for."""
     words = re.compile(r"(.*?)(?:language_model\.)?embedding\.word_embeddings\.weight")
@@ -442,7 +392,7 @@ def _our_names(
     named: dict[str, tuple[str, Tensor]] = {}
     for legacy in [*stored, *others]:
         if _NO_PLACE.search(legacy):
-            account.dropped.append(legacy)
+            report.dropped.append(legacy)
             continue
         ours = _our_name(legacy.removeprefix(prefixes[0]) if legacy.startswith(prefixes[0]) else legacy)
         if legacy in others:
@@ -483,7 +433,11 @@ def _check(named: dict[str, tuple[str, Tensor]], shapes: dict[str, tuple[int, ..
 
 
 def _our_tensors(
-    named: dict[str, tuple[str, Tensor]], encoder: EncoderConfig, rows: list[int], thirds_first: bool, account: _Account
+    named: dict[str, tuple[str, Tensor]],
+    encoder: EncoderConfig,
+    rows: list[int],
+    thirds_first: bool,
+    report: ConversionReport,
 ) -> dict[str, Tensor]:
     """Our tensors, float32, in our layout and row order.
 
@@ -492,14 +446,14 @@ def _our_tensors(
     """
     weights = {}
     for ours, (legacy, tensor) in named.items():
-        account.renamed[legacy] = ours
+        report.renamed[legacy] = ours
         weights[ours] = tensor.to(torch.float32)
         if thirds_first and ".query_key_value." in legacy:
             thirds = weights[ours].unflatten(0, (3, encoder.num_attention_heads, -1))
             weights[ours] = thirds.transpose(0, 1).flatten(0, 2)
     if _TOKEN_TYPES in weights:
         weights[_POSITIONS] = weights[_POSITIONS] + weights.pop(_TOKEN_TYPES)[0]
-        account.notes.append("token types: type 0, which every residue had, was added to the position embeddings")
+        report.notes.append("token types: type 0, which every residue had, was added to the position embeddings")
     for ours in (_WORDS, _OUTPUT_BIAS):
         table = torch.zeros(padded_vocabulary_size(), *weights[ours].shape[1:])
         table[: len(rows)] = weights[ours][rows]

@@ -1,7 +1,6 @@
-"""Plain values: what may stand in a configuration, a manifest or a training state, and how it is read and written.
+"""Plain values of configurations, manifests and training states: strict JSON and YAML.
 
-JSON and YAML without what makes them dangerous or ambiguous: no tags, no aliases, no interpolation, no class paths, no
-key twice, no depth without end.
+Refused: tags, aliases, interpolations, class paths, duplicate keys, and deep nesting.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
 
 _DEEPEST = 32
 _CLASS_KEYS = ("_target_", "target", "cls", "_partial_", "_recursive_", "_convert_", "_args_")
-"""Keys by which Hydra, OmegaConf-based frameworks and NeMo name something to be imported and called."""
+"""Keys by which Hydra, NeMo and other frameworks over OmegaConf name something to import and call."""
 
 
 def parse_json(content: bytes) -> Any:
-    """Raises `ValueError` for what is no JSON in UTF-8, for a key twice, and for nesting without end."""
+    """Parse JSON in UTF-8. Raises `ValueError` for invalid JSON, a duplicate key and deep nesting."""
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=without_duplicates)
         _check_depth(value)
@@ -35,7 +34,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def parse_yaml(content: bytes) -> Any:
-    """Raises `ValueError` for what is no YAML or uses tags, aliases or a key twice."""
+    """Parse YAML. Raises `ValueError` for invalid YAML, tags, aliases and duplicate keys."""
     try:
         return yaml.load(content, Loader=_PlainLoader)  # noqa: S506 - a SafeLoader that does less
     except RecursionError:
@@ -45,7 +44,7 @@ def parse_yaml(content: bytes) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-    """Raises `ValueError` before anything walks the value by recursion."""
+    """Raise `ValueError` for deep nesting, without recursion."""
     level = [value]
     for _ in range(_DEEPEST):
         level = [part for item in level for part in _parts(item)]
@@ -55,13 +54,13 @@ def _check_depth(value: Any) -> None:
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    """The lists and mappings right within a list or mapping."""
+    """Return the lists and mappings directly within a list or mapping."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [item for item in items if isinstance(item, dict | list)]
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without tags, without aliases, which can make a small file expand without end, and without repeated keys."""
+    """YAML without tags, duplicate keys, and aliases, which can make a small file expand without limit."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
@@ -81,7 +80,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def check_plain(value: Any, place: str = "", depth: int = 0) -> None:
-    """Raises `ValueError`, naming the place, for what is not plain data: see the module."""
+    """Raise `ValueError`, naming the place, for anything but plain data."""
     if depth > _DEEPEST:
         raise ValueError(f"{place}: nested more than {_DEEPEST} deep")
     if isinstance(value, dict):
@@ -117,9 +116,9 @@ def _check_key(key: Any, place: str) -> None:
 
 
 def take_out_tensors(value: Any, place: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """A tree of plain values and tensors as JSON can hold it, and its tensors by the places they had.
+    """Split a tree of plain values and tensors into a tree for JSON and its tensors by their places.
 
-    Tuples, and mappings whose keys are not all strings, are kept apart from lists and mappings of strings. Raises
+    Tuples are distinguished from lists, and mappings with other keys than strings from mappings of strings. Raises
     `TypeError`, naming the place, for any other value. `put_tensors_back` is the inverse.
     """
     import torch
@@ -148,9 +147,9 @@ def take_out_tensors(value: Any, place: str = "") -> tuple[Any, dict[str, Tensor
 
 
 def put_tensors_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The tree that `take_out_tensors` took apart.
+    """Return the tree that `take_out_tensors` has split.
 
-    Raises `ValueError` for a tensor that is not there, and for what `take_out_tensors` would not have written.
+    Raises `ValueError` for a tensor that is missing, and for anything that `take_out_tensors` does not write.
     """
     if isinstance(value, list):
         return [put_tensors_back(item, tensors) for item in value]

@@ -1,9 +1,7 @@
-"""`bionemo-esm inspect` for a model or a checkpoint: its card, without torch, NeMo or the model itself.
+"""Summary of a model or a checkpoint as text and as JSON: architecture, training, data. Behind `bionemo-esm inspect`.
 
-The card of an archive or a checkpoint: which model, how trained, on what; as text and as a dictionary.
-
-Only the small members and the headers are read, and neither torch nor NeMo is needed. What a file says of itself is
-free text of whoever made it: any type is borne, and no control character gets to a terminal.
+Only the small members and the headers are read, without torch and NeMo. Provenance is free text of the file's author:
+values of any type are accepted, and control characters never reach a terminal.
 """
 
 from __future__ import annotations
@@ -27,21 +25,21 @@ from bionemo_esm.model.safe_serialization import parse_json
 from bionemo_esm.model.tar_format import read_section
 
 _LINE, _LABEL = 112, 26  # characters of the text: of a line, of the labels at its start
-_LONGEST_TEXT = 600  # characters told of one entry; all of it is in `to_dict`
-_FILES_AT_AN_END = 4  # of a long list of averaged files, at its begin and its end each
-_MOST_OTHERS = 20  # entries of a provenance that we do not know, and packages
-_LARGEST_STATE = 1 << 22  # bytes of a state.json that is read for the card; ESM-1b's would have 2**19
+_LONGEST_TEXT = 600  # characters printed of one entry; `to_dict` has all
+_FILES_AT_AN_END = 4  # shown at either end of a long list of averaged files
+_MOST_OTHERS = 20  # of unknown provenance entries, and of packages
+_LARGEST_STATE = 1 << 22  # bytes of a state.json that is read for the summary; that of ESM-1b has 2**19
 _DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 _SIZES = {
     "num_layers": "layers", "hidden_size": "hidden size", "num_attention_heads": "attention heads",
     "ffn_hidden_size": "FFN size", "seq_length": "longest sequence, tokens", "hidden_dropout": "dropout, hidden",
     "attention_dropout": "dropout, attention",
 }  # fmt: skip
-_OTHER_PARTS = {  # told where the archive has them, as ESM-1nv has none: what they are, or that they are on
+_OTHER_PARTS = {  # shown if the archive has them; ESM-1nv has none
     "position_embedding": "position embedding", "position_offset": "position offset",
     "embedding_layernorm": "embedding layer norm", "token_dropout": "token dropout", "contact_head": "contact head",
 }  # fmt: skip
-_ORIGIN = ("source", "format", "sha256")  # of what was imported
+_ORIGIN = ("source", "format", "sha256")  # of an imported model
 _SPLITS = ("train", "validation", "test")
 _DATA = ("data", "data_release", "data_sequences", "data_manifest_sha256")
 _START = ("restored_from", "restored_weights_sha256", "imported_from", "converted_from")
@@ -54,19 +52,19 @@ _KNOWN = {
 
 @dataclass(frozen=True, eq=False)
 class ArchiveSummary:
-    """What a `.nemo` or a `.ckpt` says of itself. Of its entries only those that are there are told."""
+    """The facts recorded in a `.nemo` or a `.ckpt`; the text shows only entries that are there."""
 
     name: str  # of the file
     size: int  # bytes
     is_checkpoint: bool
     manifest: Mapping[str, Any]
     config: Mapping[str, Any]
-    parameters_by_dtype: Mapping[str, int]  # by the precision they are stored in; what is never trained is left out
-    state: Mapping[str, Any]  # of a checkpoint, without its tensors; empty in an archive
+    parameters_by_dtype: Mapping[str, int]  # by stored dtype; buffers are not counted
+    state: Mapping[str, Any]  # training state without tensors; empty in a `.nemo`
 
     @classmethod
     def of(cls, file: ArchiveFile) -> ArchiveSummary:
-        """The card of an opened file. Raises `ArchiveError` for a checkpoint whose state.json is damaged."""
+        """Return the summary of an opened file. Raises `ArchiveError` for a checkpoint with a damaged state.json."""
         fixed = _fixed_tensors(file.config)
         infos = [info for name, info in file.weights.infos.items() if name not in fixed]
         elements = {name: sum(i.elements for i in infos if i.dtype == dtype) for dtype, name in _DTYPES.items()}
@@ -80,21 +78,21 @@ class ArchiveSummary:
 
     @property
     def epochs(self) -> float | None:
-        """Consumed samples by those of an epoch; None where one of the two is not known."""
-        consumed, samples = _count(self._told_of("consumed_samples")), self._samples_of_an_epoch
+        """Consumed samples divided by the samples of an epoch; None if one of the two is unknown."""
+        consumed, samples = _count(self._recorded("consumed_samples")), self._samples_of_an_epoch
         return consumed / samples if consumed is not None and samples else None
 
     @property
     def packages(self) -> dict[str, dict[str, Any]]:
-        """By name: the version `recorded` by who wrote the file, and that `installed` here, None if it is not."""
-        recorded = self._told_of("package_versions")
+        """By name: the version `recorded` in the file, and the version `installed` here, or None."""
+        recorded = self._recorded("package_versions")
         names = sorted(recorded)[:_MOST_OTHERS] if isinstance(recorded, dict) else []
         return {name: {"recorded": recorded[name], "installed": _installed(name)} for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """The card for machines, JSON-able: always the same keys, null for what the file does not say.
+        """Return the summary for JSON: always the same keys, null for what the file does not record.
 
-        `provenance` and `config` are the file's own, whole; NaN and infinity are null.
+        `provenance` and `config` are those of the file, complete; NaN and infinity are null.
         """
         card = {
             "name": self.name,
@@ -104,26 +102,24 @@ class ArchiveSummary:
             "architecture": {name: _at(self.config, "encoder", name) for name in _SIZES},
             "parameters": self.parameters,
             "parameters_by_dtype": dict(self.parameters_by_dtype),
-            "training": {key: self._told_of(key) for key in _TRAINING} | {"epochs": self.epochs},
-            "averaged_from": self._told_of("averaged_from") or [],
-            "checkpoint": {key: self._told_of("checkpoint", key) for key in ("on_schedule", "every_n_train_steps")}
+            "training": {key: self._recorded(key) for key in _TRAINING} | {"epochs": self.epochs},
+            "averaged_from": self._recorded("averaged_from") or [],
+            "checkpoint": {key: self._recorded("checkpoint", key) for key in ("on_schedule", "every_n_train_steps")}
             | self._progress,
             "packages": self.packages,
             "weights_sha256": _at(self.manifest, "files", WEIGHTS, "sha256"),
-            "provenance": self._told_of(),
+            "provenance": self._recorded(),
             "config": dict(self.config),
         }
         return dict(json.loads(json.dumps(card), parse_constant=lambda name: None))
 
     def text(self) -> str:
-        """The card for people: plain text of some thirty lines, without the last line's end."""
+        """Return the summary as plain text of some thirty lines, without a final newline."""
         kind = "checkpoint of a training" if self.is_checkpoint else "model archive"
         totals = f"{kind}, {self.parameters:,} parameters, {self.size:,} bytes"
-        head = {"contact head fitted on": _contact_head(self._told_of("contact_head"))}
+        head = {"contact head fitted on": _contact_head(self._recorded("contact_head"))}
         blocks = [self._model(), self._finetuning(), self._training(), self._averaged(), head]
-        blocks += [self._packages(), self._others()]
-        rows = [[line for entry in block.items() for line in _labelled(*entry)] for block in blocks]
-        return "\n\n".join("\n".join(lines) for lines in [[*_row(self.name, ""), totals], *rows] if lines)
+        return _text(self.name, totals, [*blocks, self._packages(), self._others()])
 
     def _model(self) -> dict[str, Any]:
         return {
@@ -135,29 +131,31 @@ class ArchiveSummary:
         }
 
     def _finetuning(self) -> dict[str, Any]:
-        """Of a fine-tuned model: what it predicts, by which parts, and what it says of how it came to be."""
-        task, told = _at(self.config, "task"), self._told_of("finetuning")
+        """Return task, parts and fine-tuning record of a fine-tuned model."""
+        task, record = _at(self.config, "task"), self._recorded("finetuning")
         parts = {key: _at(self.config, key) for key in ("head", "reading", "adapters")}
-        return {"task": _task(task), "classes": _at(task, "classes"), **parts, "fine-tuning": _entries(told)}
+        return {"task": _task(task), "classes": _at(task, "classes"), **parts, "fine-tuning": _entries(record)}
 
     def _training(self) -> dict[str, Any]:
-        told = {key.replace("_", " "): self._told_of(key) for key in _TRAINING}
-        if type(seed := told["seed"]) is int:
-            told["seed"] = str(seed)  # without commas, as it is typed
+        shown = {key.replace("_", " "): self._recorded(key) for key in _TRAINING}
+        if type(seed := shown["seed"]) is int:
+            shown["seed"] = str(seed)  # without thousands separators
         if self.epochs is not None:
             epochs = f"{self.epochs:,.2f}" if self.epochs >= 0.1 else f"{self.epochs:.2g}"
-            told["consumed samples"] = f"{told['consumed samples']:,}, {epochs} epochs of {self._samples_of_an_epoch:,}"
-        if isinstance(splits := told["data sequences"], dict):
-            told["data sequences"] = {key: splits[key] for key in (*_SPLITS, *splits) if key in splits}
+            shown["consumed samples"] = (
+                f"{shown['consumed samples']:,}, {epochs} epochs of {self._samples_of_an_epoch:,}"
+            )
+        if isinstance(splits := shown["data sequences"], dict):
+            shown["data sequences"] = {key: splits[key] for key in (*_SPLITS, *splits) if key in splits}
         rate, loss, step = self._progress.values()
         lowest = None if loss is None else f"{loss:.4f}" + ("" if step is None else f", at step {step:,}")
-        told["continued from"] = self._origin()
-        told["imported from"] = _imported(told["imported from"])
-        return told | {"saved": self._schedule(), "next learning rate": rate, "lowest validation loss": lowest}
+        shown["continued from"] = self._origin()
+        shown["imported from"] = _imported(shown["imported from"])
+        return shown | {"saved": self._schedule(), "next learning rate": rate, "lowest validation loss": lowest}
 
     def _origin(self) -> Any:
-        """The run that this one continues, in words; what is no account of one, as it is."""
-        origin = self._told_of("continued_from")
+        """Return the run that this one continues, in words; an entry of unknown form unchanged."""
+        origin = self._recorded("continued_from")
         steps, samples, recipe = (
             _count(_at(origin, "steps")),
             _count(_at(origin, "consumed_samples")),
@@ -168,8 +166,8 @@ class ArchiveSummary:
         return f"step {steps:,} of a run of {recipe}, after {samples:,} samples"
 
     def _schedule(self) -> Any:
-        """When this was saved, in words; what is no account of it, as it is."""
-        schedule = self._told_of("checkpoint")
+        """Return when the checkpoint was saved, in words; an entry of unknown form unchanged."""
+        schedule = self._recorded("checkpoint")
         on_schedule, interval = _at(schedule, "on_schedule"), _count(_at(schedule, "every_n_train_steps"))
         if not isinstance(on_schedule, bool):
             return schedule
@@ -177,7 +175,7 @@ class ArchiveSummary:
         return f"on the schedule{every}" if on_schedule else f"off the schedule{every}: at a stop or a good validation"
 
     def _averaged(self) -> dict[str, Any]:
-        sources = self._told_of("averaged_from")
+        sources = self._recorded("averaged_from")
         if not isinstance(sources, list) or not sources:
             return {"averaged from": sources}
         steps = [step for source in sources if (step := _count(_at(source, "steps"))) is not None]
@@ -187,25 +185,25 @@ class ArchiveSummary:
 
     def _packages(self) -> dict[str, Any]:
         differ = {name: p["installed"] for name, p in self.packages.items() if p["installed"] != p["recorded"]}
-        told = ", ".join(f"{name} {here or 'is not installed'}" for name, here in differ.items())
-        return {"written with": self._told_of("package_versions"), "differs here": told}
+        differing = ", ".join(f"{name} {here or 'is not installed'}" for name, here in differ.items())
+        return {"written with": self._recorded("package_versions"), "differs here": differing}
 
     def _others(self) -> dict[str, Any]:
-        others = [key for key in sorted(self._told_of() or {}) if key not in _KNOWN]
+        others = [key for key in sorted(self._recorded() or {}) if key not in _KNOWN]
         more = f"{len(others) - _MOST_OTHERS:,}; --json has all" if len(others) > _MOST_OTHERS else ""
-        return {key.replace("_", " "): self._told_of(key) for key in others[:_MOST_OTHERS]} | {"and more": more}
+        return {key.replace("_", " "): self._recorded(key) for key in others[:_MOST_OTHERS]} | {"and more": more}
 
-    def _told_of(self, *path: str) -> Any:
+    def _recorded(self, *path: str) -> Any:
         return _at(self.manifest, "provenance", *path)
 
     @property
     def _samples_of_an_epoch(self) -> int | None:
-        """Sequences, or clusters of a clustered store."""
-        return _count(self._told_of("data_samples_of_an_epoch"))
+        """Sequences of the training split, or clusters of a clustered store."""
+        return _count(self._recorded("data_samples_of_an_epoch"))
 
     @property
     def _progress(self) -> dict[str, float | int | None]:
-        """How far the training of a checkpoint was; None for what it does not plainly say."""
+        """Learning rate and best validation of a checkpoint; None for values of unknown form."""
         return {
             "next_learning_rate": _real(_at(self.state, "lr_schedulers", 0, "_last_lr", 0)),
             "lowest_validation_loss": _real(_at(self.state, "callbacks", "Checkpoints", "best_loss")),
@@ -213,14 +211,19 @@ class ArchiveSummary:
         }
 
 
+def _text(name: str, kind: str, blocks: Sequence[Mapping[str, Any]]) -> str:
+    rows = [[line for entry in block.items() for line in _labelled(*entry)] for block in blocks]
+    return "\n\n".join("\n".join(lines) for lines in [[*_row(name, ""), kind], *rows] if lines)
+
+
 def escaped(text: str, longest: int = 2_000) -> str:
-    """At most so much of a text, on one line, whatever could steer a terminal or mislead its reader as `\\x1b`."""
+    """Return at most `longest` characters of a text on one line, with control characters escaped as `\\x1b`."""
     clipped = text if len(text) <= longest else text[: longest - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in clipped)
 
 
 def _fixed_tensors(config: Mapping[str, Any]) -> frozenset[str]:
-    """The names of what lies among the weights and is no parameter; none where the config describes no encoder."""
+    """Return the names of tensors that are no parameters; none if the configuration describes no encoder."""
     sizes = _at(config, "encoder")
     try:
         encoder = EncoderConfig.from_config(sizes) if isinstance(sizes, dict) else None
@@ -248,7 +251,7 @@ def _installed(name: str) -> str | None:
 
 
 def _at(value: Any, *path: str | int) -> Any:
-    """What lies at a path of keys and places; None where the path ends early."""
+    """Return the value at a path of keys and indices; None if the path ends early."""
     for key in path:
         is_place = isinstance(value, list) and isinstance(key, int) and key < len(value)
         if not is_place and not (isinstance(value, Mapping) and key in value):
@@ -262,71 +265,73 @@ def _count(value: Any) -> int | None:
 
 
 def _real(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # so neither NaN nor infinity
+    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # excludes NaN and infinity
 
 
-def _told(value: Any) -> str:
-    """A value on one line; empty for what is missing."""
+def _shown(value: Any) -> str:
+    """Return a value on one line; "" for a missing one."""
     if value is None or value in ("", [], {}):
         return ""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_told(item) or 'null'}" for key, item in value.items())
+        return ", ".join(f"{key} {_shown(item) or 'null'}" for key, item in value.items())
     if isinstance(value, list):
-        return "; ".join(_told(item) or "null" for item in value)
+        return "; ".join(_shown(item) or "null" for item in value)
     return f"{value:,}" if type(value) is int else f"{value:g}" if type(value) is float else str(value)
 
 
 def _part(value: Any) -> Any:
-    """Of the encoder: a part that is there, or what it is; nothing for one that is not there."""
+    """Return "yes" for a part that is there, None for one that is not, and any other value unchanged."""
     return "yes" if value is True else None if value is False else value
 
 
 def _task(task: Any) -> Any:
-    """What a fine-tuned model predicts, in words; what describes no task, as it is."""
+    """Return the task of a fine-tuned model, in words; an entry of unknown form unchanged."""
     name, kind, level, classes = (_at(task, key) for key in ("name", "kind", "level", "classes"))
     if not isinstance(classes, list) or not all(isinstance(word, str) for word in (name, kind, level)):
         return task
     return f"{name}: {kind} per {level}" + (f", {len(classes):,} classes" if classes else "")
 
 
-def _entries(told: Any) -> Any:
-    """A line for each entry of a mapping; what is none, as it is."""
-    if not isinstance(told, Mapping) or not told:
-        return told
-    lines = [f"{key.replace('_', ' ')}: {_told(value) or 'none'}" for key, value in told.items()]
+def _entries(record: Any) -> Any:
+    """Return a line for each entry of a mapping; any other value unchanged."""
+    if not isinstance(record, Mapping) or not record:
+        return record
+    lines = [f"{key.replace('_', ' ')}: {_shown(value) or 'none'}" for key, value in record.items()]
     more = [f"… {len(lines) - _MOST_OTHERS:,} more; --json has all"] if len(lines) > _MOST_OTHERS else []
     return (*lines[:_MOST_OTHERS], *more)
 
 
 def _imported(origin: Any) -> Any:
-    """Another library's model, and the files that it was read from; what is no account of one, as it is."""
+    """Return the imported model and its files; an entry of unknown form unchanged."""
     source, library, files = (_at(origin, key) for key in ("source", "format", "sha256"))
     if not isinstance(source, str) or not isinstance(library, str):
         return origin
-    lines = [f"{key.replace('_', ' ')} {told}" for key in origin if key not in _ORIGIN and (told := _told(origin[key]))]
+    lines = [
+        f"{key.replace('_', ' ')} {text}" for key in origin if key not in _ORIGIN and (text := _shown(origin[key]))
+    ]
     hashes = files if isinstance(files, dict) else {}
-    lines += [f"SHA-256 {_told(digest)[:12]}…, {name}" for name, digest in hashes.items()]
+    lines += [f"SHA-256 {_shown(digest)[:12]}…, {name}" for name, digest in hashes.items()]
     return (f"{source}, {library}", *_shortened(lines))
 
 
-def _contact_head(told: Any) -> Any:
-    """Which structures it was fitted on, and how precise it is on others; what is no account of that, as it is."""
-    ids, rows = _at(told, "fitted_on"), _at(told, "precision", "model")
+def _contact_head(record: Any) -> Any:
+    """Return the structures of the fit and the precision on others; an entry of unknown form unchanged."""
+    ids, rows = _at(record, "fitted_on"), _at(record, "precision", "model")
     if not isinstance(ids, list):
-        return told
-    keys = [key for key in ("contact", "separation", "C", "solver") if _at(told, key) is not None]
-    settings = [f"{key} {_told(_at(told, key))}" for key in keys]
+        return record
+    keys = [key for key in ("contact", "separation", "C", "solver") if _at(record, key) is not None]
+    settings = [f"{key} {_shown(_at(record, key))}" for key in keys]
     means = [
-        f"{_told(_at(row, 'range'))} {_told(_at(row, 'top'))} {mean:.3f}"
+        f"{_shown(_at(row, 'range'))} {_shown(_at(row, 'top'))} {mean:.3f}"
         for row in (rows if isinstance(rows, list) else [])
         if (mean := _real(_at(row, "mean"))) is not None
     ]
-    held_out = f"on {_told(_at(told, 'held_out_structures'))} others: {', '.join(means)}" if means else ""
-    return (f"{len(ids):,} structures: {_told(ids)}", ", ".join(settings), *([held_out] if held_out else []))
+    held_out = f"on {_shown(_at(record, 'held_out_structures'))} others: {', '.join(means)}" if means else ""
+    return (f"{len(ids):,} structures: {_shown(ids)}", ", ".join(settings), *([held_out] if held_out else []))
 
 
 def _shortened(lines: list[str]) -> tuple[str, ...]:
-    """The first and last few of a long list."""
+    """Return the first and last few lines of a long list."""
     if (more := len(lines) - 2 * _FILES_AT_AN_END) <= 0:
         return tuple(lines)
     return (*lines[:_FILES_AT_AN_END], f"… {more:,} more; --json has all", *lines[-_FILES_AT_AN_END:])
@@ -334,29 +339,29 @@ def _shortened(lines: list[str]) -> tuple[str, ...]:
 
 def _averaged_file(source: Any) -> str:
     step, digest, name = (_at(source, key) for key in ("steps", "weights_sha256", "file"))
-    parts = [step is not None and f"step {_told(step)}", isinstance(digest, str) and f"SHA-256 {digest[:12]}…"]
-    return ", ".join(part for part in [*parts, _told(name)] if part) if isinstance(source, dict) else _told(source)
+    parts = [step is not None and f"step {_shown(step)}", isinstance(digest, str) and f"SHA-256 {digest[:12]}…"]
+    return ", ".join(part for part in [*parts, _shown(name)] if part) if isinstance(source, dict) else _shown(source)
 
 
 def _labelled(label: str, value: Any) -> list[str]:
-    """`label   value`, wrapped, with a line for each part of a tuple; nothing where the value is missing."""
-    first, *others = value if isinstance(value, tuple) else (_told(value),)
+    """Return `label   value`, wrapped, with a line for each part of a tuple; nothing for a missing value."""
+    first, *others = value if isinstance(value, tuple) else (_shown(value),)
     start = f"{escaped(label, _LABEL - 1):<{_LABEL - 1}} "
     return (_row(first, start) if first else []) + [line for other in others for line in _row(other)]
 
 
 def _row(text: str, start: str = " " * _LABEL) -> list[str]:
-    """Lines of a text from elsewhere, fit for a terminal."""
+    """Return the wrapped lines of an untrusted text."""
     wrapped = textwrap.wrap(escaped(text, _LONGEST_TEXT), _LINE - len(start), break_on_hyphens=False)
     return [(" " * len(start) if number else start) + line for number, line in enumerate(wrapped)]
 
 
 def inspect(arguments: Sequence[str]) -> None:
-    """`bionemo-esm inspect FILE [--verify] [--json]`: the card of a `.nemo` or a `.ckpt`."""
+    """Run `bionemo-esm inspect FILE [--verify] [--json]` for a `.nemo` or a `.ckpt`."""
     parser = argparse.ArgumentParser("bionemo-esm inspect", description="Show what a model or a checkpoint is.")
     parser.add_argument("file", type=Path, help="a model (.nemo) or a checkpoint (.ckpt)")
     parser.add_argument("--verify", action="store_true", help="read every byte and compare its hash with the manifest")
-    parser.add_argument("--json", action="store_true", help="print the card as JSON")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     options = parser.parse_args(arguments)
     run_to_exit_code(lambda: _inspect(options), "Interrupted.")
 

@@ -1,8 +1,8 @@
-"""A plain tar that is written whole or not at all, and read without ever unpacking it.
+"""A strict subset of tar, written completely or not at all, and read in place without extraction.
 
-The members are regular files with names that the reader knows beforehand, once each, in a tar of the simplest kind; a
-link, a device, an extended header, a sparse file or a stray byte between them is refused. Equal content gives equal
-bytes, and `tar tf` lists them.
+The members are regular files with names that the reader expects, once each. A link, a device, an extended header, a
+sparse file or a stray byte between members is an error. Equal content gives equal bytes, and `tar tf` lists the file.
+Python's `tarfile` parses the headers; its readers accept far more than this and extract to disk.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _KINDS = {
 
 
 class ArchiveError(UserError):
-    """A file that is no archive of ours, or a damaged one; the message names the file and the member."""
+    """A file that is not one of our archives, or is damaged; the message names the file and the member."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """Content to be written: its size in bytes, and how to write it to a stream."""
+    """Content to be written: its size in bytes, and the function that writes it to a stream."""
 
     size: int
     write: Callable[[IO[bytes]], None]
@@ -59,7 +59,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Summary:
-    """Content that is made of the SHA-256, in hex, of all other members by their names, once they are written."""
+    """Content that is made from the SHA-256, in hex, of all other members, by name, once they are written."""
 
     size: int
     make: Callable[[Mapping[str, str]], bytes]
@@ -67,34 +67,34 @@ class Summary:
 
 @dataclass(frozen=True)
 class Section:
-    """Where the content of a member lies in its file, in bytes."""
+    """Position and size of the content of a member in its file, in bytes."""
 
     start: int
     size: int
 
 
 class _HashingStream(io.RawIOBase):
-    """Passes on what is written to it, and hashes it meanwhile: a core does one, a second the other."""
+    """Writes to another stream, and hashes the content on a second thread at the same time."""
 
-    def __init__(self, stream: IO[bytes], beside: Executor) -> None:
-        self._stream, self._beside, self.sha256 = stream, beside, hashlib.sha256()
+    def __init__(self, stream: IO[bytes], hasher: Executor) -> None:
+        self._stream, self._hasher, self.sha256 = stream, hasher, hashlib.sha256()
 
     def write(self, content: object) -> int:
-        hashed = self._beside.submit(self.sha256.update, content)  # type: ignore[arg-type]
+        hashed = self._hasher.submit(self.sha256.update, content)  # type: ignore[arg-type]
         count = self._stream.write(content)  # type: ignore[call-overload]
-        hashed.result()  # the writer may change its memory as soon as we return
+        hashed.result()  # the caller may change the memory after the return
         return int(count)
 
 
 def write_container(path: Path, members: Mapping[str, Member | Summary]) -> None:
-    """Write the members, in their order, under a temporary name; sync it and its folder; then rename.
+    """Write the members in their order under a temporary name, sync file and folder, then rename.
 
-    The final name never holds half a file, and what stood there before stays until the whole is safe. Raises
-    `ArchiveError`, saying why, where the disk does not take it.
+    The final name never holds an incomplete file; a file that was there stays until the new one is complete. Raises
+    `ArchiveError`, with the reason, if it cannot be written.
     """
     digests: dict[str, str] = {}
     summaries: dict[int, Summary] = {}  # by their places in the file
-    with atomic_write(path) as stream, ThreadPoolExecutor(1) as beside:
+    with atomic_write(path) as stream, ThreadPoolExecutor(1) as hasher:
         for name, member in members.items():
             info = tarfile.TarInfo(name)  # time, owner and group stay 0: equal content, equal bytes
             info.size = member.size
@@ -104,7 +104,7 @@ def write_container(path: Path, members: Mapping[str, Member | Summary]) -> None
                 summaries[before] = member
                 stream.write(bytes(member.size))
             else:
-                hashing = _HashingStream(stream, beside)
+                hashing = _HashingStream(stream, hasher)
                 member.write(cast(IO[bytes], hashing))
                 digests[name] = hashing.sha256.hexdigest()
             assert stream.tell() - before == member.size, name
@@ -119,7 +119,7 @@ def write_container(path: Path, members: Mapping[str, Member | Summary]) -> None
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """As `files.atomic_write`, raising `ArchiveError` where the disk does not take it."""
+    """As `files.atomic_write`, but raises `ArchiveError` if the file cannot be written."""
     try:
         with outputs.atomic_write(path) as stream:
             yield stream
@@ -140,7 +140,7 @@ def _unwritable(path: Path, error: OSError) -> ArchiveError:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Say in one line why a file cannot be read: it may go away, or its disk may fail, at any moment."""
+    """Turn an `OSError` of reading a file into an `ArchiveError` of one line."""
     try:
         yield
     except OSError as error:
@@ -148,10 +148,10 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def find_members(path: Path, limits: Mapping[str, int]) -> dict[str, Section]:
-    """The members of a file and where they lie.
+    """Return the members of a file and their positions.
 
-    `limits` has the names that may occur, with the most bytes that an honest one could have. Raises `ArchiveError`,
-    naming file and member, for whatever `write_container` would not have written; owner and time may differ.
+    limits: the permitted names, each with its largest size in bytes. Raises `ArchiveError`, naming file and member, for
+    anything that `write_container` would not have written; owner and time may differ.
     """
     with readable(path):
         if not path.exists():
@@ -186,7 +186,7 @@ def _read_header(path: Path, stream: IO[bytes]) -> bytes:
 
 
 def _checked(path: Path, header: bytes, limits: Mapping[str, int], seen: Mapping[str, Section]) -> tuple[str, int]:
-    """Name and size of a member whose header is as it should be."""
+    """Return name and size of a member. Raises `ArchiveError` for a header that is not as it should be."""
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
@@ -212,7 +212,7 @@ def _checked(path: Path, header: bytes, limits: Mapping[str, int], seen: Mapping
 
 
 def _spellings(info: tarfile.TarInfo) -> tuple[bytes, bytes]:
-    """The headers that say this of a plain file, and nothing besides."""
+    """Return the two valid headers of a plain file with these properties."""
     plain = tarfile.TarInfo(info.name)
     for key in ("size", "mode", "mtime", "type", "uid", "gid", "uname", "gname"):
         setattr(plain, key, getattr(info, key))
@@ -220,7 +220,7 @@ def _spellings(info: tarfile.TarInfo) -> tuple[bytes, bytes]:
 
 
 def quoted(name: object) -> str:
-    """A name out of a file, fit for a person's terminal: in quotes, not long, nothing in it that a terminal obeys."""
+    """Return a name from a file in quotes, shortened, and without control characters."""
     text = str(name)
     return ascii(text if len(text) <= _LONGEST_NAME else text[:_LONGEST_NAME] + "...")
 
@@ -229,55 +229,60 @@ def _cut_short(path: Path, why: str) -> ArchiveError:
     return ArchiveError(f"{path}: cut short ({why}), or not a .nemo archive of ours; copy or download it again")
 
 
+def read_into(path: Path, start: int, buffer: memoryview) -> bool:
+    """Fill a buffer with the bytes of a file from `start` on; return False where the file ends before."""
+    with readable(path), path.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        while buffer:
+            if not (count := stream.readinto(buffer)):
+                return False
+            buffer = buffer[count:]
+    return True
+
+
 def read_section(path: Path, section: Section) -> bytes:
-    """The content of a (small) member."""
+    """Return the content of a (small) member."""
     with readable(path), path.open("rb") as stream:
         stream.seek(section.start)
         return stream.read(section.size)
 
 
-def hash_section(path: Path, section: Section, tell: Callable[[int], None] = lambda count: None) -> str:
-    """SHA-256 of the content of a member, in hex, read in pieces; `tell` is given the bytes of each."""
+def hash_section(path: Path, section: Section, advance: Callable[[int], None] = lambda count: None) -> str:
+    """Return the SHA-256 of the content of a member, in hex; `advance` is called with the bytes of each piece."""
     sha256 = hashlib.sha256()
     with readable(path), path.open("rb") as stream:
         stream.seek(section.start)
         for chunk in _chunks(stream, section.size):
             sha256.update(chunk)
-            tell(len(chunk))
+            advance(len(chunk))
     return sha256.hexdigest()
 
 
 class SectionReader:
-    """Reads the content of a member once, from its front to its back, and hashes what it reads.
+    """Reads the content of a member once, from beginning to end, and hashes it.
 
-    Its file is open only while it is read from, so that any number of members may be read side by side.
+    The file is open only during a read, so that any number of members can be read in turn.
     """
 
-    def __init__(self, path: Path, section: Section, beside: Executor | None = None) -> None:
-        """beside: has one thread, which hashes while the caller goes on; what was read must not change before that."""
+    def __init__(self, path: Path, section: Section, hasher: Executor | None = None) -> None:
+        """hasher: one thread, which hashes in parallel; buffers must not change before `hexdigest`."""
         self.path, self._position, self._end = path, section.start, section.start + section.size
-        self._sha256, self._beside = hashlib.sha256(), beside
+        self._sha256, self._hasher = hashlib.sha256(), hasher
         self._hashing: Future[None] | None = None
 
     def read_into(self, buffer: memoryview) -> None:
-        """Fill the buffer with the bytes that come next. Raises `ArchiveError` where the file ends before."""
+        """Fill the buffer with the next bytes. Raises `ArchiveError` if the file ends early."""
         assert self._position + buffer.nbytes <= self._end
-        with readable(self.path), self.path.open("rb", buffering=0) as stream:
-            stream.seek(self._position)
-            rest = buffer
-            while rest:
-                count = stream.readinto(rest)
-                if not count:
-                    raise _cut_short(self.path, "its end is missing")
-                rest = rest[count:]
+        if not read_into(self.path, self._position, buffer):
+            raise _cut_short(self.path, "its end is missing")
         self._position += buffer.nbytes
-        if self._beside is None:
+        if self._hasher is None:
             self._sha256.update(buffer)
         else:
-            self._hashing = self._beside.submit(self._sha256.update, buffer)
+            self._hashing = self._hasher.submit(self._sha256.update, buffer)
 
     def hexdigest(self) -> str:
-        """SHA-256 of the content, in hex, once all of it is read."""
+        """Return the SHA-256 of the content, in hex, after all of it has been read."""
         assert self._position == self._end, "not yet read to its end"
         if self._hashing is not None:
             self._hashing.result()  # the last of a queue
@@ -285,7 +290,7 @@ class SectionReader:
 
 
 def _chunks(stream: IO[bytes], size: int) -> Iterator[memoryview]:
-    """The next `size` bytes in pieces, each valid until the next is asked for."""
+    """Yield the next `size` bytes in pieces, each valid until the next is requested."""
     buffer = memoryview(bytearray(min(size, _CHUNK_BYTES)))
     while size > 0:
         count = stream.readinto(buffer[: min(size, len(buffer))])  # type: ignore[attr-defined]

@@ -1,9 +1,10 @@
-"""Tensors in the safetensors format, a member of a container: written one after another, read one at a time.
+"""Tensors in the safetensors format as a member of a tar: written one after another, read one at a time.
 
-Hugging Face's library reads and writes whole files in memory. Here a member lies within a larger file, and a model of
-which 47 copies are averaged must not be held twice; so the format, which is small, is ours to read and write:
+Hugging Face's library writes from memory and reads whole files only. Here a member lies within a larger file, is hashed
+on the way, and a model of which 47 copies are averaged must not be held twice. The format:
 8 bytes little-endian, the size of a JSON header; the header, {name: {dtype, shape, data_offsets}}; the data, in the
-header's order without gaps. https://github.com/huggingface/safetensors#format. Tests hold both against the library.
+header's order without gaps. https://github.com/huggingface/safetensors#format. Tests compare reader and writer with the
+library.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from bionemo_esm.model.tar_format import ArchiveError, Member, Section, quoted, readable
+from bionemo_esm.model.tar_format import ArchiveError, Member, Section, quoted, read_into, readable
 
-if TYPE_CHECKING:  # a card is printed without waiting for torch
+if TYPE_CHECKING:  # `inspect` does not wait for torch
     import torch
     from torch import Tensor
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""The element types that we read, as the format names them, and their sizes."""
+"""Bytes of an element, by the format's name of its type."""
 _TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+_FORMAT_NAMES = {f"torch.{torch_name}": name for name, torch_name in _TORCH_NAMES.items()}
 _LARGEST_HEADER = 2**24  # bytes; ESM-1b's has 2**16
 _MOST_DIMENSIONS, _LARGEST_COUNT = 8, 2**45
 _METADATA = "__metadata__"  # not a tensor: texts that a writer may add
@@ -36,7 +37,7 @@ _METADATA = "__metadata__"  # not a tensor: texts that a writer may add
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header says of a tensor; `start` counts bytes from the beginning of the data."""
+    """One tensor by the header; `start` counts bytes from the beginning of the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -54,7 +55,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorTable:
-    """The tensors of one member: names, types and shapes at hand, contents on demand."""
+    """The tensors of one member: names, types and shapes in memory, contents read on demand."""
 
     path: Path
     member: str
@@ -75,7 +76,7 @@ class TensorTable:
         return cls(path, member, infos, data)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor."""
+        """Return the dtype of a tensor."""
         import torch
 
         dtype = getattr(torch, _TORCH_NAMES[self.infos[name].dtype])
@@ -83,45 +84,29 @@ class TensorTable:
         return dtype
 
     def empty(self, name: str) -> Tensor:
-        """Memory for a tensor."""
+        """Return uninitialised memory for a tensor."""
         import torch
 
         return torch.empty(self.infos[name].shape, dtype=self.dtype(name))
 
     @property
     def elements(self) -> int:
-        """Numbers in all tensors together."""
+        """Number of elements of all tensors."""
         return sum(info.elements for info in self.infos.values())
 
-    def load(self, name: str, out: Tensor | None = None) -> Tensor:
-        """A copy of one tensor, on the CPU, in its own dtype; in `out`, where one of its shape and dtype is given."""
-        with readable(self.path), self.path.open("rb", buffering=0) as stream:
-            return self._read(stream, name, out)
-
-    def load_all(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        with readable(self.path), self.path.open("rb", buffering=0) as stream:
-            return {name: self._read(stream, name) for name in self.infos}
-
-    def _read(self, stream: RawIOBase, name: str, out: Tensor | None = None) -> Tensor:
-        info = self.infos[name]
-        tensor = self.empty(name) if out is None else out
-        assert tensor.shape == info.shape and tensor.dtype == self.dtype(name)
-        stream.seek(self.data.start + info.start)
-        rest = bytes_of(tensor)
-        while rest:
-            count = stream.readinto(rest)
-            if not count:
-                raise ArchiveError(f"{self.path}: {self.member} ends within tensor {quoted(name)}; it is cut short")
-            rest = rest[count:]
+    def load(self, name: str) -> Tensor:
+        """Return a copy of one tensor, on the CPU, in its own dtype."""
+        tensor = self.empty(name)
+        if not read_into(self.path, self.data.start + self.infos[name].start, bytes_of(tensor)):
+            raise ArchiveError(f"{self.path}: {self.member} ends within tensor {quoted(name)}; it is cut short")
         return tensor
 
 
 class LazyTensors(Mapping[str, "Tensor"]):
-    """Tensors that are made when they are looked up: a model is written that no memory would hold whole."""
+    """Tensors that are made when they are looked up, so that a model may be larger than the memory."""
 
     def __init__(self, outline: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> None:
-        """`outline` has their shapes and dtypes, on the meta device; `make` gives one by its name."""
+        """`outline` has their shapes and dtypes, on the meta device; `make` returns one by its name."""
         self.outline, self._make = outline, make
 
     def __getitem__(self, name: str) -> Tensor:
@@ -135,21 +120,17 @@ class LazyTensors(Mapping[str, "Tensor"]):
 
 
 def tensor_member(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> Member:
-    """The tensors, in the order of their names, as a member to be written; equal tensors give equal bytes.
+    """Return a member of the tensors in the order of their names; equal tensors give equal bytes.
 
-    `notes`: texts for the header. Raises `TypeError`, naming the tensor, for a dtype or a name that the format does not
-    know.
+    `notes`: texts for the header. Raises `TypeError`, naming the tensor, for a dtype or name that cannot be stored.
     """
-    names = {f"torch.{torch_name}": name for name, torch_name in _TORCH_NAMES.items()}
     outline = tensors.outline if isinstance(tensors, LazyTensors) else tensors
     entries: dict[str, Any] = {_METADATA: dict(notes)} if notes else {}
     end = 0
     for name in sorted(outline):
-        dtype = str(outline[name].dtype)
-        if name == _METADATA or dtype not in names:
-            raise TypeError(f"tensor {quoted(name)} of {dtype} cannot be stored in the safetensors format")
+        dtype = dtype_name(name, outline[name].dtype)
         start, end = end, end + outline[name].numel() * outline[name].element_size()
-        entries[name] = {"dtype": names[dtype], "shape": list(outline[name].shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": dtype, "shape": list(outline[name].shape), "data_offsets": [start, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # so that the data is aligned
 
@@ -162,15 +143,22 @@ def tensor_member(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None
     return Member(8 + len(header) + end, write)
 
 
+def dtype_name(name: str, dtype: torch.dtype) -> str:
+    """Return the format's name of a dtype. Raises `TypeError`, naming the tensor, for what the format cannot store."""
+    if name == _METADATA or (found := _FORMAT_NAMES.get(str(dtype))) is None:
+        raise TypeError(f"tensor {quoted(name)} of {dtype} cannot be stored in the safetensors format")
+    return found
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
+    """Return the memory of a contiguous CPU tensor."""
     import torch
 
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read_header(stream: IO[bytes], available: int) -> tuple[Any, int]:
-    """The parsed header, and how many bytes it takes with its length."""
+    """Return the parsed header and its size in bytes, length field included."""
     length = int.from_bytes(stream.read(8), "little")
     if length > min(_LARGEST_HEADER, available - 8):
         raise ValueError(f"its header claims {length:,} bytes")
@@ -225,7 +213,7 @@ def _counts(values: Any) -> bool:
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads`: a mapping; a key that appears twice raises `ValueError`."""
+    """Build a mapping for `json.loads`. Raises `ValueError` for a key that appears twice."""
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
         keys = Counter(key for key, _ in pairs)

@@ -1,6 +1,6 @@
-"""Whether an archive's weights are those of the model that its configuration describes; without torch and NeMo.
+"""Check that the weights of an archive belong to the model of its configuration, without torch and NeMo.
 
-A class of models that has more than an encoder says what else by an `Extension`, which is imported when it is met.
+A class of models that has more than an encoder describes the rest by an `Extension`, which is imported on demand.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ if TYPE_CHECKING:
 
 _RECORDED_PACKAGES = ("bionemo_esm", "torch", "megatron-core", "nemo_toolkit")
 _CONFIG_KEYS = {"encoder", "precision", "seed"}
-_WEIGHT_DTYPES = {"32": {"F32"}, "bf16": {"BF16"}}  # by the precision that the configuration gives
-_EXTENSIONS = {"ESMFineTunedModel": "bionemo_esm.finetuning.archive"}  # by class: the module that is one
+_WEIGHT_DTYPES = {"32": {"F32"}, "bf16": {"BF16"}}  # by the precision in the configuration
+_EXTENSIONS = {"ESMFineTunedModel": "bionemo_esm.finetuning.archive"}  # by class: the implementing module
 
 
 class Extension(Protocol):
-    """What archives of a class have beside an encoder."""
+    """The parts of a model class beside the encoder."""
 
     CONFIG_KEYS: frozenset[str]
-    """Of model_config.yaml, beside those of every model."""
+    """Keys of model_config.yaml in addition to those of every model."""
 
     def extra_tensors(self, config: Mapping[str, Any], sizes: EncoderConfig) -> Mapping[str, tuple[int, ...]]:
-        """Names and shapes of further tensors, float32 at any precision. Raises `ConfigError` for what cannot be.
+        """Return names and shapes of further tensors, float32 at any precision. Raises `ConfigError` for bad values.
 
-        Asked once the encoder is known to be no larger than the file: all that is computed here is bounded by it.
+        Called after the encoder has been found to be no larger than the file, which bounds all that is computed here.
         """
 
     def fill(self, encoder: ESMEncoder, config: Mapping[str, Any], copy: Callable[[], None]) -> None:
-        """Have `copy` fill all parameters of a plain encoder, and leave it plain: with all that changes its answers."""
+        """Let `copy` fill the parameters of a plain encoder, and merge into it all that changes its answers."""
 
 
 def extension_of(file: ArchiveFile) -> Extension | None:
-    """What there is beside an encoder in an archive of this class; None where that is nothing."""
+    """Return the extension of an archive's class; None if it has an encoder only."""
     module = _EXTENSIONS.get(file.model_class)
     return None if module is None else cast(Extension, import_module(module))
 
 
 def package_versions() -> dict[str, str]:
-    """What an archive says of the software that wrote it."""
+    """Return the versions of the software that writes an archive, for its provenance."""
     return {package: version(package) for package in _RECORDED_PACKAGES}
 
 
 def check_sizes(file: ArchiveFile) -> EncoderConfig:
-    """The sizes of the model in an archive.
+    """Return the configuration of the encoder in an archive.
 
-    Raises `ArchiveError` unless the weights are those of the model that the configuration describes. Checked before
-    that model is built: a configuration could ask for one that no memory holds.
+    Raises `ArchiveError` unless the weights are those of the model in the configuration. Call it before the model is
+    built: a configuration could ask for one that no memory holds.
     """
     where = f"{file.path}: model_config.yaml"
     extension = extension_of(file)
@@ -94,7 +94,7 @@ def check_sizes(file: ArchiveFile) -> EncoderConfig:
 
 
 def _check_tensors(file: ArchiveFile, sizes: EncoderConfig, extra: Mapping[str, tuple[int, ...]]) -> None:
-    """Every tensor of the model there, in its shape, and no other; ends at the first fault, as sizes have no bound."""
+    """Check that every tensor of the model is there in its shape, and no other; stop at the first fault."""
     unknown = set(file.weights.infos)
     for name, shape in chain(sizes.tensors(), sizes.fixed_tensors(), extra.items()):
         if name not in unknown:

@@ -14,7 +14,7 @@ from typing import Any
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveError, ArchiveFile
 from bionemo_esm.model.config import LEARNED, EncoderConfig
-from bionemo_esm.model.interchange.format_detection import Kind, kind_of
+from bionemo_esm.model.interchange.formats import ARCHIVE, HUB, detect_format
 from bionemo_esm.model.validate import extension_of
 
 OF_ARCHIVE = "of_archive"  # a key of conf/model/of_archive.yaml; true: take all sizes from the archive
@@ -69,15 +69,15 @@ def check_encoder_of_archive(encoder: EncoderConfig, path: Path) -> None:
 def import_advice(path: Path) -> str | None:
     """Return how to import a model of another library; None if the path names no such model."""
     try:
-        kind = kind_of(str(path))
+        found = detect_format(str(path))
     except ConfigError:
         return None
-    if kind is Kind.OURS:
+    if found is ARCHIVE:
         return None
-    found = f"there is no {path}; if it is {kind.value}," if kind is Kind.HUB else f"{path} is {kind.value};"
+    what = f"there is no {path}; if it is {found.description}," if found is HUB else f"{path} is {found.description};"
     target = f"{path.name.removesuffix('.pt')}.nemo"
     command = shlex.join(["bionemo-esm", "convert", f"source={path}", f"target={target}"])
-    return f"{found} bring it here first: {command}, then restore_from_path={target}"
+    return f"{what} bring it here first: {command}, then restore_from_path={target}"
 
 
 def newest_archive(path: Path) -> ArchiveFile:

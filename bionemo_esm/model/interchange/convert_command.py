@@ -1,102 +1,99 @@
-"""`bionemo-esm convert`: models of other libraries into archives of ours, and back."""
+"""`bionemo-esm convert`: import models of other libraries, and export archives to them."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
+from pydantic import model_validator
 
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.interchange.format_detection import PRECISIONS, Route, route
-from bionemo_esm.settings import boolean, integer, known, number, path, plain_values
+from bionemo_esm.model.interchange.formats import PRECISIONS, Conversion
+from bionemo_esm.settings import Settings, plain_values
 
 if TYPE_CHECKING:  # it imports torch
     from bionemo_esm.model.interchange.state_dict_adapter import ImportedWeights, SourceModel
 
-_KEYS = {"source", "target", "revision", "seq_length", "stretch_positions", "precision", "shard_gigabytes"}
 _DEFAULT_SHARD = 5.0  # gigabytes
 
 
-@dataclass(frozen=True)
-class ConvertConfig:
-    """From where to where, and what is to change on the way."""
+class ConvertConfig(Settings):
+    """Configuration of a conversion; `conf/convert_checkpoint.yaml` explains the keys."""
 
-    route: Route
-    revision: str | None  # of a model on the Hub
-    seq_length: int | None  # tokens; null: the source's
+    source: str | None
+    target: Path
+    revision: str | int | float | bool | None
+    seq_length: int | None
     stretch_positions: bool
-    precision: str | None  # "32" or "bf16"; null: the source's
+    precision: str | None
     shard_gigabytes: float
 
-    def __post_init__(self) -> None:
-        self.route.check(self.revision, self.precision)
+    @cached_property
+    def conversion(self) -> Conversion:
+        assert self.source and not isinstance(self.revision, int | float)
+        return Conversion.of(self.source, self.target, self.revision, self.precision)
+
+    @model_validator(mode="after")
+    def _check(self) -> ConvertConfig:
+        if not self.source:
+            raise ConfigError(f"source must be a path or an id on the Hub, not {self.source!r}")
+        if isinstance(self.revision, int | float):  # YAML reads a commit of digits alone as a number
+            raise ConfigError(
+                f"revision: put it in quotes, as in revision=\"'{self.revision}'\"; YAML takes it for a number"
+            )
+        is_export = self.conversion.is_export
         if not 0 < self.shard_gigabytes < 1e6:
             raise ConfigError(f"shard_gigabytes must be over 0, not {self.shard_gigabytes:g}")
-        if self.route.is_export:
-            if self.seq_length is not None or self.stretch_positions:
-                raise ConfigError("seq_length and stretch_positions are for models that are brought in")
-        elif self.shard_gigabytes != _DEFAULT_SHARD:
+        if is_export and (self.seq_length is not None or self.stretch_positions):
+            raise ConfigError("seq_length and stretch_positions are for models that are brought in")
+        if not is_export and self.shard_gigabytes != _DEFAULT_SHARD:
             raise ConfigError("shard_gigabytes is for models that are taken to Hugging Face; a .nemo is one file")
         if self.stretch_positions and self.seq_length is None:
             raise ConfigError("stretch_positions: say by seq_length how many tokens the position table is to reach")
+        return self
 
 
 def load_convert_config(cfg: DictConfig) -> ConvertConfig:
     """Raises `ConfigError`, naming the key, for one that is unknown, missing or of the wrong kind."""
-    values = known("", plain_values(cfg), _KEYS)
-    source, target, revision, precision = (values[key] for key in ("source", "target", "revision", "precision"))
-    for key, text in (("source", source), ("target", target)):
-        if not isinstance(text, str) or not text:
-            raise ConfigError(f"{key} must be a path{' or an id on the Hub' * (key == 'source')}, not {text!r}")
-    if isinstance(revision, bool | int | float):  # YAML reads a commit of digits alone as a number
-        raise ConfigError(f"revision: put it in quotes, as in revision=\"'{revision}'\"; YAML takes it for a number")
-    seq_length = values["seq_length"]
-    place = path("target", target)
-    assert place is not None
-    return ConvertConfig(
-        route(source, place),
-        revision,
-        None if seq_length is None else integer("seq_length", seq_length),
-        boolean("stretch_positions", values["stretch_positions"]),
-        None if precision is None else str(precision),
-        number("shard_gigabytes", values["shard_gigabytes"]),
-    )
+    return ConvertConfig.from_config(plain_values(cfg))
 
 
 def convert(cfg: DictConfig) -> None:
-    """Convert a model as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
+    """Convert a model by a composed Hydra configuration. Exit with 2 for an error that the user can fix."""
     with sigterm_as_exit("Stopped; nothing was written."):
         run_to_exit_code(lambda: _convert(load_convert_config(cfg)), "Interrupted; nothing was written.")
 
 
 def _convert(config: ConvertConfig) -> int:
     console = Console(sys.stdout)
-    console.print_line(f"Reading {config.route.source}, {config.route.kind.value}")
-    (_export if config.route.is_export else _import)(config, console)
+    conversion = config.conversion
+    console.print_line(f"Reading {conversion.source}, {conversion.source_format.description}")
+    (_export if conversion.is_export else _import)(config, conversion, console)
     return 0
 
 
-def _import(config: ConvertConfig, console: Console) -> None:
+def _import(config: ConvertConfig, conversion: Conversion, console: Console) -> None:
     from bionemo_esm.model.interchange.convert import import_model  # torch takes a second to import
 
-    def tell(foreign: SourceModel, taken: ImportedWeights) -> None:
-        console.print_line(f"  model    {describe(taken.config, taken.precision)}")
-        revision = foreign.provenance["imported_from"].get("revision")
+    def tell(source: SourceModel, imported: ImportedWeights) -> None:
+        console.print_line(f"  model    {describe(imported.config, imported.precision)}")
+        revision = source.provenance["imported_from"].get("revision")
         if revision is not None:
             console.print_line(f"  commit   {revision}")
-        for note in taken.notes:
+        for note in imported.notes:
             console.print_line(f"  note     {note}")
 
     report = import_model(
-        config.route.source,
-        config.route.target,
-        revision=config.revision,
+        conversion.source,
+        conversion.target,
+        revision=None if config.revision is None else str(config.revision),
         seq_length=config.seq_length,
         stretch_positions=config.stretch_positions,
         precision=config.precision,
@@ -112,12 +109,12 @@ def _import(config: ConvertConfig, console: Console) -> None:
     )
 
 
-def _export(config: ConvertConfig, console: Console) -> None:
+def _export(config: ConvertConfig, conversion: Conversion, console: Console) -> None:
     from bionemo_esm.model.interchange.convert import export_model  # torch takes a second to import
 
     report = export_model(
-        config.route.source,
-        config.route.target,
+        conversion.source,
+        conversion.target,
         precision=config.precision,
         shard_bytes=int(config.shard_gigabytes * 1e9),
         progress=ProgressBar(console, "converting"),
@@ -132,7 +129,7 @@ def _export(config: ConvertConfig, console: Console) -> None:
 
 
 def describe(config: EncoderConfig, precision: str) -> str:
-    """A model in one line."""
+    """Return one line about a model."""
     return (
         f"{config.family}, {config.num_layers} layers, hidden {config.hidden_size:,}, {config.num_attention_heads} "
         f"heads, {config.parameters:,} parameters in {PRECISIONS[precision]}, up to {config.seq_length:,} tokens, "
@@ -140,9 +137,5 @@ def describe(config: EncoderConfig, precision: str) -> str:
     )
 
 
-main = ConfiguredCommand(
-    convert,
-    "convert_checkpoint",
-    text_keys=("source", "target", "revision"),
-)
+main = ConfiguredCommand(convert, "convert_checkpoint", text_keys=("source", "target", "revision"))
 """`bionemo-esm convert`."""

@@ -1,13 +1,11 @@
-"""From an archive or a checkpoint to a folder that Hugging Face's `transformers` loads, without Hugging Face.
+"""Export an archive or a checkpoint to a folder that Hugging Face Transformers loads, with a model card.
 
-What `EsmForMaskedLM.save_pretrained` and `EsmTokenizer.save_pretrained` write, by our own hand: tensors go from file to
-file one at a time, so a model may be larger than the memory. Names of files, keys and the sharding's index:
-`transformers/configuration_utils.py`, `modeling_utils.py`, `tokenization_utils_base.py`.
+The files are those of `EsmForMaskedLM.save_pretrained` and `EsmTokenizer.save_pretrained`, written without Transformers
+and one tensor at a time, so that a model may be larger than the memory. Names of files and keys, and the index of
+shards: `transformers/configuration_utils.py`, `modeling_utils.py`, `tokenization_utils_base.py`.
 
-The README.md of an exported model, made from what its archive says of itself.
-
-Provenance is free text of whoever made the file. It stands in code spans, on one line, where Markdown and HTML mean
-nothing.
+Provenance is free text of the archive's author. The model card quotes it in code spans on one line, where Markdown and
+HTML have no effect.
 """
 
 from __future__ import annotations
@@ -26,15 +24,19 @@ from bionemo_esm.alphabet import EOS_ID, MASK_ID, PAD_ID, TOKEN_IDS, TOKENS, VOC
 from bionemo_esm.files import atomic_folder, check_absent
 from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile
 from bionemo_esm.model.config import LEARNED, EncoderConfig
-from bionemo_esm.model.interchange.format_detection import HUB_ID, PRECISIONS
-from bionemo_esm.model.interchange.key_mapping import HUGGING_FACE
-from bionemo_esm.model.interchange.state_dict_adapter import UNUSED_POSITIONS, InterchangeError, to_foreign
+from bionemo_esm.model.interchange.formats import HUB_ID, PRECISIONS
+from bionemo_esm.model.interchange.state_dict_adapter import (
+    HUGGING_FACE,
+    UNUSED_POSITIONS,
+    InterchangeError,
+    from_native,
+)
 from bionemo_esm.model.summary import ArchiveSummary, escaped
 from bionemo_esm.model.tar_format import Member, atomic_write, quoted
 from bionemo_esm.model.tensor_io import LazyTensors, tensor_member
 from bionemo_esm.model.validate import check_sizes, extension_of
 
-_LONGEST = 300  # characters told of one entry
+_LONGEST = 300  # characters of one entry
 _MOST_NOTES = 20
 _EXAMPLE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVV"
 
@@ -69,7 +71,7 @@ logits, embeddings = output.logits, output.hidden_states[-1]  # of <cls>, the re
 
 
 def model_card(card: ArchiveSummary, config: EncoderConfig) -> str:
-    """The README.md: what the model is, how it was trained, how to use it, and where it ends."""
+    """Return the README.md: architecture, training, use and limits of the model."""
     family = config.family
     provenance = card.to_dict()["provenance"]
     provenance = provenance if isinstance(provenance, dict) else {}
@@ -90,7 +92,7 @@ def model_card(card: ArchiveSummary, config: EncoderConfig) -> str:
 
 
 def code(value: Any, longest: int = _LONGEST) -> str:
-    """A value from a file as a code span for a table: nothing in it is obeyed by Markdown, HTML or a terminal."""
+    """Return an untrusted value as a code span for a table, without effect on Markdown, HTML and terminals."""
     text = escaped(str(value), longest).replace("`", "'").replace("|", "\\|").strip()
     return f"`{text}`" if text else "``` ```"
 
@@ -124,7 +126,7 @@ def _sizes(card: ArchiveSummary, config: EncoderConfig) -> dict[str, str]:
 
 
 def _training(card: ArchiveSummary, provenance: Mapping[str, Any]) -> dict[str, str]:
-    """How it was trained, as far as the archive says."""
+    """Return the rows about the training that the archive records."""
     rows = {
         label: f"{value:,}" if type(value) is int and key != "seed" else code(value)
         for key, label in (
@@ -152,7 +154,7 @@ def _training(card: ArchiveSummary, provenance: Mapping[str, Any]) -> dict[str, 
 
 
 def _entries(value: Any, depth: int = 0) -> Iterator[str]:
-    """The entries of a mapping as `key value`; whatever else it is, as it is."""
+    """Yield the entries of a mapping as `key value`; any other value unchanged."""
     if not isinstance(value, dict) or depth > 1:
         yield code(value)
         return
@@ -190,24 +192,24 @@ def _limits(config: EncoderConfig) -> str:
 
 
 Progress = Callable[[int, int | None], None]
-"""Called with bytes done and bytes to do (None: not known yet); a weight counts twice, as checked and as written."""
+"""Called with bytes done and bytes in total (None: not known yet). A weight counts twice: checked and written."""
 SHARD_BYTES = 5_000_000_000
 _SPECIAL_TOKENS = {
     "cls_token": "<cls>", "eos_token": "<eos>", "mask_token": "<mask>", "pad_token": "<pad>", "unk_token": "<unk>",
 }  # fmt: skip
 DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in PRECISIONS.items()}
-"""By the precision that an archive gives."""
+"""By the precision in an archive."""
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written."""
+    """The result of an export."""
 
     folder: Path
     config: EncoderConfig
     precision: str  # "32" or "bf16"
     files: Mapping[str, int]  # by name: bytes
-    notes: tuple[str, ...]  # what people must know of it
+    notes: tuple[str, ...]  # what changed, for the user
 
 
 def export_hugging_face(
@@ -218,11 +220,11 @@ def export_hugging_face(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> ExportReport:
-    """Write the model of an archive, or of a checkpoint, as a folder for `transformers`: complete, or not at all.
+    """Write the model of an archive or a checkpoint as a folder for Transformers, complete or not at all.
 
-    `folder` must not exist. `precision`: "32" or "bf16", None as the archive's. A file has at most `shard_bytes` of
-    weights, or one tensor. Raises `InterchangeError`, and `ArchiveError` for a damaged archive or a disk that does not
-    take it.
+    folder: must not exist. precision: "32" or "bf16"; None keeps the archive's. shard_bytes: the most bytes of weights
+    in one file, unless one tensor is larger. Raises `InterchangeError`, and `ArchiveError` for a damaged archive and a
+    failed write.
     """
     if extension_of(file) is not None:
         raise InterchangeError(
@@ -234,7 +236,7 @@ def export_hugging_face(
     file.verify(WEIGHTS, progress=lambda count, size: progress(count, 2 * size))
     fixed = dict(config.fixed_tensors())
     dtypes = {name: DTYPES["32" if name in fixed else precision] for name in file.weights.infos}
-    tensors = to_foreign(config, dtypes, lambda name: _finite(file, name).to(dtypes[name]), HUGGING_FACE)
+    tensors = from_native(config, dtypes, lambda name: _finite(file, name).to(dtypes[name]), HUGGING_FACE)
     with written_folder(folder) as unfinished:
         for name, text in _texts(file, config, precision, tensors).items():
             _write(unfinished / name, Member.of(text.encode()))
@@ -244,9 +246,9 @@ def export_hugging_face(
 
 
 def hugging_face_config(config: EncoderConfig, precision: str) -> dict[str, Any]:
-    """The content of config.json for a model of these sizes; every key that tells one ESM from another is there.
+    """Return the content of config.json with every key that distinguishes one ESM from another.
 
-    `torch_dtype` is `dtype` in transformers 5, which reads both; 4 reads the former alone.
+    Transformers 5 reads `torch_dtype` and `dtype`; 4 reads the former only.
     """
     return {
         "architectures": ["EsmForMaskedLM"],
@@ -274,9 +276,9 @@ def hugging_face_config(config: EncoderConfig, precision: str) -> dict[str, Any]
 
 
 def _texts(file: ArchiveFile, config: EncoderConfig, precision: str, tensors: LazyTensors) -> dict[str, str]:
-    """By name: the files that are no weights."""
+    """Return by name the text files beside the weights."""
     described = hugging_face_config(config, precision)
-    # A key of ours, which transformers passes over: without it zeros would be read as no unused rows.
+    # Our own key, ignored by Transformers: without it, rows of zeros would be read as absent.
     if config.position_offset and not tensors[f"{HUGGING_FACE.position_embeddings}.weight"][:UNUSED_POSITIONS].any():
         described["position_offset"] = config.position_offset
     tokenizer = {
@@ -329,7 +331,7 @@ def _finite(file: ArchiveFile, name: str) -> Tensor:
 
 
 def _write_weights(folder: Path, tensors: LazyTensors, shard_bytes: int, tell: Callable[[float], None]) -> None:
-    """`model.safetensors`, or shards of it with an index of what is where; `tell` is given the share that is done."""
+    """Write `model.safetensors`, or shards and their index; `tell` is called with the fraction done."""
     shards, done, size = _shards(tensors.outline, shard_bytes), 0, sum(map(_bytes, tensors.outline.values()))
 
     def make(name: str) -> Tensor:
@@ -350,7 +352,7 @@ def _write_weights(folder: Path, tensors: LazyTensors, shard_bytes: int, tell: C
 
 
 def _shards(outline: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
-    """The names of tensors, in order, in as many parts as it takes for each to have at most so many bytes."""
+    """Split the sorted names of tensors into parts of at most `shard_bytes`, or of one tensor."""
     shards: list[list[str]] = [[]]
     held = 0
     for name in sorted(outline):
@@ -372,7 +374,7 @@ def _bytes(tensor: Tensor) -> int:
 
 @contextmanager
 def written_folder(folder: Path) -> Iterator[Path]:
-    """`files.atomic_folder`, raising `InterchangeError` where the folder cannot be written."""
+    """As `files.atomic_folder`, but raises `InterchangeError` if the folder cannot be written."""
     try:
         with atomic_folder("target", folder) as unfinished:
             yield unfinished

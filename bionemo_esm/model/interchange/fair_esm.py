@@ -1,7 +1,7 @@
-"""fair-esm's `.pt` files: ESM-1b, ESM-1v and ESM-2, as released, or as fairseq writes them with the same arguments.
+"""Read ESM-1b, ESM-1v and ESM-2 from fair-esm's `.pt` files, as released or as fairseq writes them.
 
-`esm/pretrained.py` of fair-esm 2.0.0 says how they are read: a dict with the weights under "model" and the sizes under
-"args" (ESM-1b and ESM-1v) or "cfg" (ESM-2); weights for contacts lie beside it, in `<name>-contact-regression.pt`.
+Layout, by `esm/pretrained.py` of fair-esm 2.0.0: a dict with the weights under "model" and the sizes under "args"
+(ESM-1b and ESM-1v) or "cfg" (ESM-2). The weights of the contact head are in `<name>-contact-regression.pt` beside it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from typing import Any
 from bionemo_esm.alphabet import MASK_ID
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
-from bionemo_esm.model.interchange.key_mapping import FAIR_ESM
-from bionemo_esm.model.interchange.state_dict_adapter import InterchangeError, SourceModel, SourceTensors
+from bionemo_esm.model.interchange.state_dict_adapter import FAIR_ESM, InterchangeError, SourceModel, SourceTensors
 from bionemo_esm.model.tar_format import Section, hash_section, quoted
-from bionemo_esm.model.torch_pickle import PickledTensors, PickleError, convert_pickle
+from bionemo_esm.model.torch_pickle import PickledTensors, PickleError, read_pickle
 
 _WEIGHTS, _NAMESPACE = "model", "argparse.Namespace"
-_IN_FILES = replace(FAIR_ESM, respelt=((rf"^{_WEIGHTS}\.", ""), *FAIR_ESM.respelt))
+_IN_FILES = replace(FAIR_ESM, renamed=((rf"^{_WEIGHTS}\.", ""), *FAIR_ESM.renamed))
 _REGRESSION = "-contact-regression.pt"
-_ESM2_SEQ_LENGTH = 1024  # tokens that ESM-2 was trained with, and what Hugging Face's configurations say
+_ESM2_SEQ_LENGTH = 1024  # tokens in training, and in Hugging Face's configurations
 _FIXED = {"layernorm_epsilon": 1e-5, "init_method_std": 0.02}
-"""torch's and fairseq's, which neither library writes down."""
+"""Defaults of torch and fairseq, which neither library records."""
 _OTHER_MODELS = {
     "protein_bert_base": "ESM-1 has sinusoidal positions, an extra key and value in each attention, an output that is "
     "not tied to the embedding, and an alphabet of 35 tokens; our encoder has none of these. Take ESM-1b or ESM-2",
@@ -32,18 +31,18 @@ _OTHER_MODELS = {
     "sequences. Take ESM-1b or ESM-2",
     "invariant_gvp": "ESM-IF reads structures; our encoder reads sequences. Take ESM-1b or ESM-2",
 }
-"""Parts of the names of architectures that we do not have, and why."""
+"""By a part of an architecture's name: why it is not supported."""
 
 
 @dataclass(frozen=True)
 class _Arguments:
-    """The arguments that a model was made with."""
+    """The arguments that a model was built with."""
 
     where: str  # file and key, for messages
     values: Mapping[str, Any]
 
     def get(self, name: str) -> Any:
-        """As fair-esm reads them: with or without `encoder_` before the name. None where there is no such argument."""
+        """Return an argument, with or without the prefix `encoder_`, as fair-esm does; None if there is none."""
         found = [self.values[key] for key in (f"encoder_{name}", name) if self.values.get(key) is not None]
         if len(found) == 2 and found[0] != found[1]:
             raise InterchangeError(
@@ -58,22 +57,21 @@ class _Arguments:
         return value
 
 
-def read_fair_esm(path: Path, scratch: Path, *, tell: Callable[[int], None] = lambda count: None) -> SourceModel:
-    """The model in a `.pt` of fair-esm, with the weights for contacts if they are beside it.
+def read_fair_esm(path: Path, *, advance: Callable[[int], None] = lambda count: None) -> SourceModel:
+    """Read the model in a `.pt` of fair-esm, with the weights of the contact head if they are beside it.
 
-    `scratch`: an empty private folder, in which its tensors are until they are no longer needed. `tell` is given the
-    bytes of each piece that has been hashed. fair-esm zeroes the embedding of `<mask>` when it loads ESM-1b and ESM-1v,
-    and so do we. Dropout is that of the arguments, by which the model was trained, and 0 where they have none.
+    `advance` is called with the bytes of each piece hashed. fair-esm zeroes the embedding of `<mask>` when it
+    loads ESM-1b and ESM-1v, and so does this reader. Dropout is that of the arguments, and 0 where they have none.
 
     Raises `InterchangeError`, naming file and key, for another model, an incomplete file, and sizes that cannot be;
     `PickleError` for a file that is no pickle of tensors and arguments. Nothing in the file is run.
     """
-    tree, table = _opened(path, scratch, (_NAMESPACE,))
+    tree, table = _opened(path, (_NAMESPACE,))
     arguments, is_esm2 = _arguments(path, tree)
     tables, notes = [table], _left_out(path, tree)
     regression = path.with_name(path.stem + _REGRESSION)
     if regression.exists():
-        tables.append(_opened(regression, scratch)[1])
+        tables.append(_opened(regression)[1])
     else:
         notes.append(f"weights for contacts would be in {regression.name}; it is not there")
     tensors = SourceTensors.of(str(path), tables, _IN_FILES)
@@ -96,17 +94,16 @@ def read_fair_esm(path: Path, scratch: Path, *, tell: Callable[[int], None] = la
         notes.append("left out: activation_dropout, dropout within the feed-forward layers, which our encoder has not")
     files = [path, regression] if len(tables) == 2 else [path]
     origin = {"format": "fair-esm", "source": path.name, "revision": None}
-    hashes = {"sha256": {file.name: hash_section(file, Section(0, file.stat().st_size), tell) for file in files}}
+    hashes = {"sha256": {file.name: hash_section(file, Section(0, file.stat().st_size), advance) for file in files}}
     return SourceModel(FAIR_ESM, config, tensors, {"imported_from": origin | hashes}, tuple(notes))
 
 
-def _opened(path: Path, scratch: Path, allowed: tuple[str, ...] = ()) -> tuple[dict[str, Any], PickledTensors]:
-    """What is in a file beside tensors, and a table of those that lie under "model"."""
+def _opened(path: Path, allowed: tuple[str, ...] = ()) -> tuple[dict[str, Any], PickledTensors]:
+    """Return the plain values of a file and the table of its tensors under "model"."""
     if not path.is_file():
         raise InterchangeError(f"{path}: no such file; give the path of a .pt file of fair-esm")
-    converted = scratch / f"{path.name}.safetensors"
     try:
-        tree = convert_pickle(path, converted, allowed=allowed, below=_WEIGHTS)
+        table, tree = read_pickle(path, allowed=allowed, below=_WEIGHTS)
     except PickleError as error:
         if "omegaconf." in error.why:
             raise InterchangeError(
@@ -118,11 +115,11 @@ def _opened(path: Path, scratch: Path, allowed: tuple[str, ...] = ()) -> tuple[d
         raise InterchangeError(f"{path}: {_without_model(tree)}")
     if weights:
         raise InterchangeError(f"{path}: {quoted(next(iter(weights)))} under {_WEIGHTS!r} is no tensor; it is no model")
-    return tree, PickledTensors.of(path, converted)
+    return tree, table
 
 
 def _without_model(tree: Mapping[str, Any]) -> str:
-    """What a file is that has no "model" in it, by the names in it."""
+    """Return what a file without "model" is, by the names in it."""
     if any(name.startswith(("esm.", "lm_head.decoder")) for name in tree):
         return "is a pytorch_model.bin of Hugging Face; give the folder that it is in, with its config.json"
     if any(value == "<Tensor>" for value in tree.values()):
@@ -134,7 +131,7 @@ def _without_model(tree: Mapping[str, Any]) -> str:
 
 
 def _arguments(path: Path, tree: Mapping[str, Any]) -> tuple[_Arguments, bool]:
-    """The arguments, and whether they are an ESM-2's. Refuses models that we do not have."""
+    """Return the arguments, and whether they are of an ESM-2. Raises `InterchangeError` for unsupported models."""
     cfg, args = tree.get("cfg"), tree.get("args")
     if isinstance(cfg, dict) and isinstance(cfg.get("model"), dict):
         arguments = _Arguments(f"{path}: cfg['model']", cfg["model"])
@@ -164,14 +161,14 @@ def _refuse_other_models(arguments: _Arguments, arch: str) -> None:
 
 
 def _left_out(path: Path, tree: Mapping[str, Any]) -> list[str]:
-    """A note of what else is in the file: fairseq keeps the optimizer's moments there."""
+    """Return a note on other contents of the file: fairseq keeps the optimizer's moments there."""
     if others := sorted(quoted(name) for name in tree.keys() - {"args", "cfg", _WEIGHTS}):
         return [f"left out of {path.name}: {', '.join(others)}"]
     return []
 
 
 def _esm1b(arguments: _Arguments, tensors: SourceTensors) -> EncoderConfig:
-    """ESM-1b, or without the first layer norm ESM-1v: the tensors tell, for fair-esm as well."""
+    """Return the configuration of an ESM-1b or, without a layer norm of the embeddings, of an ESM-1v."""
     return _config(
         arguments,
         ffn_hidden_size=arguments.require("ffn_embed_dim"),
@@ -198,7 +195,7 @@ def _esm2(arguments: _Arguments, tensors: SourceTensors) -> EncoderConfig:
 
 
 def _config(arguments: _Arguments, **others: Any) -> EncoderConfig:
-    """What both kinds of file say alike, and the rest."""
+    """Return the configuration of the keys that both kinds of file share, and the others."""
     sizes = {
         "num_layers": arguments.require("layers"),
         "hidden_size": arguments.require("embed_dim"),

@@ -1,8 +1,8 @@
-"""A model from the Hugging Face Hub, or from its cache on this machine: the files that are needed and no others.
+"""Fetch a model from the Hugging Face Hub, or from its local cache: only the files that are needed.
 
-Downloads, cache, proxies and tokens are huggingface_hub's, with its environment variables: HF_HOME, HF_HUB_OFFLINE,
-HF_TOKEN, HF_ENDPOINT. The configuration comes first; a model that cannot be taken in is refused before its weights are
-fetched. Everything after that is asked for by the commit that a branch or tag stood for then.
+`huggingface_hub` handles downloads, cache, proxies and tokens, with its environment variables HF_HOME, HF_HUB_OFFLINE,
+HF_TOKEN and HF_ENDPOINT. The configuration is fetched first, so that an unsupported model is refused before the
+download of its weights. All other files are fetched by the commit that the branch or tag meant at that time.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _patterns(name: str) -> list[str]:
-    """Of the weights under a name in one file or in shards, with the index of these."""
+    """Return the file patterns of weights in one file, or in shards with their index."""
     stem, suffix = name.rsplit(".", 1)
     return [name, f"{stem}-?????-of-?????.{suffix}", f"{name}{INDEX_SUFFIX}"]
 
 
 def fetch_from_hub(repo_id: str, revision: str | None) -> tuple[Path, str]:
-    """A folder of the cache with the model's files, and the hash of the commit that they are of.
+    """Return the folder in the cache with the model's files, and the hash of their commit.
 
-    `revision`: a branch, a tag, a commit's hash or `refs/pr/1`; None is the branch `main`. What is in the cache is not
-    fetched again; offline, the cache is all there is. safetensors are fetched where there are any, else the pickles.
+    revision: a branch, a tag, a commit's hash or `refs/pr/1`; None is the branch `main`. Cached files are not fetched
+    again; offline, only the cache is used. safetensors are preferred over pickles.
 
-    Raises `InterchangeError`, in one line: for a name that is none, for a repository or revision that is not there or
-    not open to this user, for a model that cannot be taken in, and where network, server or disk do not play along.
+    Raises `InterchangeError`, in one line: for an invalid name, a repository or revision that does not exist or is not
+    open to this user, an unsupported model, and failures of network, server or disk.
     """
     wanted = f"{repo_id}@{revision}" if revision else repo_id
     if not _REPOSITORY.fullmatch(repo_id) or ".." in repo_id:
@@ -80,19 +80,19 @@ def fetch_from_hub(repo_id: str, revision: str | None) -> tuple[Path, str]:
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: list[str], wanted: str) -> Path:
-    """The folder of the cache with the files of these patterns in it."""
+    """Fetch the files of these patterns, and return their folder in the cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # re-exported from its HTTP library
     from huggingface_hub.utils.tqdm import tqdm
 
     class WatchedBar(tqdm):
-        """A progress bar where there is a terminal, and nothing elsewhere."""
+        """A progress bar that is shown on a terminal only."""
 
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
             super().__init__(*arguments, **{"disable": None} | keywords)  # type: ignore[no-untyped-call]
 
     try:
-        with _nothing_told():
+        with _no_telemetry():
             path = snapshot_download(repo_id, revision=revision, allow_patterns=patterns, tqdm_class=WatchedBar)
             return Path(path)
     except (OSError, ValueError, RuntimeError, HTTPError) as error:  # hf_xet raises RuntimeError
@@ -100,8 +100,8 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str], wanted: s
 
 
 @contextmanager
-def _nothing_told() -> Iterator[None]:
-    """Without the requests and headers by which huggingface_hub tells who uses it: a download is all that is wanted."""
+def _no_telemetry() -> Iterator[None]:
+    """Disable the requests and headers by which huggingface_hub reports its use."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_DISABLE_TELEMETRY
@@ -113,7 +113,7 @@ def _nothing_told() -> Iterator[None]:
 
 
 def _explain(error: Exception, repo_id: str) -> str:
-    """What went wrong, in one line, and what to do."""
+    """Return in one line what went wrong and what to do."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError):
@@ -136,7 +136,7 @@ def _explain(error: Exception, repo_id: str) -> str:
 
 
 def _explain_absence(error: Exception, repo_id: str) -> str:
-    """The network was not to be used, or gave nothing, and the cache does not have it all either."""
+    """Return why files are missing: offline mode or no answer, and an incomplete cache."""
     from huggingface_hub import constants, errors
 
     cause = error.__cause__
@@ -151,7 +151,7 @@ def _explain_absence(error: Exception, repo_id: str) -> str:
 
 
 def _offline() -> str | None:
-    """Why nothing is fetched where that is forbidden; None where that is allowed."""
+    """Return why nothing is fetched in offline mode; None if fetching is allowed."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
@@ -182,6 +182,6 @@ def _page(repo_id: str) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of a message, fit for a terminal; the kind of error where there is no message."""
+    """Return the first line of a message without control characters, or the class of an error without message."""
     lines = str(error).strip().splitlines()
     return quoted(lines[0]) if lines else type(error).__name__

@@ -1,14 +1,11 @@
-"""A model as Hugging Face `transformers` saves it: a folder with `config.json` and weights in one file or in shards.
+"""Read an ESM from a folder of Hugging Face Transformers: `config.json`, the vocabulary, weights in one file or shards.
 
-safetensors are preferred; a `pytorch_model.bin` is turned into them first, by another process. What an index gives to a
-shard and what the shard holds must be the same. Weights that neither the usual name nor the index leads to are left
-aside, with a note: `transformers` does not read them either.
+safetensors are preferred over a `pytorch_model.bin`. Index and shards must agree. Weight files that neither the usual
+name nor the index names are ignored with a note, as Transformers ignores them.
 
-`config.json` and the vocabulary of a Hugging Face ESM: what they say of our encoder, and a refusal of anything else.
-
-Every key is used, or compared with what our encoder does, or known to leave what the model computes alone; any other is
-an error that names it, unless its value is null, which is how transformers writes that a key says nothing. The keys and
-their defaults: `transformers/models/esm/configuration_esm.py` and `transformers/configuration_utils.py`, 4.2x to 5.x.
+Every key of `config.json` is used, compared with what our encoder does, or known not to change what the model computes.
+Any other key is an error that names it, unless its value is null, by which Transformers writes an unset key. Keys and
+defaults: `transformers/models/esm/configuration_esm.py`, `transformers/configuration_utils.py`, 4.2x to 5.x.
 """
 
 from __future__ import annotations
@@ -24,8 +21,8 @@ from typing import Any
 from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID, PAD_ID, TOKENS, UNK_ID, VOCABULARY_SIZE
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
-from bionemo_esm.model.interchange.key_mapping import HUGGING_FACE
 from bionemo_esm.model.interchange.state_dict_adapter import (
+    HUGGING_FACE,
     UNUSED_POSITIONS,
     InterchangeError,
     SourceModel,
@@ -34,7 +31,7 @@ from bionemo_esm.model.interchange.state_dict_adapter import (
 from bionemo_esm.model.safe_serialization import parse_json
 from bionemo_esm.model.tar_format import ArchiveError, Section, hash_section, quoted, readable
 from bionemo_esm.model.tensor_io import TensorTable
-from bionemo_esm.model.torch_pickle import LFS_POINTER, PickledTensors, convert_pickle
+from bionemo_esm.model.torch_pickle import LFS_POINTER, read_pickle
 
 CONFIG, VOCABULARY, TOKENIZER = "config.json", "vocab.txt", "tokenizer.json"
 ARCHITECTURE = "EsmForMaskedLM"
@@ -58,20 +55,20 @@ _FLAGS = {"embedding_layernorm": "emb_layer_norm_before", "token_dropout": "toke
 _USED = {*_SIZES.values(), *_NUMBERS.values(), *_FLAGS.values(), "max_position_embeddings", "position_embedding_type"}
 
 _OFFSET = "position_offset"
-"""A key of ours in what we export: a table begins with so many unused rows, though they are zeros."""
+"""Our own key in exported files: the number of unused rows at the top of the position table, even if they are zeros."""
 
 _HARMLESS = frozenset(
     (
-        # where it comes from, and in which type it is to be loaded; the files themselves say what they hold
+        # origin, and dtype to load as; the files define their own dtype
         "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_bfloat16",
-        # what a call returns, and with which kernels it is computed
+        # what a call returns, and the kernels
         "use_cache", "return_dict", "output_attentions", "output_hidden_states", "torchscript", "tf_legacy_loss",
         "chunk_size_feed_forward", "gradient_checkpointing", "attn_implementation", "_attn_implementation",
         "_attn_implementation_autoset",
-        # heads for other tasks, which `EsmForMaskedLM` does not have
+        # heads of other tasks
         "classifier_dropout", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
         "task_specific_params", "tokenizer_class",
-        # writing text token by token, which it does not do
+        # generation of text
         "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
         "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
         "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
@@ -84,7 +81,7 @@ _HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class _Fixed:
-    """What a key may say, null being one of them where it is listed, and what to tell whoever says otherwise."""
+    """The permitted values of a key (None: null), and the reason to give for any other."""
 
     values: tuple[Any, ...]
     why: str
@@ -148,10 +145,10 @@ class HuggingFaceConfig:
 
 
 def read_config(folder: Path) -> HuggingFaceConfig:
-    """The encoder that `config.json` and `vocab.txt` of a folder describe; its dropouts are those of the file.
+    """Read the encoder's configuration from `config.json` and `vocab.txt`; dropout is that of the file.
 
-    Where `vocab.txt` is missing, `tokenizer.json` answers for the alphabet; without both, the ids in `config.json` do,
-    and a note says so. Raises `InterchangeError`, naming file, key and value, for a model that our encoder is not.
+    Without `vocab.txt`, `tokenizer.json` defines the alphabet; without both, the ids in `config.json` do, with a note.
+    Raises `InterchangeError`, naming file, key and value, for a model that our encoder cannot hold.
     """
     path = folder / CONFIG
     values = read_json(path)
@@ -169,7 +166,7 @@ def read_config(folder: Path) -> HuggingFaceConfig:
 
 
 def read_json(path: Path) -> Any:
-    """A small JSON file. Raises `InterchangeError` for one that is missing, large, ambiguous or none."""
+    """Read a small JSON file. Raises `InterchangeError` for one that is missing, large, ambiguous or invalid."""
     content = _small_file(path)
     try:
         return parse_json(content)
@@ -188,7 +185,7 @@ def _small_file(path: Path) -> bytes:
 
 
 def _check_kind(path: Path, values: Mapping[str, Any]) -> None:
-    """Raises for another model than ESM, before its other keys are looked at: they would be strange as well."""
+    """Raise for any other model than ESM, before its other keys are checked."""
     kind = values.get("model_type")
     if kind != "esm":
         hint = _OTHER_TYPES.get(kind.lower() if isinstance(kind, str) else "")
@@ -197,7 +194,7 @@ def _check_kind(path: Path, values: Mapping[str, Any]) -> None:
             f"ESM-1b, ESM-1v and ESM-2{'. ' + hint if hint else ''}"
         )
     if (architectures := values.get("architectures")) in (None, [], [ARCHITECTURE]):
-        return  # where it is silent, the tensors will tell
+        return  # without it, the tensors decide
     why = f"only {ARCHITECTURE} can be taken in"
     if architectures == ["EsmModel"]:
         why += ", and an EsmModel is one without its output head (lm_head); take the model that it was made from"
@@ -226,12 +223,12 @@ def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _same(value: Any, expected: Any) -> bool:
-    """Equal, and of one type: true is not 1."""
+    """Return whether two values are equal and of the same type; true is not 1."""
     return type(value) is type(expected) and bool(value == expected)
 
 
 def _shown(value: Any) -> str:
-    """A value as the file spells it, fit for a terminal."""
+    """Return a value as JSON, without control characters."""
     return quoted(value) if isinstance(value, str) else quoted(json.dumps(value))[1:-1]
 
 
@@ -284,11 +281,11 @@ def _number(path: Path, key: str, value: Any) -> float:
 def _flag(path: Path, key: str, value: Any) -> bool:
     if value is not None and not isinstance(value, bool):
         raise InterchangeError(f"{path}: {key} is {_shown(value)}; it must be true or false")
-    return bool(value)  # null counts as false in transformers
+    return bool(value)  # Transformers reads null as false
 
 
 def _check_vocabulary(folder: Path) -> bool:
-    """Whether the folder says which tokens the model has. Raises unless they are our alphabet in our order."""
+    """Return whether the folder has a vocabulary. Raises unless it is our alphabet in our order."""
     if (path := folder / VOCABULARY).exists():
         _check_alphabet(path, _listed_tokens(path))
     elif (path := folder / TOKENIZER).exists():
@@ -299,7 +296,7 @@ def _check_vocabulary(folder: Path) -> bool:
 
 
 def _listed_tokens(path: Path) -> list[str | None]:
-    """Those of a `vocab.txt`, one a line."""
+    """Return the tokens of a `vocab.txt`, one a line."""
     try:
         return [line.strip() for line in _small_file(path).decode("utf-8").splitlines()]
     except UnicodeDecodeError as error:
@@ -307,9 +304,9 @@ def _listed_tokens(path: Path) -> list[str | None]:
 
 
 def _tokens_of_tokenizer(path: Path) -> list[str | None]:
-    """Those of a `tokenizer.json`, by id, None for an id of ESM's alphabet that no token has.
+    """Return the tokens of a `tokenizer.json` by id; None for an id of ESM's alphabet without a token.
 
-    `model.vocab` gives ids to tokens, or lists tokens with a score each; `added_tokens` may give some ids anew.
+    `model.vocab` maps tokens to ids, or lists tokens with scores; `added_tokens` may override some ids.
     """
     values = read_json(path)
     vocabulary = _at(_at(values, "model"), "vocab")
@@ -338,7 +335,7 @@ def _at(value: Any, key: str) -> Any:
 
 
 def _check_alphabet(path: Path, tokens: Sequence[str | None]) -> None:
-    """Raises, naming the first token that differs, unless these are our alphabet in our order."""
+    """Raise, naming the first token that differs, unless these are our alphabet in our order."""
     for index in range(max(len(tokens), VOCABULARY_SIZE)):
         token = tokens[index] if index < len(tokens) else None
         here = TOKENS[index] if index < VOCABULARY_SIZE else None
@@ -359,11 +356,11 @@ _PICKLE_PROTOCOLS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 @dataclass(frozen=True)
 class _Weights:
-    """The files to be read and, where an index says so, the names of the tensors in each."""
+    """The files to read and, with an index, the names of the tensors in each."""
 
     files: tuple[Path, ...]
     index: Path | None = None
-    names: Mapping[str, frozenset[str]] | None = None  # by the file's name
+    names: Mapping[str, frozenset[str]] | None = None  # by file name
 
     @property
     def is_pickle(self) -> bool:
@@ -372,32 +369,30 @@ class _Weights:
 
 def read_hugging_face(
     folder: Path,
-    scratch: Path,
     *,
     source: str | None = None,
     revision: str | None = None,
-    tell: Callable[[int], None] = lambda count: None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> SourceModel:
-    """An ESM in a folder as `EsmForMaskedLM.save_pretrained` writes it, of any version of transformers that has ESM.
+    """Read an ESM from a folder as `EsmForMaskedLM.save_pretrained` of any version of Transformers writes it.
 
-    `scratch`: an empty folder, private to us, that must last as long as the tensors are used: a `pytorch_model.bin` is
-    turned into safetensors there. `source` and `revision`: where the folder is from, for the provenance; without them
-    it is the folder's name. `tell` is given the bytes of each piece that has been hashed.
+    `source` and `revision`: where the folder is from, for the provenance; without them
+    it is the folder's name. `advance` is called with the bytes of each piece hashed.
 
     Raises `InterchangeError`, `PickleError` or `ArchiveError`, naming the file and the key or tensor: for a
-    configuration that our encoder cannot follow, for files that are missing, cut short or of another kind, and for an
-    index that does not fit them. The tensors themselves are accounted for by `translation.take`.
+    configuration that our encoder cannot hold, for files that are missing, cut short or of another kind, and for an
+    index that does not fit them. `state_dict_adapter.to_native` accounts for the tensors themselves.
     """
     if not folder.is_dir():
         raise InterchangeError(f"{folder}: no such folder; give one with config.json and model.safetensors in it")
     config = read_config(folder)
     weights, notes = _find_weights(folder)
-    tables = [_open(file, scratch) for file in weights.files]
+    tables = [_open(file) for file in weights.files]
     _check_against_index(weights, tables)
     tensors = SourceTensors.of(str(folder), tables, HUGGING_FACE)
     _check_plausible(folder, tensors, config)
     provenance = _provenance(
-        source or folder.resolve().name, revision, config, [folder / CONFIG, *_read(weights)], tell
+        source or folder.resolve().name, revision, config, [folder / CONFIG, *_read(weights)], advance
     )
     origin = {"imported_from": provenance}
     return SourceModel(HUGGING_FACE, config.encoder, tensors, origin, (*config.notes, *notes))
@@ -407,7 +402,7 @@ def read_hugging_face(
 
 
 def _find_weights(folder: Path) -> tuple[_Weights, tuple[str, ...]]:
-    """The weights to be read, safetensors where there are any, and a note on those that are left aside."""
+    """Return the weights to read, safetensors if there are any, and a note on each ignored file."""
     for name in (SAFETENSORS, PICKLE):
         single, index = folder / name, folder / f"{name}{INDEX_SUFFIX}"
         if _is_there(single) and _is_there(index):
@@ -423,7 +418,7 @@ def _find_weights(folder: Path) -> tuple[_Weights, tuple[str, ...]]:
 
 
 def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()  # a link to nothing is a broken download, not an absent file
+    return path.exists() or path.is_symlink()  # a dangling link is a broken download, not an absent file
 
 
 def _regular(path: Path, index: Path | None = None) -> Path:
@@ -435,7 +430,7 @@ def _regular(path: Path, index: Path | None = None) -> Path:
 
 
 def _indexed(index: Path) -> _Weights:
-    """The shards of an index, in the order of their names."""
+    """Return the shards of an index, in the order of their names."""
     values = read_json(index)
     placed = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
@@ -481,15 +476,15 @@ def _nothing_found(folder: Path) -> InterchangeError:
 # --- what is in them --------------------------------------------------------------------------------------------------
 
 
-def _open(file: Path, scratch: Path) -> TensorTable:
-    """The tensors of a file. Raises `InterchangeError` or `PickleError` for what is not as its name says."""
+def _open(file: Path) -> TensorTable:
+    """Open the tensors of a file. Raises `InterchangeError` or `PickleError` if the content does not fit the name."""
     if file.suffix == ".bin":
-        return _converted(file, scratch / f"{file.name}.safetensors")
+        return _unpickled(file)
     with readable(file), file.open("rb") as stream:
         beginning = stream.read(64)
         size = file.stat().st_size
     try:
-        return TensorTable.open(file, "it", Section(0, size))  # so that messages do not name the file twice
+        return TensorTable.open(file, "it", Section(0, size))  # so that messages name the file once
     except ArchiveError as error:
         why = _disguise(beginning)
         if why is None:
@@ -498,7 +493,7 @@ def _open(file: Path, scratch: Path) -> TensorTable:
 
 
 def _disguise(beginning: bytes) -> str | None:
-    """What a file is that is no safetensors, and what to do; None where that cannot be told."""
+    """Return what a file is instead of safetensors, and what to do; None if unknown."""
     if not beginning:
         return "is empty; copy or download it again"
     if beginning.startswith(LFS_POINTER):
@@ -513,19 +508,19 @@ def _disguise(beginning: bytes) -> str | None:
     return None
 
 
-def _converted(file: Path, output: Path) -> TensorTable:
-    others = convert_pickle(file, output)
+def _unpickled(file: Path) -> TensorTable:
+    table, others = read_pickle(file)
     if others:
         name, value = next(iter(others.items()))
         raise InterchangeError(
             f"{file}: {quoted(name)} is no tensor but {quoted(value)}; a state dict with tensors and nothing else is "
             "expected, as save_pretrained writes it"
         )
-    return PickledTensors.of(file, output)
+    return table
 
 
 def _check_against_index(weights: _Weights, tables: list[TensorTable]) -> None:
-    """Each shard holds what the index gives it: a shard of another model or of an earlier save would be noticed."""
+    """Check that each shard holds what the index assigns to it, which finds shards of another model or save."""
     if weights.names is None or weights.index is None:
         return
     for file, table in zip(weights.files, tables, strict=True):
@@ -540,7 +535,7 @@ def _check_against_index(weights: _Weights, tables: list[TensorTable]) -> None:
 
 
 def _check_plausible(folder: Path, tensors: SourceTensors, config: HuggingFaceConfig) -> None:
-    """What can be said better here than by the account of all tensors, or would make that account endless."""
+    """Check what gives a clearer message here than in the check of all tensors, or would make that check endless."""
     if not any(name.startswith("lm_head.") for name in tensors.places):
         raise InterchangeError(
             f"{folder}: the weights have no output head (lm_head), so they are of an EsmModel, or of a model for "
@@ -566,15 +561,15 @@ def _provenance(
     revision: str | None,
     config: HuggingFaceConfig,
     files: list[Path],
-    tell: Callable[[int], None],
+    advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Plain values: what was read, from where, and its SHA-256."""
+    """Return source, revision, versions and the SHA-256 of each file, as plain values."""
     return {
         "format": "Hugging Face",
         "source": source,
         "revision": revision,
         "transformers_version": config.transformers_version,
-        "sha256": {file.name: hash_section(file, Section(0, _size(file)), tell) for file in files},
+        "sha256": {file.name: hash_section(file, Section(0, _size(file)), advance) for file in files},
     }
 
 

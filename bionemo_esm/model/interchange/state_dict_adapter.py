@@ -1,11 +1,10 @@
-"""Other lengths for a model: its table of learned positions cut, or stretched where that was asked for.
+"""Convert weights between the names and layouts of other libraries and ours, every tensor accounted for on both sides.
 
-Weights from one library's names and layouts to another's, every tensor accounted for on both sides.
+One list of rules serves both directions, so an imported model can be exported again bit for bit. Names of Hugging Face:
+`transformers/models/esm/modeling_esm.py`, `transformers/conversion_mapping.py`. Names of fair-esm:
+`esm/model/esm1.py`, `esm/model/esm2.py`, `esm/modules.py`, and `esm/pretrained.py` for the prefixes in its files.
 
-One list of rules serves both directions, so what is taken in can be given back bit for bit. Shape suffixes: V rows of
-the alphabet, R rows of the position table, N heads, D size of a head, H hidden size.
-
-What the readers of other libraries' files hand over.
+Shape suffixes: V rows of the alphabet, R rows of the position table, N heads, D size of a head, H hidden size.
 """
 
 from __future__ import annotations
@@ -22,35 +21,130 @@ from bionemo_esm.alphabet import PAD_ID, VOCABULARY_SIZE, padded_vocabulary_size
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.model.attention import rotary_frequencies
 from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
-from bionemo_esm.model.interchange.key_mapping import KeyMapping
 from bionemo_esm.model.tar_format import quoted
 from bionemo_esm.model.tensor_io import LazyTensors, TensorInfo, TensorTable
 
 UNUSED_POSITIONS = PAD_ID + 1
 """Rows that fairseq's position tables begin with, and Hugging Face's: positions count from the padding id on."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
-"""What becomes of the types that foreign weights have; float32 holds every float16 exactly."""
+"""By the dtype of the source, the dtype after import; float32 holds every float16 exactly."""
 
 
 class InterchangeError(UserError):
-    """A model that cannot be taken in or given out as it is; the message names the file and the tensor or key."""
+    """A model that cannot be imported or exported; the message names the file and the tensor or key."""
+
+
+# --- key mappings -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeyMapping:
+    """Names of another library without `.weight` and `.bias`; `{}` is the number of a layer, from 0."""
+
+    library: str  # its name, for people
+    word_embeddings: str
+    tied_output: str  # the word embeddings again, as the output's weight; some files have it, equal
+    position_embeddings: str
+    output_bias: str  # the whole name
+    contact_head: str
+    parts: Mapping[str, str]  # ours to theirs, of what a model has once
+    layer_parts: Mapping[str, str]  # ours to theirs, of what each layer has
+    query_key_value: tuple[str, str, str]  # of each layer; one tensor here, three there
+    frequencies: tuple[str, ...]  # whole names that rotary frequencies have had; the first with a {} is written
+    renamed: tuple[tuple[str, str], ...]  # patterns of names in files, and what stands for them in the names above
+    position_ids: str | None = None  # a buffer of 0, 1, 2, ... in old files
+
+    def name_of(self, stored: str) -> str:
+        """Return the name in this mapping of a tensor in a file."""
+        for pattern, replacement in self.renamed:
+            stored = re.sub(pattern, replacement, stored)
+        return stored
+
+
+HUGGING_FACE = KeyMapping(
+    library="Hugging Face",
+    word_embeddings="esm.embeddings.word_embeddings",
+    tied_output="lm_head.decoder",
+    position_embeddings="esm.embeddings.position_embeddings",
+    output_bias="lm_head.bias",
+    contact_head="esm.contact_head.regression",
+    parts={
+        "embedding_layernorm": "esm.embeddings.layer_norm",
+        "encoder.final_layernorm": "esm.encoder.emb_layer_norm_after",
+        "lm_head.dense": "lm_head.dense",
+        "lm_head.layer_norm": "lm_head.layer_norm",
+    },
+    layer_parts={
+        "input_layernorm": "esm.encoder.layer.{}.attention.LayerNorm",
+        "self_attention.linear_proj": "esm.encoder.layer.{}.attention.output.dense",
+        "pre_mlp_layernorm": "esm.encoder.layer.{}.LayerNorm",
+        "mlp.linear_fc1": "esm.encoder.layer.{}.intermediate.dense",
+        "mlp.linear_fc2": "esm.encoder.layer.{}.output.dense",
+    },
+    query_key_value=(
+        "esm.encoder.layer.{}.attention.self.query",
+        "esm.encoder.layer.{}.attention.self.key",
+        "esm.encoder.layer.{}.attention.self.value",
+    ),
+    frequencies=(
+        "esm.encoder.layer.{}.attention.self.rotary_embeddings.inv_freq",
+        "esm.encoder.layer.*.attention.self.rotary_embeddings.inv_freq",  # as transformers 5 writes it, star and all
+        "esm.rotary_embeddings.inv_freq",
+    ),
+    renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),  # transformers 5
+    position_ids="esm.embeddings.position_ids",
+)
+
+FAIR_ESM = KeyMapping(
+    library="fair-esm",
+    word_embeddings="embed_tokens",
+    tied_output="lm_head",
+    position_embeddings="embed_positions",
+    output_bias="lm_head.bias",
+    contact_head="contact_head.regression",
+    parts={
+        "embedding_layernorm": "emb_layer_norm_before",
+        "encoder.final_layernorm": "emb_layer_norm_after",
+        "lm_head.dense": "lm_head.dense",
+        "lm_head.layer_norm": "lm_head.layer_norm",
+    },
+    layer_parts={
+        "input_layernorm": "layers.{}.self_attn_layer_norm",
+        "self_attention.linear_proj": "layers.{}.self_attn.out_proj",
+        "pre_mlp_layernorm": "layers.{}.final_layer_norm",
+        "mlp.linear_fc1": "layers.{}.fc1",
+        "mlp.linear_fc2": "layers.{}.fc2",
+    },
+    query_key_value=(
+        "layers.{}.self_attn.q_proj",
+        "layers.{}.self_attn.k_proj",
+        "layers.{}.self_attn.v_proj",
+    ),
+    frequencies=("layers.{}.self_attn.rot_emb.inv_freq",),
+    renamed=((r"^encoder\.(sentence_encoder\.)?", ""),),
+)
+
+
+# --- source models ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SourceTensors:
-    """The tensors of another library's model: what they are at hand, contents on demand, one at a time."""
+    """Tensors of another library's model: names, dtypes and shapes in memory, contents read on demand."""
 
     where: str  # the model's path, for messages
-    places: Mapping[str, tuple[TensorTable, str]]  # by its name in a dialect: a file, and the name it has there
-    erased_rows: Mapping[str, int] = field(default_factory=dict)  # by name: a row that the library zeroes as it loads
+    places: Mapping[str, tuple[TensorTable, str]]  # by the name in a key mapping: the file and the name in it
+    erased_rows: Mapping[str, int] = field(
+        default_factory=dict
+    )  # by name: a row that the library sets to zero on loading
 
     @classmethod
-    def of(cls, where: str, tables: Sequence[TensorTable], dialect: KeyMapping) -> SourceTensors:
-        """Those of some files. Raises `InterchangeError` for one that is there twice."""
+    def of(cls, where: str, tables: Sequence[TensorTable], key_mapping: KeyMapping) -> SourceTensors:
+        """Return the tensors of some files. Raises `InterchangeError` for a name that occurs twice."""
         places: dict[str, tuple[TensorTable, str]] = {}
         for table in tables:
             for stored in table.infos:
-                if (name := dialect.name_of(stored)) in places:
+                if (name := key_mapping.name_of(stored)) in places:
                     first, other = places[name]
                     raise InterchangeError(
                         f"{table.path}: tensor {quoted(stored)} is there twice, as {quoted(other)} in {first.path.name}"
@@ -63,7 +157,7 @@ class SourceTensors:
         return table.infos[stored]
 
     def load(self, name: str) -> Tensor:
-        """One tensor, float32 or bfloat16. Raises `InterchangeError` where it holds NaN or infinity."""
+        """Return one tensor, float32 or bfloat16. Raises `InterchangeError` if it holds NaN or infinity."""
         table, stored = self.places[name]
         tensor = table.load(stored).to(_DTYPES[self.info(name).dtype])
         if not tensor.isfinite().all():
@@ -72,99 +166,99 @@ class SourceTensors:
             tensor[self.erased_rows[name]] = 0
         return tensor
 
-    def layers(self, dialect: KeyMapping) -> int:
-        """How many layers they are of, by the highest number of one in their names."""
-        start = re.escape(next(iter(dialect.layer_parts.values())).split("{}")[0])
+    def layers(self, key_mapping: KeyMapping) -> int:
+        """Return the number of layers, by the highest layer number in the names."""
+        start = re.escape(next(iter(key_mapping.layer_parts.values())).split("{}")[0])
         numbers = (re.match(start + r"([0-9]{1,9})\.", name) for name in self.places)
         return 1 + max((int(number[1]) for number in numbers if number), default=-1)
 
     def place(self, name: str) -> str:
-        """Where a tensor is, for messages."""
+        """Return file and name of a tensor, for messages."""
         table, stored = self.places[name]
         return f"{table.path}: tensor {quoted(stored)}"
 
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One tensor of ours, and the one, or the several, that another library keeps in its place."""
+    """One of our tensors and the tensors of another library that correspond to it."""
 
     ours: str
     theirs: tuple[str, ...]
     shape: tuple[int, ...]  # of each of theirs
     to_native: Callable[[list[Tensor]], Tensor]  # from theirs to ours
-    to_foreign: Callable[[Tensor], list[Tensor]]  # from ours to theirs
+    from_native: Callable[[Tensor], list[Tensor]]  # from ours to theirs
 
 
 @dataclass(frozen=True)
 class ImportedWeights:
-    """A foreign model in our terms: its weights are read and turned one at a time, when they are asked for."""
+    """A model of another library in our names and layouts; each weight is read and converted when it is looked up."""
 
     config: EncoderConfig
     precision: str  # "32" or "bf16": of the weights
     weights: LazyTensors
-    notes: tuple[str, ...]  # what was left out or filled in, for people
+    notes: tuple[str, ...]  # what was left out or filled in
 
 
-def to_native(tensors: SourceTensors, config: EncoderConfig, dialect: KeyMapping) -> ImportedWeights:
-    """A foreign model of these sizes in our terms, after every one of its tensors has been accounted for.
+def to_native(tensors: SourceTensors, config: EncoderConfig, key_mapping: KeyMapping) -> ImportedWeights:
+    """Convert a model of another library to our names and layouts, with every tensor accounted for.
 
-    `contact_head` follows from the tensors, whatever `config` says; so does `position_offset`, but where rows of zeros
-    stand before the first position, `config` says whether they are rows of the table. Raises `InterchangeError`,
-    naming the file and the tensor: for one that is missing, left over, of another shape or type, for an output that is
-    not tied to the embedding, and for layers that turn by different rotary frequencies.
+    The tensors decide `contact_head` and `position_offset`, whatever `config` says; only if rows of zeros precede the
+    first position, `config` decides whether they belong to the table. Raises `InterchangeError`, naming the file and
+    the tensor, if one is missing, left over, or has another shape or dtype, if the output is not tied to the
+    embedding, and if layers differ in their rotary frequencies.
     """
     notes: list[str] = []
     learned, says_unused = config.position_embedding == LEARNED, config.position_offset == UNUSED_POSITIONS
-    config = config.replace(contact_head=_has_contact_head(tensors, dialect, notes))
+    config = config.replace(contact_head=_has_contact_head(tensors, key_mapping, notes))
     config = config.replace(position_offset=UNUSED_POSITIONS if learned else 0)
-    frequencies = _frequencies_there(tensors, config, dialect, notes)
-    _account(tensors, list(rules(config, dialect, frequencies)), config, dialect, notes)
+    frequencies = _frequencies_there(tensors, config, key_mapping, notes)
+    _account(tensors, list(rules(config, key_mapping, frequencies)), config, key_mapping, notes)
     if learned and not says_unused:
-        table = tensors.load(f"{dialect.position_embeddings}.weight")
+        table = tensors.load(f"{key_mapping.position_embeddings}.weight")
         if not table[:UNUSED_POSITIONS].any():
             config = config.replace(position_offset=0)
-    return _taken(tensors, config, list(rules(config, dialect, frequencies)), notes)
+    return _imported(tensors, config, list(rules(config, key_mapping, frequencies)), notes)
 
 
-def to_foreign(
-    config: EncoderConfig, dtypes: Mapping[str, torch.dtype], load: Callable[[str], Tensor], dialect: KeyMapping
+def from_native(
+    config: EncoderConfig, dtypes: Mapping[str, torch.dtype], load: Callable[[str], Tensor], key_mapping: KeyMapping
 ) -> LazyTensors:
-    """Our weights in another library's names and layouts, each made when it is asked for.
+    """Return our weights in the names and layouts of another library, each converted when it is looked up.
 
-    `dtypes`: of each of our tensors; `load` reads one by its name.
+    dtypes: by the name of our tensor; `load` reads one of ours by its name.
     """
     outline, places = {}, {}
-    for rule in rules(config, dialect):
+    for rule in rules(config, key_mapping):
         for index, name in enumerate(rule.theirs):
             outline[name] = torch.empty(rule.shape, dtype=dtypes[rule.ours], device="meta")
             places[name] = rule, index
 
     def make(name: str) -> Tensor:
         rule, index = places[name]
-        return rule.to_foreign(load(rule.ours))[index]
+        return rule.from_native(load(rule.ours))[index]
 
     return LazyTensors(outline, make)
 
 
-# --- the rules --------------------------------------------------------------------------------------------------------
+# --- rules --------------------------------------------------------------------------------------------------------
 
 
 def rules(
-    config: EncoderConfig, dialect: KeyMapping, frequencies: tuple[str, ...] | None = None
+    config: EncoderConfig, key_mapping: KeyMapping, frequencies: tuple[str, ...] | None = None
 ) -> Iterator[TensorRule]:
-    """How each tensor of an encoder of these sizes corresponds to those of another library.
+    """Yield the rule of each tensor of an encoder of these sizes.
 
-    `frequencies`: the names that the rotary frequencies have there; without it, those that files are written with.
+    frequencies: the names of the rotary frequencies there; None for the names that are written.
     """
-    yield _vocabulary("encoder.embedding.word_embeddings.weight", f"{dialect.word_embeddings}.weight", config)
-    yield _vocabulary("encoder.output_layer.bias", dialect.output_bias)
+    yield _vocabulary("encoder.embedding.word_embeddings.weight", f"{key_mapping.word_embeddings}.weight", config)
+    yield _vocabulary("encoder.output_layer.bias", key_mapping.output_bias)
     if config.position_embedding == LEARNED:
-        yield _positions(f"{dialect.position_embeddings}.weight", config)
+        yield _positions(f"{key_mapping.position_embeddings}.weight", config)
     else:
-        names = _each_layer(dialect.frequencies[0], config) if frequencies is None else frequencies
+        names = _each_layer(key_mapping.frequencies[0], config) if frequencies is None else frequencies
         yield _frequencies(names, config)
     shapes = dict([*config.tensors(), *config.fixed_tensors()])
-    once = {**dialect.parts, "contact_head": dialect.contact_head}
+    once = {**key_mapping.parts, "contact_head": key_mapping.contact_head}
     for part, theirs in once.items():
         for kind in ("weight", "bias"):
             if (ours := f"encoder.{part}.{kind}") in shapes:
@@ -172,9 +266,9 @@ def rules(
     for layer in range(config.num_layers):
         ours = f"encoder.encoder.layers.{layer}"
         for kind in ("weight", "bias"):
-            names = tuple(f"{name.format(layer)}.{kind}" for name in dialect.query_key_value)
+            names = tuple(f"{name.format(layer)}.{kind}" for name in key_mapping.query_key_value)
             yield _query_key_value(f"{ours}.self_attention.linear_qkv.{kind}", names, shapes, config)
-            for part, theirs in dialect.layer_parts.items():
+            for part, theirs in key_mapping.layer_parts.items():
                 yield _same(f"{ours}.{part}.{kind}", f"{theirs.format(layer)}.{kind}", shapes)
 
 
@@ -183,7 +277,7 @@ def _same(ours: str, theirs: str, shapes: Mapping[str, tuple[int, ...]]) -> Tens
 
 
 def _vocabulary(ours: str, theirs: str, config: EncoderConfig | None = None) -> TensorRule:
-    """[V, ...] there, and here with rows of zeros that fill a tensor core's tile."""
+    """[V, ...] there; here padded with rows of zeros to the tile of a tensor core."""
     columns = (config.hidden_size,) if config else ()
 
     def to_native(tensors: list[Tensor]) -> Tensor:
@@ -195,19 +289,19 @@ def _vocabulary(ours: str, theirs: str, config: EncoderConfig | None = None) -> 
 
 
 def _positions(theirs: str, config: EncoderConfig) -> TensorRule:
-    """[R + 2, H] there; here without the first two rows where `position_offset` is 0, as they are zeros."""
+    """[R + 2, H] there; here without the first two rows, which are zeros, if `position_offset` is 0."""
     left_out = UNUSED_POSITIONS - config.position_offset
 
-    def to_foreign(table: Tensor) -> list[Tensor]:
+    def from_native(table: Tensor) -> list[Tensor]:
         return [torch.cat([table.new_zeros(left_out, config.hidden_size), table])]
 
     shape = (config.position_rows + left_out, config.hidden_size)
     name = "encoder.embedding.position_embeddings.weight"
-    return TensorRule(name, (theirs,), shape, lambda tables: tables[0][left_out:], to_foreign)
+    return TensorRule(name, (theirs,), shape, lambda tables: tables[0][left_out:], from_native)
 
 
 def _frequencies(theirs: tuple[str, ...], config: EncoderConfig) -> TensorRule:
-    """[D / 2], once here, in every layer there; where no layer has them, those of the formula."""
+    """[D / 2], once here, in each layer there; computed by the formula if no layer has them."""
 
     def to_native(tensors: list[Tensor]) -> Tensor:
         return tensors[0].float() if tensors else rotary_frequencies(config.head_size)
@@ -219,35 +313,35 @@ def _frequencies(theirs: tuple[str, ...], config: EncoderConfig) -> TensorRule:
 def _query_key_value(
     ours: str, theirs: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig
 ) -> TensorRule:
-    """Three of [N D, ...] there; here one of [N 3 D, ...]: a head's query, key and value lie together."""
+    """Three of [N D, ...] there; here one of [N 3 D, ...], query, key and value of a head adjacent."""
     heads, (_, *columns) = config.num_attention_heads, shapes[ours]
 
     def to_native(tensors: list[Tensor]) -> Tensor:
         return torch.stack([tensor.unflatten(0, (heads, -1)) for tensor in tensors], dim=1).flatten(0, 2)
 
-    def to_foreign(tensor: Tensor) -> list[Tensor]:
+    def from_native(tensor: Tensor) -> list[Tensor]:
         return [part.flatten(0, 1) for part in tensor.unflatten(0, (heads, 3, -1)).unbind(1)]
 
-    return TensorRule(ours, theirs, (config.hidden_size, *columns), to_native, to_foreign)
+    return TensorRule(ours, theirs, (config.hidden_size, *columns), to_native, from_native)
 
 
-# --- the account ------------------------------------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------------------------
 
 
-def _has_contact_head(tensors: SourceTensors, dialect: KeyMapping, notes: list[str]) -> bool:
-    if any(f"{dialect.contact_head}.{kind}" in tensors.places for kind in ("weight", "bias")):
+def _has_contact_head(tensors: SourceTensors, key_mapping: KeyMapping, notes: list[str]) -> bool:
+    if any(f"{key_mapping.contact_head}.{kind}" in tensors.places for kind in ("weight", "bias")):
         return True
     notes.append("no contact head came with it; contacts need one fitted")
     return False
 
 
 def _frequencies_there(
-    tensors: SourceTensors, config: EncoderConfig, dialect: KeyMapping, notes: list[str]
+    tensors: SourceTensors, config: EncoderConfig, key_mapping: KeyMapping, notes: list[str]
 ) -> tuple[str, ...]:
-    """The names under which there are rotary frequencies; of all layers, if of any."""
+    """Return the names of the rotary frequencies in the source, of all layers; none if there are none."""
     if config.position_embedding == LEARNED:
         return ()
-    for pattern in dialect.frequencies:
+    for pattern in key_mapping.frequencies:
         names = _each_layer(pattern, config)
         if any(name in tensors.places for name in names):
             return names
@@ -260,9 +354,9 @@ def _each_layer(pattern: str, config: EncoderConfig) -> tuple[str, ...]:
 
 
 def _account(
-    tensors: SourceTensors, table: list[TensorRule], config: EncoderConfig, dialect: KeyMapping, notes: list[str]
+    tensors: SourceTensors, table: list[TensorRule], config: EncoderConfig, key_mapping: KeyMapping, notes: list[str]
 ) -> None:
-    """Every tensor that the rules ask for is there, of its shape; every other one is known to say nothing new."""
+    """Check that each tensor of the rules is there in its shape, and that each other one is redundant."""
     wanted = {name: rule.shape for rule in table for name in rule.theirs}
     for name in sorted(wanted):
         if name not in tensors.places:
@@ -272,13 +366,13 @@ def _account(
         if rule.ours == "encoder.rotary.frequencies" and rule.theirs:
             _check_equal(tensors, rule.theirs, "the encoder has one set of rotary frequencies for all layers")
     for name in sorted(tensors.places.keys() - wanted.keys()):
-        if name == f"{dialect.tied_output}.weight":
-            words = f"{dialect.word_embeddings}.weight"
+        if name == f"{key_mapping.tied_output}.weight":
+            words = f"{key_mapping.word_embeddings}.weight"
             _check(tensors, name, wanted[words])
             _check_equal(tensors, (words, name), "the encoder ties its output to the word embeddings")
-        elif name == f"{dialect.position_embeddings}.weight" and config.position_embedding == ROTARY:
+        elif name == f"{key_mapping.position_embeddings}.weight" and config.position_embedding == ROTARY:
             notes.append(f"left out: {name}, which a model with rotary positions does not use")
-        elif name != dialect.position_ids:
+        elif name != key_mapping.position_ids:
             raise InterchangeError(
                 f"{tensors.place(name)} has no place in an ESM of these sizes; does it belong to another model?"
             )
@@ -301,7 +395,9 @@ def _check_equal(tensors: SourceTensors, names: tuple[str, ...], why: str) -> No
             raise InterchangeError(f"{tensors.place(other)} differs from {quoted(names[0])}; {why}")
 
 
-def _taken(tensors: SourceTensors, config: EncoderConfig, table: list[TensorRule], notes: list[str]) -> ImportedWeights:
+def _imported(
+    tensors: SourceTensors, config: EncoderConfig, table: list[TensorRule], notes: list[str]
+) -> ImportedWeights:
     fixed = dict(config.fixed_tensors())
     trained = [name for rule in table if rule.ours not in fixed for name in rule.theirs]
     is_bf16 = all(tensors.info(name).dtype == "BF16" for name in trained)
@@ -322,44 +418,44 @@ def _taken(tensors: SourceTensors, config: EncoderConfig, table: list[TensorRule
 
 @dataclass(frozen=True)
 class SourceModel:
-    """Another library's model as it was read: nothing translated yet."""
+    """A model of another library before the conversion."""
 
-    dialect: KeyMapping
-    config: EncoderConfig  # sizes; `contact_head` and `position_offset` are settled by `to_native`
+    key_mapping: KeyMapping
+    config: EncoderConfig  # `to_native` decides `contact_head` and `position_offset`
     tensors: SourceTensors
     provenance: dict[str, Any]  # plain values: {"imported_from": {format, source, revision, sha256 by file, ...}}
-    notes: tuple[str, ...] = ()  # what was left aside, for people
+    notes: tuple[str, ...] = ()  # what was ignored
 
 
 _POSITIONS = "encoder.embedding.position_embeddings.weight"
 
 
-def resize_positions(taken: ImportedWeights, seq_length: int | None, stretch_positions: bool) -> ImportedWeights:
-    """The model for sequences of up to `seq_length` tokens; None: as it is.
+def resize_positions(imported: ImportedWeights, seq_length: int | None, stretch_positions: bool) -> ImportedWeights:
+    """Return the model for sequences of up to `seq_length` tokens; None keeps it as it is.
 
-    A learned table is cut to fewer rows; to more it is stretched only if `stretch_positions` says so. Rotary positions
-    have no table, and any length. Raises `ConfigError` for a length that cannot be, or a stretch of nothing.
+    A learned table is cut to fewer rows. It is interpolated to more rows only with `stretch_positions`. Rotary
+    positions have no table and permit any length. Raises `ConfigError` for a length that does not fit.
     """
-    old = taken.config
+    old = imported.config
     if seq_length is None or seq_length == old.seq_length:
         if stretch_positions:
             raise ConfigError(
                 f"stretch_positions: there is nothing to stretch; give a seq_length over the model's {old.seq_length:,}"
             )
-        return taken
-    new = replace(old, seq_length=seq_length)
+        return imported
+    new = old.replace(seq_length=seq_length)
     if old.position_embedding == ROTARY:
         if stretch_positions:
             raise ConfigError("stretch_positions: the model has rotary positions, and no table to be stretched")
         return replace(
-            taken,
+            imported,
             config=new,
-            notes=(*taken.notes, f"longest sequence set from {old.seq_length:,} to {seq_length:,} tokens"),
+            notes=(*imported.notes, f"longest sequence set from {old.seq_length:,} to {seq_length:,} tokens"),
         )
     _check_direction(old, seq_length, stretch_positions)
     did = "stretched by linear interpolation" if stretch_positions else "cut"
     note = f"position table {did} from {old.seq_length:,} to {seq_length:,} tokens"
-    weights = taken.weights
+    weights = imported.weights
 
     def make(name: str) -> Tensor:
         tensor = weights[name]
@@ -371,7 +467,7 @@ def resize_positions(taken: ImportedWeights, seq_length: int | None, stretch_pos
 
     dtype, shape = weights.outline[_POSITIONS].dtype, (new.position_rows, new.hidden_size)
     outline = {**weights.outline, _POSITIONS: torch.empty(shape, dtype=dtype, device="meta")}
-    return replace(taken, config=new, weights=LazyTensors(outline, make), notes=(*taken.notes, note))
+    return replace(imported, config=new, weights=LazyTensors(outline, make), notes=(*imported.notes, note))
 
 
 def _check_direction(old: EncoderConfig, seq_length: int, stretch_positions: bool) -> None:
@@ -388,7 +484,7 @@ def _check_direction(old: EncoderConfig, seq_length: int, stretch_positions: boo
 
 
 def interpolate_positions(table_RH: Tensor, rows: int) -> Tensor:
-    """A table of R rows on a finer grid [rows, H], first row on first and last on last, in its own dtype.
+    """Interpolate a table of R rows to [rows, H] in its own dtype; first and last row stay first and last.
 
     Row i is the table at i (R - 1) / (rows - 1), linear between neighbours; computed in float64, rounded once.
     """
