@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -177,6 +177,39 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False, reopen: b
                 return
             if not reopen:
                 raise LockedError
+
+
+@contextmanager
+def hold_output(key: str, target: Path) -> Iterator[None]:
+    """Hold the name of an output for the length of a block, which is the whole work of a command.
+
+    Raises `ConfigError`, naming the key, for a target that exists, that cannot be written, or that another process
+    holds. The lock is the file `.NAME.lock` beside the target, and is removed at the end. On a file system without
+    locks nothing is held.
+    """
+    check_absent(key, target)
+    check_writable(key, target)
+    place = target.absolute()
+    created = [parent for parent in place.parents if not parent.exists()]
+    lock = place.with_name(f".{place.name}.lock")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock_file(lock))
+        except LockedError:
+            raise ConfigError(
+                f"{key}: another process is writing {target}; wait for it to end, or choose another name",
+                code="files.held",
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"{key}: {target} cannot be made ({error.strerror}); choose another place") from error
+        try:
+            check_absent(key, target)  # again: the process that held the lock may have finished
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):
+                for folder in created:  # empty if nothing was written
+                    folder.rmdir()
 
 
 @contextmanager

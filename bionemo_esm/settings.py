@@ -133,7 +133,13 @@ def _worded(key: str, settings: type[Settings], details: ErrorDetails) -> tuple[
     bounds = {"greater_than_equal": "at least {ge}", "greater_than": "over {gt}", "less_than_equal": "at most {le}"}
     bounds |= {"less_than": "under {lt}", "literal_error": "one of {expected}"}
     if kind in bounds:
-        expected = str(limits.get("expected", "")).replace("'", "").replace(" or ", ", ")
+        expected = (
+            str(limits.get("expected", ""))
+            .replace("'", "")
+            .replace(" or ", ", ")
+            .replace("True", "true")
+            .replace("False", "false")
+        )
         shown = repr(value) if kind == "literal_error" else value
         return (f"{key} must be {bounds[kind].format(**limits | {'expected': expected})}, not {shown}",)
     return (f"{key} {details['msg'][:1].lower()}{details['msg'][1:]}",)

@@ -67,7 +67,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return Engine.load(path, "cpu")
 
 
-CHOICE = FitOptions(train=4, strength=100.0)
+CHOICE = FitOptions(train=4, C=100.0)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_of_attention_maps_no_more_than_one_layers_are_alive(
 
         observe_attention_maps(encoder, batch, observe)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("bionemo_esm.inference.contacts.head_fitting.observe_attention_maps", watched)
+    monkeypatch.setattr("bionemo_esm.model.feature_extraction.observe_attention_maps", watched)
     attention_features(engine, structures[0].tokens, pairs_of(structures[0], 6, 8.0))
     assert most == [1] * 5
 
@@ -233,7 +233,7 @@ def test_structures_without_contacts_and_fits_beyond_memory_are_refused(
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"train": 0}, {"train": ()}, {"strength": 0.0}, {"contact_angstrom": -1.0}, {"most_pairs": 0}, {"seed": -1}],
+    [{"train": 0}, {"train": ()}, {"C": 0.0}, {"contact_angstrom": -1.0}, {"most_pairs": 0}, {"seed": -1}],
 )
 def test_a_choice_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):

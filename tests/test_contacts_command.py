@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,14 @@ import pytest
 
 from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.data.store import SequenceSplit
+from bionemo_esm.files import hold_output
+from bionemo_esm.inference import figures
 from bionemo_esm.inference.contacts import contacts_command as contacts_job
 from bionemo_esm.inference.contacts import head_fitting as contact_fit
 from bionemo_esm.inference.contacts import output_dir as contact_folder
 from bionemo_esm.inference.contacts.contacts_command import load_contacts_config, predict_contacts
 from bionemo_esm.inference.contacts.fit_command import fit_contacts, load_fit_config
+from bionemo_esm.inference.contacts.prediction import map_bytes
 from bionemo_esm.inference.contacts.structures import read_structures
 from bionemo_esm.inference.protein_model import ProteinModel
 from bionemo_esm.model.archive import ArchiveFile, read_archive
@@ -137,7 +141,7 @@ def test_a_fit_says_when_it_found_nothing_or_has_nothing_to_test_on(there: Path,
     [
         (("train=30",), "train=30: there are 10 structures to fit on"),
         (("train=[s1,s99]",), "no structure is named s99"),
-        (("C=0",), "C must be over 0"),
+        (("C=0",), "C must be positive"),
         (("structures=nowhere.parquet",), "nowhere.parquet: no such file"),
         (("output=x.txt",), "output must be the name of a .nemo"),
         (("model=nowhere.nemo",), "no such file"),
@@ -233,7 +237,7 @@ def test_structures_are_compared_with_what_is_predicted(there: Path, job: Job, t
     structures = {structure.id: structure for structure in read_structures(str(there / "s.parquet"))}
     with (tmp_path / "out" / "contacts.csv").open(newline="") as stream:
         for row in list(csv.DictReader(stream))[:500]:
-            distance = structures[row["id"]].distances()[int(row["i"]) - 1, int(row["j"]) - 1]
+            distance = structures[row["id"]].distances_from()[int(row["i"]) - 1, int(row["j"]) - 1]
             assert row["distance"] == ("" if np.isnan(distance) else f"{distance:.2f}")
 
 
@@ -278,9 +282,53 @@ def test_a_job_that_was_killed_goes_on_to_the_same_bytes(
 
 
 def test_two_processes_do_not_fill_one_folder(there: Path, job: Job, tmp_path: Path) -> None:
-    with contact_folder.WorkFolder.opened(tmp_path / "out", "abc"):
+    with hold_output("output", tmp_path / "out"):
         code, _, error = job("contacts", f"model={there}/fitted.nemo", f"input={there}/p.csv", f"output={tmp_path}/out")
     assert code == 2 and "another process is writing" in error
+    with hold_output("output", tmp_path / "x.nemo"):
+        usual = (f"model={there}/m.nemo", f"structures={there}/s.parquet")
+        code, _, error = job("fit_contacts", *usual, f"output={tmp_path}/x.nemo")
+    assert code == 2 and "another process is writing" in error
+
+
+def test_a_long_protein_takes_the_memory_that_is_stated(there: Path, job: Job, tmp_path: Path) -> None:
+    residues = 3000
+    (tmp_path / "long.fasta").write_text(f">long\n{'MKTAYIAKQR' * (residues // 10)}\n")
+    usual = (f"model={there}/fitted.nemo", f"input={tmp_path}/long.fasta", "threshold=1", "batch_tokens=200")
+    tracemalloc.start()
+    try:
+        assert job("contacts", *usual, f"output={tmp_path}/out")[0] == 0
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "out" / "pictures" / "long.png").exists()
+    assert peak < map_bytes(residues) + 60e6, f"{peak / 1e6:.0f} MB"
+
+
+def test_a_map_that_no_memory_holds_is_refused_before_the_model_is_loaded(
+    there: Path, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sysconf = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 20 if name == "SC_PHYS_PAGES" else sysconf(name))
+    usual = (f"model={there}/fitted.nemo", f"input={there}/p.fasta", f"output={tmp_path}/out")
+    code, _, error = job("contacts", *usual)
+    assert code == 2 and "1ubq_a has 150 residues; its map takes 0.0 GB of memory, more than the" in error
+
+
+def test_a_large_map_is_drawn_in_blocks_that_lose_no_contact() -> None:
+    """Each block of pairs has its highest probability, and is unknown only if all of its pairs are."""
+    found_RR = np.full((2500, 2500), np.nan, dtype=np.float32)
+    found_RR[:1500, :1500] = 0.1
+    found_RR[10, 1401] = found_RR[1401, 10] = 0.9
+    pixels = figures._in_blocks(found_RR, 6, None, 8.0, 3)
+    assert pixels.probabilities.shape == (834, 834)
+    assert np.argwhere(pixels.probabilities > 0.5).tolist() == [[3, 467], [467, 3]]
+    assert np.isnan(pixels.probabilities[0, 0]) and not pixels.unseen[0, 0]
+    assert pixels.unseen[0, 600] and not pixels.unseen[0, 400]
+    whole = figures._in_blocks(found_RR[:90, :90], 6, walk("w", np.full(90, 5, dtype=np.uint8), 1), 8.0, 1)
+    structure = walk("w", np.full(90, 5, dtype=np.uint8), 1)
+    apart = np.arange(90)[None, :] - np.arange(90)[:, None]
+    assert np.array_equal(whole.touching, structure.contacts() & (apart <= -6))
 
 
 @pytest.mark.parametrize(
@@ -291,10 +339,10 @@ def test_two_processes_do_not_fill_one_folder(there: Path, job: Job, tmp_path: P
         (("output={there}",), "exists already"),
         (("max_residues=100",), "1ubq_a has 150 residues, over max_residues=100"),
         (("long_proteins=error",), "1ubq_a has 150 residues, over the window of 100"),
-        (("long_proteins=truncate",), "long_proteins must be windows or error"),
-        (("threshold=2",), "threshold must be from 0 to 1"),
+        (("long_proteins=truncate",), "long_proteins must be one of windows, error"),
+        (("threshold=2",), "threshold must be at most 1"),
         (("overlap=100",), "overlap must be from 0 to below the window"),
-        (("pictures=-1",), "pictures must be at least 0"),
+        (("pictures=-1",), "pictures must not be negative"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -368,7 +416,7 @@ def test_a_kill_leaves_nothing_under_the_final_name(there: Path, tmp_path: Path)
 
 def test_settings_are_read_as_they_are_meant() -> None:
     fit = load_fit_config(configured("fit_contacts", "model=m", "structures=[a.cif,b.cif]", "output=x.nemo", "chain=1"))
-    assert (fit.structures, fit.chain, fit.options.train, fit.options.strength) == (("a.cif", "b.cif"), "1", 20, 0.15)
+    assert (fit.structures, fit.chain, fit.train, fit.C) == (("a.cif", "b.cif"), "1", 20, 0.15)
     contacts = load_contacts_config(configured("contacts", "model=m", "input=-", "output=x"))
     assert (contacts.input, contacts.window, contacts.policy.bad_records) == (("-",), None, "error")
     assert contacts_job.Subject("a", np.zeros(3, dtype=np.uint8), None).residues == 3

@@ -34,7 +34,7 @@ def test_the_embeddings_are_those_of_the_library_in_the_order_of_the_input(job: 
     code, out, err = job("layers=[1,-1]", "cls=true", "residues=true", "logits=true")
     assert (code, err) == (0, "")
     engine = Engine.load(inputs.model, "cpu")
-    options = EmbeddingOptions((1, 2), cls=True, residues=True, logits=True).resolved(engine)
+    options = EmbeddingOptions(layers=(1, 2), cls=True, residues=True, logits=True).resolved(engine)
     expected = embed_proteins(engine, list(read_proteins(inputs.proteins)), options)
     found = list(read_embeddings("out.npz"))
     assert [embedding[:4] for embedding in found] == [embedding[:4] for embedding in expected]

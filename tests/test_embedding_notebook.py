@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 import pandas
+import pyarrow as arrow
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from bionemo_esm.alphabet import encode
-from bionemo_esm.errors import UserError
-from bionemo_esm.inference.inputs import InputError, InputPolicy
+from bionemo_esm.alphabet import decode, encode
+from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference.inputs import InputError, InputPolicy, proteins_of
 from bionemo_esm.inference.protein_model import ProteinModel
 from bionemo_esm.model.feature_extraction import representations
+from errors import refused
 from models import tiny_model
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
@@ -102,8 +104,64 @@ def test_embeddings_are_read_without_waiting_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-def test_a_table_is_not_taken_for_sequences(notebook: ProteinModel) -> None:
-    table = pandas.DataFrame({"id": ["a"], "sequence": [CRAMBIN]})
-    with pytest.raises(InputError, match=r"this is a table; give dict\(zip"):
-        notebook.embed(table)
-    assert notebook.embed(table["sequence"]).ids == ["1"]
+class SeqRecord:
+    """What Biopython's `SeqRecord` has: an id, and a sequence that is no text."""
+
+    def __init__(self, identifier: str, sequence: str) -> None:
+        self.id, self.seq = identifier, Sequence(sequence)
+
+
+class Sequence:
+    def __init__(self, letters: str) -> None:
+        self.letters = letters
+
+    def __str__(self) -> str:
+        return self.letters
+
+
+TWO = [UBIQUITIN, CRAMBIN]
+WITH_IDS: dict[str, Any] = {
+    "series": pandas.Series(TWO, index=["u", "c"]),
+    "records": [SeqRecord("u", UBIQUITIN), SeqRecord("c", CRAMBIN)],
+    "records by id": {"u": SeqRecord("x", UBIQUITIN), "c": SeqRecord("y", CRAMBIN)},
+    "table": pandas.DataFrame({"sequence": TWO, "id": ["u", "c"]}),
+    "table with an index": pandas.DataFrame({"sequence": TWO}, index=["u", "c"]),
+    "arrow table": arrow.table({"id": ["u", "c"], "Sequence": TWO}),
+}
+
+
+@pytest.mark.parametrize("form", WITH_IDS)
+def test_ids_of_python_objects_are_kept(form: str) -> None:
+    proteins = proteins_of(WITH_IDS[form])
+    assert [(protein.id, decode(protein.tokens)) for protein in proteins] == [("u", UBIQUITIN), ("c", CRAMBIN)]
+
+
+def test_the_default_index_of_pandas_is_no_id() -> None:
+    series = pandas.Series(TWO)
+    assert [protein.id for protein in proteins_of(series)] == ["1", "2"]
+    assert [protein.id for protein in proteins_of(series.to_frame("sequence"))] == ["1", "2"]
+    assert [protein.id for protein in proteins_of(series.iloc[::-1])] == ["1", "0"]
+    assert [protein.id for protein in proteins_of(SeqRecord("u", UBIQUITIN))] == ["u"]  # type: ignore[arg-type]
+
+
+def test_other_objects_are_refused_with_what_to_give(notebook: ProteinModel) -> None:
+    for wrong in (None, 5, b"MKTV"):
+        with refused("input.type", "give text, a list of sequences, a mapping"):
+            notebook.embed(wrong)  # type: ignore[arg-type]
+    with refused("input.no-column", "say by policy=InputPolicy(sequence_column='...')"):
+        notebook.embed(pandas.DataFrame({"id": ["a"], "wt": [CRAMBIN]}))
+    with refused("input.index", "several levels"):
+        notebook.embed(pandas.Series([CRAMBIN], index=pandas.MultiIndex.from_tuples([("a", 1)])))
+    with pytest.raises(ConfigError, match="layers must be an integer, not None"):
+        notebook.embed([CRAMBIN], layers=None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="mean must be true or false, not 'yes'"):
+        notebook.embed([CRAMBIN], mean="yes")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="model must be a path, not None"):
+        ProteinModel.load(None)  # type: ignore[arg-type]
+    with refused("scoring.one-method", "score_variants takes one of masked-marginals"):
+        notebook.score_variants("MKTV", ["K2A"], method=["masked-marginals"])  # type: ignore[arg-type]
+
+
+def test_what_was_not_computed_is_an_error_that_says_how_to_ask(notebook: ProteinModel) -> None:
+    with refused("embeddings.not-computed", "embed(..., pseudo_perplexity=True)"):
+        _ = notebook.embed([CRAMBIN]).pseudo_perplexity

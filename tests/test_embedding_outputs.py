@@ -17,9 +17,10 @@ import pytest
 from bionemo_esm.alphabet import encode
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference.embedding.formats import (
-    ENDINGS,
+    FORMATS,
     EmbeddingFileError,
-    Hdf5Writer,
+    Hdf5Format,
+    format_named,
     format_of,
     group_name,
     read_about,
@@ -31,7 +32,7 @@ from bionemo_esm.inference.inputs import Protein
 
 ABOUT = {"model": "ESM-1nv", "layers": [0, 2], "window": 510, "overlap": None, "weights_sha256": "0" * 64}
 ODD_IDS = ["sp|P12345|A_HUMAN", "a/b/c", ".", "..", "50%", "%2F", "größe-蛋白", "two words", "id", "a" * 300, "mean_2"]
-KINDS = sorted(ENDINGS)
+KINDS = ["hdf5", "npz", "parquet"]
 
 
 def made(ids: list[str], dtype: str = "float32", perplexity: bool = True, first: int = 0) -> list[Embedding]:
@@ -61,7 +62,7 @@ def equal(one: Embedding, other: Embedding) -> bool:
 
 def written(folder: Path, kind: str, embeddings: list[Embedding], is_folder: bool = False, each: int = 4) -> Path:
     """A finished output, made of parts of so many proteins."""
-    output = folder / ("parts" if is_folder else f"whole{ENDINGS[kind]}")
+    output = folder / ("parts" if is_folder else f"whole{format_named(kind).suffix}")
     work = WorkFolder(output, kind, is_folder)
     with work.held():
         parts = [embeddings[begin : begin + each] for begin in range(0, len(embeddings), each)]
@@ -152,7 +153,7 @@ def test_the_format_is_told_by_the_name() -> None:
     assert format_of(Path("v1.2"), "npz") == ("npz", True)
     with pytest.raises(ConfigError, match=r"format=npz: .*a\.h5 ends as hdf5"):
         format_of(Path("a.h5"), "npz")
-    with pytest.raises(ConfigError, match="format must be one of hdf5, parquet, npz, or null, not 'csv'"):
+    with pytest.raises(ConfigError, match="format must be one of hdf5, npz, parquet, or null, not 'csv'"):
         format_of(Path("a"), "csv")
 
 
@@ -208,7 +209,7 @@ def small_disk() -> Iterator[Callable[[int], None]]:
 def test_a_full_disk_leaves_no_half_and_what_was_finished(
     tmp_path: Path, kind: str, is_folder: bool, small_disk: Callable[[int], None]
 ) -> None:
-    output = tmp_path / ("parts" if is_folder else f"whole{ENDINGS[kind]}")
+    output = tmp_path / ("parts" if is_folder else f"whole{format_named(kind).suffix}")
     work = WorkFolder(output, kind, is_folder)
     embeddings = made([f"protein{number}" for number in range(120)])
     with work.held():
@@ -235,11 +236,13 @@ def test_a_full_disk_leaves_no_half_and_what_was_finished(
 def test_a_disk_that_is_full_at_the_very_end_is_noticed(tmp_path: Path, small_disk: Callable[[int], None]) -> None:
     """HDF5 writes most of what it knows about a file as it closes it."""
     with (tmp_path / "a.h5").open("w+b") as stream:
-        writer = Hdf5Writer(stream, ABOUT)
-        writer.add(made(["a"]))
-        small_disk(100)
+
+        def batches() -> Iterator[list[Embedding]]:
+            yield made(["a"])
+            small_disk(100)
+
         with pytest.raises(OSError, match="File too large"):
-            writer.close()
+            Hdf5Format().write(stream, ABOUT, batches())
 
 
 def test_a_part_that_was_changed_is_made_again(tmp_path: Path) -> None:
@@ -266,7 +269,7 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_that_of_a_part_however_many_there_are(tmp_path: Path, kind: str) -> None:
     def peak(parts: int) -> int:
-        work = WorkFolder(tmp_path / f"whole{ENDINGS[kind]}", kind, False)
+        work = WorkFolder(tmp_path / f"whole{format_named(kind).suffix}", kind, False)
         with work.held():
             for number in range(parts):
                 work.write(number, ABOUT, made([f"{number}-{index}" for index in range(100)], first=number))
@@ -279,3 +282,47 @@ def test_memory_is_that_of_a_part_however_many_there_are(tmp_path: Path, kind: s
 
     peak(1)
     assert peak(12) < 1.5 * peak(3)
+
+
+PLUGIN = """
+import json
+import numpy as np
+from bionemo_esm.inference.embedding.formats import EmbeddingFormat
+from bionemo_esm.inference.embedding.options import Embedding
+
+class JsonLines(EmbeddingFormat):
+    name, suffix = "jsonl", ".jsonl"
+
+    def write(self, stream, about, batches):
+        stream.write(json.dumps(about).encode() + b"\\n")
+        for batch in batches:
+            for one in batch:
+                arrays = {name: array.tolist() for name, array in one.arrays.items()}
+                stream.write(json.dumps([*one[:4], arrays, one.pseudo_perplexity]).encode() + b"\\n")
+
+    def read(self, path):
+        for line in path.read_text().splitlines()[1:]:
+            *plain, arrays, perplexity = json.loads(line)
+            yield Embedding(*plain, {name: np.array(rows, "float32") for name, rows in arrays.items()}, perplexity)
+
+    def read_about(self, path):
+        return json.loads(path.read_text().splitlines()[0])
+"""
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_an_installed_package_adds_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_folder: bool) -> None:
+    """As pip leaves it: a module, and metadata with an entry point; nothing else names the format."""
+    info = tmp_path / "site" / "jsonl_plugin-1.0.dist-info"
+    info.mkdir(parents=True)
+    (tmp_path / "site" / "jsonl_plugin.py").write_text(PLUGIN)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: jsonl-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[bionemo_esm.embedding_writers]\n.jsonl = jsonl_plugin:JsonLines\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(FORMATS, "_parts", dict(FORMATS._parts))
+    monkeypatch.setattr(FORMATS, "_plugins_loaded", False)
+    assert format_of(Path("a.JSONL"), None) == ("jsonl", False)
+    (tmp_path / "out").mkdir()
+    output = written(tmp_path / "out", "jsonl", made(ODD_IDS), is_folder)
+    assert all(map(equal, read_embeddings(output), made(ODD_IDS)))
+    assert read_about(output) == ABOUT

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from models import tiny_model
 from peers import brought_here, hugging_face
 from theirs import SMALL
 
-EVERYTHING = EmbeddingOptions((0, 1, 2), mean=True, cls=True, residues=True, logits=True)
+EVERYTHING = EmbeddingOptions(layers=(0, 1, 2), mean=True, cls=True, residues=True, logits=True)
 FAMILIES: dict[str, dict[str, Any]] = {
     "ESM-1nv": {},
     "ESM-1b": {"token_dropout": True, "embedding_layernorm": True, "position_offset": 2},
@@ -149,7 +148,7 @@ def test_the_same_question_has_the_same_answer_to_the_last_bit(engine: Engine, l
 def test_windows_are_blended_by_the_distance_from_where_they_cut(
     engine: Engine, long_proteins: list[Protein], window: int | None, overlap: int | None
 ) -> None:
-    options = replace(EVERYTHING, window=window, overlap=overlap)
+    options = EVERYTHING.replace(window=window, overlap=overlap)
     size = window or 64
     for embedding, protein in zip(embed_proteins(engine, long_proteins, options), long_proteins, strict=True):
         cover = windows(protein.residues, size, size // 2 if overlap is None else overlap)
@@ -173,7 +172,7 @@ def test_windows_are_blended_by_the_distance_from_where_they_cut(
 
 
 def test_truncating_reads_the_beginning_and_says_so(engine: Engine, long_proteins: list[Protein]) -> None:
-    found = embed_proteins(engine, long_proteins, replace(EVERYTHING, long_proteins="truncate"))
+    found = embed_proteins(engine, long_proteins, EVERYTHING.replace(long_proteins="truncate"))
     for embedding, protein in zip(found, long_proteins, strict=True):
         read = min(protein.residues, 64)
         assert (embedding.residues, embedding.read, embedding.windows) == (protein.residues, read, 1)
@@ -194,7 +193,7 @@ def test_a_long_protein_is_an_error_on_request_before_anything_is_computed(
 
 
 def test_layers_are_numbered_from_either_end_and_come_once(engine: Engine, proteins: list[Protein]) -> None:
-    options = EmbeddingOptions((-1, 0, 2, -3), cls=True)
+    options = EmbeddingOptions(layers=(-1, 0, 2, -3), cls=True)
     assert options.resolved(engine).layers == (2, 0)
     found = embed_proteins(engine, proteins[:1], options)[0]
     assert list(found.arrays) == ["mean_2", "mean_0", "cls_2", "cls_0"]
@@ -212,16 +211,16 @@ def test_rows_of_residues_stay_where_they_are_unless_asked_for(
         return real(rows)
 
     monkeypatch.setattr(pooling, "_on_cpu", moving)
-    embed_proteins(engine, long_proteins, EmbeddingOptions((0, 1, 2), cls=True))
+    embed_proteins(engine, long_proteins, EmbeddingOptions(layers=(0, 1, 2), cls=True))
     pieces = sum(len(windows(protein.residues, 64, 32)) for protein in long_proteins)
     assert sum(moved) == 6 * pieces
 
 
 @pytest.mark.parametrize(("options", "asked"), [
     (EmbeddingOptions(), {2}),
-    (EmbeddingOptions((0,)), {0}),
-    (EmbeddingOptions((0,), logits=True), {0, 2}),
-    (EmbeddingOptions((0, 1), mean=False, logits=True), {2}),
+    (EmbeddingOptions(layers=(0,)), {0}),
+    (EmbeddingOptions(layers=(0,), logits=True), {0, 2}),
+    (EmbeddingOptions(layers=(0, 1), mean=False, logits=True), {2}),
 ])  # fmt: skip
 def test_no_layer_is_looked_at_that_was_not_asked_for(
     engine: Engine, proteins: list[Protein], monkeypatch: pytest.MonkeyPatch, options: EmbeddingOptions, asked: set[int]
@@ -237,13 +236,13 @@ def test_no_layer_is_looked_at_that_was_not_asked_for(
 @pytest.mark.parametrize(("settings", "message"), [
     ({"layers": (3,)}, "layer 3: the model has 0 .* to 2"),
     ({"layers": (-4,)}, "layer -4"),
-    ({"layers": ("last",)}, "layers: 'last' is not the number of a layer"),
+    ({"layers": ("last",)}, "layers must be an integer, not 'last'"),
     ({"layers": (True,)}, "layers: True"),
     ({"layers": ()}, "layers: name one"),
     ({"mean": False}, "nothing is asked for"),
     ({"dtype": "bfloat16"}, "dtype must be one of float32, float16, not 'bfloat16'"),
     ({"long_proteins": "cut"}, "long_proteins must be one of windows, truncate, error, not 'cut'"),
-    ({"window": 0}, "window must be at least 1 residue, not 0"),
+    ({"window": 0}, "window must be at least 1, not 0"),
     ({"window": 65}, "window=65: the model reads up to 64 residues"),
     ({"window": 10, "overlap": 10}, "overlap must be from 0 to below the window of 10, not 10"),
     ({"overlap": 64}, "overlap must be from 0 to below the window of 64, not 64"),
@@ -257,12 +256,12 @@ def test_what_cannot_be_chosen_is_refused_by_its_key(settings: dict[str, Any], m
 def test_a_model_that_can_read_more_than_it_was_trained_on_may_be_asked_to(engine: Engine) -> None:
     options = EmbeddingOptions(window=1000).resolved(engine)
     assert (options.window, options.overlap) == (1000, 500)
-    assert EmbeddingOptions().resolved(engine) == replace(options, layers=(2,), window=64, overlap=32)
+    assert EmbeddingOptions().resolved(engine) == options.replace(layers=(2,), window=64, overlap=32)
 
 
 @pytest.mark.parametrize("options", [
     EVERYTHING,
-    EmbeddingOptions((0, 2), dtype="float16", residues=True),
+    EmbeddingOptions(layers=(0, 2), dtype="float16", residues=True),
     EmbeddingOptions(mean=False, logits=True, long_proteins="truncate", pseudo_perplexity=True),
 ])  # fmt: skip
 def test_the_size_of_an_answer_is_known_beforehand(
@@ -328,7 +327,7 @@ def test_in_a_long_protein_each_residue_is_hidden_in_the_middle_of_its_window(lo
         begin = min(max(place - 32, 0), 129 - 64)
         surprises.append(surprise(twin, protein.tokens[begin : begin + 64], place - begin))
     assert found.pseudo_perplexity == pytest.approx(np.exp(np.mean(surprises)), rel=1e-5)
-    cut = replace(options, long_proteins="truncate")
+    cut = options.replace(long_proteins="truncate")
     short = Protein("short", protein.tokens[:64], 1)
     cut_found = embed_proteins(engine_of(**sizes), [protein, short], cut)
     assert cut_found[0].pseudo_perplexity == pytest.approx(cut_found[1].pseudo_perplexity, rel=1e-9)
@@ -341,7 +340,7 @@ def test_in_a_long_protein_each_residue_is_hidden_in_the_middle_of_its_window(lo
 def test_float16_is_rounded_at_the_end(engine: Engine, long_proteins: list[Protein]) -> None:
     exact = embed_proteins(engine, long_proteins, EVERYTHING)
     for rounded, whole in zip(
-        embed_proteins(engine, long_proteins, replace(EVERYTHING, dtype="float16")), exact, strict=True
+        embed_proteins(engine, long_proteins, EVERYTHING.replace(dtype="float16")), exact, strict=True
     ):
         for name, array in whole.arrays.items():
             assert rounded.arrays[name].dtype == np.float16
@@ -356,7 +355,7 @@ def test_what_float16_does_not_hold_is_an_error(long_proteins: list[Protein], wh
     some = [long_proteins[which]]
     assert np.abs(embed_proteins(engine, some, EmbeddingOptions(cls=True))[0].arrays["cls_2"]).max() > 65_504
     with pytest.raises(UserError, match=rf"record {which + 1} \(l{which}\): \w+_2 is beyond .*65,504; .*dtype=float32"):
-        embed_proteins(engine, some, EmbeddingOptions((0, 2), cls=True, dtype="float16"))
+        embed_proteins(engine, some, EmbeddingOptions(layers=(0, 2), cls=True, dtype="float16"))
 
 
 def test_numbers_that_are_none_are_an_error(proteins: list[Protein]) -> None:

@@ -133,11 +133,11 @@ def test_precisions_are_those_that_there_are_kernels_for() -> None:
 
 def test_sizes_are_told_without_loading_the_model(tmp_path: Path) -> None:
     engine = Engine.load(saved(tiny_model(), tmp_path / "m.nemo"), "cpu")
-    sizes = EngineConfig(tmp_path / "m.nemo").check()
+    sizes = EngineConfig(model=tmp_path / "m.nemo").check()
     assert (sizes.config, sizes.window, sizes.longest) == (engine.config, engine.window, engine.longest)
     script = (
         "import sys; from pathlib import Path; from bionemo_esm.inference.engine_options import EngineConfig\n"
-        f"EngineConfig(Path({str(tmp_path / 'm.nemo')!r})).check(); sys.exit('torch' in sys.modules)"
+        f"EngineConfig(model=Path({str(tmp_path / 'm.nemo')!r})).check(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
@@ -200,9 +200,9 @@ def test_answers_are_those_of_all_logits(family: str, batch_tokens: int, queries
     assert sum(told) == sum(len(query.tokens) for query in queries)
     assert len(told) == {1: 9, 100: 5, 100_000: 1}[batch_tokens]
     for query, answer in zip(queries, answers, strict=True):
-        scores = logits_of(model, query.tokens)[1:-1][query.places].double().log_softmax(-1)
+        scores = logits_of(model, query.tokens)[1:-1][query.positions].double().log_softmax(-1)
         assert answer.dtype == np.float64
-        assert answer.shape == (len(query.places), 33)
+        assert answer.shape == (len(query.positions), 33)
         np.testing.assert_allclose(answer, scores.numpy(), atol=1e-5, rtol=0)
         np.testing.assert_allclose(np.exp(answer).sum(axis=1), 1, rtol=1e-12)
 
@@ -229,7 +229,7 @@ def test_to_hide_places_is_to_leave_the_protein_as_it_was() -> None:
     assert np.flatnonzero(query.tokens == MASK_ID).tolist() == [1, 4]
     alone = list(each_masked(tokens, [0, 45]))
     assert [np.flatnonzero(each.tokens == MASK_ID).tolist() for each in alone] == [[0], [45]]
-    assert [each.places.tolist() for each in alone] == [[0], [45]]
+    assert [each.positions.tolist() for each in alone] == [[0], [45]]
     assert np.array_equal(np.delete(alone[1].tokens, 45), np.delete(CRAMBIN, 45))
 
 

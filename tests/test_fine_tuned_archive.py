@@ -45,7 +45,7 @@ from fine_tuned import (
 from models import tiny_model
 
 QKV, FC2 = "encoder.encoder.layers.1.self_attention.linear_qkv", "encoder.encoder.layers.0.mlp.linear_fc2"
-ALL = EmbeddingOptions((0, 1, 2), residues=True)
+ALL = EmbeddingOptions(layers=(0, 1, 2), residues=True)
 
 
 def states(engine: Engine) -> list[dict[str, Any]]:

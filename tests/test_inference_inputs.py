@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as arrow
 import pytest
 import zstandard
@@ -252,9 +253,13 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "fields.csv": (b"id,sequence\na,MKV\n\nb,MKV,7\n", r"record 2 \(line 4\): has 3 fields, the header 2"),
     "few.csv": (b"id,sequence\na,MKV\nb\n", r"record 2 \(line 3\): has 1 fields, the header 2"),
     "open-quote.csv": (b'id,sequence\nz,MKV\na,"MKV\nb,ACD\n', "after line 2: unexpected end of data; close quotes"),
-    "lone-cr.csv": (table(TWO, end="\r"), "after line 0: new-line character seen"),
+    "lone-cr.csv": (table(TWO, end="\r"), "ends its lines with a carriage return alone"),
     "latin1.csv": ("id,sequence\nä,MKV\n".encode("latin-1"), "line 1 or later: is not UTF-8 text"),
-    "utf16.csv": (table(TWO).decode().encode("utf-16"), "is not UTF-8 text"),
+    "utf16.csv": (table(TWO).decode().encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+    "twice.csv.gz": (gzip.compress(gzip.compress(table(TWO))), r"is compressed twice; decompress it once \(gunzip\)"),
+    "sheet.csv": (b"PK\3\4" + bytes(60), "is a spreadsheet, or another zip file; save the sheet as CSV"),
+    "sheet.xlsx": (b"PK\3\4" + bytes(60), "is a spreadsheet, or another zip file; save the sheet as CSV"),
+    "semicolon.csv": (b"id;sequence\na;MKV\n", "is it separated by ';'. Save it with commas"),
     "nul.csv": (b"id,sequence\na,MK\0V\n", r"record 1 \(a\): residue 3 is '\\x00'|NUL"),
     "cut.csv.gz": (WHOLE[:-20], r"cut\.csv\.gz: the gzip stream is damaged.*copy the file again"),
     "binary.csv": (bytes(range(256)) * 20, "is not UTF-8 text"),
@@ -417,3 +422,15 @@ def test_a_file_of_another_format_is_refused_by_name(tmp_path: Path) -> None:
     path.write_text(">P1;CRAB_ANAPL\nALPHA CRYSTALLIN B CHAIN.\n MDITIHNPLI*\n")
     with refused("fasta.format", f"{path}: is a PIR file"):
         scan_input(path)
+
+
+def test_the_index_that_pandas_wrote_is_the_ids(tmp_path: Path) -> None:
+    indexed = pd.DataFrame({"sequence": ["MKV", "MLA"]}, index=["u", "c"])
+    named = indexed.rename_axis("accession")
+    plain = indexed.reset_index(drop=True)
+    for table, ids in ((indexed, ["u", "c"]), (named, ["u", "c"]), (plain, ["1", "2"])):
+        table.to_parquet(tmp_path / "a.parquet")
+        assert [protein.id for protein in read_proteins(tmp_path / "a.parquet")] == ids
+    for table, ids in ((indexed, ["u", "c"]), (plain, ["1", "2"])):
+        table.to_csv(tmp_path / "a.csv")
+        assert [protein.id for protein in read_proteins(tmp_path / "a.csv")] == ids

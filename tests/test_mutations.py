@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def where(index: int) -> str:
 
 def test_a_variant_is_read_by_ascending_place_whatever_stands_between_its_substitutions() -> None:
     told = wild_type().variant("K6R,Q2A,L8W")
-    assert [(one.place, TOKENS[one.wildtype], TOKENS[one.mutant]) for one in told] == [
+    assert [(one.site, TOKENS[one.wildtype], TOKENS[one.mutant]) for one in told] == [
         (1, "Q", "A"), (5, "K", "R"), (7, "L", "W"),
     ]  # fmt: skip
     for separator in (",", ":", ";", "/", "+", " ", ", ", "\t"):
@@ -118,7 +119,7 @@ def test_a_table_that_counts_from_elsewhere_is_told_its_offset(skips: bool) -> N
     assert None not in read_variants(texts, wild_type(offset=24), where)
 
 
-def test_no_offset_is_told_where_none_would_fit_or_one_residue_is_named() -> None:
+def test_no_offset_is_suggested_if_none_fits_or_one_residue_fits_at_several() -> None:
     for texts in (["A2G"], ["Q24A", "Q24C"], [*texts_at(0, 5, 20, 40, 75, offset=24), "W30A"]):
         with pytest.raises(VariantError) as caught:
             read_variants(texts, wild_type(), where)
@@ -128,6 +129,29 @@ def test_no_offset_is_told_where_none_would_fit_or_one_residue_is_named() -> Non
 def test_a_short_table_is_told_the_offset_at_which_all_of_it_fits() -> None:
     with pytest.raises(VariantError, match=r"row 2: M24W: .*every substitution fits with offset=24$"):
         read_variants(texts_at(0, 58, 67, offset=24), wild_type(), where)
+
+
+def test_a_single_substitution_that_fits_at_one_offset_only_is_told_it() -> None:
+    short = WildType("short", encode("MKTV"))
+    with pytest.raises(VariantError, match=r"row 1: K25A: .*every substitution fits with offset=24$"):
+        read_variants(["K25A"], short, where)
+    with pytest.raises(VariantError, match=r"variants\[0\]: K25A: .*every substitution fits with offset=24$"):
+        variants_at_hand(["K25A"], short)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"sequence": None}, "sequence must be text, not None"),
+    ({"sequence": "MKTV", "offset": "2"}, "offset must be an integer, not '2'"),
+    ({"sequence": "MKTV", "offset": True}, "offset must be an integer, not True"),
+])  # fmt: skip
+def test_arguments_of_another_type_are_refused_by_name(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(VariantError, match=message):
+        read_wild_type(**wrong)
+    for region in (5, "AB", (1, 2, 3), (1.5, 2)):
+        with pytest.raises(VariantError, match="is not the first and the last position"):
+            all_single(WildType("short", encode("MKTV")), region)  # type: ignore[arg-type]
+    with pytest.raises(VariantError, match="give a list of texts like 'A108D', not None"):
+        variants_at_hand(None, WildType("short", encode("MKTV")))  # type: ignore[arg-type]
 
 
 def test_rows_are_not_skipped_where_most_do_not_fit() -> None:
@@ -171,16 +195,16 @@ def test_the_offset_of_a_table_is_among_those_that_fit(offset: int, places: list
 def test_a_scan_has_each_residue_replaced_by_each_of_the_other_19() -> None:
     every = all_single(wild_type(offset=10))
     assert len(every) == len(set(every)) == 19 * len(UBIQUITIN)
-    assert {wild_type().write(variant)[-1] for variant in every if variant[0].place == 0} == set(STANDARD_RESIDUES) - {
+    assert {wild_type().write(variant)[-1] for variant in every if variant[0].site == 0} == set(STANDARD_RESIDUES) - {
         "M"
     }
     some = all_single(wild_type(offset=10), (11, 12))
     assert [wild_type(offset=10).write(variant) for variant in some[:3]] == ["Q11A", "Q11C", "Q11D"]
-    assert {variant[0].place for variant in some} == {1, 2}
+    assert {variant[0].site for variant in some} == {1, 2}
 
 
 def test_a_scan_leaves_out_what_is_none_of_the_20_and_refuses_what_is_outside() -> None:
-    assert {variant[0].place for variant in all_single(wild_type("MXKUA"))} == {0, 2, 4}
+    assert {variant[0].site for variant in all_single(wild_type("MXKUA"))} == {0, 2, 4}
     for region in ((0, 3), (3, 77), (5, 4)):
         with pytest.raises(VariantError, match="scan_region"):
             all_single(wild_type(), region)

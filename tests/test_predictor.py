@@ -49,7 +49,7 @@ def test_a_prediction_is_the_heads_answer_to_the_states_of_the_layer(task: Task,
         weights[f"head.{name}"].numpy() for name in ("output.weight", "output.bias", "shift", "scale")
     )
     engine = Engine.load(path, "cpu")
-    options = EmbeddingOptions((1,), mean=False, residues=True, window=READING.window, overlap=READING.overlap)
+    options = EmbeddingOptions(layers=(1,), mean=False, residues=True, window=READING.window, overlap=READING.overlap)
     for protein, found in zip(proteins(), FineTunedPredictor.load(path, "cpu").predict(proteins()), strict=True):
         (embedding,) = embed_proteins(engine, [protein], options)
         assert embedding.windows == (4 if protein.id == "long" else 1)

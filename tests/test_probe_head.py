@@ -64,7 +64,7 @@ def test_features_are_those_of_fine_tuning_however_they_are_batched(labels: Path
     assert max(some.train.lengths) > 62
     assert model.encoder is not None
     per_residue = table == "residues"
-    options = EmbeddingOptions((1,), mean=not per_residue, residues=per_residue, window=62, overlap=31)
+    options = EmbeddingOptions(layers=(1,), mean=not per_residue, residues=per_residue, window=62, overlap=31)
     with probe_mode(model):
         engine = Engine(model.encoder, model.encoder_config)
         name = "residues_1" if per_residue else "mean_1"

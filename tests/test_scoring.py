@@ -45,7 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 TEXTS = ["M1A", "Q2W", "Q2W,E16K", "E16K,Q2W", "V5A,T7C,L8D,D21R", "WT", "I3I", "V17Y", "Q2W"]
 VARIANTS = [WildType("ubiquitin", encode(CUT)).variant(text) for text in TEXTS]
-ALL = ScoringOptions(METHODS)
+ALL = ScoringOptions(method=METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_all_scores_are_those_of_a_float64_reference(family: str, files: Path) -
     x, reference = encode(CUT), Reference(files / f"{family}.nemo")
     engine = Engine.load(files / f"{family}.nemo", "cpu")
     found = score(engine, WildType("ubiquitin", x), VARIANTS, ALL)
-    each = score(engine, WildType("ubiquitin", x), VARIANTS, ScoringOptions((MASKED,), EACH))
+    each = score(engine, WildType("ubiquitin", x), VARIANTS, ScoringOptions(method=(MASKED,), masks=EACH))
     for method in METHODS:
         expected = np.array([reference.score(method, x, variant) for variant in VARIANTS])
         close(found[method], expected)
@@ -148,7 +148,7 @@ def test_the_wild_type_scores_zero_exactly_and_one_variant_one_score(engine: Eng
 
 @pytest.mark.parametrize("masks", ["together", "each"])
 def test_no_score_depends_on_what_else_is_asked_or_how_it_is_batched(engine: Engine, masks: str) -> None:
-    options, wild_type = ScoringOptions(METHODS, masks), WildType("ubiquitin", encode(CUT))
+    options, wild_type = ScoringOptions(method=METHODS, masks=masks), WildType("ubiquitin", encode(CUT))
     found = score(engine, wild_type, VARIANTS, options)
     engine.batch_tokens = 30
     for method, values in score(engine, wild_type, VARIANTS[::-1], options).items():
@@ -214,9 +214,9 @@ def test_a_pass_that_several_variants_need_is_made_once(some_engine: Engine) -> 
         variants = [*singles, *singles] if method in (MASKED, WILD_TYPE) else [*singles[:40], *singles[:40]]
         asked.queries.clear()
         told.clear()
-        score(some_engine, wild_type, variants, ScoringOptions((method,)), lambda _, *done: told.append(done))
+        score(some_engine, wild_type, variants, ScoringOptions(method=(method,)), lambda _, *done: told.append(done))
         assert len(asked.queries) == passes
-        work = plan(method, wild_type, list(dict.fromkeys(variants)), ScoringOptions((method,)), 510)
+        work = plan(method, wild_type, list(dict.fromkeys(variants)), ScoringOptions(method=(method,)), 510)
         assert (work.passes, work.residues) == (passes, 76 * passes)
         assert told[-1] == (work.residues, work.residues)
 
@@ -227,7 +227,7 @@ def test_masked_one_at_a_time_there_are_as_many_passes_as_places(some_engine: En
              all_single(wild_type, (60, 63))]  # fmt: skip
     for masks, passes in (("together", 5 * 4), ("each", 5 + 4)):
         asked = Asked(engine := Engine(some_engine.encoder, some_engine.config))
-        score(engine, wild_type, pairs, ScoringOptions((MASKED,), masks))
+        score(engine, wild_type, pairs, ScoringOptions(method=(MASKED,), masks=masks))
         assert len(asked.queries) == passes
 
 
@@ -242,7 +242,7 @@ def test_passes_are_made_as_they_are_needed(some_engine: Engine, monkeypatch: py
     monkeypatch.setattr(scoring, "masked", counted)
     some_engine.batch_tokens = 4 * (len(CUT) + 2)
     wild_type = WildType("ubiquitin", encode(CUT))
-    options = ScoringOptions((PSEUDO,))
+    options = ScoringOptions(method=(PSEUDO,))
     score(some_engine, wild_type, all_single(wild_type)[:9], options, lambda *_: seen.append(made[0]))
     assert seen[0] <= 5
     assert made[0] == 10 * len(CUT)
@@ -256,11 +256,11 @@ def test_a_long_protein_is_seen_through_a_window_around_the_mutated_places(text:
     """Each method gives what it gives of the window on its own."""
     file, x, window = files / "ESM-1nv.nemo", encode(UBIQUITIN), 20
     variant = WildType("", x).variant(text)
-    middle = (variant[0].place + variant[-1].place + 1) // 2
+    middle = (variant[0].site + variant[-1].site + 1) // 2
     begin = min(max(middle - window // 2, 0), len(x) - window)
-    inside = tuple(one._replace(place=one.place - begin) for one in variant)
+    inside = tuple(one._replace(site=one.site - begin) for one in variant)
     reference, engine = Reference(file), Engine.load(file, "cpu")
-    found = score(engine, WildType("", x), [variant], ScoringOptions((MASKED, MUTANT, PSEUDO), window=window))
+    found = score(engine, WildType("", x), [variant], ScoringOptions(method=(MASKED, MUTANT, PSEUDO), window=window))
     for method, values in found.items():
         close(values, reference.score(method, x[begin : begin + window], inside))
     assert abs(found[MUTANT][0] - reference.score(MUTANT, x, variant)) > 1e-3
@@ -268,7 +268,7 @@ def test_a_long_protein_is_seen_through_a_window_around_the_mutated_places(text:
 
 @pytest.mark.parametrize(("method", "masks"), [(WILD_TYPE, "together"), (MASKED, "each")])
 def test_scores_that_add_up_do_so_over_the_windows_of_each_place(some_engine: Engine, method: str, masks: str) -> None:
-    wild_type, options = WildType("", encode(UBIQUITIN)), ScoringOptions((method,), masks, 20)
+    wild_type, options = WildType("", encode(UBIQUITIN)), ScoringOptions(method=(method,), masks=masks, window=20)
     parts = [wild_type.variant(text) for text in ("Q2W", "K33A", "G76C")]
     whole = wild_type.variant("Q2W,K33A,G76C")
     found = score(some_engine, wild_type, [*parts, whole], options)[method]
@@ -279,17 +279,17 @@ def test_places_too_far_apart_for_one_window_are_refused_by_methods_that_need_on
     wild_type = WildType("", encode(UBIQUITIN))
     apart, within = wild_type.variant("Q2W,T22A"), wild_type.variant("Q2W,D21A")
     for method in (MASKED, MUTANT, PSEUDO):
-        score(some_engine, wild_type, [within], ScoringOptions((method,), window=20))
+        score(some_engine, wild_type, [within], ScoringOptions(method=(method,), window=20))
         with pytest.raises(VariantError, match=rf"Q2W,T22A: .*span more than the 20 residues.*{method} needs"):
-            score(some_engine, wild_type, [within, apart], ScoringOptions((method,), window=20))
-    score(some_engine, wild_type, [apart], ScoringOptions((WILD_TYPE, MASKED), "each", 20))
+            score(some_engine, wild_type, [within, apart], ScoringOptions(method=(method,), window=20))
+    score(some_engine, wild_type, [apart], ScoringOptions(method=(WILD_TYPE, MASKED), masks="each", window=20))
 
 
 def test_the_window_is_that_of_training_and_never_more_than_the_model_reads(files: Path) -> None:
     learned, rotary = (Engine.load(files / f"{family}.nemo", "cpu") for family in ("ESM-1nv", "ESM-2"))
     assert ScoringOptions().window_of(learned) == ScoringOptions().window_of(rotary) == 510
     assert ScoringOptions(window=800).window_of(rotary) == 800
-    with pytest.raises(ConfigError, match="window=511: the model reads 510"):
+    with pytest.raises(ConfigError, match="window=511: the model reads up to 510"):
         ScoringOptions(window=511).window_of(learned)
 
 

@@ -152,7 +152,7 @@ def test_what_touches_is_nearer_than_eight_angstrom_and_resolved() -> None:
     expected = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=bool)
     assert np.array_equal(structure.contacts(), expected)
     assert structure.contacts(7.0)[0].tolist() == [True, False, False, False]
-    assert np.isnan(structure.distances()[3]).all()
+    assert np.isnan(structure.distances_from()[3]).all()
 
 
 # --- Parquet ----------------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ class FeatureCache:
         progress: Callable[[int], None],
     ) -> None:
         options = EmbeddingOptions(
-            (reading.layer,), mean=pooled, residues=not pooled, window=reading.window, overlap=reading.overlap
+            layers=(reading.layer,), mean=pooled, residues=not pooled, window=reading.window, overlap=reading.overlap
         )
         name = f"{'mean' if pooled else 'residues'}_{reading.layer}"
         with atomic_write(path) as stream:

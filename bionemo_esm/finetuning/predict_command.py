@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from pydantic import field_validator
@@ -13,58 +14,55 @@ from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.files import atomic_write, check_absent, check_writable
+from bionemo_esm.files import atomic_write, hold_output
 from bionemo_esm.finetuning.archive import FineTunedFile
 from bionemo_esm.finetuning.predictor import FineTunedPredictor, Layout, check_ending, describe_task, table_writer
 from bionemo_esm.inference.embedding.options import plural
-from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig, describe, run
-from bionemo_esm.inference.inputs import POLICY_KEYS, InputPolicy, Protein, read_proteins, scan_input
-from bionemo_esm.settings import Settings, known, plain_values
-
-_OWN_KEYS = ("input", "output", "residues", "probabilities")
-KEYS = {*ENGINE_KEYS, *POLICY_KEYS, *_OWN_KEYS}
+from bionemo_esm.inference.engine_options import EngineConfig, describe, run
+from bionemo_esm.inference.inputs import InputPolicy, Protein, read_proteins, scan_input
+from bionemo_esm.settings import expand_home, plain_values
 
 
-class PredictConfig(Settings):
-    """The settings of `bionemo-esm predict`; conf/finetuning/predict.yaml explains each key."""
+class PredictConfig(EngineConfig, InputPolicy):
+    """The keys of `conf/finetuning/predict.yaml`."""
 
-    engine: EngineConfig
-    policy: InputPolicy
     input: str  # a path, or `STANDARD_INPUT`
     output: Path
-    residues: bool | None
-    probabilities: bool
+    residues: bool | None = None
+    probabilities: bool = True
 
-    @field_validator("input", mode="after")
+    @field_validator("input", mode="before")
     @classmethod
-    def _expand(cls, value: str) -> str:
-        return value if value == STANDARD_INPUT else str(Path(value).expanduser())
+    def _is_path(cls, value: Any) -> str:
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"input must be a path, or - for standard input, not {value!r}")
+        return value if value == STANDARD_INPUT else str(expand_home(value))
 
-    @classmethod
-    def of(cls, cfg: DictConfig) -> PredictConfig:
-        """Return the settings of a composed configuration. Raises `ConfigError`, naming the key."""
-        values = known("", plain_values(cfg), KEYS)
-        own = {key: values[key] for key in _OWN_KEYS}
-        return cls(engine=EngineConfig.of(values), policy=InputPolicy.of(values), **own)
+
+def load_predict_config(cfg: DictConfig) -> PredictConfig:
+    """Return the checked configuration. Raises `ConfigError`, naming the key."""
+    return PredictConfig.from_config(plain_values(cfg))
 
 
 def predict(cfg: DictConfig) -> None:
     """Run the command for a composed Hydra configuration; exits with 2 after one line for a user error."""
-    run(lambda: _predict(PredictConfig.of(cfg)), "Stopped; nothing was written. The same command begins anew.")
+    run(lambda: _predict(load_predict_config(cfg)), "Stopped; nothing was written. The same command begins anew.")
 
 
 def _predict(config: PredictConfig) -> int:
+    with hold_output("output", config.output):
+        return _predict_held(config)
+
+
+def _predict_held(config: PredictConfig) -> int:
     console = Console(sys.stdout)
-    check_absent("output", config.output)
-    check_writable("output", config.output)
-    task = FineTunedFile.open(config.engine.model).task
+    task = FineTunedFile.open(config.model).task
     check_ending("output", config.output, task, config.residues)
     layout = Layout.of(task, config.residues, config.probabilities)
     proteins, residues = _input(config, console)
-    engine = config.engine
-    predictor = FineTunedPredictor.load(engine.model, engine.device, engine.precision, engine.batch_tokens)
+    predictor = FineTunedPredictor.load(config.model, config.device, config.precision, config.batch_tokens)
     if predictor.task != task:
-        raise ConfigError(f"model: {engine.model} was replaced while the input was read; run the same command again")
+        raise ConfigError(f"model: {config.model} was replaced while the input was read; run the same command again")
     reading = predictor.reading
     console.print_line(f"  model    {describe(predictor.engine)}")
     console.print_line(f"  task     {describe_task(task)}")
@@ -89,15 +87,15 @@ def _input(config: PredictConfig, console: Console) -> tuple[Iterable[Protein], 
     console.print_line(f"Reading {name}")
     if config.input == STANDARD_INPUT:
         problems: list[str] = []
-        held = list(read_proteins(config.input, config.policy, problems.append))
+        held = list(read_proteins(config.input, config, problems.append))
         if not held:
             raise ConfigError(f"input=-: no protein {f'is left: {problems[0]}' if problems else 'in standard input'}")
         lengths = [protein.residues for protein in held]
         _print_input(console, len(held), sum(lengths), max(lengths), len(problems), (problems or [""])[0])
         return held, sum(lengths)
-    stock = scan_input(config.input, config.policy)
+    stock = scan_input(config.input, config)
     _print_input(console, stock.proteins, stock.residues, stock.longest, stock.skipped, stock.first_problem)
-    return read_proteins(config.input, config.policy), stock.residues
+    return read_proteins(config.input, config), stock.residues
 
 
 def _print_input(

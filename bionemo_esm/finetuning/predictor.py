@@ -327,7 +327,7 @@ class FineTunedPredictor:
 
         reading = self.reading
         options = EmbeddingOptions(
-            (reading.layer,), mean=False, residues=True, window=reading.window, overlap=reading.overlap
+            layers=(reading.layer,), mean=False, residues=True, window=reading.window, overlap=reading.overlap
         )
         found = embed_proteins(self.engine, proteins, options, progress)
         return [embedding.arrays[f"residues_{reading.layer}"] for embedding in found]

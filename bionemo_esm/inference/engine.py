@@ -1,8 +1,8 @@
-"""An encoder at work: out of an archive onto a device, and asked about proteins in packed batches.
+"""The inference engine: an encoder loaded from an archive onto a device, which reads proteins in packed batches.
 
-Neither NeMo nor Lightning is imported, so that a notebook need not wait for them. What a protein is answered does not
-depend on its neighbours in a batch, but for rounding: in float32, 1e-5 of a hidden state or a logit (tests hold it).
-Shape suffixes: T tokens of the packed row, R residues of a protein, H hidden size, K places asked about.
+NeMo and Lightning are not imported: loading a model takes three seconds instead of ten. Results for a protein do not
+depend on its neighbours in a batch, except for rounding: in float32, 1e-5 of a hidden state or a logit.
+Shape suffixes: T tokens of the packed row, R residues of a protein, H hidden size, K positions of a query.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from bionemo_esm.data.collate import PackedBatch, pack
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.batching import MaskedQuery, Residues, group_by_size, tokens_of_query
-from bionemo_esm.inference.engine_options import ModelSizes, check_words, open_model_file
+from bionemo_esm.inference.engine_options import ModelSizes, engine_config, open_model_file
 from bionemo_esm.model.archive import WEIGHTS, ArchiveFile
 from bionemo_esm.model.backends import choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig
@@ -28,15 +28,15 @@ from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.validate import check_sizes, extension_of
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
-"""Tokens of a packed batch where nobody says otherwise: about a core's cache, and enough to fill a GPU."""
-_PREFIX = "encoder."  # of the tensors' names in an archive, where the encoder is a part of the model
+"""Default tokens of a packed batch: about the cache of a CPU core, and enough to use a GPU fully."""
+_PREFIX = "encoder."  # of the encoder's tensors in an archive
 
 
 class Engine(ModelSizes):
-    """An encoder in evaluation mode, without gradients; `Engine.load` makes one from a file."""
+    """An encoder in evaluation mode, without gradients. `Engine.load` builds one from a file."""
 
     def __init__(self, encoder: ESMEncoder, config: EncoderConfig, batch_tokens: int | None = None) -> None:
-        """`config` is that of the encoder; `batch_tokens`: None for what `BATCH_TOKENS` has for the device."""
+        """`batch_tokens`: tokens of a packed batch; None for the device's value in `BATCH_TOKENS`."""
         super().__init__(config)
         self.encoder = encoder.eval()
         self.device = next(encoder.parameters()).device
@@ -44,27 +44,27 @@ class Engine(ModelSizes):
         self.batch_tokens = BATCH_TOKENS[self.device.type] if batch_tokens is None else batch_tokens
         if self.batch_tokens < 1:
             raise ConfigError(f"batch_tokens must be at least 1, not {self.batch_tokens}")
-        self.source: Path | None = None  # the file, and of what it holds
+        self.source: Path | None = None  # the archive that it was loaded from
         self.weights_sha256 = self.model_identity = ""
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], device: str = "auto", precision: str = "32", batch_tokens: int | None = None
     ) -> Engine:
-        """The model of a `.nemo` or a `.ckpt` of ours, whatever precision it was saved in.
+        """Load the model of a `.nemo` or `.ckpt` of this package; the precision it was saved in does not matter.
 
-        `device`: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one; `precision`: "32", "bf16", or "auto"
-        for what the device multiplies faster. Raises `ArchiveError` for a file that is none, or damaged; `ConfigError`
-        for a device that is not there, and for an unknown word; all of them before the weights are read.
+        `device`: "cpu", "cuda", "cuda:1", or "auto" (a GPU if there is one). `precision`: "32", "bf16", or "auto" (the
+        faster one on the device). Raises `ArchiveError` for a file that is no archive, or damaged; `ConfigError` for a
+        device that is not present and for an invalid argument. Both come before the weights are read.
         """
-        check_words(device, precision, batch_tokens)
-        _device(device)
-        return cls.from_file(open_model_file(Path(path)), device, precision, batch_tokens)
+        config = engine_config(path, device, precision, batch_tokens)
+        _device(config.device)
+        return cls.from_file(open_model_file(config.model), config.device, config.precision, config.batch_tokens)
 
     @classmethod
     def from_file(cls, file: ArchiveFile, device: str, precision: str, batch_tokens: int | None) -> Engine:
-        """The encoder of an opened file, that of a fine-tuned model included; the rest as `load`."""
-        check_words(device, precision, batch_tokens)
+        """Load the encoder of an opened archive, which may be of a fine-tuned model; the rest as `load`."""
+        engine_config(file.path, device, precision, batch_tokens)
         place, sizes = _device(device), check_sizes(file)
         dtype = parameter_dtype(precision, place.type)
         quiet = sizes.replace(hidden_dropout=0.0, attention_dropout=0.0)  # so that any attention kernel will do
@@ -86,7 +86,7 @@ class Engine(ModelSizes):
         return _reload, (self.source.absolute(), str(self.device), precision, self.batch_tokens, self.model_identity)
 
     def packed(self, proteins: Sequence[Residues]) -> PackedBatch:
-        """Proteins as one packed row, on the device. Each must fit: see `longest`."""
+        """Return proteins as one packed row on the device. None may be over `longest`."""
         lengths = np.array([len(protein) for protein in proteins], dtype=np.int64)
         assert self.longest is None or lengths.max(initial=0) <= self.longest, "cut long proteins into windows first"
         batch = pack(np.concatenate(proteins), lengths)
@@ -96,20 +96,20 @@ class Engine(ModelSizes):
     def log_probabilities(
         self, queries: Iterable[MaskedQuery], answered: Callable[[int], None] = lambda residues: None
     ) -> Iterator[NDArray[np.float64]]:
-        """The log-probability of each of the 33 tokens at the places of each question: float64 [K, 33], in order.
+        """Yield log-probabilities of the 33 tokens at the positions of each query: float64 [K, 33], in order.
 
-        Questions are taken as they are needed, as many at a time as make up a batch; of each the last block is computed
-        at its places only. `answered` is told the residues of each batch.
+        Queries are read as needed, a batch at a time. The last block is computed at the queried positions only.
+        `answered` is called with the residues of each batch.
         """
-        for some in group_by_size(self.batch_tokens, queries, tokens_of_query):
-            batch = self.packed([query.tokens for query in some])
+        for group in group_by_size(self.batch_tokens, queries, tokens_of_query):
+            batch = self.packed([query.tokens for query in group])
             first = batch.cu_seqlens[:-1].long().cpu().numpy() + 1  # after each <cls>
-            places = np.concatenate([query.places + start for query, start in zip(some, first, strict=True)])
+            positions = np.concatenate([query.positions + start for query, start in zip(group, first, strict=True)])
             rows = (batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
-            hidden = self.encoder.hidden_states_at(*rows, torch.from_numpy(places).to(self.device))
+            hidden = self.encoder.hidden_states_at(*rows, torch.from_numpy(positions).to(self.device))
             answers = self.encoder.logits(hidden).double().log_softmax(dim=-1).cpu().numpy()
             answered(batch.residues)
-            yield from np.split(answers, np.cumsum([len(query.places) for query in some[:-1]]))
+            yield from np.split(answers, np.cumsum([len(query.positions) for query in group[:-1]]))
 
 
 def _reload(path: Path, device: str, precision: str, batch_tokens: int, model_identity: str) -> Engine:
@@ -131,7 +131,7 @@ def _device(name: str) -> torch.device:
 
 @torch.no_grad()
 def _fill(encoder: ESMEncoder, file: ArchiveFile) -> None:
-    """The verified weights, one tensor at a time. Raises `ArchiveError` for damage, and for what is not finite."""
+    """Copy the verified weights into an encoder, one tensor at a time. Raises `ArchiveError` if any is not finite."""
     file.verify(WEIGHTS)
     own: dict[str, Tensor] = dict(encoder.named_parameters()) | dict(encoder.named_buffers())
     for name, tensor in own.items():

@@ -1,29 +1,33 @@
-"""What the jobs over a model have in common: which model, on what, and how they end."""
+"""What the commands over a model share: which model, on which device, in which precision, and how a command ends.
+
+All of it is known and checked before torch is imported.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import field_validator
 
 from bionemo_esm.console import run_to_exit_code, sigterm_as_exit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveError, ArchiveFile, is_our_archive
 from bionemo_esm.model.config import PRECISIONS, ROTARY, EncoderConfig
 from bionemo_esm.model.validate import check_sizes
-from bionemo_esm.settings import integer, path
+from bionemo_esm.settings import PositiveInt, Settings
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:
     from bionemo_esm.inference.engine import Engine
 
 _SPECIAL_TOKENS = 2  # <cls> and <eos>
 
 
 class ModelSizes:
-    """How large a model is, and how much of a protein it reads."""
+    """The sizes of a model, and how many residues it reads at once."""
 
     def __init__(self, config: EncoderConfig) -> None:
         self.config = config
@@ -34,36 +38,65 @@ class ModelSizes:
 
     @property
     def window(self) -> int:
-        """Residues of the longest protein that the model was trained to see whole."""
+        """Residues of the longest protein that the model was trained to read whole."""
         return self.config.seq_length - _SPECIAL_TOKENS
 
     @property
     def longest(self) -> int | None:
-        """Residues of the longest protein that the model can read at all; None with rotary positions: any."""
+        """Residues of the longest protein that the model can read at all; None (no limit) for rotary positions."""
         return None if self.config.position_embedding == ROTARY else self.window
 
     def layer(self, number: int) -> int:
-        """A layer by its number, 0 (the embeddings) to `layers`, or from the end: -1 is the last.
+        """Return a layer's number from 0 (the embeddings) to `layers`; -1 is the last.
 
-        Raises `ConfigError` for one that the model does not have.
+        Raises `ConfigError` for a layer that the model does not have.
         """
         if not -self.layers - 1 <= number <= self.layers:
             raise ConfigError(f"layer {number}: the model has 0 (the embeddings) to {self.layers}, -1 is the last")
         return number if number >= 0 else self.layers + 1 + number
 
 
-def check_words(device: str, precision: str, batch_tokens: int | None) -> None:
-    """Raises `ConfigError` for what no machine could do; whether a GPU is there is not looked at."""
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    if batch_tokens is not None and batch_tokens < 1:
-        raise ConfigError(f"batch_tokens must be at least 1, not {batch_tokens}")
+class EngineConfig(Settings):
+    """The model and its device: the keys of `conf/inference/engine.yaml`, which every command over a model has."""
+
+    model: Path
+    device: str = "auto"
+    precision: str = "32"
+    batch_tokens: PositiveInt | None = None  # None: `engine.BATCH_TOKENS` of the device
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        """Check the syntax alone, not whether the device is present."""
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
+            raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
+        return device
+
+    @field_validator("precision")
+    @classmethod
+    def _check_precision(cls, precision: str) -> str:
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        return precision
+
+    def check(self) -> ModelSizes:
+        """Return the model's sizes, read from the small members of its file.
+
+        Raises `ArchiveError` for a file that is missing, is not an archive of this package, or contradicts itself.
+        """
+        return ModelSizes(check_sizes(open_model_file(self.model)))
+
+
+def engine_config(
+    path: Any, device: str = "auto", precision: str = "32", batch_tokens: int | None = None
+) -> EngineConfig:
+    """Return the arguments of a `load` method, checked. Raises `ConfigError`, naming the argument."""
+    model = Path(path) if isinstance(path, os.PathLike) else path
+    return EngineConfig(model=model, device=device, precision=precision, batch_tokens=batch_tokens)
 
 
 def open_model_file(path: Path) -> ArchiveFile:
-    """A model's file, its small members read and checked. Raises `ArchiveError` for one that is none of ours."""
+    """Open a model's archive and check its small members. Raises `ArchiveError` if it is not one of this package."""
     path = path.expanduser()
     if path.is_dir() or not path.exists():
         what = "is a folder" if path.exists() else "no such file"
@@ -78,44 +111,8 @@ def open_model_file(path: Path) -> ArchiveFile:
     return ArchiveFile.open(path)
 
 
-ENGINE_KEYS = {"model", "device", "precision", "batch_tokens"}
-"""Of every job's configuration: `conf/inference/engine.yaml`."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Which model, and what computes it; `Engine.load` has what the values mean.
-
-    Raises `ConfigError` as `check_words`.
-    """
-
-    model: Path
-    device: str = "auto"
-    precision: str = "32"
-    batch_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        check_words(self.device, self.precision, self.batch_tokens)
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> EngineConfig:
-        """Raises `ConfigError`, naming the key, for a value of the wrong kind."""
-        model, tokens = path("model", values["model"]), values["batch_tokens"]
-        if model is None:
-            raise ConfigError("model must be given: model=....nemo")
-        tokens = None if tokens is None else integer("batch_tokens", tokens)
-        return cls(model, str(values["device"]), str(values["precision"]), tokens)
-
-    def check(self) -> ModelSizes:
-        """The model's sizes, out of its file's small members: to be asked before an input is read.
-
-        Raises `ArchiveError` for a file that is not there, is no model of ours, or contradicts itself.
-        """
-        return ModelSizes(check_sizes(open_model_file(self.model)))
-
-
 def describe(engine: Engine) -> str:
-    """A model and where it runs, in one line."""
+    """Return one line about a model and the device it runs on."""
     sizes = engine.config
     return (
         f"{sizes.family}, {sizes.num_layers} layers, hidden {sizes.hidden_size:,}, {sizes.parameters:,} parameters, "
@@ -124,6 +121,6 @@ def describe(engine: Engine) -> str:
 
 
 def run(job: Callable[[], int], on_interrupt: str) -> None:
-    """Run a job to its exit code: 2 after one line for what a user can mend, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run a job to its exit code: 2 and one line for a user's error, 130 after Ctrl-C, 143 after SIGTERM."""
     with sigterm_as_exit(on_interrupt):
         run_to_exit_code(job, on_interrupt)

@@ -1,10 +1,8 @@
-"""Proteins to ask the model about: FASTA, CSV, TSV or Parquet, from a file or standard input, record by record.
+"""Proteins as input: FASTA, CSV, TSV or Parquet from a file or standard input, or sequences of a Python program.
 
-What a record must be is the same everywhere: an id that no other has, and residues that the model knows, one at least.
-Lower case is read as upper case, white space and a `*` at the end are left out. Memory: a block of the file, or the
-longest record, and nine bytes an id.
-
-How proteins are read, and how to say to whoever can change it what to change.
+Every record needs a unique id and at least one residue, all of them known to the model. Lower case counts as upper
+case; white space and a trailing `*` are dropped. Memory: a block of the file, or the longest record, and nine bytes an
+id.
 """
 
 from __future__ import annotations
@@ -15,8 +13,8 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 from unicodedata import category
 
 import numpy as np
@@ -32,114 +30,91 @@ from bionemo_esm.data.fasta import (
     refuse_nucleotides,
 )
 from bionemo_esm.data.kernels import DigestSet
-from bionemo_esm.errors import ConfigError, UserError
-
-FORMATS = ("fasta", "csv", "tsv", "parquet")
-_PACKED = (".gz", ".zst", ".zstd", ".bgz")
-
-
-@dataclass(frozen=True)
-class InputPolicy:
-    """How proteins are read.
-
-    input_format: one of `FORMATS`, or None to tell by the name; standard input is FASTA unless told otherwise.
-    id_column, sequence_column: of a table; None for `id` (where there is none, the record's number) and `sequence` or
-    `seq`, in capitals or not.
-    bad_records: one that has no residue, an id met before, or an unknown letter ends the work ("error"), or is left out
-    and counted ("skip"). unknown_letters: what the model has no token for (J, `*` within, digits), and gaps: makes a
-    record bad ("error"), or is read as "X".
-    """
-
-    input_format: str | None = None
-    id_column: str | None = None
-    sequence_column: str | None = None
-    bad_records: str = "error"
-    unknown_letters: str = "error"
-
-    def __post_init__(self) -> None:
-        for key, value, allowed in (
-            ("input_format", self.input_format, (None, *FORMATS)),
-            ("bad_records", self.bad_records, ("error", "skip")),
-            ("unknown_letters", self.unknown_letters, ("error", "X")),
-        ):
-            if value not in allowed:
-                words = ", ".join("null" if word is None else word for word in allowed)
-                raise ConfigError(f"{key} must be one of {words}, not {value!r}")
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> InputPolicy:
-        """The policy of a job's configuration, by `POLICY_KEYS`. Raises `ConfigError`, naming the key."""
-        return cls(**{key: None if values[key] is None else str(values[key]) for key in POLICY_KEYS})  # type: ignore[arg-type]
-
-    def format_of(self, path: str) -> str:
-        """The format of a file, by `input_format` or its name."""
-        if self.input_format is not None:
-            return self.input_format
-        name = path.lower()
-        for packed in _PACKED:
-            name = name.removesuffix(packed)
-        endings = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".pq": "parquet"}
-        return next((kind for ending, kind in endings.items() if name.endswith(ending)), "fasta")
-
-    def advice(self, text: str, key: str, value: str) -> str:
-        """The text with how to set a key in the place of `{}`, in the words of who can."""
-        return text.format(f"{key}={value}")
-
-
-POLICY_KEYS = tuple(field.name for field in fields(InputPolicy))
-"""Of a job's configuration."""
-
-
-class PythonPolicy(InputPolicy):
-    """The same, as an argument of a method."""
-
-    def advice(self, text: str, key: str, value: str) -> str:
-        return text.format(f"policy=InputPolicy({key}={value!r})")
-
-
-class FixedPolicy(InputPolicy):
-    """The usual one, where nobody has a say in it."""
-
-    def advice(self, text: str, key: str, value: str) -> str:
-        return ""
-
+from bionemo_esm.errors import UserError
+from bionemo_esm.settings import Settings
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-__all__ = [
-    "InputError",
-    "InputInventory",
-    "InputPolicy",
-    "Protein",
-    "Sequences",
-    "proteins_of",
-    "read_proteins",
-    "scan_input",
-]  # fmt: skip
-
 Sequences: TypeAlias = str | os.PathLike[str] | Mapping[str, str] | Iterable[str | tuple[str, str]]
-"""What `proteins_of` takes."""
-_SEPARATORS = {"csv": ",", "tsv": "\t"}
+"""What `proteins_of` takes; also Biopython's `SeqRecord`s, a pandas Series, and tables (pandas, Polars, Arrow)."""
+COMPRESSED = (".gz", ".zst", ".zstd", ".bgz")
+"""Endings of compressed files, which `Source` decompresses."""
+SEPARATORS = {"csv": ",", "tsv": "\t"}
+_SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".pq": "parquet"}
 _SEQUENCE_COLUMNS = ("sequence", "seq")
 _ID_COLUMN = "id"
 _X_ID = TOKEN_IDS["X"]
-_IS_UNKNOWN = np.isin(np.arange(len(TOKEN_IDS)), [UNK_ID, TOKEN_IDS["."], TOKEN_IDS["-"]])  # gaps counted
-_LONGEST_ID = 1024  # characters; HDF5 has its limits, and a longer one is a mistake
+_IS_UNKNOWN = np.isin(np.arange(len(TOKEN_IDS)), [UNK_ID, TOKEN_IDS["."], TOKEN_IDS["-"]])  # gaps included
+_LONGEST_ID = 1024  # characters; HDF5 limits names
 _BLOCK_BYTES = 2**20
 _ROWS_AT_ONCE = 1024
+_SEPARATOR_ADVICE = {
+    ";": "is it separated by ';'? Save it with commas, or as .tsv with tabs",
+    "\t": "is it separated by tabs? Name it .tsv",
+    ",": "is it separated by commas? Name it .csv",
+}
+_OTHER_CONTENT = (  # first bytes, and what the file is
+    (b"\x1f\x8b", "is compressed twice; decompress it once (gunzip)"),
+    (b"\x28\xb5\x2f\xfd", "is compressed twice; decompress it once (unzstd)"),
+    (b"PAR1", "is Parquet; name it .parquet"),
+    (codecs.BOM_UTF16_LE, "is UTF-16 text; save it as UTF-8"),
+    (codecs.BOM_UTF16_BE, "is UTF-16 text; save it as UTF-8"),
+)
+
+
+class InputPolicy(Settings):
+    """How proteins are read.
+
+    input_format: None tells it by the file's name; standard input is FASTA by default.
+    id_column, sequence_column: of a table. None: `id` (without such a column the ids are the numbers of the rows), and
+    `sequence` or `seq`, in upper or lower case.
+    bad_records: a record without residues, with an id met before, or with an unknown letter ends the work ("error"), or
+    is left out and counted ("skip"). unknown_letters: gaps and letters without a token (J, `*` inside, digits) make a
+    record bad ("error"), or are read as "X".
+    """
+
+    input_format: Literal["fasta", "csv", "tsv", "parquet"] | None = None
+    id_column: str | None = None
+    sequence_column: str | None = None
+    bad_records: Literal["error", "skip"] = "error"
+    unknown_letters: Literal["error", "X"] = "error"
+    advice_form: ClassVar[str] = "{key}={value}"
+    """How a message says which setting to change; empty if the user cannot change it."""
+
+    def format_of(self, path: str) -> str:
+        """Return the format of a file, by `input_format` or its name."""
+        return self.input_format or _SUFFIXES.get(suffix_of(path), "fasta")
+
+    def advice(self, text: str, key: str, value: str) -> str:
+        """Return the text with how to set a key in the place of `{}`."""
+        return text.format(self.advice_form.format(key=key, value=value)) if self.advice_form else ""
+
+
+class _PythonPolicy(InputPolicy):
+    """A policy that is an argument of a method."""
+
+    advice_form = "policy=InputPolicy({key}={value!r})"
+
+
+class _FixedPolicy(InputPolicy):
+    """The default policy, which the user cannot change."""
+
+    advice_form = ""
 
 
 class InputError(UserError):
     """A record that cannot be used; the message names the file, the record and its id, and what to do."""
 
+    code = "input"
+
 
 class Protein(NamedTuple):
-    """One record, checked."""
+    """A checked record."""
 
     id: str
     tokens: NDArray[np.uint8]  # [R], R > 0: token ids, without <cls> and <eos>
-    number: int  # 1 for the first record of the input, those that are skipped counted
+    number: int  # 1 for the first record of the input; skipped records count
 
     @property
     def residues(self) -> int:
@@ -153,14 +128,14 @@ class _Record(NamedTuple):
 
 @dataclass(frozen=True)
 class InputInventory:
-    """What an input holds, of a first reading that computes nothing."""
+    """The content of an input, from a first pass that computes nothing."""
 
     proteins: int
     residues: int
     longest: int  # residues
-    skipped: int  # bad records, left out
-    first_problem: str  # of the skipped ones; "" where there are none
-    ids_are_numbers: bool  # as those of a table without an id column are
+    skipped: int  # bad records
+    first_problem: str  # of the skipped records; "" if there are none
+    ids_are_numbers: bool  # row numbers stand for ids
 
 
 def read_proteins(
@@ -168,44 +143,44 @@ def read_proteins(
     policy: InputPolicy | None = None,
     skipped: Callable[[str], None] = lambda problem: None,
 ) -> Iterator[Protein]:
-    """The proteins of an input in order, `-` for standard input; plain, gzip or zstd.
+    """Yield the proteins of an input in order: a file (plain, gzip or zstd), or `-` for standard input.
 
-    Without a policy the usual one holds, and no error tells of its keys.
-
-    `skipped` is told why a record is left out, where the policy leaves it out; else `InputError` says so.
-    Raises `SourceError` for what cannot be opened or decompressed, `InputError` for a table that is none, or lacks a
-    column.
+    Without a policy the default one holds, and no message advises to change it. `skipped` is called with the reason for
+    each record that the policy leaves out. Raises `InputError` for a bad record and for a table without the columns,
+    `SourceError` for a file that cannot be opened or decompressed.
     """
     name = "standard input" if os.fspath(path) == STANDARD_INPUT else os.fspath(path)
-    policy = FixedPolicy() if policy is None else policy
+    policy = _FixedPolicy() if policy is None else policy
     yield from _checked(name, _records(os.fspath(path), name, policy), policy, skipped)
 
 
 def proteins_of(sequences: Sequences, policy: InputPolicy | None = None) -> list[Protein]:
-    """What a notebook has at hand: a mapping of ids to sequences, pairs of both, sequences (numbers are their ids), one
-    sequence, or a file's name, which has a dot or a slash in it, as no sequence has.
+    """Return the proteins that a Python program passes, checked.
 
-    Without a policy the usual one holds, and no error tells of its keys. Raises `InputError`, also where there is no
-    protein, and `SourceError`.
+    Accepted: a mapping of ids to sequences; (id, sequence) pairs; sequences (their numbers, from 1, are the ids);
+    Biopython's `SeqRecord`s; a pandas Series, whose index holds the ids; a table of pandas, Polars or Arrow with the
+    columns of the policy (a pandas table without an id column: its index); one sequence; a file name, which contains a
+    dot or a slash, as no sequence does. pandas' default index (0, 1, 2, ...) is no id: rows are numbered from 1.
+
+    Without a policy the default one holds, and no message advises to change it. Raises `InputError`, also if there is
+    no protein, and `SourceError`.
     """
-    policy = FixedPolicy() if policy is None else PythonPolicy(**vars(policy))
+    policy = _FixedPolicy() if policy is None else _PythonPolicy(**policy.model_dump())
     problems: list[str] = []
-    if isinstance(sequences, str) and not set(sequences) & set("./"):
-        sequences = [sequences]
+    if hasattr(sequences, "seq") or (isinstance(sequences, str) and not set(sequences) & set("./")):
+        sequences = [sequences]  # type: ignore[list-item]  # Biopython is no dependency
     if isinstance(sequences, str | os.PathLike):
         name, proteins = os.fspath(sequences), read_proteins(sequences, policy, problems.append)
-    elif hasattr(sequences, "columns"):  # whose items would be the names of columns, which may well look like sequences
-        raise InputError("sequences: this is a table; give dict(zip(table['id'], table['sequence'])), or its file")
     else:
         name = "sequences"
-        proteins = _checked(name, _records_at_hand(sequences), policy, problems.append)
+        proteins = _checked(name, _records_of_objects(sequences, policy), policy, problems.append)
     if found := list(proteins):
         return found
     raise InputError(f"{name}: no protein {f'is left: {problems[0]}' if problems else 'is there'}")
 
 
 def scan_input(path: str | os.PathLike[str], policy: InputPolicy | None = None) -> InputInventory:
-    """Read and check a whole input. Raises as `read_proteins`, and `InputError` where no protein is left."""
+    """Read and check a whole input. Raises as `read_proteins`, and `InputError` if no protein is left."""
     proteins = residues = longest = skipped = 0
     first_problem, numbered = "", True
 
@@ -221,6 +196,14 @@ def scan_input(path: str | os.PathLike[str], policy: InputPolicy | None = None) 
     return InputInventory(proteins, residues, longest, skipped, first_problem, numbered)
 
 
+def suffix_of(path: str) -> str:
+    """Return the ending of a file's name in lower case, without that of its compression."""
+    name = path.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return os.path.splitext(name)[1]  # noqa: PTH122 - a URL or pattern is no path
+
+
 # --- what a protein must be -------------------------------------------------------------------------------------------
 
 
@@ -229,7 +212,7 @@ def _checked(
 ) -> Iterator[Protein]:
     seen, counts = DigestSet(), np.zeros(VOCABULARY_SIZE, dtype=np.int64)
     for number, record in enumerate(records, start=1):
-        where = f"{name}, record {number}" + (f" ({_shown(record.id)})" if record.id else "")
+        where = f"{name}, record {number}" + (f" ({_shortened(record.id)})" if record.id else "")
         tokens = encode(_one_byte_each(record.sequence.removesuffix(b"*")))
         if number <= NUCLEOTIDE_RECORDS:
             counts += np.bincount(tokens, minlength=VOCABULARY_SIZE)
@@ -239,7 +222,9 @@ def _checked(
         if not problem and not seen.add(np.array([_digest(record.id)], dtype=np.uint64))[0]:
             problem = "an earlier record has the same id; ids must differ, as results are found by them"
         if not problem:
-            yield Protein(record.id, _with_x(tokens, policy), number)
+            if policy.unknown_letters == "X":
+                tokens[_IS_UNKNOWN[tokens]] = _X_ID
+            yield Protein(record.id, tokens, number)
         elif policy.bad_records == "skip":
             skipped(f"{where}: {problem}")
         else:
@@ -249,40 +234,27 @@ def _checked(
 
 
 def _problem(record: _Record, tokens: NDArray[np.uint8], policy: InputPolicy) -> str:
+    """Return why a record cannot be used; "" if it can."""
     if not record.id:
         return "it has no id; give each record one"
-    if problem := _id_problem(record.id):
-        return problem
+    if len(record.id) > _LONGEST_ID:
+        return f"its id has {len(record.id):,} characters, over {_LONGEST_ID:,}; is it the right column, or word?"
+    if not record.id.isprintable() and any(category(letter) in ("Cc", "Cs") for letter in record.id):
+        return "its id has a control character in it, or half of one of Unicode's pairs; take that out"
     if not len(tokens):
         return "it has no residues"
-    if policy.unknown_letters == "X":
-        return ""
     unknown = _IS_UNKNOWN[tokens]
-    if not unknown.any():
+    if policy.unknown_letters == "X" or not unknown.any():
         return ""
-    place = int(unknown.argmax())
-    letter = record.sequence[place : place + 4].decode("utf-8", "replace")[0]  # before it all are of one byte
+    position = int(unknown.argmax())
+    letter = record.sequence[position : position + 4].decode("utf-8", "replace")[0]  # all letters before are one byte
     kind = "a gap, as alignments have; take it out" if letter in "-." else "not a letter of proteins; correct it"
     advice = policy.advice(", or read it as X by {}", "unknown_letters", "X")
-    return f"residue {place + 1} is {letter!r}, {kind}{advice}"
-
-
-def _id_problem(identifier: str) -> str:
-    if len(identifier) > _LONGEST_ID:
-        return f"its id has {len(identifier):,} characters, over {_LONGEST_ID:,}; is it the right column, or word?"
-    if not identifier.isprintable() and any(category(letter) in ("Cc", "Cs") for letter in identifier):
-        return "its id has a control character in it, or half of one of Unicode's pairs; take that out"
-    return ""
-
-
-def _with_x(tokens: NDArray[np.uint8], policy: InputPolicy) -> NDArray[np.uint8]:
-    if policy.unknown_letters == "X":
-        tokens[_IS_UNKNOWN[tokens]] = _X_ID
-    return tokens
+    return f"residue {position + 1} is {letter!r}, {kind}{advice}"
 
 
 def _one_byte_each(sequence: bytes) -> bytes:
-    """The sequence with `?` for each character that has several bytes, so that residues are counted right."""
+    """Return the sequence with `?` for each multi-byte character, so that residues are counted right."""
     return sequence if sequence.isascii() else sequence.decode("utf-8", "replace").encode("ascii", "replace")
 
 
@@ -290,14 +262,72 @@ def _digest(identifier: str) -> int:
     return int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "little")
 
 
-def _shown(identifier: str) -> str:
+def _shortened(identifier: str) -> str:
     return identifier if len(identifier) <= 40 else identifier[:37] + "..."
 
 
-# --- where records come from ------------------------------------------------------------------------------------------
+# --- records of Python objects ----------------------------------------------------------------------------------------
+
+
+def _records_of_objects(sequences: Any, policy: InputPolicy) -> Iterator[_Record]:
+    for number, (identifier, value) in enumerate(_pairs_of_objects(sequences, policy), start=1):
+        if isinstance(value, tuple) and len(value) == 2:  # an id of its own, as in fair-esm's batches
+            identifier, value = value
+        elif hasattr(value, "seq"):  # a SeqRecord of Biopython; a mapping's key is its id
+            identifier = identifier if isinstance(sequences, Mapping) else value.id
+            value = str(value.seq)
+        if not isinstance(value, str):
+            raise InputError(f"sequences, record {number} ({_shortened(str(identifier))}): {value!r} is not text")
+        yield _Record(str(identifier).strip(), _residues(value))
+
+
+def _pairs_of_objects(sequences: Any, policy: InputPolicy) -> Iterable[tuple[Any, Any]]:
+    if isinstance(sequences, Mapping):
+        return sequences.items()
+    if hasattr(sequences, "columns"):
+        return _pairs_of_table(sequences, policy)
+    if hasattr(sequences, "index") and hasattr(sequences, "items"):  # a Series of pandas
+        return zip(_index_ids(sequences), sequences, strict=True)
+    if isinstance(sequences, bytes) or not isinstance(sequences, Iterable):
+        raise InputError(
+            f"sequences: {_shortened(repr(sequences))} is not a sequence; give text, a list of sequences, a mapping of "
+            "ids to sequences, or a file's name",
+            code="input.type",
+        )
+    return enumerate(sequences, start=1)
+
+
+def _pairs_of_table(table: Any, policy: InputPolicy) -> Iterable[tuple[Any, Any]]:
+    names = [str(name) for name in getattr(table, "column_names", table.columns)]  # Arrow, or pandas and Polars
+    id_place, sequence_place = _columns("sequences", names, policy)
+
+    def column(place: int) -> Any:
+        values = table[names[place]]
+        return values.to_pylist() if hasattr(values, "to_pylist") else values
+
+    sequences = column(sequence_place)
+    if id_place is not None:
+        ids = column(id_place)
+    else:
+        ids = _index_ids(table) if hasattr(table, "index") else range(1, len(sequences) + 1)
+    return zip(ids, sequences, strict=True)
+
+
+def _index_ids(pandas_object: Any) -> Iterable[Any]:
+    """Return the index of a pandas object as ids; the numbers of its rows, from 1, for the default index."""
+    index = pandas_object.index
+    if getattr(index, "nlevels", 1) > 1:
+        raise InputError("sequences: the index has several levels; give the ids in a column `id`", code="input.index")
+    if type(index).__name__ == "RangeIndex" and index.start == 0 and index.step == 1:
+        return range(1, len(index) + 1)
+    return index  # type: ignore[no-any-return]
+
+
+# --- records of files -------------------------------------------------------------------------------------------------
 
 
 def _records(path: str, name: str, policy: InputPolicy) -> Iterator[_Record]:
+    check_no_workbook(path, name)
     kind = policy.format_of(path)
     if kind == "fasta":
         for record in read_fasta(path):
@@ -305,34 +335,24 @@ def _records(path: str, name: str, policy: InputPolicy) -> Iterator[_Record]:
     elif kind == "parquet":
         yield from _parquet_records(path, name, policy)
     else:
-        yield from _table_records(path, name, _SEPARATORS[kind], policy)
-
-
-def _records_at_hand(sequences: Mapping[str, str] | Iterable[str | tuple[str, str]]) -> Iterator[_Record]:
-    pairs: Iterable[Any] = sequences.items() if isinstance(sequences, Mapping) else enumerate(sequences, start=1)
-    for number, (name, sequence) in enumerate(pairs, start=1):
-        if isinstance(sequence, tuple) and len(sequence) == 2:  # an id of its own, as in fair-esm's batches
-            name, sequence = sequence
-        if not isinstance(sequence, str):
-            raise InputError(f"sequences, record {number} ({_shown(str(name))}): {sequence!r} is not text")
-        yield _Record(str(name).strip(), _residues(sequence))
+        yield from _table_records(path, name, SEPARATORS[kind], policy)
 
 
 def _residues(sequence: str) -> bytes:
-    """The text without white space; what is half a pair of Unicode's becomes `?`, as no letter is."""
+    """Return the text without white space; half of a Unicode surrogate pair becomes `?`, which is no residue."""
     return "".join(sequence.split()).encode("utf-8", "replace")
 
 
 def _table_records(path: str, name: str, separator: str, policy: InputPolicy) -> Iterator[_Record]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     with Source(path) as source:
-        rows = csv.reader(_lines(source), delimiter=separator, strict=True)
+        rows = csv.reader(text_lines(source), delimiter=separator, strict=True)
         number = good = 0  # records, and lines that could be read
         try:
             header = next(rows, None)
             if not header:
                 raise InputError(f"{name}: the first line is empty; it must name the columns")
-            columns = _columns(name, [column.strip() for column in header], policy)
+            id_place, sequence_place = _columns(name, [column.strip() for column in header], policy)
             for row in rows:
                 good = rows.line_num
                 if not any(field.strip() for field in row) and len(row) < 2:
@@ -341,35 +361,70 @@ def _table_records(path: str, name: str, separator: str, policy: InputPolicy) ->
                 if len(row) != len(header):
                     where = f"{name}, record {number} (line {rows.line_num})"
                     raise InputError(f"{where}: has {len(row)} fields, the header {len(header)}; correct it")
-                identifier = str(number) if columns[0] is None else row[columns[0]].strip()
-                yield _Record(identifier, _residues(row[columns[1]]))
+                if number == 1 and id_place is None and not header[0].strip() and row[0] not in ("", "0"):
+                    id_place = 0  # the index of a pandas table; the default one begins with 0 and is no id
+                identifier = str(number) if id_place is None else row[id_place].strip()
+                yield _Record(identifier, _residues(row[sequence_place]))
         except csv.Error as error:
             advice = f"close quotes, and is it a table with {separator!r} between columns?"
             raise InputError(f"{name}, after line {good}: {error}; {advice}") from error
 
 
-def _lines(source: Source) -> Iterator[str]:
-    """Lines of text, with their ends. Raises `InputError` for what is no text, or damaged, before it gives its end."""
+def text_lines(source: Source, error: type[UserError] = InputError) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file, with their ends.
+
+    Raises `error` for content that is not such text (a file that is compressed twice, UTF-16, old Mac line ends)
+    and, before the end of a damaged file is given out, for the damage.
+    """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     number, rest, at_end = 1, "", False
     while not at_end:
-        block = bytearray(_BLOCK_BYTES)  # a new one: the source goes on hashing it
+        block = bytearray(_BLOCK_BYTES)  # a new one: the source hashes it in the background
         filled = source.fill(memoryview(block))
         at_end = filled < len(block)
+        if number == 1 and not rest and (problem := foreign_content(block[:filled])):
+            raise error(f"{source.name}: {problem}", code="input.foreign-content")
         if source.damage:
-            raise InputError(f"{source.name}: {source.damage}; download or copy the file again")
+            raise error(f"{source.name}: {source.damage}; download or copy the file again")
         try:
             *lines, rest = (rest + decoder.decode(memoryview(block)[:filled], final=at_end)).split("\n")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{source.name}, line {number} or later: is not UTF-8 text ({error.reason}); save it as UTF-8"
+        except UnicodeDecodeError as problem:
+            raise error(
+                f"{source.name}, line {number} or later: is not UTF-8 text ({problem.reason}); save it as UTF-8"
             ) from None
         if len(rest) > MAX_RECORD_BYTES:
-            raise InputError(f"{source.name}, line {number + len(lines)}: is too long for a protein; is it a table?")
+            raise error(f"{source.name}, line {number + len(lines)}: is too long for a protein; is it a table?")
         number += len(lines)
         yield from (line + "\n" for line in lines)
     if rest:
         yield rest
+
+
+def foreign_content(start: bytes | bytearray) -> str:
+    """Return what a file is that begins like this and is no table of text, and what to do; "" for text."""
+    for signature, problem in _OTHER_CONTENT:
+        if start.startswith(signature):
+            return problem
+    if b"\r" in start and b"\n" not in start:
+        return "ends its lines with a carriage return alone, as old Macs did; save it with line feeds (LF or CR LF)"
+    return ""
+
+
+def check_no_workbook(path: str, name: str, error: type[UserError] = InputError) -> None:
+    """Raise `error` for a spreadsheet, by its name or its first bytes."""
+    start = b""
+    if os.path.isfile(path) and os.access(path, os.R_OK):  # noqa: PTH113 - standard input and pipes are not read here
+        with open(path, "rb") as stream:
+            start = stream.read(4)
+    if suffix_of(path) in (".xlsx", ".xlsm", ".xls", ".ods") or start in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):
+        raise error(f"{name}: is a spreadsheet, or another zip file; save the sheet as CSV", code="input.workbook")
+
+
+def separator_advice(columns: list[str]) -> str:
+    """Return what to do about a header of one column that contains another separator; "" for any other header."""
+    if len(columns) == 1:
+        return next((f"; {advice}" for separator, advice in _SEPARATOR_ADVICE.items() if separator in columns[0]), "")
+    return ""
 
 
 def _parquet_records(path: str, name: str, policy: InputPolicy) -> Iterator[_Record]:
@@ -397,38 +452,49 @@ def _parquet_records(path: str, name: str, policy: InputPolicy) -> Iterator[_Rec
 
 
 def _parquet_columns(name: str, table: ParquetFile, policy: InputPolicy) -> tuple[str | None, str]:
-    """Names of the columns of ids and sequences, which hold what ids and sequences are made of."""
+    """Return the names of the columns of ids (None: there is none) and sequences; checks what the two hold."""
     from pyarrow import types
 
     schema = table.schema_arrow
-    found = _columns(name, schema.names, policy)
-    for place, what in zip(found, ("ids", "sequences"), strict=True):
+    id_place, sequence_place = _columns(name, schema.names, policy)
+    if id_place is None:  # pandas stores an index that is not the default one as a column
+        stored = (schema.pandas_metadata or {}).get("index_columns", [])
+        if len(stored) == 1 and stored[0] in schema.names and stored[0] != schema.names[sequence_place]:
+            id_place = schema.names.index(stored[0])
+    for place, content in ((id_place, "ids"), (sequence_place, "sequences")):
         if place is None:
             continue
         kind = schema.field(place).type
         value = kind.value_type if types.is_dictionary(kind) else kind
         is_text = str(value) in ("string", "large_string", "string_view")
-        if not is_text and not (what == "ids" and types.is_integer(value)):
-            raise InputError(f"{name}: column {schema.names[place]!r}, of {what}, holds {kind}; make it text")
-    return None if found[0] is None else schema.names[found[0]], schema.names[found[1]]
+        if not is_text and not (content == "ids" and types.is_integer(value)):
+            raise InputError(f"{name}: column {schema.names[place]!r}, of {content}, holds {kind}; make it text")
+    return None if id_place is None else schema.names[id_place], schema.names[sequence_place]
 
 
 def _columns(name: str, header: list[str], policy: InputPolicy) -> tuple[int | None, int]:
-    """Which columns hold ids (None: none does) and sequences. Raises `InputError` where one is not there, or twice."""
+    """Return the indices of the columns of ids (None: there is none) and sequences.
+
+    Raises `InputError` for a column that is missing, and for one that occurs twice.
+    """
     identifier = _column(name, header, "id_column", policy.id_column, (_ID_COLUMN,))
     sequence = _column(name, header, "sequence_column", policy.sequence_column, _SEQUENCE_COLUMNS)
     if sequence is None:
+        advice = separator_advice(header) or policy.advice("; say by {} which one it is", "sequence_column", "...")
         raise InputError(
-            f"{name}: no column named {' or '.join(_SEQUENCE_COLUMNS)}"
-            f"{policy.advice('; say by {} which one it is', 'sequence_column', '...')}: {_listed(header)}"
+            f"{name}: no column named {' or '.join(_SEQUENCE_COLUMNS)}{advice}: {_listed(header)}",
+            code="input.no-column",
         )
     return identifier, sequence
 
 
 def _column(name: str, header: list[str], key: str, wanted: str | None, usual: tuple[str, ...]) -> int | None:
-    """The place of the column that is wanted, or else of the first of the usual ones, if any is there."""
+    """Return the index of the wanted column, or of the first usual one that is there."""
     if wanted is not None and wanted not in header:
-        raise InputError(f"{name}: {key}={wanted}: there is no such column, but {_listed(header)}")
+        raise InputError(
+            f"{name}: {key}={wanted}: there is no such column, but {_listed(header)}{separator_advice(header)}",
+            code="input.no-column",
+        )
     names = header if wanted is not None else [column.lower() for column in header]
     chosen = next((each for each in (usual if wanted is None else (wanted,)) if each in names), None)
     if chosen is None:

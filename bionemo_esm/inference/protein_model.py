@@ -1,9 +1,9 @@
-"""The model in a notebook: load it, ask it.
+"""The Python API of a pretrained model.
 
     model = ProteinModel.load("runs/laptop/laptop.nemo")
     model.embed({"ubiquitin": "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"})
 
-Nothing here computes; each method calls the module that its name says.
+Each method checks its arguments and calls the module of the same subject.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from bionemo_esm.inference.engine_options import EngineConfig, describe
+from bionemo_esm.inference.engine_options import EngineConfig, describe, engine_config
 
 if TYPE_CHECKING:  # torch and Megatron take seconds to import
     import numpy as np
@@ -45,7 +44,7 @@ def isolated(method: Method) -> Method:
 
 
 class ProteinModel:
-    """A pretrained model, and what it is for."""
+    """A pretrained model: embeddings, effects of variants, contacts."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -58,13 +57,13 @@ class ProteinModel:
     def load(
         cls, path: str | os.PathLike[str], device: str = "auto", precision: str = "32", batch_tokens: int | None = None
     ) -> ProteinModel:
-        """The model of a `.nemo` or a `.ckpt` of ours.
+        """Load the model of a `.nemo` or `.ckpt` of this package.
 
-        `device`: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one. `precision`: "32", "bf16", or "auto"
-        for what the device multiplies faster. `batch_tokens`: computed at once; memory grows with it, and no answer
-        depends on it but for rounding. Raises `ArchiveError`, `ConfigError`.
+        `device`: "cpu", "cuda", "cuda:1", or "auto" (a GPU if there is one). `precision`: "32", "bf16", or "auto" (the
+        faster one on the device). `batch_tokens`: tokens computed at once; memory grows with it, results change by
+        rounding only. Raises `ArchiveError`, `ConfigError`.
         """
-        return cls(load_engine(EngineConfig(Path(path), device, precision, batch_tokens)))
+        return cls(load_engine(engine_config(path, device, precision, batch_tokens)))
 
     @isolated
     def embed(
@@ -82,21 +81,23 @@ class ProteinModel:
         overlap: int | None = None,
         policy: InputPolicy | None = None,
     ) -> Embeddings:
-        """Embeddings of proteins, in their order: `model.embed("proteins.fasta").mean` is a matrix of features.
+        """Return embeddings of proteins in their order: `model.embed("proteins.fasta").mean` is a feature matrix.
 
-        `sequences`: ids with their sequences, sequences, one sequence, or the name of a file, read by the policy; the
-        rest is in `EmbeddingOptions`. Of what comes back `.mean`, `.cls`, `.pseudo_perplexity` and `.stacked` are
-        arrays with a row a protein, `["its id"].arrays["residues_6"]` is what there is of one. All answers are in
-        memory at once. Raises `InputError`, `ConfigError`.
+        `sequences`: a mapping of ids to sequences, (id, sequence) pairs, sequences, Biopython `SeqRecord`s, a pandas
+        Series (its index holds the ids), a table with the columns `id` and `sequence`, one sequence, or the name of a
+        file. `policy` says how they are read; `EmbeddingOptions` documents the other arguments.
+
+        The result has arrays with a row for each protein (`.mean`, `.cls`, `.pseudo_perplexity`, `.stacked(name)`);
+        `result["its id"].arrays["residues_6"]` is an array of one protein. All results are in memory at once. Raises
+        `InputError`, `ConfigError`.
         """
         from bionemo_esm.inference.embedding.embeddings import Embeddings, embed_proteins
         from bionemo_esm.inference.embedding.options import EmbeddingOptions
         from bionemo_esm.inference.inputs import InputPolicy, proteins_of
 
-        numbers = (layers,) if isinstance(layers, int) else tuple(layers)
-        options = EmbeddingOptions(
-            numbers, mean, cls, residues, logits, pseudo_perplexity, dtype, long_proteins, window, overlap
-        ).resolved(self.engine)
+        values: dict[str, Any] = {"layers": layers, "mean": mean, "cls": cls, "residues": residues, "logits": logits}
+        values |= {"pseudo_perplexity": pseudo_perplexity, "dtype": dtype, "long_proteins": long_proteins}
+        options = EmbeddingOptions(**values, window=window, overlap=overlap).resolved(self.engine)
         return Embeddings(embed_proteins(self.engine, proteins_of(sequences, policy or InputPolicy()), options))
 
     @isolated
@@ -109,17 +110,19 @@ class ProteinModel:
         offset: int = 1,
         window: int | None = None,
     ) -> NDArray[np.float64]:
-        """Effects of variants, float64 [V], 0 for the wild type: `model.score_variants(gfp, ["A108D,N144D"])`.
+        """Return scores of variants, float64 [V], 0 for the wild type: `model.score_variants(gfp, ["A108D,N144D"])`.
 
-        `sequence`: the wild type's residues, or a FASTA file of it alone; `offset`: the number that `variants` give to
-        its first residue; None and NaN among these are the wild type. `method` is one of `METHODS`, and the rest what
-        `ScoringOptions` says. Raises `VariantError` for a variant that does not go with the sequence, `InputError`,
-        `ConfigError`.
+        `sequence`: the residues of the wild type, or a file that holds it alone. `offset`: the position number of its
+        first residue in `variants`; None and NaN among these are the wild type. `method`: one of `scoring.METHODS`.
+        `ScoringOptions` documents `masks` and `window`. Raises `VariantError` for a variant that does not fit the
+        sequence, `InputError`, `ConfigError`.
         """
         from bionemo_esm.inference.variants.mutations import read_wild_type, variants_at_hand
-        from bionemo_esm.inference.variants.scoring import ScoringOptions, score
+        from bionemo_esm.inference.variants.scoring import ScoringOptions, check_one_method, score
 
-        wild_type, options = read_wild_type(sequence, offset=offset), ScoringOptions((method,), masks, window)
+        check_one_method(method)
+        options = ScoringOptions.from_config({"method": method, "masks": masks, "window": window})
+        wild_type = read_wild_type(sequence, offset=offset)
         return score(self.engine, wild_type, variants_at_hand(variants, wild_type), options)[method]
 
     @isolated
@@ -131,33 +134,34 @@ class ProteinModel:
         offset: int = 1,
         window: int | None = None,
     ) -> DataFrame:
-        """Every residue replaced by each of the other 19, a row each: `mutant`, `position`, `wildtype`,
-        `mutant_residue`, and the scores, such as `masked_marginals`.
+        """Return all single mutants, a row each: `mutant`, `position`, `wildtype`, `mutant_residue`, and a column of
+        scores for each method, such as `masked_marginals`.
 
-        `region`: the first and last position; None for all. `method` may be several; the rest is as for
+        `region`: the first and last position (default: all). `method`: one, or several. The rest as in
         `score_variants`.
         """
         from bionemo_esm.inference.variants.mutations import read_wild_type
         from bionemo_esm.inference.variants.scoring import ScoringOptions, scan_frame
 
-        options = ScoringOptions((method,) if isinstance(method, str) else tuple(method), window=window)
+        options = ScoringOptions.from_config({"method": method, "window": window})
         return scan_frame(self.engine, read_wild_type(sequence, offset=offset), options, region)
 
     @isolated
     def contacts(self, sequence: str, window: int | None = None, overlap: int | None = None) -> NDArray[np.float32]:
-        """Probabilities of contact between all residues of a protein: float32 [R, R].
+        """Return the contact probabilities of all pairs of residues of a protein: float32 [R, R].
 
-        `window`, `overlap`: residues that are read at once of a longer one, and that neighbouring windows share; None:
-        as many as the model was trained on, and half of that. NaN stands where no window has both residues. Raises
-        `ConfigError`; `UserError` for what is no sequence, and for a model without a contact head.
+        `window`: residues read at once of a longer protein (default: the trained length); `overlap`: residues that
+        neighbouring windows share (default: half a window). Pairs that no window covers are NaN. Raises `ConfigError`;
+        `UserError` for an invalid sequence and for a model without a contact head.
         """
-        from bionemo_esm.inference.contacts.prediction import WindowSpec, contacts_of, residues_at_hand
+        from bionemo_esm.inference.batching import WindowSpec
+        from bionemo_esm.inference.contacts.prediction import contacts_of, residues_at_hand
 
         return contacts_of(self.engine, residues_at_hand(sequence), WindowSpec.of(self.engine, window, overlap))
 
 
 def load_engine(config: EngineConfig) -> Engine:
-    """`Engine.load` without the warnings that Megatron gives where neither Apex nor Transformer Engine is installed."""
+    """Return `Engine.load` of a configuration, without Megatron's warnings about a missing Apex."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from bionemo_esm.inference.engine import Engine

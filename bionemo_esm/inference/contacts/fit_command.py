@@ -6,111 +6,96 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
+from pydantic import field_validator
 
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.files import check_absent, check_writable
+from bionemo_esm.files import hold_output
 from bionemo_esm.inference.contacts.head_fitting import (
     Division,
     FitOptions,
     Pairs,
+    Regression,
+    best_possible,
     bytes_to_fit,
     check_memory,
     divide,
+    evaluate,
+    evaluate_separation,
+    fit_head,
+    head_of,
     training_pairs,
+    untrained,
 )
 from bionemo_esm.inference.contacts.metrics import TIES, Row, as_dicts, intervals, summary, table, verdict
-from bionemo_esm.inference.contacts.structures import files_of, read_structures, source_paths
-from bionemo_esm.inference.engine_options import ENGINE_KEYS, EngineConfig, describe, run
+from bionemo_esm.inference.contacts.structures import StructureOptions, files_of, read_structures, source_paths
+from bionemo_esm.inference.engine_options import EngineConfig, describe, run
 from bionemo_esm.inference.protein_model import load_engine
-from bionemo_esm.settings import boolean, integer, known, number, path, plain_values
+from bionemo_esm.settings import plain_values
 
-if TYPE_CHECKING:  # they import torch
-    from bionemo_esm.inference.contacts.head_fitting import Regression
+if TYPE_CHECKING:
     from bionemo_esm.inference.engine import Engine
 
-_KEYS = ENGINE_KEYS | {
-    *("structures", "output", "atom", "chain", "train", "C", "contact_angstrom", "separation", "most_pairs", "seed"),
-    "baseline",
-}
 
+class FitConfig(EngineConfig, FitOptions, StructureOptions):
+    """The keys of `conf/inference/fit_contacts.yaml`."""
 
-@dataclass(frozen=True)
-class FitConfig:
-    """Which model, which structures, and what is fitted."""
-
-    engine: EngineConfig
     structures: tuple[str, ...]
     output: Path
-    atom: str
-    chain: str | None
-    options: FitOptions
-    baseline: bool
+    baseline: bool = True
+
+    @field_validator("structures", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> tuple[str, ...]:
+        return source_paths("structures", value)
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _is_archive(cls, value: Any) -> Any:
+        if not isinstance(value, str | Path) or Path(value).suffix != ".nemo":
+            raise ConfigError(f"output must be the name of a .nemo to write, not {value!r}")
+        return value
 
 
 def load_fit_config(cfg: DictConfig) -> FitConfig:
-    """Raises `ConfigError`, naming the key, for one that is unknown, missing or of the wrong kind."""
-    values = known("", plain_values(cfg), _KEYS)
-    output = path("output", values["output"])
-    if output is None or output.suffix != ".nemo":
-        raise ConfigError(f"output must be the name of a .nemo to write, not {values['output']!r}")
-    train, most = values["train"], values["most_pairs"]
-    options = FitOptions(
-        tuple(map(str, train)) if isinstance(train, list) else integer("train", train),
-        integer("seed", values["seed"]),
-        number("C", values["C"]),
-        number("contact_angstrom", values["contact_angstrom"]),
-        integer("separation", values["separation"]),
-        None if most is None else integer("most_pairs", most),
-    )
-    return FitConfig(
-        EngineConfig.of(values),
-        source_paths("structures", values["structures"]),
-        output,
-        str(values["atom"]),
-        None if values["chain"] is None else str(values["chain"]),
-        options,
-        boolean("baseline", values["baseline"]),
-    )
+    """Return the checked configuration. Raises `ConfigError`, naming the key."""
+    return FitConfig.from_config(plain_values(cfg))
 
 
 def fit_contacts(cfg: DictConfig) -> None:
-    """Fit as a composed Hydra configuration says. Exits with 2 for what a user can mend."""
+    """Run the command for a composed Hydra configuration. Exits with 2 for a user's error."""
     run(lambda: _fit(load_fit_config(cfg)), "Stopped; nothing was written.")
 
 
 def _fit(config: FitConfig) -> int:
-    check_absent("output", config.output)
-    check_writable("output", config.output)
-    config.engine.check()
+    with hold_output("output", config.output):
+        return _fit_held(config)
+
+
+def _fit_held(config: FitConfig) -> int:
+    config.check()
     console = Console(sys.stdout)
-    options = config.options
     structures = read_structures(config.structures, config.atom, config.chain)
     chains = f"{len(structures):,} chain{'s' * (len(structures) != 1)}"
     console.print_line(f"Read {chains} from {', '.join(config.structures)}")
-
-    engine = load_engine(config.engine)
-
-    from bionemo_esm.inference.contacts.head_fitting import fit_head  # torch takes a second to import
-
+    engine = load_engine(config)
     console.print_line(f"  model    {describe(engine)}")
     if engine.config.contact_head:
         console.print_line("  note     it has a contact head already, which the new one replaces")
-    division = divide(structures, options, engine.window)
-    pairs = training_pairs(division.train, options)
+    division = divide(structures, config, engine.window)
+    pairs = training_pairs(division.train, config)
     count, heads = sum(len(part.first) for part in pairs), engine.layers * engine.config.num_attention_heads
     check_memory(count, heads)
-    _tell_division(console, division, pairs, heads)
-    answered = _told(console, "attention", sum(structure.residues for structure in division.train))
-    regression = fit_head(engine, division.train, pairs, options, answered)
-    _tell_fit(console, regression)
+    _report_division(console, division, pairs, heads)
+    answered = _progress(console, "attention", sum(structure.residues for structure in division.train))
+    regression = fit_head(engine, division.train, pairs, config, answered)
+    _report_fit(console, regression)
     results = _results(engine, regression, division, pairs, config, console)
     _save(engine, regression, _provenance(config, engine, regression, division, count, results), config.output)
     console.print_line(
@@ -121,7 +106,7 @@ def _fit(config: FitConfig) -> int:
     return 0
 
 
-def _tell_division(console: Console, division: Division, pairs: Sequence[Pairs], heads: int) -> None:
+def _report_division(console: Console, division: Division, pairs: Sequence[Pairs], heads: int) -> None:
     count, touching = sum(len(part.first) for part in pairs), sum(int(part.touch.sum()) for part in pairs)
     structures = f"{len(division.train)} structure{'s' * (len(division.train) != 1)}"
     console.print_line(f"  fit on   {structures}, {count:,} pairs of residues, {touching:,} in contact")
@@ -137,7 +122,7 @@ def _tell_division(console: Console, division: Division, pairs: Sequence[Pairs],
     )
 
 
-def _tell_fit(console: Console, regression: Regression) -> None:
+def _report_fit(console: Console, regression: Regression) -> None:
     used = int((regression.weight != 0).sum())
     console.print_line(
         f"  head     {used:,} of {len(regression.weight):,} attention heads ha{'s' if used == 1 else 've'} a weight"
@@ -150,7 +135,7 @@ def _tell_fit(console: Console, regression: Regression) -> None:
         )
 
 
-def _told(console: Console, what: str, total: int) -> Callable[[int], None]:
+def _progress(console: Console, what: str, total: int) -> Callable[[int], None]:
     meter, done = ProgressBar(console, what, RESIDUES), 0
 
     def answered(residues: int) -> None:
@@ -164,25 +149,23 @@ def _told(console: Console, what: str, total: int) -> Callable[[int], None]:
 def _results(
     engine: Engine, regression: Regression, division: Division, pairs: list[Pairs], config: FitConfig, console: Console
 ) -> dict[str, list[Row]]:
-    """Precisions over the held-out structures by the name of the predictor; told as well."""
-    from bionemo_esm.inference.contacts import head_fitting as fitting
-
+    """Return the precisions on the held-out structures by predictor, and print them."""
     if not division.held_out:
         console.print_line("  note     all structures were fitted on: how good the head is on others is not known")
         return {}
-    options, others = config.options, division.held_out
+    others = division.held_out
     total = sum(structure.residues for structure in others)
     found = {
-        "model": fitting.evaluate(engine, regression, others, options, _told(console, "held out", total)),
-        "separation alone": fitting.evaluate_separation(pairs, others, options),
-        "best possible": fitting.best_possible(others, options),
+        "model": evaluate(engine, regression, others, config, _progress(console, "held out", total)),
+        "separation alone": evaluate_separation(pairs, others, config),
+        "best possible": best_possible(others, config),
     }
     if config.baseline:
-        blank = fitting.untrained(engine, config.options.seed)
-        its_own = fitting.fit_head(blank, division.train, pairs, options)
-        found["untrained model"] = fitting.evaluate(blank, its_own, others, options, _told(console, "untrained", total))
+        blank = untrained(engine, config.seed)
+        its_own = fit_head(blank, division.train, pairs, config)
+        found["untrained model"] = evaluate(blank, its_own, others, config, _progress(console, "untrained", total))
     order = [name for name in ("model", "untrained model", "separation alone", "best possible") if name in found]
-    rows: dict[str, list[Row]] = {name: summary(found[name], config.options.seed) for name in order}
+    rows: dict[str, list[Row]] = {name: summary(found[name], config.seed) for name in order}
     console.print_line("Precision on the held-out structures:")
     for line in table(rows):
         console.print_line(f"  {line}")
@@ -201,7 +184,7 @@ def _provenance(
     pairs: int,
     results: Mapping[str, Sequence[Row]],
 ) -> dict[str, Any]:
-    """What the new archive says of its contact head."""
+    """Return what the new archive records about its contact head."""
     import sklearn
 
     files = {Path(file).name: sha256_of_file(Path(file)) for file in files_of(config.structures)}
@@ -211,10 +194,10 @@ def _provenance(
         "pairs": pairs,
         "structure_files": files if len(files) <= 100 else f"{len(files)} files",
         "structure_files_sha256": digest,
-        "contact": f"{config.atom} nearer than {config.options.contact_angstrom:g} angstrom",
-        "separation": config.options.separation,
-        "C": config.options.strength,
-        "seed": config.options.seed,
+        "contact": f"{config.atom} nearer than {config.contact_angstrom:g} angstrom",
+        "separation": config.separation,
+        "C": config.C,
+        "seed": config.seed,
         "solver": f"scikit-learn {sklearn.__version__}, liblinear, L1",
         "heads_used": int((regression.weight != 0).sum()),
         "weights_sha256": engine.weights_sha256,
@@ -224,10 +207,9 @@ def _provenance(
 
 
 def _save(engine: Engine, regression: Regression, provenance: Mapping[str, Any], output: Path) -> None:
-    """The engine's archive again, bit for bit, with this contact head; one it had is replaced."""
+    """Write the engine's archive with this contact head in the place of any other; all other tensors bit for bit."""
     import torch
 
-    from bionemo_esm.inference.contacts.head_fitting import head_of
     from bionemo_esm.model.archive import WEIGHTS, Archive, ArchiveFile, write_archive
     from bionemo_esm.model.tensor_io import LazyTensors
 

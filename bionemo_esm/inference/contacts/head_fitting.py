@@ -1,16 +1,8 @@
-"""A contact head from a few structures: L1 logistic regression on attention maps (Rao et al. 2020,
-doi:10.1101/2020.12.15.422761), and how well it does on other structures.
+"""Fitting a contact head: L1 logistic regression on attention maps (Rao et al. 2020, doi:10.1101/2020.12.15.422761).
 
-scikit-learn's liblinear with C = 0.15 on the pairs of residues at least 6 apart, as in the paper; the intercept is
-penalised as liblinear does it. Shape suffixes: P pairs of residues, F attention heads of all layers.
-
-What a contact head is fitted on: which structures, which pairs of their residues, and whether memory does for them.
-
-Neither torch nor scikit-learn is imported. Shape suffix: P pairs of residues.
-
-What a contact head is fitted on: for pairs of residues, the corrected attention of every head of every layer.
-
-Shape suffixes: R residues of a protein, N heads of a layer, P pairs of residues, F heads of all layers.
+scikit-learn's liblinear with C = 0.15 on the pairs of residues at least 6 apart, as in the paper; liblinear penalises
+the intercept too. Shape suffixes: R residues of a protein, N heads of a layer, P pairs of residues, F heads of all
+layers.
 """
 
 from __future__ import annotations
@@ -19,64 +11,58 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from pydantic import Field, field_validator
 
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.batching import Residues
+from bionemo_esm.inference.batching import Residues, WindowSpec
 from bionemo_esm.inference.contacts.metrics import Precisions, precisions
-from bionemo_esm.inference.contacts.prediction import WindowSpec, predict_contacts
 from bionemo_esm.inference.contacts.structures import CONTACT_ANGSTROM, Structure
-from bionemo_esm.inference.engine import Engine
-from bionemo_esm.model.backends import choose_backends
-from bionemo_esm.model.contact_head import ContactHead, regression_features
-from bionemo_esm.model.encoder import ESMEncoder
-from bionemo_esm.model.feature_extraction import observe_attention_maps
+from bionemo_esm.settings import PositiveFloat, PositiveInt, Settings
+
+if TYPE_CHECKING:  # torch and Megatron take seconds to import
+    from torch import Tensor
+
+    from bionemo_esm.inference.engine import Engine
+    from bionemo_esm.model.contact_head import ContactHead
 
 _BYTES_OF_A_FEATURE = 40
-"""4 as a float32; liblinear turns each into 16 bytes, an index and a float64, and for L1 transposes a copy of those."""
+"""A float32, and twice 16 bytes in liblinear: an index and a float64, and a transposed copy of both for L1."""
 
 
-@dataclass(frozen=True)
-class FitOptions:
-    """What is fitted on what. Raises `ConfigError`, naming the key."""
+class FitOptions(Settings):
+    """What is fitted, on which structures and pairs."""
 
-    train: int | tuple[str, ...] = 20  # how many structures, drawn by the seed, or their ids
-    seed: int = 0
-    strength: float = 0.15  # C, the inverse of the L1 penalty's
-    contact_angstrom: float = CONTACT_ANGSTROM
-    separation: int = 6  # |i - j| of a pair, at least
-    most_pairs: int | None = None  # to fit on, drawn from those of all structures; None: all
+    train: int | tuple[str, ...] = 20  # the number of structures, drawn by the seed, or their ids
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    C: PositiveFloat = Field(default=0.15, allow_inf_nan=False)  # inverse strength of the L1 penalty
+    contact_angstrom: PositiveFloat = Field(default=CONTACT_ANGSTROM, allow_inf_nan=False)
+    separation: PositiveInt = 6  # |i - j| of a pair, at least
+    most_pairs: PositiveInt | None = None  # to fit on, drawn from those of all structures; None: all
 
-    def __post_init__(self) -> None:
-        if not self.train or (isinstance(self.train, int) and self.train < 1):
+    @field_validator("train", mode="before")
+    @classmethod
+    def _number_or_ids(cls, train: Any) -> Any:
+        ids = isinstance(train, list | tuple)
+        if not train or isinstance(train, bool) or not (ids or (isinstance(train, int) and train >= 1)):
             raise ConfigError("train must be a number of structures, 1 or more, or a list of their ids")
-        for key, value in (("C", self.strength), ("contact_angstrom", self.contact_angstrom)):
-            if not 0 < value < np.inf:
-                raise ConfigError(f"{key} must be over 0, not {value}")
-        for key, count in (("separation", self.separation), ("most_pairs", self.most_pairs)):
-            if count is not None and count < 1:
-                raise ConfigError(f"{key} must be at least 1, not {count}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must be from 0 to 2**32 - 1, not {self.seed}")
+        return tuple(map(str, train)) if ids else train
 
 
 class Division(NamedTuple):
-    """Which structures are fitted on, and which are asked about."""
+    """Structures to fit on, and structures to evaluate on."""
 
     train: list[Structure]
     held_out: list[Structure]
-    repeated: int  # left out: of each sequence the first structure stays
+    repeated: int  # left out; the first structure of each sequence is kept
     without_pairs: int  # left out: no two resolved residues far enough apart in the sequence
 
 
 class Pairs(NamedTuple):
-    """Some pairs of residues of one protein, the first before the second, and which of them touch."""
+    """Pairs of residues of one protein, the first before the second, and which of them are in contact."""
 
     first: NDArray[np.int64]  # [P]
     second: NDArray[np.int64]  # [P]
@@ -84,7 +70,7 @@ class Pairs(NamedTuple):
 
 
 def pairs_of(structure: Structure, separation: int, below: float) -> Pairs:
-    """All pairs at least `separation` apart in the sequence of which both residues are resolved."""
+    """Return all pairs at least `separation` apart in the sequence whose residues are both resolved."""
     first, second = np.triu_indices(structure.residues, separation)
     known = structure.resolved[first] & structure.resolved[second]
     first, second = first[known], second[known]
@@ -92,7 +78,7 @@ def pairs_of(structure: Structure, separation: int, below: float) -> Pairs:
 
 
 def some_of(pairs: list[Pairs], most: int | None, seed: int) -> list[Pairs]:
-    """Of the pairs of several proteins at most so many, drawn from all alike, so that contacts keep their share."""
+    """Return at most `most` pairs of several proteins, drawn uniformly, so that the share of contacts stays."""
     total = sum(len(part.first) for part in pairs)
     if most is None or total <= most:
         return pairs
@@ -104,9 +90,9 @@ def some_of(pairs: list[Pairs], most: int | None, seed: int) -> list[Pairs]:
 
 
 def divide(structures: Sequence[Structure], options: FitOptions, window: int) -> Division:
-    """Structures to fit on, of up to `window` residues, and all others; no sequence is in both, or twice.
+    """Return the structures to fit on, of up to `window` residues, and all others; no sequence occurs twice.
 
-    Raises `ConfigError` where there are not as many, or not these.
+    Raises `ConfigError` if there are not that many, or not the named ones.
     """
     distinct = list({structure.tokens.tobytes(): structure for structure in reversed(structures)}.values())[::-1]
     usable = [structure for structure in distinct if len(pairs_of(structure, options.separation, 1.0).first)]
@@ -145,7 +131,7 @@ def _named(structures: Sequence[Structure], ids: Sequence[str], fitting: set[str
 
 
 def training_pairs(train: Sequence[Structure], options: FitOptions) -> list[Pairs]:
-    """The pairs of each structure that are fitted on. Raises `UserError` where none touches, or all do."""
+    """Return the pairs of each structure to fit on. Raises `UserError` if none of them, or all, are in contact."""
     pairs = [pairs_of(structure, options.separation, options.contact_angstrom) for structure in train]
     pairs = some_of(pairs, options.most_pairs, options.seed)
     touching, total = sum(int(part.touch.sum()) for part in pairs), sum(len(part.touch) for part in pairs)
@@ -155,12 +141,12 @@ def training_pairs(train: Sequence[Structure], options: FitOptions) -> list[Pair
 
 
 def bytes_to_fit(pairs: int, features: int) -> int:
-    """Memory that fitting takes at its peak."""
+    """Return the peak memory of a fit."""
     return pairs * features * _BYTES_OF_A_FEATURE
 
 
 def check_memory(pairs: int, features: int) -> None:
-    """Raises `UserError` where fitting takes more memory than this machine has."""
+    """Raise `UserError` for a fit that needs more memory than this machine has."""
     needed, there = bytes_to_fit(pairs, features), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         enough = int(0.5 * there / features / _BYTES_OF_A_FEATURE)
@@ -170,21 +156,27 @@ def check_memory(pairs: int, features: int) -> None:
         )
 
 
-@torch.inference_mode()
 def attention_features(engine: Engine, tokens: Residues, pairs: Pairs) -> NDArray[np.float32]:
-    """Symmetrised and corrected attention at the pairs: float32 [P, F], in the order of a contact head's weights.
+    """Return symmetrised and corrected attention at the pairs: float32 [P, F], in the order of a contact head's
+    weights.
 
-    Of the attention maps one layer's at a time is there, float32 [N, R + 2, R + 2].
+    One layer's attention maps are in memory at a time, float32 [N, R + 2, R + 2].
     """
+    import torch
+
+    from bionemo_esm.model.contact_head import regression_features
+    from bionemo_esm.model.feature_extraction import observe_attention_maps
+
     heads = engine.config.num_attention_heads
     features_PF = np.empty((len(pairs.first), heads * engine.layers), dtype=np.float32)
-    first, second = (torch.from_numpy(places).to(engine.device) for places in (pairs.first, pairs.second))
+    first, second = (torch.from_numpy(positions).to(engine.device) for positions in (pairs.first, pairs.second))
 
-    def to_native(layer: int, maps: list[Tensor]) -> None:
+    def keep(layer: int, maps: list[Tensor]) -> None:
         corrected_NRR = regression_features(maps[0])
         features_PF[:, (layer - 1) * heads : layer * heads] = corrected_NRR[:, first, second].T.cpu().numpy()
 
-    observe_attention_maps(engine.encoder, engine.packed([tokens]), to_native)
+    with torch.inference_mode():
+        observe_attention_maps(engine.encoder, engine.packed([tokens]), keep)
     return features_PF
 
 
@@ -192,7 +184,7 @@ _MOST_ROUNDS = 1000
 
 
 class Regression(NamedTuple):
-    """A fitted one."""
+    """A fitted regression."""
 
     weight: NDArray[np.float64]  # [F]
     bias: float
@@ -207,7 +199,7 @@ def fit_head(
     options: FitOptions,
     answered: Callable[[int], None] = lambda residues: None,
 ) -> Regression:
-    """The regression over an engine's attention at some pairs; the same for the same input."""
+    """Fit the regression on an engine's attention at the pairs; deterministic."""
     features = engine.layers * engine.config.num_attention_heads
     features_PF = np.empty((sum(len(part.first) for part in pairs), features), dtype=np.float32)
     at = 0
@@ -215,13 +207,13 @@ def fit_head(
         features_PF[at : at + len(part.first)] = attention_features(engine, structure.tokens, part)
         at += len(part.first)
         answered(structure.residues)
-    return fit_regression(features_PF, np.concatenate([part.touch for part in pairs]), options.strength, options.seed)
+    return fit_regression(features_PF, np.concatenate([part.touch for part in pairs]), options.C, options.seed)
 
 
 def fit_regression(
     features_PF: NDArray[np.float32], touch_P: NDArray[np.bool_], strength: float, seed: int
 ) -> Regression:
-    """L1 logistic regression by liblinear."""
+    """Fit an L1 logistic regression with liblinear."""
     import sklearn
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -230,14 +222,18 @@ def fit_regression(
     lasso = {"l1_ratio": 1.0} if version >= (1, 8) else {"penalty": "l1"}
     model = LogisticRegression(C=strength, solver="liblinear", random_state=seed, max_iter=_MOST_ROUNDS, **lasso)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # told by `converged`
+        warnings.simplefilter("ignore", ConvergenceWarning)  # reported by `converged`
         model.fit(features_PF, touch_P)
     rounds = int(model.n_iter_[0])
     return Regression(model.coef_[0].astype(np.float64), float(model.intercept_[0]), rounds, rounds < _MOST_ROUNDS)
 
 
 def head_of(regression: Regression) -> ContactHead:
-    """The regression as a part of a model, in float32."""
+    """Return the regression as a module of a model, in float32."""
+    import torch
+
+    from bionemo_esm.model.contact_head import ContactHead
+
     head = ContactHead(len(regression.weight))
     assert isinstance(head.weight, torch.Tensor) and isinstance(head.bias, torch.Tensor)
     head.weight.copy_(torch.from_numpy(regression.weight)[None])
@@ -247,7 +243,7 @@ def head_of(regression: Regression) -> ContactHead:
 
 @contextmanager
 def with_head(engine: Engine, head: ContactHead) -> Iterator[None]:
-    """The engine has this contact head within."""
+    """Use this contact head in the engine for the length of a block."""
     before = engine.encoder.contact_head
     engine.encoder.contact_head = head.to(engine.device)
     try:
@@ -257,7 +253,13 @@ def with_head(engine: Engine, head: ContactHead) -> Iterator[None]:
 
 
 def untrained(engine: Engine, seed: int) -> Engine:
-    """A model of the same shape and precision with the random weights that pretraining would begin with."""
+    """Return a model of the same shape and precision with the random weights of an untrained one."""
+    import torch
+
+    from bionemo_esm.inference.engine import Engine
+    from bionemo_esm.model.backends import choose_backends
+    from bionemo_esm.model.encoder import ESMEncoder
+
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron's, where neither Apex nor Transformer Engine is installed
         torch.default_generator.manual_seed(seed)
@@ -276,7 +278,9 @@ def evaluate(
     options: FitOptions,
     answered: Callable[[int], None] = lambda residues: None,
 ) -> list[Precisions]:
-    """Of each structure the precisions of what the engine predicts with this regression as its contact head."""
+    """Return the precisions of each structure, predicted with this regression as the contact head."""
+    from bionemo_esm.inference.contacts.prediction import predict_contacts
+
     found: list[Precisions] = [{} for _ in structures]
     with with_head(engine, head_of(regression)):
         tokens = [structure.tokens for structure in structures]
@@ -289,7 +293,7 @@ def evaluate(
 def evaluate_separation(
     pairs: Sequence[Pairs], structures: Sequence[Structure], options: FitOptions
 ) -> list[Precisions]:
-    """The precisions of a predictor that sees no sequence: how often pairs as far apart as these touch in training."""
+    """Return the precisions of a predictor without a sequence: the training share of contacts at each separation."""
     apart = np.concatenate([part.second - part.first for part in pairs])
     touch = np.concatenate([part.touch for part in pairs])
     longest = max([int(apart.max()), *(structure.residues for structure in structures)])
@@ -304,6 +308,6 @@ def evaluate_separation(
 
 
 def best_possible(structures: Sequence[Structure], options: FitOptions) -> list[Precisions]:
-    """The precisions of the true contacts themselves: below 1 where a protein has fewer than are asked for."""
+    """Return the precisions of the true contacts: below 1 for a protein with fewer contacts than are counted."""
     below = options.contact_angstrom
     return [precisions(structure.contacts(below).astype(np.float32), structure, below) for structure in structures]

@@ -11,14 +11,14 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import TOKEN_IDS, UNK_ID, encode
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.settings import path as path_of
+from bionemo_esm.settings import Settings, expand_home
 
 if TYPE_CHECKING:
     import gemmi
@@ -55,26 +55,42 @@ class Structure:
         """Which residues [R] have a place in space."""
         return np.asarray(np.isfinite(self.coordinates).all(axis=1))
 
-    def distances(self) -> NDArray[np.float32]:
-        """Between all pairs of residues, angstrom: float32 [R, R]; NaN where one of the two is not resolved."""
-        squared = np.zeros((self.residues, self.residues), dtype=np.float32)
+    def distances_from(self, rows: slice = slice(None)) -> NDArray[np.float32]:
+        """Return distances of some residues (default: all) to all residues, angstrom: float32 [rows, R].
+
+        NaN where one of the two is not resolved.
+        """
+        squared = np.zeros((len(self.coordinates[rows]), self.residues), dtype=np.float32)
         for axis in self.coordinates.T:
-            squared += np.square(axis[:, None] - axis[None, :])
+            squared += np.square(axis[rows, None] - axis[None, :])
+        return np.sqrt(squared)
+
+    def distances_of(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the distances of pairs of residues, angstrom: float32 [P]; NaN as in `distances_from`."""
+        squared = np.zeros(len(first), dtype=np.float32)
+        for axis in self.coordinates.T:
+            squared += np.square(axis[first] - axis[second])
         return np.sqrt(squared)
 
     def contacts(self, below: float = CONTACT_ANGSTROM) -> NDArray[np.bool_]:
-        """Which pairs of residues [R, R] are nearer than so many angstrom; False where one is not resolved."""
+        """Return which pairs of residues [R, R] are nearer than so many angstrom; False where one is not resolved."""
         with np.errstate(invalid="ignore"):
-            return self.distances() < below
+            return self.distances_from() < below
+
+
+class StructureOptions(Settings):
+    """How mmCIF and PDB files are read."""
+
+    atom: Literal["CA", "CB"] = "CA"  # whose position stands for a residue; CA in glycine
+    chain: str | None = None  # by the author's name, of each file; None: all protein chains
 
 
 def source_paths(key: str, value: Any) -> tuple[str, ...]:
-    """One path, or a list of them. Raises `ConfigError`."""
-    several = value if isinstance(value, list) else [value]
-    paths = [path_of(key, one) for one in several]
-    if not paths or None in paths:
+    """Return one path, or a list of them, as a tuple. Raises `ConfigError`."""
+    paths = value if isinstance(value, list | tuple) else [value]
+    if not paths or not all(isinstance(path, str) and path for path in paths):
         raise ConfigError(f"{key} must be a path, or a list of paths, not {value!r}")
-    return tuple(str(one) for one in paths)
+    return tuple(str(expand_home(path)) for path in paths)
 
 
 def holds_structures(path: str) -> bool:

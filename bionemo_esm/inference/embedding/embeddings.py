@@ -1,18 +1,13 @@
-"""Embeddings of proteins: hidden states of any layer, of every residue or one for the protein, logits, perplexity.
+"""Embeddings of proteins: hidden states of any layer, of every residue or pooled; logits; pseudo-perplexity.
 
-A protein over the window is looked at through several, and what they show is blended residue by residue; all else that
-is said of a protein follows from the blended residues. Shape suffixes: T tokens of a packed row, S sequences in it
-(proteins, or windows of one), R residues of a protein, H hidden size.
+A protein over the window is read in several windows, whose results are blended residue by residue. Hidden states are
+pooled on the device that computed them. Sums over residues are float32, whatever the precision of the model. Shape
+suffixes: T tokens of a packed row, S sequences in it (proteins, or windows of one), R residues of a protein, H hidden
+size, V tokens of the alphabet.
 
-What is kept of a packed row's hidden states, taken where they were computed: pooled rows rather than all of them.
-
-Sums over residues are float32, whatever the model computes in. Shape suffixes: T tokens of the row, S sequences, H
-hidden size, V tokens of the alphabet.
-
-How well a model knows a protein: the pseudo-perplexity of Salazar et al. 2020 (doi:10.18653/v1/2020.acl-main.240).
-
-exp(-1/R * sum over its R residues of log p(residue | all the others)), each residue hidden alone: a pass a residue. The
-probabilities are over all 33 tokens. 1 is certainty; 20 is a guess among the standard residues.
+Pseudo-perplexity (Salazar et al. 2020, doi:10.18653/v1/2020.acl-main.240) is exp(-1/R * sum over the R residues of
+log p(residue | all the others)), each residue masked alone: a forward pass for each residue. Probabilities are over all
+33 tokens. 1 is certainty; 20 is a uniform guess among the standard residues.
 """
 
 from __future__ import annotations
@@ -21,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple, Protocol, overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -44,44 +39,29 @@ from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.feature_extraction import representations
 
 
-class RequestedOutputs(Protocol):
-    """Of each sequence; an `EmbeddingOptions` whose layers are numbered from 0."""
-
-    @property
-    def layers(self) -> tuple[int, ...]: ...
-    @property
-    def mean(self) -> bool: ...
-    @property
-    def cls(self) -> bool: ...
-    @property
-    def residues(self) -> bool: ...
-    @property
-    def logits(self) -> bool: ...
-
-
 @dataclass(frozen=True)
 class PooledBatch:
-    """What is kept of a row, in memory of the CPU, by name: mean_6, cls_6, residues_6, logits."""
+    """Results of a packed row, in CPU memory, by name: mean_6, cls_6, residues_6, logits."""
 
-    bounds: NDArray[np.int64]  # [S + 1], of the sequences in the row, <cls> and <eos> counted
-    sums: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # [S, H], of residues times their shares
+    bounds: NDArray[np.int64]  # [S + 1], of the sequences in the row, <cls> and <eos> included
+    sums: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # [S, H], of residues times their weights
     first: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # [S, H], of <cls>
     rows: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # [T, H] or [T, V]
 
 
 def pooled(
-    engine: Engine, row: PackedBatch, shares: list[NDArray[np.float32]], wanted: RequestedOutputs
+    engine: Engine, row: PackedBatch, weights: list[NDArray[np.float32]], wanted: EmbeddingOptions
 ) -> PooledBatch:
-    """One pass over a packed row. `shares`: of each sequence, what each of its residues counts in `sums`."""
-    lengths = [len(share) + 2 for share in shares]
+    """Run one pass over a packed row. `weights`: of each sequence, the weight of each residue in `sums`."""
+    lengths = [len(each) + 2 for each in weights]
     found = PooledBatch(np.concatenate([[0], np.cumsum(lengths)]))
     last = {engine.layers} if wanted.logits else set()
     states = representations(engine.encoder, row, {*wanted.layers, *last})
-    shares_T = torch.from_numpy(np.concatenate([np.pad(share, 1) for share in shares])).to(engine.device)
+    weights_T = torch.from_numpy(np.concatenate([np.pad(each, 1) for each in weights])).to(engine.device)
     for layer in wanted.layers:
         state_TH = states[layer]
         if wanted.mean:
-            found.sums[f"mean_{layer}"] = _on_cpu(sums_by_sequence(state_TH, shares_T, lengths))
+            found.sums[f"mean_{layer}"] = _on_cpu(sums_by_sequence(state_TH, weights_T, lengths))
         if wanted.cls:
             found.first[f"cls_{layer}"] = _on_cpu(state_TH[row.cu_seqlens[:-1].long()])
         if wanted.residues:
@@ -91,21 +71,22 @@ def pooled(
     return found
 
 
-def sums_by_sequence(state_TH: Tensor, shares_T: Tensor, lengths: list[int]) -> Tensor:
-    """Of each sequence, the sum of its rows times their shares: float32 [S, H].
+def sums_by_sequence(state_TH: Tensor, weights_T: Tensor, lengths: list[int]) -> Tensor:
+    """Return the weighted sum of the rows of each sequence: float32 [S, H].
 
-    `lengths`: rows of each sequence. Neighbours of one length are summed at once; nothing depends on other neighbours.
+    `lengths`: rows of each sequence. Consecutive sequences of one length are summed together; a result does not depend
+    on other sequences.
     """
     sums = []
     for begin, count, length in _runs(lengths):
         end = begin + count * length
-        weighted_NH = state_TH[begin:end].float() * shares_T[begin:end, None]
+        weighted_NH = state_TH[begin:end].float() * weights_T[begin:end, None]
         sums.append(weighted_NH.unflatten(0, (count, length)).sum(dim=1))
     return torch.cat(sums)
 
 
 def _runs(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Begin, number and length of neighbours that are equally long."""
+    """Yield begin, number and length of consecutive equal lengths."""
     begin = 0
     for length, alike in groupby(lengths):
         count = sum(1 for _ in alike)
@@ -114,7 +95,7 @@ def _runs(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def _on_cpu(rows: Tensor) -> NDArray[np.float32]:
-    moved: NDArray[np.float32] = rows.cpu().float().numpy()  # in the model's dtype, which may be half as many bytes
+    moved: NDArray[np.float32] = rows.cpu().float().numpy()  # the model's dtype may have half the bytes
     return moved
 
 
@@ -124,12 +105,12 @@ def pseudo_perplexities(
     window: int,
     answered: Callable[[int], None] = lambda residues: None,
 ) -> Iterator[float]:
-    """The pseudo-perplexity of each protein, in order; summed in float64.
+    """Yield the pseudo-perplexity of each protein, in order; sums are float64.
 
-    Of a protein over `window` residues, each residue is hidden in the window that has it in its middle, or as near to
-    that as the protein's ends allow. `answered` is told of each residue.
+    In a protein over `window` residues, each residue is masked in the window that has it in its middle, or as near to
+    that as the ends of the protein allow. `answered` is called for each residue.
     """
-    answers = engine.log_probabilities(query for tokens in proteins for query in _each_hidden(tokens, window))
+    answers = engine.log_probabilities(query for tokens in proteins for query in _each_masked(tokens, window))
     for tokens in proteins:
         total = 0.0
         for residue in tokens.tolist():
@@ -138,18 +119,18 @@ def pseudo_perplexities(
         yield math.exp(-total / len(tokens))
 
 
-def _each_hidden(tokens: Residues, window: int) -> Iterator[MaskedQuery]:
-    for place in range(len(tokens)):
-        begin, end = window_around(place, place, len(tokens), window)
-        yield masked(tokens[begin:end], np.array([place - begin], dtype=np.int64))
+def _each_masked(tokens: Residues, window: int) -> Iterator[MaskedQuery]:
+    for site in range(len(tokens)):
+        begin, end = window_around(site, site, len(tokens), window)
+        yield masked(tokens[begin:end], np.array([site - begin], dtype=np.int64))
 
 
 class Embeddings(Sequence[Embedding]):
-    """Embeddings of some proteins in their order; by number, or by id: `found["ubiquitin"]`."""
+    """Embeddings of proteins in order, by number or by id: `found["ubiquitin"]`."""
 
     def __init__(self, found: Sequence[Embedding]) -> None:
         self._found = list(found)
-        self._places = {embedding.id: place for place, embedding in enumerate(self._found)}
+        self._indices = {embedding.id: index for index, embedding in enumerate(self._found)}
 
     def __len__(self) -> int:
         return len(self._found)
@@ -159,10 +140,10 @@ class Embeddings(Sequence[Embedding]):
     @overload
     def __getitem__(self, key: slice) -> Embeddings: ...
     def __getitem__(self, key: int | str | slice) -> Embedding | Embeddings:
-        """Raises `KeyError` for an id that is not there."""
+        """Return one embedding, or a slice. Raises `KeyError` for an unknown id."""
         if isinstance(key, slice):
             return Embeddings(self._found[key])
-        return self._found[self._places[key] if isinstance(key, str) else key]
+        return self._found[self._indices[key] if isinstance(key, str) else key]
 
     def __repr__(self) -> str:
         names = ", ".join(self._found[0].arrays) if self._found else "none"
@@ -174,9 +155,9 @@ class Embeddings(Sequence[Embedding]):
 
     @property
     def mean(self) -> NDArray[np.floating]:
-        """Features for a classifier: the mean over each protein's residues, [proteins, H].
+        """The mean over each protein's residues, [proteins, H]: features for a classifier.
 
-        Raises `UserError` unless it was asked of exactly one layer; `stacked` takes the name of one.
+        Raises `UserError` unless exactly one layer was computed; `stacked` takes a name.
         """
         return self.stacked(self._only("mean"))
 
@@ -187,13 +168,19 @@ class Embeddings(Sequence[Embedding]):
 
     @property
     def pseudo_perplexity(self) -> NDArray[np.float64]:
-        """Of each protein, [proteins]; NaN where it was not asked for."""
-        return np.array([embedding.pseudo_perplexity for embedding in self._found], dtype=np.float64)
+        """The pseudo-perplexity of each protein, float64 [proteins]. Raises `UserError` if it was not computed."""
+        values = [embedding.pseudo_perplexity for embedding in self._found]
+        if None in values:
+            raise UserError(
+                "pseudo_perplexity was not computed; ask for it: embed(..., pseudo_perplexity=True)",
+                code="embeddings.not-computed",
+            )
+        return np.array(values, dtype=np.float64)
 
     def stacked(self, name: str) -> NDArray[np.floating]:
-        """What each protein has one row of, such as `mean_6` or `cls_0`, as a matrix [proteins, H].
+        """Return what each protein has one row of, such as `mean_6` or `cls_0`, as a matrix [proteins, H].
 
-        Raises `UserError` for another name, with those that there are.
+        Raises `UserError` for another name, with the known ones.
         """
         names = self._names()
         if name not in names or not name.startswith(("mean_", "cls_")):
@@ -217,11 +204,11 @@ def embed_proteins(
     options: EmbeddingOptions,
     answered: Callable[[int], None] = lambda residues: None,
 ) -> list[Embedding]:
-    """Embed some proteins, in batches sorted by length; answers in the order given.
+    """Embed proteins, in batches sorted by length; results are in the given order.
 
-    `answered` is told of progress, in residues that add up to those of the proteins. Memory: all answers, and one
-    batch. Raises `ConfigError` as `EmbeddingOptions.resolved`; before anything is computed `InputError` for a protein
-    over the window, where that is an error; `UserError` for a number that the dtype does not hold.
+    `answered` is called with residues that were read; they add up to those of the proteins. Memory: all results, and
+    one batch. Raises `ConfigError` as `EmbeddingOptions.resolved`; before anything is computed `InputError` for a
+    protein over the window, if that is an error; `UserError` for a number that the dtype cannot hold.
     """
     options = options.resolved(engine)
     options.check_lengths(proteins)
@@ -241,23 +228,23 @@ def embed_proteins(
 
 
 class _Piece(NamedTuple):
-    """A sequence as the model is shown it: a protein, or a window of one."""
+    """A sequence as the model reads it: a protein, or a window of one."""
 
     blend: _Blend
     begin: int
     end: int
-    weights: NDArray[np.float32] | None  # what it counts at its residues; None where it is the protein
-    progress: int  # residues of the protein that no earlier piece has told of
+    weights: NDArray[np.float32] | None  # of its residues in the blend; None for a whole protein
+    progress: int  # residues of the protein that no earlier piece covers
 
     @property
-    def shares(self) -> NDArray[np.float32]:
-        """What each of its residues counts in the mean over the protein's."""
+    def mean_weights(self) -> NDArray[np.float32]:
+        """The weight of each of its residues in the mean over the protein."""
         weights = np.ones(self.end - self.begin, dtype=np.float32) if self.weights is None else self.weights
         return weights / np.float32(self.blend.read)
 
 
 class _Blend:
-    """The answers about one protein, as they come in window by window."""
+    """The results for one protein, window by window."""
 
     def __init__(self, protein: Protein, options: EmbeddingOptions) -> None:
         self.protein, self.options = protein, options
@@ -271,11 +258,11 @@ class _Blend:
             yield _Piece(self, 0, self.read, None, self.protein.residues)
             return
         earlier = [0, *(end for _, end in self.cover)]
-        for (begin, end), weights, told in zip(self.cover, blending_weights(self.cover), earlier, strict=False):
-            yield _Piece(self, begin, end, weights, end - told)
+        for (begin, end), weights, covered in zip(self.cover, blending_weights(self.cover), earlier, strict=False):
+            yield _Piece(self, begin, end, weights, end - covered)
 
     def add(self, piece: _Piece, batch: PooledBatch, index: int) -> None:
-        """What the model said of a piece, which is a sequence of the batch."""
+        """Add the result of a piece, which is a sequence of the batch."""
         for name, sums_SH in batch.sums.items():
             self._add(name, sums_SH[index], None)
         for name, first_SH in batch.first.items():
@@ -298,7 +285,7 @@ class _Blend:
             self.arrays[name][piece.begin : piece.end] += part
 
     def _narrowed(self, name: str, array: NDArray[np.floating]) -> NDArray[np.floating]:
-        """A copy in the dtype that was asked for, so that no row of a whole batch is kept for one protein."""
+        """Return a copy in the requested dtype, so that no row of a whole batch is kept for one protein."""
         with np.errstate(over="ignore"):
             narrow: NDArray[np.floating] = array.astype(self.options.dtype)
         if not np.isfinite(narrow).all():
@@ -316,13 +303,13 @@ class _Blend:
 
 @torch.inference_mode()
 def _read(engine: Engine, blends: list[_Blend], options: EmbeddingOptions, answered: Callable[[int], None]) -> None:
-    """One look at each piece of each protein."""
+    """Run one pass over each piece of each protein."""
     pieces = [piece for blend in blends for piece in blend.pieces()]
     lengths = np.array([piece.end - piece.begin for piece in pieces], dtype=np.int64)
-    for some in batches_by_length(lengths, engine.batch_tokens):
-        shown = [pieces[index] for index in some.tolist()]
+    for batch_indices in batches_by_length(lengths, engine.batch_tokens):
+        shown = [pieces[index] for index in batch_indices.tolist()]
         row = engine.packed([piece.blend.protein.tokens[piece.begin : piece.end] for piece in shown])
-        batch = pooled(engine, row, [piece.shares for piece in shown], options)
+        batch = pooled(engine, row, [piece.mean_weights for piece in shown], options)
         for index, piece in enumerate(shown):
             piece.blend.add(piece, batch, index)
         answered(sum(piece.progress for piece in shown))

@@ -1,8 +1,8 @@
-"""Embeddings into files: HDF5, Parquet or NPZ, each streamed, so that memory holds the proteins that are added at once.
+"""File formats of embeddings: HDF5, Parquet, NPZ, and those that other packages add.
 
-The same embeddings give the same bytes: there is no date in a file, and nothing is compressed, as random digits do not
-shrink. `reader.read_embeddings` reads all three. Shape suffixes: N proteins, R residues of one, H hidden
-size.
+A format is one class: it writes and reads its files. The suffix of `output` selects it. Equal embeddings give equal
+bytes: files contain no date. Nothing is compressed, as the digits of hidden states do not shrink. Shape suffixes: N
+proteins, R residues of one, H hidden size.
 """
 
 from __future__ import annotations
@@ -11,116 +11,228 @@ import json
 import os
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.embedding.options import Embedding
+from bionemo_esm.registry import Registry
 
-HDF5, PARQUET, NPZ = "hdf5", "parquet", "npz"
-ENDINGS = {HDF5: ".h5", PARQUET: ".parquet", NPZ: ".npz"}
-"""Formats, and how the names of their files end."""
-_KINDS = {".h5": HDF5, ".hdf5": HDF5, ".parquet": PARQUET, ".npz": NPZ}
 ABOUT = "about"
-"""Name of the JSON text that says which model, layers and windows: an attribute of HDF5, a member of NPZ."""
+"""Name of the JSON text about model, layers and windows: an HDF5 attribute, a member of an NPZ file."""
 PARQUET_ABOUT = b"bionemo_esm"
-"""The key of that text among the metadata of a Parquet file."""
+"""Its key in the metadata of a Parquet file."""
 COUNTS = ("residues", "read", "windows")
-"""Whole numbers of each protein, by which `Embedding` calls them."""
+"""Integers of each protein, named as in `Embedding`."""
 PSEUDO_PERPLEXITY = "pseudo_perplexity"
-_DATE = (1980, 1, 1, 0, 0, 0)  # of members of a zip: the first that it knows
-_HDF5_VERSIONS = ("v108", "v110")  # what HDF5 1.10 of 2016 and later read
+MANIFEST = "manifest.json"
+"""Of a folder of parts: which files, in which order, and what they hold."""
+PART_FORMAT = "npz"
+"""The format of the parts of which a single file is joined."""
+_DATE = (1980, 1, 1, 0, 0, 0)  # of zip members: the earliest possible
+_HDF5_VERSIONS = ("v108", "v110")  # readable by HDF5 1.10 of 2016 and later
+_ROWS_AT_ONCE = 64  # of Parquet
+_SIGNATURE_BYTES = 16
+
+
+class EmbeddingFileError(UserError):
+    """A file or folder that holds no embeddings, or is damaged; the message names it."""
+
+    code = "embeddings.file"
+
+
+class EmbeddingFormat(ABC):
+    """A file format of embeddings. An installed package adds one in the entry-point group
+    `bionemo_esm.embedding_writers`, under the suffix of its files: `".tsv" = "my_package:TsvFormat"`.
+    """
+
+    name: ClassVar[str]  # the value of the key `format`
+    suffix: ClassVar[str]  # of the files of a folder of parts
+    signature: ClassVar[bytes] = b""  # the first bytes of a file, up to 16; empty: the suffix alone tells
+
+    @abstractmethod
+    def write(self, stream: IO[bytes], about: Mapping[str, Any], batches: Iterable[Sequence[Embedding]]) -> None:
+        """Write a file. `batches`: embeddings in order, to be held one batch at a time; `about`: a JSON object to
+        store.
+
+        `stream` is a new file on disk. Every `OSError` of a write must be raised.
+        """
+
+    @abstractmethod
+    def read(self, path: Path) -> Iterator[Embedding]:
+        """Yield the embeddings of a file, bit for bit as they were written. Any usual exception reports damage."""
+
+    @abstractmethod
+    def read_about(self, path: Path) -> dict[str, Any]:
+        """Return the `about` of a file."""
+
+    def join(self, stream: IO[bytes], about: Mapping[str, Any], parts: Sequence[Path]) -> None:
+        """Write a file from parts on disk, in NPZ."""
+        self.write(stream, about, (list(read_embeddings(part)) for part in parts))
+
+
+FORMATS: Registry[type[EmbeddingFormat]] = Registry("embedding format", "output", "embedding_writers")
+"""Formats by the suffix of a file."""
+
+
+def format_named(name: str) -> EmbeddingFormat:
+    """Return a format by the value of the key `format`. Raises `ConfigError`, with the known ones."""
+    known = {FORMATS.get(suffix).name: FORMATS.get(suffix) for suffix in FORMATS}
+    if name not in known:
+        raise ConfigError(
+            f"format must be one of {', '.join(sorted(known))}, or null, not {name!r}", code="embeddings.format"
+        )
+    return known[name]()
 
 
 def format_of(output: Path, wanted: str | None) -> tuple[str, bool]:
-    """The format of an output, and whether it is a folder of parts: by its name, which for a file must end as one.
+    """Return the format of an output, and whether it is a folder of parts. A file has the suffix of its format.
 
-    Raises `ConfigError` for a format that there is not, or that contradicts the name.
+    `wanted`: the value of `format`. Raises `ConfigError` for an unknown format, and for one that contradicts the name.
     """
-    if wanted is not None and wanted not in ENDINGS:
-        raise ConfigError(f"format must be one of {', '.join(ENDINGS)}, or null, not {wanted!r}")
-    kind = _KINDS.get(output.suffix.lower())
-    if kind is None:
-        return wanted or PARQUET, True
-    if wanted not in (None, kind):
-        raise ConfigError(f"format={wanted}: {output} ends as {kind}; leave format out, or choose another name")
-    return kind, False
+    name = None if wanted is None else format_named(wanted).name
+    suffix = output.suffix.lower()
+    if suffix not in FORMATS:
+        return name or "parquet", True
+    found = FORMATS.get(suffix).name
+    if name not in (None, found):
+        raise ConfigError(f"format={wanted}: {output} ends as {found}; leave format out, or choose another name")
+    return found, False
 
 
-class Writer(Protocol):
-    """Takes embeddings in order; the file is whole after `close`."""
+def read_embeddings(path: str | os.PathLike[str]) -> Iterator[Embedding]:
+    """Yield the embeddings of an output of `bionemo-esm embed`, file or folder, in the order of its input.
 
-    def add(self, embeddings: Sequence[Embedding]) -> None: ...
+    Memory: a few proteins. Raises `EmbeddingFileError`.
+    """
+    folder = Path(path)
+    files = [folder / part["file"] for part in _manifest(folder)["parts"]] if folder.is_dir() else [folder]
+    for file in files:
+        kind = _format_of_file(file)
+        try:
+            yield from kind.read(file)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise EmbeddingFileError(f"{file}: cannot be read as embeddings ({error}); make it anew") from error
 
-    def close(self) -> None: ...
+
+def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the model, layers and windows of an output; docs/embeddings.md lists the keys. Raises
+    `EmbeddingFileError`.
+    """
+    file = Path(path)
+    if file.is_dir():
+        return dict(_manifest(file)[ABOUT])
+    kind = _format_of_file(file)
+    try:
+        return dict(kind.read_about(file))
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise EmbeddingFileError(f"{file}: does not say which model it is of ({error}); make it anew") from error
 
 
-def write_file(kind: str, stream: IO[bytes], about: Mapping[str, Any], lots: Iterable[Sequence[Embedding]]) -> None:
-    """Write lots of embeddings into one HDF5 or Parquet file, one lot at a time. `stream`: new, of a real file."""
-    makers: dict[str, Callable[[IO[bytes], Mapping[str, Any]], Writer]] = {HDF5: Hdf5Writer, PARQUET: ParquetWriter}
-    with closing(makers[kind](stream, about)) as writer:
-        for lot in lots:
-            writer.add(lot)
+def _embedding(
+    identifier: str, counts: Sequence[int], arrays: dict[str, NDArray[np.floating]], perplexity: float | None
+) -> Embedding:
+    residues, read, windows = counts
+    return Embedding(identifier, residues, read, windows, arrays, perplexity)
 
 
-def write_part(kind: str, stream: IO[bytes], about: Mapping[str, Any], embeddings: Sequence[Embedding]) -> None:
-    """Write embeddings that are in memory into a file of any format."""
-    if kind == NPZ:
-        write_npz(stream, about, columns_of(embeddings))
-    else:
-        write_file(kind, stream, about, [embeddings])
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        names = [part["file"] for part in manifest["parts"]]
+        if any(Path(name).name != name for name in names) or not isinstance(manifest[ABOUT], dict):
+            raise ValueError("names files elsewhere")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EmbeddingFileError(f"{folder}: no folder of embeddings: {MANIFEST} {error}") from error
+    return dict(manifest)
+
+
+def _format_of_file(file: Path) -> EmbeddingFormat:
+    """Return the format of a file, by its first bytes, or by its suffix for a format without a signature."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(_SIGNATURE_BYTES)
+    except OSError as error:
+        raise EmbeddingFileError(f"{file}: cannot be opened ({error.strerror})") from error
+    suffix = file.suffix.lower()
+    known = [FORMATS.get(each) for each in FORMATS]
+    for kind in known:
+        if kind.signature and start.startswith(kind.signature):
+            return kind()
+    if suffix in FORMATS and not FORMATS.get(suffix).signature:
+        return FORMATS.get(suffix)()
+    others = "".join(f", nor {kind.name}" for kind in known if kind not in (Hdf5Format, ParquetFormat, NpzFormat))
+    raise EmbeddingFileError(f"{file}: is neither HDF5, Parquet nor NPZ{others}")
 
 
 # --- HDF5 -------------------------------------------------------------------------------------------------------------
 
 
-def group_name(identifier: str) -> str:
-    """An id as the name of a group: `/` and a lone `.`, which mean something else to HDF5, percent-encoded."""
-    encoded = identifier.replace("%", "%25").replace("/", "%2F")
-    return encoded.replace(".", "%2E") if set(encoded) == {"."} else encoded
+@FORMATS.register(".hdf5")
+@FORMATS.register(".h5")
+class Hdf5Format(EmbeddingFormat):
+    """A group for each protein, in input order: numbers as attributes, arrays as datasets."""
 
+    name, suffix, signature = "hdf5", ".h5", b"\x89HDF"
 
-class Hdf5Writer:
-    """A group a protein, in the order of the input, with its numbers as attributes and its arrays as datasets."""
-
-    def __init__(self, stream: IO[bytes], about: Mapping[str, Any]) -> None:
+    def write(self, stream: IO[bytes], about: Mapping[str, Any], batches: Iterable[Sequence[Embedding]]) -> None:
         import h5py
 
-        self._disk = _Disk(stream)
-        self._file = h5py.File(self._disk, "w", libver=_HDF5_VERSIONS, track_order=True)
-        self._file.attrs[ABOUT] = json.dumps(about)
+        disk = _Disk(stream)
+        with h5py.File(disk, "w", libver=_HDF5_VERSIONS, track_order=True) as file:
+            file.attrs[ABOUT] = json.dumps(about)
+            for batch in batches:
+                for embedding in batch:
+                    group = file.create_group(group_name(embedding.id))
+                    group.attrs["id"] = embedding.id
+                    for name in COUNTS:
+                        group.attrs[name] = getattr(embedding, name)
+                    if embedding.pseudo_perplexity is not None:
+                        group.attrs[PSEUDO_PERPLEXITY] = embedding.pseudo_perplexity
+                    for name, array in embedding.arrays.items():
+                        group.create_dataset(name, data=array)
+                disk.check()
+        disk.check()  # HDF5 writes most of its own structures when the file is closed
 
-    def add(self, embeddings: Sequence[Embedding]) -> None:
-        for embedding in embeddings:
-            group = self._file.create_group(group_name(embedding.id))
-            group.attrs["id"] = embedding.id
-            for name in COUNTS:
-                group.attrs[name] = getattr(embedding, name)
-            if embedding.pseudo_perplexity is not None:
-                group.attrs[PSEUDO_PERPLEXITY] = embedding.pseudo_perplexity
-            for name, array in embedding.arrays.items():
-                group.create_dataset(name, data=array)
-        self._disk.check()
+    def read(self, path: Path) -> Iterator[Embedding]:
+        import h5py
 
-    def close(self) -> None:
-        self._file.close()
-        self._disk.check()
+        with h5py.File(path, "r") as file:
+            for group in map(file.__getitem__, file):
+                arrays = {key: dataset[()] for key, dataset in group.items()}
+                perplexity = group.attrs.get(PSEUDO_PERPLEXITY)
+                counts = [int(group.attrs[count]) for count in COUNTS]
+                yield _embedding(group.attrs["id"], counts, arrays, None if perplexity is None else float(perplexity))
+
+    def read_about(self, path: Path) -> dict[str, Any]:
+        import h5py
+
+        with h5py.File(path, "r") as file:
+            return dict(json.loads(file.attrs[ABOUT]))
+
+
+def group_name(identifier: str) -> str:
+    """Return an id as the name of an HDF5 group: `/`, and names of dots alone, are percent-encoded."""
+    encoded = identifier.replace("%", "%25").replace("/", "%2F")
+    return encoded.replace(".", "%2E") if set(encoded) == {"."} else encoded
 
 
 class _Disk:
     """A file for h5py, whose library can neither report a full disk nor close a file on one.
 
-    Of the first error it is told nothing, and what it writes afterwards is dropped; `check` raises that error.
+    After the first error all writes are dropped without one; `check` raises that error.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._descriptor = stream.fileno()
-        self._place = 0
+        self._position = 0
         self._error: OSError | None = None
 
     def check(self) -> None:
@@ -128,16 +240,16 @@ class _Disk:
             raise self._error
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: os.fstat(self._descriptor).st_size}[whence]
-        self._place = base + offset
-        return self._place
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: os.fstat(self._descriptor).st_size}[whence]
+        self._position = base + offset
+        return self._position
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def read(self, size: int) -> bytes:
-        content = os.pread(self._descriptor, size, self._place)
-        self._place += len(content)
+        content = os.pread(self._descriptor, size, self._position)
+        self._position += len(content)
         return content
 
     def write(self, content: bytes | memoryview) -> int:
@@ -145,13 +257,13 @@ class _Disk:
         size = len(rest)
         while len(rest) and self._error is None:
             try:
-                written = os.pwrite(self._descriptor, rest, self._place)
+                written = os.pwrite(self._descriptor, rest, self._position)
             except OSError as error:
                 self._error = error
                 break
-            self._place += written
+            self._position += written
             rest = rest[written:]
-        self._place += len(rest)
+        self._position += len(rest)
         return size
 
     def truncate(self, size: int) -> int:
@@ -163,44 +275,63 @@ class _Disk:
         return size
 
     def flush(self) -> None:
-        """Nothing is held back here; whoever opened the file syncs it."""
+        """Do nothing: no write is buffered here."""
 
 
 # --- Parquet ----------------------------------------------------------------------------------------------------------
 
 
-class ParquetWriter:
-    """A row a protein: arrays [H] as lists of fixed size, arrays [R, H] as lists of those."""
+@FORMATS.register(".parquet")
+class ParquetFormat(EmbeddingFormat):
+    """A row for each protein: arrays [H] as lists of fixed size, arrays [R, H] as lists of those."""
 
-    def __init__(self, stream: IO[bytes], about: Mapping[str, Any]) -> None:
-        self._stream, self._about = stream, about
-        self._writer: Any = None
+    name, suffix, signature = "parquet", ".parquet", b"PAR1"
 
-    def add(self, embeddings: Sequence[Embedding]) -> None:
-        import pyarrow as arrow
+    def write(self, stream: IO[bytes], about: Mapping[str, Any], batches: Iterable[Sequence[Embedding]]) -> None:
         from pyarrow import parquet
 
-        if not embeddings:
-            return
-        columns: dict[str, Any] = {"id": arrow.array([embedding.id for embedding in embeddings], arrow.string())}
-        for name in COUNTS:
-            columns[name] = arrow.array([getattr(embedding, name) for embedding in embeddings], arrow.int64())
-        if embeddings[0].pseudo_perplexity is not None:
-            columns[PSEUDO_PERPLEXITY] = arrow.array([embedding.pseudo_perplexity for embedding in embeddings])
-        for name in embeddings[0].arrays:
-            columns[name] = _arrow_lists([embedding.arrays[name] for embedding in embeddings])
-        table = arrow.table(columns).replace_schema_metadata({PARQUET_ABOUT: json.dumps(self._about).encode()})
-        if self._writer is None:
-            plain: dict[str, Any] = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
-            self._writer = parquet.ParquetWriter(self._stream, table.schema, **plain)
-        self._writer.write_table(table)
+        plain: dict[str, Any] = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
+        with ExitStack() as stack:
+            writer: Any = None
+            for batch in filter(None, batches):
+                table = _arrow_table(batch, about)
+                writer = writer or stack.enter_context(parquet.ParquetWriter(stream, table.schema, **plain))
+                writer.write_table(table)
 
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+    def read(self, path: Path) -> Iterator[Embedding]:
+        from pyarrow import parquet
+
+        with parquet.ParquetFile(path) as file:
+            names = [name for name in file.schema_arrow.names if name not in ("id", *COUNTS, PSEUDO_PERPLEXITY)]
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
+                plain = {name: batch.column(name).to_pylist() for name in batch.schema.names if name not in names}
+                perplexities = plain.get(PSEUDO_PERPLEXITY, [None] * len(batch))
+                arrays = {name: _rows_of_lists(batch.column(name)) for name in names}
+                for row, identifier in enumerate(plain["id"]):
+                    counts = [plain[name][row] for name in COUNTS]
+                    own = {name: column[row] for name, column in arrays.items()}
+                    yield _embedding(identifier, counts, own, perplexities[row])
+
+    def read_about(self, path: Path) -> dict[str, Any]:
+        from pyarrow import parquet
+
+        return dict(json.loads((parquet.read_schema(path).metadata or {})[PARQUET_ABOUT]))
 
 
-def _arrow_lists(arrays: Sequence[NDArray[np.floating]]) -> Any:
+def _arrow_table(embeddings: Sequence[Embedding], about: Mapping[str, Any]) -> Any:
+    import pyarrow as arrow
+
+    columns: dict[str, Any] = {"id": arrow.array([embedding.id for embedding in embeddings], arrow.string())}
+    for name in COUNTS:
+        columns[name] = arrow.array([getattr(embedding, name) for embedding in embeddings], arrow.int64())
+    if embeddings[0].pseudo_perplexity is not None:
+        columns[PSEUDO_PERPLEXITY] = arrow.array([embedding.pseudo_perplexity for embedding in embeddings])
+    for name in embeddings[0].arrays:
+        columns[name] = _lists_of_rows([embedding.arrays[name] for embedding in embeddings])
+    return arrow.table(columns).replace_schema_metadata({PARQUET_ABOUT: json.dumps(about).encode()})
+
+
+def _lists_of_rows(arrays: Sequence[NDArray[np.floating]]) -> Any:
     import pyarrow as arrow
 
     rows = [array.reshape(-1, array.shape[-1]) for array in arrays]
@@ -212,21 +343,74 @@ def _arrow_lists(arrays: Sequence[NDArray[np.floating]]) -> Any:
     return arrow.ListArray.from_arrays(arrow.array(offsets), lists)
 
 
+def _rows_of_lists(column: Any) -> list[NDArray[np.floating]]:
+    """Return arrays [H] or [R, H], one for each row, of lists made by `_lists_of_rows`."""
+    import pyarrow as arrow
+
+    if arrow.types.is_fixed_size_list(column.type):
+        width = column.type.list_size
+        return list(column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width))
+    offsets = column.offsets.to_numpy()
+    width = column.type.value_type.list_size
+    flat = column.flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return np.split(flat, offsets[1:-1] - offsets[0])
+
+
 # --- NPZ --------------------------------------------------------------------------------------------------------------
 
 
-class Column(NamedTuple):
-    """A member of an NPZ file that is written piece by piece, the pieces one after another along the first axis."""
+@FORMATS.register(".npz")
+class NpzFormat(EmbeddingFormat):
+    """A member for each array, as `numpy.savez` writes them: [N, H], or all residues of all proteins one after another.
+
+    Rows `offset[i]` to `offset[i + 1]` of the latter belong to protein i. No Python objects, no pickle.
+    """
+
+    name, suffix, signature = "npz", ".npz", b"PK\x03\x04"
+
+    def write(self, stream: IO[bytes], about: Mapping[str, Any], batches: Iterable[Sequence[Embedding]]) -> None:
+        """Write all batches, which are in memory together: `join` streams from parts instead."""
+        _write_members(stream, about, _columns_of([embedding for batch in batches for embedding in batch]))
+
+    def join(self, stream: IO[bytes], about: Mapping[str, Any], parts: Sequence[Path]) -> None:
+        _write_members(stream, about, _joined_columns(parts))
+
+    def read(self, path: Path) -> Iterator[Embedding]:
+        with zipfile.ZipFile(path) as archive, ExitStack() as stack:
+            names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+            members = {
+                name: _Member(stack.enter_context(archive.open(f"{name}.npy"))) for name in names if name != ABOUT
+            }
+            offsets, perplexity = members.pop("offset"), members.pop(PSEUDO_PERPLEXITY, None)
+            identifiers, counts = members.pop("id"), [members.pop(name) for name in COUNTS]
+            begin = int(offsets.next_rows(1)[0])
+            for _ in range(identifiers.rows):
+                end = int(offsets.next_rows(1)[0])
+                arrays = {
+                    name: member.next_rows(end - begin) if _is_of_residues(name) else member.next_rows(1)[0]
+                    for name, member in members.items()
+                }
+                begin = end
+                value = None if perplexity is None else float(perplexity.next_rows(1)[0])
+                numbers = [int(count.next_rows(1)[0]) for count in counts]
+                yield _embedding(str(identifiers.next_rows(1)[0]), numbers, arrays, value)
+
+    def read_about(self, path: Path) -> dict[str, Any]:
+        with np.load(path) as archive:
+            return dict(json.loads(str(archive[ABOUT])))
+
+
+class _Column(NamedTuple):
+    """A member of an NPZ file, written piece by piece along the first axis."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     pieces: Callable[[], Iterator[NDArray[Any]]]
 
 
-def write_npz(stream: IO[bytes], about: Mapping[str, Any], columns: Mapping[str, Column]) -> None:
-    """An NPZ file as NumPy's own, uncompressed, without pickled objects."""
+def _write_members(stream: IO[bytes], about: Mapping[str, Any], columns: Mapping[str, _Column]) -> None:
     text = np.array(json.dumps(about))
-    members = {ABOUT: Column(text.dtype, (), lambda: iter([text])), **columns}
+    members = {ABOUT: _Column(text.dtype, (), lambda: iter([text])), **columns}
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, column in members.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy", _DATE), "w", force_zip64=True) as member:
@@ -237,51 +421,43 @@ def write_npz(stream: IO[bytes], about: Mapping[str, Any], columns: Mapping[str,
                     member.write(np.ascontiguousarray(piece, dtype=column.dtype).data.cast("B") if piece.size else b"")
 
 
-def columns_of(embeddings: Sequence[Embedding]) -> dict[str, Column]:
-    """Embeddings as columns; of each residue, those of protein i are the rows `offset[i]` to `offset[i + 1]`."""
+def _columns_of(embeddings: Sequence[Embedding]) -> dict[str, _Column]:
     wholes: dict[str, NDArray[Any]] = {"id": np.array([embedding.id for embedding in embeddings], dtype=np.str_)}
     for name in COUNTS:
         wholes[name] = np.array([getattr(embedding, name) for embedding in embeddings], dtype=np.int64)
     wholes["offset"] = np.concatenate([[0], np.cumsum(wholes["read"])]).astype(np.int64)
     if embeddings[0].pseudo_perplexity is not None:
         wholes[PSEUDO_PERPLEXITY] = np.array([embedding.pseudo_perplexity for embedding in embeddings])
-    columns = {name: _of_pieces([array]) for name, array in wholes.items()}
+    columns = {name: _column_of([array]) for name, array in wholes.items()}
     for name, array in embeddings[0].arrays.items():
         pieces = [embedding.arrays[name] for embedding in embeddings]
-        columns[name] = _of_pieces([piece[None] for piece in pieces] if array.ndim == 1 else pieces)
+        columns[name] = _column_of([piece[None] for piece in pieces] if array.ndim == 1 else pieces)
     return columns
 
 
-def _of_pieces(pieces: list[NDArray[Any]]) -> Column:
+def _column_of(pieces: list[NDArray[Any]]) -> _Column:
     rows = sum(len(piece) for piece in pieces)
-    return Column(pieces[0].dtype, (rows, *pieces[0].shape[1:]), lambda: iter(pieces))
+    return _Column(pieces[0].dtype, (rows, *pieces[0].shape[1:]), lambda: iter(pieces))
 
 
-def joined_columns(parts: Sequence[Path]) -> dict[str, Column]:
-    """The columns of NPZ files, one file after another; of one at a time a member is in memory."""
+def _joined_columns(parts: Sequence[Path]) -> dict[str, _Column]:
+    """Return the columns of NPZ files, joined. Memory: a member of one file."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     dtypes: dict[str, np.dtype[Any]] = {}
     for part in parts:
         with zipfile.ZipFile(part) as archive:
             for name in (info.filename.removesuffix(".npy") for info in archive.infolist()):
                 if name != ABOUT:
-                    with archive.open(f"{name}.npy") as member:
-                        np.lib.format.read_magic(member)  # type: ignore[arg-type]
-                        shape, _, dtype = np.lib.format.read_array_header_1_0(member)  # type: ignore[arg-type]
-                    shapes.setdefault(name, []).append(shape)
-                    dtypes[name] = max(dtypes.get(name, dtype), dtype, key=lambda kind: kind.itemsize)  # of ids
+                    with archive.open(f"{name}.npy") as stream:
+                        member = _Member(stream)
+                    shapes.setdefault(name, []).append(member.shape)
+                    dtypes[name] = max(dtypes.get(name, member.dtype), member.dtype, key=lambda kind: kind.itemsize)
     columns = {}
     for name, of_parts in shapes.items():
         rows = sum(shape[0] for shape in of_parts) - (len(parts) - 1) * (name == "offset")
         pieces = _joined_offsets if name == "offset" else _joined
-        columns[name] = Column(dtypes[name], (rows, *of_parts[0][1:]), _bound(pieces, parts, name))
+        columns[name] = _Column(dtypes[name], (rows, *of_parts[0][1:]), partial(pieces, parts, name))
     return columns
-
-
-def _bound(
-    pieces: Callable[[Sequence[Path], str], Iterator[NDArray[Any]]], parts: Sequence[Path], name: str
-) -> Callable[[], Iterator[NDArray[Any]]]:
-    return lambda: pieces(parts, name)
 
 
 def _joined(parts: Sequence[Path], name: str) -> Iterator[NDArray[Any]]:
@@ -298,135 +474,18 @@ def _joined_offsets(parts: Sequence[Path], name: str) -> Iterator[NDArray[Any]]:
         base += int(offsets[-1])
 
 
-# --- reading ---
-
-
-MANIFEST = "manifest.json"
-"""Of a folder of parts: which files, in which order, and what they hold."""
-_ROWS_AT_ONCE = 64  # of Parquet
-_MAGIC = {b"\x89HDF": HDF5, b"PAR1": PARQUET, b"PK\x03\x04": NPZ}
-
-
-class EmbeddingFileError(UserError):
-    """A file or folder that holds no embeddings of ours, or is damaged; the message names it."""
-
-
-def read_embeddings(path: str | os.PathLike[str]) -> Iterator[Embedding]:
-    """What `bionemo-esm embed` wrote, file or folder, in the order of its input; memory holds a few proteins.
-
-    Raises `EmbeddingFileError`.
-    """
-    for file in _files(Path(path)):
-        kind = _kind(file)
-        try:
-            yield from _READERS[kind](file)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise EmbeddingFileError(f"{file}: cannot be read as embeddings ({error}); make it anew") from error
-
-
-def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Of which model, layers and windows the embeddings are: docs/embeddings.md has the keys.
-
-    Raises `EmbeddingFileError`.
-    """
-    file = Path(path)
-    if file.is_dir():
-        return dict(_manifest(file)[ABOUT])
-    kind = _kind(file)
-    try:
-        return dict(json.loads(_ABOUT_READERS[kind](file)))
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise EmbeddingFileError(f"{file}: does not say which model it is of ({error}); make it anew") from error
-
-
-def _files(path: Path) -> list[Path]:
-    return [path / part["file"] for part in _manifest(path)["parts"]] if path.is_dir() else [path]
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        names = [part["file"] for part in manifest["parts"]]
-        if any(Path(name).name != name for name in names) or not isinstance(manifest[ABOUT], dict):
-            raise ValueError("names files elsewhere")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EmbeddingFileError(f"{folder}: no folder of embeddings: {MANIFEST} {error}") from error
-    return dict(manifest)
-
-
-def _kind(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(4)
-    except OSError as error:
-        raise EmbeddingFileError(f"{file}: cannot be opened ({error.strerror})") from error
-    if start not in _MAGIC:
-        raise EmbeddingFileError(f"{file}: is neither HDF5, Parquet nor NPZ")
-    return _MAGIC[start]
-
-
-def _embedding(
-    identifier: str, counts: list[int], arrays: dict[str, NDArray[np.floating]], perplexity: float | None
-) -> Embedding:
-    return Embedding(identifier, counts[0], counts[1], counts[2], arrays, perplexity)
-
-
-def _read_hdf5(path: Path) -> Iterator[Embedding]:
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        for name in file:
-            group = file[name]
-            arrays = {key: dataset[()] for key, dataset in group.items()}
-            perplexity = group.attrs.get(PSEUDO_PERPLEXITY)
-            counts = [int(group.attrs[count]) for count in COUNTS]
-            yield _embedding(group.attrs["id"], counts, arrays, None if perplexity is None else float(perplexity))
-
-
-def _read_parquet(path: Path) -> Iterator[Embedding]:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as file:
-        names = [name for name in file.schema_arrow.names if name not in ("id", *COUNTS, PSEUDO_PERPLEXITY)]
-        for batch in file.iter_batches(_ROWS_AT_ONCE):
-            identifiers = batch.column("id").to_pylist()
-            counts = [batch.column(name).to_pylist() for name in COUNTS]
-            perplexities = (
-                batch.column(PSEUDO_PERPLEXITY).to_pylist()
-                if PSEUDO_PERPLEXITY in batch.schema.names
-                else [None] * len(batch)
-            )
-            arrays = {name: _rows_of(batch.column(name)) for name in names}
-            for row, identifier in enumerate(identifiers):
-                own = {name: column[row] for name, column in arrays.items()}
-                yield _embedding(identifier, [count[row] for count in counts], own, perplexities[row])
-
-
-def _rows_of(column: Any) -> list[NDArray[np.floating]]:
-    """Arrays [H] or [R, H], one a row, of lists as `writers.ParquetWriter` makes them."""
-    import pyarrow as arrow
-
-    if arrow.types.is_fixed_size_list(column.type):
-        width = column.type.list_size
-        return list(column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width))
-    offsets = column.offsets.to_numpy()
-    width = column.type.value_type.list_size
-    flat = column.flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-    return np.split(flat, offsets[1:-1] - offsets[0])
-
-
 class _Member:
-    """A member of an NPZ file, read a few rows at a time."""
+    """A member of an NPZ file, read some rows at a time."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         np.lib.format.read_magic(stream)  # type: ignore[arg-type]
-        shape, _, self.dtype = np.lib.format.read_array_header_1_0(stream)  # type: ignore[arg-type]
+        self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(stream)  # type: ignore[arg-type]
         if self.dtype.hasobject:
             raise ValueError("it holds Python objects")
-        self.rows, self._row = (shape[0] if shape else 1), shape[1:]
+        self.rows, self._row = (self.shape[0] if self.shape else 1), self.shape[1:]
 
-    def to_native(self, rows: int) -> NDArray[Any]:
+    def next_rows(self, rows: int) -> NDArray[Any]:
         wanted = rows * int(np.prod(self._row, dtype=np.int64)) * self.dtype.itemsize
         content = self._stream.read(wanted)
         if len(content) < wanted:
@@ -434,46 +493,5 @@ class _Member:
         return np.frombuffer(content, self.dtype).reshape(rows, *self._row)
 
 
-def _read_npz(path: Path) -> Iterator[Embedding]:
-    with zipfile.ZipFile(path) as archive, ExitStack() as stack:
-        names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
-        members = {name: _Member(stack.enter_context(archive.open(f"{name}.npy"))) for name in names if name != ABOUT}
-        offsets, perplexity = members.pop("offset"), members.pop(PSEUDO_PERPLEXITY, None)
-        identifiers, counts = members.pop("id"), [members.pop(name) for name in COUNTS]
-        begin = int(offsets.to_native(1)[0])
-        for _ in range(identifiers.rows):
-            end = int(offsets.to_native(1)[0])
-            arrays = {
-                name: member.to_native(end - begin) if _is_of_residues(name) else member.to_native(1)[0]
-                for name, member in members.items()
-            }
-            begin = end
-            value = None if perplexity is None else float(perplexity.to_native(1)[0])
-            numbers = [int(count.to_native(1)[0]) for count in counts]
-            yield _embedding(str(identifiers.to_native(1)[0]), numbers, arrays, value)
-
-
 def _is_of_residues(name: str) -> bool:
     return name == "logits" or name.startswith("residues_")
-
-
-def _about_of_hdf5(path: Path) -> str:
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        return str(file.attrs[ABOUT])
-
-
-def _about_of_parquet(path: Path) -> str:
-    from pyarrow import parquet
-
-    return str((parquet.read_schema(path).metadata or {})[PARQUET_ABOUT].decode())
-
-
-def _about_of_npz(path: Path) -> str:
-    with np.load(path) as archive:
-        return str(archive[ABOUT])
-
-
-_READERS = {HDF5: _read_hdf5, PARQUET: _read_parquet, NPZ: _read_npz}
-_ABOUT_READERS = {HDF5: _about_of_hdf5, PARQUET: _about_of_parquet, NPZ: _about_of_npz}

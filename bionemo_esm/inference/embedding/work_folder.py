@@ -1,15 +1,15 @@
-"""A long input worked off in parts, so that a run that was killed goes on, and several processes share the work.
+"""The work folder of `embed`: a long input is computed in parts, so that a killed run resumes and processes share work.
 
-The input is cut, in order, where it and the settings say, whoever computes. Finished parts lie, each whole, in the work
-folder `.NAME.partial` beside the output, with what they hold recorded beside them:
+The cuts between parts depend on the input and the settings only, not on the process. Finished parts are in the work
+folder `.NAME.partial` beside the output, each complete, with a record of its content:
 
-    lock          held by the run that is at work
-    job.json      what shapes the result: another job does not go on here
-    input         standard input, where that was read
+    lock          held by the running command
+    job.json      what determines the result: another job does not resume here
+    input         standard input, if that is the input
     parts/        part-00000.parquet, ...
     records/      part-00000.json, ...: proteins, residues, bytes, SHA-256; written after the part
 
-When all parts are there they become the output, by one rename.
+When all parts are present they become the output by one rename.
 """
 
 from __future__ import annotations
@@ -27,17 +27,7 @@ from typing import IO, Any
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.files import LockedError, atomic_write, check_absent, fsync_directory, lock_file, remove_unfinished
-from bionemo_esm.inference.embedding.formats import (
-    ABOUT,
-    ENDINGS,
-    MANIFEST,
-    NPZ,
-    joined_columns,
-    read_embeddings,
-    write_file,
-    write_npz,
-    write_part,
-)
+from bionemo_esm.inference.embedding.formats import ABOUT, MANIFEST, PART_FORMAT, format_named
 from bionemo_esm.inference.embedding.options import Embedding
 from bionemo_esm.inference.inputs import Protein
 
@@ -48,13 +38,13 @@ _FINISHING = "finishing"
 
 
 class WorkError(UserError):
-    """A work folder that another job or process holds, or a disk that is full; the message says what to do."""
+    """A work folder that another job or process holds, or a full disk; the message says what to do."""
 
 
 def cut(
     proteins: Iterable[Protein], most_proteins: int, most_bytes: int, bytes_of: Callable[[int], int]
 ) -> Iterator[list[Protein]]:
-    """Parts of an input, in order: each of up to so many proteins and bytes of answers, or of one protein."""
+    """Yield the parts of an input, in order: each of up to so many proteins and bytes of results, or of one protein."""
     part: list[Protein] = []
     filled = 0
     for protein in proteins:
@@ -70,7 +60,7 @@ def cut(
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished part holds."""
+    """The content of a finished part."""
 
     proteins: int
     residues: int
@@ -79,27 +69,28 @@ class Record:
 
 
 class WorkFolder:
-    """Parts of one output on their way. `kind`: a format of `writers`; a single file is joined from parts in NPZ."""
+    """The parts of one output. `kind`: the name of a format; a single file is joined from parts in NPZ."""
 
     def __init__(self, output: Path, kind: str, is_folder: bool) -> None:
         self.output, self.kind, self.is_folder = output, kind, is_folder
         self.folder = output.parent / f".{output.name}.partial"
         self.input = self.folder / _INPUT
-        self._part_kind = kind if is_folder else NPZ
+        self._part_kind = kind if is_folder else PART_FORMAT
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder, or take over the one that is there, and keep other runs away for the length of a block.
+        """Create the work folder, or take over an existing one, and exclude other runs for the length of a block.
 
-        What a killed process left half-written is cleared; a folder in which nothing was finished goes with the block.
-        Raises `WorkError` where another run holds it, `ConfigError` where it is none of ours, or the output exists.
+        Incomplete files of a killed process are removed; a folder without a finished part is removed after the block.
+        Raises `WorkError` if another run holds the folder, `ConfigError` if it is not a work folder, or the output
+        exists.
         """
         with ExitStack() as stack:
             with _explained(self.folder):
                 stack.enter_context(_locked(self.folder / _LOCK))
                 self._check_ours()
-                check_absent("output", self.output)  # once more: whoever had the lock may have finished it
-                self._clear_of_halves()
+                check_absent("output", self.output)  # again: the process that held the lock may have finished
+                self._remove_incomplete()
             try:
                 yield
             finally:
@@ -108,7 +99,7 @@ class WorkFolder:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """As `held`, for one of several processes that nobody has started together: they keep out those that `held`."""
+        """Like `held`, for one of several processes of a launcher; they exclude runs that `held` the folder."""
         with ExitStack() as stack:
             with _explained(self.folder):
                 stack.enter_context(_locked(self.folder / _LOCK, shared=True))
@@ -116,13 +107,13 @@ class WorkFolder:
             try:
                 yield
             finally:
-                if self.output.exists():  # this process came after the others had finished
+                if self.output.exists():  # the other processes had finished before this one began
                     shutil.rmtree(self.folder, ignore_errors=True)
 
     def claim(self, job: Mapping[str, Any]) -> None:
-        """Note what shapes the result, or compare it with what an earlier run, or another process, has noted.
+        """Store what determines the result, or compare it with what an earlier run or another process stored.
 
-        Raises `WorkError`, naming the settings, where that was something else.
+        Raises `WorkError`, naming the settings that differ.
         """
         text = json.dumps(job, indent=2, sort_keys=True)
         path = self.folder / _JOB
@@ -131,37 +122,39 @@ class WorkFolder:
                 stream.write(text.encode())
             return
         try:
-            noted = json.loads(path.read_text(encoding="utf-8"))
-            differing = sorted(key for key in {*noted, *job} if noted.get(key) != json.loads(text).get(key))
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            differing = sorted(key for key in {*stored, *job} if stored.get(key) != json.loads(text).get(key))
         except (OSError, ValueError, AttributeError) as error:
             raise WorkError(
                 f"{path}: cannot be read ({error}); remove the folder {self.folder} to begin anew"
             ) from error
         if differing:
-            shown = "; ".join(f"{key} was {noted.get(key)}, now {job.get(key)}" for key in differing)
+            shown = "; ".join(f"{key} was {stored.get(key)}, now {job.get(key)}" for key in differing)
             raise WorkError(
                 f"{self.folder} holds parts of another job for the same output: {shown}. Run that job's command to "
                 f"finish it, or remove the folder to begin anew"
             )
 
     def records(self) -> dict[int, Record]:
-        """What the finished parts hold, by their numbers. A part is finished when its record is there."""
+        """Return the content of the finished parts by number. A part is finished when its record exists."""
         found = {}
         for path in (self.folder / _RECORDS).glob("part-*.json"):
             try:
                 found[int(path.stem.removeprefix("part-"))] = Record(**json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, TypeError):
-                path.unlink()  # of a damaged record's part we know nothing: it is computed again
+                path.unlink()  # the part of a damaged record is computed again
         return found
 
     def part(self, number: int) -> Path:
-        return self.folder / _PARTS / f"part-{number:05d}{ENDINGS[self._part_kind]}"
+        return self.folder / _PARTS / f"part-{number:05d}{format_named(self._part_kind).suffix}"
 
     def _record(self, number: int) -> Path:
         return self.folder / _RECORDS / f"part-{number:05d}.json"
 
     def is_intact(self, number: int, record: Record) -> bool:
-        """Whether a part is as it was written, by every byte. One that is not is forgotten, to be computed again."""
+        """Return whether a part has all of its bytes unchanged. A part that has not is forgotten, and computed
+        again.
+        """
         part = self.part(number)
         if part.is_file() and part.stat().st_size == record.bytes and sha256_of_file(part) == record.sha256:
             return True
@@ -169,20 +162,20 @@ class WorkFolder:
         return False
 
     def write(self, number: int, about: Mapping[str, Any], embeddings: Sequence[Embedding]) -> None:
-        """Finish a part. Raises `WorkError` for a full disk."""
+        """Write a finished part and its record. Raises `WorkError` for a full disk."""
         part = self.part(number)
         with _explained(part):
             with atomic_write(part) as stream:
-                write_part(self._part_kind, stream, about, embeddings)
+                format_named(self._part_kind).write(stream, about, [embeddings])
             residues = sum(embedding.residues for embedding in embeddings)
             record = Record(len(embeddings), residues, part.stat().st_size, sha256_of_file(part))
             with atomic_write(self._record(number)) as stream:
                 stream.write(json.dumps(vars(record)).encode())
 
     def finish(self, parts: int, about: Mapping[str, Any]) -> bool:
-        """Make the output, if all parts are there; whether it is there now. Of several processes one does it.
+        """Make the output if all parts are present; return whether the output exists. One of several processes does it.
 
-        Raises `WorkError` for a full disk, `ConfigError` where something else has taken the output's name.
+        Raises `WorkError` for a full disk, `ConfigError` if something else has the output's name.
         """
         with ExitStack() as stack, _explained(self.output):
             try:
@@ -200,7 +193,7 @@ class WorkFolder:
     def _become_output(self, parts: int, about: Mapping[str, Any], records: Mapping[int, Record]) -> None:
         files = [self.part(number) for number in range(parts)]
         for path in set((self.folder / _PARTS).iterdir()) - set(files):
-            path.unlink()  # half of a part, of a process that was killed
+            path.unlink()  # incomplete: its process was killed
         if self.is_folder:
             listed = [{"file": file.name, **vars(records[number])} for number, file in enumerate(files)]
             totals = {key: sum(getattr(record, key) for record in records.values()) for key in ("proteins", "residues")}
@@ -212,15 +205,9 @@ class WorkFolder:
         else:
             joined = self.folder / _JOINED
             with atomic_write(joined) as stream:
-                self._join(stream, about, files)
+                format_named(self.kind).join(stream, about, files)
             joined.rename(self.output)
         fsync_directory(self.output.parent)
-
-    def _join(self, stream: IO[bytes], about: Mapping[str, Any], files: Sequence[Path]) -> None:
-        if self.kind == NPZ:
-            write_npz(stream, about, joined_columns(files))
-        else:
-            write_file(self.kind, stream, about, (list(read_embeddings(file)) for file in files))
 
     def _check_ours(self) -> None:
         known = {_JOB, _LOCK, _FINISHING, _INPUT, _PARTS, _RECORDS, _JOINED}
@@ -228,7 +215,7 @@ class WorkFolder:
         if strange:
             raise ConfigError(f"{self.folder}: is in the way, and not ours: it holds {strange[0]}; move it elsewhere")
 
-    def _clear_of_halves(self) -> None:
+    def _remove_incomplete(self) -> None:
         remove_unfinished(self.folder)
         for path in (self.folder / _PARTS).glob("*"):
             if not (self.folder / _RECORDS / f"{path.stem}.json").exists():
@@ -250,7 +237,7 @@ def _locked(lock: Path, *, shared: bool = False, wait: bool = False) -> Iterator
 
 @contextmanager
 def _explained(place: Path) -> Iterator[None]:
-    """A full disk, and a place where nothing may be written, as `WorkError`."""
+    """Raise `WorkError` for a full disk, and for a place that cannot be written to."""
     try:
         yield
     except OSError as error:
@@ -267,6 +254,6 @@ def _explained(place: Path) -> Iterator[None]:
 
 
 def copied(source: IO[bytes], target: Path) -> None:
-    """Copy a stream that can be read once into a file, whole. Raises `WorkError` for a full disk."""
+    """Copy a stream that can be read once into a file, completely. Raises `WorkError` for a full disk."""
     with _explained(target), atomic_write(target) as stream:
         shutil.copyfileobj(source, stream, _COPIED_BYTES)

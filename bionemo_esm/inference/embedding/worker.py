@@ -1,6 +1,7 @@
-"""One process's share of embedding an input: of `world` processes, rank k computes parts k, k + world, k + 2 world, ...
+"""Embedding an input in several processes: of `world` processes, rank k computes parts k, k + world, k + 2 world, ...
 
-No process waits for another. Whichever finds all parts finished makes the output of them.
+No process waits for another. The one that finds all parts finished makes the output. The processes are started here,
+one for each device, or by torchrun or srun, whose environment gives the ranks.
 """
 
 from __future__ import annotations
@@ -15,18 +16,23 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import field_validator, model_validator
+from typing_extensions import Self
+
+from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.inference.embedding.formats import read_about
+from bionemo_esm.inference.embedding.formats import format_of, read_about
 from bionemo_esm.inference.embedding.options import EmbeddingOptions, plural
 from bionemo_esm.inference.embedding.work_folder import WorkFolder, cut
 from bionemo_esm.inference.engine_options import EngineConfig, describe
 from bionemo_esm.inference.inputs import InputInventory, InputPolicy, Protein, read_proteins
 from bionemo_esm.inference.protein_model import load_engine
+from bionemo_esm.settings import PositiveInt, expand_home
 
 if TYPE_CHECKING:  # it imports torch
     from bionemo_esm.inference.engine import Engine
@@ -35,29 +41,51 @@ ABOUT_VERSION = 1
 _MEGABYTE = 10**6
 
 
-@dataclass(frozen=True)
-class EmbedTask:
-    """What to embed, how, and where to: the input read and checked, and hashed."""
+class EmbedConfig(EngineConfig, InputPolicy, EmbeddingOptions):
+    """The keys of `conf/inference/embed.yaml`."""
 
-    engine: EngineConfig
-    input: Path
-    input_sha256: str
-    policy: InputPolicy
-    stock: InputInventory
+    input: str  # a path, or `STANDARD_INPUT`
     output: Path
-    kind: str  # a format of `writers`
-    is_folder: bool
-    options: EmbeddingOptions
-    part_proteins: int
-    part_megabytes: int
+    format: str | None = None
+    devices: PositiveInt = 1
+    part_proteins: PositiveInt = 4096
+    part_megabytes: PositiveInt = 128
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _is_path(cls, value: Any) -> str:
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"input must be a path, or - for standard input, not {value!r}")
+        return value if value == STANDARD_INPUT else str(expand_home(value))
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        format_of(self.output, self.format)
+        if self.devices > 1 and ":" in self.device:
+            raise ConfigError(f"device={self.device} names one GPU, devices={self.devices} wants more; device=cuda")
+        return self
 
     @property
     def work(self) -> WorkFolder:
-        return WorkFolder(self.output, self.kind, self.is_folder)
+        return WorkFolder(self.output, *format_of(self.output, self.format))
+
+
+@dataclass(frozen=True)
+class EmbedTask:
+    """An input that has been read, checked and hashed, and how to embed it."""
+
+    config: EmbedConfig
+    input: Path  # of `config`, or the copy of standard input
+    input_sha256: str
+    inventory: InputInventory
+
+    @property
+    def work(self) -> WorkFolder:
+        return self.config.work
 
 
 class WorkerRank(NamedTuple):
-    """Which process this is, of how many, and where on its machine."""
+    """The rank of a process among all processes, and on its machine."""
 
     rank: int = 0
     world: int = 1
@@ -66,86 +94,91 @@ class WorkerRank(NamedTuple):
 
 
 class ProgressCallbacks(NamedTuple):
-    """How a process reports: lines for a person, and the residues of its share that are done, and are to do."""
+    """How a process reports: lines for the screen, and the residues that are done of its rank's share."""
 
-    say: Callable[[str], None]
+    print_line: Callable[[str], None]
     progress: Callable[[int], None]
 
 
-def embed_on_rank(task: EmbedTask, share: WorkerRank, tell: ProgressCallbacks) -> bool:
-    """Embed the parts of one process; whether the output is there now, of this process's making or another's.
+def embed_on_rank(task: EmbedTask, rank: WorkerRank, callbacks: ProgressCallbacks) -> bool:
+    """Embed the parts of one rank; return whether the output exists, made by this process or another.
 
-    Raises `UserError` for what a user can mend, before anything is computed where that can be known.
+    Raises `UserError` for a user's error; before anything is computed if it can be known then.
     """
-    engine = _loaded(task, share)
-    options = task.options.resolved(engine)
+    engine = _loaded(task, rank)
+    options = task.config.resolved(engine)
     about = _about(task, engine, options)
     work = task.work
-    if share.world > 1 and _finished_by_others(task, about):
+    if rank.world > 1 and _finished_by_others(task, about):
         return True
-    if options.long_proteins == "error" and task.stock.longest > (options.window or 0):
+    if options.long_proteins == "error" and task.inventory.longest > (options.window or 0):
         options.check_lengths(list(_over(task, options.window or 0)))
     work.claim(
-        about | {"format": task.kind, "part_proteins": task.part_proteins, "part_megabytes": task.part_megabytes}
+        about
+        | {
+            "format": work.kind,
+            "part_proteins": task.config.part_proteins,
+            "part_megabytes": task.config.part_megabytes,
+        }
     )
-    progress = _Progress(tell.progress, work, share)
-    tell.say(f"  model    {describe(engine)}")
-    tell.say(f"           layers {', '.join(map(str, options.layers)) or 'none'}; {_windows(options)}")
-    if progress.there:
-        there = f"{plural(progress.there, 'part')} {'is' if progress.there == 1 else 'are'} there"
-        tell.say(f"  resumed  {there} from an earlier run")
+    progress = _Progress(callbacks.progress, work, rank)
+    callbacks.print_line(f"  model    {describe(engine)}")
+    callbacks.print_line(f"           layers {', '.join(map(str, options.layers)) or 'none'}; {_windows(options)}")
+    if progress.present:
+        there = f"{plural(progress.present, 'part')} {'is' if progress.present == 1 else 'are'} there"
+        callbacks.print_line(f"  resumed  {there} from an earlier run")
     else:
         _check_space(task, options, engine.config.hidden_size)
     progress.start()
-    parts = _compute(task, share, engine, options, about, progress)
+    parts = _compute(task, rank, engine, options, about, progress)
     return parts is None or work.finish(parts, about)
 
 
 class _Progress:
-    """Residues of the share that are done: of parts that were there, of parts computed, and of the one at hand."""
+    """Residues of the rank's share that are done: of earlier parts, of parts computed now, and of the current one."""
 
-    def __init__(self, report: Callable[[int], None], work: WorkFolder, share: WorkerRank) -> None:
+    def __init__(self, report: Callable[[int], None], work: WorkFolder, rank: WorkerRank) -> None:
         self._report = report
         records = work.records()
-        self.there = len(records)  # of all processes
-        self.kept = {number: record for number, record in records.items() if number % share.world == share.rank}
+        self.present = len(records)  # parts of all processes
+        self.kept = {number: record for number, record in records.items() if number % rank.world == rank.rank}
         self._done = sum(record.residues for record in self.kept.values())
-        self._at_hand = self._most = 0
+        self._current = self._total = 0
 
     def start(self) -> None:
         self._report(self._done)
 
     def begin(self, residues: int) -> None:
-        self._at_hand, self._most = 0, residues
+        self._current, self._total = 0, residues
 
     def answered(self, residues: int) -> None:
-        """What the model has read, which may be more than the proteins have: windows overlap."""
-        self._at_hand = min(self._at_hand + residues, self._most)
-        self._report(self._done + self._at_hand)
+        """Count residues that the model has read, at most those of the part: windows overlap."""
+        self._current = min(self._current + residues, self._total)
+        self._report(self._done + self._current)
 
     def end(self) -> None:
-        self._done += self._most
-        self._at_hand = self._most = 0
+        self._done += self._total
+        self._current = self._total = 0
         self._report(self._done)
 
     def forget(self, residues: int) -> None:
         self._done -= residues
 
 
-def _loaded(task: EmbedTask, share: WorkerRank) -> Engine:
+def _loaded(task: EmbedTask, rank: WorkerRank) -> Engine:
     import torch
 
-    config = task.engine
-    if share.local_world > 1:
+    config: EngineConfig = task.config
+    if rank.local_world > 1:
         if config.device in ("auto", "cuda") and torch.cuda.is_available():
-            config = replace(config, device=f"cuda:{share.local_rank % torch.cuda.device_count()}")
+            config = config.replace(device=f"cuda:{rank.local_rank % torch.cuda.device_count()}")
         else:
-            torch.set_num_threads(max(1, torch.get_num_threads() // share.local_world))
+            torch.set_num_threads(max(1, torch.get_num_threads() // rank.local_world))
     return load_engine(config)
 
 
 def _about(task: EmbedTask, engine: Engine, options: EmbeddingOptions) -> dict[str, Any]:
-    """What is said of the result in the result itself: plain values, in an order that stays."""
+    """Return what the output stores about itself: plain values, in a fixed order."""
     return {
         "version": ABOUT_VERSION,
         "model": engine.config.family,
@@ -164,11 +197,11 @@ def _about(task: EmbedTask, engine: Engine, options: EmbeddingOptions) -> dict[s
         "window": options.window,
         "overlap": options.overlap if options.long_proteins == "windows" else None,
         "input_sha256": task.input_sha256,
-        "proteins": task.stock.proteins,
-        "bad_records": task.policy.bad_records,
-        "unknown_letters": task.policy.unknown_letters,
-        "id_column": task.policy.id_column,
-        "sequence_column": task.policy.sequence_column,
+        "proteins": task.inventory.proteins,
+        "bad_records": task.config.bad_records,
+        "unknown_letters": task.config.unknown_letters,
+        "id_column": task.config.id_column,
+        "sequence_column": task.config.sequence_column,
     }
 
 
@@ -182,61 +215,61 @@ def _windows(options: EmbeddingOptions) -> str:
 
 
 def _finished_by_others(task: EmbedTask, about: dict[str, Any]) -> bool:
-    """Whether the other processes of this very job have finished it. Raises `ConfigError` for another's output."""
-    if not os.path.lexists(task.output):
+    """Return whether other processes of this job have finished it. Raises `ConfigError` for another job's output."""
+    if not os.path.lexists(task.config.output):
         return False
-    if read_about(task.output) != about:
+    if read_about(task.config.output) != about:
         raise ConfigError(
-            f"output: {task.output} exists already, and is of another job; remove it or choose another name"
+            f"output: {task.config.output} exists already, and is of another job; remove it or choose another name"
         )
     return True
 
 
 def _over(task: EmbedTask, window: int) -> Iterator[Protein]:
-    return (protein for protein in read_proteins(task.input, task.policy, lambda _: None) if protein.residues > window)
+    return (protein for protein in read_proteins(task.input, task.config, lambda _: None) if protein.residues > window)
 
 
 def _check_space(task: EmbedTask, options: EmbeddingOptions, hidden: int) -> None:
-    """Raises `ConfigError` where the disk has not room for the arrays alone; a single file is joined from parts."""
+    """Raise `ConfigError` if the disk cannot hold the arrays; a single file is joined from parts."""
     a_residue = options.bytes_of(2, hidden) - options.bytes_of(1, hidden)
     a_protein = options.bytes_of(1, hidden) - a_residue
-    residues = task.stock.residues
+    residues = task.inventory.residues
     if options.long_proteins == "truncate":
-        residues = min(residues, task.stock.proteins * (options.window or 0))
-    needed = (task.stock.proteins * a_protein + residues * a_residue) * (1 if task.is_folder else 2)
+        residues = min(residues, task.inventory.proteins * (options.window or 0))
+    needed = (task.inventory.proteins * a_protein + residues * a_residue) * (1 if task.work.is_folder else 2)
     free = shutil.disk_usage(task.work.folder).free
     if needed > free:
-        twice = "" if task.is_folder else ", half of them until the file is joined from its parts"
+        twice = "" if task.work.is_folder else ", half of them until the file is joined from its parts"
         raise ConfigError(
-            f"output: {task.output} takes {needed / 1e9:,.1f} GB{twice}; {free / 1e9:,.1f} GB are free there. "
+            f"output: {task.config.output} takes {needed / 1e9:,.1f} GB{twice}; {free / 1e9:,.1f} GB are free there. "
             "dtype=float16 halves it; residues=false leaves the most out"
         )
 
 
 def _compute(
     task: EmbedTask,
-    share: WorkerRank,
+    rank: WorkerRank,
     engine: Engine,
     options: EmbeddingOptions,
     about: dict[str, Any],
     progress: _Progress,
 ) -> int | None:
-    """Compute what is not there of the share. The number of parts of the whole input; None if all were finished."""
+    """Compute the missing parts of the rank; return the number of parts of the input, None if all were finished."""
     from bionemo_esm.inference.embedding.embeddings import embed_proteins
 
     work, before = task.work, task.input.stat()
     number = -1
-    proteins = read_proteins(task.input, task.policy, lambda _: None)
-    pieces = cut(proteins, task.part_proteins, task.part_megabytes * _MEGABYTE,
+    proteins = read_proteins(task.input, task.config, lambda _: None)
+    pieces = cut(proteins, task.config.part_proteins, task.config.part_megabytes * _MEGABYTE,
                  lambda residues: options.bytes_of(residues, engine.config.hidden_size))  # fmt: skip
     for number, part in enumerate(pieces):
-        if number % share.world != share.rank:
+        if number % rank.world != rank.rank:
             continue
         if number in progress.kept:
             if work.is_intact(number, progress.kept[number]):
                 continue
             progress.forget(progress.kept[number].residues)
-        if share.world > 1 and _finished_by_others(task, about):
+        if rank.world > 1 and _finished_by_others(task, about):
             return None
         progress.begin(sum(protein.residues for protein in part))
         work.write(number, about, embed_proteins(engine, part, options, progress.answered))
@@ -247,19 +280,19 @@ def _compute(
     return number + 1
 
 
-_SECONDS_TO_END = 5.0  # for a process that was asked to; then it is killed
+_SECONDS_TO_END = 5.0  # from terminating a process to killing it
 
 
 class Outcome(NamedTuple):
-    """What came of processes: the output, or who failed and why."""
+    """The result of several processes: whether the output exists, or which failed and why."""
 
     finished: bool
-    errors: list[str]  # of a user's mending, each once
-    failed: list[str]  # in words, which process ended how
+    errors: list[str]  # of the user, without duplicates
+    failed: list[str]  # which process ended, and how
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> WorkerRank | None:
-    """The share of this process where torchrun or srun has started several; None where they have not.
+    """Return the rank of this process if torchrun or srun has started several; None otherwise.
 
     Raises `ConfigError` for an environment that contradicts itself.
     """
@@ -280,20 +313,20 @@ def launched(environment: Mapping[str, str] = os.environ) -> WorkerRank | None:
     return None
 
 
-def embed_in_processes(task: EmbedTask, devices: int, tell: ProgressCallbacks) -> Outcome:
-    """Embed in so many processes of this machine. If this one is stopped, they are; if it is killed, they end."""
+def embed_in_processes(task: EmbedTask, devices: int, callbacks: ProgressCallbacks) -> Outcome:
+    """Embed in several processes of this machine. They end when this process is stopped or killed."""
     context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
     ends: dict[Connection, int] = {}
     processes = []
     for rank in range(devices):
         here, there = context.Pipe(duplex=False)
-        share = WorkerRank(rank, devices, rank, devices)
-        processes.append(context.Process(target=_work, args=(task, share, there), name=f"process {rank}", daemon=True))
+        own = WorkerRank(rank, devices, rank, devices)
+        processes.append(context.Process(target=_work, args=(task, own, there), name=f"process {rank}", daemon=True))
         processes[-1].start()
         there.close()
         ends[here] = rank
     try:
-        finished, errors = _listen(ends, devices, tell)
+        finished, errors = _listen(ends, devices, callbacks)
         for process in processes:
             process.join()
     finally:
@@ -307,8 +340,8 @@ def embed_in_processes(task: EmbedTask, devices: int, tell: ProgressCallbacks) -
     return Outcome(finished, errors, failed)
 
 
-def _listen(ends: dict[Connection, int], devices: int, tell: ProgressCallbacks) -> tuple[bool, list[str]]:
-    """What the processes say, until all have ended."""
+def _listen(ends: dict[Connection, int], devices: int, callbacks: ProgressCallbacks) -> tuple[bool, list[str]]:
+    """Forward the messages of the processes until all have ended."""
     done: dict[int, int] = {}  # of those that have begun
     finished, errors = False, []
     while ends:
@@ -320,22 +353,22 @@ def _listen(ends: dict[Connection, int], devices: int, tell: ProgressCallbacks) 
                 end.close()
                 del ends[end]
                 continue
-            if "say" in message:
-                tell.say(message["say"])
+            if "line" in message:
+                callbacks.print_line(message["line"])
             elif "error" in message:
                 errors += [message["error"]] if message["error"] not in errors else []
             elif "finished" in message:
                 finished = finished or message["finished"]
             else:
                 done[ends[end]] = message["done"]
-                if len(done) == devices:  # what the last to begin finds done must not look like speed
-                    tell.progress(sum(done.values()))
+                if len(done) == devices:  # parts of an earlier run must not count as speed
+                    callbacks.progress(sum(done.values()))
     return finished, errors
 
 
-def _work(task: EmbedTask, share: WorkerRank, end: Connection) -> None:
-    """One process, from its start to its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the others
+def _work(task: EmbedTask, rank: WorkerRank, end: Connection) -> None:
+    """Run one process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its children
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -344,24 +377,24 @@ def _work(task: EmbedTask, share: WorkerRank, end: Connection) -> None:
             end.send_bytes(json.dumps(message).encode())
 
     def print_line(line: str) -> None:
-        send(say=line)
+        send(line=line)
 
     def progress(residues: int) -> None:
         send(done=residues)
 
-    speaks: Callable[[str], None] = print_line if share.rank == 0 else lambda line: None
+    first: Callable[[str], None] = print_line if rank.rank == 0 else lambda line: None
     code = 0
     try:
-        send(finished=embed_on_rank(task, share, ProgressCallbacks(speaks, progress)))
+        send(finished=embed_on_rank(task, rank, ProgressCallbacks(first, progress)))
     except UserError as error:
         send(error=str(error))
         code = 2
-    except Exception:  # told here, as the process ends without unwinding; its exit code tells the others
+    except Exception:  # `os._exit` below prints nothing; the exit code reports it
         traceback.print_exc()
         code = 1
     end.close()
     sys.stderr.flush()
-    os._exit(code)  # neither CUDA nor a thread of a library is waited for
+    os._exit(code)  # without waiting for CUDA and library threads
 
 
 def _end_with_parent() -> None:

@@ -1,7 +1,7 @@
-"""How likely a model finds a variant, against its wild type: the four scores of Meier et al. 2021.
+"""Scores of variants: the log-likelihood of a variant against the wild type, in the four forms of Meier et al. 2021.
 
 "Language models enable zero-shot prediction of the effects of mutations on protein function",
-doi:10.1101/2021.07.09.450648. With x the wild type, y the variant, T the places where they differ, and log p the
+doi:10.1101/2021.07.09.450648. With x the wild type, y the variant, T the sites where they differ, and log p the
 log-softmax over all 33 tokens:
 
     masked-marginals       sum over t in T of  log p(y_t | x without T) - log p(x_t | x without T)
@@ -9,8 +9,8 @@ log-softmax over all 33 tokens:
     mutant-marginals       sum over t in T of  log p(y_t | y) - log p(x_t | y)
     pseudo-log-likelihood  sum over all i of   log p(y_i | y without i) - log p(x_i | x without i)
 
-All are 0 for the wild type and higher for what the model finds more likely. A score is a sum of terms out of some
-passes of the model; a pass that several variants need is made once.
+All are 0 for the wild type, and higher for what the model finds more likely. A score is a sum of terms from some
+forward passes of the model; a pass that several variants share is computed once. torch is not imported.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import field_validator
 
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.batching import MaskedQuery, Residues, masked, window_around
+from bionemo_esm.inference.batching import MaskedQuery, Residues, WindowSpec, masked, window_around
 from bionemo_esm.inference.variants.mutations import (
     Substitution,
     Variant,
@@ -33,11 +34,13 @@ from bionemo_esm.inference.variants.mutations import (
     all_single,
     scan_columns,
 )
+from bionemo_esm.settings import PositiveInt, Settings
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from bionemo_esm.inference.engine import Engine
+    from bionemo_esm.inference.engine_options import ModelSizes
 
 MASKED, WILD_TYPE, MUTANT, PSEUDO = (
     "masked-marginals",
@@ -46,50 +49,50 @@ MASKED, WILD_TYPE, MUTANT, PSEUDO = (
     "pseudo-log-likelihood",
 )
 METHODS = (MASKED, WILD_TYPE, MUTANT, PSEUDO)
-TOGETHER, EACH = "together", "each"
+TOGETHER: Literal["together"] = "together"
+EACH: Literal["each"] = "each"
 
 
-@dataclass(frozen=True)
-class ScoringOptions:
-    """Which scores, and how.
+class ScoringOptions(Settings):
+    """Which scores are computed, and how.
 
-    masks: for masked-marginals, all places of a variant hidden at once ("together", the paper's formula), or each on
-    its own in the wild type ("each": the sum of the single mutants' scores, and a pass a place whatever the variants).
-    window: residues read at once, of longer proteins; None for as many as the model was trained on.
+    method: one or several of `METHODS`. masks: for masked-marginals, all sites of a variant masked in one pass
+    ("together", the paper's formula), or each alone in the wild type ("each": the sum of the single mutants' scores, in
+    one pass for each site, however many variants). window: residues read at once of a longer protein; None: the trained
+    length.
     """
 
-    methods: tuple[str, ...] = (MASKED,)
-    masks: str = TOGETHER
-    window: int | None = None
+    method: tuple[str, ...] = (MASKED,)
+    masks: Literal["together", "each"] = TOGETHER
+    window: PositiveInt | None = None
 
-    def __post_init__(self) -> None:
-        if not self.methods or len(set(self.methods)) < len(self.methods) or not set(self.methods) <= set(METHODS):
-            raise ConfigError(
-                f"method: one or several of {', '.join(METHODS)}, not {', '.join(self.methods) or 'none'}"
-            )
-        if self.masks not in (TOGETHER, EACH):
-            raise ConfigError(f"masks must be together or each, not {self.masks!r}")
-        if self.window is not None and self.window < 1:
-            raise ConfigError(f"window must be at least 1 residue, not {self.window}")
+    @field_validator("method", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
-    def window_of(self, engine: Engine) -> int:
-        """Residues read at once. Raises `ConfigError` for more than the model can read."""
-        window = engine.window if self.window is None else self.window
-        if engine.longest is not None and window > engine.longest:
-            raise ConfigError(f"window={window}: the model reads {engine.longest:,} residues at most")
-        return window
+    @field_validator("method")
+    @classmethod
+    def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        if not methods or len(set(methods)) < len(methods) or not set(methods) <= set(METHODS):
+            raise ConfigError(f"method: one or several of {', '.join(METHODS)}, not {', '.join(methods) or 'none'}")
+        return methods
+
+    def window_of(self, model: ModelSizes) -> int:
+        """Return the residues read at once. Raises `ConfigError` for more than the model can read."""
+        return WindowSpec.of(model, self.window, 0).window
 
     def adds_up(self, method: str) -> bool:
-        """Whether a score is the sum of its single mutants' scores, so that each place has a window of its own."""
+        """Return whether a score is the sum of the single mutants' scores, so that each site has its own window."""
         return method == WILD_TYPE or (method == MASKED and self.masks == EACH)
 
     def problem(self, variant: Variant, window: int) -> str:
-        """Why a variant cannot be scored by all methods, for one that sees so many residues; "" if it can.
+        """Return why a variant cannot be scored by all methods with this window; "" if it can.
 
-        Its places must be seen at once, but by methods that add up.
+        Its sites must fit into one window, except for methods whose scores add up.
         """
-        method = next((method for method in self.methods if not self.adds_up(method)), None)
-        if method is None or not variant or variant[-1].place - variant[0].place < window:
+        method = next((method for method in self.method if not self.adds_up(method)), None)
+        if method is None or not variant or variant[-1].site - variant[0].site < window:
             return ""
         return (
             f"its places span more than the {window:,} residues that the model reads at once, which {method} needs; "
@@ -97,18 +100,27 @@ class ScoringOptions:
         )
 
 
+def check_one_method(method: object) -> None:
+    """Raise `ConfigError` for anything but one method: a score for each variant is one column."""
+    if not isinstance(method, str):
+        raise ConfigError(
+            f"method: score_variants takes one of {', '.join(METHODS)}, not {method!r}; call it for each, or use scan",
+            code="scoring.one-method",
+        )
+
+
 def column_of(method: str) -> str:
-    """The name of a method's column in a table: `masked_marginals`, which Python takes for a name."""
+    """Return the name of a method's column in a table, a valid Python name: `masked_marginals`."""
     return method.replace("-", "_")
 
 
-Window = tuple[int, int]  # begin and end in the protein
+Window = tuple[int, int]  # begin and end within the protein
 
 
 class Terms(NamedTuple):
-    """What a pass adds to scores: of each term the row of the answer, the token, the variant, and 1 or -1.
+    """The contribution of a pass to scores: for each term the row of the result, the token, the variant, and 1 or -1.
 
-    Each is [N], or [1] where it is the same for all.
+    Each is [N], or [1] where all terms share it.
     """
 
     rows: NDArray[np.int64]
@@ -118,7 +130,7 @@ class Terms(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A question to the model, and what becomes of its answer."""
+    """A query to the model, and the terms that its result contributes."""
 
     query: MaskedQuery
     terms: Terms
@@ -126,11 +138,11 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """The passes of one method, made as they are needed."""
+    """The passes of one method, created as they are needed."""
 
     passes: int
     residues: int  # of all passes together
-    made: Iterator[Pass]
+    created: Iterator[Pass]
 
 
 def score(
@@ -138,12 +150,12 @@ def score(
     wild_type: WildType,
     variants: Sequence[Variant],
     options: ScoringOptions,
-    told: Callable[[str, int, int], None] = lambda method, done, total: None,
+    progress: Callable[[str, int, int], None] = lambda method, done, total: None,
 ) -> dict[str, NDArray[np.float64]]:
-    """The scores of variants by each method: float64 [V]; 0 for the wild type.
+    """Return the scores of variants by each method: float64 [V]; 0 for the wild type.
 
-    `told` hears of each method how many residues of how many have been read. Raises `VariantError` for a variant that
-    does not fit the window: see `ScoringOptions.problem`.
+    `progress` is called with the method, its residues read so far, and its residues in total. Raises `VariantError` for
+    a variant that does not fit the window: see `ScoringOptions.problem`.
     """
     window = options.window_of(engine)
     for variant in variants:
@@ -152,16 +164,16 @@ def score(
     numbers: dict[Variant, int] = {}
     which = np.array([numbers.setdefault(variant, len(numbers)) for variant in variants], dtype=np.int64)
     scores = {}
-    for method in options.methods:
+    for method in options.method:
         work = plan(method, wild_type, list(numbers), options, window)
-        scores[method] = _carried_out(engine, work, len(numbers), _counting(method, work.residues, told))[which]
+        scores[method] = _computed(engine, work, len(numbers), _counting(method, work.residues, progress))[which]
     return scores
 
 
 def scan_frame(
     engine: Engine, wild_type: WildType, options: ScoringOptions, region: tuple[int, int] | None = None
 ) -> DataFrame:
-    """Scores of all single mutants, a row each: `scan_columns`, and a column of each method."""
+    """Return the scores of all single mutants, a row each: `scan_columns`, and a column for each method."""
     import pandas
 
     variants = all_single(wild_type, region)
@@ -172,7 +184,7 @@ def scan_frame(
 
 
 def plan(method: str, wild_type: WildType, variants: Sequence[Variant], options: ScoringOptions, window: int) -> Work:
-    """The passes that a method needs for variants, each once."""
+    """Return the passes that a method needs for variants, without duplicates."""
     x, length = wild_type.tokens, len(wild_type.tokens)
     if method == PSEUDO:
         return _pseudo_likelihoods(wild_type, variants, window)
@@ -184,91 +196,93 @@ def plan(method: str, wild_type: WildType, variants: Sequence[Variant], options:
         parts = [(index, variant) for index, variant in enumerate(variants) if variant]
     around = [_window(part, length, window) for _, part in parts]
     if method == MUTANT:
-        made = (Pass(_asked(wild_type.mutated(part), _places(part), at), _marginals([(index, part)], _places(part)))
-                for (index, part), at in zip(parts, around, strict=True))  # fmt: skip
-        return Work(len(parts), sum(end - begin for begin, end in around), made)
+        passes = (
+            Pass(_query(wild_type.mutated(part), _sites(part), at), _marginals([(index, part)], _sites(part)))
+            for (index, part), at in zip(parts, around, strict=True)
+        )
+        return Work(len(parts), sum(end - begin for begin, end in around), passes)
     groups: dict[tuple[Window, tuple[int, ...]], list[tuple[int, Variant]]] = {}
     for part, at in zip(parts, around, strict=True):
-        hidden = tuple(place for place, _, _ in part[1]) if method == MASKED else ()
+        hidden = tuple(site for site, _, _ in part[1]) if method == MASKED else ()
         groups.setdefault((at, hidden), []).append(part)
-    made = (_one_of_wild_type(x, at, bool(hidden), members) for (at, hidden), members in groups.items())
-    return Work(len(groups), sum(end - begin for (begin, end), _ in groups), made)
+    passes = (_wild_type_pass(x, at, bool(hidden), members) for (at, hidden), members in groups.items())
+    return Work(len(groups), sum(end - begin for (begin, end), _ in groups), passes)
 
 
 # --- passes -----------------------------------------------------------------------------------------------------------
 
 
-def _one_of_wild_type(x: Residues, at: Window, hide: bool, members: list[tuple[int, Variant]]) -> Pass:
-    places = np.unique([place for _, part in members for place, _, _ in part])
-    query = _asked(x, places, at)
-    return Pass(masked(query.tokens, query.places) if hide else query, _marginals(members, places))
+def _wild_type_pass(x: Residues, at: Window, hide: bool, members: list[tuple[int, Variant]]) -> Pass:
+    sites = np.unique([site for _, part in members for site, _, _ in part])
+    query = _query(x, sites, at)
+    return Pass(masked(query.tokens, query.positions) if hide else query, _marginals(members, sites))
 
 
 def _pseudo_likelihoods(wild_type: WildType, variants: Sequence[Variant], window: int) -> Work:
-    """PLL of each variant over the residues of its window, less that of the wild type over the same."""
+    """Return passes for the PLL of each variant over its window, minus that of the wild type over the same window."""
     compared: dict[Window, list[int]] = {}
     for index, variant in enumerate(variants):
         if variant:
             compared.setdefault(_window(variant, len(wild_type.tokens), window), []).append(index)
 
-    def made() -> Iterator[Pass]:
+    def created() -> Iterator[Pass]:
         for (begin, end), members in compared.items():
-            yield from _each_hidden(wild_type.tokens[begin:end], np.array(members), -1.0)
+            yield from _each_masked(wild_type.tokens[begin:end], np.array(members), -1.0)
             for index in members:
-                yield from _each_hidden(wild_type.mutated(variants[index])[begin:end], np.array([index]), 1.0)
+                yield from _each_masked(wild_type.mutated(variants[index])[begin:end], np.array([index]), 1.0)
 
     lengths = {at: at[1] - at[0] for at in compared}
     passes = sum(lengths[at] * (1 + len(members)) for at, members in compared.items())
-    return Work(passes, sum(lengths[at] ** 2 * (1 + len(members)) for at, members in compared.items()), made())
+    return Work(passes, sum(lengths[at] ** 2 * (1 + len(members)) for at, members in compared.items()), created())
 
 
-def _each_hidden(tokens: Residues, variants: NDArray[np.int64], sign: float) -> Iterator[Pass]:
+def _each_masked(tokens: Residues, variants: NDArray[np.int64], sign: float) -> Iterator[Pass]:
     row, signs = np.zeros(1, dtype=np.int64), np.array([sign])  # the same for all variants, however many
-    for place in range(len(tokens)):
-        terms = Terms(row, tokens[place : place + 1].astype(np.int64), variants, signs)
-        yield Pass(masked(tokens, np.array([place], dtype=np.int64)), terms)
+    for site in range(len(tokens)):
+        terms = Terms(row, tokens[site : site + 1].astype(np.int64), variants, signs)
+        yield Pass(masked(tokens, np.array([site], dtype=np.int64)), terms)
 
 
-def _marginals(members: Sequence[tuple[int, Variant]], places: NDArray[np.int64]) -> Terms:
-    """For each substitution + log p(mutant) - log p(wild type), out of the answers at ascending `places`."""
+def _marginals(members: Sequence[tuple[int, Variant]], sites: NDArray[np.int64]) -> Terms:
+    """Return + log p(mutant) - log p(wild type) for each substitution, from the results at ascending `sites`."""
     single: list[tuple[int, Substitution]] = [(index, one) for index, part in members for one in part]
-    rows = np.searchsorted(places, [one.place for _, one in single])
+    rows = np.searchsorted(sites, [one.site for _, one in single])
     tokens = [[one.mutant, one.wildtype] for _, one in single]
     signs = np.tile([1.0, -1.0], len(single))
     return Terms(np.repeat(rows, 2), np.ravel(tokens), np.repeat([index for index, _ in single], 2), signs)
 
 
-def _asked(tokens: Residues, places: NDArray[np.int64], at: Window) -> MaskedQuery:
+def _query(tokens: Residues, sites: NDArray[np.int64], at: Window) -> MaskedQuery:
     begin, end = at
-    return MaskedQuery(tokens[begin:end], places - begin)
+    return MaskedQuery(tokens[begin:end], sites - begin)
 
 
-def _places(part: Variant) -> NDArray[np.int64]:
-    return np.array([place for place, _, _ in part], dtype=np.int64)
+def _sites(part: Variant) -> NDArray[np.int64]:
+    return np.array([site for site, _, _ in part], dtype=np.int64)
 
 
 def _window(part: Variant, residues: int, window: int) -> Window:
-    return window_around(part[0].place, part[-1].place, residues, window)
+    return window_around(part[0].site, part[-1].site, residues, window)
 
 
-# --- carrying out -----------------------------------------------------------------------------------------------------
+# --- computing --------------------------------------------------------------------------------------------------------
 
 
-def _carried_out(engine: Engine, work: Work, variants: int, answered: Callable[[int], None]) -> NDArray[np.float64]:
+def _computed(engine: Engine, work: Work, variants: int, answered: Callable[[int], None]) -> NDArray[np.float64]:
     scores = np.zeros(variants)
-    asked, waiting = tee(work.made)  # a batch lies between the two
+    asked, waiting = tee(work.created)  # `waiting` is a batch behind
     answers = engine.log_probabilities((one.query for one in asked), answered)
     for answer, (_, terms) in zip(answers, waiting, strict=True):
         np.add.at(scores, terms.variants, terms.signs * answer[terms.rows, terms.tokens])
     return scores
 
 
-def _counting(method: str, total: int, told: Callable[[str, int, int], None]) -> Callable[[int], None]:
+def _counting(method: str, total: int, progress: Callable[[str, int, int], None]) -> Callable[[int], None]:
     done = 0
 
     def add(residues: int) -> None:
         nonlocal done
         done += residues
-        told(method, done, total)
+        progress(method, done, total)
 
     return add

@@ -1,13 +1,10 @@
-"""Tables of variants, in and out, and how well scores agree with measurements.
+"""Tables of variants: reading, writing, agreement of scores with measurements, and baselines without a model.
 
-A table is an Arrow table; what was read as text (CSV, TSV) stays text, so that its columns leave as they came.
-
-What a score of variants has to beat: what can be said of a variant without a model.
+A table is an Arrow table. Columns read as text (CSV, TSV) stay text, so that they are written as they were read.
 """
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import os
@@ -20,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import TOKENS
-from bionemo_esm.data.fasta import STANDARD_INPUT, Source
+from bionemo_esm.data.fasta import MAX_RECORD_BYTES, STANDARD_INPUT, Source
 from bionemo_esm.errors import ConfigError, UserError
+from bionemo_esm.inference.inputs import check_no_workbook, separator_advice, suffix_of, text_lines
 from bionemo_esm.inference.variants.mutations import Variant
 from bionemo_esm.statistics import (
     FEWEST_FOR_CORRELATION,
@@ -87,13 +85,6 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet", ".pq")
-_OTHER_SEPARATORS = {
-    ";": "is it separated by ';'? Save it with commas, or as .tsv with tabs",
-    "\t": "is it separated by tabs? Name it .tsv",
-    ",": "is it separated by commas? Name it .csv",
-}
-_PACKED = (".gz", ".zst", ".zstd", ".bgz")
-_BLOCK_BYTES = 2**20
 _NOT_MEASURED = ("", "na", "nan", "null", "none")
 
 
@@ -140,7 +131,8 @@ def read_table(path: str | os.PathLike[str]) -> VariantTable:
     CSV. Raises `TableError`, `SourceError`.
     """
     name = "standard input" if os.fspath(path) == STANDARD_INPUT else os.fspath(path)
-    ending = ".csv" if name == "standard input" else _ending(name)
+    ending = ".csv" if name == "standard input" else suffix_of(name)
+    check_no_workbook(os.fspath(path), name, TableError)
     if ending in PARQUET:
         return _read_parquet(name)
     if ending not in SEPARATORS:
@@ -156,16 +148,7 @@ def read_table(path: str | os.PathLike[str]) -> VariantTable:
 def no_column(name: str, key: str, column: str, columns: Sequence[str], advice: str = "") -> str:
     """What to say of a table that lacks the column of a key; the advice is for a header with the right separator."""
     listed = ", ".join(columns[:20]) + (f" and {len(columns) - 20:,} more" if len(columns) > 20 else "")
-    return f"{name}: {key}={column}: there is no such column, but {listed}{_separator_advice(columns) or advice}"
-
-
-def _separator_advice(columns: Sequence[str]) -> str:
-    """What to do about a header of one column that looks like several; "" for any other."""
-    if len(columns) == 1:
-        for separator, advice in _OTHER_SEPARATORS.items():
-            if separator in columns[0]:
-                return f"; {advice}"
-    return ""
+    return f"{name}: {key}={column}: there is no such column, but {listed}{separator_advice(list(columns)) or advice}"
 
 
 def check_ending(key: str, path: Path) -> None:
@@ -245,35 +228,14 @@ def agreement(scores: Floats, measured: Floats, resamples: int = 1000, seed: int
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _ending(name: str) -> str:
-    name = name.lower()
-    for packed in _PACKED:
-        name = name.removesuffix(packed)
-    return Path(name).suffix
-
-
-def _text(path: str, name: str) -> str:
-    parts = []
-    with Source(path) as source:
-        block = bytearray(_BLOCK_BYTES)
-        while filled := source.fill(memoryview(block)):
-            parts.append(bytes(block[:filled]))
-    if source.damage:
-        raise TableError(f"{name}: {source.damage}; download or copy the file again")
-    content = b"".join(parts)
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise TableError(f"{name}: is UTF-16 text; save it as UTF-8")
-    if b"\0" in content:
-        raise TableError(f"{name}: is no text; is it the right file?")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TableError(f"{name}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-
-
 def _split(path: str, name: str, separator: str) -> tuple[list[str], list[list[str]], list[int]]:
     """Names of the columns, rows, and the number of each row; blank lines count, and are left out."""
-    reader = csv.reader(io.StringIO(_text(path, name), newline=""), delimiter=separator)
+    with Source(path) as source:
+        text = "".join(text_lines(source, TableError))
+    if "\0" in text:
+        raise TableError(f"{name}: is no text; is it the right file?")
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     names: list[str] = []
     rows: list[list[str]] = []
     numbers = []
@@ -301,7 +263,7 @@ def _split(path: str, name: str, separator: str) -> tuple[list[str], list[list[s
 
 def _ragged(row: Sequence[str], names: Sequence[str]) -> str:
     """What is wrong with a row of another number of fields than the header."""
-    advice = _separator_advice(names)
+    advice = separator_advice(list(names))
     if not advice and any("\n" in field for field in row):  # what follows an open quote is of its field, line by line
         advice = "; a field runs over several lines: is its quote not closed?"
     return f"has {len(row)} fields, the header {len(names)}{advice or '; correct it'}"
