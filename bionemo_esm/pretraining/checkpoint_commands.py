@@ -16,6 +16,7 @@ from typing_extensions import Self
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, run_to_exit_code
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.files import hold_output
 from bionemo_esm.settings import PositiveInt, Settings, plain_values
 
 
@@ -59,7 +60,8 @@ def _average(cfg: DictConfig) -> int:
 
     console = Console(sys.stdout)
     files = find_files(config.checkpoints)
-    report = average_checkpoints(files, config.last, config.output, ProgressBar(console, "averaging"))
+    with hold_output("output", config.output):
+        report = average_checkpoints(files, config.last, config.output, ProgressBar(console, "averaging"))
     for note in report.notes:
         console.print_line(f"  {note}")
     sources = report.sources
@@ -97,9 +99,8 @@ def _convert(source: Path, output: Path) -> int:
     from bionemo_esm.model.legacy import convert_legacy
 
     console = Console(sys.stdout)
-    if output.exists():
-        raise ConfigError(f"{output} exists already; remove it or choose another name")
-    report = convert_legacy(source, output)
+    with hold_output("NEW.nemo", output):
+        report = convert_legacy(source, output)
     console.print_line(
         f"Converted {source} into {output}: {report.parameters:,} parameters, {len(report.renamed)} tensors."
     )
