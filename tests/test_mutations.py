@@ -133,7 +133,7 @@ def test_a_short_table_is_told_the_offset_at_which_all_of_it_fits() -> None:
 
 def test_a_single_substitution_that_fits_at_one_offset_only_is_told_it() -> None:
     short = WildType("short", encode("MKTV"))
-    with pytest.raises(VariantError, match=r"row 1: K25A: .*every substitution fits with offset=24$"):
+    with pytest.raises(VariantError, match=r"row 2: K25A: .*every substitution fits with offset=24$"):
         read_variants(["K25A"], short, where)
     with pytest.raises(VariantError, match=r"variants\[0\]: K25A: .*every substitution fits with offset=24$"):
         variants_at_hand(["K25A"], short)
