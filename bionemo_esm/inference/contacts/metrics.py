@@ -1,4 +1,4 @@
-"""How good predicted contacts are: the precision of the surest ones, as Rao et al. 2020 report it.
+"""Precision of the most probable contacts, as in Rao et al. 2020.
 
 P@L is the share of true contacts among the L pairs predicted with the highest probability, L the residues of the
 protein; P@L/2 and P@L/5 take fewer. Pairs are counted by how far apart their residues are in the sequence.
@@ -16,16 +16,16 @@ from bionemo_esm.inference.contacts.structures import CONTACT_ANGSTROM, Structur
 from bionemo_esm.statistics import mean_interval
 
 RANGES: dict[str, tuple[int, int | None]] = {"short": (6, 12), "medium": (12, 24), "long": (24, None)}
-"""Name to the least separation |i - j| and that from which on pairs no longer belong."""
+"""Least separation |i - j| of each range, and its end, which is excluded."""
 TOPS: dict[str, int] = {"P@L": 1, "P@L/2": 2, "P@L/5": 5}
 _RESAMPLINGS = 2000
 
 Precisions = dict[tuple[str, str], float]
-"""By name of a range and of a top; what a protein has no pairs for is left out."""
+"""By the names of range and top; without those for which a protein has no pairs."""
 
 
 class Row(NamedTuple):
-    """A precision over proteins."""
+    """A mean precision over proteins."""
 
     range: str
     top: str
@@ -36,10 +36,10 @@ class Row(NamedTuple):
 
 
 def precision_of_top(scores: NDArray[np.floating], hits: NDArray[np.bool_], count: int) -> float:
-    """Share of hits among the `count` highest scores [P], of all if there are fewer; P > 0.
+    """Return the share of hits among the `count` highest scores [P], of all if there are fewer; P > 0.
 
-    Where scores are equal across that line, what a draw among those would give on average: no order of pairs is
-    favoured. NaN stands below every score.
+    Among equal scores at the limit, the expected share of a random draw counts, so that no order of pairs is favoured.
+    NaN is below every score.
     """
     ranked = np.where(np.isnan(scores), -np.inf, scores)
     count = min(max(count, 1), len(ranked))
@@ -50,7 +50,7 @@ def precision_of_top(scores: NDArray[np.floating], hits: NDArray[np.bool_], coun
 
 
 def precisions(scores_RR: NDArray[np.floating], structure: Structure, below: float = CONTACT_ANGSTROM) -> Precisions:
-    """Each precision of one protein; pairs with a residue that is not resolved do not count."""
+    """Return the precisions of one protein; pairs with an unresolved residue do not count."""
     first, second = np.triu_indices(structure.residues, min(begin for begin, _ in RANGES.values()))
     known = structure.resolved[first] & structure.resolved[second]
     first, second = first[known], second[known]
@@ -66,7 +66,7 @@ def precisions(scores_RR: NDArray[np.floating], structure: Structure, below: flo
 
 
 def summary(of_proteins: Sequence[Precisions], seed: int) -> list[Row]:
-    """Mean of each precision over proteins, with its 95% percentile bootstrap interval over proteins."""
+    """Return the mean of each precision over proteins, with its 95% percentile bootstrap interval over proteins."""
     rows = []
     for name in RANGES:
         for top in TOPS:
@@ -78,7 +78,7 @@ def summary(of_proteins: Sequence[Precisions], seed: int) -> list[Row]:
 
 
 def table(predictors: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Lines for a person: a predictor a line, P@L, P@L/2 and P@L/5 of each range; the interval for the first's P@L."""
+    """Return lines for the screen: P@L, P@L/2 and P@L/5 of each range, a line for each predictor."""
     head = "".join(f"{name:^22}" for name in RANGES)
     tops = "".join(f"{top:>7}" for top in TOPS) + " "
     width = max(map(len, predictors), default=0)
@@ -96,7 +96,7 @@ TIES = "Pairs with the same probability count by what a draw among them would gi
 
 
 def intervals(predictors: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Lines for a person: the long range P@L of each predictor with its interval."""
+    """Return lines for the screen: the long range P@L of each predictor with its interval."""
     found = {name: row for name, rows in predictors.items() if (row := _long(rows))}
     width = max(map(len, found), default=0)
     return [
@@ -107,9 +107,9 @@ def intervals(predictors: Mapping[str, Sequence[Row]]) -> list[str]:
 
 
 def verdict(predictors: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Lines that say whether the long range P@L of the first predictor is above that of each other one.
+    """Return lines that compare the long range P@L of the first predictor with that of each other one.
 
-    "Better" is said only where its interval lies above the other's.
+    "Better" means that its interval lies above the other's.
     """
     (_, first), *others = predictors.items()
     model = _long(first)
@@ -133,5 +133,5 @@ def _long(rows: Sequence[Row]) -> Row | None:
 
 
 def as_dicts(rows: Sequence[Row]) -> list[dict[str, str | float | int]]:
-    """For JSON."""
+    """Return rows for JSON."""
     return [dict(row._asdict()) for row in rows]

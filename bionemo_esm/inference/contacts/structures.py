@@ -1,7 +1,7 @@
-"""Structures of proteins: chains with a point in space for each residue, from Parquet, mmCIF or PDB files.
+"""Structures of proteins: chains with a coordinate for each residue, from Parquet, mmCIF or PDB files.
 
-The sequence of a chain is the one that was in the experiment, so that residues which the structure does not show keep
-their places and have no coordinates. Shape suffix: R residues of a chain.
+The sequence of a chain is the full one of the experiment: unresolved residues are in it, without coordinates. Shape
+suffixes: R residues of a chain, P pairs of residues.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 ATOMS = ("CA", "CB")
 CONTACT_ANGSTROM = 8.0
-"""Two residues touch that are nearer than this (Rao et al. 2020)."""
+"""Residues that are nearer than this are in contact (Rao et al. 2020)."""
 _MODELS = (".cif", ".mmcif", ".pdb", ".ent")
 _TABLES = (".parquet", ".pq")
 _ENDINGS = f"{', '.join(_TABLES)}, or {', '.join(_MODELS)} with or without .gz"
 _BOND_ANGSTROM = 4.5  # C-alphas of neighbours are 3.8 apart
 GAPS = {TOKEN_IDS["."], TOKEN_IDS["-"], UNK_ID}
-"""What a sequence's letters become that are none of a protein."""
+"""Token ids of letters that no protein has."""
 
 
 class StructureError(UserError):
@@ -40,11 +40,11 @@ class StructureError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """One chain."""
+    """A protein chain."""
 
     id: str
     tokens: NDArray[np.uint8]  # [R], R > 0: token ids, without <cls> and <eos>
-    coordinates: NDArray[np.float32]  # [R, 3], angstrom; NaN where the structure does not show the residue
+    coordinates: NDArray[np.float32]  # [R, 3], angstrom; NaN for an unresolved residue
 
     @property
     def residues(self) -> int:
@@ -52,7 +52,7 @@ class Structure:
 
     @property
     def resolved(self) -> NDArray[np.bool_]:
-        """Which residues [R] have a place in space."""
+        """Which residues [R] have coordinates."""
         return np.asarray(np.isfinite(self.coordinates).all(axis=1))
 
     def distances_from(self, rows: slice = slice(None)) -> NDArray[np.float32]:
@@ -94,18 +94,18 @@ def source_paths(key: str, value: Any) -> tuple[str, ...]:
 
 
 def holds_structures(path: str) -> bool:
-    """Whether an input is one of structures: an mmCIF or PDB file, a folder or pattern, or Parquet with `coords`."""
+    """Return whether an input holds structures: mmCIF, PDB, a folder or pattern, or Parquet with `coords`."""
     if _kind(path) == "table":
         return Path(path).is_file() and "coords" in _schema(path)
     return _kind(path) == "model" or Path(path).is_dir() or (glob.has_magic(path) and not os.path.lexists(path))
 
 
 def read_structures(source: str | Iterable[str], atom: str = "CA", chain: str | None = None) -> list[Structure]:
-    """The protein chains of a file, of all files of a folder (by name), of a pattern (`structures/*.cif.gz`), or of
-    several of these.
+    """Return the protein chains of a file, a folder (by name), a pattern (`structures/*.cif.gz`), or several of these.
 
-    `atom`: whose place stands for a residue, CA, or CB (CA in glycine). `chain`: the author's name of the chain of each
-    file; None: all. Ids are `file_chain` (`1ubq_A`), and must differ. Raises `StructureError`; `ConfigError` for keys.
+    `atom`: whose position stands for a residue, CA, or CB (CA in glycine). `chain`: the author's name of the chain of
+    each file; None: all. Ids are `file_chain` (`1ubq_A`), and must differ. Raises `StructureError`; `ConfigError` for
+    arguments.
     """
     if atom not in ATOMS:
         raise ConfigError(f"atom must be {' or '.join(ATOMS)}, not {atom!r}")
@@ -124,7 +124,7 @@ def read_structures(source: str | Iterable[str], atom: str = "CA", chain: str | 
 
 
 def files_of(source: str | Iterable[str]) -> list[str]:
-    """The files that `read_structures` would read, in order. Raises `StructureError` where there is none."""
+    """Return the files that `read_structures` would read, in order. Raises `StructureError` if there is none."""
     return _files([source] if isinstance(source, str) else list(source))
 
 
@@ -150,7 +150,7 @@ def _files(sources: Sequence[str]) -> list[str]:
 
 
 def _kind(path: str) -> str:
-    """`table`, `model`, or nothing, by the name."""
+    """Return `table`, `model`, or an empty text, by the name."""
     name = path.lower()
     if name.endswith(_TABLES):
         return "table"
@@ -179,8 +179,9 @@ def _schema(path: str) -> list[str]:
 
 
 def _of_table(path: str) -> Iterator[Structure]:
-    """Rows with `sequence`, `coords` (R times x, y, z) and, if they like, `ca_mask` (0: no coordinates); named by `id`,
-    or by `pdb_id` and `chain_id`."""
+    """Yield rows with `sequence`, `coords` (R times x, y, z) and optionally `ca_mask` (0: no coordinates), named by
+    `id`, or by `pdb_id` and `chain_id`.
+    """
     import pyarrow as arrow
     from pyarrow import parquet
 
@@ -282,9 +283,9 @@ def _of_chain(
 
 
 def _numbered(shown: list[gemmi.Residue]) -> tuple[list[int | None], list[str]]:
-    """Places and names where a file has no full sequence: one after another, and X for what is missing.
+    """Return positions and names for a file without a full sequence; X stands for missing residues.
 
-    Missing are as many as the numbering leaves out, where the chain is broken in space.
+    Missing are as many as the numbering skips where the chain is broken in space.
     """
     places: list[int | None] = []
     names: list[str] = []
@@ -300,7 +301,9 @@ def _numbered(shown: list[gemmi.Residue]) -> tuple[list[int | None], list[str]]:
 
 
 def _point(residue: gemmi.Residue, atom: str) -> NDArray[np.float32]:
-    """Where its atom is: of several places that with the highest occupancy, the first of equals; NaN for none."""
+    """Return the position of a residue's atom: the alternative with the highest occupancy, the first of equals; NaN for
+    none.
+    """
     name = "CA" if residue.name == "GLY" else atom
     candidates = [place for place in residue if place.name == name and place.element.name == "C"]
     if not candidates:
@@ -309,7 +312,7 @@ def _point(residue: gemmi.Residue, atom: str) -> NDArray[np.float32]:
 
 
 def _letter(name: str) -> str:
-    """Of a residue: a modified one has that of its parent (MSE is M), an unknown one X."""
+    """Return the letter of a residue: that of the parent of a modified one (MSE is M), X for an unknown one."""
     import gemmi
 
     letter = gemmi.find_tabulated_residue(name).one_letter_code.upper()

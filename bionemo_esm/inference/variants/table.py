@@ -58,10 +58,10 @@ MATRIX: NDArray[np.int64] = np.array(_BLOSUM62.split(), dtype=np.int64).reshape(
 
 
 def baselines(variants: Sequence[Variant | None]) -> dict[str, NDArray[np.float64]]:
-    """Scores without a model, float64 [V]: NaN for None, or a residue that is none of the 20.
+    """Return scores without a model, float64 [V]: NaN for None, and for residues outside the standard 20.
 
-    By the matrix: the sum over substitutions of M(wild type, mutant) - M(wild type, wild type). By the number of
-    substitutions, negative: where all have as many, that is left out.
+    BLOSUM62: the sum over substitutions of M(wild type, mutant) - M(wild type, wild type). Fewer mutations: minus the
+    number of substitutions, left out if all variants have the same number.
     """
     fewer = np.array([np.nan if variant is None else -len(variant) for variant in variants], dtype=np.float64)
     matrix = np.array([np.nan if variant is None else _by_matrix(variant) for variant in variants])
@@ -94,18 +94,18 @@ class TableError(UserError):
 
 @dataclass(frozen=True)
 class VariantTable:
-    """What was read, and where its rows stand."""
+    """A table, and the rows of its file."""
 
     name: str
     table: arrow.Table
-    rows: NDArray[np.int64]  # [V]: the number of each row in the file, its header being row 1
+    rows: NDArray[np.int64]  # [V]: the number of each row in the file; the header is row 1
 
     def where(self, index: int) -> str:
-        """A row, for a message."""
+        """Return the name of a row for a message."""
         return f"{self.name}, row {self.rows[index]}"
 
     def texts(self, column: str, key: str) -> list[str]:
-        """A column as text, '' where nothing stands. Raises `TableError`, naming the key, where it is not there."""
+        """Return a column as text, "" for an empty cell. Raises `TableError`, naming the key, for a missing column."""
         names = self.table.column_names
         if column not in names:
             raise TableError(no_column(self.name, key, column, names))
@@ -113,7 +113,7 @@ class VariantTable:
         return ["" if value is None else str(value) for value in values]
 
     def numbers(self, column: str, key: str) -> Floats:
-        """A column as numbers, NaN where nothing stands, or NA. Raises `TableError` for anything else."""
+        """Return a column as numbers, NaN for an empty cell and NA. Raises `TableError` for anything else."""
         found = np.full(len(self.rows), np.nan)
         for index, text in enumerate(self.texts(column, key)):
             if text.strip().lower() in _NOT_MEASURED:
@@ -127,8 +127,10 @@ class VariantTable:
 
 
 def read_table(path: str | os.PathLike[str]) -> VariantTable:
-    """A CSV or TSV file with a header, plain or gzip or zstd, or a Parquet file, by its ending; `-`, standard input, is
-    CSV. Raises `TableError`, `SourceError`.
+    """Read a CSV or TSV file with a header (plain, gzip or zstd), or a Parquet file, by its suffix; `-`, standard
+    input, is CSV.
+
+    Raises `TableError`, `SourceError`.
     """
     name = "standard input" if os.fspath(path) == STANDARD_INPUT else os.fspath(path)
     ending = ".csv" if name == "standard input" else suffix_of(name)
@@ -146,19 +148,19 @@ def read_table(path: str | os.PathLike[str]) -> VariantTable:
 
 
 def no_column(name: str, key: str, column: str, columns: Sequence[str], advice: str = "") -> str:
-    """What to say of a table that lacks the column of a key; the advice is for a header with the right separator."""
+    """Return the message for a missing column; `advice` is added if the separator of the header is right."""
     listed = ", ".join(columns[:20]) + (f" and {len(columns) - 20:,} more" if len(columns) > 20 else "")
     return f"{name}: {key}={column}: there is no such column, but {listed}{separator_advice(list(columns)) or advice}"
 
 
 def check_ending(key: str, path: Path) -> None:
-    """Raises `ConfigError`, naming the key, unless a table of this name can be written."""
+    """Raise `ConfigError`, naming the key, for a name of a table that cannot be written."""
     if path.suffix not in (*SEPARATORS, *PARQUET):
         raise ConfigError(f"{key}: {path} must end in .csv, .tsv or .parquet")
 
 
 def with_columns(table: arrow.Table, columns: Mapping[str, NDArray[Any]]) -> arrow.Table:
-    """A table and more columns, NaN as null. Raises `TableError` for a column that is there already."""
+    """Return the table with more columns, NaN as null. Raises `TableError` for a name that exists."""
     import pyarrow as arrow
 
     for name, values in columns.items():
@@ -169,9 +171,9 @@ def with_columns(table: arrow.Table, columns: Mapping[str, NDArray[Any]]) -> arr
 
 
 def write_table(table: arrow.Table, stream: IO[bytes], ending: str, rounded: Collection[str]) -> None:
-    """Write as Parquet, or as CSV or TSV: there with six decimals in the `rounded` columns, and empty fields for null.
+    """Write a table in the format of the suffix: Parquet, CSV or TSV.
 
-    The ending says which.
+    In text, columns of `rounded` have six decimals, and null is an empty field.
     """
     if ending in PARQUET:
         from pyarrow import parquet
@@ -195,7 +197,7 @@ def write_table(table: arrow.Table, stream: IO[bytes], ending: str, rounded: Col
 
 @dataclass(frozen=True)
 class Agreement:
-    """Spearman's rank correlation of scores and measurements, and the interval that holds 95% of its resamples."""
+    """Spearman's rank correlation of scores and measurements, and its 95% bootstrap interval."""
 
     spearman: float  # NaN where one of the two is the same everywhere, or there are fewer than three
     low: float
@@ -203,7 +205,7 @@ class Agreement:
     variants: int  # that have both
 
     def as_json(self) -> dict[str, float | int | None]:
-        """For a summary: NaN as null, six decimals."""
+        """Return the values for a summary: NaN as null, six decimals."""
         return {
             key: value if isinstance(value, int) else None if np.isnan(value) else round(value, 6)
             for key, value in asdict(self).items()
@@ -211,9 +213,9 @@ class Agreement:
 
 
 def agreement(scores: Floats, measured: Floats, resamples: int = 1000, seed: int = 1) -> Agreement:
-    """Spearman's correlation with a percentile bootstrap over variants; ties have their average rank.
+    """Return Spearman's correlation with a percentile bootstrap over variants; ties have their average rank.
 
-    Pairs with a NaN are left out. Drawn by NumPy's PCG64 from `seed`, so that the same numbers give the same interval.
+    Pairs with a NaN are left out. A seed gives the same interval everywhere (NumPy's PCG64).
     """
     both = ~(np.isnan(scores) | np.isnan(measured))
     count = int(both.sum())
@@ -229,7 +231,7 @@ def agreement(scores: Floats, measured: Floats, resamples: int = 1000, seed: int
 
 
 def _split(path: str, name: str, separator: str) -> tuple[list[str], list[list[str]], list[int]]:
-    """Names of the columns, rows, and the number of each row; blank lines count, and are left out."""
+    """Return the names of the columns, the rows, and the number of each row; blank lines count and are left out."""
     with Source(path) as source:
         text = "".join(text_lines(source, TableError))
     if "\0" in text:
@@ -262,7 +264,7 @@ def _split(path: str, name: str, separator: str) -> tuple[list[str], list[list[s
 
 
 def _ragged(row: Sequence[str], names: Sequence[str]) -> str:
-    """What is wrong with a row of another number of fields than the header."""
+    """Return what is wrong with a row whose number of fields differs from the header's."""
     advice = separator_advice(list(names))
     if not advice and any("\n" in field for field in row):  # what follows an open quote is of its field, line by line
         advice = "; a field runs over several lines: is its quote not closed?"
@@ -309,10 +311,10 @@ def agreements(
     places: NDArray[np.int64],
     count: Callable[[Floats, Floats], Agreement],
 ) -> dict[str, dict[str, Agreement]]:
-    """Of each method, over all variants, and where there are both, over single and multiple mutants apart; but not over
-    a group of which fewer than three are measured, or of which all measure the same: no method can tell it apart.
+    """Return the agreement of each method over all variants, and over single and multiple mutants if there are both.
 
-    `places`: how many residues each variant replaces, int64 [V].
+    A group with fewer than three measurements, or with equal ones, is left out. `places`: the number of residues that
+    each variant replaces, int64 [V].
     """
     groups = {"all": places >= 0}
     if (places == 1).any() and (places > 1).any():
@@ -325,7 +327,7 @@ def agreements(
 
 
 def lines_of(found: Mapping[str, Mapping[str, Agreement]]) -> Iterable[str]:
-    """The agreements as a small table of text."""
+    """Yield the agreements as a table of text."""
     yield f"  {'':<22} {'':<9} Spearman  95% interval       variants"
     for method, groups in found.items():
         for group, told in groups.items():
@@ -335,7 +337,7 @@ def lines_of(found: Mapping[str, Mapping[str, Agreement]]) -> Iterable[str]:
 
 
 def verdict_of(found: Mapping[str, Mapping[str, Agreement]], baselines: Collection[str]) -> str:
-    """A sentence where over all variants no method does better than the best of the baselines; "" where one does."""
+    """Return a sentence if no method does better over all variants than the best baseline; "" otherwise."""
     over_all = {name: groups["all"].spearman for name, groups in found.items()}
     told = {name: value for name, value in over_all.items() if not np.isnan(value)}
     best = max((name for name in told if name in baselines), key=lambda name: told[name], default=None)
