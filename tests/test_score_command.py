@@ -295,7 +295,8 @@ def test_the_command_tells_the_correlation_beside_what_needs_no_model(job: Job, 
         ({"input": "{t}", "offset": "2"}, "mutants.csv, row 2: Q2A: position 2 of ubiquitin is M, not Q, by offset=2"),
         ({"input": "none.csv"}, "none.csv: no such file"),
         ({"input": "{t}", "picture": "true", "mutation_column": "name", "bad_rows": "skip"}, "no variant is left"),
-        ({"input": "mutants.xlsx"}, "a table must end in .csv"),
+        ({"input": "mutants.xlsx"}, "is a spreadsheet, or another zip file; save the sheet as CSV"),
+        ({"input": "mutants.txt"}, "a table must end in .csv"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line_before_the_model_is_read(

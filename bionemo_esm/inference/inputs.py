@@ -389,6 +389,8 @@ def text_lines(source: Source, error: type[UserError] = InputError) -> Iterator[
         try:
             *lines, rest = (rest + decoder.decode(memoryview(block)[:filled], final=at_end)).split("\n")
         except UnicodeDecodeError as problem:
+            if b"\0" in block[:filled]:
+                raise error(f"{source.name}: is no text; is it the right file?") from None
             raise error(
                 f"{source.name}, line {number} or later: is not UTF-8 text ({problem.reason}); save it as UTF-8"
             ) from None
