@@ -226,9 +226,9 @@ def test_help_tells_every_key(capsys: pytest.CaptureFixture[str], monkeypatch: p
         command_line.main()
     text = capsys.readouterr().out
     assert text.startswith("bionemo-esm predict key=value")
-    for key in predict_job.KEYS:
+    for key in predict_job.PredictConfig.model_fields:
         assert f"\n{key}: " in text
-    assert set(composed(config="predict", part="finetuning")) == predict_job.KEYS
+    assert set(composed(config="predict", part="finetuning")) == set(predict_job.PredictConfig.model_fields)
 
 
 def test_the_example_works_from_a_shell(job: Job, tmp_path: Path) -> None:
