@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "bionemo_esm"
 LAYERS = (
-    "alphabet", "errors", "registry", "settings", "console", "files", "statistics", "plotting", "command_line", "data",
-    "model", "inference", "finetuning", "pretraining",
+    "alphabet", "errors", "registry", "settings", "compat", "console", "files", "statistics", "plotting",
+    "command_line", "data", "model", "inference", "finetuning", "pretraining",
 )  # fmt: skip
 """From the bottom up. A module imports from its own layer and from those before it."""
 PATH = (
@@ -34,8 +34,8 @@ PATH = (
     ("bionemo_esm/data/collate.py", "crop and pack into one row without padding"),
     ("bionemo_esm/data/masking.py", "select and corrupt residues"),
     ("bionemo_esm/model/encoder.py", "embedding, attention blocks, logits"),
-    ("bionemo_esm/model/esm1nv.py", "loss and gradients of a step"),
-    ("bionemo_esm/model/optimizer.py", "gradient reduction and the optimizer step"),
+    ("bionemo_esm/model/esm1nv.py", "the loss over masked positions of the global batch"),
+    ("bionemo_esm/model/packed_model.py", "gradients of the micro batches, clipping, the optimizer step"),
 )
 """The files from the FASTA record to the optimizer step, in order, and what happens in each."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES, SMALL_FILE_LINES, MAX_PATH_FILES = 800, 60, 80, 8
