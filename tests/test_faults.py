@@ -117,7 +117,7 @@ def test_sigterm_to_one_rank_in_any_phase_saves_on_all_and_the_run_goes_on_as_if
 
 
 FORWARD, COPY, WRITE = MODEL + "ESM1nvModel.forward", SAVING + "StateCopies.of", SAVING + "write_archive"
-"""`write_archive` writes a snapshot and a checkpoint in turn: the even calls are checkpoints."""
+"""Calls of `write_archive`: snapshot and checkpoint of step 2, the best checkpoint (3), snapshot and checkpoint (4)."""
 SECOND_SIGNALS = {
     "SIGTERM again and again": ([Fault(FORWARD, SIGTERM, call=4, repeated=True)], 143),
     "SIGTERM twice in a save": ([Fault(COPY, SIGTERM), Fault(WRITE, SIGTERM, call=2)], 143),
@@ -169,8 +169,8 @@ def test_sigkill_at_twenty_random_moments_of_saving_costs_no_more_than_the_steps
 
 
 CRASHES = {
-    "before the snapshot": Fault(SAVING + "write_archive", SIGKILL, call=3),
-    "between snapshot and checkpoint": Fault(SAVING + "write_archive", SIGKILL, call=4),
+    "before the snapshot": Fault(SAVING + "write_archive", SIGKILL, call=4),
+    "between snapshot and checkpoint": Fault(SAVING + "write_archive", SIGKILL, call=5),
     "before the older are deleted": Fault(SAVING + "Checkpoints._delete_all_but_last_and", SIGKILL, call=2),
     "before the average": Fault("bionemo_esm.pretraining.averaging.average", SIGKILL),
     "between average and its file": Fault("bionemo_esm.pretraining.averaging.write_archive", SIGKILL),
@@ -257,7 +257,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_spares_the_checkpoint_before(
 
 def test_a_writer_that_dies_stops_the_run_and_nothing_is_deleted_after_it(tmp_path: Path, unbroken: Path) -> None:
     folder = tmp_path / "run"
-    outcome = run(folder, "exp_manager.checkpoints.keep_last=1", faults=[Fault(WRITE, die, call=4)])
+    outcome = run(folder, "exp_manager.checkpoints.keep_last=1", faults=[Fault(WRITE, die, call=3)])
     assert outcome.codes == [1]
     assert "MemoryError: killed in the test" in outcome.errors, "a bug of ours keeps its traceback"
     assert assert_whole(folder) == [2]
