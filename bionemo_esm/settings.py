@@ -141,7 +141,9 @@ def _worded(key: str, settings: type[Settings], details: ErrorDetails) -> tuple[
             .replace("False", "false")
         )
         shown = repr(value) if kind == "literal_error" else value
-        return (f"{key} must be {bounds[kind].format(**limits | {'expected': expected})}, not {shown}",)
+        field = settings.model_fields.get(str(details["loc"][0]))
+        null = ", or null" if field is not None and NoneType in get_args(field.annotation) else ""
+        return (f"{key} must be {bounds[kind].format(**limits | {'expected': expected})}{null}, not {shown}",)
     return (f"{key} {details['msg'][:1].lower()}{details['msg'][1:]}",)
 
 

@@ -112,6 +112,16 @@ def test_what_is_not_literal_in_a_value_of_a_text_key(given: str, value: object)
     assert plain_values(cfg)["input"] == value
 
 
+def test_a_file_named_like_a_pattern_is_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("[1].fasta").write_text(">a\nMKT\n")
+    with pytest.raises(SystemExit):
+        preprocess.job(composed(preprocess.for_hydra("input=[1].fasta"), "output=.", config="preprocess_uniref50"))
+    assert capsys.readouterr().err == "error: output: . exists already; name another folder, or remove it\n"
+
+
 @pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.configured])
 def test_text_keys_are_keys_of_the_configuration(name: str) -> None:
     command = getattr(import_module(COMMANDS[name].module), COMMANDS[name].function)

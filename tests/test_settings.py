@@ -23,6 +23,7 @@ class Outer(Settings, section="outer"):
     steps: PositiveInt = 8
     limit: int | None = None
     most: PositiveInt | None = None
+    most: PositiveInt | None = None
     counts: tuple[PositiveInt, ...] = ()
     lr: PositiveFloat = 1e-3
     name: str | None = None
@@ -49,6 +50,7 @@ class Outer(Settings, section="outer"):
         ({"most": True}, "config.type", "outer.most must be an integer, not True"),
         ({"most": "5"}, "config.type", "outer.most must be an integer, not '5'"),
         ({"counts": [1, True]}, "config.type", "outer.counts must be an integer, not True"),
+        ({"most": 0}, "config.value", "outer.most must be at least 1, or null, not 0"),
         ({"limit": 2.5}, "config.type", "outer.limit must be an integer, not 2.5"),
         ({"lr": float("nan")}, "config.value", "outer.lr must be positive, not nan"),
         ({"flag": 1}, "config.type", "outer.flag must be true or false, not 1"),

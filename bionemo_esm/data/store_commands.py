@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import glob
 import json
+import os
 import re
 import shlex
 import sys
@@ -27,7 +28,7 @@ from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.data.store_summary import StoreSummary, draw_summary
 from bionemo_esm.data.uniprot_release import fetch_release
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.settings import NonNegativeInt, PositiveInt, Settings, plain_values
+from bionemo_esm.settings import NonNegativeInt, PositiveInt, Settings, expand_home, plain_values
 
 MODEL_CARD_RELEASE = "2022_05"
 PICTURE_NAME = "card.png"
@@ -107,9 +108,10 @@ def _input_files(value: Any) -> tuple[str, ...]:
     for pattern in map(str, patterns):
         if not pattern:
             raise ConfigError("input is empty; name a FASTA file, a pattern, or - for standard input")
-        if not re.search(r"[*?\[]", pattern):
-            found.append(pattern if pattern == STANDARD_INPUT else str(Path(pattern).expanduser()))
-        elif matches := sorted(glob.glob(str(Path(pattern).expanduser()))):  # noqa: PTH207
+        place = pattern if pattern == STANDARD_INPUT else str(expand_home(pattern))
+        if not glob.has_magic(place) or os.path.lexists(place):  # a file may be named [1].fasta
+            found.append(place)
+        elif matches := sorted(glob.glob(place)):  # noqa: PTH207
             found += matches
         else:
             raise ConfigError(f"input: no file matches {pattern}; check the pattern and the working folder")

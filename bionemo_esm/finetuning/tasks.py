@@ -14,7 +14,7 @@ from pydantic import ValidationInfo, field_validator, model_validator
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.inference.inputs import InputPolicy
 from bionemo_esm.model.safe_serialization import check_plain
-from bionemo_esm.settings import PositiveInt, Settings
+from bionemo_esm.settings import PositiveInt, Settings, expand_home
 
 RESIDUE, SEQUENCE = "residue", "sequence"
 CLASSIFICATION, REGRESSION = "classification", "regression"
@@ -287,7 +287,7 @@ class DataConfig(Settings, section="data"):
         given = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
         if not all(isinstance(one, str) and one for one in given) or value == []:
             raise ConfigError(f"{key} must be a path, or a list of paths, not {value!r}", code="config.type")
-        found = [str(Path(one).expanduser()) for one in given]
+        found = [str(expand_home(one)) for one in given]
         if "-" in found:
             raise ConfigError(f"{key} must be a file: standard input can be read only once; save it first")
         if len(set(found)) < len(found):

@@ -18,7 +18,7 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveError, ArchiveFile, is_our_archive
 from bionemo_esm.model.config import PRECISIONS, ROTARY, EncoderConfig
 from bionemo_esm.model.validate import check_sizes
-from bionemo_esm.settings import PositiveInt, Settings
+from bionemo_esm.settings import PositiveInt, Settings, expand_home
 
 if TYPE_CHECKING:
     from bionemo_esm.inference.engine import Engine
@@ -97,7 +97,7 @@ def engine_config(
 
 def open_model_file(path: Path) -> ArchiveFile:
     """Open a model's archive and check its small members. Raises `ArchiveError` if it is not one of this package."""
-    path = path.expanduser()
+    path = expand_home(path)
     if path.is_dir() or not path.exists():
         what = "is a folder" if path.exists() else "no such file"
         raise ArchiveError(f"model: {path}: {what}; give a .nemo, which a training run or `bionemo-esm convert` writes")

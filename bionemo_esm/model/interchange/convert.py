@@ -22,6 +22,7 @@ from bionemo_esm.model.interchange.formats import Conversion
 from bionemo_esm.model.interchange.state_dict_adapter import ImportedWeights, SourceModel, resize_positions, to_native
 from bionemo_esm.model.tensor_io import LazyTensors
 from bionemo_esm.model.validate import package_versions
+from bionemo_esm.settings import expand_home
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def import_model(
     float32. `tell` is called once all but the weights is read. Raises `UserError` (`ConfigError`, `InterchangeError`,
     `ArchiveError`).
     """
-    conversion = Conversion.of(str(source), Path(output).expanduser(), revision, precision)
+    conversion = Conversion.of(str(source), expand_home(output), revision, precision)
     if conversion.is_export:
         raise ConfigError(f"source: {source} is an archive of ours already; export_model takes it home")
     done = 0
@@ -90,11 +91,11 @@ def export_model(
     A target whose ending another format of `FORMATS` writes is written in that format. precision: "32" or "bf16"; None
     keeps the archive's. Raises `UserError` as `import_model`.
     """
-    conversion = Conversion.of(str(source), Path(target).expanduser(), precision=precision)
+    conversion = Conversion.of(str(source), expand_home(target), precision=precision)
     if not conversion.is_export:
         description = conversion.source_format.description
         raise ConfigError(f"source: {source} is {description}, not an archive of ours; import_model takes it in")
-    file = ArchiveFile.open(Path(source).expanduser())
+    file = ArchiveFile.open(expand_home(source))
     return conversion.target_format.write(
         file, conversion.target, precision=precision, shard_bytes=shard_bytes, progress=progress
     )

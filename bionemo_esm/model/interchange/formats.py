@@ -19,6 +19,7 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import check_absent, check_writable
 from bionemo_esm.model.archive import ArchiveFile, is_our_archive
 from bionemo_esm.registry import Registry
+from bionemo_esm.settings import expand_home
 
 if TYPE_CHECKING:  # they import torch
     from bionemo_esm.model.interchange.export import ExportReport, Progress
@@ -82,7 +83,7 @@ class ArchiveFormat(ModelFormat):
     description, suffixes = "an archive of ours", (".nemo",)
 
     def detect(self, source: str) -> bool:
-        return is_our_archive(Path(source).expanduser())
+        return is_our_archive(expand_home(source))
 
 
 class HuggingFaceFolder(ModelFormat):
@@ -91,12 +92,12 @@ class HuggingFaceFolder(ModelFormat):
     description = "a Hugging Face folder"
 
     def detect(self, source: str) -> bool:
-        return (Path(source).expanduser() / "config.json").exists()
+        return (expand_home(source) / "config.json").exists()
 
     def read(self, source: str, revision: str | None, advance: Callable[[int], None]) -> SourceModel:
         from bionemo_esm.model.interchange.huggingface import read_hugging_face
 
-        return read_hugging_face(Path(source).expanduser(), advance=advance)
+        return read_hugging_face(expand_home(source), advance=advance)
 
     def write(
         self, file: ArchiveFile, target: Path, *, precision: str | None, shard_bytes: int, progress: Progress
@@ -112,7 +113,7 @@ class HuggingFaceHub(ModelFormat):
     description, has_revisions = "a model on the Hugging Face Hub", True
 
     def detect(self, source: str) -> bool:
-        path = Path(source).expanduser()
+        path = expand_home(source)
         return bool(HUB_ID.fullmatch(source)) and path.suffix not in _FILE_ENDINGS and not path.exists()
 
     def read(self, source: str, revision: str | None, advance: Callable[[int], None]) -> SourceModel:
@@ -129,13 +130,13 @@ class FairESMFile(ModelFormat):
     description = "a fair-esm file"
 
     def detect(self, source: str) -> bool:
-        path = Path(source).expanduser()
+        path = expand_home(source)
         return path.suffix == ".pt" and path.is_file() and not is_our_archive(path)
 
     def read(self, source: str, revision: str | None, advance: Callable[[int], None]) -> SourceModel:
         from bionemo_esm.model.interchange.fair_esm import read_fair_esm
 
-        return read_fair_esm(Path(source).expanduser(), advance=advance)
+        return read_fair_esm(expand_home(source), advance=advance)
 
 
 ARCHIVE, HUB, HUGGING_FACE_FOLDER = ArchiveFormat(), HuggingFaceHub(), HuggingFaceFolder()
@@ -181,7 +182,7 @@ class Conversion:
 
 def detect_format(source: str) -> ModelFormat:
     """Return the format of a source. Raises `ConfigError`, saying what could be meant, where no format detects it."""
-    path = Path(source).expanduser()
+    path = expand_home(source)
     try:
         for name in FORMATS:
             if (found := FORMATS.get(name)).detect(source) and not (found is HUB and _meant(source)):
@@ -257,7 +258,7 @@ def _target_format(source_format: ModelFormat, source: str, target: Path) -> Mod
     else:
         target_format = ARCHIVE
     check_absent("target", target)
-    if Path(source).expanduser().is_dir() and target.resolve().is_relative_to(Path(source).expanduser().resolve()):
+    if expand_home(source).is_dir() and target.resolve().is_relative_to(expand_home(source).resolve()):
         raise ConfigError(f"target: {target} lies within the source, {source}; choose a place outside it")
     check_writable("target", target)
     return target_format
