@@ -460,7 +460,7 @@ def test_a_file_that_cannot_be_read_is_one_error(
 def test_help_names_both_and_a_picture_is_of_a_store_only(tmp_path: Path, inspect: Inspect) -> None:
     said = inspect("--help")
     assert said.code == 0
-    for name in ("store", "a model", ".ckpt", "--verify", "--json", "--picture"):
+    for name in ("store", "a model", "a checkpoint", "--verify", "--json", "--picture"):
         assert name in said.out
     said = inspect(written(tmp_path / "model.nemo"), "--picture", "card.png")
     assert said.code == 2
