@@ -242,7 +242,7 @@ def test_no_layer_is_looked_at_that_was_not_asked_for(
     ({"mean": False}, "nothing is asked for"),
     ({"dtype": "bfloat16"}, "dtype must be one of float32, float16, not 'bfloat16'"),
     ({"long_proteins": "cut"}, "long_proteins must be one of windows, truncate, error, not 'cut'"),
-    ({"window": 0}, "window must be at least 1, not 0"),
+    ({"window": 0}, "window must be at least 1, or null, not 0"),
     ({"window": 65}, "window=65: the model reads up to 64 residues"),
     ({"window": 10, "overlap": 10}, "overlap must be from 0 to below the window of 10, not 10"),
     ({"overlap": 64}, "overlap must be from 0 to below the window of 64, not 64"),

@@ -117,7 +117,7 @@ def test_an_engine_knows_how_much_it_reads(family: str, window: int, longest: in
     ({"device": "mps"}, "device must be auto, cpu, cuda or cuda:N, not 'mps'"),
     ({"device": "cuda:99"}, "device=cuda:99: there are [0-9]+ CUDA devices here; device=cpu works"),
     ({"precision": "16"}, "^precision must be one of auto, 32, bf16, not '16'"),
-    ({"batch_tokens": 0}, "batch_tokens must be at least 1, not 0"),
+    ({"batch_tokens": 0}, "batch_tokens must be at least 1, or null, not 0"),
 ])  # fmt: skip
 def test_settings_are_checked_before_the_file_is_opened(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

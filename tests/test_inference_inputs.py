@@ -316,7 +316,7 @@ def test_a_column_that_is_not_there_is_named(policy: InputPolicy, message: str, 
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"input_format": "xlsx"}, "input_format must be one of fasta, csv, tsv, parquet, not 'xlsx'"),
+    ({"input_format": "xlsx"}, "input_format must be one of fasta, csv, tsv, parquet, or null, not 'xlsx'"),
     ({"bad_records": "warn"}, "bad_records must be one of error, skip, not 'warn'"),
     ({"unknown_letters": "x"}, "unknown_letters must be one of error, X, not 'x'"),
 ])  # fmt: skip

@@ -239,7 +239,7 @@ TEST = f"input={FILES['test']}"
         ([TEST, "split.test=200"], "200 distinct sequences are too few"),
         ([TEST, "split.test=1000000"], "1,000,000 in test and at least one in train; ask for fewer"),
         ([TEST, "seed=-1"], "seed must not be negative, but is -1"),
-        ([TEST, "threads=0"], "threads must be at least 1, not 0"),
+        ([TEST, "threads=0"], "threads must be at least 1, or null, not 0"),
         ([TEST, "threads=two"], "threads must be an integer, not 'two'"),
         ([TEST, "output=null"], "output must be a path, not None"),
         (["input=absent.fasta"], "absent.fasta: no such file; check the path"),
