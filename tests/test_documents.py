@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bionemo_esm.finetuning.config import load_finetune_config
+from bionemo_esm.finetuning.finetune_command import finetune_config
 from bionemo_esm.finetuning.predict_command import load_predict_config
 from bionemo_esm.inference.contacts.contacts_command import load_contacts_config
 from bionemo_esm.inference.contacts.fit_command import load_fit_config
@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {  # configuration,
     "score": ("score", "inference", load_score_config),
     "contacts": ("contacts", "inference", load_contacts_config),
     "fit-contacts": ("fit_contacts", "inference", load_fit_config),
-    "finetune": ("finetune", "finetuning", load_finetune_config),
+    "finetune": ("finetune", "finetuning", finetune_config),
     "predict": ("predict", "finetuning", load_predict_config),
 }
 SCRIPTS = {
@@ -85,7 +85,7 @@ def commands_of(page: str) -> list[tuple[str, list[str]]]:
     return commands
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/extending.md"])  # that one has its own tests
 def test_every_command_of_a_page_is_accepted(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Composed and read as the command does; where a model is named, a small one is there."""
     monkeypatch.chdir(tmp_path)
