@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bionemo_esm.__main__ import COMMANDS as COMMAND_LINE
 from bionemo_esm.finetuning.finetune_command import finetune_config
 from bionemo_esm.finetuning.predict_command import load_predict_config
 from bionemo_esm.inference.contacts.contacts_command import load_contacts_config
@@ -95,7 +97,9 @@ def test_every_command_of_a_page_is_accepted(page: str, tmp_path: Path, monkeypa
         if name not in COMMANDS or any("..." in word or "…" in word for word in settings):
             continue
         config, folder, load = COMMANDS[name]
-        composed_config = composed(*settings, config=config, part=folder)
+        program = COMMAND_LINE[name]
+        main = getattr(import_module(program.module), program.function)
+        composed_config = composed(*map(main.for_hydra, settings), config=config, part=folder)
         paths = dict(word.split("=", 1) for word in settings if word.startswith(("source=", "restore_from_path=")))
         for path in map(Path, paths.values()):
             if path.suffix == ".nemo":

@@ -15,7 +15,8 @@ from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.config import EncoderConfig
-from bionemo_esm.model.interchange.formats import PRECISIONS, Conversion
+from bionemo_esm.model.interchange import PRECISIONS
+from bionemo_esm.model.interchange.formats import Conversion
 from bionemo_esm.settings import Settings, plain_values
 
 if TYPE_CHECKING:  # it imports torch

@@ -24,7 +24,7 @@ from bionemo_esm.alphabet import EOS_ID, MASK_ID, PAD_ID, TOKEN_IDS, TOKENS, VOC
 from bionemo_esm.files import atomic_folder, check_absent
 from bionemo_esm.model.archive import WEIGHTS, ArchiveError, ArchiveFile
 from bionemo_esm.model.config import LEARNED, EncoderConfig
-from bionemo_esm.model.interchange.formats import HUB_ID, PRECISIONS
+from bionemo_esm.model.interchange import HUB_ID, PRECISIONS
 from bionemo_esm.model.interchange.state_dict_adapter import (
     HUGGING_FACE,
     UNUSED_POSITIONS,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import check_absent, check_writable
 from bionemo_esm.model.archive import ArchiveFile, is_our_archive
+from bionemo_esm.model.interchange import HUB_ID, PRECISIONS
 from bionemo_esm.registry import Registry
 from bionemo_esm.settings import expand_home
 
@@ -25,15 +26,12 @@ if TYPE_CHECKING:  # they import torch
     from bionemo_esm.model.interchange.export import ExportReport, Progress
     from bionemo_esm.model.interchange.state_dict_adapter import SourceModel
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _HUB_URL = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve|commit)/([^/]+))?.*",
     re.ASCII,
 )
 _PUBLISHED = re.compile(r"esm(2|1b|1v)_t[0-9]+_\w+", re.ASCII)
 """Names of models of the organisation facebook on the Hub."""
-PRECISIONS = {"32": "float32", "bf16": "bfloat16"}
-"""Precisions of weights: the names in archives, and torch's."""
 _FILE_ENDINGS = (".nemo", ".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 """Endings of files, which no id on the Hub has and no folder should have."""
 _MOST_NAMED = 6  # files or folders in one message
