@@ -1,4 +1,4 @@
-"""Crop and corruption: the policy's fractions on a million real residues, and that nothing around a sample matters."""
+"""Cropping and masking: the policy's fractions on a million real residues, and independence from the batch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Proteins(NamedTuple):
 
     @property
     def places(self) -> NDArray[np.int64]:
-        """Place of each residue in its protein, int64 [residues]."""
+        """Position of each residue in its protein, int64 [residues]."""
         return np.arange(len(self.residues)) - np.repeat(self.starts, self.lengths)
 
 
@@ -53,7 +53,7 @@ def keys_for(count: int, seed: int = 1, epoch: int = 0) -> UInt64Array:
 
 @pytest.fixture(scope="module")
 def proteins(sample_store: ProteinStore) -> Proteins:
-    """All of the sample: 3,000 proteins, about a million residues."""
+    """All splits of the sample: 3,000 proteins, about a million residues."""
     splits = [sample_store.split(name) for name in SPLITS]
     lengths = np.concatenate([split.lengths for split in splits]).astype(np.int64)
     residues = np.concatenate([split[i] for split in splits for i in range(len(split))])
@@ -63,18 +63,18 @@ def proteins(sample_store: ProteinStore) -> Proteins:
 
 @pytest.fixture(scope="module")
 def masked_sample(proteins: Proteins) -> MaskedResidues:
-    """The sample under the model cards' policy."""
+    """The sample, masked with the policy of the model cards."""
     return mask_sequences(*proteins, MaskingPolicy())
 
 
 def assert_binomial(count: int, trials: int, probability: float) -> None:
-    """Within five standard deviations."""
+    """Assert that `count` is within five standard deviations of its binomial mean."""
     deviation = np.sqrt(trials * probability * (1 - probability))
     assert abs(count - trials * probability) < 5 * deviation + 1e-9, f"{count} of {trials}, expected {probability}"
 
 
 def assert_uniform(counts: NDArray[np.int64]) -> None:
-    """Chi-square within five standard deviations of its degrees of freedom: neither uneven nor too even."""
+    """Assert that chi-square is within five standard deviations of its degrees of freedom, on either side."""
     expected, degrees = counts.sum() / counts.size, counts.size - 1
     assert expected >= 5, "too few draws for chi-square"
     assert abs(((counts - expected) ** 2 / expected).sum() - degrees) < 5 * np.sqrt(2 * degrees)
@@ -89,9 +89,7 @@ def assert_uniform(counts: NDArray[np.int64]) -> None:
     ],
     ids=str,
 )
-def test_residues_are_chosen_and_shown_in_the_fractions_of_the_policy(
-    proteins: Proteins, policy: MaskingPolicy
-) -> None:
+def test_residues_are_chosen_masked_and_replaced_at_the_policy_rates(proteins: Proteins, policy: MaskingPolicy) -> None:
     tokens, chosen = mask_sequences(*proteins, policy)
     assert tokens.dtype == np.uint8
     shown, true = tokens[chosen], proteins.residues[chosen]
@@ -102,15 +100,13 @@ def test_residues_are_chosen_and_shown_in_the_fractions_of_the_policy(
     np.testing.assert_array_equal(tokens[~chosen], proteins.residues[~chosen])
 
 
-def test_the_default_policy_is_that_of_the_model_cards() -> None:
+def test_default_policy_matches_the_model_cards() -> None:
     assert MaskingPolicy() == MaskingPolicy(mlm_probability=0.15, mask_fraction=0.80, random_fraction=0.10)
 
 
 @pytest.mark.parametrize("policy", [ALWAYS_REPLACED, MaskingPolicy()], ids=["always", "default"])
-def test_a_replaced_residue_becomes_any_other_of_the_standard_20_with_equal_chance(
-    proteins: Proteins, policy: MaskingPolicy
-) -> None:
-    """By the default policy too: which letter it becomes must not depend on the draws by which it got there."""
+def test_replacement_is_uniform_over_the_other_standard_residues(proteins: Proteins, policy: MaskingPolicy) -> None:
+    """Test the default policy too: the replacement must not depend on the draws that chose the residue."""
     tokens, chosen = mask_sequences(*proteins, policy)
     replaced = chosen & (tokens != MASK_ID) & (tokens != proteins.residues)
     assert_binomial(replaced.sum(), chosen.sum(), policy.random_fraction)
@@ -125,7 +121,9 @@ def test_a_replaced_residue_becomes_any_other_of_the_standard_20_with_equal_chan
 
 @pytest.mark.parametrize("policy", [ALWAYS_REPLACED, MaskingPolicy()], ids=["always", "default"])
 @pytest.mark.parametrize("letter", [*"XBUZO", "<unk>"])
-def test_a_rare_letter_is_chosen_like_any_and_replaced_by_the_standard_20(letter: str, policy: MaskingPolicy) -> None:
+def test_rare_letters_are_chosen_like_others_and_replaced_by_standard_residues(
+    letter: str, policy: MaskingPolicy
+) -> None:
     lengths = np.full(1000, 400)
     residues = np.full(lengths.sum(), TOKEN_IDS[letter], dtype=np.uint8)
     tokens, chosen = mask_sequences(residues, lengths, keys_for(1000), policy)
@@ -137,8 +135,8 @@ def test_a_rare_letter_is_chosen_like_any_and_replaced_by_the_standard_20(letter
     assert_uniform(counts[STANDARD_IDS])
 
 
-def test_a_sample_is_masked_alike_alone_and_among_others(proteins: Proteins, masked_sample: MaskedResidues) -> None:
-    """One by one, and all in another order."""
+def test_mask_of_a_sample_does_not_depend_on_the_batch(proteins: Proteins, masked_sample: MaskedResidues) -> None:
+    """Mask the proteins one by one, and all of them in another order."""
     pieces = [slice(start, start + length) for start, length in zip(proteins.starts, proteins.lengths, strict=True)]
     for i in range(0, len(pieces), 10):
         alone = mask_sequences(proteins.residues[pieces[i]], proteins.lengths[[i]], proteins.keys[[i]], MaskingPolicy())
@@ -152,10 +150,10 @@ def test_a_sample_is_masked_alike_alone_and_among_others(proteins: Proteins, mas
 
 
 @pytest.mark.parametrize("changed", ["seed", "epoch", "sample"])
-def test_another_seed_epoch_or_sample_is_corrupted_independently(
+def test_another_seed_epoch_or_sample_gives_an_independent_mask(
     proteins: Proteins, masked_sample: MaskedResidues, changed: str
 ) -> None:
-    """Chosen in both as often as by chance: 15% of 15%. Of those, both masked 64% of the time, both another 1%."""
+    """By chance, 15% of 15% are chosen in both; of those, 64% are masked in both and 1% replaced in both."""
     count = len(proteins.lengths)
     keys = {
         "seed": keys_for(count, seed=2),
@@ -170,14 +168,14 @@ def test_another_seed_epoch_or_sample_is_corrupted_independently(
     assert_binomial((replaced[0] & replaced[1]).sum(), both.sum(), 0.1**2)
 
 
-def test_the_same_sample_is_masked_the_same(proteins: Proteins, masked_sample: MaskedResidues) -> None:
+def test_masking_a_sample_twice_gives_the_same_result(proteins: Proteins, masked_sample: MaskedResidues) -> None:
     again = mask_sequences(proteins.residues, proteins.lengths, keys_for(len(proteins.lengths)), MaskingPolicy())
     np.testing.assert_array_equal(again.tokens, masked_sample.tokens)
     np.testing.assert_array_equal(again.chosen, masked_sample.chosen)
 
 
-def test_equal_proteins_get_masks_of_their_own() -> None:
-    """Ubiquitin 5,000 times: each place is chosen and masked as often as any other, and no two masks are alike."""
+def test_equal_proteins_get_different_masks() -> None:
+    """Mask ubiquitin 5,000 times: positions are chosen and masked uniformly, and no two masks are equal."""
     residues = np.tile(encode(UBIQUITIN), 5000)
     tokens, chosen = mask_sequences(residues, np.full(5000, 76), keys_for(5000), MaskingPolicy())
     assert_uniform(chosen.reshape(5000, 76).sum(axis=0))
@@ -185,20 +183,20 @@ def test_equal_proteins_get_masks_of_their_own() -> None:
     assert len(np.unique(chosen.reshape(5000, 76), axis=0)) == 5000
 
 
-def test_the_residues_given_are_left_as_they_are(proteins: Proteins) -> None:
+def test_masking_does_not_modify_its_input(proteins: Proteins) -> None:
     before = proteins.residues.copy()
     mask_sequences(*proteins, ALWAYS_REPLACED)
     np.testing.assert_array_equal(proteins.residues, before)
 
 
-def test_a_read_only_view_of_the_store_can_be_corrupted(sample_store: ProteinStore) -> None:
+def test_read_only_view_of_the_store_can_be_masked(sample_store: ProteinStore) -> None:
     protein = sample_store.split("test")[0]
     assert not protein.flags.writeable
     tokens, _ = mask_sequences(protein, np.array([len(protein)]), keys_for(1), ALWAYS_REPLACED)
     assert (tokens != protein).all()
 
 
-def test_evaluation_chooses_the_same_residues_and_shows_all_of_them_as_mask(
+def test_evaluation_policy_chooses_the_same_residues_and_masks_them_all(
     proteins: Proteins, masked_sample: MaskedResidues
 ) -> None:
     tokens, chosen = mask_sequences(*proteins, MaskingPolicy().for_evaluation())
@@ -208,15 +206,17 @@ def test_evaluation_chooses_the_same_residues_and_shows_all_of_them_as_mask(
     assert MaskingPolicy(mlm_probability=0.3, random_fraction=0.2).for_evaluation().mlm_probability == 0.3
 
 
-def test_neighbours_are_chosen_independently(proteins: Proteins, masked_sample: MaskedResidues) -> None:
+def test_neighbouring_residues_are_chosen_independently(proteins: Proteins, masked_sample: MaskedResidues) -> None:
     for lag in (1, 2, 3, 4, 8, 64):
         inside = proteins.places[lag:] >= lag  # pairs within one protein
         left, right = masked_sample.chosen[:-lag][inside], masked_sample.chosen[lag:][inside]
         assert abs(np.corrcoef(left, right)[0, 1]) < 5 / np.sqrt(len(left))
 
 
-def test_every_place_and_every_letter_is_chosen_alike(proteins: Proteins, masked_sample: MaskedResidues) -> None:
-    """No favoured place, first and last included; no favoured letter; per protein a binomial number."""
+def test_every_position_and_letter_is_chosen_at_the_same_rate(
+    proteins: Proteins, masked_sample: MaskedResidues
+) -> None:
+    """No position (first and last included) and no letter is favoured; the count per protein is binomial."""
     for place in (*range(8), 15, 16, 63, 64, 127, 128, 255, 256):
         at = proteins.places == place
         assert_binomial(masked_sample.chosen[at].sum(), at.sum(), 0.15)
@@ -230,7 +230,7 @@ def test_every_place_and_every_letter_is_chosen_alike(proteins: Proteins, masked
     assert abs(dispersion - 1) < 5 * np.sqrt(2 / len(per_protein))
 
 
-def test_every_window_of_a_long_protein_is_equally_likely() -> None:
+def test_crop_windows_of_a_long_protein_are_uniform() -> None:
     keys = keys_for(60_000)
     starts, kept = crop_windows(np.full(60_000, 1000), 700, keys)
     assert (kept == 700).all()
@@ -238,10 +238,10 @@ def test_every_window_of_a_long_protein_is_equally_likely() -> None:
     assert starts.max() == 300  # the last window that fits
     assert_uniform(np.bincount(starts, minlength=301))
     _, chosen = mask_sequences(np.tile(encode("M"), 60_000), np.ones(60_000, dtype=np.int64), keys, MaskingPolicy())
-    assert abs(np.corrcoef(starts, chosen)[0, 1]) < 5 / np.sqrt(60_000)  # crop and mask are drawn apart
+    assert abs(np.corrcoef(starts, chosen)[0, 1]) < 5 / np.sqrt(60_000)  # crop and mask are independent
 
 
-def test_a_protein_within_the_limit_is_kept_whole() -> None:
+def test_protein_within_the_limit_is_not_cropped() -> None:
     lengths = np.arange(1, 1025)
     starts, kept = crop_windows(lengths, 510, keys_for(1024))
     assert (starts[:510] == 0).all()
@@ -251,7 +251,7 @@ def test_a_protein_within_the_limit_is_kept_whole() -> None:
     assert (starts[510:] > 0).mean() > 0.8
 
 
-def test_a_window_differs_between_epochs_and_does_not_depend_on_its_neighbours() -> None:
+def test_crop_differs_between_epochs_and_does_not_depend_on_the_batch() -> None:
     lengths = np.random.default_rng(0).integers(600, 1024, 500)
     starts, _ = crop_windows(lengths, 510, keys_for(500))
     for i in range(0, 500, 50):
@@ -260,7 +260,7 @@ def test_a_window_differs_between_epochs_and_does_not_depend_on_its_neighbours()
     assert (next_epoch == starts).mean() < 0.05
 
 
-def test_the_reader_counts_specials_in_the_limit(tiny_split: SequenceSplit) -> None:
+def test_reader_counts_special_tokens_in_the_length_limit(tiny_split: SequenceSplit) -> None:
     samples = np.arange(len(tiny_split))
     batch = SampleReader(tiny_split, 512, MaskingPolicy(), seed=1).collate(np.zeros_like(samples), samples)
     expected = np.minimum(tiny_split.lengths, 510) + 2
@@ -269,8 +269,8 @@ def test_the_reader_counts_specials_in_the_limit(tiny_split: SequenceSplit) -> N
     assert batch.max_seqlen == 512
 
 
-def test_the_reader_crops_first_and_masks_the_window(sample_store: ProteinStore) -> None:
-    """The mask is drawn over places of the window: as if the window were the whole protein."""
+def test_reader_crops_before_it_masks(sample_store: ProteinStore) -> None:
+    """The mask is drawn over the positions of the window, as if the window were the whole protein."""
     train = sample_store.split("train")
     samples = np.flatnonzero(train.lengths > 400)
     epochs = np.full_like(samples, 3)
@@ -298,14 +298,14 @@ def test_the_reader_crops_first_and_masks_the_window(sample_store: ProteinStore)
     ],
     ids=str,
 )
-def test_a_fraction_out_of_range_is_refused_by_its_key(fractions: dict[str, float], keys: list[str]) -> None:
+def test_fraction_out_of_range_is_rejected_by_key(fractions: dict[str, float], keys: list[str]) -> None:
     with pytest.raises(ValueError, match=r"data\.masking") as error:
         MaskingPolicy(**fractions)
     for key in (*keys, *map(str, fractions.values())):
         assert key in str(error.value)
 
 
-def test_the_keys_of_the_configuration_are_the_aliases() -> None:
+def test_configuration_keys_are_the_field_aliases() -> None:
     policy = MaskingPolicy.from_config({"chosen": 0.2, "masked": 0.5, "replaced": 0.25})
     assert policy == MaskingPolicy(mlm_probability=0.2, mask_fraction=0.5, random_fraction=0.25)
     assert policy.to_dict() == {"chosen": 0.2, "masked": 0.5, "replaced": 0.25}
@@ -316,13 +316,13 @@ def test_the_keys_of_the_configuration_are_the_aliases() -> None:
 
 
 @pytest.mark.parametrize("section", [0, 5, False, None, "none", [0.15]])
-def test_a_section_that_is_no_mapping_is_refused(section: object) -> None:
+def test_section_that_is_not_a_mapping_is_rejected(section: object) -> None:
     with refused("config.type", f"data.masking must be a mapping, not {section!r}"):
         MaskingPolicy.from_config(section)
 
 
-def test_the_text_in_checkpoints_never_changes() -> None:
-    """Frozen: a resumed run compares it with the text that its checkpoint stores."""
+def test_policy_record_in_checkpoints_is_frozen() -> None:
+    """A resumed run compares this text with the text in its checkpoint."""
     assert MaskingPolicy().record == "MaskingPolicy(chosen=0.15, masked=0.8, replaced=0.1)"
     assert MaskingPolicy(mask_fraction=1, random_fraction=0).record == (
         "MaskingPolicy(chosen=0.15, masked=1.0, replaced=0.0)"
@@ -341,7 +341,7 @@ def test_the_text_in_checkpoints_never_changes() -> None:
     ],
     ids=str,
 )
-def test_the_compiled_rule_equals_the_reference_bit_for_bit(policy: MaskingPolicy, lengths: list[int]) -> None:
+def test_compiled_masking_equals_the_reference_bit_for_bit(policy: MaskingPolicy, lengths: list[int]) -> None:
     residues = np.random.default_rng(0).integers(0, 33, sum(lengths)).astype(np.uint8)
     keys = keys_for(len(lengths), seed=9)
     compiled = mask_sequences(residues, np.array(lengths), keys, policy)
@@ -350,19 +350,21 @@ def test_the_compiled_rule_equals_the_reference_bit_for_bit(policy: MaskingPolic
     np.testing.assert_array_equal(compiled.chosen, expected.chosen)
 
 
-def test_a_million_residues_equal_the_reference_bit_for_bit(proteins: Proteins, masked_sample: MaskedResidues) -> None:
+def test_masking_a_million_residues_equals_the_reference_bit_for_bit(
+    proteins: Proteins, masked_sample: MaskedResidues
+) -> None:
     expected = mask_by_formula(*proteins, MaskingPolicy())
     np.testing.assert_array_equal(masked_sample.tokens, expected.tokens)
     np.testing.assert_array_equal(masked_sample.chosen, expected.chosen)
 
 
-def test_fractions_that_add_up_to_one_are_allowed() -> None:
+def test_fractions_that_sum_to_one_are_accepted() -> None:
     assert MaskingPolicy(mlm_probability=1.0, mask_fraction=0.7, random_fraction=0.3)  # 0.7 + 0.3 in floating point
-    assert 0.7 + 4e-16 + 0.3 > 1  # as sums of rounded fractions may be
+    assert 0.7 + 4e-16 + 0.3 > 1  # a sum of rounded fractions can exceed 1
     assert MaskingPolicy(mask_fraction=0.7 + 4e-16, random_fraction=0.3)
 
 
-def test_no_residues_at_all_or_none_in_one_sequence_work() -> None:
+def test_empty_input_and_empty_sequences_are_accepted() -> None:
     nothing = np.zeros(0, dtype=np.int64)
     tokens, chosen = mask_sequences(nothing.astype(np.uint8), nothing, keys_for(0), MaskingPolicy())
     assert tokens.shape == chosen.shape == (0,)
@@ -383,8 +385,8 @@ def test_special_tokens_are_never_chosen(proteins: Proteins) -> None:
     assert batch.targets.min() >= FIRST_RESIDUE_ID
 
 
-def test_a_release_never_changes_crop_or_corruption_silently() -> None:
-    """Frozen: a change here breaks every run that resumes. If it has to be, say so in the release notes."""
+def test_crop_and_mask_are_frozen_across_releases() -> None:
+    """A change here breaks every run that resumes. If it is unavoidable, state it in the release notes."""
     keys = sample_keys(1, np.array([0, 419]), np.array([5, 51_999_999]))
     starts, _ = crop_windows(np.array([1000, 1000]), 510, keys)
     tokens, chosen = mask_sequences(np.tile(encode(UBIQUITIN), 2), np.array([76, 76]), keys, MaskingPolicy())

@@ -1,4 +1,4 @@
-"""Scores of fine-tuned models, against scikit-learn and SciPy, on any number of ranks; the composition baseline."""
+"""Metrics of fine-tuned models against scikit-learn and SciPy, gathering over ranks, and the composition baseline."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.parallel import ensure_groups
 
-FORK_SERVER = multiprocessing.get_context("forkserver")  # faults.py has it import what takes long
+FORK_SERVER = multiprocessing.get_context("forkserver")  # faults.py makes the fork server preload slow imports
 LETTERS = Task(name="letters", level="residue", kind="classification", metric="accuracy", classes=tuple("HECXY"))
 NUMBERS = Task(name="numbers", level="residue", kind="regression", metric="spearman")
 EACH = Task(name="each", level="sequence", kind="classification", metric="f1", classes=("a", "b", "c"))
 
 
 def classified(seed: int, classes: int, lengths: list[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Targets of the first `classes` - 1 classes, some unknown, and probabilities, of the last class too."""
+    """Return targets of the first `classes` - 1 classes, some of them NaN, and probabilities of all classes."""
     rng = np.random.default_rng(seed)
     targets = [rng.integers(0, classes - 1, length).astype(np.float32) for length in lengths]
     for target in targets:
@@ -41,7 +41,7 @@ def classified(seed: int, classes: int, lengths: list[int]) -> tuple[list[np.nda
 
 
 def measured(seed: int, lengths: list[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Numbers far from zero, many of them equal, some unknown, and what goes along with them, with ties, too."""
+    """Return targets far from zero with ties and NaN, and correlated predictions, also with ties."""
     rng = np.random.default_rng(seed)
     targets = [np.round(1000 + rng.normal(size=length), 1).astype(np.float32) for length in lengths]
     predictions = [np.round(t[:, None] + rng.normal(size=(len(t), 1)), 1).astype(np.float32) for t in targets]
@@ -51,7 +51,7 @@ def measured(seed: int, lengths: list[int]) -> tuple[list[np.ndarray], list[np.n
 
 
 @pytest.mark.parametrize("lengths", [[3, 1, 40, 7], [1] * 300, [2000]], ids=["few", "many short", "one long"])
-def test_scores_of_classes_are_those_of_scikit_learn(lengths: list[int]) -> None:
+def test_classification_metrics_equal_scikit_learn(lengths: list[int]) -> None:
     targets, predictions = classified(1, 5, lengths)
     true, told = np.concatenate(targets), np.concatenate(predictions).argmax(axis=1)
     true, told = true[~np.isnan(true)], told[~np.isnan(true)]
@@ -60,7 +60,7 @@ def test_scores_of_classes_are_those_of_scikit_learn(lengths: list[int]) -> None
     assert found["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(true, told), abs=1e-12)
     there = np.unique(true)
     assert 4 in told
-    assert 4 not in there  # a class that is only predicted is not in the mean
+    assert 4 not in there  # macro F1 leaves out a class without targets
     expected = sklearn_metrics.f1_score(true, told, labels=there, average="macro")
     assert found["f1"] == pytest.approx(expected, abs=1e-12)
     assert found["mcc"] == pytest.approx(sklearn_metrics.matthews_corrcoef(true, told), abs=1e-12)
@@ -76,7 +76,7 @@ def test_scores_of_classes_are_those_of_scikit_learn(lengths: list[int]) -> None
 
 
 @pytest.mark.parametrize("lengths", [[3, 1, 40, 7], [1] * 300, [2000]], ids=["few", "many short", "one long"])
-def test_scores_of_numbers_are_those_of_scipy(lengths: list[int]) -> None:
+def test_regression_metrics_equal_scipy(lengths: list[int]) -> None:
     targets, predictions = measured(2, lengths)
     true, told = np.concatenate(targets).astype(float), np.concatenate(predictions)[:, 0].astype(float)
     true, told = true[~np.isnan(true)], told[~np.isnan(true)]
@@ -86,7 +86,7 @@ def test_scores_of_numbers_are_those_of_scipy(lengths: list[int]) -> None:
     assert found["mse"] == pytest.approx(np.mean((true - told) ** 2), rel=1e-9)
 
 
-def test_ranks_of_very_many_equal_values_are_right() -> None:
+def test_spearman_with_very_many_ties_equals_scipy() -> None:
     rng = np.random.default_rng(3)
     targets = [rng.integers(0, 2, 200_000).astype(np.float32)]
     predictions = [(targets[0] + rng.normal(size=200_000))[:, None].astype(np.float32)]
@@ -94,7 +94,7 @@ def test_ranks_of_very_many_equal_values_are_right() -> None:
     assert scores(NUMBERS, targets, predictions)["spearman"] == pytest.approx(expected, abs=1e-9)
 
 
-def test_what_is_not_defined_is_nan_and_no_error_or_warning() -> None:
+def test_undefined_metrics_are_nan_without_error_or_warning() -> None:
     def of(task: Task, target: list[float], told: list[list[float]]) -> dict[str, float]:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -121,7 +121,7 @@ def test_what_is_not_defined_is_nan_and_no_error_or_warning() -> None:
         assert of(NUMBERS, target, told) == pytest.approx(expected, nan_ok=True)
 
 
-def test_predictions_of_another_shape_are_a_fault() -> None:
+def test_predictions_of_another_shape_fail_an_assertion() -> None:
     one = [np.zeros(3, dtype=np.float32)]
     with pytest.raises(AssertionError, match="for 3 targets"):
         scores(LETTERS, one, [np.zeros((2, 5), dtype=np.float32)])
@@ -140,7 +140,7 @@ def whole_set(columns: int) -> list[Prediction]:
 
 
 SHARES = {2: [[6, 0, 3], [1, 2, 4, 5, 0]], 3: [[5, 1, 0, 6], [], [4, 3, 2]]}
-"""Places of the set that each rank predicts, out of order; one has none, one is predicted twice."""
+"""Dataset positions that each rank predicts, out of order; one rank has none, one position is predicted twice."""
 
 
 def on_a_rank(rank: int, ranks: int, folder: Path) -> None:
@@ -164,7 +164,7 @@ def on_a_rank(rank: int, ranks: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_every_rank_has_all_predictions_in_the_order_of_the_set(tmp_path: Path, ranks: int) -> None:
+def test_every_rank_gathers_all_predictions_in_dataset_order(tmp_path: Path, ranks: int) -> None:
     processes = [FORK_SERVER.Process(target=on_a_rank, args=(rank, ranks, tmp_path)) for rank in range(ranks)]
     for process in processes:
         process.start()
@@ -175,7 +175,7 @@ def test_every_rank_has_all_predictions_in_the_order_of_the_set(tmp_path: Path, 
     assert len(list(tmp_path.glob("done-*"))) == ranks
 
 
-def test_one_process_alone_puts_its_predictions_in_order() -> None:
+def test_one_process_puts_its_predictions_in_dataset_order() -> None:
     everything = whole_set(2)
     found = gather_predictions([(place, everything[place]) for place in (3, 1, 0, 2, 6, 5, 4)], 7)
     assert all(one is other for one, other in zip(found, everything, strict=True))
@@ -188,7 +188,7 @@ def proteins(*sequences: str) -> list[Protein]:
     return [Protein(str(at), encode(sequence), at + 1) for at, sequence in enumerate(sequences)]
 
 
-def test_of_a_residue_the_baseline_knows_what_stood_at_the_same_amino_acid() -> None:
+def test_residue_baseline_predicts_the_mean_target_of_each_amino_acid() -> None:
     nan = np.nan
     task = Task(name="letters", level="residue", kind="classification", metric="accuracy", classes=("H", "E"))
     train = LabelledDataset(proteins("AAK", "AC"), [np.float32([0, 1, 1]), np.float32([0, nan])])
@@ -203,7 +203,7 @@ def test_of_a_residue_the_baseline_knows_what_stood_at_the_same_amino_acid() -> 
     assert found[1] == pytest.approx(np.array([[3.5]]))
 
 
-def test_of_a_protein_the_baseline_is_a_linear_model_of_shares_and_length() -> None:
+def test_protein_baseline_is_linear_in_composition_and_log_length() -> None:
     features = composition(proteins("AAKX"))
     assert features.shape == (1, 21)
     assert features[0, -1] == pytest.approx(math.log(4))
@@ -232,14 +232,17 @@ def test_of_a_protein_the_baseline_is_a_linear_model_of_shares_and_length() -> N
     assert fitted_composition(Splits(EACH, train, validation, None))([]) == []
 
 
-def test_validation_chooses_how_strongly_the_baseline_is_held_back() -> None:
+def test_validation_set_chooses_the_regularisation_of_the_baseline() -> None:
     rng = np.random.default_rng(6)
     sequences = ["".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 50)) for _ in range(60)]
     noise = [np.float32([value]) for value in rng.normal(size=60)]
     task = Task(name="noise", level="sequence", kind="regression", metric="mse")
     train = LabelledDataset(proteins(*sequences[:30]), noise[:30])
     spread = []
-    for validation in (LabelledDataset(proteins(*sequences[30:]), noise[30:]), train):  # noise; what was fitted itself
+    for validation in (
+        LabelledDataset(proteins(*sequences[30:]), noise[30:]),
+        train,
+    ):  # pure noise, then the training set itself
         found = fitted_composition(Splits(task, train, validation, None))(proteins(*sequences))
         spread.append(np.concatenate(found).std())
     assert spread[0] < 0.7 * spread[1]

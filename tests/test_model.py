@@ -1,4 +1,4 @@
-"""The encoder: its size, its loss against a padded model written by others, and that sequences do not mix."""
+"""The encoder: parameter count, agreement with the padded Transformers model, and no attention across sequences."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_esm1nv_has_43_6_million_parameters() -> None:
     assert counted == EncoderConfig().parameters == 43_612_544
 
 
-def test_parameter_formula_counts_other_shapes_too() -> None:
+def test_parameter_formula_holds_for_other_shapes() -> None:
     model = tiny_model(num_layers=3, hidden_size=40, ffn_hidden_size=72, seq_length=99)
     assert sum(parameter.numel() for parameter in model.parameters()) == model.encoder_config.parameters
 
 
-def test_packed_and_padded_agree_on_logits_loss_and_gradients(batch: PackedBatch) -> None:
+def test_packed_and_padded_models_agree_on_logits_loss_and_gradients(batch: PackedBatch) -> None:
     model = tiny_model()
     twin = padded_twin(model)
 
@@ -73,7 +73,7 @@ def test_packed_and_padded_agree_on_logits_loss_and_gradients(batch: PackedBatch
         )
 
 
-def test_a_protein_gets_the_same_states_alone_and_among_others(batch: PackedBatch) -> None:
+def test_hidden_states_of_a_protein_do_not_depend_on_the_batch(batch: PackedBatch) -> None:
     model = tiny_model()
     together = model.hidden_states(batch)
     bounds = batch.cu_seqlens.tolist()
@@ -82,7 +82,7 @@ def test_a_protein_gets_the_same_states_alone_and_among_others(batch: PackedBatc
         torch.testing.assert_close(model.hidden_states(alone), together[first:last], atol=2e-5, rtol=1e-4)
 
 
-def test_changing_one_protein_leaves_its_neighbours_alone(batch: PackedBatch) -> None:
+def test_changing_one_protein_does_not_change_its_neighbours(batch: PackedBatch) -> None:
     model = tiny_model()
     changed = replace(batch, tokens=batch.tokens.clone())
     first, last = batch.cu_seqlens[5].item(), batch.cu_seqlens[6].item()
@@ -93,7 +93,7 @@ def test_changing_one_protein_leaves_its_neighbours_alone(batch: PackedBatch) ->
     assert difference[last:].max() == 0
 
 
-@pytest.mark.parametrize("backend", sorted(set(ATTENTION) - {"varlen-flash"}))  # that one runs on GPUs only
+@pytest.mark.parametrize("backend", sorted(set(ATTENTION) - {"varlen-flash"}))  # varlen-flash needs a GPU
 @pytest.mark.parametrize("lengths", [[5, 1, 130, 64], [7, 7, 7, 3, 3, 7], [9]])
 def test_attention_backends_agree_with_plain_softmax(backend: str, lengths: list[int]) -> None:
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
@@ -120,8 +120,8 @@ def packed_row(bounds: torch.Tensor) -> PackedRow:
     )
 
 
-def test_neighbours_of_one_length_attend_as_each_would_alone() -> None:
-    """To the bit: batches that differ in their lengths must not differ in a sequence's answer."""
+def test_batching_sequences_of_equal_length_changes_no_bit_of_attention() -> None:
+    """The output for a sequence must not depend on the lengths of the others in its batch."""
     query, key, value = (torch.randn(60, 3, 16) for _ in range(3))
     bounds = torch.tensor([0, 20, 40, 60], dtype=torch.int32)
     together = attention_by_sequence(query, key, value, packed_row(bounds), 0.0)
@@ -133,7 +133,9 @@ def test_neighbours_of_one_length_attend_as_each_would_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", [{}, {"position_embedding": "rotary", "token_dropout": True}])
-def test_hidden_states_at_some_places_are_rows_of_all(kind: dict[str, Any], batch: PackedBatch) -> None:
+def test_hidden_states_at_selected_positions_equal_rows_of_the_full_output(
+    kind: dict[str, Any], batch: PackedBatch
+) -> None:
     encoder = tiny_model(**kind).encoder
     assert encoder is not None
     row = (batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
@@ -142,11 +144,11 @@ def test_hidden_states_at_some_places_are_rows_of_all(kind: dict[str, Any], batc
     torch.testing.assert_close(some, encoder.hidden_states(*row)[places], atol=1e-5, rtol=1e-5)
 
 
-def test_logits_cover_the_alphabet_and_not_the_padding_rows(batch: PackedBatch) -> None:
+def test_logits_cover_the_alphabet_without_padding_rows(batch: PackedBatch) -> None:
     assert tiny_model()(batch).shape == (len(batch.targets), VOCABULARY_SIZE)
 
 
-def test_weights_depend_on_the_seed_alone() -> None:
+def test_initial_weights_depend_only_on_the_seed() -> None:
     torch.manual_seed(100)
     first = tiny_model(seed=3)
     torch.manual_seed(200)
@@ -161,26 +163,26 @@ def test_initial_weights_have_the_standard_deviation_of_the_recipe() -> None:
     words = weights["encoder.embedding.word_embeddings.weight"]
     assert words[:VOCABULARY_SIZE].std().item() == pytest.approx(0.02, rel=0.02)
     assert not words[VOCABULARY_SIZE:].any()  # no token reaches them
-    # Megatron scales what is added to the residual stream by 1 / sqrt(2 layers).
+    # Megatron scales the weights of output projections by 1 / sqrt(2 layers).
     assert weights["encoder.encoder.layers.0.mlp.linear_fc2.weight"].std().item() == pytest.approx(0.01, rel=0.02)
     assert weights["encoder.output_layer.bias"].abs().max() == 0
 
 
-def test_dropout_acts_in_training_and_never_in_evaluation(batch: PackedBatch) -> None:
+def test_dropout_is_active_in_training_only(batch: PackedBatch) -> None:
     model = tiny_model(hidden_dropout=0.3, attention_dropout=0.3)
     assert torch.equal(model(batch), model(batch))
     model.train()
     assert not torch.equal(model(batch), model(batch))
 
 
-def test_bf16_loss_is_that_of_float32_to_its_rounding(batch: PackedBatch) -> None:
+def test_bf16_loss_equals_float32_loss_within_rounding(batch: PackedBatch) -> None:
     in_bf16, in_float32 = tiny_model("bf16", init_method_std=0.05), tiny_model("32", init_method_std=0.05)
     assert {parameter.dtype for parameter in in_bf16.parameters()} == {torch.bfloat16}
     losses = [cross_entropy(model(batch), batch.targets).item() for model in (in_bf16, in_float32)]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
-def test_every_scored_token_counts_towards_the_evaluation(batch: PackedBatch) -> None:
+def test_evaluation_averages_over_all_scored_tokens(batch: PackedBatch) -> None:
     model = tiny_model()
     logits = model(batch).double()
     result = model.evaluation(model.score(batch) + model.score(batch))
@@ -190,19 +192,19 @@ def test_every_scored_token_counts_towards_the_evaluation(batch: PackedBatch) ->
     assert result.residues == 2 * len(batch.targets)
 
 
-def test_backends_on_cpu_are_pytorchs_and_say_so() -> None:
+def test_cpu_backends_are_pytorch_and_are_described() -> None:
     backends = choose_backends("cpu", torch.float32, 0.1)
     ours = "layer norm: PyTorch fused; Adam: PyTorch AdamW(fused); attention: sdpa-by-sequence; linear: oneDNN"
     assert backends.describe() == ours
 
 
-def test_gpu_attention_is_chosen_by_what_the_kernel_can_do() -> None:
+def test_gpu_attention_backend_depends_on_dtype_and_dropout() -> None:
     assert choose_backends("cuda", torch.bfloat16, 0.0).attention == "varlen-flash"
     assert choose_backends("cuda", torch.bfloat16, 0.1).attention == "nested"
     assert choose_backends("cuda", torch.float32, 0.0).attention == "nested"
 
 
-def test_precision_words() -> None:
+def test_precision_names_map_to_parameter_dtypes() -> None:
     assert parameter_dtype("32", "cpu") == torch.float32
     assert parameter_dtype("bf16", "cpu") == torch.bfloat16
     with pytest.raises(ConfigError, match=r"trainer\.precision must be one of auto, 32, bf16, not '16'"):
@@ -221,13 +223,13 @@ def test_precision_words() -> None:
         ({"layers": 6}, r"unknown key model\.layers; known are: attention_dropout"),
     ],
 )
-def test_an_impossible_shape_is_refused_by_name(values: dict[str, object], message: str) -> None:
+def test_impossible_shape_is_rejected_by_key(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EncoderConfig.from_config(values)
 
 
-def test_the_configuration_knows_name_and_shape_of_every_tensor() -> None:
-    """So that an archive can be checked before a model is built from it."""
+def test_config_lists_name_and_shape_of_every_tensor() -> None:
+    """An archive is checked against this list before a model is built from it."""
     model = tiny_model()
     built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert dict(model.encoder_config.tensors()) == built

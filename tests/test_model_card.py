@@ -1,4 +1,4 @@
-"""The card of an archive or a checkpoint: its numbers, what it does with odd files, and what it costs to print."""
+"""The summary of an archive or a checkpoint: its numbers, unusual files, and what it imports."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WEIGHTS_AT_REST = {"a": torch.zeros(10, 4), "b": torch.zeros(6, dtype=torch.bflo
 
 
 class Said(NamedTuple):
-    """How a command ended: its exit code and what it wrote."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -56,7 +56,7 @@ class Said(NamedTuple):
 
 
 class Inspect:
-    """Runs `bionemo-esm inspect` in this process."""
+    """Run `bionemo-esm inspect` in this process."""
 
     def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self._capfd, self._monkeypatch = capfd, monkeypatch
@@ -78,7 +78,7 @@ def inspect(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 def written(path: Path, provenance: Mapping[str, Any] = PROVENANCE, state: Mapping[str, Any] | None = None) -> Path:
-    """A real archive, or a checkpoint where there is a state, with two small tensors."""
+    """Write a real archive (a checkpoint if `state` is given) with two small tensors."""
     config = {"encoder": TINY, "precision": "32", "seed": 1234}
     return write_archive(path, Archive("ESM1nvModel", config, WEIGHTS_AT_REST, provenance, state))
 
@@ -89,12 +89,12 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def rows(text: str) -> dict[str, str]:
-    """The aligned lines of a card, label to value."""
+    """Return the aligned lines of a summary, label to value."""
     return {line[:26].strip(): line[26:] for line in text.splitlines()[2:] if line[:26].strip() and len(line) > 26}
 
 
 def flipped(path: Path, member: str) -> None:
-    """Change one bit in the middle of a member."""
+    """Flip one bit in the middle of a member."""
     section = ArchiveFile.open(path).sections[member]
     content = bytearray(path.read_bytes())
     content[section.start + section.size - 3] ^= 1
@@ -102,7 +102,7 @@ def flipped(path: Path, member: str) -> None:
 
 
 def resigned(path: Path, **changes: Any) -> Path:
-    """The archive with another manifest that fits its own hash; a change to ... takes a key out."""
+    """Change the manifest of an archive and update its hash; the value `...` removes a key."""
     sections = find_members(path, archive_module._SIZE_LIMITS)
     members = {name: read_section(path, section) for name, section in sections.items()}
     manifest = {key: value for key, value in json.loads(members[MANIFEST]).items() if key != "manifest_sha256"}
@@ -113,10 +113,10 @@ def resigned(path: Path, **changes: Any) -> Path:
     return path
 
 
-# what is told
+# contents
 
 
-def test_the_card_of_a_saved_model(tmp_path: Path, inspect: Inspect) -> None:
+def test_summary_of_a_saved_model(tmp_path: Path, inspect: Inspect) -> None:
     model, path = tiny_model(), tmp_path / "model.nemo"
     model.provenance = {key: value for key, value in PROVENANCE.items() if key != "package_versions"}
     model.save_to(str(path))
@@ -141,18 +141,18 @@ def test_the_card_of_a_saved_model(tmp_path: Path, inspect: Inspect) -> None:
     assert told["data manifest sha256"] == HASH
     assert told["restored from"] == "models/before.nemo"
     assert f"torch {version('torch')}" in told["written with"]
-    assert "differs here" not in told  # it was written here
+    assert "differs here" not in told  # written by the installed packages
     assert not {"saved", "next learning rate", "averaged from", "converted from"} & told.keys()
 
 
-def test_parameters_are_counted_by_the_precision_they_are_stored_in(tmp_path: Path) -> None:
+def test_parameters_are_counted_per_stored_dtype(tmp_path: Path) -> None:
     card = ArchiveSummary.of(ArchiveFile.open(written(tmp_path / "two.nemo")))
     assert card.parameters_by_dtype == {"float32": 40, "bfloat16": 6}
     assert rows(card.text())["parameters"] == "40 in float32, 6 in bfloat16"
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
-def test_what_is_never_trained_is_no_parameter(precision: str, tmp_path: Path) -> None:
+def test_fixed_tensors_are_not_counted_as_parameters(precision: str, tmp_path: Path) -> None:
     model = tiny_model(precision, position_embedding="rotary", token_dropout=True, contact_head=True)
     model.save_to(str(tmp_path / "model.nemo"))
     card = ArchiveSummary.of(ArchiveFile.open(tmp_path / "model.nemo"))
@@ -163,19 +163,19 @@ def test_what_is_never_trained_is_no_parameter(precision: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("encoder", [None, [1], {"num_layers": 0}, {"no": 1}])
-def test_where_no_encoder_is_described_all_is_counted(encoder: Any, tmp_path: Path) -> None:
+def test_without_an_encoder_config_all_tensors_are_counted(encoder: Any, tmp_path: Path) -> None:
     weights = {"encoder.contact_head.bias": torch.ones(1), "a": torch.ones(3)}
     path = write_archive(tmp_path / "odd.nemo", Archive("ESM1nvModel", {"encoder": encoder}, weights))
     assert ArchiveSummary.of(ArchiveFile.open(path)).parameters == 4
 
 
-def test_packages_that_differ_from_those_installed_are_named(tmp_path: Path) -> None:
+def test_packages_that_differ_from_the_installed_ones_are_listed(tmp_path: Path) -> None:
     told = rows(ArchiveSummary.of(ArchiveFile.open(written(tmp_path / "old.nemo"))).text())
     assert "torch 1.0.0" in told["written with"]
     assert told["differs here"] == f"no-such-package is not installed, torch {version('torch')}"
 
 
-def test_a_checkpoint_tells_of_the_training_it_belongs_to(checkpoint: Path, inspect: Inspect) -> None:
+def test_checkpoint_summary_describes_its_training(checkpoint: Path, inspect: Inspect) -> None:
     said = inspect(checkpoint)
     assert said.out.splitlines()[1].startswith("checkpoint of a training, 46 parameters")
     told = rows(said.out)
@@ -185,12 +185,12 @@ def test_a_checkpoint_tells_of_the_training_it_belongs_to(checkpoint: Path, insp
     assert told["consumed samples"] == "24,000, 20.00 epochs of 1,200"
 
 
-def test_a_checkpoint_off_the_schedule_says_so(tmp_path: Path) -> None:
+def test_checkpoint_off_the_schedule_is_marked(tmp_path: Path) -> None:
     provenance = {"checkpoint": {"on_schedule": False, "every_n_train_steps": 1}}
     path = written(tmp_path / "stopped.ckpt", provenance, {"callbacks": {"Checkpoints": {"best_loss": float("inf")}}})
     told = rows(ArchiveSummary.of(ArchiveFile.open(path)).text())
     assert told["saved"] == "off the schedule of every 1 step: at a stop or a good validation"
-    assert "lowest validation loss" not in told  # there was none yet
+    assert "lowest validation loss" not in told  # there was no validation yet
 
 
 def averaged_from(count: int) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ def averaged_from(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_an_average_names_its_sources(tmp_path: Path) -> None:
+def test_averaged_model_lists_its_sources(tmp_path: Path) -> None:
     path = written(tmp_path / "average.nemo", PROVENANCE | {"averaged_from": averaged_from(3)})
     lines = ArchiveSummary.of(ArchiveFile.open(path)).text().splitlines()
     start = lines.index("averaged from             3 files, steps 500 to 1,500")
@@ -213,7 +213,7 @@ def test_an_average_names_its_sources(tmp_path: Path) -> None:
     ]
 
 
-def test_a_long_list_of_sources_is_shortened_for_people_and_whole_in_json(tmp_path: Path, inspect: Inspect) -> None:
+def test_long_source_list_is_shortened_in_text_and_complete_in_json(tmp_path: Path, inspect: Inspect) -> None:
     path = written(tmp_path / "average.nemo", PROVENANCE | {"averaged_from": averaged_from(47)})
     text = inspect(path).out
     assert "averaged from             47 files, steps 500 to 23,500" in text
@@ -225,7 +225,7 @@ def test_a_long_list_of_sources_is_shortened_for_people_and_whole_in_json(tmp_pa
     assert "more" not in ArchiveSummary.of(ArchiveFile.open(written(path, {"averaged_from": eight}))).text()
 
 
-def test_what_is_not_recorded_is_left_out(tmp_path: Path) -> None:
+def test_unrecorded_values_are_left_out(tmp_path: Path) -> None:
     nothing = dict.fromkeys(PROVENANCE) | {"averaged_from": [], "notes": "", "converted_from": {}}
     for provenance in ({}, nothing):
         text = ArchiveSummary.of(ArchiveFile.open(written(tmp_path / "bare.nemo", provenance))).text()
@@ -237,14 +237,14 @@ def test_what_is_not_recorded_is_left_out(tmp_path: Path) -> None:
         }
 
 
-def test_a_converted_model_tells_from_what_and_with_which_notes(tmp_path: Path) -> None:
+def test_converted_model_shows_its_source_and_notes(tmp_path: Path) -> None:
     provenance = {"converted_from": {"file": "esm1nv.nemo", "sha256": HASH}, "notes": ["one was padded", "no dropout"]}
     told = rows(ArchiveSummary.of(ArchiveFile.open(written(tmp_path / "converted.nemo", provenance))).text())
-    assert told["converted from"] == "file esm1nv.nemo, sha256"  # and the hash on the next line
+    assert told["converted from"] == "file esm1nv.nemo, sha256"  # the hash is on the next line
     assert told["notes"] == "one was padded; no dropout"
 
 
-def test_a_fitted_contact_head_tells_of_its_structures_and_of_its_precision_on_others(tmp_path: Path) -> None:
+def test_fitted_contact_head_shows_its_structures_and_held_out_precision(tmp_path: Path) -> None:
     precision = {"model": [{"range": "long", "top": "P@L", "mean": 0.412, "low": 0.3, "high": 0.5}]}
     head = {"fitted_on": ["1ubq_A", "2gb1_A"], "contact": "CA < 8", "C": 0.15, "held_out_structures": 7}
     path = written(tmp_path / "x.nemo", {"contact_head": head | {"precision": precision}})
@@ -254,7 +254,7 @@ def test_a_fitted_contact_head_tells_of_its_structures_and_of_its_precision_on_o
     assert "on 7 others: long P@L 0.412" in told
 
 
-def test_no_line_is_longer_than_a_terminal_is_wide(tmp_path: Path) -> None:
+def test_no_line_is_wider_than_112_columns(tmp_path: Path) -> None:
     path = written(tmp_path / f"{'x' * 200}.nemo", PROVENANCE | {"data": "a b " * 5000, "restored_from": "/" * 400})
     text = ArchiveSummary.of(ArchiveFile.open(path)).text()
     assert max(map(len, text.splitlines())) <= 112
@@ -279,10 +279,10 @@ def test_json_has_the_same_keys_for_every_file(tmp_path: Path, checkpoint: Path,
     assert bare["averaged_from"] == []
 
 
-def test_json_has_the_numbers(checkpoint: Path, inspect: Inspect) -> None:
+def test_json_contains_the_numbers(checkpoint: Path, inspect: Inspect) -> None:
     said = inspect(checkpoint, "--json", "--verify")
     assert said.code == 0
-    card = json.loads(said.out)  # and nothing else is printed
+    card = json.loads(said.out)  # fails if anything else is printed
     assert (card["name"], card["kind"], card["bytes"]) == (checkpoint.name, "checkpoint", checkpoint.stat().st_size)
     assert card["architecture"] == {key: value for key, value in TINY.items() if key != "init_method_std"}
     assert (card["parameters"], card["parameters_by_dtype"]) == (46, {"float32": 40, "bfloat16": 6})
@@ -301,7 +301,7 @@ def test_json_has_the_numbers(checkpoint: Path, inspect: Inspect) -> None:
     assert card["config"]["encoder"] == TINY
 
 
-# files that were tampered with, or are odd
+# files that were tampered with, or are unusual
 
 
 @pytest.mark.parametrize("member", [WEIGHTS, STATE_TENSORS])
@@ -310,7 +310,7 @@ def test_verify_finds_a_flipped_bit(member: str, checkpoint: Path, inspect: Insp
     assert said.code == 0
     assert said.out.endswith("\nEvery member matches its hash in the manifest.\n")
     flipped(checkpoint, member)
-    assert inspect(checkpoint).code == 0  # the card alone does not read so far
+    assert inspect(checkpoint).code == 0  # without --verify, this member is not read
     for arguments in ([], ["--json"]):
         said = inspect(checkpoint, "--verify", *arguments)
         assert said.code == 2
@@ -320,7 +320,7 @@ def test_verify_finds_a_flipped_bit(member: str, checkpoint: Path, inspect: Insp
         assert "Every member" not in said.out
 
 
-def test_a_damaged_state_is_found_without_verify(checkpoint: Path, inspect: Inspect) -> None:
+def test_damaged_state_is_found_without_verify(checkpoint: Path, inspect: Inspect) -> None:
     flipped(checkpoint, archive_module.STATE)
     said = inspect(checkpoint)
     assert (said.code, said.out) == (2, "")
@@ -331,7 +331,7 @@ HOSTILE = "red\x1b[31m\x9b2J\r\n\x07\x7f\u202egnp\u2028\ud800 end"
 ESCAPED = r"red\x1b[31m\x9b2J\r\n\x07\x7f\u202egnp\u2028\ud800 end"
 
 
-def test_nothing_in_a_file_steers_the_terminal(tmp_path: Path, inspect: Inspect) -> None:
+def test_file_contents_cannot_send_terminal_escapes(tmp_path: Path, inspect: Inspect) -> None:
     provenance = dict.fromkeys(PROVENANCE, HOSTILE) | {
         HOSTILE: [HOSTILE, {HOSTILE: HOSTILE}],
         "data_sequences": {HOSTILE: HOSTILE},
@@ -350,7 +350,7 @@ def test_nothing_in_a_file_steers_the_terminal(tmp_path: Path, inspect: Inspect)
     assert json.loads(said.out)["training"]["recipe"] == HOSTILE
 
 
-def test_an_error_that_quotes_the_file_does_not_steer_the_terminal_either(tmp_path: Path, inspect: Inspect) -> None:
+def test_error_that_quotes_a_file_cannot_send_terminal_escapes(tmp_path: Path, inspect: Inspect) -> None:
     path = resigned(written(tmp_path / "evil.nemo"), files={"\x1b[31m\n": {}})
     said = inspect(path)
     assert (said.code, said.out) == (2, "")
@@ -367,7 +367,7 @@ ODD_VALUES = [
 
 
 @pytest.mark.parametrize("odd", ODD_VALUES, ids=lambda odd: repr(odd)[:40])
-def test_any_type_is_borne_wherever_it_stands(odd: Any, tmp_path: Path, inspect: Inspect) -> None:
+def test_values_of_any_type_are_displayed(odd: Any, tmp_path: Path, inspect: Inspect) -> None:
     keys = [*PROVENANCE, "averaged_from", "checkpoint", "converted_from", "contact_head", "notes"]
     states = (
         *(dict.fromkeys(STATE, odd), {"identity": {"samples of an epoch": odd}, "lr_schedulers": [odd]}),
@@ -387,13 +387,13 @@ def test_any_type_is_borne_wherever_it_stands(odd: Any, tmp_path: Path, inspect:
 
 
 @pytest.mark.parametrize("config", [{}, {"encoder": [1, 2]}, {"encoder": {"num_layers": ["x"], "hidden_size": None}}])
-def test_a_configuration_of_another_kind_is_borne(config: dict[str, Any], tmp_path: Path, inspect: Inspect) -> None:
+def test_unexpected_encoder_config_is_displayed(config: dict[str, Any], tmp_path: Path, inspect: Inspect) -> None:
     path = write_archive(tmp_path / "odd.nemo", Archive("ESM1nvModel", config, WEIGHTS_AT_REST, PROVENANCE))
     assert inspect(path).code == 0
     assert json.loads(inspect(path, "--json").out)["architecture"]["hidden_size"] is None
 
 
-def test_a_manifest_nested_without_end_is_refused(tmp_path: Path, inspect: Inspect) -> None:
+def test_deeply_nested_manifest_is_rejected(tmp_path: Path, inspect: Inspect) -> None:
     deep: Any = []
     for _ in range(400):
         deep = [deep]
@@ -408,22 +408,22 @@ def test_a_manifest_nested_without_end_is_refused(tmp_path: Path, inspect: Inspe
     assert "nested more than 32 deep" in said.err
 
 
-# which card is printed
+# choice of summary
 
 
-def test_a_folder_gets_the_card_of_a_store(sample_store: ProteinStore, inspect: Inspect) -> None:
+def test_folder_gets_the_store_summary(sample_store: ProteinStore, inspect: Inspect) -> None:
     card = json.loads(inspect(sample_store.folder, "--json").out)
     assert card["splits"]["train"]["sequences"] == 2600
 
 
 @pytest.mark.parametrize("kind", ["absent", "pipe", "closed"])
-def test_what_is_neither_folder_nor_file_is_one_error_that_names_both(
+def test_path_that_is_neither_folder_nor_file_gives_one_error_that_names_both(
     kind: str, tmp_path: Path, inspect: Inspect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / kind
     if kind == "pipe":
         os.mkfifo(path)
-    if kind == "closed":  # root may look everywhere, so it is played
+    if kind == "closed":  # mocked, because root may read any folder
         monkeypatch.setattr(
             Path, "is_dir", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
         )
@@ -436,7 +436,7 @@ def test_what_is_neither_folder_nor_file_is_one_error_that_names_both(
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive\n" * 100, b"\0" * 2048])
-def test_a_file_that_is_no_archive_is_one_error(content: bytes, tmp_path: Path, inspect: Inspect) -> None:
+def test_file_that_is_not_an_archive_gives_one_error(content: bytes, tmp_path: Path, inspect: Inspect) -> None:
     path = tmp_path / "other.nemo"
     path.write_bytes(content)
     said = inspect(path)
@@ -444,20 +444,18 @@ def test_a_file_that_is_no_archive_is_one_error(content: bytes, tmp_path: Path, 
     assert said.err.startswith(f"error: {path}: ")
 
 
-def test_a_file_that_cannot_be_read_is_one_error(
-    tmp_path: Path, inspect: Inspect, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_file_gives_one_error(tmp_path: Path, inspect: Inspect, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "secret.nemo")
 
     def refused(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refused)  # root may read everything, so it is played
+    monkeypatch.setattr(Path, "open", refused)  # mocked, because root may read any file
     said = inspect(path)
     assert (said.code, said.err) == (2, f"error: {path}: cannot be read (Permission denied)\n")
 
 
-def test_help_names_both_and_a_picture_is_of_a_store_only(tmp_path: Path, inspect: Inspect) -> None:
+def test_help_names_both_kinds_and_a_picture_needs_a_store(tmp_path: Path, inspect: Inspect) -> None:
     said = inspect("--help")
     assert said.code == 0
     for name in ("store", "a model", "a checkpoint", "--verify", "--json", "--picture"):
@@ -467,10 +465,10 @@ def test_help_names_both_and_a_picture_is_of_a_store_only(tmp_path: Path, inspec
     assert "--picture" in said.err
 
 
-# what it costs
+# imports and progress
 
 
-def test_the_card_needs_neither_torch_nor_nemo_nor_hydra(checkpoint: Path) -> None:
+def test_summary_imports_neither_torch_nor_nemo_nor_hydra(checkpoint: Path) -> None:
     code = (
         "import sys; from bionemo_esm.__main__ import main\n"
         f"sys.argv = ['bionemo-esm', 'inspect', {str(checkpoint)!r}, '--verify']\n"
@@ -483,7 +481,7 @@ def test_the_card_needs_neither_torch_nor_nemo_nor_hydra(checkpoint: Path) -> No
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_verify_tells_how_far_it_is(checkpoint: Path, inspect: Inspect, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_reports_progress(checkpoint: Path, inspect: Inspect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bionemo_esm.console._SECONDS_BETWEEN_LINES", 0.0)
     assert "(100%)" in inspect(checkpoint, "--verify").out
     json.loads(inspect(checkpoint, "--verify", "--json").out)

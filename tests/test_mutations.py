@@ -1,4 +1,4 @@
-"""Variants as people write them: what is read, what is refused, and what the refusal says."""
+"""Variant parsing: accepted notations, rejected variants, and their error messages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def where(index: int) -> str:
     return f"mutants.csv, row {index + 2}"
 
 
-def test_a_variant_is_read_by_ascending_place_whatever_stands_between_its_substitutions() -> None:
+def test_variant_is_sorted_by_position_with_any_separator() -> None:
     told = wild_type().variant("K6R,Q2A,L8W")
     assert [(one.site, TOKENS[one.wildtype], TOKENS[one.mutant]) for one in told] == [
         (1, "Q", "A"), (5, "K", "R"), (7, "L", "W"),
@@ -52,12 +52,12 @@ def test_a_variant_is_read_by_ascending_place_whatever_stands_between_its_substi
 
 
 @pytest.mark.parametrize("text", ["", " ", "WT", "wt", "_wt", "WildType", "M1M", "M1=", "M1M,Q2Q"])
-def test_the_wild_type_may_be_written_in_many_ways(text: str) -> None:
+def test_wild_type_is_accepted_in_many_notations(text: str) -> None:
     assert wild_type().variant(text) == ()
     assert wild_type().write(()) == "WT"
 
 
-def test_a_residue_by_itself_adds_nothing_to_a_variant() -> None:
+def test_synonymous_substitution_is_dropped() -> None:
     assert wild_type().variant("M1M,Q2A") == wild_type().variant("Q2A")
 
 
@@ -83,14 +83,14 @@ def test_a_residue_by_itself_adds_nothing_to_a_variant() -> None:
         ("Q٢A", r"not written like A108D"),
     ],
 )
-def test_what_is_no_variant_of_this_protein_is_refused_by_name(text: str, said: str) -> None:
+def test_invalid_variant_is_rejected_with_its_text(text: str, said: str) -> None:
     with pytest.raises(VariantError, match=said) as caught:
         wild_type().variant(text)
     assert isinstance(caught.value, UserError)
     assert len(str(caught.value)) < 200
 
 
-def test_the_first_residue_has_the_number_of_the_offset() -> None:
+def test_offset_is_the_number_of_the_first_residue() -> None:
     assert wild_type(offset=24).variant("M24A") == wild_type().variant("M1A")
     assert wild_type(offset=0).variant("M0A") == wild_type().variant("M1A")
     assert wild_type(offset=-2).variant("M-2A") == wild_type().variant("M1A")
@@ -99,12 +99,12 @@ def test_the_first_residue_has_the_number_of_the_offset() -> None:
         wild_type(offset=24).variant("M1A")
 
 
-def test_a_bad_row_is_named_with_its_file_and_its_number() -> None:
+def test_bad_row_is_reported_with_file_and_row_number() -> None:
     with pytest.raises(VariantError, match=r"^mutants.csv, row 4: A2G: .*is Q, not A.*bad_rows=skip"):
         read_variants(["M1A", "WT", "A2G", "A3G"], wild_type(), where)
 
 
-def test_bad_rows_may_be_left_out_and_are_told() -> None:
+def test_bad_rows_can_be_skipped_and_are_reported() -> None:
     told: list[str] = []
     read = read_variants(["M1A", "A2G", "Q2*", "Q2A"], wild_type(), where, told.append)
     assert [variant is None for variant in read] == [False, True, True, False]
@@ -112,26 +112,26 @@ def test_bad_rows_may_be_left_out_and_are_told() -> None:
 
 
 @pytest.mark.parametrize("skips", [False, True])
-def test_a_table_that_counts_from_elsewhere_is_told_its_offset(skips: bool) -> None:
+def test_table_with_another_numbering_gets_an_offset_suggestion(skips: bool) -> None:
     texts = texts_at(0, 5, 20, 40, 41, 42, 75, offset=24)
     with pytest.raises(VariantError, match=r"every substitution fits with offset=24$"):
         read_variants([*texts, "Q25*", "WT"], wild_type(), where, print if skips else None)
     assert None not in read_variants(texts, wild_type(offset=24), where)
 
 
-def test_no_offset_is_suggested_if_none_fits_or_one_residue_fits_at_several() -> None:
+def test_no_offset_is_suggested_if_none_fits_or_one_residue_fits_several() -> None:
     for texts in (["A2G"], ["Q24A", "Q24C"], [*texts_at(0, 5, 20, 40, 75, offset=24), "W30A"]):
         with pytest.raises(VariantError) as caught:
             read_variants(texts, wild_type(), where)
         assert "fits with" not in str(caught.value)
 
 
-def test_a_short_table_is_told_the_offset_at_which_all_of_it_fits() -> None:
+def test_short_table_gets_the_only_offset_that_fits_every_row() -> None:
     with pytest.raises(VariantError, match=r"row 2: M24W: .*every substitution fits with offset=24$"):
         read_variants(texts_at(0, 58, 67, offset=24), wild_type(), where)
 
 
-def test_a_single_substitution_that_fits_at_one_offset_only_is_told_it() -> None:
+def test_single_substitution_gets_an_offset_suggestion_if_only_one_fits() -> None:
     short = WildType("short", encode("MKTV"))
     with pytest.raises(VariantError, match=r"row 2: K25A: .*every substitution fits with offset=24$"):
         read_variants(["K25A"], short, where)
@@ -144,7 +144,7 @@ def test_a_single_substitution_that_fits_at_one_offset_only_is_told_it() -> None
     ({"sequence": "MKTV", "offset": "2"}, "offset must be an integer, not '2'"),
     ({"sequence": "MKTV", "offset": True}, "offset must be an integer, not True"),
 ])  # fmt: skip
-def test_arguments_of_another_type_are_refused_by_name(wrong: dict[str, Any], message: str) -> None:
+def test_arguments_of_the_wrong_type_are_rejected_by_name(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(VariantError, match=message):
         read_wild_type(**wrong)
     for region in (5, "AB", (1, 2, 3), (1.5, 2)):
@@ -154,8 +154,8 @@ def test_arguments_of_another_type_are_refused_by_name(wrong: dict[str, Any], me
         variants_at_hand(None, WildType("short", encode("MKTV")))  # type: ignore[arg-type]
 
 
-def test_rows_are_not_skipped_where_most_do_not_fit() -> None:
-    stray = ["W30A", "W31A"]  # nowhere a tryptophan: no offset fits all
+def test_rows_are_not_skipped_if_most_do_not_fit() -> None:
+    stray = ["W30A", "W31A"]  # the protein has no tryptophan, so no offset fits all
     texts = [*texts_at(0, 5, 20, 40, 41, 42, 75, offset=24), *stray]
     with pytest.raises(VariantError, match=r"8 of 9 substitutions do not fit .*offset=24 would fit 7$"):
         read_variants(texts, wild_type(), where, print)
@@ -165,7 +165,7 @@ def test_rows_are_not_skipped_where_most_do_not_fit() -> None:
     assert [variant is None for variant in read] == [False, False, True, True]
 
 
-def test_a_notebooks_variants_are_text_or_empty_and_named_by_their_index() -> None:
+def test_variants_in_python_are_text_or_empty_and_reported_by_index() -> None:
     read = variants_at_hand(np.array(["Q2A", None, float("nan"), "WT"], dtype=object), wild_type())
     assert read == [wild_type().variant("Q2A"), (), (), ()]
     for wrong, said in ((["Q2A", "A2G"], r"variants\[1\]: A2G: position 2"), ([3], r"variants\[0\]: 3 is no text"),
@@ -177,14 +177,14 @@ def test_a_notebooks_variants_are_text_or_empty_and_named_by_their_index() -> No
 @pytest.mark.parametrize(
     ("sequence", "said"), [("", "no residue in it"), (" *", "no residue"), ("MKJ", "residue 3 is 'J'")]
 )
-def test_a_wild_type_that_is_none_is_refused(sequence: str, said: str) -> None:
+def test_invalid_wild_type_is_rejected(sequence: str, said: str) -> None:
     with pytest.raises(VariantError, match=said) as caught:
         read_wild_type(sequence)
     assert "bad_records" not in str(caught.value)
 
 
 @given(st.integers(-3000, 3000), st.lists(st.integers(0, 75), min_size=12, unique=True))
-def test_the_offset_of_a_table_is_among_those_that_fit(offset: int, places: list[int]) -> None:
+def test_offset_of_a_table_is_among_the_fitting_offsets(offset: int, places: list[int]) -> None:
     texts = texts_at(*places, offset=offset)
     found = offsets_that_fit(texts, encode(UBIQUITIN))
     assert offset in found
@@ -192,7 +192,7 @@ def test_the_offset_of_a_table_is_among_those_that_fit(offset: int, places: list
         assert None not in read_variants(texts, wild_type(offset=int(other)), where)
 
 
-def test_a_scan_has_each_residue_replaced_by_each_of_the_other_19() -> None:
+def test_scan_replaces_each_residue_by_each_of_the_other_19() -> None:
     every = all_single(wild_type(offset=10))
     assert len(every) == len(set(every)) == 19 * len(UBIQUITIN)
     assert {wild_type().write(variant)[-1] for variant in every if variant[0].site == 0} == set(STANDARD_RESIDUES) - {
@@ -203,7 +203,7 @@ def test_a_scan_has_each_residue_replaced_by_each_of_the_other_19() -> None:
     assert {variant[0].site for variant in some} == {1, 2}
 
 
-def test_a_scan_leaves_out_what_is_none_of_the_20_and_refuses_what_is_outside() -> None:
+def test_scan_skips_nonstandard_residues_and_rejects_a_region_outside() -> None:
     assert {variant[0].site for variant in all_single(wild_type("MXKUA"))} == {0, 2, 4}
     for region in ((0, 3), (3, 77), (5, 4)):
         with pytest.raises(VariantError, match="scan_region"):
@@ -212,7 +212,7 @@ def test_a_scan_leaves_out_what_is_none_of_the_20_and_refuses_what_is_outside() 
         all_single(wild_type("XX"))
 
 
-def test_the_wild_type_is_residues_or_the_record_of_a_file(tmp_path: Path) -> None:
+def test_wild_type_is_a_sequence_or_a_fasta_record(tmp_path: Path) -> None:
     one, two = tmp_path / "one.fasta", tmp_path / "two.fasta"
     one.write_text(f">sp|P0CG48 ubiquitin\n{UBIQUITIN[:40]}\n{UBIQUITIN[40:].lower()}*\n")
     two.write_text(f">a\nMKV\n>b\n{UBIQUITIN}\n")
@@ -232,7 +232,7 @@ def test_the_wild_type_is_residues_or_the_record_of_a_file(tmp_path: Path) -> No
             read_wild_type(*arguments)
 
 
-def test_the_baselines_are_what_blosum62_and_counting_say() -> None:
+def test_baselines_equal_blosum62_and_mutation_counts() -> None:
     read = [wild_type().variant(text) for text in ("M1L", "M1W", "M1L,K6R", "")]
     found = baselines([*read, None, (Substitution(0, 24, 4),)])
     np.testing.assert_array_equal(found[SUBSTITUTION_MATRIX], [2 - 5, -1 - 5, 2 - 5 + 2 - 5, 0, np.nan, np.nan])

@@ -1,4 +1,4 @@
-"""Steps that must not be taken: what counts as one, and how many in a row are too many."""
+"""Skipped optimizer steps: the criteria, and the limit of consecutive skips."""
 
 from __future__ import annotations
 
@@ -22,13 +22,11 @@ from bionemo_esm.model.nonfinite_guard import NonFiniteGuard
         (1e30, 1.0, None),
     ],
 )
-def test_a_step_is_refused_for_a_loss_or_gradient_that_is_not_finite(
-    loss: float, norm: float, reason: str | None
-) -> None:
+def test_step_with_nonfinite_loss_or_gradient_is_skipped(loss: float, norm: float, reason: str | None) -> None:
     assert NonFiniteGuard(OptimConfig()).skip_reason(loss, norm) == reason
 
 
-def test_a_leap_of_the_loss_is_refused_only_where_asked_for_and_only_once_the_mean_is_known() -> None:
+def test_loss_spike_is_skipped_only_if_enabled_and_once_a_mean_is_known() -> None:
     eager, lenient = NonFiniteGuard(OptimConfig(skip_loss_above=1.5)), NonFiniteGuard(OptimConfig())
     assert eager.skip_reason(30.0, 1.0) is None, "nothing is known of the first step"
     for _ in range(200):
@@ -39,7 +37,7 @@ def test_a_leap_of_the_loss_is_refused_only_where_asked_for_and_only_once_the_me
     assert lenient.skip_reason(4.5, 1.0) is None
 
 
-def test_a_refused_loss_does_not_enter_the_mean() -> None:
+def test_skipped_loss_does_not_enter_the_mean() -> None:
     guard = NonFiniteGuard(OptimConfig(skip_loss_above=1.5))
     for _ in range(100):
         guard.skip_reason(2.0, 1.0)
@@ -49,7 +47,7 @@ def test_a_refused_loss_does_not_enter_the_mean() -> None:
     assert guard.state_dict()["mean_loss"] == before
 
 
-def test_it_gives_up_after_so_many_in_a_row_and_one_good_step_begins_the_count_anew() -> None:
+def test_guard_gives_up_after_consecutive_skips_and_a_good_step_resets_the_count() -> None:
     guard = NonFiniteGuard(OptimConfig(max_skipped_steps=3))
     for loss in (math.nan, math.nan, 2.0, math.nan, math.nan):
         guard.skip_reason(loss, 1.0)
@@ -58,7 +56,7 @@ def test_it_gives_up_after_so_many_in_a_row_and_one_good_step_begins_the_count_a
     assert guard.gave_up
 
 
-def test_its_state_goes_on_and_giving_up_does_not() -> None:
+def test_state_resumes_without_the_give_up_flag() -> None:
     guard = NonFiniteGuard(OptimConfig(max_skipped_steps=3))
     for loss in (2.0, 3.0, math.nan, math.nan):
         guard.skip_reason(loss, 1.0)
@@ -79,6 +77,6 @@ def test_its_state_goes_on_and_giving_up_does_not() -> None:
         ({"skip_loss_above": math.nan}, "optim.skip_loss_above must be over 1"),
     ],
 )
-def test_settings_that_cannot_work_are_named(settings: dict[str, float], message: str) -> None:
+def test_invalid_settings_are_rejected_by_key(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         OptimConfig(**settings)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Masters, gradients and schedule against plain PyTorch and the closed form."""
+"""Master weights, gradients and schedule against plain PyTorch and the closed form."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from bionemo_esm.model.config import OptimConfig
 from bionemo_esm.model.optimizer import MasterWeights, build_optimizer, build_schedule
 from models import tiny_model
 
-EPS = 1e-4  # above the rounding of gradients that are zero in exact arithmetic, such as those of key biases
+EPS = 1e-4  # above the rounding of gradients that are exactly zero in theory, such as those of key biases
 SETTINGS = OptimConfig(lr=1e-2, min_lr=1e-3, eps=EPS, weight_decay=0.1, warmup_steps=2, constant_steps=3, max_steps=10)
 BACKENDS = choose_backends("cpu", torch.float32, 0.0)
 
 
-def test_a_step_is_that_of_plain_adamw_with_clipping(sample_store: ProteinStore) -> None:
+def test_step_equals_plain_adamw_with_clipping(sample_store: ProteinStore) -> None:
     ours, theirs = tiny_model(seed=2), tiny_model(seed=2)
     stream = TrainingBatches(SampleReader(sample_store.split("train"), 128, MaskingPolicy(), 0), BatchPlan(8, 4))
     masters = MasterWeights(ours.named_parameters())
@@ -51,13 +51,13 @@ def test_a_step_is_that_of_plain_adamw_with_clipping(sample_store: ProteinStore)
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_steps_too_small_for_bf16_add_up_in_the_masters() -> None:
+def test_steps_too_small_for_bf16_accumulate_in_the_master_weights() -> None:
     parameter = Parameter(torch.ones(4, dtype=torch.bfloat16))
     masters = MasterWeights([("weight", parameter)])
     optimizer = torch.optim.SGD(masters.masters.values(), lr=1.0)
     for _ in range(20):
         masters.zero_gradients()
-        (parameter.float() * 1e-3).sum().backward()  # a step of 0.001, where bf16 near 1 moves by 0.004 at least
+        (parameter.float() * 1e-3).sum().backward()  # a step of 0.001; bf16 spacing near 1 is at least 0.004
         optimizer.step()
         masters.write_back()
     assert masters.state_dict()["weight"].tolist() == pytest.approx([0.98] * 4, abs=1e-4)
@@ -65,17 +65,17 @@ def test_steps_too_small_for_bf16_add_up_in_the_masters() -> None:
     assert parameter.dtype == torch.bfloat16
 
 
-def test_gradients_of_micro_batches_add_up_in_float32() -> None:
+def test_micro_batch_gradients_accumulate_in_float32() -> None:
     parameter = Parameter(torch.ones(1, dtype=torch.bfloat16))
     masters = MasterWeights([("weight", parameter)])
     masters.zero_gradients()
     for _ in range(1000):
-        (parameter * 1.0).sum().backward()  # a bf16 sum would stick at 256
+        (parameter * 1.0).sum().backward()  # a bf16 sum would stay at 256
     assert masters.gradients.item() == 1000
 
 
-def test_the_norm_of_many_gradients_is_that_of_float64() -> None:
-    """A plain float32 norm of so many, some of them large, is off by a thousandth on a CPU."""
+def test_norm_of_many_gradients_equals_the_float64_norm() -> None:
+    """A plain float32 norm of this many values, some of them large, is off by 0.1% on a CPU."""
     masters = MasterWeights({"weight": torch.nn.Parameter(torch.zeros(2000, 1500))}.items())
     masters.gradients.normal_(generator=torch.Generator().manual_seed(0))
     masters.gradients[:3000] *= 100
@@ -83,7 +83,7 @@ def test_the_norm_of_many_gradients_is_that_of_float64() -> None:
     assert float(masters.clip_gradients(0.0)) == pytest.approx(exact, rel=1e-6)
 
 
-def test_clipping_can_be_off() -> None:
+def test_clipping_can_be_disabled() -> None:
     parameter = Parameter(torch.ones(2))
     masters = MasterWeights([("weight", parameter)])
     (parameter * 100).sum().backward()
@@ -91,7 +91,7 @@ def test_clipping_can_be_off() -> None:
     assert masters.gradients.tolist() == [100, 100]
 
 
-def test_the_schedule_warms_up_falls_along_a_cosine_and_stays_at_the_minimum() -> None:
+def test_schedule_warms_up_decays_along_a_cosine_and_stays_at_the_minimum() -> None:
     optimizer = torch.optim.SGD([Parameter(torch.ones(1))], lr=SETTINGS.lr)
     schedule = build_schedule(optimizer, SETTINGS)
     rates = []
@@ -112,13 +112,13 @@ def test_the_schedule_warms_up_falls_along_a_cosine_and_stays_at_the_minimum() -
         ({"warmup_steps": 500, "constant_steps": 0, "max_steps": 500}, r"leave no step for the cosine"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(values: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_rejected(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         OptimConfig(**values)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_second_training_gets_gradients_of_its_own(dtype: torch.dtype) -> None:
+def test_second_training_on_the_same_parameters_gets_its_own_gradients(dtype: torch.dtype) -> None:
     parameter = Parameter(torch.ones(2, dtype=dtype))
     first = MasterWeights([("weight", parameter)])
     (parameter * 2).sum().backward()
@@ -128,7 +128,7 @@ def test_a_second_training_gets_gradients_of_its_own(dtype: torch.dtype) -> None
     assert (first.gradients.tolist(), second.gradients.tolist()) == ([2, 2], [3, 3])
 
 
-def test_gradients_dropped_in_the_middle_of_a_step_are_noticed() -> None:
+def test_gradient_dropped_before_backward_fails_an_assertion() -> None:
     parameter = Parameter(torch.ones(2))
     masters = MasterWeights([("weight", parameter)])
     parameter.grad = None  # as an optimizer's zero_grad does

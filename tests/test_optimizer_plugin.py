@@ -1,4 +1,4 @@
-"""An optimizer of another package: found by its entry point, trained, sharded into checkpoints, and planned for."""
+"""An optimizer plugin: discovery by entry point, training, sharded state in checkpoints, and planning."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def train(masters: MasterWeights, optimizer: Any, steps: range) -> None:
 
 
 @pytest.mark.usefixtures("plugin")
-def test_it_is_built_in_its_groups_and_its_state_resumes_bit_for_bit() -> None:
+def test_plugin_optimizer_gets_its_groups_and_resumes_bit_for_bit() -> None:
     config = OptimConfig(name="momentum", options={"momentum": 0.5}, weight_decay=0.1)
     backends, family = choose_backends("cpu", torch.float32, 0.0), OPTIMIZERS.get("momentum")
     whole, first, second = (masters_of(1) for _ in range(3))
@@ -105,17 +105,17 @@ def test_it_is_built_in_its_groups_and_its_state_resumes_bit_for_bit() -> None:
 
 
 @pytest.mark.usefixtures("plugin")
-def test_state_that_its_family_does_not_name_is_noticed() -> None:
+def test_state_that_the_family_does_not_name_fails_an_assertion() -> None:
     config = OptimConfig(name="momentum")
     masters = masters_of(1)
     optimizer = build_optimizer(masters, config, choose_backends("cpu", torch.float32, 0.0))
     train(masters, optimizer, range(1))
     with pytest.raises(AssertionError, match="momentum_buffer"):
-        full_state(optimizer, masters)  # as if it were Adam
+        full_state(optimizer, masters)  # reads it as Adam state
 
 
 @pytest.mark.usefixtures("plugin")
-def test_a_plan_counts_its_state() -> None:
+def test_plan_counts_the_state_of_the_plugin() -> None:
     matrices = sum(a.numel() for a in map(torch.empty, (s for _, s in CONFIG.tensors() if len(s) >= 2)))
     vectors = CONFIG.parameters - matrices
     assert optimizer_state_bytes(CONFIG, "momentum") == 4 * matrices + 8 * vectors
@@ -125,14 +125,14 @@ def test_a_plan_counts_its_state() -> None:
 
 
 @pytest.mark.usefixtures("plugin")
-def test_a_recipe_selects_it_by_name_and_its_identity_records_it() -> None:
+def test_recipe_selects_the_plugin_by_name_and_its_identity_records_it() -> None:
     recipe = load_recipe(composed(*SMALL, "optim.name=momentum"))
     assert recipe.optim.name == "momentum"
     assert recipe.optim.to_dict()["name"] == "momentum"
     assert "name" not in load_recipe(composed(*SMALL)).optim.to_dict()
 
 
-def test_an_unknown_optimizer_is_refused_with_the_known_ones() -> None:
+def test_unknown_optimizer_is_rejected_with_the_known_names() -> None:
     with refused("registry.unknown-name", "optim.name", "fused_adam", "'muom'"):
         load_recipe(composed(*SMALL, "optim.name=muom"))
     assert issubclass(UserError, ValueError)

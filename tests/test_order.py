@@ -1,4 +1,4 @@
-"""The order of samples: a shuffle that needs no index array, and survives another number of GPUs."""
+"""The order of samples: a shuffle without an index array, independent of the world size."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SEEDS = (0, 1, 2, 1234, 2**62)
 
 
 def epoch_of(order: EpochPermutation, epoch: int) -> NDArray[np.int64]:
-    """The samples of one epoch in their order."""
+    """Return the samples of one epoch in their order."""
     return order.samples(np.arange(epoch * order.size, (epoch + 1) * order.size))[1]
 
 
 def chi_square(samples: NDArray[np.int64], buckets: int, expected: float) -> float:
-    """Pearson's statistic of bucket numbers 0..buckets - 1 of which each should occur `expected` times."""
+    """Return Pearson's chi-square of bucket numbers 0..buckets - 1, each expected `expected` times."""
     counts = np.bincount(samples, minlength=buckets)
     assert len(counts) == buckets
     return float(((counts - expected) ** 2 / expected).sum())
@@ -31,15 +31,15 @@ def chi_square(samples: NDArray[np.int64], buckets: int, expected: float) -> flo
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000, 4097])
-def test_every_epoch_shows_every_sample_once(size: int, seed: int) -> None:
+def test_every_epoch_contains_every_sample_once(size: int, seed: int) -> None:
     epochs, samples = EpochPermutation(size, seed).samples(np.arange(3 * size))
     np.testing.assert_array_equal(epochs, np.repeat([0, 1, 2], size))
     for epoch in range(3):
         np.testing.assert_array_equal(np.sort(samples[epochs == epoch]), np.arange(size))
 
 
-def test_epochs_and_seeds_shuffle_independently() -> None:
-    """Two unrelated shuffles agree at one place on average, whatever the size (Poisson: 10 or more in 1e-7)."""
+def test_epochs_and_seeds_give_independent_shuffles() -> None:
+    """Two independent shuffles agree at one position on average, whatever the size (Poisson: 10 or more in 1e-7)."""
     orders = [epoch_of(EpochPermutation(1000, seed), epoch) for seed in SEEDS for epoch in (0, 1, 2, 419)]
     orders.append(np.arange(1000))
     agreements = [int((a == b).sum()) for i, a in enumerate(orders) for b in orders[:i]]
@@ -58,7 +58,7 @@ def test_all_shuffles_of_few_samples_are_equally_likely(size: int) -> None:
     assert sum((n - expected) ** 2 / expected for n in counts.values()) < 2.5 * shuffles
 
 
-def test_a_slice_may_straddle_epochs() -> None:
+def test_slice_may_span_epochs() -> None:
     order = EpochPermutation(1000, seed=1)
     epochs, samples = order.samples(np.arange(990, 2020))
     np.testing.assert_array_equal(epochs, [0] * 10 + [1] * 1000 + [2] * 20)
@@ -66,7 +66,7 @@ def test_a_slice_may_straddle_epochs() -> None:
     np.testing.assert_array_equal(samples, joined)
 
 
-def test_the_stream_does_not_depend_on_how_it_is_sliced() -> None:
+def test_stream_does_not_depend_on_how_it_is_sliced() -> None:
     order = EpochPermutation(100, seed=7)
     positions = np.arange(1200)
     epochs, whole = order.samples(positions)
@@ -80,7 +80,7 @@ def test_the_stream_does_not_depend_on_how_it_is_sliced() -> None:
 
 
 @pytest.mark.parametrize("size", [UNIREF50, 2**40, 2**40 + 1, 2**48])
-def test_time_and_memory_do_not_grow_with_the_data_set(size: int) -> None:
+def test_time_and_memory_do_not_grow_with_the_dataset(size: int) -> None:
     order = EpochPermutation(size, seed=1)
     positions = np.concatenate([np.arange(500), np.arange(10**10, 10**10 + 500), [size - 1, size, 3 * size]])
     tracemalloc.start()
@@ -93,11 +93,11 @@ def test_time_and_memory_do_not_grow_with_the_data_set(size: int) -> None:
     np.testing.assert_array_equal(epochs, positions // size)
     assert samples.min() >= 0
     assert samples.max() < size
-    assert samples.max() > size // 2  # not a corner of the range
+    assert samples.max() > size // 2  # the upper half of the range is reached
     assert len(set(samples[:500].tolist())) == 500
 
 
-def test_the_ten_billionth_position_of_uniref50_is_reached_directly() -> None:
+def test_ten_billionth_position_of_uniref50_is_accessed_directly() -> None:
     order = EpochPermutation(UNIREF50, seed=1)
     epoch, sample = order.samples(np.array([10**10]))
     assert epoch.tolist() == [192]
@@ -106,8 +106,8 @@ def test_the_ten_billionth_position_of_uniref50_is_reached_directly() -> None:
 
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (1, 0), (1, 419), (2, 1019)])
 @pytest.mark.parametrize("size", [262_144, 300_007, 524_289])
-def test_the_first_tenth_of_an_epoch_covers_the_data_set_evenly(size: int, seed: int, epoch: int) -> None:
-    """By high and by low bits. Drawn without repeats, so chi-square is 0.9 times the usual; 99 degrees: 99+-14."""
+def test_first_tenth_of_an_epoch_covers_the_dataset_evenly(size: int, seed: int, epoch: int) -> None:
+    """Test high and low bits. Samples do not repeat, so chi-square is 0.9 times the usual; 99 degrees: 99+-14."""
     places = np.arange(size // 10)
     samples = EpochPermutation(size, seed).samples(epoch * size + places)[1]
     expected = len(places) / 100
@@ -123,18 +123,18 @@ def test_successive_samples_are_uncorrelated(lag: int) -> None:
         samples = epoch_of(EpochPermutation(size, seed), 3)
         limit = 4.5 / np.sqrt(size - lag)
         assert abs(np.corrcoef(samples[:-lag], samples[lag:])[0, 1]) < limit
-        steps = (samples[lag:] - samples[:-lag]) % size  # a constant or a favoured step would show here
+        steps = (samples[lag:] - samples[:-lag]) % size  # a constant or frequent step would show here
         assert abs(chi_square(steps * 64 // size, 64, len(steps) / 64) - 63) < 5 * np.sqrt(2 * 63)
 
 
-def test_a_sample_moves_independently_from_epoch_to_epoch() -> None:
+def test_position_of_a_sample_is_independent_between_epochs() -> None:
     order = EpochPermutation(200_003, seed=5)
     first, second = np.argsort(epoch_of(order, 0)), np.argsort(epoch_of(order, 1))
     assert abs(np.corrcoef(first, second)[0, 1]) < 4.5 / np.sqrt(order.size)
 
 
-def test_a_release_never_changes_the_order_silently() -> None:
-    """Frozen: a change here breaks every run that resumes. If it has to be, say so in the release notes."""
+def test_sample_order_is_frozen_across_releases() -> None:
+    """A change here breaks every run that resumes. If it is unavoidable, state it in the release notes."""
     order = EpochPermutation(size=1000, seed=1)
     assert order.samples(np.arange(8))[1].tolist() == [103, 325, 610, 110, 38, 354, 606, 128]
     assert order.samples(np.arange(996, 1004))[1].tolist() == [386, 601, 920, 870, 615, 199, 836, 290]
@@ -147,35 +147,35 @@ def test_a_release_never_changes_the_order_silently() -> None:
     ]
 
 
-def test_hashes_are_those_of_splitmix64() -> None:
-    """The first outputs of the reference implementation (https://prng.di.unimi.it/splitmix64.c) seeded with 0."""
+def test_hash_equals_splitmix64() -> None:
+    """Compare with the first outputs of the reference (https://prng.di.unimi.it/splitmix64.c) seeded with 0."""
     counters = np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     before = counters.copy()
     assert [hex(word) for word in mix(counters)] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]
-    np.testing.assert_array_equal(counters, before)  # the argument is left as it is
+    np.testing.assert_array_equal(counters, before)  # the argument is not modified
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**48 + 1])
-def test_an_order_over_no_samples_or_too_many_is_refused(size: int) -> None:
+def test_zero_samples_or_too_many_are_rejected(size: int) -> None:
     with pytest.raises(ValueError, match=f"not {size}"):
         EpochPermutation(size, seed=1)
 
 
 def rank_batches(plan: BatchPlan, tokens: NDArray[np.int64], consumed: int) -> NDArray[np.int64]:
-    """Stream positions of one global batch, as all ranks together read them; none reads what another does."""
+    """Return the stream positions of one global batch over all ranks; assert that no position is read twice."""
     places = np.concatenate([hand for rank in range(plan.world_size) for hand in plan.micro_batches(tokens, rank)])
     np.testing.assert_array_equal(np.bincount(places), 1)
     return consumed + np.sort(places)
 
 
-def test_a_run_stopped_on_176_gpus_goes_on_with_144_as_if_it_had_not_stopped() -> None:
-    """The model card's two phases: 176 ranks x 370, then 144 x 370, and once more with accumulation on 48.
+def test_run_stopped_on_176_gpus_resumes_on_144_with_the_same_samples() -> None:
+    """Run the model card's two phases: 176 ranks x 370, then 144 x 370, then 48 ranks with accumulation.
 
-    `benchmarks/order_at_scale.py` does it with all of UniRef50.
+    `benchmarks/order_at_scale.py` does this with all of UniRef50.
     """
     order = EpochPermutation(size=501_517, seed=1)
     lengths = np.random.default_rng(0).integers(13, 513, order.size)
-    phases = [  # the first stops in the second epoch
+    phases = [  # the first phase stops in the second epoch
         (9, BatchPlan(65_120, 370, world_size=176)),
         (4, BatchPlan(53_280, 370, world_size=144)),
         (16, BatchPlan(53_280, 185, world_size=48)),
@@ -196,4 +196,4 @@ def test_a_run_stopped_on_176_gpus_goes_on_with_144_as_if_it_had_not_stopped() -
     assert consumed > 3 * order.size
     for epoch in range(3):
         np.testing.assert_array_equal(np.bincount(samples[epochs == epoch], minlength=order.size), 1)
-    assert np.bincount(samples[epochs == 3]).max() == 1  # the epoch that is under way: nothing twice
+    assert np.bincount(samples[epochs == 3]).max() == 1  # the unfinished epoch repeats no sample

@@ -1,4 +1,4 @@
-"""Packing: against a reference in plain Python, and that the model never sees padding."""
+"""Packing against a reference in plain Python; the model never sees padding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from reference_masking import sample_keys
 
 
 class Case(NamedTuple):
-    """True residues uint8 [residues], lengths int64 [n], and their corruption."""
+    """True residues uint8 [residues], lengths int64 [n], and the masked residues."""
 
     residues: NDArray[np.uint8]
     lengths: NDArray[np.int64]
@@ -40,7 +40,7 @@ class Expected(NamedTuple):
 
 
 def slowly_packed(case: Case) -> Expected:
-    """What `pack` should give, residue by residue."""
+    """Return what `pack` should return, computed residue by residue."""
     expected = Expected([], [], [0], max(case.lengths.tolist(), default=-2) + 2, [], [])
     residue = 0
     for length in case.lengths.tolist():
@@ -65,7 +65,7 @@ def corrupted_case(pieces: list[NDArray[np.uint8]], seed: int) -> Case:
 
 
 def random_case(split: SequenceSplit, seed: int) -> Case:
-    """Up to 40 stretches of real proteins: lengths 1 and 510, 20 more under 510, at random places in the row."""
+    """Up to 40 pieces of real proteins: lengths 1 and 510, and others up to 510, in random order."""
     random = np.random.default_rng(seed)
     lengths = np.append(random.integers(1, 511, random.integers(0, 38)), [1, 510])
     random.shuffle(lengths)
@@ -89,33 +89,33 @@ def batch(case: Case) -> PackedBatch:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_packing_equals_a_plain_reference(sample_store: ProteinStore, seed: int) -> None:
+def test_packing_equals_the_reference(sample_store: ProteinStore, seed: int) -> None:
     case = random_case(sample_store.split("train"), seed)
     assert {1, 510} <= set(case.lengths.tolist())
     assert values(pack(*case)) == slowly_packed(case)
 
 
 @pytest.mark.parametrize("lengths", [[1], [510], [1, 1, 1], [510, 1], [0, 4, 0], [0], []], ids=str)
-def test_packing_equals_a_plain_reference_at_the_edges(sample_store: ProteinStore, lengths: list[int]) -> None:
+def test_packing_equals_the_reference_at_edge_lengths(sample_store: ProteinStore, lengths: list[int]) -> None:
     train = sample_store.split("train")
     protein = train[int(train.lengths.argmax())]
     case = corrupted_case([protein[:length] for length in lengths], seed=3)
     assert values(pack(*case)) == slowly_packed(case)
 
 
-def test_dtypes_and_devices_are_those_that_the_encoder_takes(batch: PackedBatch) -> None:
+def test_dtypes_are_those_that_the_encoder_takes(batch: PackedBatch) -> None:
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "max_seqlen"}
     wide = dict.fromkeys(("tokens", "positions", "target_index", "targets"), torch.int64)
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {**wide, "cu_seqlens": torch.int32}
     assert type(batch.max_seqlen) is int
 
 
-def test_lengths_of_any_integer_type_are_taken(case: Case, batch: PackedBatch) -> None:
-    """The store has int32 lengths; sums over them must not stay there."""
+def test_lengths_of_any_integer_dtype_are_accepted(case: Case, batch: PackedBatch) -> None:
+    """The store has int32 lengths; sums over them must be int64."""
     assert values(pack(case.residues, case.lengths.astype(np.int32), case.corruption)) == values(batch)
 
 
-def test_a_row_holds_no_padding(case: Case, batch: PackedBatch) -> None:
+def test_packed_row_contains_no_padding(case: Case, batch: PackedBatch) -> None:
     assert not (batch.tokens == PAD_ID).any()
     assert len(batch.tokens) == case.lengths.sum() + 2 * len(case.lengths)
     assert batch.cu_seqlens[-1] == len(batch.tokens)
@@ -128,12 +128,12 @@ def test_targets_restore_the_true_proteins(case: Case, batch: PackedBatch) -> No
     assert torch.equal(restored, pack(case.residues, case.lengths).tokens)
 
 
-def test_sequences_and_residues_are_counted_without_specials(case: Case, batch: PackedBatch) -> None:
+def test_sequences_and_residues_are_counted_without_special_tokens(case: Case, batch: PackedBatch) -> None:
     assert batch.sequences == len(case.lengths)
     assert batch.residues == len(case.residues)
 
 
-def test_a_batch_without_corruption_has_no_targets(case: Case) -> None:
+def test_batch_without_masking_has_no_targets(case: Case) -> None:
     plain = pack(case.residues, case.lengths)
     assert plain.target_index.shape == plain.targets.shape == (0,)
     assert plain.target_index.dtype == plain.targets.dtype == torch.int64
@@ -141,7 +141,7 @@ def test_a_batch_without_corruption_has_no_targets(case: Case) -> None:
     assert values(plain) == slowly_packed(case._replace(corruption=unchanged))
 
 
-def test_a_batch_shares_no_memory_with_what_it_was_made_from(case: Case) -> None:
+def test_batch_shares_no_memory_with_its_inputs(case: Case) -> None:
     before = case.residues.copy(), case.corruption.tokens.copy()
     packed = pack(*case)
     packed.tokens.zero_()
@@ -150,7 +150,7 @@ def test_a_batch_shares_no_memory_with_what_it_was_made_from(case: Case) -> None
     np.testing.assert_array_equal(case.corruption.tokens, before[1])
 
 
-def test_unpacking_pads_each_sequence_at_its_end(case: Case) -> None:
+def test_unpack_pads_each_sequence_at_its_end(case: Case) -> None:
     plain = pack(case.residues, case.lengths)
     tokens_SL = unpack(plain.tokens, plain.cu_seqlens)
     assert tokens_SL.shape == (len(case.lengths), 512)
@@ -160,7 +160,7 @@ def test_unpacking_pads_each_sequence_at_its_end(case: Case) -> None:
     assert torch.equal(tokens_SL[tokens_SL != PAD_ID], plain.tokens)
 
 
-def test_unpacking_takes_hidden_states_as_well(batch: PackedBatch) -> None:
+def test_unpack_accepts_hidden_states(batch: PackedBatch) -> None:
     hidden_TH = torch.randn(len(batch.tokens), 3)
     hidden_SLH = unpack(hidden_TH, batch.cu_seqlens, padding=-7.0)
     inside_SL = unpack(batch.positions, batch.cu_seqlens, padding=-1) >= 0
@@ -169,7 +169,7 @@ def test_unpacking_takes_hidden_states_as_well(batch: PackedBatch) -> None:
     assert (hidden_SLH[~inside_SL] == -7).all()
 
 
-def test_moving_a_batch_moves_all_of_it(batch: PackedBatch) -> None:
+def test_moving_a_batch_moves_every_tensor(batch: PackedBatch) -> None:
     """The meta device stands in for a GPU."""
     assert values(batch.to("cpu")) == values(batch)
     moved = batch.to("meta", non_blocking=True)
@@ -183,13 +183,13 @@ def test_moving_a_batch_moves_all_of_it(batch: PackedBatch) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
-def test_pinning_a_batch_pins_all_of_it(batch: PackedBatch) -> None:
+def test_pinning_a_batch_pins_every_tensor(batch: PackedBatch) -> None:
     pinned = batch.pin_memory()
     assert all(getattr(pinned, f.name).is_pinned() for f in fields(batch) if f.name != "max_seqlen")
     assert values(pinned) == values(batch)
 
 
-def test_a_batch_survives_pickling_and_a_loader_worker(case: Case, batch: PackedBatch) -> None:
+def test_batch_survives_pickling_and_a_loader_worker(case: Case, batch: PackedBatch) -> None:
     assert values(pickle.loads(pickle.dumps(batch))) == values(batch)
     plain = pack(case.residues, case.lengths)
     loaded = list(DataLoader([batch, plain], batch_size=None, num_workers=1))

@@ -1,4 +1,4 @@
-"""Several ranks compute what one does: overlapped reduction, tensor parallelism, split moments; real gloo groups."""
+"""Several ranks compute what one does: overlapped reduction, tensor parallelism, sharded moments; real gloo groups."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ from bionemo_esm.model.parallel import (
 )
 from models import tiny_model
 
-FORK_SERVER = multiprocessing.get_context("forkserver")  # faults.py has it import what takes long
+FORK_SERVER = multiprocessing.get_context("forkserver")  # faults.py makes the fork server preload slow imports
 SETTINGS = OptimConfig(lr=1e-2, min_lr=0.0, weight_decay=0.1, warmup_steps=2, constant_steps=0, max_steps=10)
 BACKENDS = choose_backends("cpu", torch.float32, 0.0)
 Tensors = dict[str, Tensor]
 
 
 def on_ranks(ranks: int, folder: Path, work: Callable[..., Tensors], *arguments: Any) -> list[Tensors]:
-    """What `work(*arguments)` returns on each rank of a process group."""
+    """Return the result of `work(*arguments)` on each rank of a process group."""
     folder.mkdir()
     processes = [FORK_SERVER.Process(target=_rank, args=(r, ranks, folder, work, arguments)) for r in range(ranks)]
     for process in processes:
@@ -79,7 +79,7 @@ def _rank(rank: int, ranks: int, folder: Path, work: Callable[..., Tensors], arg
 
 
 def batch_of(seed: int, sequences: int = 3) -> PackedBatch:
-    """Random residues, every fifth of them hidden."""
+    """Random residues; every fifth token is masked."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(5, 60, sequences)
     batch = pack(rng.integers(4, 24, lengths.sum()).astype(np.uint8), lengths)
@@ -95,11 +95,11 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-# --- gradients summed while backward runs -----------------------------------------------------------------------------
+# --- gradient reduction during backward -------------------------------------------------------------------------------
 
 
 def reduced_both_ways(precision: str) -> Tensors:
-    """Gradients summed during backward, and after it; when each bucket was sent; ranks run 3 and 1 micro batches."""
+    """Reduce gradients during and after backward; record when each bucket is sent; ranks run 3 and 1 micro batches."""
     ensure_groups()
     model = tiny_model(precision).train()
     named = list(model.named_parameters())
@@ -127,7 +127,7 @@ def reduced_both_ways(precision: str) -> Tensors:
     masters.zero_gradients()
     for batch in batches[:-1]:
         backward(batch)
-    reduction.distributed.all_reduce = watched_reduce  # for good: this process ends with its work
+    reduction.distributed.all_reduce = watched_reduce  # never restored: this process exits after `work`
     OverlappedReduction.gradient_is_complete = watched_complete
     with masters.overlapped_reduction():
         backward(batches[-1])
@@ -136,7 +136,7 @@ def reduced_both_ways(precision: str) -> Tensors:
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
-def test_reduction_during_backward_gives_the_bits_of_one_after_it(tmp_path: Path, precision: str) -> None:
+def test_overlapped_reduction_equals_reduction_after_backward_bit_for_bit(tmp_path: Path, precision: str) -> None:
     first, second = on_ranks(2, tmp_path / "ranks", reduced_both_ways, precision)
     assert_same({"gradients": first["during"]}, {"gradients": first["after"]})
     assert_same(first, second)
@@ -153,12 +153,14 @@ def reduced_in_opposite_orders() -> Tensors:
     buffer = torch.arange(40.0) + 100 * rank
     buckets = OverlappedReduction(buffer, [4] * 10, bucket_bytes=32)
     with buckets.during_backward():
-        for gradient in (range(9), range(9, 0, -1))[rank]:  # 9 never comes on one rank, 0 on the other
+        for gradient in (range(9), range(9, 0, -1))[
+            rank
+        ]:  # gradient 9 never arrives on rank 0, gradient 0 never on rank 1
             buckets.gradient_is_complete(gradient)
     return {"sum": buffer}
 
 
-def test_ranks_whose_gradients_come_in_other_orders_or_not_at_all_still_add_up(tmp_path: Path) -> None:
+def test_reduction_is_correct_if_gradients_differ_in_order_or_are_missing(tmp_path: Path) -> None:
     for rank in on_ranks(2, tmp_path / "ranks", reduced_in_opposite_orders):
         assert rank["sum"].tolist() == [2.0 * place + 100 for place in range(40)]
 
@@ -169,7 +171,7 @@ REPLICATED = "layernorm", "position_embeddings", "linear_proj.bias", "linear_fc2
 
 
 def half_of_a_model(whole: Path) -> Tensors:
-    """Forward and backward with dropout, clipping, and random numbers of one of two tensor-parallel ranks."""
+    """Run forward, backward with dropout, clipping, and random numbers on one of two tensor-parallel ranks."""
     ensure_groups(tensor_model_parallel_size=2)
     rank = tensor_parallel_rank()
     drawn = dict(ESM1nvModel(tiny_model(init_method_std=0.02).cfg).named_parameters())
@@ -208,7 +210,7 @@ def half_of_a_model(whole: Path) -> Tensors:
     return seen
 
 
-def test_two_halves_of_a_model_have_the_gradients_of_the_whole(tmp_path: Path) -> None:
+def test_tensor_parallel_ranks_have_the_gradients_of_the_whole_model(tmp_path: Path) -> None:
     model, batch = tiny_model(), batch_of(1)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     save_file(weights, tmp_path / "whole")
@@ -233,11 +235,11 @@ def test_two_halves_of_a_model_have_the_gradients_of_the_whole(tmp_path: Path) -
     assert float(first["clipped"]) == pytest.approx(0.5, rel=1e-4)
 
 
-# --- moments split over ranks -----------------------------------------------------------------------------------------
+# --- moments sharded over ranks ---------------------------------------------------------------------------------------
 
 
 class CountsByGroup(torch.optim.Optimizer):
-    """Moments as Apex and Transformer Engine keep them: steps are counted for a group, where it is not empty."""
+    """An optimizer like those of Apex and Transformer Engine: the step count belongs to a group that is not empty."""
 
     def __init__(self, groups: Any, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
@@ -257,25 +259,25 @@ Run = tuple[MasterWeights, Any]
 
 
 def begin(build: Callable[..., Any], named: Mapping[str, Tensor], adam: str) -> Run:
-    """Masters of their own with these values, and their optimizer."""
+    """Return new master weights with these values, and their optimizer."""
     backends = dataclasses.replace(BACKENDS, adam=CountsByGroup) if adam == "by group" else BACKENDS
     masters = MasterWeights((name, Parameter(tensor.detach().clone())) for name, tensor in named.items())
     return masters, build(masters, SETTINGS, backends)
 
 
 def train(runs: list[Run], steps: range) -> None:
-    """The same random gradients for each, at a rate that falls."""
+    """Apply the same random gradients to each run, at a decreasing learning rate."""
     for step in steps:
         for masters, optimizer in runs:
             generator = torch.Generator().manual_seed(step)
             masters.gradients.copy_(torch.randn(len(masters.gradients), generator=generator))
             for group in optimizer.param_groups:
-                group["lr"] = 1e-2 / (step + 1)  # as a schedule sets it
+                group["lr"] = 1e-2 / (step + 1)  # as a scheduler sets it
             optimizer.step()
 
 
 def assert_is_state_of(state: dict[str, Any], reference: Run) -> None:
-    """On rank 0 that of an optimizer that holds all, elsewhere nothing."""
+    """Assert that rank 0 has the state of an unsharded optimizer, and that the other ranks have none."""
     expected = reference[1].state_dict()
     if data_parallel_rank() != 0:
         assert state == {}
@@ -287,16 +289,16 @@ def assert_is_state_of(state: dict[str, Any], reference: Run) -> None:
 
 
 def split_and_whole(adam: str, tensors: int | None) -> Tensors:
-    """Train with split moments and, beside it, with whole ones; change over half-way, both ways; count elements."""
+    """Train with sharded and whole moments, switch half-way in both directions, and count the elements held."""
     ensure_groups()
     named = dict(list(tiny_model(seq_length=64).named_parameters())[:tensors])
     split, whole = begin(build_sharded_optimizer, named, adam), begin(build_optimizer, named, adam)
-    assert_is_state_of(full_state(split[1], split[0]), whole)  # before the first step there is none
+    assert_is_state_of(full_state(split[1], split[0]), whole)  # no state before the first step
     train([split, whole], range(3))
     assert_is_state_of(full_state(split[1], split[0]), whole)
     assert_is_state_of(full_state(whole[1], whole[0]), whole)
 
-    saved = copy.deepcopy(whole[1].state_dict())  # in a real run that of rank 0, which all read from a file
+    saved = copy.deepcopy(whole[1].state_dict())  # a real run loads rank 0's state from a file on all ranks
     joined = begin(build_optimizer, split[0].masters, adam)
     parted = begin(build_sharded_optimizer, whole[0].masters, adam)
     for masters, optimizer in (joined, parted):
@@ -313,7 +315,7 @@ def split_and_whole(adam: str, tensors: int | None) -> Tensors:
 
 @pytest.mark.parametrize("adam", ["PyTorch", "by group"])
 @pytest.mark.parametrize("tensors", [None, 3], ids=["a model", "fewer tensors than ranks"])
-def test_split_moments_give_the_bits_of_whole_ones_and_each_rank_holds_its_part(
+def test_sharded_moments_equal_whole_moments_and_each_rank_holds_its_shard(
     tmp_path: Path, adam: str, tensors: int | None
 ) -> None:
     ranks = 4 if tensors else 3

@@ -1,4 +1,4 @@
-"""Whole runs, spread over ranks in every way: the same training, and each goes on from any other's checkpoint."""
+"""Whole runs on different parallel layouts: the same training, and any layout resumes from any other's checkpoint."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ STOP = Fault(
 
 
 def agreed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same; an error on every rank where some rank has others."""
-    if not distributed.is_initialized():  # the end of the run, on rank 0
+    """Return the weights; assert on every rank that all ranks have the same."""
+    if not distributed.is_initialized():  # rank 0 at the end of the run
         return weights
     mine = torch.cat([tensor.reshape(-1) for tensor in weights.values()])
     others = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
@@ -35,7 +35,7 @@ def agreed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def held_once(held: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-    """The same; an error on every rank where two data-parallel ranks hold the moments of one parameter."""
+    """Return the moments; assert that no two data-parallel ranks hold the moments of one parameter."""
     holders = torch.zeros(100)
     holders[list(held)] = 1
     assert data_parallel_sum(holders).max() <= 1, "moments are held twice"
@@ -48,14 +48,14 @@ AGREED = Fault("bionemo_esm.model.esm1nv.ESM1nvModel.archive_weights", spoil=agr
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a run, or a part of it, is spread over ranks."""
+    """Parallel layout of a run or of one stage."""
 
     tensor: int = 1
     data: int = 1
     split_moments: bool = False
 
     def train(self, folder: Path, *overrides: str, stop_after: int | None = None) -> None:
-        """To the end, or until the last rank is asked to stop; what is saved is the same on all ranks."""
+        """Train to the end, or until the last rank gets SIGTERM; assert that all ranks save the same state."""
         ranks = self.tensor * self.data
         keys = (f"tensor_model_parallel_size={self.tensor}", f"shard_optimizer={str(self.split_moments).lower()}")
         watched = (AGREED, HELD_ONCE) if self.split_moments else (AGREED,)
@@ -67,7 +67,7 @@ class Layout:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one rank."""
+    """A run on one rank."""
     folder = tmp_path_factory.mktemp("parallel") / "alone"
     Layout().train(folder)
     return folder
@@ -82,7 +82,7 @@ JOURNEYS = {
 
 
 @pytest.mark.parametrize("journey", JOURNEYS)
-def test_a_run_is_the_same_however_it_is_spread_over_ranks_and_goes_on_in_any_other_way(
+def test_run_is_the_same_on_any_parallel_layout_and_resumes_on_any_other(
     tmp_path: Path, alone: Path, journey: str
 ) -> None:
     folder = tmp_path / "run"
@@ -104,7 +104,7 @@ def test_a_run_is_the_same_however_it_is_spread_over_ranks_and_goes_on_in_any_ot
             torch.testing.assert_close(parameter, other[1], atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_split_moments_change_no_bit_of_a_checkpoint(tmp_path: Path) -> None:
+def test_sharded_moments_change_no_bit_of_a_checkpoint(tmp_path: Path) -> None:
     wet = ("trainer.precision=bf16", "model.hidden_dropout=0.1", "model.attention_dropout=0.1")
     for split in (False, True):
         Layout(tensor=2, data=2, split_moments=split).train(tmp_path / str(split), *wet)

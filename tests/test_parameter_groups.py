@@ -1,4 +1,4 @@
-"""Which parameters of an encoder and a head are trained, and at what rate."""
+"""Parameter groups of an encoder and a head: which parameters are trained, and their learning rates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYERS = 3
 
 
 class Model(nn.Module):
-    """An encoder of three blocks and a head, under the names that a fine-tuned model has."""
+    """An encoder of three blocks and a head, with the parameter names of a fine-tuned model."""
 
     def __init__(self, **sizes: float) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Model(nn.Module):
 
 
 def rates_by_name(model: Model, num_layers: int = LAYERS, decay: float = 0.5) -> dict[str, tuple[float, float]]:
-    """By the name of a parameter its rate and weight decay, for lr 0.1, head_lr 0.7 and weight_decay 0.01."""
+    """Return learning rate and weight decay by parameter name, for lr 0.1, head_lr 0.7 and weight_decay 0.01."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model.named_parameters(), num_layers, 0.1, 0.7, decay, 0.01)
     rates = [(names[part], (group["lr"], group["weight_decay"])) for group in groups for part in group["params"]]
@@ -45,7 +45,7 @@ def trained_names(encoder: ESMEncoder) -> set[str]:
     return {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
 
 
-def test_a_layer_learns_by_decay_slower_than_the_one_above() -> None:
+def test_learning_rate_decays_by_layer_from_the_top() -> None:
     model = Model(embedding_layernorm=True)
     rates = rates_by_name(model)
     assert rates["encoder.embedding.word_embeddings.weight"] == pytest.approx((0.0125, 0.01))
@@ -61,11 +61,11 @@ def test_a_layer_learns_by_decay_slower_than_the_one_above() -> None:
     assert rates.keys() == {name for name, _ in model.named_parameters()}
 
 
-def test_without_decay_there_are_four_groups() -> None:
+def test_without_layer_decay_there_are_four_groups() -> None:
     assert set(rates_by_name(Model(), decay=1.0).values()) == {(0.1, 0.01), (0.1, 0.0), (0.7, 0.01), (0.7, 0.0)}
 
 
-def test_what_is_frozen_is_in_no_group_and_counts_for_no_layer() -> None:
+def test_frozen_parameters_are_in_no_group() -> None:
     model = Model()
     set_trainable(model.encoder, "full", 2)
     rates = rates_by_name(model, num_layers=2)  # a parameter of block 3 would be above the features
@@ -87,19 +87,21 @@ def test_every_parameter_has_a_layer() -> None:
 
 
 @pytest.mark.parametrize("name", ["encoder.pooler.weight", "decoder.weight", "header.weight", "encoder.encoder.x"])
-def test_a_name_of_no_layer_is_a_fault(name: str) -> None:
+def test_unknown_parameter_name_fails_an_assertion(name: str) -> None:
     with pytest.raises(AssertionError, match="no layer is known"):
         layer_of(name, LAYERS)
 
 
-def test_a_block_above_the_features_is_a_fault() -> None:
+def test_block_above_the_features_fails_an_assertion() -> None:
     with pytest.raises(AssertionError, match="above layer 2"):
         layer_of("encoder.encoder.layers.2.mlp.linear_fc1.weight", 2)
 
 
 @pytest.mark.parametrize("layer", range(LAYERS + 1))
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_trained_is_what_the_features_depend_on(mode: str, layer: int, tiny_split: SequenceSplit) -> None:
+def test_trained_parameters_are_those_that_the_features_depend_on(
+    mode: str, layer: int, tiny_split: SequenceSplit
+) -> None:
     sizes = {"embedding_layernorm": True, "token_dropout": True, "contact_head": True}
     encoder = tiny_model(num_layers=LAYERS, **sizes).encoder
     if mode == "lora":
@@ -121,7 +123,7 @@ def test_trained_is_what_the_features_depend_on(mode: str, layer: int, tiny_spli
     assert bool(reached) == (mode == "full" or layer > 0)
 
 
-def test_frozen_is_frozen_and_can_be_undone() -> None:
+def test_freezing_can_be_undone() -> None:
     encoder = tiny_model().encoder
     set_trainable(encoder, "full", 2)
     everything = trained_names(encoder)
@@ -133,6 +135,6 @@ def test_frozen_is_frozen_and_can_be_undone() -> None:
 
 
 @pytest.mark.parametrize(("mode", "layer"), [("full", 4), ("full", -1), ("half", 2)])
-def test_a_mode_or_layer_that_is_none_is_a_fault(mode: str, layer: int) -> None:
+def test_unknown_mode_or_layer_fails_an_assertion(mode: str, layer: int) -> None:
     with pytest.raises(AssertionError):
         set_trainable(tiny_model(num_layers=LAYERS).encoder, mode, layer)

@@ -1,5 +1,5 @@
-"""The same proteins asked of other people's models and of ours with their weights: hidden states of every layer,
-attention maps, contacts, logits, loss and gradients. `docs/interchange.md` has the errors that were measured.
+"""Parity with Transformers and fair-esm on the same weights and proteins: hidden states, attentions, contacts, logits,
+loss and gradients. `docs/interchange.md` has the measured errors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bionemo_esm.model.interchange.state_dict_adapter import FAIR_ESM, HUGGING_F
 from peers import Peer, Proteins, batch_of, brought_here, errors, fair_esm, hugging_face, padded
 from theirs import Shape
 
-TOLERANCE = 1e-4  # largest absolute difference in float32, of numbers up to about 10
+TOLERANCE = 1e-4  # largest absolute difference in float32, for values up to about 10
 SHAPES = [Shape(2, 32, 4), Shape(3, 48, 3), Shape(5, 40, 2)]
 FAMILIES = [
     (hugging_face, "ESM-1nv"), (hugging_face, "ESM-1b"), (hugging_face, "ESM-1v"), (hugging_face, "ESM-2"),
@@ -28,7 +28,7 @@ FAMILIES = [
 
 @pytest.fixture(scope="module")
 def batches(sample_store: ProteinStore) -> dict[str, Proteins]:
-    """Real proteins: the lengths at which something could go wrong, unequal ones, and every rare letter."""
+    """Real proteins: lengths at the limits, unequal lengths, and every rare letter."""
     train = sample_store.split("train")
     long = [train[int(index)] for index in np.flatnonzero(train.lengths >= 1022)[:4]]
     short = [train[int(index)] for index in np.flatnonzero(train.lengths < 200)[:4]]
@@ -51,7 +51,7 @@ def pair_of(family: int, shape: Shape, folder: Path) -> tuple[Peer, ESM1nvModel]
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("family", range(len(FAMILIES)), ids=[f"{build.__name__} {name}" for build, name in FAMILIES])
-def test_every_answer_is_that_of_the_model_that_was_brought_here(
+def test_imported_model_gives_the_outputs_of_its_source(
     family: int, shape: Shape, batches: dict[str, Proteins], tmp_path: Path
 ) -> None:
     peer, ours = pair_of(family, shape, tmp_path)
@@ -61,9 +61,7 @@ def test_every_answer_is_that_of_the_model_that_was_brought_here(
 
 
 @pytest.mark.parametrize("family", range(4), ids=[name for _, name in FAMILIES[:4]])
-def test_loss_and_gradients_are_those_of_hugging_face(
-    family: int, batches: dict[str, Proteins], tmp_path: Path
-) -> None:
+def test_loss_and_gradients_equal_transformers(family: int, batches: dict[str, Proteins], tmp_path: Path) -> None:
     peer, ours = pair_of(family, SHAPES[0], tmp_path)
     batch = batch_of(batches["unequal lengths"])
     labels = torch.full_like(batch.tokens, -100)
@@ -88,13 +86,13 @@ def test_loss_and_gradients_are_those_of_hugging_face(
     assert compared == len([name for name in theirs if "contact" not in name])
 
 
-def test_a_difference_would_be_seen(batches: dict[str, Proteins], tmp_path: Path) -> None:
+def test_a_small_change_of_the_weights_exceeds_the_tolerance(batches: dict[str, Proteins], tmp_path: Path) -> None:
     peer, ours = pair_of(FAMILIES.index((fair_esm, "ESM-2")), SHAPES[0], tmp_path)
     ours.encoder.rotary.frequencies[1] *= 1.001
     found = errors(peer, ours, batch_of(batches["511 residues"]))
     assert all(found[quantity] > TOLERANCE for quantity in ("hidden states", "attentions", "logits"))
 
 
-def test_both_key_mappings_name_the_same_parts() -> None:
+def test_both_key_mappings_have_the_same_parts() -> None:
     assert HUGGING_FACE.parts.keys() == FAIR_ESM.parts.keys()
     assert HUGGING_FACE.layer_parts.keys() == FAIR_ESM.layer_parts.keys()
