@@ -1,1 +1,1 @@
-"""Side by side with what people use: `python -m benchmarks` measures, and writes benchmarks/results/table.md."""
+"""Compare speed with other libraries: `python -m benchmarks` measures and writes benchmarks/results/table.md."""

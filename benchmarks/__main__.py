@@ -1,4 +1,4 @@
-"""The command: measure the rows that are asked for, each module in a process of its own, and write the table."""
+"""Command line: measure the selected rows, each module in its own process, and write the table."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from bionemo_esm.files import atomic_write, check_writable
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "images" / "speed.png"
 _GOES_ON = "stopped; what has been measured is kept, and the same command goes on"
-_SECONDS_BETWEEN_LINES = 10.0  # of progress, where it is not a terminal
+_SECONDS_BETWEEN_LINES = 10.0  # of progress, if the output is not a terminal
 
 
 @dataclass(frozen=True)
 class Order:
-    """What the command line asks for, looked at."""
+    """Validated command-line options."""
 
     modules: dict[str, Module]
-    setting: Setting  # its folder is where temporary folders are made
+    setting: Setting  # `folder` is the parent of temporary folders
     output: Path
     again: bool
 
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def order_of(options: argparse.Namespace, modules: dict[str, Module], folder: Path) -> Order:
-    """What is asked for. Raises `ConfigError` for what cannot work, before anything is started."""
+    """Return the validated options. Raises `ConfigError` for unusable options, before any process starts."""
     unknown = [name for name in options.modules if name not in modules]
     if unknown:
         raise ConfigError(f"there are no rows {', '.join(unknown)}; there are {', '.join(modules)}")
@@ -95,7 +95,7 @@ def order_of(options: argparse.Namespace, modules: dict[str, Module], folder: Pa
 
 @dataclass
 class Session:
-    """One call of the command: the table as it grows, and the screen."""
+    """State of one run of the command: the table so far, and the console."""
 
     order: Order
     console: Console
@@ -104,7 +104,7 @@ class Session:
     _shown: float = -_SECONDS_BETWEEN_LINES
 
     def run(self) -> None:
-        """Measure all modules; a row is on disk as soon as it is measured."""
+        """Measure all modules. Write each row to disk as soon as it is measured."""
         here, code = machine(self.order.setting.device), source()
         name = hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:12]
         self.table.machines.setdefault(name, here)
@@ -161,7 +161,7 @@ class Session:
         self.console.print_line(f"  {titled(result.row)}: {'; '.join([*against, *void]) or 'measured'}")
 
     def save(self) -> None:
-        """What has been measured so far, whole."""
+        """Write all rows measured so far atomically."""
         self.table.save(self.order.output / "table.json")
 
     def _progress(self, module: str, text: str, started: float, later: list[str]) -> None:
@@ -173,20 +173,20 @@ class Session:
         took = [self.table.finished.get(f"{device} {name}") for name in (module, *later)]
         before = [float(found["seconds"]) for found in took if found is not None]
         line = f"  {text}; {duration(spent)} so far"
-        if len(before) == len(took):  # so long did they take the last time
+        if len(before) == len(took):  # earlier durations are known for all later modules
             line += f", about {duration(max(before[0] - spent, 0) + sum(before[1:]))} left"
         self.console.progress(line)
 
 
 def write(table: Table, order: Order) -> None:
-    """The table and the picture, each whole."""
+    """Write the table and the chart, each atomically."""
     with atomic_write(order.output / "table.md") as stream:
         stream.write(render(table).encode())
     draw(table, order.picture)
 
 
 def job(options: argparse.Namespace, modules: dict[str, Module], console: Console) -> int:
-    """Measure and write; the exit code: 1 where a module failed."""
+    """Measure and write. Return the exit code: 1 if a module failed."""
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         order = order_of(options, modules, Path(folder))
         order.output.mkdir(parents=True, exist_ok=True)

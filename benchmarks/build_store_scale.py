@@ -1,10 +1,10 @@
-"""Memory and time of building a store as the number of records grows, and of opening one of 54 million sequences.
+"""Memory and time of building a store as the number of records grows, and of opening a store of 54 million sequences.
 
     python benchmarks/build_store_scale.py --millions 1 4 16 54
 
-The records are short (16 residues), so that what grows with their number is seen and the disk is spared; of them 5,000
-and 1,000,000 are held out, as the model card says (or a tenth). Each build and each opening is a process of its own;
-memory is the peak of its resident set. Takes some 3 minutes and 6 GB of disk for 54 million.
+Records have 16 residues, so that costs per record dominate and disk use stays small. 5,000 and 1,000,000 records are
+held out, as in the model card (or a tenth). Each build and each opening runs in its own process. Memory is the peak
+resident set size of that process. 54 million records take about 3 minutes and 6 GB of disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BLOCK_RECORDS = 1_000_000
 
 
 def make_fasta(path: Path, records: int) -> None:
-    """Write a FASTA file of so many distinct short records."""
+    """Write a FASTA file with this number of distinct short records."""
     letters = np.frombuffer(b"LAGVSERTIDPKQNFYMHWC", dtype=np.uint8)
     rng = np.random.default_rng(0)
     with path.open("wb") as stream:
@@ -43,7 +43,7 @@ def make_fasta(path: Path, records: int) -> None:
 
 
 def build(fasta: Path, store: Path, records: int) -> str:
-    """Seconds and peak memory of building a store, in this process."""
+    """Return seconds and peak memory of building a store in this process."""
     from bionemo_esm.data.preprocess import BuildPolicy, build_store
 
     started = time.perf_counter()
@@ -52,7 +52,7 @@ def build(fasta: Path, store: Path, records: int) -> str:
 
 
 def use(store: Path) -> str:
-    """Milliseconds to open a store, and to gather a batch of 370 from it; the memory that opening added, in KiB."""
+    """Return milliseconds to open a store and to gather a batch of 370, and the KiB of memory added by opening."""
     from bionemo_esm.data.dataloader import EpochPermutation
     from bionemo_esm.data.store import ProteinStore
 
@@ -67,7 +67,7 @@ def use(store: Path) -> str:
 
 
 def apart(*arguments: object) -> list[float]:
-    """What one of the functions above prints in a process of its own."""
+    """Run one of the functions above in its own process and return the numbers that it prints."""
     command = [sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [float(value) for value in done.stdout.splitlines()[-1].split()]

@@ -1,4 +1,4 @@
-"""The picture of the table: by how much ours is faster than each other side, work by work, on a logarithmic axis."""
+"""Chart of the table: our speedup over each other side, by benchmark, on a logarithmic axis."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from benchmarks.report import figure, titled
 from benchmarks.table import Entry, Table
 from bionemo_esm.plotting import GRID, INK, LINE, MARK, MUTED, WIDTH, styled, write_png
 
-_BAR, _GAP, _TOP, _BOTTOM = 0.285, 0.2, 1.6, 0.15  # inches: a bar, the space between two works, the margins
-_MARGIN, _LEFT, _NAMES = 0.25, 3.75, 4.35  # inches: where titles begin, where the axis does, room for the longest name
-_FURTHEST = 1000.0  # times as fast, at the end of the axis: a longer bar is broken off, with its number behind it
-_LONGEST, _LINE = 44, 35  # characters of a side's name, and of a line of a title
-_MOST_SIDES = 2  # of a piece of work: the one that comes nearest to us, then those with a target, then the next
+_BAR, _GAP, _TOP, _BOTTOM = 0.285, 0.2, 1.6, 0.15  # inches: bar, gap between two benchmarks, margins
+_MARGIN, _LEFT, _NAMES = 0.25, 3.75, 4.35  # inches: left edge of titles, left edge of the axis, space for names
+_FURTHEST = 1000.0  # end of the axis, as a ratio: longer bars are cut here and labelled with their ratio
+_LONGEST, _LINE = 44, 35  # characters: name of a side, line of a title
+_MOST_SIDES = 2  # per benchmark: the side with our smallest speedup, then sides with a target, then the next smallest
 
 
 def draw(table: Table, path: Path) -> Path:
-    """A PNG at `path`, whole, over what is there; the same bytes for the same table."""
+    """Write a PNG to `path` atomically, replacing it. Equal tables give equal bytes."""
     from matplotlib.figure import Figure
 
     groups = [(entry, sides) for entry in table.entries.values() if (sides := shown(entry))]
@@ -41,7 +41,7 @@ def draw(table: Table, path: Path) -> Path:
 
 
 def shown(entry: Entry) -> list[Measured]:
-    """The sides of a row that are drawn, the nearest to ours first; only those that count, and not very many."""
+    """Return at most `_MOST_SIDES` valid sides of a row to draw, in ascending order of our speedup."""
     others = sorted((side for side in entry.result.sides if side.ratio is not None and side.counts), key=_ratio)
     wanted = {target.side for target in entry.result.row.targets}
     by_interest = others[:1] + sorted(others[1:], key=lambda side: side.name not in wanted)
@@ -65,12 +65,12 @@ def _lines(entry: Entry) -> list[str]:
 
 
 def _height(entry: Entry, sides: Sequence[Measured]) -> float:
-    """Inches of a piece of work: its title or its bars, whichever is more, and the space to the next."""
+    """Height of a benchmark in inches: the larger of its title and its bars, plus the gap below."""
     return max(len(_lines(entry)), len(sides)) * _BAR + _GAP
 
 
 def _bars(axes: Any, groups: Sequence[tuple[Entry, list[Measured]]], inside: float) -> None:
-    """From the top: a piece of work, and a bar for each side; heights in inches."""
+    """Draw the benchmarks from the top, with a bar for each side. Heights are in inches."""
     ends = [value for _, sides in groups for side in sides if side.ratio is not None for value in side.ratio]
     low, high = min([1.0, *ends]), min(max([2.0, *ends]), _FURTHEST)
     axes.set_xscale("log")
@@ -93,7 +93,7 @@ def _bars(axes: Any, groups: Sequence[tuple[Entry, list[Measured]]], inside: flo
 
 
 def _grid(axes: Any, low: float, high: float) -> None:
-    """Powers of ten, named at the top."""
+    """Draw the grid: powers of ten, with labels at the top."""
     values = [10.0**power for power in range(-6, 7) if power == 0 or low <= 10.0**power <= high]
     axes.set_xticks(values, [f"{value:,g}×" for value in values])
     axes.set_xticks([], minor=True)
@@ -106,7 +106,7 @@ def _grid(axes: Any, low: float, high: float) -> None:
 
 
 def _bar(axes: Any, side: Measured, at: float) -> None:
-    """From 1 to the ratio, to the left where the other side is faster; right of it the ratio, and the side's name."""
+    """Draw a bar from 1 to the ratio (to the left if the other side is faster), the ratio and the side's name."""
     assert side.ratio is not None
     ratio, least, most = side.ratio
     colour = LINE if ratio >= 1 else MARK
@@ -114,7 +114,7 @@ def _bar(axes: Any, side: Measured, at: float) -> None:
     if most <= _FURTHEST:
         axes.plot([least, most], [at, at], color=INK, linewidth=1.2, solid_capstyle="butt", clip_on=False)
     else:
-        axes.plot([_FURTHEST], [at], marker=5, markersize=11, color=colour, clip_on=False)  # it goes on
+        axes.plot([_FURTHEST], [at], marker=5, markersize=11, color=colour, clip_on=False)  # marks a cut bar
         most = 1.25 * _FURTHEST
     style = {"textcoords": "offset points", "va": "center", "parse_math": False, "annotation_clip": False}
     value = axes.annotate(f"{figure(ratio)}×", (max(most, 1), at), (7, 0), weight="bold", color=colour, **style)

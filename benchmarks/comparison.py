@@ -1,8 +1,8 @@
-"""What a row of the table is, and how it is measured: all sides take turns at the same work.
+"""Definition of a row of the table, and its measurement: all sides take turns at the same work.
 
-A row compares our side with others at one piece of work, says how far their results are from ours, and what we want the
-ratio to be. Turns alternate, so that whatever else the machine does meets all sides alike; reported are medians of the
-turns and of their ratios, with the range.
+A row compares our side with other sides at one benchmark. It states the error of their results relative to ours, and
+the target ratios. Sides alternate, so that other load on the machine affects all sides equally. The report gives
+medians of the turns and of their ratios, with the range.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": t
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large: what every module of rows is told."""
+    """Settings that every module of rows receives."""
 
-    folder: Path  # for files of the benchmark's own; removed afterwards
+    folder: Path  # for temporary files; removed afterwards
     device: str = "cpu"  # or "cuda"
-    quick: bool = False  # tiny sizes, which show that a row runs and that its sides agree; its times say nothing
-    fasta: Path | None = None  # real proteins to work on; None: the shipped sample
+    quick: bool = False  # tiny sizes, to check that a row runs and its sides agree; its timings mean nothing
+    fasta: Path | None = None  # proteins to use; None: the shipped sample
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a turn returns of which not the whole time counts: the seconds that do."""
+    """Seconds to count for a turn, if they are not its whole duration."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
 class Side:
-    """One way to do the work."""
+    """One implementation of the work."""
 
     name: str  # "Hugging Face, sorted by length"
-    work: Callable[[], object]  # a turn; returns once everything is done (on a GPU, waited for), or what counts of it
-    amount: float  # units of work in a turn: of a slow side less may be asked
+    work: Callable[[], object]  # one turn; returns after all work is done (GPU synchronized), optionally a `Spent`
+    amount: float  # units of work in a turn; slow sides may do less
     settings: str = ""  # "bf16 autocast, SDPA, 8 at a time, its best of 1 to 32"
-    error: float | None = None  # how far its result is from ours, in the row's `parity`; None for ours
-    libraries: tuple[str, ...] = ()  # distributions whose versions belong beside it: "transformers"
+    error: float | None = None  # error of its result relative to ours, as the row's `parity` defines it; None for ours
+    libraries: tuple[str, ...] = ()  # distributions whose versions the report shows: "transformers"
 
 
 @dataclass(frozen=True)
 class Target:
-    """What we want: so many times as fast as a side, at most so many seconds a unit, or at least so many a second."""
+    """Target for our side: a speedup over another side, a maximum of seconds a unit, or a minimum rate per second."""
 
-    side: str | None = None  # its name, for `ratio`
+    side: str | None = None  # name of the side, for `ratio`
     ratio: float | None = None
     most_seconds: float | None = None
     least_per_second: float | None = None
@@ -63,19 +63,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Row:
-    """A piece of work and the sides that do it; the first is ours."""
+    """A benchmark and its sides; the first side is ours."""
 
-    key: str  # "train-esm1nv-bf16": names it on the command line
+    key: str  # "train-esm1nv-bf16": the name on the command line
     title: str  # "Training step, ESM-1nv"
-    unit: str  # what `amount` counts: "unpadded token"
-    precision: str  # "float32", or "-" where nothing is rounded
+    unit: str  # unit of `amount`: "unpadded token"
+    precision: str  # "float32", or "-" if nothing is rounded
     sides: Sequence[Side]
-    parity: str  # what `error` is: "largest difference of the loss, relative"
-    tolerance: float  # a side with a larger error does not count
+    parity: str  # definition of `error`: "largest difference of the loss, relative"
+    tolerance: float  # a side with a larger error is not valid
     targets: Sequence[Target] = ()
-    clock: str = "wall"  # or "cpu": seconds of this process on all its cores
+    clock: str = "wall"  # or "cpu": CPU seconds of this process on all cores
     turns: int = 5
-    seconds_matter: bool = False  # shown as seconds a unit, not units a second
+    seconds_matter: bool = False  # show seconds a unit instead of units a second
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -84,21 +84,21 @@ class Row:
         assert all(side.amount > 0 for side in self.sides), f"{self.key}: a side without work"
         assert self.clock in CLOCKS and self.turns > 0, f"{self.key}: clock {self.clock!r}, {self.turns} turns"
         others = {target.side for target in self.targets if target.side is not None}
-        if names:  # a row read back from a file has none: what they measured is in its `Result`
+        if names:  # empty for a row read from a file, whose measurements are in its `Result`
             assert others <= set(names[1:]), f"{self.key}: a target for a side that is not there"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A side after its turns. `seconds` are of one unit of work; `ratio` is by how much ours is faster."""
+    """Measurements of a side. `seconds` is per unit of work; `ratio` is our speedup over this side."""
 
     name: str
     settings: str
     libraries: tuple[str, ...]
     error: float | None
-    counts: bool  # whether it agrees with ours
-    seconds: tuple[float, float, float]  # median, least, most
-    ratio: tuple[float, float, float] | None  # median, least, most of the turns' ratios; None for ours
+    counts: bool  # whether its result agrees with ours
+    seconds: tuple[float, float, float]  # median, minimum, maximum
+    ratio: tuple[float, float, float] | None  # median, minimum, maximum over turns; None for ours
 
     @property
     def per_second(self) -> float:
@@ -113,7 +113,7 @@ class Result:
     sides: tuple[Measured, ...]
 
     def met(self, target: Target) -> bool:
-        """Whether our median reaches it; a side that does not count meets nothing."""
+        """Return whether our median reaches the target. False if the side of the target is not valid."""
         ours = self.sides[0]
         if target.most_seconds is not None:
             return ours.seconds[0] <= target.most_seconds
@@ -125,7 +125,7 @@ class Result:
 
 
 def measure(row: Row, told: Callable[[str], None] = lambda what: None) -> Result:
-    """Let the sides take turns; the first turn of each is not counted. `told` is what goes on, for a screen."""
+    """Run the sides in turns; the first turn of each is a warm-up. `told` receives progress messages."""
     clock = CLOCKS[row.clock]
     seconds: dict[str, list[float]] = {side.name: [] for side in row.sides}
     for turn in range(row.turns + 1):
@@ -153,7 +153,7 @@ def _spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def best_of(sizes: Sequence[int], work: Callable[[int], object]) -> int:
-    """The size at which a side is fastest, tried once warm each: peers run at their best setting."""
+    """Return the fastest batch size of a side, from one warm run each. Peers are measured at their best size."""
     seconds = {}
     for size in sizes:
         work(size)
@@ -164,4 +164,4 @@ def best_of(sizes: Sequence[int], work: Callable[[int], object]) -> int:
 
 
 RowsOf = Callable[[Setting], Iterator[Row]]
-"""What a module of `benchmarks.rows` has under the name `rows`: its rows, each built when it is asked for."""
+"""Type of the function `rows` in each module of `benchmarks.rows`; it builds each row lazily."""

@@ -1,9 +1,9 @@
-"""bf16 against float32 on this CPU: what `trainer.precision=auto` should choose here.
+"""Speed of bf16 relative to float32 on this CPU, which decides what `trainer.precision=auto` should select.
 
     python benchmarks/cpu_precision.py
 
-The ratio is from alternated repeats on the same batches (median, with the range); each measurement runs in a
-process of its own. Nothing else should run meanwhile. Takes about four minutes and prints a Markdown table.
+The ratio comes from alternating repeats on the same batches (median and range). Each measurement runs in its own
+process. Nothing else should run at the same time. It takes about four minutes and prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STEPS = 12
 
 
 def seconds_per_step(precision: str) -> float:
-    """Median seconds of a forward and backward pass of ESM-1nv's 2M form over 8 packed proteins of the sample."""
+    """Return median seconds of a forward and backward pass of a 2M-parameter ESM-1nv, 8 packed sample proteins."""
     from omegaconf import OmegaConf
     from torch.nn.functional import cross_entropy
 
@@ -45,7 +45,7 @@ def seconds_per_step(precision: str) -> float:
 
 
 def _sample_store() -> Path:
-    """The shipped sample as a store, built once beside this script's results (ignored by git)."""
+    """Build a store of the shipped sample beside this script's results (ignored by git), once."""
     from bionemo_esm.data.preprocess import BuildPolicy, build_store_from_splits
 
     folder = Path(__file__).parent / "results" / ".sample-store"
@@ -57,7 +57,7 @@ def _sample_store() -> Path:
 
 
 def measure(precision: str) -> float:
-    """`seconds_per_step` in a fresh process."""
+    """Run `seconds_per_step` in a new process."""
     command = [sys.executable, __file__, precision]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])

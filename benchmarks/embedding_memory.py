@@ -1,11 +1,11 @@
-"""Memory of `bionemo-esm embed` while it goes through 100,000 proteins: it should not grow.
+"""Memory of `bionemo-esm embed` over 100,000 proteins, which should not grow.
 
     python benchmarks/embedding_memory.py            # some minutes on 2 cores
     python benchmarks/embedding_memory.py 20000      # fewer proteins
 
-The proteins are pieces of 40 to 120 residues of the shipped sample, under ids of their own; the model is of ESM-1nv's
-form, with 0.5M random weights. The resident memory of the process (Linux: /proc) is read twice a second; printed is its
-highest value in each fifth of the time. Other work does no harm.
+The proteins are pieces of 40 to 120 residues of the shipped sample with new ids. The model is a 0.5M-parameter ESM-1nv
+with random weights. The script reads the resident memory of the process (Linux: /proc) twice a second, and prints the
+maximum in each fifth of the run. Other load on the machine does not matter.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def resident_megabytes(process: int) -> float:
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1]) / 1000
-    return 0.0  # it is ending
+    return 0.0  # the process is exiting
 
 
 def watch(command: list[str]) -> list[tuple[float, float]]:
-    """Seconds since the start, and megabytes, until the command has ended well."""
+    """Run a command to a successful end. Return pairs of seconds since the start and megabytes of resident memory."""
     started, seen = time.monotonic(), []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         while process.poll() is None:

@@ -1,12 +1,12 @@
-"""How far our answers are from those of the models that were brought here, at their real sizes.
+"""Differences between our outputs and those of the imported models, at their real sizes.
 
     python benchmarks/interchange_parity.py            # all; about 16 GB of memory
-    python benchmarks/interchange_parity.py ESM-2      # those whose name has it
+    python benchmarks/interchange_parity.py ESM-2      # models whose name contains this text
 
-Each peer is built by its own library with random weights, saved by it, converted by `import_model` and asked the same
-masked proteins of the sample, padded, as we are, packed; all in float32. Printed is the largest absolute difference of
-every quantity, and beside it how far the peer's own logits are from those that it computes in float64: where the two
-are alike, the difference is rounding. Needs the `test` extra. Time is not measured, and other work does no harm.
+Each peer is built by its own library with random weights, saved by it, and converted by `import_model`. Both models
+get the same masked proteins of the sample in float32: the peer padded, ours packed. The script prints the
+largest absolute difference of every quantity, and the difference between the peer's float32 and float64 logits. If
+the two are similar, the difference is rounding. Needs the `test` extra. Other load on the machine does not matter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bionemo_esm.data.store import ProteinStore
 from peers import Peer, Shape, batch_of, brought_here, errors, fair_esm, hugging_face, padded
 
 SAMPLE = Path(__file__).parents[1] / "bionemo_esm" / "data" / "sample"
-WITH_MAPS = "1, 2 and 511 residues"  # the peers hold the maps of all layers, several times over
+WITH_MAPS = "1, 2 and 511 residues"  # short: the peers hold the attention maps of all layers several times
 QUANTITIES = ("hidden states", "attentions", "contacts", "logits")
 Build = Callable[[str, Shape, Path], Peer]
 PEERS: list[tuple[str, Build, str, Shape]] = [
@@ -60,7 +60,7 @@ def batches(folder: Path) -> dict[str, PackedBatch]:
 
 @torch.no_grad()
 def rounding_of(peer: Peer, batch: PackedBatch) -> float:
-    """The peer's logits in float32 against its own in float64; leaves it in float64."""
+    """Return the difference between the peer's float32 and float64 logits. Leaves the peer in float64."""
     tokens_BT = padded(batch, batch.tokens)
     single = peer.ask(tokens_BT, False).logits
     peer.model.double()
@@ -91,7 +91,7 @@ def main(wanted: str = "") -> None:
     print("|---|---|---" + "|---:" * (len(QUANTITIES) + 1) + "|", flush=True)
     for number, (name, build, *_) in enumerate(PEERS):
         if wanted in f"{name} {build.__name__}":
-            command = [sys.executable, __file__, "--peer", str(number)]  # a process gives all its memory back
+            command = [sys.executable, __file__, "--peer", str(number)]  # a process returns all its memory when it ends
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 

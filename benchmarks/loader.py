@@ -1,11 +1,11 @@
-"""How many packed, masked sequences a core delivers, as one of 176 ranks of ESM-1nv's phase 1.
+"""Packed, masked sequences a second of one core, as one of 176 ranks of ESM-1nv's phase 1.
 
     python -m benchmarks.loader --fasta proteins.fasta.gz --sequences 8000000
 
-Real proteins, repeated to a store of so many, in the page cache: what is measured is the loader, not a disk. Each rank
-looks at the lengths of the whole global batch of 65,120 to find its own 370 of equal work
-(`data/batch_sampler.py`); `by
-turns` shows what that costs, and what it is for. In the end loader processes run side by side, as on a node.
+The store repeats real proteins up to the requested number. It is in the page cache, so the result measures the loader
+and not the disk. Each rank reads the lengths of the whole global batch of 65,120 sequences to select its own 370 of
+equal work (`data/batch_sampler.py`). The lines `by turns` show the
+same for a split in stream order. At the end, loader processes run in parallel, as on a node.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RANKS_OF_A_NODE = 8
 
 
 def per_second(work: Callable[[int], object], steps: int, repeats: int) -> tuple[float, list[float]]:
-    """Steps a second of CPU time of this process: the median of the repeats, and all of them."""
+    """Return steps per second of CPU time of this process: the median of the repeats, and all repeats."""
     rates = []
     for repeat in range(repeats):
         started = time.process_time()
@@ -44,7 +44,7 @@ def per_second(work: Callable[[int], object], steps: int, repeats: int) -> tuple
 
 
 def imbalance(stream: TrainingBatches, steps: int) -> tuple[float, float]:
-    """Tokens of the fullest rank over the mean, averaged over steps: as dealt, and by turns of the stream."""
+    """Return tokens of the fullest rank over the mean, averaged over steps: balanced by work, and split in order."""
     dealt, by_turns = [], []
     for step in range(steps):
         _, _, tokens = stream._global_batch(step * RANKS * MICRO_BATCH)
@@ -58,10 +58,10 @@ def imbalance(stream: TrainingBatches, steps: int) -> tuple[float, float]:
 
 
 def side_by_side(stream: TrainingBatches, workers: int, steps: int) -> float:
-    """Sequences a second by the clock, from loader processes of one rank."""
+    """Return sequences per second of wall time, from parallel loader processes of one rank."""
     loader = iter(training_loader(stream, 0, workers, pin_memory=False))
     for _ in range(4 * workers):
-        next(loader)  # processes have started, and prefetched
+        next(loader)  # processes have started and prefetched
     started = time.perf_counter()
     for _ in itertools.islice(loader, steps):
         pass

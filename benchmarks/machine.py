@@ -1,4 +1,4 @@
-"""Where a row was measured: processor, threads, memory, GPU, versions, and the state of our code. No names of hosts."""
+"""Environment of a row: processor, threads, memory, GPU, versions, and the commit of our code; no host names."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ LIBRARIES = (
     *("transformers", "fair-esm", "tokenizers", "datasets", "accelerate", "biopython", "pyfastx", "safetensors"),
     "transformer-engine",
 )
-"""Whose versions are written down, where they are installed."""
+"""Distributions whose versions are recorded if they are installed."""
 
 HARNESS = ("__main__", "running", "machine", "report", "chart", "table", "__init__")
-"""Files here that say how rows are run and shown, not what they measure."""
+"""Files of this folder that run and report rows but do not affect what is measured."""
 
-_BUSY = 0.5  # load average (processes that run or want to) from which timings are worth little
+_BUSY = 0.5  # load average (runnable processes) above which timings are unreliable
 
 
 def installed(library: str) -> str | None:
-    """The version of a distribution; None where there is none."""
+    """Return the version of a distribution; None if it is not installed."""
     try:
         return version(library)
     except PackageNotFoundError:
@@ -37,7 +37,7 @@ def installed(library: str) -> str | None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What decides how fast things are here, in plain values. Imports torch."""
+    """Return the properties of the machine that affect speed, as plain values. Imports torch."""
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -61,21 +61,21 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def source() -> dict[str, Any]:
-    """The commit of our code, and whether all of it was committed; both None outside a git checkout."""
+    """Return the commit of our code, and whether the work tree is clean; both None outside a git checkout."""
     git = ["git", "--no-optional-locks", "-C", str(ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
         paths = ["--", ".", ":(exclude)benchmarks/results", ":(exclude)docs"]
         changed = subprocess.run([*git, "status", "--porcelain", *paths], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git here, or a copy without its history
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is a copy without history
         return {"commit": None, "clean": None}
     return {"commit": commit.stdout.strip(), "clean": not changed.stdout.strip()}
 
 
 def code_of(path: str) -> str:
-    """A hash of the code that a module of rows runs: the package, its configuration, and what is here but for reports.
+    """Return a hash of the code that a module of rows runs: package, configuration, and this folder's measuring code.
 
-    Other modules of rows are left out: to mend one of them does not make these rows old.
+    Other modules of rows are excluded, so a change to one of them does not invalidate these rows.
     """
     files = [*(ROOT / "bionemo_esm").rglob("*.py"), *(ROOT / "conf").rglob("*.yaml")]
     files += [file for file in (ROOT / "benchmarks").glob("*.py") if file.stem not in HARNESS]
@@ -89,7 +89,7 @@ def code_of(path: str) -> str:
 
 @cache
 def hash_of(file: Path) -> str:
-    """SHA-256 of a file as it was when first asked for."""
+    """Return the SHA-256 of a file, cached after the first call."""
     whole = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(2**22):
@@ -98,7 +98,7 @@ def hash_of(file: Path) -> str:
 
 
 def load() -> float:
-    """Processes that ran or wanted to, on average over the last minute."""
+    """Return the load average of the last minute."""
     return round(os.getloadavg()[0], 2)
 
 

@@ -1,10 +1,11 @@
-"""ESM-1nv's two phases over all of UniRef50, rank by rank: 176 x 370 sequences a step, stopped, then 144 x 370.
+"""Check ESM-1nv's two phases over all of UniRef50, rank by rank: 176 x 370 sequences a step, stopped, then 144 x 370.
 
     python benchmarks/order_at_scale.py --sequences 51000000 --epochs 3
 
-Plays every rank of every step (not the training): which samples does it read? Checked: each sample once an epoch, over
-the change of ranks; the global batches are the slices of one stream; ranks' work is alike. Measured: memory, and the
-time to the first share of a run that resumes late. Takes some minutes and 1 GB.
+The script computes the samples that each rank reads in each step, without training. It checks that each sample occurs
+once an epoch across the change of world size, that global batches are consecutive slices of one stream, and that ranks
+have equal work. It measures memory, and the time to the first batch of a run that resumes late. It takes some minutes
+and 1 GB.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ MICRO_BATCH = 370
 
 
 def made_up_lengths(sequences: int) -> NDArray[np.int16]:
-    """Tokens of sequences, spread about as UniRef50's are, cropped to 512."""
+    """Return lengths in tokens, distributed approximately like UniRef50's and cropped to 512."""
     return np.minimum(np.random.default_rng(0).gamma(1.9, 150, sequences) + 20, 512).astype(np.int16)
 
 
 def steps(
     order: EpochPermutation, lengths: NDArray[np.int16], stop_after: int, until: int
 ) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Consumed samples before each step, and the positions in the stream that each rank reads: int64 [ranks, 370].
+    """Yield the consumed samples before each step, and each rank's positions in the stream: int64 [ranks, 370].
 
-    The deal is made once for all ranks, and three of them are asked on their own as well.
+    All ranks are computed at once, and three of them are also computed separately and compared.
     """
     consumed, done = 0, 0
     while consumed < until:
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def measure_a_late_start(sequences: int, lengths: NDArray[np.int16]) -> None:
-    """Time and memory of the first share, at the beginning and after 1,000 epochs."""
+    """Print time and memory of the first batch, at the beginning and after 1,000 epochs."""
     plan = BatchPlan(PHASES[0] * MICRO_BATCH, MICRO_BATCH, 17, PHASES[0])
     for consumed in (0, sequences, 1_000 * sequences):
         before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()

@@ -1,9 +1,9 @@
-"""Where the time of one training step of ESM-1nv goes: PyTorch's operators by the time spent in each itself.
+"""Profile of one training step of ESM-1nv: PyTorch's operators by self time.
 
     python -m benchmarks.profile_step --precision bf16
 
-The model, proteins and step are those of the rows `train-esm1nv-*`; the third step is profiled, and shown as a Markdown
-table.
+Model, proteins and step are those of the rows `train-esm1nv-*`. The script profiles the third step and prints a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from bionemo_esm.model.esm1nv import ESM1nvModel
 
 
 class Operator(NamedTuple):
-    """An operator and what it took in one step, without what it called."""
+    """An operator and its self time in one step."""
 
     name: str
-    shapes: str  # of its arguments; empty where they are not told apart
+    shapes: str  # of its arguments; empty if shapes are not recorded
     calls: int
     seconds: float
 
 
 def operators(step: Callable[[], object], device: str, shapes: bool = False) -> list[Operator]:
-    """What a step does, the longest first; on "cuda" by the device's own time. The first two steps are not counted."""
+    """Return the operators of a step by descending self time (device time on "cuda"), after two warm-up steps."""
     step()
     step()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
@@ -51,7 +51,7 @@ def operators(step: Callable[[], object], device: str, shapes: bool = False) -> 
 
 
 def table(found: Sequence[Operator], most: int) -> str:
-    """Markdown: the `most` longest, the others together, and the sum."""
+    """Return a Markdown table: the `most` longest operators, the sum of the others, and the total."""
     total = sum(operator.seconds for operator in found)
     rest = found[most:]
     shown = list(found[:most])
@@ -68,7 +68,7 @@ def table(found: Sequence[Operator], most: int) -> str:
 
 
 def profiled(precision: str, device: str, quick: bool, shapes: bool) -> tuple[str, list[Operator]]:
-    """What was profiled, in words, and its operators."""
+    """Return a description of the profiled step, and its operators."""
     shape = TINY if quick else ESM1NV.shape
     sizes = {"num_layers": shape.layers, "hidden_size": shape.hidden, "num_attention_heads": shape.heads}
     encoder = {**sizes, "ffn_hidden_size": shape.ffn or 4 * shape.hidden, "seq_length": WIDTH}
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--most must be at least 1, not {chosen.most}")
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
-    with redirect_stdout(StringIO()):  # what libraries print when a model is built
+    with redirect_stdout(StringIO()):  # suppresses what libraries print when a model is built
         words, found = profiled(chosen.precision, chosen.device, chosen.quick, chosen.shapes)
     print(f"{words}\n\n{table(found, chosen.most)}")
 

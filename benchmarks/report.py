@@ -1,4 +1,4 @@
-"""The table as Markdown: what was measured where, each side's rate, ratio and error, and which targets are met."""
+"""The table as Markdown: machine, rate, ratio and error of each side, and the targets reached."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLUMNS = (
 
 
 def render(table: Table) -> str:
-    """The whole document; one table for each machine, usually one."""
+    """Return the whole document, with one table for each machine (usually one)."""
     lines = ["# Side by side with what people use", ""]
     if table.quick:
         lines += ["**A quick run, which shows that everything runs and agrees. Its times say nothing.**", ""]
@@ -112,7 +112,7 @@ def _rate(result: Result, side: Measured) -> str:
 
 
 def plural(unit: str) -> str:
-    """`unpadded tokens`, `MB of text`."""
+    """Return the plural of a unit: `unpadded tokens`, `MB of text`."""
     return unit if " of " in unit or unit.endswith("s") else f"{unit}s"
 
 
@@ -129,7 +129,7 @@ def _error(side: Measured) -> str:
 
 
 def titled(row: Row) -> str:
-    """A row's title with its precision, where it has one: rows may differ in nothing else."""
+    """Return a row's title with its precision if it has one; rows may differ in precision only."""
     return row.title if row.precision == "-" else f"{row.title}, {row.precision}"
 
 
@@ -144,7 +144,7 @@ def _wanted(result: Result, target: Target) -> str:
 
 
 def figure(value: float) -> str:
-    """Three digits that count, and no fewer than there are before the point: 6,701; 14.3; 0.021."""
+    """Format with three significant digits, and all digits before the decimal point: 6,701; 14.3; 0.021."""
     if value != 0 and not 1e-4 <= abs(value) < 1e15:
         return f"{value:.2e}"
     digits = 0
@@ -154,7 +154,7 @@ def figure(value: float) -> str:
 
 
 def _text(text: str) -> str:
-    """For a cell: no line breaks, and no bar that would end it."""
+    """Escape a text for a table cell: no line breaks and no vertical bars."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

@@ -1,7 +1,7 @@
-"""A module of rows in a process of its own: fresh memory and threads, and a crash costs no other module.
+"""Run a module of rows in its own process, with fresh memory and threads. A crash affects no other module.
 
-The child writes lines of JSON into a pipe: what it is doing, each row when it has been measured, and how it ended. What
-libraries print goes to a log.
+The child writes lines of JSON to a pipe: progress, each measured row, and the final status. Output of libraries goes to
+a log.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from benchmarks.table import result_values
 from bionemo_esm.errors import UserError
 
 _SECONDS_TO_END = 5.0
-_LOG_LINES = 12  # of a crash, for the screen
+_LOG_LINES = 12  # of a crash, for the console
 
 
 @dataclass(frozen=True)
 class Message:
-    """One of: what goes on; a row that is there already; a row as `result_values` has it; the end, well or not."""
+    """A message of the child: progress, a known row, a new row (see `result_values`), the end, or a failure."""
 
     kind: str  # "told", "known", "row", "end" or "failed"
     text: str = ""
@@ -36,9 +36,9 @@ class Message:
 
 
 def messages_of(path: str, setting: Setting, known: list[str], log: Path) -> Generator[Message, None, None]:
-    """Run the rows of a module; the last message is "end" or "failed". Rows in `known` are not measured again.
+    """Run the rows of a module. The last message is "end" or "failed". Rows in `known` are not measured again.
 
-    The process, and all that it has started, ends with the generator: close it.
+    Closing the generator ends the process and all its children.
     """
     told = {"path": path, "folder": str(setting.folder), "device": setting.device, "quick": setting.quick}
     told |= {"fasta": None if setting.fasta is None else str(setting.fasta), "known": known}
@@ -53,7 +53,7 @@ def messages_of(path: str, setting: Setting, known: list[str], log: Path) -> Gen
             stderr=subprocess.STDOUT,
             pass_fds=(writing,),
             env=os.environ | {"PYTHONPATH": search},
-            start_new_session=True,  # so that it ends with its children, and Ctrl-C is ours to hear
+            start_new_session=True,  # own group: ends with its children; Ctrl-C reaches only the parent
         )
     os.close(writing)
     ended = False
@@ -76,7 +76,7 @@ def messages_of(path: str, setting: Setting, known: list[str], log: Path) -> Gen
 
 
 def _wait(child: subprocess.Popen[bytes]) -> bool:
-    """Whether a process has ended after a little while."""
+    """Wait briefly. Return whether the process has ended."""
     try:
         child.wait(_SECONDS_TO_END)
     except subprocess.TimeoutExpired:
@@ -85,18 +85,18 @@ def _wait(child: subprocess.Popen[bytes]) -> bool:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it has started."""
+    """End a process and all its children."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(child.pid, number)
-        except ProcessLookupError:  # nobody is left
+        except ProcessLookupError:  # all processes have ended
             break
         if _wait(child):
             break
 
 
 def run(path: str, setting: Setting, known: list[str], send: Callable[[Message], None]) -> None:
-    """Measure the rows of a module; `send` takes each `Message`."""
+    """Measure the rows of a module and pass each `Message` to `send`."""
     rows: RowsOf = importlib.import_module(path).rows
     send(Message("told", "preparing the first row"))
     for row in rows(setting):
@@ -106,12 +106,12 @@ def run(path: str, setting: Setting, known: list[str], send: Callable[[Message],
         turns = 1 if setting.quick else row.turns
         result = measure(replace(row, turns=turns), lambda what: send(Message("told", what)))
         send(Message("row", row.key, result_values(result)))
-        del row, result  # before the next one is built
+        del row, result  # free memory before the next row is built
         send(Message("told", "preparing the next row"))
 
 
 def main() -> None:
-    """The child: descriptor of the pipe, and what to do."""
+    """Entry point of the child. Arguments: the descriptor of the pipe, and the task."""
     pipe, told = int(sys.argv[1]), json.loads(sys.argv[2])
     os.set_inheritable(pipe, False)
     fasta = None if told["fasta"] is None else Path(told["fasta"])
@@ -125,7 +125,7 @@ def main() -> None:
             run(told["path"], setting, told["known"], send)
             send(Message("end"))
         except UserError as error:
-            send(Message("failed", str(error)))  # any other error ends the process, and stands in the log
+            send(Message("failed", str(error)))  # any other error ends the process and appears in the log
 
 
 if __name__ == "__main__":

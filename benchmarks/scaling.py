@@ -1,11 +1,12 @@
-"""What a batch costs as the store and the run grow: nothing should.
+"""Cost of a batch as the store and the run grow, which should be constant.
 
     python -m benchmarks.scaling --fasta proteins.fasta.gz --sequences 1000 10000 100000 1000000 16000000
 
-Real proteins, repeated to stores of so many sequences, in the page cache: what is measured is the loader, not a disk.
-For each store and each step of the order: CPU time of this process per token, from the number of consumed samples to
-the masked, packed batch of 370 proteins, and what that added to the process's own memory. In the end the share of one
-of 176 ranks, which looks at the lengths of the whole global batch of 65,120 to find its own 370 of equal work.
+The stores repeat real proteins up to these numbers. They are in the page cache, so the result measures the loader and
+not the disk. For each store and each step of the order, the script measures CPU time of this process per token, from
+the number of consumed samples to the masked, packed batch of 370 proteins, and the growth of the process's own memory.
+At the end it measures one of 176 ranks, which reads the lengths of the whole global batch of 65,120 to select its own
+370 of equal work.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ STEPS = (1, 1_000, 1_000_000)
 
 @dataclass(frozen=True)
 class Cost:
-    """Of making batches at one place of one store's order."""
+    """Cost of making batches at one position of one store's order."""
 
     sequences: int
     step: int  # the first one measured
     ranks: int
-    nanoseconds_per_token: tuple[float, float, float]  # CPU time: median, least, most of the repeats
-    grown_bytes: int  # of the process's own memory, files mapped not counted
+    nanoseconds_per_token: tuple[float, float, float]  # CPU time: median, minimum, maximum of the repeats
+    grown_bytes: int  # growth of the process's own memory, without mapped files
 
 
 def repeated_store(fasta: Path, folder: Path, sequences: int) -> ProteinStore:
-    """A store that repeats a FASTA file's proteins until there are so many."""
+    """Build a store that repeats the proteins of a FASTA file up to this number."""
     policy = BuildPolicy(validation_sequences=1, test_sequences=1)
     real = build_store(fasta, folder / "real", policy).split("train")
     lengths = real.lengths.astype(np.int64)
@@ -60,15 +61,15 @@ def repeated_store(fasta: Path, folder: Path, sequences: int) -> ProteinStore:
 
 
 def stream_of(store: ProteinStore, ranks: int) -> TrainingBatches:
-    """A middle rank's share of ESM-1nv's global batch, or all of a batch of 370 on one rank."""
+    """Return the stream of a middle rank of ESM-1nv's global batch, or of a batch of 370 on one rank."""
     reader = SampleReader(store.split("train"), MAX_TOKENS, MaskingPolicy(), seed=42)
     return TrainingBatches(reader, BatchPlan(ranks * MICRO_BATCH, MICRO_BATCH, ranks // 2, ranks))
 
 
 def cost(stream: TrainingBatches, step: int, steps: int, repeats: int) -> Cost:
-    """Of `steps` batches from step `step` on, `repeats` times, each time the steps that follow."""
+    """Measure `steps` batches from step `step` on, `repeats` times; each repeat continues after the one before."""
     size = stream.plan.world_size * MICRO_BATCH
-    stream[step * size]  # what is compiled is there
+    stream[step * size]  # compiles the kernels
     before, nanoseconds = own_memory(), []
     for repeat in range(repeats):
         first, tokens, started = step + repeat * steps, 0, time.process_time_ns()
@@ -80,7 +81,7 @@ def cost(stream: TrainingBatches, step: int, steps: int, repeats: int) -> Cost:
 
 
 def own_memory() -> int:
-    """Bytes of this process that are in memory and no file's (Linux: RssAnon)."""
+    """Return the bytes of this process's resident anonymous memory (Linux: RssAnon)."""
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("RssAnon:"))
     return int(line.split()[1]) * 1024
@@ -89,7 +90,7 @@ def own_memory() -> int:
 def costs(
     fasta: Path, sequences: Sequence[int], steps: Sequence[int], batches: int = 40, repeats: int = 5
 ) -> Iterator[Cost]:
-    """One after another: each store at each step on one rank, and at the last step as one of 176."""
+    """Yield the cost of each store at each step on one rank, and at the last step as one of 176."""
     for number in sequences:
         with tempfile.TemporaryDirectory() as folder:
             store = repeated_store(fasta, Path(folder), number)
@@ -99,7 +100,7 @@ def costs(
 
 
 def show(fasta: Path, sequences: Sequence[int], say: Callable[[str], None]) -> list[Cost]:
-    """Measure, and say it as a Markdown table."""
+    """Measure, and pass the result to `say` as a Markdown table."""
     say(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread, NumPy {np.__version__}")
     say(f"batches of {MICRO_BATCH} proteins of at most {MAX_TOKENS} tokens, from {fasta.name}\n")
     say("| sequences in the store | step | ranks | CPU ns a token, median (range) | memory grown |")

@@ -1,4 +1,4 @@
-"""One optimizer step, ours and Hugging Face's, at the same weights, on the same proteins and masked places.
+"""One optimizer step of ours and of Hugging Face, with the same weights, proteins and masked positions.
 
 Shape suffixes: B proteins, T tokens of the row or of the longest protein, V tokens of the alphabet, R residues.
 """
@@ -37,22 +37,22 @@ from bionemo_esm.model.nemo_connector import load_weights
 from theirs import Shape, hugging_face_model  # type: ignore[import-not-found]
 
 SAMPLE = Path(__file__).parents[1] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
-WIDTH = 512  # tokens to which ESM-1nv's own training padded every protein; longer ones are cropped to it
-DROPOUT = 0.1  # the recipes'
+WIDTH = 512  # tokens to which ESM-1nv's original training padded every protein; longer proteins are cropped
+DROPOUT = 0.1  # of the recipes
 FLOAT32, AUTOCAST, BF16 = "float32", "bf16 autocast over float32 weights", "pure bf16, no float32 masters"
-"""Precisions of Hugging Face's: the second is what its Trainer calls bf16."""
+"""Precisions of Hugging Face's models; the second is what its Trainer calls bf16."""
 OPTIM = OptimConfig()
-IGNORED = -100  # the label of a place that is not asked about
+IGNORED = -100  # label of a position without a target
 
 
 # --- proteins ---------------------------------------------------------------------------------------------------------
 
 
 class MaskedProtein(NamedTuple):
-    """A protein cropped to `WIDTH` tokens, and what the models are shown of it."""
+    """A protein cropped to `WIDTH` tokens, and its masked input."""
 
     residues: NDArray[np.uint8]  # [R]
-    shown: NDArray[np.uint8]  # [R], <mask> or another residue at some of the chosen places
+    shown: NDArray[np.uint8]  # [R], <mask> or another residue at some of the selected positions
     chosen: NDArray[np.bool_]  # [R]
 
     @property
@@ -61,7 +61,7 @@ class MaskedProtein(NamedTuple):
 
 
 class PaddedBatch(NamedTuple):
-    """int64 [B, T] each: tokens with <pad> behind, 1 where there is a token, and labels, `IGNORED` where none is."""
+    """int64 [B, T] each: tokens with <pad> on the right, attention mask, and labels (`IGNORED` without a target)."""
 
     tokens: Tensor
     real: Tensor
@@ -72,9 +72,9 @@ class PaddedBatch(NamedTuple):
 
 
 def masked_proteins(path: Path | None, count: int) -> list[MaskedProtein]:
-    """The first `count` proteins of a FASTA file (None: the sample's), corrupted by the recipes' policy.
+    """Return the first `count` proteins of a FASTA file (None: the sample), masked by the recipes' policy.
 
-    Raises `ConfigError` for a file with fewer.
+    Raises `ConfigError` for a file with fewer proteins.
     """
     found = []
     for place, protein in enumerate(itertools.islice(read_proteins(path or SAMPLE), count)):
@@ -89,14 +89,14 @@ def masked_proteins(path: Path | None, count: int) -> list[MaskedProtein]:
 
 
 def alike(proteins: Sequence[MaskedProtein], count: int) -> list[MaskedProtein]:
-    """`count` of them, in their order: one of each class of length, and as long on average as all are."""
+    """Return `count` proteins in their order: one from each length quantile, with about the mean length of all."""
     if count >= len(proteins):
         return list(proteins)
     order = sorted(range(len(proteins)), key=lambda place: proteins[place].tokens)
     classes = [list(map(int, chunk)) for chunk in np.array_split(order, count)]
     chosen = [chunk[len(chunk) // 2] for chunk in classes]
     missing = tokens_of(proteins) * count / len(proteins) - sum(proteins[place].tokens for place in chosen)
-    for index, chunk in enumerate(classes):  # each makes up for what is missing still, as far as it can
+    for index, chunk in enumerate(classes):  # each choice compensates for the error so far
         wanted = proteins[chosen[index]].tokens + missing
         chosen[index] = min(chunk, key=lambda place: abs(proteins[place].tokens - wanted))
         missing = wanted - proteins[chosen[index]].tokens
@@ -104,24 +104,24 @@ def alike(proteins: Sequence[MaskedProtein], count: int) -> list[MaskedProtein]:
 
 
 def tokens_of(proteins: Sequence[MaskedProtein]) -> int:
-    """<cls> and <eos> counted; there is no padding."""
+    """Return the number of tokens with <cls> and <eos>, without padding."""
     return sum(protein.tokens for protein in proteins)
 
 
 def in_groups(proteins: Sequence[MaskedProtein], size: int) -> Iterator[Sequence[MaskedProtein]]:
-    """Neighbours together, `size` at a time."""
+    """Yield consecutive groups of `size` proteins."""
     return (proteins[begin : begin + size] for begin in range(0, len(proteins), size))
 
 
 def packed(proteins: Sequence[MaskedProtein]) -> PackedBatch:
-    """As our model takes them: one row."""
+    """Return the proteins as one packed row, the input of our model."""
     residues, shown, chosen = (np.concatenate(parts) for parts in zip(*proteins, strict=True))
     lengths = np.array([len(protein.residues) for protein in proteins], dtype=np.int64)
     return pack(residues, lengths, MaskedResidues(shown, chosen))
 
 
 def padded(proteins: Sequence[MaskedProtein], width: int | None) -> PaddedBatch:
-    """As theirs takes them: to the longest, or to `width`."""
+    """Return the proteins padded to the longest, or to `width`, the input of Hugging Face's model."""
     row = packed(proteins)
     labels = torch.full_like(row.tokens, IGNORED)
     labels[row.target_index] = row.targets
@@ -137,16 +137,16 @@ def padded(proteins: Sequence[MaskedProtein], width: int | None) -> PaddedBatch:
 
 
 class Found(NamedTuple):
-    """What a step finds, before it changes any weight."""
+    """Loss and gradient norm of a step, before the weights change."""
 
-    loss: float  # nats a masked place
+    loss: float  # nats per masked position
     norm: float  # of all gradients, before clipping
 
 
 class _WithoutLightning(ESM1nvModel):
-    """Our model with what `training_step` asks of Lightning: its optimizer and schedule, backward, and a log."""
+    """Our model with the parts of Lightning that `training_step` calls: optimizer, schedule, backward, and log."""
 
-    epoch = 0.0  # of a log that nobody reads
+    epoch = 0.0  # only for the log, which is discarded
 
     def prepare(self) -> None:
         (self._optimizer,), (schedule,) = self.configure_optimizers()
@@ -165,10 +165,10 @@ class _WithoutLightning(ESM1nvModel):
 
 
 class Ours:
-    """`ESM1nvModel.training_step` itself: its model, its float32 masters, its optimizer."""
+    """Our side: `ESM1nvModel.training_step` with its model, float32 masters and optimizer."""
 
     def __init__(self, archive: Path, precision: str, device: str) -> None:
-        """The weights of an archive of ours, computed with in `precision`, "32" or "bf16"."""
+        """Load the weights of one of our archives. `precision` of the computation: "32" or "bf16"."""
         if device == "cpu" and torch.cuda.is_available():
             raise ConfigError("device=cpu where there is a GPU: hide it, with CUDA_VISIBLE_DEVICES= before the command")
         self.device = device
@@ -189,7 +189,7 @@ class Ours:
         return [packed(some).to(self.device) for some in in_groups(proteins, size)]
 
     def step(self, batches: Sequence[PackedBatch]) -> Found:
-        """One optimizer step, done when this returns."""
+        """Run one optimizer step to completion."""
         samples = sum(batch.sequences for batch in batches)
         self.model.training_step(RankBatch(list(batches), samples), 0)
         wait(self.device)
@@ -199,7 +199,7 @@ class Ours:
         return Found(report.loss, report.gradient_norm)
 
     def found(self, batches: Sequence[PackedBatch]) -> Found:
-        """The same, but the weights stay."""
+        """Return loss and gradient norm without changing the weights."""
         optimizer = self.model.optimizers()
         step, optimizer.step = optimizer.step, lambda: None
         try:
@@ -209,12 +209,15 @@ class Ours:
 
 
 class Theirs:
-    """Hugging Face's `EsmForMaskedLM`, trained as its users do."""
+    """Hugging Face's `EsmForMaskedLM` in its usual training setup."""
 
     def __init__(
         self, family: str, shape: Shape, precision: str, device: str, attention: str = "sdpa", compiled: bool = False
     ) -> None:
-        """`precision`: one of those above; `attention`: "sdpa" or "eager"; `compiled`: by torch.compile."""
+        """Build the model; `precision`: FLOAT32, AUTOCAST or BF16; `attention`: "sdpa" or "eager".
+
+        `compiled`: use torch.compile.
+        """
         self.device, self.precision, self.attention, self.compiled = device, precision, attention, compiled
         model: Any = peer_model(family, shape, attention)
         assert model.config.hidden_dropout_prob == model.config.attention_probs_dropout_prob == DROPOUT
@@ -231,7 +234,7 @@ class Theirs:
         self.optimizer = torch.optim.AdamW(self.parameters, fused=True, **options)
 
     def use(self, attention: str) -> None:
-        """Compute attention in this way from now on."""
+        """Switch the attention implementation."""
         if attention != self.attention:
             self.model.set_attn_implementation(attention)
             assert self.model.config._attn_implementation == attention
@@ -244,7 +247,7 @@ class Theirs:
         return torch.autocast(self.device, torch.bfloat16) if self.precision == AUTOCAST else nullcontext()
 
     def backward(self, batches: Sequence[PaddedBatch]) -> float:
-        """Forward and backward over all micro batches; the loss."""
+        """Run forward and backward over all micro batches. Return the loss."""
         places = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -258,19 +261,19 @@ class Theirs:
         return float(total)
 
     def gradients(self, batches: Sequence[PaddedBatch]) -> Found:
-        """Forward and backward over all micro batches, and clipping."""
+        """Run forward and backward over all micro batches, and clip the gradients."""
         loss = self.backward(batches)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, OPTIM.gradient_clip_val)
         return Found(loss, float(norm))
 
     def found(self, batches: Sequence[PaddedBatch]) -> Found:
-        """Loss and gradient norm, the latter in float64: PyTorch's own is off by up to 1e-4 on a CPU."""
+        """Return loss and gradient norm, the norm in float64: PyTorch's own is off by up to 1e-4 on a CPU."""
         loss = self.backward(batches)
         gradients = (parameter.grad for parameter in self.parameters if parameter.grad is not None)
         return Found(loss, math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients)))
 
     def step(self, batches: Sequence[PaddedBatch]) -> Found:
-        """One optimizer step, done when this returns."""
+        """Run one optimizer step to completion."""
         found = self.gradients(batches)
         self.optimizer.step()
         wait(self.device)
@@ -278,20 +281,20 @@ class Theirs:
 
 
 def peer_model(family: str, shape: Shape, attention: str = "sdpa") -> EsmForMaskedLM:
-    """Hugging Face's model of a family, with the same random weights each time and the recipes' dropout."""
+    """Return Hugging Face's model of a family, with fixed random weights and the recipes' dropout."""
     rates = {"hidden_dropout_prob": DROPOUT, "attention_probs_dropout_prob": DROPOUT}
     model: EsmForMaskedLM = hugging_face_model(family, shape, tokens=WIDTH, attn_implementation=attention, **rates)
     return model
 
 
 def wait(device: str) -> None:
-    """Until everything is done that was asked of the device."""
+    """Wait for all work of the device."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def in_evaluation(side: Ours | Theirs, batches: Sequence[Any]) -> Found:
-    """What a step finds without dropout, the weights left alone."""
+    """Return loss and gradient norm without dropout; the weights do not change."""
     side.model.eval()
     found = side.found(batches)
     side.model.train()
@@ -299,5 +302,5 @@ def in_evaluation(side: Ours | Theirs, batches: Sequence[Any]) -> Found:
 
 
 def apart(one: Found, other: Found) -> Found:
-    """By how much the first is off, relative to the second."""
+    """Return the error of the first relative to the second."""
     return Found(*(abs(mine - theirs) / abs(theirs) for mine, theirs in zip(one, other, strict=True)))

@@ -1,4 +1,4 @@
-"""What has been measured, as a JSON file: each row whole, with where and when; to be shown again, or continued."""
+"""Measured rows as a JSON file: complete rows with machine and date, to render again or to continue."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ _OF_ROW = ("key", "title", "unit", "precision", "parity", "tolerance", "clock", 
 
 
 class TableError(UserError):
-    """A file that is not a table of ours; the message names it, and what to do."""
+    """A file that is not a benchmark table; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A measured row, and under what circumstances."""
+    """A measured row and its circumstances."""
 
-    module: str  # its name on the command line
+    module: str  # the module's name on the command line
     device: str
-    identity: str  # of settings, machine, versions and code: what makes figures comparable
+    identity: str  # hash of settings, machine, versions and code; figures with equal hashes are comparable
     machine: str  # a key of `Table.machines`
     date: str  # ISO 8601, UTC
-    source: dict[str, Any]  # commit, and whether the tree was clean
+    source: dict[str, Any]  # commit, and whether the work tree was clean
     load: float  # load average before the module's first row
     result: Result
 
 
 @dataclass
 class Table:
-    """All rows, by device and key, in the order in which they are shown."""
+    """All rows by device and key, in the order of the report."""
 
     quick: bool = False
     machines: dict[str, dict[str, Any]] = field(default_factory=dict)
     entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
-    finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # by "device module": identity, seconds it took
+    finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # by "device module": identity, seconds
 
     def put(self, entry: Entry) -> None:
         self.entries[entry.device, entry.result.row.key] = entry
 
     def keys(self, module: str, identity: str) -> list[str]:
-        """Rows of a module that have been measured under these circumstances."""
+        """Return the keys of a module's rows that were measured with this identity."""
         chosen = (entry for entry in self.entries.values() if (entry.module, entry.identity) == (module, identity))
         return [entry.result.row.key for entry in chosen]
 
     def finish(self, module: str, device: str, identity: str, seconds: float, keys: set[str]) -> None:
-        """A module has come to its end: it has these rows, and no others. What it had under other names goes."""
+        """Record that a module is complete with these rows. Removes its rows with other keys."""
         gone = [
             place
             for place, entry in self.entries.items()
@@ -63,13 +63,13 @@ class Table:
         self.finished[f"{device} {module}"] = {"identity": identity, "seconds": seconds}
 
     def sort(self, modules: list[str]) -> None:
-        """Put rows into the order of the modules; within one they stay as they were measured."""
+        """Sort the rows by module; rows of a module keep their order."""
         known = {name: place for place, name in enumerate(modules)}
         ordered = sorted(self.entries.items(), key=lambda item: (item[0][0], known.get(item[1].module, len(known))))
         self.entries = dict(ordered)
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all, over what is there."""
+        """Write the table atomically, replacing `path`."""
         used = {entry.machine for entry in self.entries.values()}
         content = {
             "schema": SCHEMA,
@@ -84,7 +84,7 @@ class Table:
 
     @classmethod
     def load(cls, path: Path) -> Table:
-        """Read it back; an empty one where there is none. Raises `TableError` for anything else."""
+        """Read a table; an empty one if there is no file. Raises `TableError` for any other content."""
         if not path.exists():
             return cls()
         try:
@@ -103,14 +103,14 @@ class Table:
 
 
 def result_values(result: Result) -> dict[str, Any]:
-    """A result in plain values, unrounded."""
+    """Return a result as plain values, unrounded."""
     row = {name: getattr(result.row, name) for name in _OF_ROW}
     row["targets"] = [asdict(target) | {"met": result.met(target)} for target in result.row.targets]
     return row | {"sides": [asdict(side) | {"error": _plain(side.error)} for side in result.sides]}
 
 
 def result_of(values: dict[str, Any]) -> Result:
-    """The result of those values; its row has no sides, as there is nothing to be run."""
+    """Return the result with these values. Its row has no sides, because nothing will be run."""
     wanted = [{name: value for name, value in target.items() if name != "met"} for target in values["targets"]]
     row = Row(sides=(), targets=[Target(**target) for target in wanted], **{name: values[name] for name in _OF_ROW})
     return Result(row, tuple(map(_side, values["sides"])))
@@ -129,7 +129,7 @@ def _three(values: tuple[float, float, float]) -> tuple[float, float, float]:
 
 
 def _plain(error: float | None) -> float | str | None:
-    """JSON has no NaN and no infinity."""
+    """Return an error for JSON, which has no NaN and no infinity: these become text."""
     return error if error is None or math.isfinite(error) else str(error)
 
 

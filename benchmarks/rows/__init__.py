@@ -1,4 +1,4 @@
-"""Which rows there are. Each module is imported in the process that measures it, and nowhere else."""
+"""Table of the row modules. Each module is imported only in the process that measures it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Module:
-    """A module of rows, as it is named on the command line."""
+    """A module of rows on the command line."""
 
-    path: str  # to import; has `rows: RowsOf`
+    path: str  # import path; the module defines `rows: RowsOf`
     what: str
-    libraries: tuple[str, ...] = ()  # distributions of the peers, beyond what we depend on ourselves
+    libraries: tuple[str, ...] = ()  # distributions of the peers that are not our own dependencies
 
 
 def _of(name: str, what: str, *libraries: str) -> Module:
@@ -28,4 +28,4 @@ MODULES: Mapping[str, Module] = {
     "archives": _of("archives", "archives saved and restored", "safetensors"),
     "starting": _of("starting", "from the command to the first step, new and resumed", "transformers", "accelerate"),
 }
-"""By the name that the command line knows, in the order of the table."""
+"""Modules by their name on the command line, in the order of the table."""

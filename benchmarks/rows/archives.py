@@ -1,9 +1,8 @@
-"""Rows: a model saved and restored, and how long training waits for a checkpoint.
+"""Rows: save and restore a model, and the time that training waits for a checkpoint.
 
-Every byte of ours is hashed when it is written, and compared with its hash and checked to be finite when it is read; no
-side unpickles what it did not write itself. What reaches the disk is the same for all that say so: synced. All sides
-share the machine's page cache, so that reading is measured without the disk. Not run on a GPU: there the copies would
-come over the bus.
+Our archives hash every byte on writing. On reading they verify the hashes and check all numbers to be finite. No side
+unpickles foreign data. All sides marked "synced" sync the file to disk. All sides share the page cache, so reading is
+measured without the disk. Not run on a GPU, where copies would cross the bus.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ DIFFERING = "numbers that are not bit for bit ours"
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """A model is saved; it is restored; training waits for a checkpoint."""
+    """Yield the rows: save, restore, and wait for a checkpoint."""
     yield _saving(setting)
     yield _restoring(setting)
     yield _waiting(setting)
 
 
 def model_of(setting: Setting) -> ESM1nvModel:
-    """ESM-1nv in float32, or a tiny one, drawn at random."""
+    """Return ESM-1nv in float32, or a tiny model, with random weights."""
     encoder = TINY if setting.quick else ESM1NV
     model = ESM1nvModel(OmegaConf.create({"encoder": encoder, "precision": "32", "seed": 1}))
     placed: ESM1nvModel = model.to(setting.device)
@@ -47,7 +46,7 @@ def model_of(setting: Setting) -> ESM1nvModel:
 
 
 def check_space(folder: Path, needed_bytes: float) -> None:
-    """Raises `ConfigError` where a folder's disk has no room for so much."""
+    """Raise `ConfigError` if the folder's disk has too little free space."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise ConfigError(
@@ -57,14 +56,14 @@ def check_space(folder: Path, needed_bytes: float) -> None:
 
 
 def synced(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a library write a file, and wait until the disk has it."""
+    """Write a file with a library's function, then sync it to disk."""
     write(path)
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
 def differing(found: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> float:
-    """In how many numbers two sets of tensors differ, missing ones counted."""
+    """Return the number of elements that differ between two sets of tensors, including missing ones."""
     wrong = sum(tensor.numel() for name, tensor in ours.items() if name not in found)
     wrong += sum(tensor.numel() for name, tensor in found.items() if name not in ours)
     for name in found.keys() & ours.keys():
@@ -75,7 +74,7 @@ def differing(found: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> float:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """uint8 [numbers, bytes of one]."""
+    """Return the elements as bytes: uint8 [elements, bytes per element]."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).view(-1, tensor.element_size())
 
 
@@ -119,14 +118,14 @@ def _torch_load(path: Path) -> dict[str, Tensor]:
 
 
 def _save_as_nemo(model: ESM1nvModel, path: Path) -> None:
-    """By NeMo's own connector: a tar of a YAML file and of what `torch.save` writes."""
+    """Save with NeMo's own connector: a tar of a YAML file and the output of `torch.save`."""
     from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 
     SaveRestoreConnector().save_to(model, str(path))
 
 
 def _read_nemo(path: Path) -> dict[str, Tensor]:
-    """The weights in an archive of NeMo's own: the one member with the tensors, read in place."""
+    """Return the weights of an archive of NeMo, read from the tar without extraction."""
     import tarfile
 
     with tarfile.open(path) as archive:
@@ -138,7 +137,7 @@ def _read_nemo(path: Path) -> dict[str, Tensor]:
 
 
 def _named_as(model: ESM1nvModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that the model's own `state_dict` has, too."""
+    """Return the weights whose names are also in the model's `state_dict`."""
     names = {name for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     return {name: tensor for name, tensor in weights.items() if name in names}
 
@@ -216,7 +215,7 @@ def _waiting(setting: Setting) -> Row:
 
 
 def training_state(setting: Setting) -> Archive:
-    """Weights and Adam's two moments: what a checkpoint holds."""
+    """Return weights and Adam's two moments, the content of a checkpoint."""
     archive = describe(model_of(setting))
     generator = torch.Generator().manual_seed(1)
     moments = {
@@ -237,7 +236,7 @@ def _flat(archive: Archive) -> dict[str, Tensor]:
 
 
 def _size(weights: Mapping[str, Tensor]) -> int:
-    """Bytes."""
+    """Return the size in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
 
 

@@ -1,8 +1,8 @@
-"""Row: the average of the last 47 checkpoints, as ESM-1nv's final weights are, against the usual loop.
+"""Row: average the last 47 checkpoints, which gives ESM-1nv's final weights, compared with the usual loop.
 
-Ours verifies every byte, checks every number to be finite, and adds up in float64; the loops load and add in float32,
-as the averaging scripts of most projects do. Every side reads files of its own, all different, and writes a model that
-is synced. Averages are made on a CPU wherever training ran.
+Our side verifies every byte, checks every number to be finite, and sums in float64. The loops load and sum in float32,
+as the averaging scripts of most projects do. Each side reads its own, distinct files and writes a synced model.
+Averaging runs on a CPU even after training on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Weights = Mapping[str, Tensor]
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """The one row. Raises `ConfigError` where its files have no room: 47 models for each of two formats."""
+    """Yield the row. Raises `ConfigError` without disk space for 47 models in each of two formats."""
     copies = QUICK_COPIES if setting.quick else COPIES
     ours, theirs, exact = _write_sources(setting, copies)
     output, averaged = setting.folder / "averaged.nemo", setting.folder / "averaged.pt"
@@ -55,7 +55,7 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 
 def _write_sources(setting: Setting, copies: int) -> tuple[list[Path], list[Path], dict[str, Tensor]]:
-    """As many checkpoints in our format and in PyTorch's, of the same weights, and their mean in float64."""
+    """Write checkpoints in our format and in PyTorch's, with the same weights. Return both, and the mean in float64."""
     archive = describe(model_of(setting))
     base = {name: tensor.detach().cpu() for name, tensor in archive.weights.items()}
     size = sum(tensor.numel() * tensor.element_size() for tensor in base.values())
@@ -88,7 +88,7 @@ def _averager(
 
 
 def loop(paths: list[Path]) -> dict[str, Tensor]:
-    """The loop of the usual scripts: whole files, float32."""
+    """Average with the usual loop over whole files, in float32."""
     total: dict[str, Tensor] = {}
     for path in paths:
         for name, tensor in torch.load(path, weights_only=True).items():
@@ -97,7 +97,7 @@ def loop(paths: list[Path]) -> dict[str, Tensor]:
 
 
 def tuned_loop(paths: list[Path]) -> dict[str, Tensor]:
-    """The same without its copies."""
+    """Average with the same loop without its copies."""
     total: dict[str, Tensor] = {}
     for path in paths:
         for name, tensor in torch.load(path, weights_only=True, mmap=True).items():
@@ -109,7 +109,7 @@ def tuned_loop(paths: list[Path]) -> dict[str, Tensor]:
 
 
 def farthest(found: Weights, exact: Weights) -> float:
-    """The largest difference, over the largest number of `exact`; infinite where tensors are missing."""
+    """Return the largest difference over the largest absolute value of `exact`; infinity if tensors are missing."""
     if found.keys() != exact.keys():
         return float("inf")
     largest = max(float(mean.abs().max()) for mean in exact.values())

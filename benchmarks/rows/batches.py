@@ -1,8 +1,9 @@
-"""Store -> masked batches: our one pass, Hugging Face's collator, Megatron's BERT masking, fair-esm's converter.
+"""Row: store to masked batches. Ours against Hugging Face's collator, Megatron's BERT masking, fair-esm's converter.
 
-Ours reads the memory-mapped store in the order of training, crops, masks and packs: all that a loader does. The others
-get the same windows of the same proteins, cropped beforehand and in memory. CPU seconds of one process, one thread.
-Before anything is timed, each side's batches are unmasked again by their labels and compared with the proteins.
+Ours reads the memory-mapped store in training order, crops, masks and packs in one pass: all the work of a loader. The
+other sides get the same windows of the same proteins, cropped beforehand and in memory. Times are CPU seconds of one
+process with one thread. Before the timing, each side's batches are unmasked with their labels and compared with the
+proteins.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ from bionemo_esm.data.store import ProteinStore
 SAMPLE = Path(__file__).parents[2] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
 MAX_TOKENS = 512
 BATCH, QUICK_BATCH = 370, 160  # proteins: ESM-1nv's micro batch
-OUR_STEPS, QUICK_STEPS = 200, 2  # batches of a turn of ours; of theirs, `THEIR_STEPS`
+OUR_STEPS, QUICK_STEPS = 200, 2  # batches per turn of ours; the other sides run `THEIR_STEPS`
 THEIR_STEPS = 2
 POLICY = MaskingPolicy()
-IGNORED = -100  # Hugging Face's label of a place that is not asked about
+IGNORED = -100  # Hugging Face's label of a position without a target
 
 
 class Shown(NamedTuple):
-    """Batches, protein by protein: int64 [tokens] each, of what a model is shown and of what is true."""
+    """Batches as lists with an int64 [tokens] array per protein: the model's input, and the true tokens."""
 
     shown: list[NDArray[Any]]
     true: list[NDArray[Any]]
     chosen: list[NDArray[Any]]
-    places: int  # of the batches, padding counted
+    places: int  # positions of the batches, including padding
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.true))
 
     def shares(self) -> NDArray[np.float64]:
-        """Chosen of all residues; <mask>, and another residue than the true one, of the chosen: float64 [3]."""
+        """Return the shares selected of all residues, and <mask> and another residue of the selected: float64 [3]."""
         shown, true, chosen = (np.concatenate(arrays) for arrays in (self.shown, self.true, self.chosen))
         number = max(int(chosen.sum()), 1)
         masked, replaced = chosen & (shown == MASK_ID), chosen & (shown != MASK_ID) & (shown != true)
@@ -60,36 +61,36 @@ class Shown(NamedTuple):
         return Shown(shown, true, chosen, self.places)
 
     def error(self, ours: Shown) -> float:
-        """The largest difference of a share; infinite where not the same proteins come out in the same order."""
+        """Return the largest difference of a share; infinity if the proteins or their order differ."""
         same = len(self.true) == len(ours.true) and all(map(np.array_equal, self.true, ours.true))
         outside = any((~c & (s != t)).any() for s, t, c in zip(self.shown, self.true, self.chosen, strict=True))
         return float(np.abs(self.shares() - ours.shares()).max()) if same and not outside else float("inf")
 
 
 class Peer(NamedTuple):
-    """Another way to make batches."""
+    """Another implementation that makes batches."""
 
     name: str
-    batches: Sequence[Any]  # what `collate` takes, as it lies in memory before the clock starts
+    batches: Sequence[Any]  # inputs of `collate`, in memory before the clock starts
     collate: Callable[[Any], Any]
-    read: Callable[[Any], Shown]  # of what `collate` gives
+    read: Callable[[Any], Shown]  # reads the output of `collate`
     settings: str
     libraries: tuple[str, ...]
-    expected: Shown  # of the same proteins, by ours
+    expected: Shown  # the same proteins by ours
 
 
 class Work(NamedTuple):
-    """The proteins of the first batches of the stream, as ours shows them."""
+    """The proteins of the first batches of the stream, as ours reads them."""
 
     shown: Shown
-    batch: int  # proteins of a batch
+    batch: int  # proteins in a batch
 
     def sorted_by_length(self) -> Work:
         order = sorted(range(len(self.shown.true)), key=lambda at: len(self.shown.true[at]))
         return Work(self.shown.to_native(order), self.batch)
 
     def batches(self) -> list[list[NDArray[np.int64]]]:
-        """The true tokens, specials included, batch by batch."""
+        """Return the true tokens with special tokens, batch by batch."""
         return [self.shown.true[at : at + self.batch] for at in range(0, len(self.shown.true), self.batch)]
 
 
@@ -164,7 +165,7 @@ def join(parts: Sequence[Shown]) -> Shown:
 
 
 def unmasked(shown: Shown) -> Shown:
-    """As a side that masks nothing should have it."""
+    """Return the expected result of a side that masks nothing."""
     return Shown(shown.true, shown.true, [np.zeros_like(chosen) for chosen in shown.chosen], shown.places)
 
 
@@ -180,7 +181,7 @@ def read_packed(batches: Sequence[PackedBatch]) -> Shown:
 
 
 def read_padded(shown: Tensor, labels: Tensor, chosen: Tensor, padding: Tensor) -> Shown:
-    """Of a padded batch: int64, int64, bool, bool [B, L]; `labels` count where `chosen`."""
+    """Read a padded batch: int64, int64, bool, bool [B, L]; `labels` apply where `chosen`."""
     read = Shown([], [], [], shown.numel())
     for row, label, asked, pad in zip(shown.numpy(), labels.numpy(), chosen.numpy(), padding.numpy(), strict=True):
         read.shown.append(row[~pad])
@@ -194,8 +195,11 @@ def read_padded(shown: Tensor, labels: Tensor, chosen: Tensor, padding: Tensor) 
 COLLATOR = "Hugging Face's collator"
 LISTS = ("lists", "lists with special_tokens_mask")
 TENSORS = "a tensor each"
-"""How `DataCollatorForLanguageModeling` takes tokenised proteins: as tokenizers and datasets give them, as dictionaries
-of lists; or bare tensors, which it pads four times as fast, and then gives no attention mask."""
+"""Input forms of `DataCollatorForLanguageModeling` for tokenised proteins.
+
+Tokenizers and datasets give dictionaries of lists. The collator pads bare tensors four times as fast, but then returns
+no attention mask.
+"""
 
 
 def formed(tokens: NDArray[np.int64], form: str) -> Any:
@@ -208,7 +212,7 @@ def formed(tokens: NDArray[np.int64], form: str) -> Any:
 
 
 def hugging_face(work: Work, folder: Path) -> Iterator[Peer]:
-    """The collator on tokenised proteins, in the form that it takes fastest, padded in three ways; and on text."""
+    """Yield the collator on tokenised proteins in its fastest input form with three kinds of padding, and on text."""
     from transformers import DataCollatorForLanguageModeling, EsmTokenizer
 
     vocabulary = folder / "vocabulary.txt"
@@ -249,14 +253,14 @@ def hugging_face(work: Work, folder: Path) -> Iterator[Peer]:
 
 
 class _MegatronTokenizer:
-    """What Megatron's dataset asks of a tokenizer."""
+    """The attributes of a tokenizer that Megatron's dataset reads."""
 
     cls, sep, mask, pad = CLS_ID, EOS_ID, MASK_ID, PAD_ID
     inv_vocab: ClassVar = dict(enumerate(TOKENS))
 
 
 class _MegatronConfig:
-    """What Megatron's BERT dataset reads of its configuration."""
+    """The configuration keys that Megatron's BERT dataset reads."""
 
     tokenizer = _MegatronTokenizer()
     sequence_length, random_seed = MAX_TOKENS, 0
@@ -266,7 +270,7 @@ class _MegatronConfig:
 
 
 def megatron(work: Work) -> Peer:
-    """`BERTMaskedWordPieceDataset`, whole: its samples and their collation; its index of samples is given to it."""
+    """Return `BERTMaskedWordPieceDataset` as a peer: its samples and their collation, with a ready sample index."""
     from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset
 
     proteins = [protein[1:-1].tolist() for protein in work.shown.true]
@@ -282,7 +286,7 @@ def megatron(work: Work) -> Peer:
         return read_padded(batch["text"], batch["labels"], batch["loss_mask"] == 1, batch["types"] == PAD_ID)
 
     settings = f"{work.batch} at a time, tokenised beforehand, padded to {MAX_TOKENS}"
-    first = range(work.batch)  # takes seconds
+    first = range(work.batch)  # one batch only, because it takes seconds
     return Peer(
         "Megatron's BERT masking", [first], collate, read, settings, ("megatron-core",), work.shown.to_native(first)
     )

@@ -1,12 +1,11 @@
-"""Embeddings and masked marginals beside Hugging Face and fair-esm, of the same random weights and proteins.
+"""Rows: embeddings and masked marginals against Hugging Face and fair-esm, with the same random weights and proteins.
 
-Embeddings: the mean of the last layer's states over the residues of each protein, float32, in memory. Ours packs what
-is of like length; theirs pad, in the order of the file and sorted by length. Masked marginals: the log-probabilities
-at places of a protein, each masked alone.
+Embeddings: the mean of the last layer's hidden states over the residues of each protein, float32, in memory. Ours packs
+proteins of similar length. The peers pad, in file order and sorted by length. Masked marginals: the log-probabilities
+at positions of a protein, each masked alone.
 
-bf16 is each library's own at its most exact: Hugging Face's model in bfloat16 with float32 rotary frequencies, as it
-loads them; fair-esm under autocast, as its code rounds positions over 256 in a model that is bfloat16 itself. On CUDA
-nothing here has been run.
+Each library runs its most exact bf16. Hugging Face: the model in bfloat16 with float32 rotary frequencies, as it loads
+them. fair-esm: autocast, because a bfloat16 model of its code rounds positions over 256. Not run on CUDA.
 """
 
 from __future__ import annotations
@@ -44,36 +43,36 @@ from theirs import Shape, fair_esm_model, hugging_face_model, saved  # type: ign
 SAMPLE = Path(__file__).parents[2] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
 HUGGING_FACE, FAIR = "Hugging Face", "fair-esm"
 LIBRARIES = {HUGGING_FACE: ("torch", "transformers"), FAIR: ("torch", "fair-esm")}
-TYPICAL = 8  # proteins of a padded batch in the order of the file
+TYPICAL = 8  # proteins of a padded batch in file order
 TOLERANCE = {"32": 1e-5, "bf16": 5e-2}
 NAMES = {"32": "float32", "bf16": "bf16"}
 
 
 @dataclass(frozen=True)
 class Form:
-    """A model to be asked, of proteins that it reads whole."""
+    """A model to run on whole proteins."""
 
     key: str
     title: str
-    family: str  # of `theirs.FAMILIES`
+    family: str  # a key of `theirs.FAMILIES`
     shape: Shape
-    tokens: int  # of the longest protein, <cls> and <eos> counted
+    tokens: int  # of the longest protein, including <cls> and <eos>
     peers: tuple[str, ...]
 
 
 ESM2 = Form("esm2-8m", "ESM-2 8M", "ESM-2", Shape(6, 320, 20, 0.02), 1024, (HUGGING_FACE, FAIR))
 ESM1NV = Form("esm1nv", "ESM-1nv", "ESM-1nv", Shape(6, 768, 12, 0.02), 512, (HUGGING_FACE,))
-TINY = Shape(2, 32, 4, 0.2)  # of any form, to show that a row runs
+TINY = Shape(2, 32, 4, 0.2)  # for any form, to check that a row runs
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How many proteins are embedded, and in what batches the peers are tried."""
+    """Number of proteins to embed, and the batch sizes to try for the peers."""
 
     proteins: int
-    arrival: int  # the first of them, which are padded in the order of the file: the slowest sides by far
-    tuning: int  # spread over all lengths, with which the best size is found
-    sizes: tuple[int, ...]  # that are tried, as far as there are proteins
+    arrival: int  # of these, padded in file order: these sides are by far the slowest
+    tuning: int  # proteins over all lengths, to find the best batch size
+    sizes: tuple[int, ...]  # to try, up to the number of proteins
 
 
 SCALES = {
@@ -88,11 +87,11 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Scan:
-    """Masked marginals at the first `places` of a protein, cut to so many residues."""
+    """Masked marginals at the first `places` positions of a protein, cropped to `residues`."""
 
     places: int
     residues: int
-    tuning: int  # places with which the best size is found
+    tuning: int  # positions to find the best batch size
 
 
 SCANS = {"quick": Scan(6, 40, 4), "cpu": Scan(104, 300, 32), "cuda": Scan(300, 300, 256)}
@@ -102,10 +101,10 @@ SCANS = {"quick": Scan(6, 40, 4), "cpu": Scan(104, 300, 32), "cuda": Scan(300, 3
 
 
 class Peer:
-    """A model of another library in evaluation mode, rounding as `precision` says, "32" or "bf16"."""
+    """A model of another library in evaluation mode. `precision` is "32" or "bf16"."""
 
     def __init__(self, library: str, form: Form, shape: Shape, archive: Path, precision: str, device: str) -> None:
-        """The weights are those of `archive`, which came of Hugging Face's model of this form and shape."""
+        """Build the model with the weights of `archive`, imported from Hugging Face's model of this form and shape."""
         self.library, self.device = library, device
         fast = library == HUGGING_FACE
         model: Any = hugging_face_peer(form, shape) if fast else fair_esm_peer(form, shape, archive)
@@ -124,7 +123,7 @@ class Peer:
         return torch.autocast(self.device, torch.bfloat16) if self.autocasts else nullcontext()
 
     def states(self, tokens_BT: Tensor) -> Tensor:
-        """Of the last layer, [B, T, H]; Hugging Face's without the language-model head, which fair-esm always asks."""
+        """Return the last hidden states, [B, T, H]. fair-esm always computes the language-model head, too."""
         if self.library == FAIR:
             last = self.model.num_layers
             found = self.model(tokens_BT, repr_layers=[last])["representations"][last]
@@ -134,7 +133,7 @@ class Peer:
         return states_BTH
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """[B, T, V]."""
+        """Return the logits, [B, T, V]."""
         if self.library == FAIR:
             found = self.model(tokens_BT)["logits"]
         else:
@@ -144,7 +143,7 @@ class Peer:
 
     @torch.inference_mode()
     def embed(self, proteins: Sequence[Protein], size: int) -> NDArray[np.float32]:
-        """The mean states of proteins, `size` at a time in the order given: float32 [proteins, H]."""
+        """Return the mean hidden states of proteins, in batches of `size` in the given order: float32 [proteins, H]."""
         means = []
         with self.rounding():
             for begin in range(0, len(proteins), size):
@@ -157,7 +156,7 @@ class Peer:
 
     @torch.inference_mode()
     def marginals(self, tokens: NDArray[np.uint8], places: int, size: int) -> NDArray[np.float64]:
-        """Log-probabilities at the first places of a protein, each masked alone: float64 [places, V]."""
+        """Return the log-probabilities at the first positions of a protein, each masked alone: float64 [places, V]."""
         row_1T = padded([tokens]).to(self.device)
         found = []
         with self.rounding():
@@ -172,13 +171,13 @@ class Peer:
 
 
 def hugging_face_peer(form: Form, shape: Shape) -> nn.Module:
-    """Hugging Face's model of a form, with its fastest attention and the same random weights each time."""
+    """Return Hugging Face's model of a form, with its fastest attention and fixed random weights."""
     model: nn.Module = hugging_face_model(form.family, shape, form.tokens, attn_implementation="sdpa")
     return model
 
 
 def fair_esm_peer(form: Form, shape: Shape, archive: Path) -> nn.Module:
-    """fair-esm's model of a form, with the weights of an archive of ours."""
+    """Return fair-esm's model of a form, with the weights of one of our archives."""
     model: nn.Module = fair_esm_model(form.family, shape, form.tokens)
     whole = read_archive(archive)
     config, dtypes = EncoderConfig.from_config(whole.config["encoder"]), dict.fromkeys(whole.weights, torch.float32)
@@ -191,25 +190,25 @@ def fair_esm_peer(form: Form, shape: Shape, archive: Path) -> nn.Module:
 
 
 def padded(some: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """int64 [proteins, longest], <cls> and <eos> around each, <pad> behind."""
+    """Return tokens padded to the longest protein, with <cls> and <eos>: int64 [proteins, longest]."""
     rows = [torch.from_numpy(np.concatenate([[CLS_ID], tokens, [EOS_ID]]).astype(np.int64)) for tokens in some]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
 
 
 def our_embeddings(engine: Engine, proteins: Sequence[Protein]) -> NDArray[np.float32]:
-    """As `Peer.embed`."""
+    """Return mean hidden states as `Peer.embed` does."""
     found = embed_proteins(engine, proteins, EmbeddingOptions())
     (name,) = found[0].arrays
     return np.stack([embedding.arrays[name] for embedding in found])
 
 
 def our_marginals(engine: Engine, tokens: NDArray[np.uint8], places: int) -> NDArray[np.float64]:
-    """As `Peer.marginals`."""
+    """Return log-probabilities as `Peer.marginals` does."""
     return np.concatenate(list(engine.log_probabilities(each_masked(tokens, range(places)))))
 
 
 def farthest(theirs: NDArray[Any], ours: NDArray[Any]) -> float:
-    """The largest difference of a row from ours, in the norm, relative to the row."""
+    """Return the largest difference of a row from ours, as its norm relative to the norm of our row."""
     if theirs.shape != ours.shape:
         raise ValueError(f"shapes {theirs.shape} and {ours.shape} are of different work")
     return float((np.linalg.norm(theirs - ours, axis=1) / np.linalg.norm(ours, axis=1)).max())
@@ -219,7 +218,7 @@ def farthest(theirs: NDArray[Any], ours: NDArray[Any]) -> float:
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Embeddings of ESM-2 8M and of ESM-1nv in float32 and bf16; masked marginals of ESM-2 8M."""
+    """Yield the rows: embeddings of ESM-2 8M and of ESM-1nv in float32 and bf16; masked marginals of ESM-2 8M."""
     for form in (ESM2, ESM1NV):
         for precision in ("32", "bf16"):
             yield _embeddings(setting, form, precision)
@@ -228,7 +227,7 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 
 def _built(setting: Setting, form: Form, precision: str) -> tuple[Engine, list[Peer]]:
-    """Our engine and the peers, of the same weights."""
+    """Return our engine and the peers with the same weights."""
     shape = TINY if setting.quick else form.shape
     archive = setting.folder / f"{form.key}.nemo"
     if not archive.exists():
@@ -238,9 +237,9 @@ def _built(setting: Setting, form: Form, precision: str) -> tuple[Engine, list[P
 
 
 def proteins_that_fit(path: Path | None, tokens: int, count: int) -> list[Protein]:
-    """The first `count` of a FASTA file (None: the sample's) with at most so many tokens, <cls> and <eos> counted.
+    """Return the first `count` proteins of a FASTA file (None: the sample) with at most `tokens` tokens.
 
-    Raises `ConfigError` for a file with fewer.
+    <cls> and <eos> count. Raises `ConfigError` for a file with fewer such proteins.
     """
     fitting = (protein for protein in read_proteins(path or SAMPLE) if protein.residues + 2 <= tokens)
     chosen = list(itertools.islice(fitting, count))
@@ -341,5 +340,5 @@ def _best(sizes: Sequence[int]) -> str:
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
-    """The function with its first arguments given."""
+    """Bind the first arguments of a function."""
     return lambda *rest: function(*arguments, *rest)

@@ -1,9 +1,9 @@
-"""A training with Hugging Face's `Trainer`, as short as one can be written: the program that `starting.py` times.
+"""A minimal training with Hugging Face's `Trainer`: the program that `starting.py` times.
 
     python benchmarks/rows/huggingface_start.py SETTINGS
 
-SETTINGS is a JSON file: where the proteins and the vocabulary lie, how large the model is, and where to say that the
-first step is done, and on how many proteins and residues. It imports nothing of ours.
+SETTINGS is a JSON file with the paths of proteins and vocabulary, the sizes of the model, and the path of the record.
+After the first step the program writes the numbers of proteins and residues to the record. It imports none of our code.
 """
 
 import gzip
@@ -25,7 +25,7 @@ settings = json.loads(Path(sys.argv[1]).read_text())
 
 
 class Proteins:
-    """Tokenized when they are asked for, which makes for the quickest start."""
+    """Proteins tokenized on access, which gives the fastest start."""
 
     def __init__(self, fasta, tokenizer, max_tokens):
         with gzip.open(fasta, "rt") as stream:
@@ -41,7 +41,7 @@ class Proteins:
 
 
 class FirstStep(TrainerCallback):
-    """Says that it is done."""
+    """Write the record after the first step."""
 
     def on_step_end(self, args, state, control, **kwargs):
         found = {"sequences": len(proteins), "residues": sum(map(len, proteins.sequences))}

@@ -1,9 +1,9 @@
-"""Row of `starting.py`: the time to the first batch of a run that goes on after ten million samples.
+"""Row of `starting.py`: time to the first batch of a run that resumes after ten million samples.
 
-Over a data set of which an epoch is longer than that, as UniRef50's is: stretches of the shipped sample, cut short so
-that they make no large store. Ours computes which samples come next; Hugging Face's `Trainer` has `accelerate` draw
-the whole epoch's order again and leave out the batches that were had (`skip_first_batches`), and PyTorch's
-`DataLoader` alone, or a loop with `continue`, makes every batch again.
+An epoch of the data set is longer than that, as an epoch of UniRef50 is. The sequences are short pieces of the shipped
+sample, so that the store stays small. Ours computes which samples come next. Hugging Face's `Trainer` lets `accelerate`
+draw the order of the whole epoch again and skip the consumed batches (`skip_first_batches`). PyTorch's `DataLoader`
+alone, or a loop with `continue`, makes every batch again.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from bionemo_esm.pretraining.run_context import SAMPLE_FOLDER
 POSITION, EPOCH = 10_000_000, 12_000_000  # samples
 QUICK_POSITION, QUICK_EPOCH = 1_000, 1_500
 RESIDUES, BATCH, MAX_TOKENS = 16, 8, 512
-UNBROKEN_STEPS = 20  # that are taken, to see that a run which was not broken off comes to the same batch
+UNBROKEN_STEPS = 20  # steps to check that an uninterrupted run gives the same batch
 PARTLY = 500  # batches that the slowest side makes, instead of all
 
 
 def resuming(setting: Setting) -> Row:
-    """The row."""
+    """Return the row."""
     position, epoch = (QUICK_POSITION, QUICK_EPOCH) if setting.quick else (POSITION, EPOCH)
     folder = short_store(setting.folder, epoch)
     ours = first_of_ours(folder, position)
@@ -49,7 +49,7 @@ def resuming(setting: Setting) -> Row:
     skipped = position // BATCH
     made = min(PARTLY, skipped)
     batches = peer.batches()
-    next(batches)  # the order is drawn, which is not to be multiplied
+    next(batches)  # draws the order once, so that its cost is not multiplied
     return Row(
         key="resume",
         title=f"First batch of a run that goes on after {position:,} samples of an epoch of {epoch:,}",
@@ -77,7 +77,7 @@ def resuming(setting: Setting) -> Row:
 
 
 def short_store(folder: Path, samples: int) -> ProteinStore:
-    """A store of so many stretches of the shipped proteins."""
+    """Build a store of `samples` short pieces of the shipped proteins."""
     train, validation, test = (SAMPLE_FOLDER / f"{part}.fasta.gz" for part in SPLITS)
     build_store_from_splits(train, validation, test, folder / "real", BuildPolicy(), licence="CC BY 4.0")
     real = ProteinStore.open(folder / "real").split("train")
@@ -102,12 +102,12 @@ def _loader(store: ProteinStore, position: int) -> Iterator[Any]:
 
 
 def first_of_ours(store: ProteinStore, position: int) -> Any:
-    """The `RankBatch` after so many samples."""
+    """Return the `RankBatch` after `position` samples."""
     return next(_loader(store, position))
 
 
 class _Proteins(Dataset[dict[str, list[int]]]):
-    """The same store, for Hugging Face's collator."""
+    """The same store as a map-style data set for Hugging Face's collator."""
 
     def __init__(self, store: ProteinStore) -> None:
         self._split = ProteinStore.open(store.folder).split("train")
@@ -120,7 +120,7 @@ class _Proteins(Dataset[dict[str, list[int]]]):
 
 
 class HuggingFace:
-    """The loader that its `Trainer` makes, and what it does to it when a run is resumed."""
+    """The data loader of Hugging Face's `Trainer`, and its procedure to resume."""
 
     def __init__(self, folder: Path, store: ProteinStore) -> None:
         vocabulary = folder / "vocab.txt"
@@ -135,19 +135,19 @@ class HuggingFace:
         return DataLoader(proteins, batch_size=BATCH, sampler=sampler, collate_fn=self._collator)
 
     def resumed(self, position: int) -> torch.Tensor:
-        """The first batch after so many samples, its answers put in: int64 [BATCH, tokens]."""
+        """Return the first batch after `position` samples, unmasked with its labels: int64 [BATCH, tokens]."""
         return _unmasked(next(iter(skip_first_batches(self.loader(), position // BATCH))))
 
     def looped(self, batches: int) -> torch.Tensor:
-        """The batch after so many that are made and not used."""
+        """Return the batch after `batches` batches, which are made and discarded."""
         return _unmasked(next(islice(self.loader(), batches, None)))
 
     def batches(self) -> Iterator[Any]:
-        """Without end, one epoch after another."""
+        """Yield batches endlessly, one epoch after another."""
         return chain.from_iterable(repeat(self.loader()))
 
     def unbroken(self, position: int) -> torch.Tensor:
-        """The same of a run without a break: the batch of its order at that place."""
+        """Return the batch at this position of an uninterrupted run."""
         loader = self.loader()
         assert loader.batch_sampler is not None
         chosen = next(islice(loader.batch_sampler, position // BATCH, None))
@@ -159,5 +159,5 @@ def _unmasked(batch: Any) -> torch.Tensor:
 
 
 def differing(found: torch.Tensor, expected: torch.Tensor) -> int:
-    """Rows of two batches that differ; all, where they are not of the same shape."""
+    """Return the number of differing rows of two batches; all rows if the shapes differ."""
     return int((found != expected).any(-1).sum()) if found.shape == expected.shape else len(expected)

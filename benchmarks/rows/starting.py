@@ -1,9 +1,9 @@
-"""Rows: seconds from the command to the first step, from ten million samples on, and how long a step waits for data.
+"""Rows: seconds from the command to the first step, seconds to resume after ten million samples, and the wait for data.
 
-A start is a process of its own, from its launch until its first optimizer step is on record; then it is ended. All are
-of the shipped sample. Ours is `examples/pretrain_esm1nv.py` with its store built once beforehand, and does what a
-recipe does: it checks the machine, opens logs and takes its lock. Files are in the page cache after the first turn,
-which is not counted. Not run on a GPU, where kernels are loaded, too.
+A start runs from the launch of a new process until its first optimizer step is on record; then the process is killed.
+All starts train on the shipped sample. Ours is `examples/pretrain_esm1nv.py` with a store built beforehand. It does all
+that a recipe does: it checks the machine, opens logs and takes its lock. Files are in the page cache after the first
+turn, which is a warm-up. Not run on a GPU, where the start also loads kernels.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from bionemo_esm.pretraining.run_context import SAMPLE_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_START_SECONDS = 300.0
-PROBING_SECONDS = 0.005  # how often we look whether the first step is done
-STEPS, QUICK_STEPS = 40, 4  # of a turn, where the wait for data is measured
+PROBING_SECONDS = 0.005  # polling interval for the first step
+STEPS, QUICK_STEPS = 40, 4  # per turn of the rows on the wait for data
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model, in the words of our configuration."""
+    """Sizes of a model, with the names of our configuration."""
 
     num_layers: int
     hidden_size: int
@@ -60,7 +60,7 @@ BATCH, MAX_TOKENS = 8, 512
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Starts of the laptop recipe and of ESM-1nv; a resume; the wait for data."""
+    """Yield the rows: starts of the laptop recipe and of ESM-1nv, a resume, and the wait for data."""
     store = sample_store(setting.folder / "sample")
     if setting.quick:
         yield _starting(setting, store, "start-laptop", "a tiny model", TINY)
@@ -72,7 +72,7 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 
 def sample_store(folder: Path) -> ProteinStore:
-    """A store of the shipped sample."""
+    """Build a store of the shipped sample."""
     train, validation, test = (SAMPLE_FOLDER / f"{part}.fasta.gz" for part in SPLITS)
     build_store_from_splits(train, validation, test, folder, BuildPolicy(), licence="CC BY 4.0")
     return ProteinStore.open(folder)
@@ -111,7 +111,7 @@ _numbers = count(1)  # of runs: each has a new folder
 
 
 def _ours(setting: Setting, store: ProteinStore, size: Size) -> tuple[list[str], Path, Path]:
-    """Command line, where the first step is recorded, and where messages go."""
+    """Return command line, record of the first step, and log of our side."""
     name = f"start-{next(_numbers)}"
     command = [
         sys.executable, str(ROOT / "examples" / "pretrain_esm1nv.py"), "recipe=laptop", "trainer.max_steps=1000",
@@ -125,7 +125,7 @@ def _ours(setting: Setting, store: ProteinStore, size: Size) -> tuple[list[str],
 
 
 def _huggingface(setting: Setting, size: Size) -> tuple[list[str], Path, Path]:
-    """The same of Hugging Face's."""
+    """Return the same for Hugging Face."""
     place = setting.folder / f"huggingface-{next(_numbers)}"
     place.mkdir()
     vocabulary = place / "vocab.txt"
@@ -147,9 +147,9 @@ def _huggingface(setting: Setting, size: Size) -> tuple[list[str], Path, Path]:
 
 
 def wait_for_first_step(command: list[str], record: Path, log: Path) -> dict[str, Any]:
-    """Launch a training, and return the first line of its record as soon as it is there; then end the training.
+    """Launch a training, return the first line of its record as soon as it exists, and kill the training.
 
-    Raises `RuntimeError`, with its last words, where it ends without, or takes longer than a start may.
+    Raises `RuntimeError` with the end of its log if it ends without a record or exceeds `LONGEST_START_SECONDS`.
     """
     with log.open("wb") as sink:
         process = subprocess.Popen(
@@ -179,7 +179,7 @@ def wait_for_first_step(command: list[str], record: Path, log: Path) -> dict[str
 
 @dataclass(frozen=True)
 class _OverAndOver(Sampler[int]):
-    """The same keys of a stream without end, so that every turn has the same steps."""
+    """Repeat the same keys of the stream endlessly, so that every turn has the same steps."""
 
     keys: list[int]
 
@@ -189,7 +189,7 @@ class _OverAndOver(Sampler[int]):
 
 
 def _waiting(setting: Setting, store: ProteinStore) -> Iterator[Row]:
-    """Steps with a loader process and without, and what share of the former is waiting."""
+    """Yield the rows: share of time that training waits, and training steps with and without a loader process."""
     reader = SampleReader(store.split("train"), MAX_TOKENS, MaskingPolicy(), seed=42)
     stream = TrainingBatches(reader, BatchPlan(global_batch_size=BATCH, micro_batch_size=BATCH))
     keys = [BATCH * step for step in range(QUICK_STEPS if setting.quick else STEPS)]
@@ -257,7 +257,7 @@ def _waiting(setting: Setting, store: ProteinStore) -> Iterator[Row]:
 
 
 class Waiting(Iterator[RankBatch]):
-    """Batches, and the seconds that went into waiting for them."""
+    """Batches, with the seconds spent waiting for them."""
 
     def __init__(self, get: Callable[[], RankBatch]) -> None:
         self._get, self.seconds = get, 0.0
@@ -270,7 +270,7 @@ class Waiting(Iterator[RankBatch]):
 
 
 def differing_tokens(one: RankBatch, other: RankBatch) -> int:
-    """Tokens and answers in which two shares differ; all, where they are not of the same shape."""
+    """Return the number of differing tokens and targets of two rank batches; all if the shapes differ."""
     different = abs(len(one.micro_batches) - len(other.micro_batches))
     for mine, theirs in zip(one.micro_batches, other.micro_batches, strict=False):
         for field in ("tokens", "target_index", "targets"):
@@ -280,7 +280,7 @@ def differing_tokens(one: RankBatch, other: RankBatch) -> int:
 
 
 def _trained(setting: Setting, size: Size) -> ESM1nvModel:
-    """A model that is ready to be trained, without Lightning around it."""
+    """Return a model ready for training, without Lightning."""
     from omegaconf import OmegaConf
 
     model = ESM1nvModel(OmegaConf.create({"encoder": vars(size), "precision": "32", "seed": 1}))

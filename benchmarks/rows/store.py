@@ -1,8 +1,9 @@
-"""FASTA to a store, plain and gzip: ours, the parsers and the tokenizer that people use for it.
+"""Rows: FASTA to a store, plain and gzip, against commonly used parsers and tokenizers.
 
-The text is like UniRef50's: its headers, 60 residues a line, with lengths and composition of real proteins, but random,
-so that no two sequences are equal and all of it is kept. Ours does everything: reads, hashes the source, cleans, finds
-duplicates, splits, writes, hashes, and syncs to disk. Slow sides get the first part of the same text.
+The text resembles UniRef50: its headers, 60 residues a line, with the lengths and composition of real proteins. The
+residues are random, so that no two sequences are equal and all are kept. Ours does all the work: it reads, hashes the
+source, cleans, removes duplicates, splits, writes, hashes, and syncs to disk. Slow sides get the first part of the
+same text.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ from bionemo_esm.data.store import SPLITS, ProteinStore
 
 SAMPLE = Path(__file__).parents[2] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
 HEADER = b">UniRef50_A%09X Uncharacterized protein n=1 Tax=Escherichia coli TaxID=562 RepID=A%09X_ECOLI\n"
-POLICY = BuildPolicy(max_residues=100_000)  # nothing is cut, so that all can be counted
-BYTES, PART_BYTES = 200_000_000, 3_000_000  # of text: for the fast sides, and for those that take seconds for a MB
+POLICY = BuildPolicy(max_residues=100_000)  # no cropping, so that all residues are counted
+BYTES, PART_BYTES = 200_000_000, 3_000_000  # of text: for fast sides, and for sides that need seconds per MB
 QUICK_BYTES, QUICK_PART_BYTES = 400_000, 60_000
-_SHORTEST = 30  # residues: shorter ones might be equal by chance
+_SHORTEST = 30  # residues: shorter sequences might be equal by chance
 _BLOCK_RECORDS = 10_000
-_BATCH = 1_000  # sequences for the tokenizer at once, as `datasets` has it
+_BATCH = 1_000  # sequences per call of the tokenizer, the default of `datasets`
 
 Counts = NDArray[np.int64]
-"""int64 [1 + 33]: sequences, and how often each token id occurs."""
+"""int64 [1 + 33]: number of sequences, then the count of each token id."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A FASTA file, and its first part."""
+    """A FASTA file and its first part."""
 
     whole: Path
     part: Path
-    megabytes: float  # of text, decompressed: of the whole
+    megabytes: float  # of decompressed text in `whole`
     part_megabytes: float
 
 
@@ -59,7 +60,7 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 
 def make_fasta(path: Path, proteins: Path, size: int) -> int:
-    """Write at least so many bytes of FASTA, with the lengths and the composition of `proteins`; how many it became."""
+    """Write at least `size` bytes of FASTA with the lengths and composition of `proteins`. Return the bytes written."""
     sequences = [record.sequence.upper() for record in read_fasta(proteins)]
     known = np.array([len(sequence) for sequence in sequences])
     letters = np.frombuffer(b"".join(sequences), dtype=np.uint8)
@@ -142,12 +143,12 @@ def _error(ours: Counts, theirs: Counts) -> float:
 
 @dataclass(frozen=True)
 class Ours:
-    """`build_store`, over and over at the same place."""
+    """`build_store`, repeatedly into the same folder."""
 
     folder: Path
 
     def work(self, fasta: Path) -> ProteinStore:
-        shutil.rmtree(self.folder, ignore_errors=True)  # of the turn before; costs us a little
+        shutil.rmtree(self.folder, ignore_errors=True)  # of the previous turn; this cost counts for us
         return build_store(fasta, self.folder, POLICY)
 
     def count(self, fasta: Path) -> Counts:
@@ -161,7 +162,7 @@ class Ours:
 
 
 def parse(fasta: Path) -> int:
-    """Records that pyfastx finds."""
+    """Return the number of records that pyfastx finds."""
     import pyfastx
 
     records = 0
@@ -196,14 +197,14 @@ class Tokenizer:
         self.tokenizer = EsmTokenizer(str(vocabulary))  # type: ignore[no-untyped-call]
 
     def work(self, fasta: Path) -> int:
-        """Tokenise all, in batches; how many batches."""
+        """Tokenise everything in batches. Return the number of batches."""
         return sum(1 for _ in self._batches(fasta))
 
     def count(self, fasta: Path) -> Counts:
         return _counts(sequence for batch in self._batches(fasta) for sequence in batch)
 
     def map(self, fasta: Path, processes: int) -> object:
-        """A `datasets.Dataset` of token ids, on disk."""
+        """Return a `datasets.Dataset` of token ids on disk."""
         from datasets import Dataset
 
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -234,7 +235,7 @@ class Tokenizer:
 
 
 def tokenised(tokenizer: object) -> Callable[[dict[str, list[str]]], dict[str, list[list[int]]]]:
-    """What `Dataset.map` calls."""
+    """Return the function for `Dataset.map`."""
 
     def of(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"input_ids": tokenizer(batch["sequence"], return_attention_mask=False)["input_ids"]}  # type: ignore[operator]
@@ -251,7 +252,7 @@ def _parsed(fasta: Path) -> Iterator[tuple[str, str]]:
 
 
 def _counts(sequences: Iterator[Sequence[int]]) -> Counts:
-    """Of token ids that begin with <cls> and end with <eos>, which are not counted."""
+    """Return the counts of token ids, without the <cls> and <eos> around each sequence."""
     counts = np.zeros(1 + VOCABULARY_SIZE, dtype=np.int64)
     for sequence in sequences:
         counts[0] += 1

@@ -1,13 +1,13 @@
-"""One optimizer step's work beside Hugging Face's: forward, loss at the masked places, backward, clipping, AdamW.
+"""Rows: one optimizer step against Hugging Face: forward, loss at the masked positions, backward, clipping, AdamW.
 
-Weights, proteins and masked places are identical on all sides, and so is dropout: 0.1 after attention and MLP, 0.1 on
-attention weights. Ours is `ESM1nvModel.training_step`, without Lightning around it; Hugging Face's is
-`EsmForMaskedLM` with PyTorch's fused AdamW over micro batches whose summed losses are divided by the masked places of
-all, so that every side comes to the same gradients. Batches are made beforehand: how long that takes is another row.
+Weights, proteins, masked positions and dropout are identical on all sides: 0.1 after attention and MLP, 0.1 on
+attention probabilities. Ours is `ESM1nvModel.training_step` without Lightning. Hugging Face's is `EsmForMaskedLM` with
+PyTorch's fused AdamW. It sums the losses of micro batches and divides them by the masked positions of all, so that
+every side computes the same gradients. Batches are made beforehand; another row measures that.
 
-Parity is measured with dropout off, by the very functions that are timed: loss, and norm of the gradients.
+Parity is measured without dropout by the timed functions themselves, on the loss and the gradient norm.
 
-Hugging Face's code has no dropout after the embeddings, which ours has. On CUDA nothing here has been run.
+Hugging Face's code has no dropout after the embeddings; ours has. Not run on CUDA.
 """
 
 from __future__ import annotations
@@ -48,36 +48,36 @@ FIXED, ARRIVAL, BY_LENGTH = "padded to 512", "padded to the longest", "sorted by
 
 @dataclass(frozen=True)
 class Form:
-    """A model to be trained, and on how much."""
+    """A model to train."""
 
     key: str
     title: str
-    family: str  # of `theirs.FAMILIES`
+    family: str  # a key of `theirs.FAMILIES`
     shape: Shape
 
 
 ESM1NV = Form("train-esm1nv", "Training step, ESM-1nv", "ESM-1nv", Shape(6, 768, 12, 0.02))
 ESM1B = Form("train-esm1b", "Training step, ESM-1b's form with 2 layers", "ESM-1b", Shape(2, 1280, 20, 0.02))
 WHOLE_ESM1B = Form("train-esm1b-650m", "Training step, ESM-1b, 33 layers", "ESM-1b", Shape(33, 1280, 20, 0.02))
-TINY = Shape(2, 32, 4, 0.2, ffn=64)  # of any form, to show that a row runs
+TINY = Shape(2, 32, 4, 0.2, ffn=64)  # for any form, to check that a row runs
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Proteins of a step of ours, and of a turn of slower sides; those are about as long on average."""
+    """Proteins in a step of ours, and in a turn of slower sides, with about the same mean length."""
 
     proteins: int
     at_once: int  # proteins in a packed row of ours
-    sizes: tuple[int, ...]  # of their micro batches, that are tried, as far as there are proteins
-    fixed: int  # proteins of a turn, where every one is padded to `WIDTH`
-    others: int  # where they are padded to the longest
+    sizes: tuple[int, ...]  # micro batch sizes to try for the other sides, up to the number of proteins
+    fixed: int  # proteins of a turn, padded to `WIDTH`
+    others: int  # proteins of a turn, padded to the longest
 
 
 SCALES = {
     "quick": Scale(3, 2, (1, 2), 2, 3),
     "cpu": Scale(16, 8, (1, 2, 4), 4, 8),
     "cuda": Scale(2048, 256, (16, 32, 64, 128), 512, 1024),
-    "cuda, large": Scale(256, 64, (4, 8, 16, 32), 64, 128),  # of the whole ESM-1b
+    "cuda, large": Scale(256, 64, (4, 8, 16, 32), 64, 128),  # for the whole ESM-1b
 }
 
 
@@ -85,14 +85,14 @@ SCALES = {
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Steps of ESM-1nv and of ESM-1b's form, in float32 and in bf16."""
+    """Yield the steps of ESM-1nv and of ESM-1b's form, in float32 and in bf16."""
     forms = [ESM1NV, ESM1B]
     if setting.device == "cuda" and not setting.quick:
         forms.append(WHOLE_ESM1B)
     for form in forms:
         for precision in ("bf16",) if form is WHOLE_ESM1B else ("32", "bf16"):
             yield _Comparison(setting, form, precision).row()
-            gc.collect()  # the models of the row are gone when it is; some of their parts refer to each other
+            gc.collect()  # frees the models of the row, which have reference cycles
 
 
 class _Comparison:
@@ -108,8 +108,8 @@ class _Comparison:
         if not self.archive.exists():
             folder = saved(peer_model(form.family, self.shape), setting.folder / form.key)
             import_model(str(folder), self.archive)
-        self.reference = Ours(self.archive, "32", self.device)  # what float32 finds: every side is held against it
-        self._found: dict[frozenset[int], Found] = {}  # by the proteins
+        self.reference = Ours(self.archive, "32", self.device)  # float32 reference for the parity of every side
+        self._found: dict[frozenset[int], Found] = {}  # by the ids of the proteins
 
     def row(self) -> Row:
         ours = self._ours()
@@ -144,7 +144,7 @@ class _Comparison:
         )
 
     def _reference(self, proteins: Sequence[MaskedProtein]) -> Found:
-        """What ours finds in float32."""
+        """Return loss and gradient norm of ours in float32."""
         key = frozenset(map(id, proteins))
         if key not in self._found:
             batches = self.reference.batches(proteins, self.scale.at_once)
@@ -160,7 +160,7 @@ class _Comparison:
             yield from self._sides(precisions[0], "eager", attention="eager")
 
     def _sides(self, precision: str, kind: str, **options: Any) -> Iterator[Side]:
-        """Padded to 512, to the longest in arrival order, and sorted by length, with one model that they share."""
+        """Yield three sides that share a model: padded to 512, to the longest in arrival order, sorted by length."""
         peer = Theirs(self.form.family, self.shape, precision, self.device, **options)
         some = alike(self.proteins, self.scale.others)
         ways = {
@@ -192,7 +192,7 @@ class _Comparison:
         return Side(name, work, tokens_of(proteins), settings, max(off), LIBRARIES)
 
     def _attention(self, peer: Theirs, batches: Sequence[PaddedBatch]) -> tuple[str, str]:
-        """The one that the peer is to use, and what is said of it: on a CPU its faster, as dropout slows SDPA."""
+        """Return the peer's attention, and a note. On a CPU it is the faster one, because dropout slows SDPA."""
         if self.device != "cpu":
             return peer.attention, ""
 
@@ -217,7 +217,7 @@ class _Comparison:
 
 
 def name_of(way: str, precision: str, kind: str = "") -> str:
-    """A side's name, by which targets know it."""
+    """Return a side's name, which targets refer to."""
     rounding = {FLOAT32: "", AUTOCAST: " (autocast)", BF16: " (pure bf16)"}[precision]
     return f"Hugging Face{' ' * bool(kind)}{kind}, {way}{rounding}"
 
