@@ -1,4 +1,4 @@
-"""LoRA on Megatron's linear layers, beside its formula written down."""
+"""Tests of LoRA adapters on Megatron's linear layers against the written-out formula."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def batch(tiny_split: SequenceSplit) -> PackedBatch:
 
 
 def adapted(config: AdapterConfig = ALL, precision: str = "32", **sizes: Any) -> ESMEncoder:
-    """A tiny encoder whose adapters say something: B drawn, as after training."""
+    """Return a tiny encoder whose adapters change its output: B is random, as after training."""
     encoder = tiny_model(precision, **sizes).encoder
     torch.manual_seed(5)
     add_adapters(encoder, config)
@@ -61,7 +61,7 @@ def adapted(config: AdapterConfig = ALL, precision: str = "32", **sizes: Any) ->
 
 @reading
 @pytest.mark.parametrize("precision", ["32", "bf16"])
-def test_fresh_adapters_change_no_bit_of_an_answer(read: Reading, precision: str, batch: PackedBatch) -> None:
+def test_fresh_adapters_do_not_change_the_output(read: Reading, precision: str, batch: PackedBatch) -> None:
     encoder = tiny_model(precision, **ESM_2).encoder
     before = read(encoder, batch)
     add_adapters(encoder, ALL)
@@ -74,7 +74,9 @@ def test_fresh_adapters_change_no_bit_of_an_answer(read: Reading, precision: str
 
 @reading
 @pytest.mark.parametrize("sizes", [{}, ESM_2], ids=["ESM-1nv", "ESM-2"])
-def test_merged_weights_answer_as_adapters_did(read: Reading, sizes: dict[str, Any], batch: PackedBatch) -> None:
+def test_merged_weights_give_the_same_output_as_adapters(
+    read: Reading, sizes: dict[str, Any], batch: PackedBatch
+) -> None:
     encoder = adapted(**sizes)
     plain, before = read(tiny_model(**sizes).encoder, batch), read(encoder, batch)
     assert (before - plain).abs().max() > 0.1
@@ -85,7 +87,7 @@ def test_merged_weights_answer_as_adapters_did(read: Reading, sizes: dict[str, A
     assert {name: parameter.shape for name, parameter in encoder.named_parameters()} == names
 
 
-def test_an_adapted_layer_is_its_formula_and_so_are_its_gradients() -> None:
+def test_adapted_layer_and_its_gradients_equal_the_formula() -> None:
     encoder = adapted(AdapterConfig(rank=2, alpha=3.0, targets=("linear_fc1",))).double()
     layer = encoder.encoder.layers[1].mlp.linear_fc1
     seen = torch.randn(4, 1, 32, dtype=torch.float64, requires_grad=True)
@@ -100,7 +102,7 @@ def test_an_adapted_layer_is_its_formula_and_so_are_its_gradients() -> None:
     assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(found, gradients, strict=True))
 
 
-def test_training_moves_adapters_and_nothing_else(batch: PackedBatch) -> None:
+def test_training_updates_only_the_adapters(batch: PackedBatch) -> None:
     encoder = tiny_model(**ESM_2).encoder
     add_adapters(encoder, ALL)
     before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
@@ -121,7 +123,7 @@ def test_training_moves_adapters_and_nothing_else(batch: PackedBatch) -> None:
 
 
 @pytest.mark.parametrize("targets", [("linear_qkv",), ("linear_proj", "linear_fc2"), TARGETS], ids="+".join)
-def test_names_and_shapes_are_known_from_configurations(targets: tuple[str, ...]) -> None:
+def test_adapter_names_and_shapes_follow_from_the_configuration(targets: tuple[str, ...]) -> None:
     config = AdapterConfig(rank=2, targets=targets)
     encoder = tiny_model().encoder
     names = [name for name, _ in encoder.named_parameters()]
@@ -133,7 +135,7 @@ def test_names_and_shapes_are_known_from_configurations(targets: tuple[str, ...]
     assert [name for name, _ in encoder.named_parameters() if name not in added] == names
 
 
-def test_adapters_that_were_stored_answer_in_another_encoder(batch: PackedBatch) -> None:
+def test_stored_adapters_give_the_same_output_in_another_encoder(batch: PackedBatch) -> None:
     trained, fresh = adapted(), tiny_model().encoder
     add_adapters(fresh, ALL)
     stored = {name: trained.get_parameter(name).detach() for name in adapter_shapes(ALL, EncoderConfig(**TINY))}
@@ -141,14 +143,14 @@ def test_adapters_that_were_stored_answer_in_another_encoder(batch: PackedBatch)
     assert torch.equal(final_states(fresh, batch), final_states(trained, batch))
 
 
-def test_dropout_is_there_in_training_only(batch: PackedBatch) -> None:
+def test_adapter_dropout_is_active_only_in_training(batch: PackedBatch) -> None:
     encoder = adapted(AdapterConfig(rank=3, dropout=0.5))
     assert torch.equal(final_states(encoder, batch), final_states(encoder, batch))
     encoder.train()  # the tiny encoder's own dropout is 0
     assert not torch.equal(final_states(encoder, batch), final_states(encoder, batch))
 
 
-def test_a_seed_gives_the_adapters_at_any_precision() -> None:
+def test_adapter_initialisation_depends_on_the_seed_and_not_on_precision() -> None:
     name = "encoder.layers.1.self_attention.linear_proj.lora_a"
     one, same, narrow = (adapted(precision=precision).get_parameter(name) for precision in ("32", "32", "bf16"))
     assert torch.equal(one, same)
@@ -157,7 +159,7 @@ def test_a_seed_gives_the_adapters_at_any_precision() -> None:
     assert not torch.equal(one, adapted().get_parameter(name.replace("1", "0")))
 
 
-def test_weights_are_merged_by_name_in_float64_and_rounded_once() -> None:
+def test_weights_are_merged_in_float64_and_rounded_once() -> None:
     encoder = adapted()
     weights = {f"encoder.{name}": parameter.detach().clone() for name, parameter in encoder.named_parameters()}
     merged = merged_weights(weights, ALL)
@@ -171,13 +173,13 @@ def test_weights_are_merged_by_name_in_float64_and_rounded_once() -> None:
     assert torch.equal(merged[f"{name}.weight"], exact.float())
 
 
-def test_all_stays_frozen_when_adapters_are_merged() -> None:
+def test_all_parameters_stay_frozen_after_merging_adapters() -> None:
     encoder = adapted()
     merge_adapters(encoder, ALL)
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
-def test_adapters_are_added_once_and_merged_once() -> None:
+def test_adding_or_merging_adapters_twice_is_refused() -> None:
     encoder = adapted()
     with pytest.raises(AssertionError, match="has adapters already"):
         add_adapters(encoder, ALL)
@@ -187,13 +189,13 @@ def test_adapters_are_added_once_and_merged_once() -> None:
     add_adapters(encoder, ALL)
 
 
-def test_merging_fewer_layers_than_were_adapted_is_a_fault() -> None:
+def test_merging_with_a_different_adapter_config_is_refused() -> None:
     encoder = adapted()
     with pytest.raises(AssertionError, match="other adapters"):
         merge_adapters(encoder, AdapterConfig(rank=3, alpha=6.0))
 
 
-def test_split_layers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_are_refused_with_tensor_parallel_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = tiny_model().encoder
     monkeypatch.setattr(adapters, "tensor_parallel_size", lambda: 2)
     with pytest.raises(ConfigError, match="tensor_model_parallel_size=1"):

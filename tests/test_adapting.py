@@ -1,4 +1,4 @@
-"""Continued pretraining from an imported model: one command, and before its first step the source model's own loss."""
+"""Tests of continued pretraining from an imported model: initial validation, resume and model selection."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from models import tiny_model
 from runs import ROOT, composed, losses
 
 FIXED = "encoder.contact_head.weight", "encoder.contact_head.bias"
-AS_IN_ARCHIVE = tuple(  # `faults.run` sets sizes
+AS_IN_ARCHIVE = tuple(  # `faults.run` sets these sizes
     f"model.{name}=null"
     for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length", "hidden_dropout")
 )
@@ -47,14 +47,14 @@ APART = (*ADAPTED, *AS_IN_ARCHIVE, "data.micro_batch_size=null", "data.global_ba
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An imported model of each family."""
+    """Return an imported model of each family."""
     folder = tmp_path_factory.mktemp("imported")
     return {family: brought_here(source_model(family), folder / family) for family in (ESM1B, ESM2)}
 
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory, archives: dict[str, Path]) -> Path:
-    """A finished run of three steps from an ESM-2."""
+    """Return the folder of a finished three-step run that starts from an ESM-2."""
     folder = tmp_path_factory.mktemp("adapted") / "run"
     adapt(folder, archives[ESM2])
     return folder
@@ -77,7 +77,7 @@ def fixed_tensors(path: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", [ESM1B, ESM2])
-def test_the_loss_before_and_at_the_first_step_is_hugging_faces_on_the_same_masked_batches(
+def test_loss_before_and_at_the_first_step_equals_hugging_face(
     family: str, archives: dict[str, Path], tmp_path: Path
 ) -> None:
     source, folder = source_model(family), tmp_path / "run"
@@ -98,7 +98,7 @@ def test_the_loss_before_and_at_the_first_step_is_hugging_faces_on_the_same_mask
     assert losses(folder)[2] != pytest.approx(loss_of(source, second), abs=1e-4), "the first step has changed nothing"
 
 
-def test_two_ranks_validate_together_before_the_first_step(archives: dict[str, Path], tmp_path: Path) -> None:
+def test_two_ranks_run_the_initial_validation_together(archives: dict[str, Path], tmp_path: Path) -> None:
     every = ("trainer.limit_val_batches=null", f"restore_from_path={archives[ESM2]}")
     found = []
     for ranks, keys in ((1, ()), (2, ()), (2, ("trainer.tensor_model_parallel_size=2",))):
@@ -114,7 +114,7 @@ def test_two_ranks_validate_together_before_the_first_step(archives: dict[str, P
         assert curve == pytest.approx(found[0][2], rel=2e-5)
 
 
-def test_step_0_knows_no_dropout_and_the_first_step_does(
+def test_initial_validation_has_no_dropout_and_the_first_step_has(
     adapted: Path, archives: dict[str, Path], tmp_path: Path
 ) -> None:
     adapt(tmp_path / "run", archives[ESM2], "model.hidden_dropout=0.3", "trainer.max_steps=1")
@@ -122,7 +122,7 @@ def test_step_0_knows_no_dropout_and_the_first_step_does(
     assert losses(tmp_path / "run")[1] != pytest.approx(losses(adapted)[1], abs=1e-3)
 
 
-def test_step_0_is_on_the_screen_and_in_history_summary_and_report(
+def test_initial_validation_is_in_console_history_summary_and_report(
     archives: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     summary = adapt(tmp_path / "run", archives[ESM2], "trainer.limit_val_batches=null")
@@ -136,25 +136,25 @@ def test_step_0_is_on_the_screen_and_in_history_summary_and_report(
     assert f"against {summary['initial_validation_perplexity']:,.1f} before training and " in page
 
 
-def test_a_step_0_on_fewer_batches_is_not_held_against_the_whole_validation_set(
+def test_initial_validation_on_fewer_batches_is_not_compared_with_the_final_one(
     adapted: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """`limit_val_batches` cuts validation on the way, and not the one at the end."""
+    """`limit_val_batches` limits validation during training but not at the end."""
     summary = json.loads((adapted / "summary.json").read_text())
     assert summary["initial_masked_residues"] < summary["masked_residues"]
     assert "before training and" not in (adapted / "report.html").read_text()
 
 
-def test_a_run_that_starts_from_nothing_is_not_validated_before_its_first_step(tmp_path: Path) -> None:
+def test_run_from_random_weights_has_no_initial_validation(tmp_path: Path) -> None:
     assert run(tmp_path / "run").codes == [0]
     assert [line["step"] for line in validations(tmp_path / "run")] == [3, 6]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["initial_validation_loss"] is None
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- resume -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_keeps_step_0_and_is_bit_for_bit_the_unbroken_one(
+def test_resumed_run_keeps_the_initial_validation_and_equals_the_unbroken_run(
     archives: dict[str, Path], adapted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cut = tmp_path / "cut"
@@ -170,7 +170,7 @@ def test_a_resumed_run_keeps_step_0_and_is_bit_for_bit_the_unbroken_one(
     assert summary["initial_validation_loss"] == unbroken["initial_validation_loss"]
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew_with_one_step_0(
+def test_run_killed_before_its_first_checkpoint_restarts_with_one_initial_validation(
     archives: dict[str, Path], adapted: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "cut"
@@ -180,7 +180,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_with_one_step_0(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_signal_during_step_0_ends_the_run_which_then_begins_anew(
+def test_run_stopped_by_a_signal_in_the_initial_validation_can_be_restarted(
     archives: dict[str, Path], tmp_path: Path, ranks: int
 ) -> None:
     stop = Fault("bionemo_esm.model.esm1nv.ESM1nvModel.score", partial(send, signal.SIGTERM), call=2, rank=ranks - 1)
@@ -195,7 +195,7 @@ def test_a_signal_during_step_0_ends_the_run_which_then_begins_anew(
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 @pytest.mark.parametrize("family", [ESM1B, ESM2])
-def test_what_training_does_not_change_is_the_same_in_every_file_it_writes(
+def test_fixed_tensors_are_identical_in_every_written_file(
     family: str, precision: str, archives: dict[str, Path], tmp_path: Path
 ) -> None:
     before = fixed_tensors(archives[family])
@@ -214,8 +214,10 @@ def test_what_training_does_not_change_is_the_same_in_every_file_it_writes(
     assert not torch.equal(*changed)
 
 
-def test_a_model_trained_on_something_else_gets_better_at_the_sample(archives: dict[str, Path], tmp_path: Path) -> None:
-    """From random weights on peptides of few letters in an own FASTA file, and then on real proteins."""
+def test_continued_pretraining_on_real_proteins_lowers_the_perplexity(
+    archives: dict[str, Path], tmp_path: Path
+) -> None:
+    """Train from random weights on low-complexity peptides of a custom FASTA file, then on real proteins."""
     generator, letters = np.random.default_rng(3), list("LKEA")
     peptides = ["".join(generator.choice(letters, 60)) for _ in range(300)]
     fasta = tmp_path / "peptides.fasta"
@@ -232,10 +234,10 @@ def test_a_model_trained_on_something_else_gets_better_at_the_sample(archives: d
     assert provenance["restored_weights_sha256"] == ArchiveFile.open(Path(first["nemo"])).weights_sha256
 
 
-# --- which model ------------------------------------------------------------------------------------------------------
+# --- model selection --------------------------------------------------------------------------------------------------
 
 
-def test_sizes_come_from_the_archive_and_dropout_may_be_another(archives: dict[str, Path]) -> None:
+def test_sizes_come_from_the_archive_and_dropout_can_be_overridden(archives: dict[str, Path]) -> None:
     for path in archives.values():
         archived = EncoderConfig.from_config(ArchiveFile.open(path).config["encoder"])
         told = adapting(f"restore_from_path={path}")
@@ -247,7 +249,7 @@ def test_sizes_come_from_the_archive_and_dropout_may_be_another(archives: dict[s
         check_requirements(other)
 
 
-def test_the_group_for_an_archives_model_has_every_key_of_a_model_and_none_is_set() -> None:
+def test_of_archive_group_lists_every_model_key_and_sets_none() -> None:
     values = yaml.safe_load((config_directory() / "model" / "of_archive.yaml").read_text())
     assert values.pop("of_archive") is True
     assert values.keys() == EncoderConfig.model_fields.keys()
@@ -269,7 +271,7 @@ def test_the_group_for_an_archives_model_has_every_key_of_a_model_and_none_is_se
         (("continue_from_path=/nowhere",), "continue_from_path: /nowhere holds no checkpoint"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(
+def test_invalid_model_settings_are_refused_in_one_line(
     overrides: tuple[str, ...], message: str, archives: dict[str, Path]
 ) -> None:
     places = {"esm2": archives[ESM2], "readme": ROOT / "README.md"}
@@ -277,7 +279,7 @@ def test_what_cannot_be_is_refused_in_one_line(
         check_requirements(adapting(*(override.format(**places) for override in overrides)))
 
 
-def test_a_contact_head_is_the_archives_whatever_the_recipe_says(archives: dict[str, Path], tmp_path: Path) -> None:
+def test_contact_head_comes_from_the_archive_and_not_from_the_recipe(archives: dict[str, Path], tmp_path: Path) -> None:
     sizes = ("num_layers=2", "hidden_size=32", "num_attention_heads=4", "ffn_hidden_size=64", f"seq_length={LONGEST}")
     named = ("model=esm2_8m", *(f"model.{size}" for size in sizes))
     told = adapting(*named, f"restore_from_path={archives[ESM2]}")
@@ -289,14 +291,14 @@ def test_a_contact_head_is_the_archives_whatever_the_recipe_says(archives: dict[
     assert not adapting(*named).model.contact_head
 
 
-def test_a_run_goes_on_with_another_whose_model_came_from_an_archive(adapted: Path, tmp_path: Path) -> None:
+def test_run_continues_from_a_run_whose_model_came_from_an_archive(adapted: Path, tmp_path: Path) -> None:
     outcome = run(tmp_path / "longer", *APART, f"continue_from_path={adapted}", "trainer.max_steps=4")
     assert outcome.codes == [0], outcome.errors
     assert [line["step"] for line in history(tmp_path / "longer") if line["kind"] == "train"] == [4]
     assert fixed_tensors(tmp_path / "longer" / "adapt.nemo").keys() == fixed_tensors(adapted / "adapt.nemo").keys()
 
 
-def test_a_run_is_known_by_the_weights_it_starts_from_wherever_they_lie(
+def test_run_fingerprint_depends_on_the_initial_weights_and_not_on_their_path(
     archives: dict[str, Path], tmp_path: Path
 ) -> None:
     here, there = archives[ESM2], tmp_path / "copy.nemo"
@@ -314,7 +316,7 @@ def test_a_run_is_known_by_the_weights_it_starts_from_wherever_they_lie(
     assert changed.settings_text != copied.settings_text, "a rank that sees another file is found out"
 
 
-def test_other_weights_under_the_old_name_are_not_gone_on_with(
+def test_resume_is_refused_when_restore_from_path_has_other_weights(
     archives: dict[str, Path], adapted: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.nemo"
@@ -328,7 +330,7 @@ def test_other_weights_under_the_old_name_are_not_gone_on_with(
     assert "the checkpoint was written with restore_from_path = weights of SHA-256 " in outcome.errors
 
 
-def test_the_recipe_is_read_without_torch_and_nemo(archives: dict[str, Path]) -> None:
+def test_resolving_the_model_imports_neither_torch_nor_nemo(archives: dict[str, Path]) -> None:
     code = (
         "import sys; from hydra import compose, initialize_config_dir\n"
         "from bionemo_esm import config_directory\n"
@@ -343,7 +345,7 @@ def test_the_recipe_is_read_without_torch_and_nemo(archives: dict[str, Path]) ->
     assert done.stdout.strip() == "rotary []"
 
 
-def test_the_card_of_an_imported_model_tells_what_it_is_and_where_from(archives: dict[str, Path]) -> None:
+def test_summary_of_an_imported_model_gives_its_type_and_source(archives: dict[str, Path]) -> None:
     texts = {family: ArchiveSummary.of(ArchiveFile.open(path)).text() for family, path in archives.items()}
     for family, parts in ((ESM1B, ("", "2", "yes")), (ESM2, ("rotary", "", "yes"))):
         rows = {line[:26].strip(): line[26:] for line in texts[family].splitlines()}
@@ -354,7 +356,7 @@ def test_the_card_of_an_imported_model_tells_what_it_is_and_where_from(archives:
         assert f"\n{' ' * 26}SHA-256 {digest[:12]}…, model.safetensors\n" in texts[family]
 
 
-def test_an_account_of_an_import_is_told_as_it_is_and_a_long_one_is_cut(tmp_path: Path) -> None:
+def test_import_provenance_is_shown_verbatim_and_truncated_when_long(tmp_path: Path) -> None:
     whole = {"format": "Hugging Face", "source": "lab/esm", "revision": "5" * 40, "sha256": {"a": "6" * 64}}
     lines = ("lab/esm, Hugging Face", f"revision {'5' * 40}", "SHA-256 666666666666…, a\n")
     long = whole | {"sha256": {f"shard-{number}": "7" * 64 for number in range(300)}}
@@ -369,8 +371,8 @@ def test_an_account_of_an_import_is_told_as_it_is_and_a_long_one_is_cut(tmp_path
 
 
 @pytest.mark.slow
-def test_one_command_continues_pretraining_on_an_own_fasta(archives: dict[str, Path], tmp_path: Path) -> None:
-    """200 proteins: 180 to train on, 10 to validate on. `inspect` says where the model comes from."""
+def test_one_command_continues_pretraining_on_a_custom_fasta(archives: dict[str, Path], tmp_path: Path) -> None:
+    """200 proteins give 180 for training and 10 for validation. `inspect` prints the source of the model."""
     fasta = ROOT / "bionemo_esm" / "data" / "sample" / "validation.fasta.gz"
     command = [sys.executable, str(ROOT / "examples" / "pretrain_esm1nv.py"), "recipe=adapt", f"data.fasta={fasta}"]
     command += [f"restore_from_path={archives[ESM2]}", "trainer.max_steps=2", f"exp_manager.exp_dir={tmp_path}"]

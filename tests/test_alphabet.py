@@ -1,4 +1,4 @@
-"""The alphabet: token ids as in ESM-1b and ESM-2, and text to ids and back."""
+"""Tests of the alphabet: token ids as in ESM-1b and ESM-2, encoding and decoding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ESM_TOKEN_IDS = {
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 
 
-def test_token_ids_are_those_of_esm() -> None:
+def test_token_ids_equal_those_of_esm() -> None:
     assert alphabet.TOKEN_IDS == ESM_TOKEN_IDS
     assert alphabet.VOCABULARY_SIZE == 33
     named = (alphabet.CLS_ID, alphabet.PAD_ID, alphabet.EOS_ID, alphabet.UNK_ID, alphabet.MASK_ID)
@@ -44,27 +44,27 @@ def test_encoding_is_uint8_without_special_tokens() -> None:
     assert ids.tolist() == [20, 16, 12, 18]
 
 
-def test_text_and_bytes_encode_alike() -> None:
+def test_text_and_bytes_encode_to_the_same_ids() -> None:
     assert np.array_equal(alphabet.encode(UBIQUITIN), alphabet.encode(UBIQUITIN.encode()))
 
 
-def test_lower_case_counts_as_upper_case() -> None:
+def test_lower_case_encodes_as_upper_case() -> None:
     letters = "LAGVSERTIDPKQNFYMHWCXBUZO"
     assert np.array_equal(alphabet.encode(letters.lower()), alphabet.encode(letters))
 
 
 @pytest.mark.parametrize("symbol", ["J", "j", "*", "1", " ", "\n", "é", "<"])
-def test_a_character_outside_the_alphabet_is_unknown(symbol: str) -> None:
+def test_character_outside_the_alphabet_encodes_to_unk(symbol: str) -> None:
     assert alphabet.encode(f"M{symbol}K").tolist() == [20, 3, 15]
 
 
-def test_decoding_undoes_encoding() -> None:
+def test_decoding_inverts_encoding() -> None:
     every_letter = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
     assert alphabet.decode(alphabet.encode(UBIQUITIN + every_letter)) == UBIQUITIN + every_letter
     assert alphabet.decode(alphabet.encode("")) == ""
 
 
-def test_decoding_names_special_tokens() -> None:
+def test_decoding_writes_special_tokens_by_name() -> None:
     assert alphabet.decode(np.array([0, 20, 32, 2, 1])) == "<cls>M<mask><eos><pad>"
 
 
@@ -74,18 +74,18 @@ def test_decoding_refuses_ids_outside_the_vocabulary(bad: int) -> None:
         alphabet.decode(np.array([20, bad]))
 
 
-def test_the_encoding_table_cannot_be_changed() -> None:
+def test_encoding_table_is_read_only() -> None:
     with pytest.raises(ValueError, match="read-only"):
         alphabet.ENCODING_TABLE[0] = 5
 
 
-def test_the_standard_residues_are_a_run_of_ids() -> None:
+def test_standard_residues_have_consecutive_ids() -> None:
     ids = alphabet.encode(alphabet.STANDARD_RESIDUES)
     assert ids.tolist() == list(range(alphabet.FIRST_RESIDUE_ID, 24))
     assert alphabet.NUM_STANDARD_RESIDUES == 20
 
 
-def test_the_vocabulary_is_padded_to_a_multiple() -> None:
+def test_vocabulary_is_padded_to_a_multiple() -> None:
     assert alphabet.padded_vocabulary_size() == 128
     assert alphabet.padded_vocabulary_size(multiple=8) == 40
     assert alphabet.padded_vocabulary_size(multiple=33) == 33

@@ -1,4 +1,4 @@
-"""The `.nemo` archive: bit-equal restores, equal bytes for equal models, and one clear error for anything else."""
+"""Tests of the `.nemo` archive: bit-equal restore, deterministic bytes, and one clear error for invalid files."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ Members = dict[str, bytes]
         ({"token_dropout": True}, False),
         ({"seq_length": 256}, False),
         ({"hidden_dropout": 0.5, "attention_dropout": 0.5, "init_method_std": 0.5}, True),
-        ({"position_embedding": "learned"}, True),  # a default, spelled out
+        ({"position_embedding": "learned"}, True),  # the default value, given explicitly
     ],
 )
-def test_the_identity_of_a_model_is_its_weights_and_what_changes_its_answers(
+def test_model_identity_depends_on_the_weights_and_on_settings_that_change_outputs(
     archive: Path, tmp_path: Path, changes: dict[str, object], same: bool
 ) -> None:
-    """Equal weights under another configuration are another model, unless only training would differ."""
+    """Equal weights with another configuration are another model, unless only training settings differ."""
     one, other = ArchiveFile.open(archive), ArchiveFile.open(reconfigured(archive, tmp_path / "other.nemo", **changes))
     assert one.weights_sha256 == other.weights_sha256
     assert (one.model_identity == other.model_identity) is same
 
 
-def test_the_identity_does_not_depend_on_seed_and_provenance(archive: Path, tmp_path: Path) -> None:
+def test_model_identity_does_not_depend_on_seed_or_provenance(archive: Path, tmp_path: Path) -> None:
     model = ESM1nvModel.restore_from(str(archive))
     model.seed, model.provenance = 5, {"steps": 8}
     model.save_to(str(tmp_path / "again.nemo"))
@@ -68,14 +68,14 @@ def unpacked(path: Path) -> Members:
 
 
 def signed(manifest: dict[str, object]) -> bytes:
-    """A manifest with the hash of itself that fits."""
+    """Return the manifest with a correct hash of itself."""
     bare = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     digest = hashlib.sha256(json.dumps(bare, indent=2, sort_keys=True).encode()).hexdigest()
     return json.dumps(bare | {"manifest_sha256": digest}, indent=2, sort_keys=True).encode()
 
 
 def repacked(members: Members, path: Path, honest: bool = True) -> Path:
-    """Write members as an archive; `honest` ones have a manifest that fits."""
+    """Write members as an archive. If `honest`, the manifest is updated to match them."""
     if honest:
         manifest = json.loads(members[MANIFEST])
         for name in (CONFIG, WEIGHTS):
@@ -94,7 +94,7 @@ def repacked(members: Members, path: Path, honest: bool = True) -> Path:
 
 @pytest.mark.parametrize("restore", [ESM1nvModel.restore_from, ModelPT.restore_from])
 @pytest.mark.parametrize("precision", ["32", "bf16"])
-def test_a_restored_model_is_bit_equal_in_weights_and_outputs(
+def test_restored_model_has_bit_equal_weights_and_outputs(
     restore: Callable[[str], ESM1nvModel], precision: str, tmp_path: Path, tiny_split: SequenceSplit
 ) -> None:
     model = tiny_model(precision)
@@ -108,7 +108,7 @@ def test_a_restored_model_is_bit_equal_in_weights_and_outputs(
     assert torch.equal(model.logits(batch), restored.logits(batch))
 
 
-def test_importing_the_package_is_enough_for_nemo_to_know_our_models(archive: Path) -> None:
+def test_importing_the_package_registers_its_models_with_nemo(archive: Path) -> None:
     for first, second in (("bionemo_esm", "nemo.core.classes"), ("nemo.core.classes", "bionemo_esm")):
         code = (
             f"import {first}, {second}\nfrom nemo.core.classes import ModelPT\n"
@@ -118,7 +118,7 @@ def test_importing_the_package_is_enough_for_nemo_to_know_our_models(archive: Pa
         assert done.stdout.splitlines()[-1:] == ["ESM1nvModel"], done.stderr
 
 
-def test_equal_models_give_equal_bytes_and_no_date(archive: Path, tmp_path: Path) -> None:
+def test_equal_models_give_equal_archive_bytes(archive: Path, tmp_path: Path) -> None:
     model = tiny_model()
     model.provenance = {"steps": 7}
     model.save_to(str(tmp_path / "again.nemo"))
@@ -126,7 +126,7 @@ def test_equal_models_give_equal_bytes_and_no_date(archive: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["again.nemo"]
 
 
-def test_an_archive_holds_its_three_members_and_no_pickle_or_class_path(archive: Path) -> None:
+def test_archive_holds_three_members_and_no_pickle_or_class_path(archive: Path) -> None:
     members = unpacked(archive)
     assert list(members) == [CONFIG, MANIFEST, WEIGHTS]
     assert b"target" not in members[CONFIG]
@@ -136,13 +136,13 @@ def test_an_archive_holds_its_three_members_and_no_pickle_or_class_path(archive:
     assert set(manifest["provenance"]["package_versions"]) == {"bionemo_esm", "torch", "megatron-core", "nemo_toolkit"}
 
 
-def test_the_configuration_is_had_without_the_weights(archive: Path) -> None:
+def test_configuration_is_readable_without_the_weights(archive: Path) -> None:
     config = ESM1nvModel.restore_from(str(archive), return_config=True)
     assert config.encoder.num_layers == 2
     assert not read_archive(archive, with_weights=False).weights
 
 
-def test_restoring_leaves_the_working_directory_alone(
+def test_restoring_does_not_change_the_working_directory(
     archive: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -151,7 +151,7 @@ def test_restoring_leaves_the_working_directory_alone(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_save_leaves_nothing_and_spares_what_was_there(
+def test_failed_save_leaves_the_existing_file_and_no_partial_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.nemo"
@@ -167,7 +167,7 @@ def test_a_failed_save_leaves_nothing_and_spares_what_was_there(
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.nemo"]
 
 
-def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_not_an_archive_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.nemo"
     path.write_bytes(b"not a tar" * 1000)
     with pytest.raises(ArchiveError, match=r"model\.nemo: not a \.nemo archive of ours, or damaged"):
@@ -175,7 +175,7 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.9])
-def test_a_truncated_archive_is_refused(archive: Path, tmp_path: Path, fraction: float) -> None:
+def test_truncated_archive_is_refused(archive: Path, tmp_path: Path, fraction: float) -> None:
     path = tmp_path / "short.nemo"
     content = archive.read_bytes()
     path.write_bytes(content[: int(len(content) * fraction)])
@@ -183,7 +183,7 @@ def test_a_truncated_archive_is_refused(archive: Path, tmp_path: Path, fraction:
         ESM1nvModel.restore_from(str(path))
 
 
-def test_a_flipped_bit_is_found(archive: Path, tmp_path: Path) -> None:
+def test_flipped_bit_is_detected(archive: Path, tmp_path: Path) -> None:
     members = unpacked(archive)
     weights = bytearray(members[WEIGHTS])
     weights[-5] ^= 1
@@ -211,7 +211,7 @@ def test_unexpected_repeated_and_linked_members_are_refused(archive: Path, tmp_p
     assert {entry.suffix for entry in tmp_path.iterdir()} == {".nemo"}
 
 
-def test_missing_extra_and_misshapen_tensors_are_named(archive: Path, tmp_path: Path) -> None:
+def test_missing_extra_and_misshapen_tensors_are_named_in_the_error(archive: Path, tmp_path: Path) -> None:
     members, name = unpacked(archive), "encoder.output_layer.bias"
     tensors = load(members[WEIGHTS])
     others = {key: value for key, value in tensors.items() if key != name}
@@ -236,13 +236,13 @@ def test_missing_extra_and_misshapen_tensors_are_named(archive: Path, tmp_path: 
         (b"encoder: {num_layers: 2, _target_: os.system}\n", "key '_target_' names a class to be built; refused"),
     ],
 )
-def test_a_configuration_with_tricks_is_refused(archive: Path, tmp_path: Path, config: bytes, error: str) -> None:
+def test_unsafe_yaml_in_the_configuration_is_refused(archive: Path, tmp_path: Path, config: bytes, error: str) -> None:
     path = repacked(unpacked(archive) | {CONFIG: config}, tmp_path / "trick.nemo")
     with pytest.raises(ValueError, match=error):
         ESM1nvModel.restore_from(str(path))
 
 
-def test_a_class_outside_our_registry_is_refused(archive: Path, tmp_path: Path) -> None:
+def test_model_class_outside_the_registry_is_refused(archive: Path, tmp_path: Path) -> None:
     members = unpacked(archive)
     manifest = json.loads(members[MANIFEST]) | {"model_class": "os.system"}
     path = repacked(members | {MANIFEST: json.dumps(manifest).encode()}, tmp_path / "class.nemo")

@@ -1,9 +1,9 @@
-"""Averages of checkpoints: exact, refused where they would mean nothing, small in memory, whole or sharded.
+"""Tests of checkpoint averaging: exact results, refused inputs, peak memory, whole and sharded weights.
 
-How last bits are treated: the package rounds each addition and the division to float64, then the mean to float32. The
-reference in NumPy does the same in the order of the steps, and is compared bit for bit. The other reference adds
-exactly (`math.fsum`): for weights of like sizes nothing may differ; where 1e30 and 1e-30 meet, the result may be off by
-what 47 roundings in float64 can amount to.
+Rounding: the package rounds each addition and the division to float64, and then the mean to float32. The NumPy
+reference does the same in the order of the steps; results must match it bit for bit. A second reference adds exactly
+(`math.fsum`). For weights of similar magnitude the results must be equal. For weights from 1e-30 to 1e30 the result may
+differ by the error bound of 47 roundings in float64.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ Values = dict[str, np.ndarray]
 
 
 def ordinary(seed: int) -> Values:
-    """Weights as training leaves them: a matrix about 0, a layer norm about 1."""
+    """Return typical trained weights: a matrix centred on 0 and a layer norm centred on 1."""
     rng = np.random.default_rng(seed)
     return {name: rng.normal(len(shape) == 1, 0.02, shape).astype(np.float32) for name, shape in SHAPES.items()}
 
 
 def wild(seed: int) -> Values:
-    """All exponents, denormals, zeros of both signs; the first columns hold one kind, or what depends on the order."""
+    """Return extreme values: all exponents, denormals, both zeros. The first columns are uniform or order-sensitive."""
     rng, values = np.random.default_rng(seed), {}
     for name, shape in SHAPES.items():
         drawn = rng.choice([-1.0, 1.0], shape) * 10.0 ** rng.uniform(-30, 30, shape)
         drawn = np.where(rng.random(shape) < 0.1, rng.choice([-1e-42, 3e-45, 1e-39, 0.0, -0.0], shape), drawn)
         drawn[..., 0], drawn[..., 1] = -0.0, rng.choice([-1e-45, 1e-44], shape[:-1])
-        drawn[..., 2] = 3.4e38  # whose sum float32 does not hold
-        drawn[..., 3] = {4: 1e30, 6: -1e30}.get(seed, seed)  # they swallow what is added before and between them
+        drawn[..., 2] = 3.4e38  # their sum overflows float32
+        drawn[..., 3] = {4: 1e30, 6: -1e30}.get(seed, seed)  # 1e30 absorbs the values that are added before and between
         values[name] = drawn.astype(np.float32)
     return values
 
 
 def put(path: Path, step: int | None, values: Mapping[str, Any] | None = None, heads: int = 4, **said: Any) -> Path:
-    """An archive of a step, of a run that saves every second one; weights are drawn from the step."""
+    """Write an archive of a step, with weights drawn from the step, as of a run that saves every 2 steps."""
     weights = {name: torch.as_tensor(value) for name, value in (values or ordinary(step or 0)).items()}
     config = {"encoder": TINY | {"num_attention_heads": heads}, "precision": "32", "seed": 1}
     said = {"checkpoint": {"every_n_train_steps": 2, "on_schedule": True}} | said
@@ -88,9 +88,11 @@ def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -
 
 
 @pytest.mark.parametrize("draw", [ordinary, wild])
-def test_the_last_47_agree_with_float64_to_the_last_bit(tmp_path: Path, draw: Callable[[int], Values]) -> None:
+def test_average_of_the_last_47_checkpoints_equals_float64_bit_for_bit(
+    tmp_path: Path, draw: Callable[[int], Values]
+) -> None:
     sources = [draw(seed) for seed in range(RECIPE_LAST + 3)]
-    places = np.random.default_rng(7).permutation(len(sources))  # names have nothing to do with the steps
+    places = np.random.default_rng(7).permutation(len(sources))  # file names do not follow the order of the steps
     paths = [put(tmp_path / f"step-{places[n]:09d}.nemo", 2 * n + 2, values) for n, values in enumerate(sources)]
     average_checkpoints(sorted(paths), RECIPE_LAST, tmp_path / "mean.nemo")
     mean = read_archive(tmp_path / "mean.nemo").weights
@@ -110,7 +112,7 @@ def test_the_last_47_agree_with_float64_to_the_last_bit(tmp_path: Path, draw: Ca
             assert (np.abs(found - exact) <= allowed).all()
 
 
-def test_any_order_of_the_arguments_gives_the_same_bytes_which_name_the_sources(tmp_path: Path) -> None:
+def test_average_does_not_depend_on_argument_order_and_names_its_sources(tmp_path: Path) -> None:
     paths = [put(tmp_path / f"{step}.nemo", step, wild(step)) for step in (2, 4, 6, 8)]
     for number, order in enumerate((paths, paths[::-1], [*paths[2:], *paths[:2]])):
         average_checkpoints(order, 3, tmp_path / f"mean-{number}.out")
@@ -121,7 +123,7 @@ def test_any_order_of_the_arguments_gives_the_same_bytes_which_name_the_sources(
     ]
 
 
-def test_bfloat16_weights_have_a_float32_mean_that_is_restored(tmp_path: Path) -> None:
+def test_bfloat16_weights_are_averaged_in_float32_and_restored(tmp_path: Path) -> None:
     archives = [describe(tiny_model("bf16", seed)) for seed in (1, 2, 3)]
     for step, archive in enumerate(archives, 1):
         write_archive(tmp_path / f"{step}.nemo", replace(archive, provenance={"steps": step}))
@@ -132,46 +134,46 @@ def test_bfloat16_weights_have_a_float32_mean_that_is_restored(tmp_path: Path) -
         assert_same_bits({name: tensor}, {name: ((first + second + third) / 3).astype(np.float32)})
 
 
-# --- a run, the callback and the command ------------------------------------------------------------------------------
+# --- run, callback and command ----------------------------------------------------------------------------------------
 
 RUN = [f"exp_manager.checkpoints.{value}" for value in ("keep_last=9", "average_last=4")]
-RUN += ["trainer.max_steps=9"]  # no multiple of 2: the last step is of the series all the same
+RUN += ["trainer.max_steps=9"]  # not a multiple of 2: the last step belongs to the schedule nevertheless
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with checkpoints of steps 2, 4, 6, 8 and 9, and one of step 3, which validated well."""
+    """Return a run with checkpoints of steps 2, 4, 6, 8 and 9, and of step 3, which had the best validation loss."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     run_here(folder, *RUN)
     return folder
 
 
 def command(checkpoints: Any, output: Path, last: int | None = None) -> None:
-    """What `examples/average_checkpoints.py` does, in this process."""
+    """Run `examples/average_checkpoints.py` in this process."""
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
         cfg = compose("average_checkpoints")
     cfg.checkpoints, cfg.output, cfg.last = checkpoints, str(output), last
     average(cfg)
 
 
-def test_the_command_gives_the_bytes_of_the_callback(finished: Path, tmp_path: Path) -> None:
+def test_command_writes_the_same_bytes_as_the_callback(finished: Path, tmp_path: Path) -> None:
     command(f"{finished}/averaging/*.nemo", tmp_path / "again.nemo", last=4)
     assert (tmp_path / "again.nemo").read_bytes() == (finished / "laptop-averaged.nemo").read_bytes()
 
 
-def test_checkpoints_average_like_snapshots_and_those_off_the_schedule_are_passed_over(
+def test_checkpoints_average_like_snapshots_and_off_schedule_ones_are_skipped(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command(f"{finished}/checkpoints/*.ckpt", tmp_path / "4.nemo", last=4)
     averaged = read_archive(finished / "laptop-averaged.nemo").weights
     assert_same_bits(read_archive(tmp_path / "4.nemo").weights, averaged)
-    command(f"{finished}/checkpoints/*.ckpt", tmp_path / "5.nemo", last=5)  # reaches over step 3
+    command(f"{finished}/checkpoints/*.ckpt", tmp_path / "5.nemo", last=5)  # the last five include step 3
     assert capsys.readouterr().out.count("step-000000003.ckpt: left out; saved off the schedule") == 2
     sources = read_archive(tmp_path / "5.nemo").provenance["averaged_from"]
     assert [source["steps"] for source in sources] == [2, 4, 6, 8, 9]
 
 
-def test_the_averaged_archive_names_its_sources_and_has_the_perplexity_of_the_summary(finished: Path) -> None:
+def test_averaged_archive_names_its_sources_and_has_the_perplexity_of_the_summary(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert (summary["averaged_checkpoints"], summary["averaged_from_step"]) == (4, 4)
     restored = ESM1nvModel.restore_from(summary["averaged_nemo"])
@@ -185,7 +187,7 @@ def test_the_averaged_archive_names_its_sources_and_has_the_perplexity_of_the_su
     assert summary["averaged_validation_perplexity"] != pytest.approx(summary["validation_perplexity"], rel=1e-5)
 
 
-def test_a_run_that_was_stopped_at_an_odd_step_ends_with_the_same_average(
+def test_run_stopped_at_an_odd_step_ends_with_the_same_average(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seed_dropout = ESM1nvModel._seed_dropout
@@ -204,30 +206,30 @@ def test_a_run_that_was_stopped_at_an_odd_step_ends_with_the_same_average(
         "step-000000002",
         "step-000000004",
     ]
-    put(folder / "averaging" / "step-000000007.nemo", 7)  # as of a run that went on and lost its checkpoints
+    put(folder / "averaging" / "step-000000007.nemo", 7)  # as of a run that continued and lost its checkpoints
     assert run_here(folder, *RUN)["resumed_from_step"] == 5
     assert (folder / "laptop-averaged.nemo").read_bytes() == (finished / "laptop-averaged.nemo").read_bytes()
 
 
-# --- what the callback keeps ------------------------------------------------------------------------------------------
+# --- retention of snapshots -------------------------------------------------------------------------------------------
 
 
 def save(callback: CheckpointAveraging, model: ESM1nvModel, step: int, rank: int = 0) -> list[str]:
-    """Save as the trainer does at a step; the snapshots there are when the writer has come to rest."""
+    """Save as the trainer does at a step. Return the names of the snapshots after the writer has finished."""
     model.steps = step
     callback.on_save_checkpoint(SimpleNamespace(is_global_zero=rank == 0, max_steps=15), model, {})
     callback.writer.drain()
     return [path.name for path in list_checkpoints(callback.folder, ".nemo")]
 
 
-def test_no_more_than_the_last_k_of_the_schedule_are_kept(tmp_path: Path) -> None:
+def test_only_the_last_k_snapshots_on_schedule_are_kept(tmp_path: Path) -> None:
     callback, model = CheckpointAveraging(tmp_path, 3, 4, AsyncWriter()), tiny_model()
     for step in range(1, 16):
         expected = [past for past in range(4, step + 1) if past % 4 == 0 or past == 15][-3:]
         assert save(callback, model, step) == [f"step-{past:09d}.nemo" for past in expected], step
 
 
-def test_snapshots_past_the_step_from_which_a_run_goes_on_are_removed(tmp_path: Path) -> None:
+def test_resume_removes_snapshots_of_later_steps(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         put(tmp_path / f"step-{step:09d}.nemo", step)
     callback = CheckpointAveraging(tmp_path, 9, 2, AsyncWriter())
@@ -237,7 +239,7 @@ def test_snapshots_past_the_step_from_which_a_run_goes_on_are_removed(tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002.nemo", "step-000000004.nemo"]
 
 
-def test_a_snapshot_does_not_change_with_the_training_that_goes_on(tmp_path: Path) -> None:
+def test_snapshot_does_not_change_while_training_continues(tmp_path: Path) -> None:
     model, jobs = tiny_model(), []
     before = {name: tensor.clone() for name, tensor in describe(model).weights.items()}
     save(CheckpointAveraging(tmp_path, 2, 1, SimpleNamespace(submit=jobs.append, drain=lambda: None)), model, 1)
@@ -248,7 +250,7 @@ def test_a_snapshot_does_not_change_with_the_training_that_goes_on(tmp_path: Pat
     assert_same_bits(read_archive(tmp_path / "step-000000001.nemo").weights, before)
 
 
-def test_there_is_no_average_of_one(tmp_path: Path) -> None:
+def test_averaging_needs_at_least_two_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(AveragingError, match="at least 2"):
         CheckpointAveraging(tmp_path, 1, 2, AsyncWriter())
     put(tmp_path / "step-000000002.nemo", 2)
@@ -256,7 +258,7 @@ def test_there_is_no_average_of_one(tmp_path: Path) -> None:
     assert not (tmp_path / "mean.nemo").exists()
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refused inputs ---------------------------------------------------------------------------------------------------
 
 
 def cut(path: Path, size: int) -> None:
@@ -305,7 +307,7 @@ OUTPUTS = {"8.nemo": "8.nemo exists already", "mean.ckpt": "mean.ckpt must end i
 
 
 @pytest.mark.parametrize("case", [*REFUSED, *OUTPUTS])
-def test_what_would_spoil_an_average_is_refused_in_one_line(
+def test_invalid_averaging_input_is_refused_in_one_line(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (2, 4, 6, 8):
@@ -325,7 +327,7 @@ def test_what_would_spoil_an_average_is_refused_in_one_line(
 
 
 @pytest.mark.slow
-def test_the_example_averages_and_refuses_from_a_shell(tmp_path: Path) -> None:
+def test_example_script_averages_and_refuses_from_a_shell(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         put(tmp_path / f"{step}.nemo", step)
     script = [sys.executable, str(ROOT / "examples" / "average_checkpoints.py"), "checkpoints=*.nemo"]
@@ -361,8 +363,8 @@ print(peak() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_twenty_models_are_averaged_in_the_memory_of_fewer_than_three(tmp_path: Path) -> None:
-    sizes = [(1152, 384), (384, 384), (1536, 384), (384, 1536)] * 6  # ESM-1nv's six layers at half its width: 10.6M
+def test_averaging_twenty_models_needs_less_memory_than_three_models(tmp_path: Path) -> None:
+    sizes = [(1152, 384), (384, 384), (1536, 384), (384, 1536)] * 6  # the six layers of ESM-1nv at half width: 10.6M
     base = {f"layer.{number:02d}": torch.rand(size) for number, size in enumerate(sizes)}
     for step in range(2, 42, 2):
         put(tmp_path / f"small-{step:02d}", step)
@@ -378,7 +380,7 @@ def test_twenty_models_are_averaged_in_the_memory_of_fewer_than_three(tmp_path: 
 
 
 def shard(rank: int, folder: Path) -> None:
-    """One of two ranks that each hold a part: restore whole archives, take snapshots, write down what was seen."""
+    """One of two tensor-parallel ranks: restore whole archives, take snapshots and record the weights seen."""
     from megatron.core import parallel_state
     from torch import distributed
 
@@ -397,20 +399,22 @@ def shard(rank: int, folder: Path) -> None:
         save(callback, model, step, rank)
     low = ESM1nvModel(tiny_model("bf16").cfg)
     low.masters = MasterWeights(low.named_parameters())
-    low.masters.load_state_dict({name: tensor / 3 for name, tensor in initial.weights.items()})  # no bfloat16 numbers
+    low.masters.load_state_dict(
+        {name: tensor / 3 for name, tensor in initial.weights.items()}
+    )  # not representable in bfloat16
     write_archive(folder / f"masters-{rank}", describe(low))
     distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_sharded_weights_are_gathered_averaged_and_dealt_out_again(tmp_path: Path) -> None:
+def test_sharded_weights_are_gathered_averaged_and_sharded_again(tmp_path: Path) -> None:
     wholes = {step: describe(tiny_model(seed=step)) for step in (2, 4, 6)}
     for step, archive in wholes.items():
         write_archive(tmp_path / "whole" / f"step-{step:09d}.nemo", replace(archive, provenance={"steps": step}))
     torch.multiprocessing.spawn(shard, (tmp_path,), nprocs=2)
 
     alone = describe(ESM1nvModel(tiny_model().cfg)).weights
-    for rank in (0, 1):  # the whole on both
+    for rank in (0, 1):  # both ranks see the whole weights
         assert_same_bits(read_archive(tmp_path / f"initial-{rank}").weights, alone)
         thirds = {name: tensor / 3 for name, tensor in alone.items()}
         assert_same_bits(read_archive(tmp_path / f"masters-{rank}").weights, thirds)

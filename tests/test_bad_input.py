@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line that names file and key, exit code 2, nothing trained and nothing left behind."""
+"""Tests of invalid input to pretraining: a one-line error with file and key, exit code 2, and no files left."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from runs import ROOT, SMALL, composed
 
 
 def complaint(capfd: pytest.CaptureFixture[str], *overrides: str) -> str:
-    """What the run prints on standard error when it refuses."""
+    """Return the error that a refused run prints on standard error."""
     with pytest.raises(SystemExit) as stop:
         pretrain(composed(*overrides))
     assert stop.value.code == 2
@@ -35,7 +35,9 @@ def small(tmp_path: Path) -> list[str]:
     return [*SMALL, f"exp_manager.exp_dir={tmp_path}/runs"]
 
 
-def test_the_default_recipe_says_all_that_is_missing_and_names_the_laptop(capfd: pytest.CaptureFixture[str]) -> None:
+def test_default_recipe_reports_all_missing_requirements_and_names_the_laptop_recipe(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     error = complaint(capfd)
     assert "trainer.devices asks for 8 GPUs a node; this machine has 0" in error
     assert "data.store: data/uniref50_2022_05 is not a store" in error
@@ -67,7 +69,7 @@ def test_the_default_recipe_says_all_that_is_missing_and_names_the_laptop(capfd:
         ("+model._target_=os.system", "unknown key model._target_"),
     ],
 )
-def test_a_configuration_that_cannot_work_is_refused_by_key(
+def test_invalid_configuration_is_refused_with_its_key(
     override: str, message: str, small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert message in complaint(capfd, *small, override)
@@ -85,7 +87,7 @@ def test_a_configuration_that_cannot_work_is_refused_by_key(
         (b">a\nACGTACGTACGTTTGACA\n" * 99, "DNA"),
     ],
 )
-def test_a_fasta_file_that_cannot_be_used_is_named(
+def test_unusable_fasta_file_is_named_in_the_error(
     content: bytes, message: str, small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fasta = tmp_path / "proteins.fasta"
@@ -100,7 +102,7 @@ def test_fasta_and_store_together_are_refused(small: list[str], capfd: pytest.Ca
     assert "data.fasta and data.store are both set" in complaint(capfd, *small, "data.fasta=a", "data.store=b")
 
 
-def test_a_store_that_does_not_match_its_manifest_is_refused(
+def test_store_that_does_not_match_its_manifest_is_refused(
     small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], sample_store: object
 ) -> None:
     folder = tmp_path / "store"
@@ -113,7 +115,7 @@ def test_a_store_that_does_not_match_its_manifest_is_refused(
     assert "train" in error
 
 
-def test_an_archive_of_another_size_or_cut_short_is_refused(
+def test_archive_of_another_size_or_truncated_is_refused(
     small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tiny_model().save_to(str(tmp_path / "other.nemo"))
@@ -125,7 +127,7 @@ def test_an_archive_of_another_size_or_cut_short_is_refused(
     )
 
 
-def test_a_checkpoint_of_another_model_is_refused(
+def test_checkpoint_of_another_configuration_is_refused(
     small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     named = [*small, "exp_manager.name=same", "trainer.max_steps=2", "trainer.val_check_interval=2"]
@@ -150,18 +152,14 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert f"written with restore_from_path = none, this run has {weights}" in error
 
 
-def test_a_finished_run_of_another_configuration_is_not_passed_off_as_this_one(
-    small: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_run_of_another_configuration_is_refused(small: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     named = [*small, "exp_manager.name=same", "trainer.max_steps=2", "trainer.val_check_interval=2"]
     pretrain(composed(*named))
     capfd.readouterr()
     assert "holds a finished run of another configuration" in complaint(capfd, *named, "optim.lr=1e-2")
 
 
-def test_a_validation_set_that_asks_nothing_is_refused_before_training(
-    small: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_empty_validation_set_is_refused_before_training(small: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     fasta = ROOT / "bionemo_esm" / "data" / "sample" / "test.fasta.gz"
     error = complaint(capfd, *small, f"data.fasta={fasta}", "data.validation_sequences=0")
     assert "data.validation_sequences: 0 validation sequences cannot be dealt to 1 ranks" in error
@@ -177,7 +175,7 @@ def test_a_validation_set_that_asks_nothing_is_refused_before_training(
     ],
     ids=["of the Hub", "Hugging Face", "fair-esm"],
 )
-def test_a_model_of_another_library_is_to_be_converted_first(
+def test_model_of_another_library_is_refused_with_its_conversion_command(
     path: str,
     found: str,
     target: str,
@@ -202,11 +200,11 @@ def test_a_model_of_another_library_is_to_be_converted_first(
     [(ESM1B, 200, " stretch_positions=true"), (ESM1B, 100, ""), (ESM2, 200, "")],
     ids=["learned, longer", "learned, shorter", "rotary, longer"],
 )
-def test_another_length_is_to_be_had_by_the_conversion_that_the_error_names(
+def test_conversion_command_in_the_error_gives_the_requested_length(
     family: str, length: int, stretch: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     archive, new = brought_here(source_model(family), tmp_path), tmp_path / "new.nemo"
-    capfd.readouterr()  # a progress bar of theirs
+    capfd.readouterr()  # discards the progress bar of another library
     adapting = ("recipe=adapt", "data=sample", f"model.seq_length={length}")
     error = complaint(capfd, *adapting, f"restore_from_path={archive}")
     assert f"model.seq_length={length}: {archive} is for sequences of up to 128 tokens. For another length " in error
@@ -217,7 +215,7 @@ def test_another_length_is_to_be_had_by_the_conversion_that_the_error_names(
     assert load_recipe(composed(*adapting[:2], f"restore_from_path={new}")).model.seq_length == length
 
 
-def test_an_imported_model_that_was_trained_here_is_taken_home_before_it_gets_another_length(
+def test_error_for_a_trained_imported_model_says_to_export_it_before_changing_its_length(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model, archive = tiny_model(), tmp_path / "trained.nemo"

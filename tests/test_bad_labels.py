@@ -1,4 +1,4 @@
-"""Labels that cannot be used are told before anything is computed: the file, the record, its id, and what to do."""
+"""Tests of unusable labels: the error names file, record, id and remedy before any computation."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ TABLE = "id,sequence,target,set\n"
         "labels empty",
     ],
 )
-def test_labels_of_residues_that_cannot_be_used_are_told_with_their_record(
+def test_unusable_residue_labels_are_refused_with_their_record(
     tmp_path: Path, labels: str, sequences: str, mask: str, told: str
 ) -> None:
     files = {"labels.fasta": labels, "sequences.fasta": sequences, "mask.fasta": mask}
@@ -182,9 +182,7 @@ def test_labels_of_residues_that_cannot_be_used_are_told_with_their_record(
         "labels too long",
     ],
 )
-def test_a_table_that_cannot_be_used_is_told_with_its_record(
-    tmp_path: Path, task: dict[str, Any], rows: str, told: str
-) -> None:
+def test_unusable_table_is_refused_with_its_record(tmp_path: Path, task: dict[str, Any], rows: str, told: str) -> None:
     rows += "" if "valid" in rows else "v,WW,x,valid\n" if task["kind"] == "classification" else "v,WW,1,valid\n"
     with pytest.raises(UserError, match=told):
         read(tmp_path, {"x.csv": TABLE + rows}, task, train="x.csv")
@@ -237,7 +235,7 @@ def test_a_table_that_cannot_be_used_is_told_with_its_record(
         "too few to split",
     ],
 )
-def test_files_that_do_not_go_together_are_told(tmp_path: Path, task: str, data: dict[str, Any], told: str) -> None:
+def test_inconsistent_label_files_are_refused(tmp_path: Path, task: str, data: dict[str, Any], told: str) -> None:
     files = {"gb1.csv": GB1, "mask.fasta": MASK, "gb1.fasta": ">a SET=train\nMK\n"}
     files |= {"train.csv": "sequence,target,set\nMK,1,train\n", "two.csv": "sequence,target\nMK,1\nMK,2\n"}
     with pytest.raises(UserError, match=told):
@@ -268,7 +266,7 @@ def test_files_that_do_not_go_together_are_told(tmp_path: Path, task: str, data:
         *("utf-16", "binary", "folder"),
     ],
 )
-def test_a_file_that_is_no_such_table_is_told(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
+def test_file_that_is_not_a_label_table_is_refused(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
     if content is None:
         (tmp_path / name).mkdir()
     else:
@@ -278,7 +276,7 @@ def test_a_file_that_is_no_such_table_is_told(tmp_path: Path, name: str, content
     assert "variant" not in str(caught.value)
 
 
-def test_records_that_do_not_fit_can_be_left_out(tmp_path: Path) -> None:
+def test_bad_records_can_be_skipped(tmp_path: Path) -> None:
     labels = STRUCTURE + ">d SET=train\nHH\n>e SET=train\nHHH\n>f SET=train\nEEE\n"
     files = {"labels.fasta": labels, "sequences.fasta": SEQUENCES + ">d\nWYV\n>f\nAJA\n"}
     keys = {"train": "labels.fasta", "sequences": "sequences.fasta", "bad_records": "skip"}

@@ -1,4 +1,4 @@
-"""Dealing a global batch: nothing lost, nothing twice, like amounts of work, and the same on every rank."""
+"""Tests of the batch sampler: each sequence once, balanced load, the same global batch at any world size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bionemo_esm.data.store import ProteinStore
 
 @pytest.fixture(scope="module")
 def lengths(sample_store: ProteinStore) -> NDArray[np.int64]:
-    """Tokens of the shipped training proteins, cropped to 512."""
+    """Token counts of the shipped training proteins, cropped to 512."""
     return np.minimum(sample_store.split("train").lengths.astype(np.int64) + 2, 512)
 
 
@@ -25,7 +25,9 @@ def lengths(sample_store: ProteinStore) -> NDArray[np.int64]:
     st.integers(1, 40),
 )
 @settings(max_examples=150, deadline=None)
-def test_every_sequence_is_dealt_once_in_like_numbers(tokens: NDArray[np.int64], rank_batches: int) -> None:
+def test_every_sequence_is_assigned_once_and_counts_differ_by_at_most_one(
+    tokens: NDArray[np.int64], rank_batches: int
+) -> None:
     dealt = assign_micro_batches(tokens, rank_batches)
     assert len(dealt) == rank_batches
     assert sorted(np.concatenate(dealt).tolist()) == list(range(len(tokens)))
@@ -37,7 +39,7 @@ def test_every_sequence_is_dealt_once_in_like_numbers(tokens: NDArray[np.int64],
 
 
 @pytest.mark.parametrize("rank_batches", [2, 5, 8])
-def test_hands_of_real_proteins_hold_the_same_work_within_a_percent(
+def test_rank_batches_of_real_proteins_have_equal_load_within_one_percent(
     lengths: NDArray[np.int64], rank_batches: int
 ) -> None:
     loads = np.array([lengths[hand].sum() for hand in assign_micro_batches(lengths[: 37 * rank_batches], rank_batches)])
@@ -46,11 +48,11 @@ def test_hands_of_real_proteins_hold_the_same_work_within_a_percent(
     assert by_turns.max() / by_turns.mean() > 1.02, "the order of the stream alone would not do"
 
 
-def test_one_hand_holds_the_stream_as_it_comes(lengths: NDArray[np.int64]) -> None:
+def test_single_rank_batch_keeps_the_order_of_the_stream(lengths: NDArray[np.int64]) -> None:
     np.testing.assert_array_equal(assign_micro_batches(lengths[:50], 1)[0], np.arange(50))
 
 
-def test_micro_batches_of_a_token_budget_keep_within_it(lengths: NDArray[np.int64]) -> None:
+def test_micro_batches_stay_within_the_token_budget(lengths: NDArray[np.int64]) -> None:
     plan = BatchPlan(600, world_size=3, micro_batch_tokens=4_096)
     for rank in range(3):
         shares = plan.micro_batches(lengths[:600], rank)
@@ -60,18 +62,18 @@ def test_micro_batches_of_a_token_budget_keep_within_it(lengths: NDArray[np.int6
         assert len(loads) <= sum(loads) / 4_096 + 2, "and as few as that allows"
 
 
-def test_a_sequence_of_the_whole_budget_makes_a_micro_batch_of_its_own() -> None:
+def test_sequence_as_long_as_the_budget_gets_its_own_micro_batch() -> None:
     tokens = np.array([512, 512, 3, 512], dtype=np.int64)
     shares = BatchPlan(4, micro_batch_tokens=512).micro_batches(tokens)
     assert sorted(hand.tolist() for hand in shares) == [[0], [1], [2], [3]]
 
 
-def test_a_budget_that_the_fewest_micro_batches_would_break_takes_one_more() -> None:
+def test_one_more_micro_batch_is_used_where_the_fewest_would_exceed_the_budget() -> None:
     tokens = np.array([300, 300, 300], dtype=np.int64)
     assert [hand.tolist() for hand in BatchPlan(3, micro_batch_tokens=512).micro_batches(tokens)] == [[0], [1], [2]]
 
 
-def test_any_number_of_ranks_will_do_where_micro_batches_are_counted_in_tokens(lengths: NDArray[np.int64]) -> None:
+def test_any_world_size_works_with_micro_batches_in_tokens(lengths: NDArray[np.int64]) -> None:
     for world_size in (1, 7, 24, 100):
         plan = BatchPlan(100, world_size=world_size, micro_batch_tokens=1_024)
         dealt = np.concatenate([hand for rank in range(world_size) for hand in plan.micro_batches(lengths[:100], rank)])
@@ -86,26 +88,26 @@ def token_stream(
     return TrainingBatches(reader, plan)
 
 
-def test_lengths_are_those_of_the_row_that_is_packed(sample_store: ProteinStore) -> None:
+def test_token_counts_equal_the_lengths_in_the_packed_row(sample_store: ProteinStore) -> None:
     reader = SampleReader(sample_store.split("train"), 300, MaskingPolicy(), seed=3)
     samples = np.arange(100)
     row = reader.collate(np.zeros_like(samples), samples)
     np.testing.assert_array_equal(reader.token_counts(np.zeros_like(samples), samples), np.diff(row.cu_seqlens.numpy()))
 
 
-def test_a_batch_that_comes_to_its_budget_exactly_is_full(sample_store: ProteinStore) -> None:
+def test_batch_that_reaches_the_token_budget_exactly_is_full(sample_store: ProteinStore) -> None:
     probe = token_stream(sample_store, 8_192)
     exactly = int(probe.reader.token_counts(*probe.permutation.samples(np.arange(20))).sum())
     assert token_stream(sample_store, exactly).samples_after(0) == 20
     assert token_stream(sample_store, exactly - 1).samples_after(0) == 19
 
 
-@pytest.mark.parametrize("max_tokens", [512, 4_096])  # of the second, far more fit than of the longest
-def test_a_global_batch_of_tokens_is_the_longest_slice_of_the_stream_that_fits(
+@pytest.mark.parametrize("max_tokens", [512, 4_096])  # at 4,096 many more sequences fit than of the longest length
+def test_global_batch_in_tokens_is_the_longest_slice_of_the_stream_that_fits(
     sample_store: ProteinStore, max_tokens: int
 ) -> None:
     source, consumed = token_stream(sample_store, 8_192, max_tokens=max_tokens), 0
-    for _ in range(150):  # into the next epoch: 2,600 sequences
+    for _ in range(150):  # reaches the next epoch: 2,600 sequences
         count = source.samples_after(consumed)
         epochs, samples = source.permutation.samples(np.arange(consumed, consumed + count + 1))
         ends = np.cumsum(source.reader.token_counts(epochs, samples))
@@ -115,9 +117,7 @@ def test_a_global_batch_of_tokens_is_the_longest_slice_of_the_stream_that_fits(
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_the_global_batch_of_tokens_is_the_same_on_any_number_of_ranks(
-    sample_store: ProteinStore, world_size: int
-) -> None:
+def test_global_batch_in_tokens_is_the_same_at_any_world_size(sample_store: ProteinStore, world_size: int) -> None:
     alone = token_stream(sample_store, 8_192)
     ranks = [token_stream(sample_store, 8_192, world_size, rank) for rank in range(world_size)]
     consumed = 0
@@ -131,7 +131,7 @@ def test_the_global_batch_of_tokens_is_the_same_on_any_number_of_ranks(
         consumed += shares[0].samples
 
 
-def test_a_batch_that_does_not_come_out_even_names_what_would() -> None:
+def test_indivisible_global_batch_is_refused_with_valid_alternatives() -> None:
     with pytest.raises(ValueError, match="cannot be dealt evenly to 24 ranks") as error:
         BatchPlan(65_120, 370, world_size=24)
     assert "ranks one of 1, 2, 4, 8, 11, 16, 22, 44, 88, 176" in str(error.value)
@@ -140,7 +140,7 @@ def test_a_batch_that_does_not_come_out_even_names_what_would() -> None:
         BatchPlan(20, 3, world_size=2)
 
 
-def test_sequences_or_tokens_must_be_given_and_not_both() -> None:
+def test_exactly_one_of_sequences_and_tokens_must_be_given() -> None:
     for arguments in ({}, {"global_batch_size": 4}, {"global_batch_size": 4, "global_batch_tokens": 9}):
         with pytest.raises(ValueError, match="must be given, and not both"):
             BatchPlan(**arguments)
@@ -149,5 +149,5 @@ def test_sequences_or_tokens_must_be_given_and_not_both() -> None:
 
 
 @pytest.mark.parametrize(("number", "expected"), [(1, [1]), (12, [1, 2, 3, 4, 6, 12]), (49, [1, 7, 49])])
-def test_divisors(number: int, expected: list[int]) -> None:
+def test_divisors_are_listed_in_order(number: int, expected: list[int]) -> None:
     assert divisors(number) == expected
