@@ -142,7 +142,7 @@ RUN += ["trainer.max_steps=9"]  # not a multiple of 2: the last step belongs to 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run with checkpoints of steps 2, 4, 6, 8 and 9, and of step 3, which had the best validation loss."""
+    """Return a run with checkpoints of steps 2, 4, 6, 8 and 9, and of step 3, kept for its validation loss."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     run_here(folder, *RUN)
     return folder
@@ -399,9 +399,7 @@ def shard(rank: int, folder: Path) -> None:
         save(callback, model, step, rank)
     low = ESM1nvModel(tiny_model("bf16").cfg)
     low.masters = MasterWeights(low.named_parameters())
-    low.masters.load_state_dict(
-        {name: tensor / 3 for name, tensor in initial.weights.items()}
-    )  # not representable in bfloat16
+    low.masters.load_state_dict({name: tensor / 3 for name, tensor in initial.weights.items()})  # no bfloat16 values
     write_archive(folder / f"masters-{rank}", describe(low))
     distributed.destroy_process_group()
 

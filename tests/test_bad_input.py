@@ -215,7 +215,7 @@ def test_conversion_command_in_the_error_gives_the_requested_length(
     assert load_recipe(composed(*adapting[:2], f"restore_from_path={new}")).model.seq_length == length
 
 
-def test_error_for_a_trained_imported_model_says_to_export_it_before_changing_its_length(
+def test_trained_imported_model_must_be_exported_before_its_length_changes(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model, archive = tiny_model(), tmp_path / "trained.nemo"

@@ -1,4 +1,4 @@
-"""Rows of training steps and of inference: all sides do the same work and agree, or are caught."""
+"""Tests of the training and inference rows: all sides do the same work and agree, or their result does not count."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PRECISIONS = {FLOAT32: "32", AUTOCAST: "bf16", BF16: "bf16"}
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """Every row, tiny, after a turn of each side."""
+    """Return every row at tiny size after one turn of each side."""
     setting = Setting(tmp_path_factory.mktemp("rows"), quick=True)
     rows = [*training.rows(setting), *embeddings.rows(setting)]
     return {row.key: measure(replace(row, turns=1)) for row in rows}
@@ -52,21 +52,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny ESM-1nv of Hugging Face's, as an archive of ours."""
+    """Import a tiny ESM-1nv of Hugging Face and return its archive."""
     folder = tmp_path_factory.mktemp("model")
     import_model(str(saved(peer_model("ESM-1nv", TINY), folder / "theirs")), folder / "ours.nemo")
     return folder / "ours.nemo"
 
 
 def lengths_of_the_sample(count: int) -> list[int]:
-    """Residues of its first proteins, read here and not by the benchmarks."""
+    """Return the lengths in residues of the first proteins of the sample, read without the benchmark code."""
     return [len(record.sequence) for record, _ in zip(read_fasta(SAMPLE), range(count), strict=False)]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_row_runs_and_every_other_side_agrees_with_ours(results: dict[str, Result]) -> None:
+def test_every_row_runs_and_all_other_sides_agree_with_ours(results: dict[str, Result]) -> None:
     assert list(results) == [
         *("train-esm1nv-float32", "train-esm1nv-bf16", "train-esm1b-float32", "train-esm1b-bf16"),
         *("embed-esm2-8m-float32", "embed-esm2-8m-bf16", "embed-esm1nv-float32", "embed-esm1nv-bf16"),
@@ -82,8 +82,8 @@ def test_every_row_runs_and_every_other_side_agrees_with_ours(results: dict[str,
             assert side.libraries
 
 
-def test_sides_agree_on_as_many_proteins_as_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many are cropped to one length, and sides take some of them: those must be the ones they are compared on."""
+def test_sides_are_compared_on_as_many_proteins_as_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many proteins are cropped to one length. Sides that time a subset must be compared on that subset."""
     monkeypatch.setitem(training.SCALES, "quick", replace(training.SCALES["cpu"], sizes=(1, 4)))
     row = next(training.rows(Setting(tmp_path, quick=True)))
     for side in row.sides[1:]:
@@ -91,14 +91,14 @@ def test_sides_agree_on_as_many_proteins_as_are_timed(tmp_path: Path, monkeypatc
         assert side.error <= row.tolerance, side.name
 
 
-def test_what_is_said_to_be_bf16_is_rounded(results: dict[str, Result]) -> None:
+def test_rows_labelled_bf16_are_computed_in_bf16(results: dict[str, Result]) -> None:
     for result in results.values():
         for side in result.sides[1:]:
             assert side.error
             assert (side.error > 1e-5) == (result.row.precision == "bf16"), f"{result.row.key}, {side.name}"
 
 
-def test_targets_are_of_sides_that_there_are(results: dict[str, Result]) -> None:
+def test_targets_refer_to_existing_sides(results: dict[str, Result]) -> None:
     for result in results.values():
         names = [side.name for side in result.sides]
         assert len(set(names)) == len(names)
@@ -108,16 +108,16 @@ def test_targets_are_of_sides_that_there_are(results: dict[str, Result]) -> None
             result.met(target)
 
 
-def test_a_step_counts_tokens_that_are_there_and_no_padding(results: dict[str, Result]) -> None:
+def test_step_counts_real_tokens_and_no_padding(results: dict[str, Result]) -> None:
     cropped = [min(residues, 510) + 2 for residues in lengths_of_the_sample(3)]
     for key in ("train-esm1nv-float32", "train-esm1b-bf16"):
         ours, fixed, *others = results[key].row.sides
         assert ours.amount == sum(cropped)
-        assert fixed.amount in [sum(cropped) - one for one in cropped]  # two of them
+        assert fixed.amount in [sum(cropped) - one for one in cropped]  # the fixed-length side takes two of them
         assert all(side.amount == sum(cropped) for side in others if "512" not in side.name)
 
 
-def test_padded_steps_are_padded_as_they_say(results: dict[str, Result], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_steps_have_the_stated_padding(results: dict[str, Result], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[PaddedBatch] = []
     monkeypatch.setattr(Theirs, "step", lambda theirs, batches: seen.extend(batches))
     for side in results["train-esm1nv-bf16"].row.sides[1:]:
@@ -130,7 +130,7 @@ def test_padded_steps_are_padded_as_they_say(results: dict[str, Result], monkeyp
             assert longest == sorted(longest, reverse=True)
 
 
-def test_embeddings_are_asked_in_the_order_they_say(
+def test_embeddings_are_requested_in_the_stated_order(
     results: dict[str, Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = embeddings.proteins_that_fit(None, 1024, 5)
@@ -148,7 +148,7 @@ def test_embeddings_are_asked_in_the_order_they_say(
 _padded = embeddings.padded
 
 
-def test_embeddings_count_residues_alone(results: dict[str, Result]) -> None:
+def test_embeddings_count_only_residues(results: dict[str, Result]) -> None:
     residues = [length for length in lengths_of_the_sample(20) if length + 2 <= 1024][:5]
     amounts = {side.name: side.amount for side in results["embed-esm2-8m-float32"].row.sides}
     whole = {amount for name, amount in amounts.items() if "arrival" not in name}
@@ -159,7 +159,7 @@ def test_embeddings_count_residues_alone(results: dict[str, Result]) -> None:
 # --- training steps ---------------------------------------------------------------------------------------------------
 
 
-def test_micro_batches_of_any_size_and_padding_show_the_same_proteins() -> None:
+def test_micro_batches_of_any_size_and_padding_contain_the_same_proteins() -> None:
     proteins = masked_proteins(None, 3)
     row = steps.packed(proteins)
     for width in (None, 512):
@@ -170,7 +170,7 @@ def test_micro_batches_of_any_size_and_padding_show_the_same_proteins() -> None:
         assert int(batch.real.sum()) == tokens_of(proteins) == len(row.tokens)
 
 
-def test_our_batches_hold_every_token_once_and_no_padding(archive: Path) -> None:
+def test_our_batches_contain_every_token_once_and_no_padding(archive: Path) -> None:
     proteins = masked_proteins(None, 5)
     batches = Ours(archive, "32", "cpu").batches(proteins, 2)
     assert [batch.sequences for batch in batches] == [2, 2, 1]
@@ -178,7 +178,7 @@ def test_our_batches_hold_every_token_once_and_no_padding(archive: Path) -> None
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_dropout_acts_while_a_step_is_timed_and_not_while_it_is_compared(archive: Path, precision: str) -> None:
+def test_dropout_is_active_in_timed_steps_and_inactive_in_comparisons(archive: Path, precision: str) -> None:
     proteins = masked_proteins(None, 2)
     ours, theirs = Ours(archive, PRECISIONS[precision], "cpu"), Theirs("ESM-1nv", TINY, precision, "cpu")
     batches = {ours: ours.batches(proteins, 2), theirs: theirs.batches(proteins, 2, None)}
@@ -193,7 +193,7 @@ def test_dropout_acts_while_a_step_is_timed_and_not_while_it_is_compared(archive
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_timed_step_changes_the_weights(archive: Path, precision: str) -> None:
+def test_timed_step_changes_the_weights(archive: Path, precision: str) -> None:
     proteins = masked_proteins(None, 2)
     ours, theirs = Ours(archive, PRECISIONS[precision], "cpu"), Theirs("ESM-1nv", TINY, precision, "cpu")
     for side, batches in ((ours, ours.batches(proteins, 2)), (theirs, theirs.batches(proteins, 2, None))):
@@ -203,7 +203,7 @@ def test_a_timed_step_changes_the_weights(archive: Path, precision: str) -> None
         assert in_evaluation(side, batches).loss < before, "two proteins are soon learnt by heart"
 
 
-def test_either_attention_of_theirs_is_used_when_asked_for_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requested_attention_of_hugging_face_is_used_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     eager = modeling_esm.eager_attention_forward
     monkeypatch.setattr(modeling_esm, "eager_attention_forward", lambda *a, **b: calls.append(1) or eager(*a, **b))
@@ -219,8 +219,8 @@ def test_either_attention_of_theirs_is_used_when_asked_for_and_agrees(monkeypatc
     assert len(calls) == TINY.layers * len(batches)
 
 
-def test_gradients_do_not_depend_on_the_micro_batches() -> None:
-    """The sum of losses is divided by the masked places of all of them, whatever theirs are."""
+def test_gradients_do_not_depend_on_the_micro_batch_size() -> None:
+    """The sum of losses is divided by the number of masked positions of all micro batches."""
     proteins = masked_proteins(None, 5)
     theirs = Theirs("ESM-1nv", TINY, FLOAT32, "cpu")
     whole = in_evaluation(theirs, theirs.batches(proteins, 5, 512))
@@ -228,7 +228,7 @@ def test_gradients_do_not_depend_on_the_micro_batches() -> None:
         assert max(apart(in_evaluation(theirs, theirs.batches(proteins, size, width)), whole)) < 1e-5
 
 
-def test_fewer_proteins_are_about_as_long_as_all_and_stay_in_order() -> None:
+def test_subset_of_proteins_keeps_the_mean_length_and_the_order() -> None:
     proteins = masked_proteins(None, 64)
     mean = tokens_of(proteins) / 64
     for count in (2, 4, 8, 32):
@@ -239,7 +239,7 @@ def test_fewer_proteins_are_about_as_long_as_all_and_stay_in_order() -> None:
         assert places == sorted(places)
 
 
-# --- what is wrong is caught ------------------------------------------------------------------------------------------
+# --- errors that must be detected -------------------------------------------------------------------------------------
 
 
 def padding_is_seen(proteins: Sequence[Any], width: int | None) -> PaddedBatch:
@@ -255,7 +255,7 @@ def one_label_is_forgotten(proteins: Sequence[Any], width: int | None) -> Padded
 
 
 @pytest.mark.parametrize("wrong", [padding_is_seen, one_label_is_forgotten])
-def test_a_peer_that_does_other_work_does_not_count(
+def test_peer_that_does_other_work_does_not_count(
     wrong: Callable[..., PaddedBatch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps, "padded", wrong)
@@ -266,7 +266,7 @@ def test_a_peer_that_does_other_work_does_not_count(
     assert not result.met(row.targets[0])
 
 
-def test_a_peer_with_other_weights_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_with_other_weights_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slightly_off(*arguments: Any) -> Any:
         model = peer_model(*arguments)
         with torch.no_grad():
@@ -287,35 +287,37 @@ def embeddings_that(wrong: Callable[[Tensor, Tensor], Tensor], tmp_path: Path, p
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda states, tokens: states.roll(1, dims=1),  # residues mixed up with <cls>
-        lambda states, tokens: states.roll(1, dims=0) if len(tokens) > 1 else states * 1.001,  # another protein's
-        lambda states, tokens: states.bfloat16().float(),  # rounded, in a row of float32
+        lambda states, tokens: states.roll(1, dims=1),  # states shifted by one token
+        lambda states, tokens: (
+            states.roll(1, dims=0) if len(tokens) > 1 else states * 1.001
+        ),  # states of another protein
+        lambda states, tokens: states.bfloat16().float(),  # rounded to bfloat16 in a float32 row
     ],
 )
-def test_a_peer_with_other_embeddings_does_not_count(
+def test_peer_with_other_embeddings_does_not_count(
     wrong: Callable[[Tensor, Tensor], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = embeddings_that(wrong, tmp_path, monkeypatch)
     assert all(side.error and side.error > row.tolerance for side in row.sides[1:])
 
 
-def test_a_peer_that_masks_another_place_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_that_uses_another_mask_token_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings, "MASK_ID", 3)
     *_, row = embeddings.rows(Setting(tmp_path, quick=True))
     assert all(side.error and side.error > row.tolerance for side in row.sides[1:])
 
 
-def test_answers_of_other_work_are_not_compared(archive: Path) -> None:
+def test_results_of_different_work_are_not_compared(archive: Path) -> None:
     proteins = embeddings.proteins_that_fit(None, 512, 3)
     ours = embeddings.our_embeddings(Engine.load(archive, "cpu"), proteins)
     with pytest.raises(ValueError, match="are of different work"):
         embeddings.farthest(ours[:2], ours)
 
 
-# --- input, and the profile -------------------------------------------------------------------------------------------
+# --- input and profile ------------------------------------------------------------------------------------------------
 
 
-def test_a_file_with_too_few_proteins_is_named(tmp_path: Path) -> None:
+def test_file_with_too_few_proteins_is_named_in_the_error(tmp_path: Path) -> None:
     path = tmp_path / "few.fasta"
     path.write_text(">one\nMKTAYIAKQR\n>two\nMKV\n")
     setting = Setting(tmp_path, quick=True, fasta=path)
@@ -325,14 +327,14 @@ def test_a_file_with_too_few_proteins_is_named(tmp_path: Path) -> None:
         next(embeddings.rows(setting))
 
 
-def test_the_real_sizes_are_those_of_the_published_models() -> None:
+def test_real_sizes_equal_those_of_the_published_models() -> None:
     nv, b, whole = ESM1NV.shape, ESM1B.shape, training.WHOLE_ESM1B.shape
     assert (nv.layers, nv.hidden, nv.heads) == (6, 768, 12)
     assert (b.hidden, b.heads) == (whole.hidden, whole.heads) == (1280, 20)
     assert whole.layers == 33
 
 
-def test_the_profile_shows_the_longest_operators_and_their_shares(capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_lists_the_longest_operators_with_their_shares(capsys: pytest.CaptureFixture[str]) -> None:
     profile_step.main(["--quick", "--most", "5"])
     told, _, heading, _, *lines = capsys.readouterr().out.splitlines()
     assert "983 tokens" in told
@@ -347,7 +349,7 @@ def test_the_profile_shows_the_longest_operators_and_their_shares(capsys: pytest
 
 
 @pytest.mark.parametrize("arguments", [["--most", "0"], ["--precision", "fp8"]])
-def test_a_profile_that_cannot_be_is_refused(arguments: list[str]) -> None:
+def test_invalid_profile_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         profile_step.main(arguments)
     assert stop.value.code == 2

@@ -1,4 +1,4 @@
-"""The command of the benchmarks: rows in processes of their own, interruptions, and what cannot work."""
+"""Tests of the benchmark command: rows in separate processes, interruptions and invalid arguments."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Bench = Callable[..., "tuple[int, str]"]
 
 @pytest.fixture
 def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module `toy_rows` that can be imported; the file in which it tells what it does."""
+    """Create an importable module `toy_rows`. Return the file in which it logs what it does."""
     (tmp_path / "toy_rows.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("TOY_SEEN", str(tmp_path / "seen"))
@@ -64,7 +64,7 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def bench(tmp_path: Path, seen: Path) -> Bench:
-    """Runs the command over modules `toy` and `other`, which are the same; its exit code, and what it said."""
+    """Return a function that runs the command over modules `toy` and `other`, which are equal: exit code and output."""
     modules = {"toy": Module("toy_rows", "toys"), "other": Module("toy_rows", "the same")}
 
     def run(*words: str) -> tuple[int, str]:
@@ -79,7 +79,11 @@ def bench(tmp_path: Path, seen: Path) -> Bench:
 def test_all_rows_are_measured_and_written(bench: Bench, seen: Path, tmp_path: Path) -> None:
     code, said = bench("toy")
     assert code == 0, said
-    assert seen.read_text().split("\n")[:-1] == ["in True True", *["first"] * 2, *["second"] * 2]  # a turn to warm up
+    assert seen.read_text().split("\n")[:-1] == [
+        "in True True",
+        *["first"] * 2,
+        *["second"] * 2,
+    ]  # one warm-up turn and one timed turn
     table = Table.load(tmp_path / "out" / "table.json")
     assert [key for _, key in table.entries] == ["first", "second"]
     assert (tmp_path / "out" / "table.md").read_text() == render(table)
@@ -87,9 +91,7 @@ def test_all_rows_are_measured_and_written(bench: Bench, seen: Path, tmp_path: P
     assert "quick run" in render(table)
 
 
-def test_a_run_that_was_cut_off_goes_on_with_the_rows_that_are_missing(
-    bench: Bench, seen: Path, tmp_path: Path
-) -> None:
+def test_interrupted_run_continues_with_the_missing_rows(bench: Bench, seen: Path, tmp_path: Path) -> None:
     trap = seen.with_name("seen.trap")
     trap.write_text(str(int(signal.SIGKILL)))
     code, said = bench("toy")
@@ -105,12 +107,12 @@ def test_a_run_that_was_cut_off_goes_on_with_the_rows_that_are_missing(
     assert seen.read_text().count("second") == 2
     assert [key for _, key in Table.load(tmp_path / "out" / "table.json").entries] == ["first", "second"]
     bench("toy")
-    assert not seen.exists()  # its process was not even started
+    assert not seen.exists()  # the process of the rows was not started
     bench("toy", "--again")
     assert seen.read_text().count("first") == seen.read_text().count("second") == 2
 
 
-def test_rows_are_old_when_proteins_or_code_are_others(
+def test_rows_are_measured_again_when_proteins_or_code_change(
     bench: Bench, seen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fasta = tmp_path / "proteins.fasta"
@@ -125,7 +127,7 @@ def test_rows_are_old_when_proteins_or_code_are_others(
     assert "first" in seen.read_text()
 
 
-def test_a_module_that_fails_costs_no_other(bench: Bench, seen: Path, tmp_path: Path) -> None:
+def test_failing_module_does_not_stop_the_others(bench: Bench, seen: Path, tmp_path: Path) -> None:
     (tmp_path / "toy_rows.py").write_text(TOY.replace("def rows(setting):", "def rows(setting):\n    1 / 0"))
     code, said = bench("toy")
     assert code == 1
@@ -138,7 +140,7 @@ def test_a_module_that_fails_costs_no_other(bench: Bench, seen: Path, tmp_path: 
     assert "No module named 'benchmarks.no_such_module'" in told.getvalue()
 
 
-def test_what_a_user_can_mend_is_said_without_a_traceback(bench: Bench, tmp_path: Path) -> None:
+def test_user_error_is_printed_without_a_traceback(bench: Bench, tmp_path: Path) -> None:
     error = 'from bionemo_esm.errors import UserError\n    raise UserError("proteins.fasta: too few proteins")'
     (tmp_path / "toy_rows.py").write_text(TOY.replace("def rows(setting):", f"def rows(setting):\n    {error}"))
     code, said = bench("toy")
@@ -147,14 +149,14 @@ def test_what_a_user_can_mend_is_said_without_a_traceback(bench: Bench, tmp_path
     assert "Traceback" not in said
 
 
-def test_a_row_that_is_no_more_leaves_the_table(bench: Bench, tmp_path: Path) -> None:
+def test_removed_row_is_removed_from_the_table(bench: Bench, tmp_path: Path) -> None:
     bench("toy")
     (tmp_path / "toy_rows.py").write_text(TOY.replace('row("second", second)', 'row("third", second)'))
     bench("toy", "--again")
     assert [key for _, key in Table.load(tmp_path / "out" / "table.json").entries] == ["first", "third"]
 
 
-def test_the_table_is_written_again_from_its_file_alone(bench: Bench, seen: Path, tmp_path: Path) -> None:
+def test_table_is_rewritten_from_its_json_file_alone(bench: Bench, seen: Path, tmp_path: Path) -> None:
     bench("toy")
     seen.unlink()
     before = (tmp_path / "out" / "table.md").read_text()
@@ -174,7 +176,7 @@ def test_the_table_is_written_again_from_its_file_alone(bench: Bench, seen: Path
         (["--table", "--output", "nowhere"], "--table: there are no results"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_started(
+def test_invalid_arguments_are_refused_before_any_process_starts(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -184,21 +186,21 @@ def test_what_cannot_work_is_said_before_anything_is_started(
         job(parser().parse_args(words), dict(MODULES), Console(io.StringIO()))
 
 
-def test_a_missing_library_is_named_with_the_rows_that_need_it(tmp_path: Path) -> None:
+def test_missing_library_is_named_with_the_rows_that_need_it(tmp_path: Path) -> None:
     modules = {"toy": Module("toy_rows", "toys", ("torch", "no-such-library"))}
     options = parser().parse_args(["--quick", "--output", str(tmp_path)])
     with pytest.raises(ConfigError, match=r"toy: no-such-library not installed.*pip install.* no-such-library"):
         job(options, modules, Console(io.StringIO()))
 
 
-def test_quick_and_real_results_do_not_mix(bench: Bench, tmp_path: Path) -> None:
+def test_quick_and_real_results_are_not_mixed(bench: Bench, tmp_path: Path) -> None:
     bench("toy")
     options = parser().parse_args(["toy", "--output", str(tmp_path / "out")])
     with pytest.raises(ConfigError, match="results of a quick run"):
         job(options, {"toy": Module("toy_rows", "toys")}, Console(io.StringIO()))
 
 
-def test_whoever_stops_stops_the_process_that_measures_and_what_it_has_started(tmp_path: Path, seen: Path) -> None:
+def test_stopping_ends_the_measuring_process_and_its_children(tmp_path: Path, seen: Path) -> None:
     sleeper = 'import subprocess\ndef rows(setting):\n    p = subprocess.Popen(["sleep", "60"])\n    note(str(p.pid))'
     (tmp_path / "toy_rows.py").write_text(f"{TOY}\n{sleeper}\n    p.wait()\n    yield\n")
     messages = running.messages_of("toy_rows", Setting(tmp_path), [], tmp_path / "log")
@@ -218,7 +220,7 @@ def _runs(process: int) -> bool:
     return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_ctrl_c_exits_with_130_and_keeps_what_was_measured(tmp_path: Path, seen: Path) -> None:
+def test_ctrl_c_exits_with_130_and_keeps_the_measured_rows(tmp_path: Path, seen: Path) -> None:
     seen.with_name("seen.trap").write_text(str(int(signal.SIGSTOP)))  # the second row never ends
     code = (
         "import sys; from benchmarks import __main__ as m; from benchmarks.rows import Module\n"
@@ -240,10 +242,10 @@ def test_ctrl_c_exits_with_130_and_keeps_what_was_measured(tmp_path: Path, seen:
     assert sorted(path.name for path in table.parent.iterdir()) == ["table.json"]
 
 
-# --- rows of this floor -----------------------------------------------------------------------------------------------
+# --- the rows of `benchmarks/rows` ------------------------------------------------------------------------------------
 
 
-def test_every_module_of_rows_has_one_name_and_lies_where_it_says() -> None:
+def test_every_module_of_rows_exists_under_its_name() -> None:
     assert list(MODULES) == ["store", "batches", "training", "embeddings", "averaging", "archives", "starting"]
     for name, module in MODULES.items():
         assert module.path == f"benchmarks.rows.{name}"
@@ -251,7 +253,7 @@ def test_every_module_of_rows_has_one_name_and_lies_where_it_says() -> None:
 
 
 @pytest.mark.slow
-def test_all_sides_find_the_same_sequences_and_residues_in_a_fasta_file(tmp_path: Path) -> None:
+def test_all_sides_read_the_same_sequences_and_residues_from_a_fasta_file(tmp_path: Path) -> None:
     options = parser().parse_args(["store", "--quick", "--output", str(tmp_path)])
     told = io.StringIO()
     assert job(options, dict(MODULES), Console(told)) == 0, told.getvalue()

@@ -1,4 +1,4 @@
-"""Rows of archives, averages, starts and resumes: all sides do the same work, and one that does not is found out."""
+"""Tests of the rows on archives, averages, starts and resumes: sides that do other work do not count."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("accelerate")  # without which Hugging Face's Trainer does not train
+pytest.importorskip("accelerate")  # Hugging Face's Trainer needs it
 
 from benchmarks.comparison import Result, Row, Setting, measure
 from benchmarks.rows import archives, averaging, resuming, starting
@@ -37,7 +37,7 @@ def by_key(setting: Setting, module: object, key: str) -> Row:
     return next(row for row in module.rows(setting) if row.key == key)  # type: ignore[attr-defined]
 
 
-# --- the rows run, and their sides agree ------------------------------------------------------------------------------
+# --- rows run and their sides agree -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def test_each_row_runs_and_every_side_counts(setting: Setting, module: object, k
         assert all(side.error is not None for side in result.sides[1:])
 
 
-def test_a_resumed_run_and_a_wait_for_data_are_measured_and_every_side_counts(setting: Setting) -> None:
+def test_resume_and_data_wait_rows_run_and_every_side_counts(setting: Setting) -> None:
     waiting = starting._waiting(setting, starting.sample_store(setting.folder / "sample"))
     for row in (resuming.resuming(setting), *waiting):
         assert all(side.counts for side in measured(row).sides)
 
 
 @pytest.mark.slow
-def test_a_start_is_timed_until_its_first_step_and_both_train_on_the_same_proteins(setting: Setting) -> None:
+def test_start_is_timed_until_the_first_step_on_the_same_proteins(setting: Setting) -> None:
     row = next(starting.rows(setting))
     assert row.key == "start-laptop"
     assert [side.error for side in row.sides] == [None, 0]
@@ -70,10 +70,10 @@ def test_a_start_is_timed_until_its_first_step_and_both_train_on_the_same_protei
     ).keys()
 
 
-# --- a side that does other work is found out -------------------------------------------------------------------------
+# --- sides that do other work -----------------------------------------------------------------------------------------
 
 
-def test_a_peer_that_saves_other_numbers_does_not_count(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_that_saves_other_numbers_does_not_count(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     true_save = archives.save_file
 
     def save_wrongly(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -87,19 +87,19 @@ def test_a_peer_that_saves_other_numbers_does_not_count(setting: Setting, monkey
     }  # fmt: skip
 
 
-def test_a_loop_that_forgets_a_checkpoint_does_not_count(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_that_omits_a_checkpoint_does_not_count(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     true_loop = averaging.loop
     monkeypatch.setattr(averaging, "loop", lambda paths: true_loop(paths[:-1]))
     assert [side.counts for side in measured(next(averaging.rows(setting))).sides] == [True, False, True]
 
 
-def test_a_peer_that_resumes_elsewhere_does_not_count(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_that_resumes_at_another_batch_does_not_count(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     true_skip = resuming.skip_first_batches
     monkeypatch.setattr(resuming, "skip_first_batches", lambda loader, count: true_skip(loader, count - 1))
     assert [side.counts for side in measured(resuming.resuming(setting)).sides] == [True, False, True]
 
 
-def test_numbers_that_differ_are_counted_bit_by_bit_and_missing_ones_too() -> None:
+def test_differing_and_missing_numbers_are_counted_bitwise() -> None:
     ours = {"a": torch.tensor([0.0, 1.0, 2.0]), "b": torch.ones(4)}
     assert archives.differing(ours, ours) == 0
     assert archives.differing({**ours, "a": torch.tensor([-0.0, 1.0, 2.5])}, ours) == 2
@@ -108,24 +108,24 @@ def test_numbers_that_differ_are_counted_bit_by_bit_and_missing_ones_too() -> No
     assert archives.differing({**ours, "c": torch.ones(5)}, ours) == 5
 
 
-def test_a_training_that_ends_before_its_first_step_is_an_error_with_its_last_words(tmp_path: Path) -> None:
+def test_training_that_ends_before_its_first_step_fails_with_its_last_output(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('no such proteins')"]
     with pytest.raises(RuntimeError, match="no such proteins"):
         starting.wait_for_first_step(command, tmp_path / "never", tmp_path / "log")
 
 
-def test_a_full_disk_is_told_of_before_anything_is_written(setting: Setting) -> None:
+def test_full_disk_is_reported_before_anything_is_written(setting: Setting) -> None:
     with pytest.raises(ConfigError, match="TMPDIR"):
         archives.check_space(setting.folder, 1e18)
 
 
-# --- resuming ---------------------------------------------------------------------------------------------------------
+# --- resume -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_batch_of_a_resumed_run_is_that_of_an_unbroken_one(tmp_path: Path) -> None:
+def test_first_batch_after_a_resume_equals_that_of_an_unbroken_run(tmp_path: Path) -> None:
     store = resuming.short_store(tmp_path, 1_500)
     unbroken = resuming._loader(store, 0)
-    for step in range(200):  # over the end of an epoch
+    for step in range(200):  # crosses the end of an epoch
         expected = next(unbroken)
         if step in (0, 100, 199):
             resumed = resuming.first_of_ours(store, step * resuming.BATCH)
@@ -133,22 +133,22 @@ def test_the_batch_of_a_resumed_run_is_that_of_an_unbroken_one(tmp_path: Path) -
     assert starting.differing_tokens(resuming.first_of_ours(store, 0), expected) > 0
 
 
-# --- read once --------------------------------------------------------------------------------------------------------
+# --- single read of weights -------------------------------------------------------------------------------------------
 
 
 def bytes_read() -> int:
-    """By this process so far, as the kernel counts them."""
+    """Return the bytes that this process has read so far, as counted by the kernel."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 @pytest.fixture
 def snapshots(tmp_path: Path) -> list[Path]:
-    """Four archives of one model's weights, each a little further, of a megabyte or so."""
+    """Return four archives of about 1 MB, snapshots of one model at steps 2, 4, 6 and 8."""
     archive = describe(tiny_model())
     paths = []
     for step in (2, 4, 6, 8):
         weights = {name: tensor.detach() + 0.01 * step for name, tensor in archive.weights.items()}
-        weights["large"] = torch.full((600, 500), float(step))  # more than a piece of the sum
+        weights["large"] = torch.full((600, 500), float(step))  # larger than one chunk of the sum
         path = tmp_path / f"step-{step:09d}.nemo"
         paths.append(write_archive(path, replace(archive, weights=weights, provenance={"steps": step})))
     return paths
@@ -156,22 +156,20 @@ def snapshots(tmp_path: Path) -> list[Path]:
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel does not count what is read")
 @pytest.mark.parametrize("job", ["load", "average"])
-def test_weights_are_read_once_verification_included(job: str, snapshots: list[Path], tmp_path: Path) -> None:
+def test_weights_are_read_once_including_verification(job: str, snapshots: list[Path], tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in snapshots)
     jobs: dict[str, Callable[[], object]] = {
         "load": lambda: [ArchiveFile.open(path).load_weights() for path in snapshots],
         "average": lambda: average_checkpoints(snapshots, 4, tmp_path / "mean.nemo"),
     }
-    jobs[job]()  # what is imported late
+    jobs[job]()  # loads lazy imports
     before = bytes_read()
     jobs[job]()
     assert size <= bytes_read() - before < 1.3 * size
 
 
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.99])
-def test_a_flipped_bit_that_leaves_a_proper_number_spoils_no_average(
-    place: float, snapshots: list[Path], tmp_path: Path
-) -> None:
+def test_flipped_mantissa_bit_is_detected_before_averaging(place: float, snapshots: list[Path], tmp_path: Path) -> None:
     section = ArchiveFile.open(snapshots[2]).weights.data
     content = bytearray(snapshots[2].read_bytes())
     content[section.start + int(section.size * place) // 4 * 4] ^= 1  # the last bit of a mantissa
@@ -185,7 +183,7 @@ def test_a_flipped_bit_that_leaves_a_proper_number_spoils_no_average(
     assert not (tmp_path / "mean.nemo").exists()
 
 
-def test_damage_that_looks_like_nan_is_called_damage(snapshots: list[Path], tmp_path: Path) -> None:
+def test_damage_that_reads_as_nan_is_reported_as_damage(snapshots: list[Path], tmp_path: Path) -> None:
     start = ArchiveFile.open(snapshots[1]).weights.data.start
     content = bytearray(snapshots[1].read_bytes())
     content[start : start + 4] = b"\xff\xff\xff\xff"
@@ -194,7 +192,7 @@ def test_damage_that_looks_like_nan_is_called_damage(snapshots: list[Path], tmp_
         average_checkpoints(snapshots, 4, tmp_path / "mean.nemo")
 
 
-def test_tensors_in_another_order_are_refused_and_not_added_to_others(
+def test_tensors_in_another_order_are_refused(
     snapshots: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = replace(read_archive(snapshots[0]), provenance={"steps": 10})
@@ -206,7 +204,7 @@ def test_tensors_in_another_order_are_refused_and_not_added_to_others(
         average_checkpoints([snapshots[1], other], 2, tmp_path / "mean.nemo")
 
 
-def test_what_is_read_in_parts_has_the_hash_of_the_whole(snapshots: list[Path]) -> None:
+def test_hash_of_a_section_read_in_parts_equals_the_hash_of_the_whole(snapshots: list[Path]) -> None:
     section = ArchiveFile.open(snapshots[0]).weights.data
     reader = SectionReader(snapshots[0], section)
     for size in (1, 100, section.size - 101):

@@ -1,4 +1,4 @@
-"""How the benchmarks measure and show: turns, ratios, what counts, the table as text and file, the picture."""
+"""Tests of benchmark measurement and output: turns, ratios, agreement, the table as text and file, the chart."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def a_table(*results: Result) -> Table:
 
 @pytest.fixture
 def works(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Row]:
-    """A row whose sides take the seconds that are given, turn by turn, on a clock of its own."""
+    """Return a function that makes a row whose sides take the given seconds in each turn, on a fake clock."""
     now = [0.0]
     monkeypatch.setitem(comparison.CLOCKS, "told", lambda: now[0])  # type: ignore[arg-type]
 
@@ -58,7 +58,7 @@ def works(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Row]:
     return row
 
 
-def test_medians_and_ratios_are_of_turns_side_by_side_and_the_first_is_not_counted(works: Callable[..., Row]) -> None:
+def test_medians_and_ratios_are_per_turn_without_the_warm_up(works: Callable[..., Row]) -> None:
     ours, theirs = measure(works([99, 1, 2, 4], [1, 10, 10, 80])).sides
     assert ours.seconds == (2, 1, 4)
     assert theirs.seconds == (10, 10, 80)
@@ -66,13 +66,13 @@ def test_medians_and_ratios_are_of_turns_side_by_side_and_the_first_is_not_count
     assert ours.ratio is None
 
 
-def test_a_side_that_does_less_is_compared_by_the_unit(works: Callable[..., Row]) -> None:
+def test_side_that_does_less_work_is_compared_per_unit(works: Callable[..., Row]) -> None:
     ours, theirs = measure(works([1, 1], [1, 1], amounts=(200.0, 4.0))).sides
     assert (ours.per_second, theirs.per_second) == (200, 4)
     assert theirs.ratio == (50, 50, 50)
 
 
-def test_sides_take_turns() -> None:
+def test_sides_alternate_turn_by_turn() -> None:
     order: list[str] = []
     sides = [Side(name, lambda name=name: order.append(name), 1.0) for name in "ab"]  # type: ignore[misc]
     measure(replace(a_row(), sides=sides, turns=2))
@@ -80,7 +80,7 @@ def test_sides_take_turns() -> None:
 
 
 @pytest.mark.parametrize("error", [2e-3, math.nan, math.inf, -math.inf, None])
-def test_a_side_that_disagrees_does_not_count_and_meets_no_target(works: Callable[..., Row], error: object) -> None:
+def test_side_that_disagrees_does_not_count_and_meets_no_target(works: Callable[..., Row], error: object) -> None:
     row = works([1, 1], [50, 50])
     target = Target("theirs", ratio=5)
     row = replace(row, sides=[row.sides[0], replace(row.sides[1], error=error)], targets=[target])
@@ -91,7 +91,7 @@ def test_a_side_that_disagrees_does_not_count_and_meets_no_target(works: Callabl
     text = render(table)
     assert "does not count" in text
     assert "**missed**: Some work" in text
-    assert "50.0" not in text  # its ratio is nowhere to be read
+    assert "50.0" not in text  # its ratio does not appear
     assert not shown(next(iter(table.entries.values())))
 
 
@@ -108,7 +108,7 @@ def test_targets_are_met_by_medians(works: Callable[..., Row]) -> None:
         assert result.met(target) is met, target
 
 
-def test_a_row_that_contradicts_itself_is_refused() -> None:
+def test_inconsistent_row_is_refused() -> None:
     with pytest.raises(AssertionError, match="not there"):
         a_row("wall", 0.0, Target("nobody", ratio=2))
     with pytest.raises(AssertionError, match="one name"):
@@ -117,10 +117,10 @@ def test_a_row_that_contradicts_itself_is_refused() -> None:
         Target("theirs", ratio=2, most_seconds=3)
 
 
-# --- table and picture ------------------------------------------------------------------------------------------------
+# --- table and chart --------------------------------------------------------------------------------------------------
 
 
-def test_a_table_comes_back_from_its_file_as_it_was(works: Callable[..., Row], tmp_path: Path) -> None:
+def test_table_survives_saving_and_loading_unchanged(works: Callable[..., Row], tmp_path: Path) -> None:
     rows = [works([1, 1 / 3, 2], [1, 7, math.pi]), replace(works([1, 1], [1, 2]), key="nan", note="x|y")]
     rows[0] = replace(rows[0], targets=[Target("theirs", ratio=2), Target(most_seconds=1)])
     rows[1] = replace(rows[1], sides=[rows[1].sides[0], replace(rows[1].sides[1], error=math.nan)])
@@ -137,7 +137,7 @@ def test_a_table_comes_back_from_its_file_as_it_was(works: Callable[..., Row], t
     assert (tmp_path / "table.json").read_text() == text
 
 
-def test_the_table_says_what_was_compared_where_and_how_far_apart(works: Callable[..., Row]) -> None:
+def test_table_states_sides_machine_settings_and_error(works: Callable[..., Row]) -> None:
     row = works([1, 1, 1], [1, 3, 6], amounts=(1000.0, 1000.0))
     side = replace(row.sides[1], settings="SDPA, 8 at a time", error=2.5e-4, libraries=("transformers",))
     text = render(a_table(measure(replace(row, sides=[row.sides[0], side], targets=[Target("theirs", ratio=4)]))))
@@ -154,11 +154,11 @@ def test_the_table_says_what_was_compared_where_and_how_far_apart(works: Callabl
     ("value", "text"),
     [(6701.4, "6,701"), (14.32, "14.3"), (0.02134, "0.0213"), (1.0, "1.00"), (0, "0"), (3e-7, "3.00e-07")],
 )
-def test_figures_have_three_digits_that_count(value: float, text: str) -> None:
+def test_figures_have_three_significant_digits(value: float, text: str) -> None:
     assert figure(value) == text
 
 
-def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
+def test_invalid_table_file_is_named_in_the_error(tmp_path: Path) -> None:
     for content in ("{", "[]", '{"schema": "bionemo_esm/benchmarks/1"}'):
         (tmp_path / "table.json").write_text(content)
         with pytest.raises(TableError, match=r"table\.json.*move it away"):
@@ -170,7 +170,7 @@ def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
         Table.load(tmp_path / "table.json")
 
 
-def test_the_picture_has_the_same_bytes_each_time(works: Callable[..., Row], tmp_path: Path) -> None:
+def test_chart_has_the_same_bytes_each_time(works: Callable[..., Row], tmp_path: Path) -> None:
     faster, slower = measure(works([1, 1, 1], [1, 9, 11])), measure(works([1, 5, 6], [1, 1, 1]))
     table = a_table(faster, replace(slower, row=replace(slower.row, key="slower")))
     first, second = draw(table, tmp_path / "a.png").read_bytes(), draw(table, tmp_path / "b.png").read_bytes()
@@ -178,7 +178,7 @@ def test_the_picture_has_the_same_bytes_each_time(works: Callable[..., Row], tmp
     assert first != draw(a_table(faster), tmp_path / "c.png").read_bytes()
 
 
-def test_of_many_sides_those_with_a_target_and_the_nearest_are_drawn(works: Callable[..., Row]) -> None:
+def test_chart_shows_the_fastest_side_and_those_with_a_target(works: Callable[..., Row]) -> None:
     measured = measure(works([1, 1], [1, 1]))
     ours, theirs = measured.sides
     others = tuple(replace(theirs, name=f"{ratio}", ratio=(ratio, ratio, ratio)) for ratio in range(1, 9))
@@ -190,7 +190,7 @@ def test_of_many_sides_those_with_a_target_and_the_nearest_are_drawn(works: Call
 # --- machine ----------------------------------------------------------------------------------------------------------
 
 
-def test_rows_depend_on_the_package_and_on_their_own_module_but_on_no_other(
+def test_code_hash_of_rows_covers_the_package_and_their_own_module_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = (
@@ -214,7 +214,7 @@ def test_rows_depend_on_the_package_and_on_their_own_module_but_on_no_other(
     assert changes == [True, True, True, False, True, False, True]
 
 
-def test_what_is_said_of_the_machine_names_no_host_and_no_place() -> None:
+def test_machine_description_contains_no_host_name_and_no_path() -> None:
     here = machines.machine("cpu")
     assert here["cores"] >= 1
     assert here["versions"]["torch"]

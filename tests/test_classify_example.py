@@ -1,4 +1,4 @@
-"""The example of a classifier on embeddings: what it writes, and what it refuses."""
+"""Tests of the example of a classifier on embeddings: its output and its errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models import tiny_model
 from runs import ROOT
 
 LABEL = r"label=^\S+ (\w+)-"
-COMPOSITIONS = {"helix": "AELK", "sheet": "VIYT", "loop": "GPNS"}  # told apart by what they are made of
+COMPOSITIONS = {"helix": "AELK", "sheet": "VIYT", "loop": "GPNS"}  # classes differ in composition
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,12 @@ def classify(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_it_tells_classes_apart_and_says_so_beside_the_baseline(model: Path, proteins: Path, tmp_path: Path) -> None:
+def test_classes_are_separated_and_compared_with_the_baseline(model: Path, proteins: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     done = classify(f"model={model}", f"input={proteins}", LABEL, f"output={folder}")
     assert done.returncode == 0, done.stderr
     report = json.loads((folder / "report.json").read_text())
-    assert report["classes"] == {"helix": 12, "sheet": 12, "loop": 12}  # of the rare one there are too few
+    assert report["classes"] == {"helix": 12, "sheet": 12, "loop": 12}  # the rare class has too few proteins
     assert report["one-hot"]["features"] == 20 and report["embeddings"]["features"] == 32
     for name in ("one-hot", "embeddings"):
         accuracy = report[name]["accuracy"]
@@ -59,7 +59,7 @@ def test_it_tells_classes_apart_and_says_so_beside_the_baseline(model: Path, pro
     assert (folder / "classes.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_verdict_says_whether_a_difference_is_shown() -> None:
+def test_verdict_states_whether_a_difference_exceeds_the_intervals() -> None:
     spec = importlib.util.spec_from_file_location("classify_proteins", ROOT / "examples" / "classify_proteins.py")
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
@@ -70,7 +70,7 @@ def test_the_verdict_says_whether_a_difference_is_shown() -> None:
     assert example.verdict(high, low) == "embeddings: -0.100 accuracy, beyond the intervals"
 
 
-def test_help_is_no_error() -> None:
+def test_help_exits_with_0() -> None:
     done = classify("--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "regular expression" in done.stdout
@@ -87,7 +87,7 @@ def test_help_is_no_error() -> None:
         ((LABEL, "labels=x"), "labels is not a key"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(
+def test_invalid_settings_are_refused_in_one_line(
     model: Path, proteins: Path, tmp_path: Path, settings: tuple[str, ...], complaint: str
 ) -> None:
     done = classify(f"model={model}", f"input={proteins}", f"output={tmp_path / 'out'}", *settings)

@@ -1,4 +1,4 @@
-"""What a policy does with irregular records, each with its count; threads, sources and the disk."""
+"""Tests of the cleaning policy and its counts, of threads and sources, and of disk errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def texts(store: ProteinStore, name: str = "train") -> list[str]:
 
 
 IRREGULAR = {
-    # key of the policy: (record, what `x`, `remove`, `truncate` or `keep` makes of it, how it is counted if dropped)
+    # policy key: (record, result for `x`, `remove`, `truncate` or `keep`, counter if dropped, problem in the error)
     "unknown_letters": ("MKJV1", {"x": "MKXVX"}, "dropped_unknown_letters", "a letter outside the alphabet"),
     "internal_stops": ("MK*VV*", {"x": "MKXVV"}, "dropped_internal_stop", "a '*' amid the residues"),
     "gaps": ("MK-V.V", {"remove": "MKVV"}, "dropped_gaps", "a gap symbol"),
@@ -51,7 +51,7 @@ IRREGULAR = {
 
 
 @pytest.mark.parametrize("key", IRREGULAR)
-def test_irregular_records_are_mended_dropped_or_refused_as_the_policy_says(tmp_path: Path, key: str) -> None:
+def test_irregular_records_are_repaired_dropped_or_refused_by_the_policy(tmp_path: Path, key: str) -> None:
     record, mended, counter, problem = IRREGULAR[key]
     text = f">first\n{P1}\n>odd one\n{record}\n>last\n{P2}\n"
     for options in get_args(CleaningPolicy.model_fields[key].annotation):
@@ -76,13 +76,13 @@ def test_repeated_identifiers_are_counted_dropped_or_refused(tmp_path: Path) -> 
         (tmp_path / options).mkdir()
         store = build(tmp_path / options, text, duplicate_ids=options)
         assert len(texts(store)) == expected
-        assert store.manifest["counts"]["duplicate_ids"] == 1  # records without one repeat nothing
+        assert store.manifest["counts"]["duplicate_ids"] == 1  # records without an identifier are not duplicates
         assert store.manifest["counts"]["dropped_duplicate_id"] == 5 - expected
     with pytest.raises(FastaError, match=r"record 3, byte \d+: has an identifier that an earlier record has"):
         build(tmp_path, text, duplicate_ids="error")
 
 
-def test_identifiers_are_looked_for_in_all_files(tmp_path: Path) -> None:
+def test_repeated_identifiers_are_found_across_files(tmp_path: Path) -> None:
     for name, sequence in (("a", P1), ("b", P2)):
         (tmp_path / f"{name}.fasta").write_text(f">same\n{sequence}\n>{name}\n{P3[:-1]}{name}\n")
     paths = [tmp_path / "a.fasta", tmp_path / "b.fasta"]
@@ -91,7 +91,7 @@ def test_identifiers_are_looked_for_in_all_files(tmp_path: Path) -> None:
     assert [source["file"] for source in store.manifest["source"]] == ["a.fasta", "b.fasta"]
 
 
-def test_repeated_sequences_can_be_kept_and_never_straddle_the_splits(tmp_path: Path) -> None:
+def test_kept_repeated_sequences_are_never_in_two_splits(tmp_path: Path) -> None:
     sample = [record.sequence.decode() for record in read_fasta(SAMPLE / "test.fasta.gz")]
     text = "".join(f">{number}\n{sequence}\n" for number, sequence in enumerate([*sample, *sample[::2], *sample[::5]]))
     policy = {"validation_sequences": 30, "test_sequences": 40, "duplicate_sequences": "keep"}
@@ -110,22 +110,22 @@ def test_repeated_sequences_can_be_kept_and_never_straddle_the_splits(tmp_path: 
 
 
 @pytest.mark.parametrize("key", [key for key in CleaningPolicy.model_fields if key != "max_residues"])
-def test_a_policy_of_another_word_is_refused(key: str) -> None:
+def test_unknown_policy_value_is_refused(key: str) -> None:
     with refused("config.value", f"{key} must be one of ", "not 'ignore'"):
         BuildPolicy(**{key: "ignore"})  # type: ignore[arg-type]
 
 
-# Sources, threads, blocks
+# --- sources, threads and blocks --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 20 kB, so that a small file has many."""
+    """Set the block size to 20 kB, so that a small file has many blocks."""
     monkeypatch.setattr(sources, "_UNPACKED_BYTES", 5_000)
     monkeypatch.setattr(fasta, "_BLOCK_BYTES", 20_000)
 
 
-def test_threads_and_compression_change_no_byte(tmp_path: Path, small_blocks: None) -> None:
+def test_threads_and_compression_do_not_change_the_store(tmp_path: Path, small_blocks: None) -> None:
     packed = (SAMPLE / "train.fasta.gz").read_bytes()
     text = gzip.decompress(packed)
     hashes = set()
@@ -138,7 +138,7 @@ def test_threads_and_compression_change_no_byte(tmp_path: Path, small_blocks: No
     assert len(hashes) == 1
 
 
-def test_standard_input_is_built_from_like_a_file(tmp_path: Path) -> None:
+def test_store_from_standard_input_equals_the_store_from_a_file(tmp_path: Path) -> None:
     code = (
         "import sys; from bionemo_esm.data.preprocess import BuildPolicy, build_store\n"
         "build_store('-', sys.argv[1], BuildPolicy())"
@@ -152,10 +152,10 @@ def test_standard_input_is_built_from_like_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("validation", "test"), [(5, 7), (None, 3), (None, None), (600, 900)])
-def test_the_streaming_split_is_the_sort_of_all_digests(
+def test_streaming_split_equals_the_sort_of_all_digests(
     tmp_path: Path, small_blocks: None, validation: int | None, test: int | None
 ) -> None:
-    """What is held out is found among candidates; by definition it is what has the smallest digests."""
+    """Held-out sequences have the smallest digests. The streaming split selects them from candidates."""
     policy = BuildPolicy(seed=3, validation_sequences=validation, test_sequences=test)
     store = build_store(SAMPLE / "train.fasta.gz", tmp_path / "store", policy)
     text = gzip.decompress((SAMPLE / "train.fasta.gz").read_bytes())
@@ -172,8 +172,8 @@ def test_the_streaming_split_is_the_sort_of_all_digests(
     assert sorted(texts(store)) == sorted(by_digest[first + second :])
 
 
-def test_candidates_for_a_small_share_are_few_and_always_enough() -> None:
-    """The bound lies above the share at the end, and falls, so that most of a large set goes to train at once."""
+def test_held_out_candidates_are_few_and_always_sufficient() -> None:
+    """The bound exceeds the final share and decreases, so most of a large set goes to train at once."""
     policy = BuildPolicy(validation_sequences=5_000, test_sequences=1_000_000)
     seen = np.array([10**6, 10**7, 54 * 10**6])
     bound = policy.held_out_bound(seen)
@@ -181,20 +181,20 @@ def test_candidates_for_a_small_share_are_few_and_always_enough() -> None:
     assert (bound * seen > 1_005_000).all()
     assert bound[-1] < 1.02 * 1_005_000 / seen[-1]
     rng = np.random.default_rng(0)
-    for _ in range(50):  # of uniform digests, enough lie below the bound that held when they were met
+    for _ in range(50):  # the smallest of uniform digests were below the bound at their position
         digests = rng.random(20_000)
         met = digests < BuildPolicy(validation_sequences=3, test_sequences=9).held_out_bound(np.arange(1, 20_001))
         assert np.isin(np.argsort(digests)[:12], np.flatnonzero(met)).all()
 
 
-# The disk
+# --- disk -------------------------------------------------------------------------------------------------------------
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 kB."""
+    """Mount a file system of 400 kB."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], check=False)
@@ -205,15 +205,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @needs_root
-def test_a_disk_that_is_too_small_is_found_before_the_work(small_disk: Path) -> None:
+def test_too_small_disk_is_found_before_the_work(small_disk: Path) -> None:
     with pytest.raises(StoreError, match=r"store: the store will take about 0\.0 GB, but 0\.0 GB are free on its disk"):
         build_store(SAMPLE / "train.fasta.gz", small_disk / "store", BuildPolicy())
     assert list(small_disk.iterdir()) == []
 
 
 @needs_root
-def test_a_disk_that_fills_up_leaves_nothing(small_disk: Path, small_blocks: None) -> None:
-    """From a pipe, whose size nobody knows before."""
+def test_disk_that_fills_up_leaves_no_files(small_disk: Path, small_blocks: None) -> None:
+    """Input from a pipe, whose size is unknown in advance."""
     code = (
         "import sys; from bionemo_esm.data.preprocess import BuildPolicy, build_store\n"
         "build_store('-', sys.argv[1], BuildPolicy())"
@@ -227,24 +227,24 @@ def test_a_disk_that_fills_up_leaves_nothing(small_disk: Path, small_blocks: Non
 @pytest.mark.parametrize(
     ("code", "message"), [(errno.EROFS, "read-only file system"), (errno.EACCES, "permission denied")]
 )
-def test_an_output_that_cannot_be_written_to_is_named(
+def test_unwritable_output_is_named_in_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(Path, "mkdir", refuse)  # root may write anywhere
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root may write everywhere
     with pytest.raises(StoreError, match=rf"store: {message}; choose an output"):
         build_store(SAMPLE / "test.fasta.gz", tmp_path / "store", BuildPolicy())
 
 
-def test_the_parent_of_an_output_must_be_a_folder(tmp_path: Path) -> None:
+def test_parent_of_the_output_must_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="choose an output whose parent is a folder"):
         build_store(SAMPLE / "test.fasta.gz", tmp_path / "file" / "store", BuildPolicy())
 
 
-# Damage in the middle of much that is right
+# --- damaged input ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_the_parent_of_an_output_must_be_a_folder(tmp_path: Path) -> None:
         (b">bad\nMK>V\n", r"record 201, byte \d+: a '>' amid a sequence line"),
     ],
 )
-def test_damage_after_many_records_is_placed(tmp_path: Path, small_blocks: None, damage: bytes, message: str) -> None:
+def test_damage_after_many_records_is_located(tmp_path: Path, small_blocks: None, damage: bytes, message: str) -> None:
     good = gzip.decompress((SAMPLE / "validation.fasta.gz").read_bytes())
     (tmp_path / "in.fasta").write_bytes(good + damage + good)
     with pytest.raises(FastaError, match=message) as caught:
@@ -265,12 +265,12 @@ def test_damage_after_many_records_is_placed(tmp_path: Path, small_blocks: None,
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
 
 
-def test_headers_in_other_scripts_are_no_damage(tmp_path: Path) -> None:
+def test_headers_in_other_scripts_are_accepted(tmp_path: Path) -> None:
     store = build(tmp_path, f">α-синуклеин\n{P1}\n>蛋白质\n{P2}\n")
     assert texts(store) == [P1, P2]
 
 
-def test_a_truncated_gzip_is_placed_and_leaves_nothing(tmp_path: Path, small_blocks: None) -> None:
+def test_truncated_gzip_is_located_and_leaves_no_files(tmp_path: Path, small_blocks: None) -> None:
     (tmp_path / "in.gz").write_bytes((SAMPLE / "train.fasta.gz").read_bytes()[:-50_000])
     with pytest.raises(FastaError, match=r"in\.gz, record \d{4}, byte \d+: the gzip stream is damaged"):
         build_store(tmp_path / "in.gz", tmp_path / "store", BuildPolicy())
@@ -278,20 +278,20 @@ def test_a_truncated_gzip_is_placed_and_leaves_nothing(tmp_path: Path, small_blo
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
-def test_damage_before_the_first_record_is_called_damage(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+def test_damage_before_the_first_record_is_reported_as_damage(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     (tmp_path / "in").write_bytes(pack(b">a\n" + P1.encode())[:-30])
     with pytest.raises(FastaError, match=r"record 1, byte 0: the (gzip|zstd) stream is damaged"):
         build_store(tmp_path / "in", tmp_path / "store", BuildPolicy())
 
 
-def test_one_endless_line_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_line_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fasta, "MAX_RECORD_BYTES", 2**20)
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(b">bomb\n" + b"A" * 50_000_000))
     with pytest.raises(FastaError, match="record 1, byte 0: the record is longer than 1 MiB"):
         build_store(tmp_path / "bomb.gz", tmp_path / "store", BuildPolicy())
 
 
-def test_the_manifest_of_a_policy_tells_all_of_it(tmp_path: Path) -> None:
+def test_manifest_stores_the_whole_policy(tmp_path: Path) -> None:
     policy = BuildPolicy(max_residues=50, gaps="drop", seed=9, **ALL_TO_TRAIN)  # type: ignore[arg-type]
     store = build_store(SAMPLE / "test.fasta.gz", tmp_path / "store", policy)
     assert BuildPolicy(**store.manifest["policy"]) == policy

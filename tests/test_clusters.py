@@ -1,4 +1,4 @@
-"""Stores of clusters: tables of any kind, what is held out, what is counted, and what an epoch of training shows."""
+"""Tests of clustered stores: table formats, held-out clusters, counts and the samples of a training epoch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROTEINS = {f"UniRef90_{record.id}": record.sequence.decode() for record in read
 
 
 def _clusters() -> dict[str, list[str]]:
-    """Of 1, 2, 3, 4, 5, 1, 2, ... members, named after the first as UniRef50 is after its representative."""
+    """Return clusters of 1, 2, 3, 4, 5, 1, 2, ... members, each named after its first member as in UniRef50."""
     members, grouped = [*PROTEINS], {}
     while members:
         size = len(grouped) % 5 + 1
@@ -61,7 +61,7 @@ def build(
     policy: BuildPolicy = POLICY,
     threads: int | None = None,
 ) -> ProteinStore:
-    """A store in a folder of its own; without a table, of `CLUSTERS`."""
+    """Build a store in its own folder. Without a table, use `CLUSTERS`."""
     folder.mkdir(parents=True)
     (folder / "members.fasta").write_text("".join(f">{name} n=1\n{residues}\n" for name, residues in proteins))
     content = by_cluster(CLUSTERS) if table is None else table
@@ -71,7 +71,7 @@ def build(
 
 
 def documents(split: SequenceSplit) -> list[list[str]]:
-    """The sequences of each cluster of a split, in their stored order."""
+    """Return the sequences of each cluster of a split in their stored order."""
     none = np.zeros(split.num_clusters, dtype=np.uint64)  # the word 0 draws the first member
     firsts = [*draw_members(split, np.arange(split.num_clusters), none).tolist(), len(split)]
     return [[decode(split[i]) for i in range(*span)] for span in itertools.pairwise(firsts)]
@@ -82,7 +82,7 @@ def content(store: ProteinStore) -> dict[str, list[list[str]]]:
 
 
 def members_of(clusters: Iterable[str]) -> list[list[str]]:
-    """The sequences of some of `CLUSTERS`, sorted."""
+    """Return the sequences of the given `CLUSTERS`, sorted."""
     return sorted([PROTEINS[member] for member in CLUSTERS[cluster]] for cluster in clusters)
 
 
@@ -91,15 +91,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ProteinStore:
     return build(tmp_path_factory.mktemp("clusters") / "reference")
 
 
-# What is in the splits
+# --- splits -----------------------------------------------------------------------------------------------------------
 
 
-def test_train_has_whole_clusters_and_the_others_one_representative_each(store: ProteinStore) -> None:
+def test_train_has_whole_clusters_and_held_out_splits_one_representative_each(store: ProteinStore) -> None:
     found = content(store)
     assert [len(found[name]) for name in SPLITS] == [len(CLUSTERS) - 15, 6, 9]
     cluster_of = {PROTEINS[members[0]]: cluster for cluster, members in CLUSTERS.items()}
     held_out = [cluster_of[sequence] for name in ("validation", "test") for (sequence,) in found[name]]
-    assert len(set(held_out)) == 15  # all of them representatives
+    assert len(set(held_out)) == 15  # all of them are representatives
     assert any(len(CLUSTERS[cluster]) > 1 for cluster in held_out)
     assert sorted(found["train"]) == members_of(CLUSTERS.keys() - set(held_out))
     store.verify()
@@ -115,19 +115,17 @@ def test_megatron_reads_clusters_as_documents(store: ProteinStore) -> None:
         assert read == ours
 
 
-def test_the_store_does_not_depend_on_the_order_of_the_sequences_or_of_the_clusters(
-    store: ProteinStore, tmp_path: Path
-) -> None:
+def test_store_does_not_depend_on_the_order_of_sequences_or_clusters(store: ProteinStore, tmp_path: Path) -> None:
     for trial in range(3):
         shuffler = random.Random(trial)
         proteins, lines = [*PROTEINS.items()], by_cluster(CLUSTERS).splitlines(keepends=True)
         shuffler.shuffle(proteins)
         shuffler.shuffle(lines)
         other = build(tmp_path / str(trial), "".join(lines), proteins)
-        assert other.manifest["splits"] == store.manifest["splits"]  # hashes of the files included
+        assert other.manifest["splits"] == store.manifest["splits"]  # includes the hashes of the files
 
 
-def test_the_first_member_that_the_table_names_is_held_out_wherever_it_stands_in_the_fasta(
+def test_first_member_of_the_table_is_held_out_at_any_position_in_the_fasta(
     store: ProteinStore, tmp_path: Path
 ) -> None:
     turned = {cluster: members[::-1] for cluster, members in CLUSTERS.items()}
@@ -137,7 +135,7 @@ def test_the_first_member_that_the_table_names_is_held_out_wherever_it_stands_in
         assert found[name] == [[last_of[sequence]] for (sequence,) in content(store)[name]]
 
 
-def test_where_the_first_member_has_no_sequence_the_next_one_is_held_out(store: ProteinStore, tmp_path: Path) -> None:
+def test_next_member_is_held_out_if_the_first_has_no_sequence(store: ProteinStore, tmp_path: Path) -> None:
     absent = {members[0] for members in CLUSTERS.values() if len(members) > 1}
     found = content(build(tmp_path / "less", proteins=[item for item in PROTEINS.items() if item[0] not in absent]))
     heir = {PROTEINS[members[0]]: PROTEINS[members[min(1, len(members) - 1)]] for members in CLUSTERS.values()}
@@ -145,28 +143,28 @@ def test_where_the_first_member_has_no_sequence_the_next_one_is_held_out(store: 
         assert found[name] == [[heir[sequence]] for (sequence,) in content(store)[name]]
 
 
-def test_which_clusters_are_held_out_depends_on_the_seed(store: ProteinStore, tmp_path: Path) -> None:
+def test_held_out_clusters_depend_on_the_seed(store: ProteinStore, tmp_path: Path) -> None:
     other = build(tmp_path / "seed", policy=POLICY.replace(seed=6))
     assert content(other)["test"] != content(store)["test"]
 
 
-def test_without_counts_one_cluster_in_twenty_is_held_out_each(tmp_path: Path) -> None:
+def test_one_cluster_in_twenty_is_held_out_by_default(tmp_path: Path) -> None:
     found = build(tmp_path / "in", policy=BuildPolicy())
     assert len(CLUSTERS) == 68
     assert [found.split(name).num_clusters for name in SPLITS] == [62, 3, 3]
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_small_blocks_and_threads_change_no_byte(
+def test_block_size_and_threads_do_not_change_the_store(
     store: ProteinStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     monkeypatch.setattr(clusters_module, "_BLOCK_BYTES", 150)
     monkeypatch.setattr(fasta, "_BLOCK_BYTES", 3_000)
-    monkeypatch.setattr(clusters_module, "_WRITTEN_AT_ONCE", 3)  # less than some clusters have
+    monkeypatch.setattr(clusters_module, "_WRITTEN_AT_ONCE", 3)  # fewer members than some clusters have
     assert build(tmp_path / "in", threads=threads).manifest == store.manifest
 
 
-def test_a_clustered_store_opens_like_any_other_and_its_card_tells_the_clusters(store: ProteinStore) -> None:
+def test_clustered_store_opens_like_any_other_and_its_summary_counts_clusters(store: ProteinStore) -> None:
     from bionemo_esm.data.store_summary import StoreSummary
 
     rows = [line.split() for line in StoreSummary.of(ProteinStore.open(store.folder)).text().splitlines()]
@@ -174,7 +172,7 @@ def test_a_clustered_store_opens_like_any_other_and_its_card_tells_the_clusters(
     assert any(row[:2] == ["cluster", "map"] for row in rows)
 
 
-# Formats of the table
+# --- table formats ----------------------------------------------------------------------------------------------------
 
 HEADING = "cluster id\tmembers\n"
 SHUFFLED_PAIRS = [pair for cluster in [*CLUSTERS][::-1] for pair in pairs({cluster: CLUSTERS[cluster]})]
@@ -197,10 +195,10 @@ FORMATS = {
 
 @pytest.mark.parametrize("block_bytes", [2**22, 1_000, 150])
 @pytest.mark.parametrize("form", FORMATS)
-def test_tables_of_each_form_give_the_same_store(
+def test_all_table_formats_give_the_same_cluster_map(
     store: ProteinStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, block_bytes: int
 ) -> None:
-    """In one block or in many, of which lines straddle the ends."""
+    """Blocks of several sizes; lines cross the ends of blocks."""
     key = POLICY.key
     reference = read_cluster_map(store.folder.with_name("clusters.tsv"), key)
     given = FORMATS[form]
@@ -220,7 +218,7 @@ def test_tables_of_each_form_give_the_same_store(
     "blank",
     ["\n", "\n\n", "\r\n"],
 )
-def test_blank_lines_before_the_table_do_not_hide_which_column_is_the_cluster(tmp_path: Path, blank: str) -> None:
+def test_leading_blank_lines_do_not_change_which_column_is_the_cluster(tmp_path: Path, blank: str) -> None:
     table = blank + "".join(f"{member}\t{cluster}\n" for cluster, member in pairs(CLUSTERS))
     (tmp_path / "blank.tsv").write_text(table)
     (tmp_path / "plain.tsv").write_text(table[len(blank) :])
@@ -228,18 +226,18 @@ def test_blank_lines_before_the_table_do_not_hide_which_column_is_the_cluster(tm
     assert found.clusters.tolist() == plain.clusters.tolist()
 
 
-def test_members_divided_by_commas_may_stand_before_their_cluster(store: ProteinStore, tmp_path: Path) -> None:
+def test_comma_separated_members_may_precede_their_cluster(store: ProteinStore, tmp_path: Path) -> None:
     table = "".join(f"{', '.join(members)}\t{cluster}\n" for cluster, members in CLUSTERS.items())
     assert build(tmp_path / "in", table).manifest["splits"] == store.manifest["splits"]
 
 
 @pytest.mark.parametrize("form", ["member and cluster", "one member a line, as MMseqs2", "clusters in another order"])
-def test_a_store_is_built_of_each_form(store: ProteinStore, tmp_path: Path, form: str) -> None:
+def test_all_table_formats_give_the_same_store(store: ProteinStore, tmp_path: Path, form: str) -> None:
     assert build(tmp_path / "in", FORMATS[form]).manifest["splits"] == store.manifest["splits"]
 
 
-def test_clusters_of_any_name_are_read_where_they_come_first(tmp_path: Path) -> None:
-    """MMseqs2 names a cluster after its representative, which is a member too."""
+def test_cluster_in_the_first_column_may_have_any_name(tmp_path: Path) -> None:
+    """MMseqs2 names a cluster after its representative, which is also a member."""
     table = "".join(f"{members[0]}\t{member}\n" for members in CLUSTERS.values() for member in members)
     found = build(tmp_path / "in", table)
     assert sum(found.split(name).num_clusters for name in SPLITS) == 68
@@ -247,7 +245,7 @@ def test_clusters_of_any_name_are_read_where_they_come_first(tmp_path: Path) -> 
     assert all(cluster in members_of(CLUSTERS) for cluster in train)
 
 
-# Counts
+# --- counts -----------------------------------------------------------------------------------------------------------
 
 
 def test_members_without_cluster_and_clusters_without_sequence_are_counted(store: ProteinStore, tmp_path: Path) -> None:
@@ -263,7 +261,7 @@ def test_members_without_cluster_and_clusters_without_sequence_are_counted(store
     assert (told["members"], told["members_without_sequence"]) == (203, 3)
 
 
-def test_every_record_is_kept_or_counted_as_dropped(store: ProteinStore) -> None:
+def test_every_record_is_counted_as_kept_or_dropped(store: ProteinStore) -> None:
     counts, found = store.manifest["counts"], content(store)
     held_out = {sequence for name in ("validation", "test") for (sequence,) in found[name]}
     left_out = sum(len(members) - 1 for members in CLUSTERS.values() if PROTEINS[members[0]] in held_out)
@@ -273,23 +271,23 @@ def test_every_record_is_kept_or_counted_as_dropped(store: ProteinStore) -> None
     assert counts["records_kept"] == sum(len(store.split(name)) for name in SPLITS)
 
 
-def test_a_member_that_the_table_repeats_in_its_cluster_is_one_member(store: ProteinStore, tmp_path: Path) -> None:
+def test_member_repeated_within_its_cluster_counts_once(store: ProteinStore, tmp_path: Path) -> None:
     found = build(tmp_path / "in", by_cluster(CLUSTERS) + by_cluster(dict([*CLUSTERS.items()][:1])))
     assert found.manifest["splits"] == store.manifest["splits"]
     assert found.manifest["cluster_map"]["members"] == 200
     assert found.manifest["cluster_map"]["members_without_sequence"] == 0
 
 
-# Repeated sequences
+# --- repeated sequences -----------------------------------------------------------------------------------------------
 
 
-def test_repeats_cannot_be_kept_where_clusters_are_dealt(tmp_path: Path) -> None:
+def test_clustered_store_refuses_to_keep_repeated_sequences(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="duplicate_sequences is 'keep'; for clusters it must be drop"):
         build(tmp_path / "in", policy=POLICY.replace(duplicate_sequences="keep"))
 
 
-def test_no_sequence_straddles_the_splits_even_if_it_is_in_two_clusters(tmp_path: Path) -> None:
-    """As two UniRef90 members may be once they are cut: here each third protein takes the residues of the next one."""
+def test_sequence_in_two_clusters_is_never_in_two_splits(tmp_path: Path) -> None:
+    """Cropped UniRef90 members may be equal. Here each third protein has the residues of the next one."""
     names, sequences = [*PROTEINS], [*PROTEINS.values()]
     repeated = [sequences[min(i + 1, 199)] if i % 3 == 0 else sequence for i, sequence in enumerate(sequences)]
     found = content(build(tmp_path / "in", proteins=zip(names, repeated, strict=True)))
@@ -298,14 +296,14 @@ def test_no_sequence_straddles_the_splits_even_if_it_is_in_two_clusters(tmp_path
     assert not distinct["validation"] & distinct["test"]
 
 
-def test_with_repeated_sequences_too_the_store_does_not_depend_on_the_order_of_the_fasta(tmp_path: Path) -> None:
+def test_store_with_repeated_sequences_does_not_depend_on_the_fasta_order(tmp_path: Path) -> None:
     names, sequences = [*PROTEINS], [*PROTEINS.values()]
     proteins = [(name, sequences[(i + 2) % 200] if i % 3 == 0 else sequences[i]) for i, name in enumerate(names)]
     stores = [build(tmp_path / str(step), proteins=proteins[::step]) for step in (1, -1)]
     assert stores[0].manifest["splits"] == stores[1].manifest["splits"]
 
 
-# What is refused
+# --- refused inputs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -327,7 +325,7 @@ def test_with_repeated_sequences_too_the_store_does_not_depend_on_the_order_of_t
     ],
 )
 @pytest.mark.parametrize("block_bytes", [2**22, 150])
-def test_a_table_that_cannot_be_used_is_refused_and_nothing_remains(
+def test_unusable_table_is_refused_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str, message: str, block_bytes: int
 ) -> None:
     monkeypatch.setattr(clusters_module, "_BLOCK_BYTES", block_bytes)
@@ -336,14 +334,14 @@ def test_a_table_that_cannot_be_used_is_refused_and_nothing_remains(
     assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["clusters.tsv", "members.fasta"]
 
 
-def test_a_table_of_other_names_says_what_the_names_must_be(tmp_path: Path) -> None:
+def test_table_with_other_identifiers_is_refused_with_an_explanation(tmp_path: Path) -> None:
     table = by_cluster(CLUSTERS).replace("UniRef90_", "sp|")
     with pytest.raises(StoreError, match=r"members\.fasta: none of its identifiers is in .*clusters\.tsv; the first w"):
         build(tmp_path / "in", table)
     assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["clusters.tsv", "members.fasta"]
 
 
-def test_more_clusters_held_out_than_there_are_is_refused(tmp_path: Path) -> None:
+def test_holding_out_more_clusters_than_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         StoreError, match=r"the clusters, each by its representative: 68 .* are too few for 60 in validation, 9 in test"
     ):
@@ -351,7 +349,7 @@ def test_more_clusters_held_out_than_there_are_is_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "in" / "store").exists()
 
 
-def test_files_that_cannot_be_read_are_named_and_leave_nothing(tmp_path: Path) -> None:
+def test_unreadable_files_are_named_and_leave_no_files(tmp_path: Path) -> None:
     fasta_path = SAMPLE / "test.fasta.gz"
     table = tmp_path / "clusters.tsv.gz"
     with pytest.raises(SourceError, match=r"clusters\.tsv\.gz: no such file"):
@@ -365,7 +363,7 @@ def test_files_that_cannot_be_read_are_named_and_leave_nothing(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters.tsv.gz", "dna.fasta"]
 
 
-def test_a_truncated_table_is_called_damaged(tmp_path: Path) -> None:
+def test_truncated_table_is_reported_as_damaged(tmp_path: Path) -> None:
     table = gzip.compress(by_cluster(CLUSTERS).encode())[:-20]
     with pytest.raises(
         StoreError, match=r"clusters\.tsv: the gzip stream is damaged .*download or copy the file again"
@@ -374,11 +372,11 @@ def test_a_truncated_table_is_called_damaged(tmp_path: Path) -> None:
     assert not (tmp_path / "in" / "store").exists()
 
 
-# Training
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def residues_shown(share: RankBatch | list[PackedBatch]) -> list[str]:
-    """The proteins of some micro batches before they were corrupted."""
+    """Return the proteins of micro batches before corruption."""
     proteins = []
     for batch in share.micro_batches if isinstance(share, RankBatch) else share:
         tokens = batch.tokens.clone()
@@ -393,7 +391,7 @@ def stream(split: SequenceSplit, plan: BatchPlan, seed: int = 1) -> TrainingBatc
     return TrainingBatches(SampleReader(split, 1026, MaskingPolicy(), seed), plan)
 
 
-def test_an_epoch_shows_each_cluster_once(store: ProteinStore) -> None:
+def test_epoch_contains_each_cluster_once(store: ProteinStore) -> None:
     train = store.split("train")
     cluster_of = {sequence: number for number, cluster in enumerate(documents(train)) for sequence in cluster}
     assert train.num_clusters == 53
@@ -407,9 +405,9 @@ def test_an_epoch_shows_each_cluster_once(store: ProteinStore) -> None:
     assert len(orders) == len(members) == 6
 
 
-def test_what_is_drawn_does_not_depend_on_batches_or_ranks(store: ProteinStore) -> None:
+def test_drawn_members_do_not_depend_on_batch_size_or_world_size(store: ProteinStore) -> None:
     train = store.split("train")
-    whole = residues_shown(stream(train, BatchPlan(48, 48))[48])  # the end of one epoch and the beginning of the next
+    whole = residues_shown(stream(train, BatchPlan(48, 48))[48])  # the end of one epoch and the start of the next
     parts = [stream(train, BatchPlan(48, 4, rank, 3)) for rank in range(3)]
     assert sorted(protein for part in parts for protein in residues_shown(part[48])) == sorted(whole)
     small = stream(train, BatchPlan(6, 6))
@@ -418,12 +416,12 @@ def test_what_is_drawn_does_not_depend_on_batches_or_ranks(store: ProteinStore) 
 
 
 def draws(split: SequenceSplit, epochs: int, seed: int = 1) -> NDArray[np.int64]:
-    """The sequence that each epoch shows of each cluster, int64 [epochs, clusters]."""
+    """Return the index of the member drawn for each cluster in each epoch: int64 [epochs, clusters]."""
     epoch, cluster = (grid.ravel() for grid in np.indices((epochs, split.num_clusters)))
     return draw_members(split, cluster, member_words(sample_keys(seed, epoch, cluster))).reshape(epochs, -1)
 
 
-def test_members_are_drawn_as_the_reader_draws_them(store: ProteinStore) -> None:
+def test_members_are_drawn_as_by_the_reference(store: ProteinStore) -> None:
     train = store.split("train")
     drawn = draws(train, epochs=3)
     for epoch in range(3):
@@ -444,11 +442,11 @@ def test_members_of_a_cluster_are_equally_likely_and_epochs_independent(store: P
     assert np.abs(again - 1 / sizes).max() < 4 * np.sqrt(0.25 / epochs)
     place = drawn - (np.cumsum(sizes) - sizes)
     fives = place[:, sizes == 5]
-    together = (fives[:, 1:] == fives[:, :-1]).mean()  # nor do clusters of one epoch follow each other
+    together = (fives[:, 1:] == fives[:, :-1]).mean()  # clusters of one epoch are independent too
     assert together == pytest.approx(0.2, abs=0.01)
 
 
-def test_a_draw_follows_from_seed_epoch_and_cluster_alone(store: ProteinStore) -> None:
+def test_drawn_member_depends_only_on_seed_epoch_and_cluster(store: ProteinStore) -> None:
     train = store.split("train")
     drawn = draws(train, epochs=20)
     for epoch, cluster in ((0, 0), (3, 17), (19, 52)):
@@ -458,16 +456,16 @@ def test_a_draw_follows_from_seed_epoch_and_cluster_alone(store: ProteinStore) -
     assert np.array_equal(drawn, draws(ProteinStore.open(store.folder).split("train"), epochs=20))
 
 
-def test_members_are_drawn_independently_of_their_crops() -> None:
+def test_drawn_members_are_independent_of_their_crops() -> None:
     keys = sample_keys(1, np.zeros(20_000, dtype=np.int64), np.arange(20_000))
     starts, _ = crop_windows(np.full(20_000, 1_000), 500, keys)
     words = member_words(keys)
-    for power in (1, 2, 4):  # clusters of as many members
+    for power in (1, 2, 4):  # members per cluster
         members = uniform_integers(words, np.full(20_000, 2**power))
         assert abs(np.corrcoef(members, starts)[0, 1]) < 0.03
 
 
-def test_held_out_splits_are_plain_to_a_reader(store: ProteinStore) -> None:
+def test_held_out_splits_show_the_same_sequence_in_every_epoch(store: ProteinStore) -> None:
     reader = SampleReader(store.split("validation"), 1026, MaskingPolicy().for_evaluation(), seed=1)
     assert reader.num_samples == 6
     samples = np.arange(6)

@@ -1,4 +1,4 @@
-"""The compiled pass from store to batch equals the NumPy reference bit for bit, and refuses damaged stores."""
+"""Tests of the compiled collate: it equals the NumPy reference bit for bit and refuses damaged stores."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ POLICIES = (
 
 
 def by_formula(reader: SampleReader, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> PackedBatch:
-    """What `collate` should return, by the NumPy formulas."""
+    """Return the expected result of `collate`, computed by the NumPy reference."""
     keys = sample_keys(reader.seed, epochs, samples)
     sequences = draw_members(reader.split, samples, member_words(keys))
     starts, kept = crop_windows(reader.split.lengths[sequences].astype(np.int64), reader.max_tokens - 2, keys)
@@ -53,7 +53,7 @@ def assert_same(batch: PackedBatch, expected: PackedBatch) -> None:
 
 
 def feistel(values: UInt64Array, keys: UInt64Array, bits: int) -> UInt64Array:
-    """A keyed permutation of [0, 2**bits) by eight rounds."""
+    """Return a keyed permutation of [0, 2**bits) by eight Feistel rounds."""
     left_bits, right_bits = bits // 2, bits - bits // 2
     left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
     for round_number in range(8):
@@ -64,7 +64,7 @@ def feistel(values: UInt64Array, keys: UInt64Array, bits: int) -> UInt64Array:
 
 
 def order_by_formula(size: int, seed: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Walk until inside, each position under its epoch's key."""
+    """Return the sample at each position of the epoch permutation, by cycle walking with the key of its epoch."""
     epochs, places = np.divmod(positions, size)
     keys, values = derive_key(seed, 1, epochs), places.astype(np.uint64)
     outside = np.arange(len(values))
@@ -76,7 +76,7 @@ def order_by_formula(size: int, seed: int, positions: NDArray[np.int64]) -> NDAr
 
 @pytest.fixture(scope="module")
 def clustered(sample_store: ProteinStore, tmp_path_factory: pytest.TempPathFactory) -> SequenceSplit:
-    """200 proteins in clusters of 1, 2, 3, 4, 1, 2, 3, 4..."""
+    """Return 200 proteins in clusters of 1, 2, 3, 4, 1, 2, 3, 4..."""
     train = sample_store.split("train")
     with StoreWriter(tmp_path_factory.mktemp("clustered") / "store") as writer:
         tokens = np.concatenate([train[i] for i in range(200)])
@@ -86,7 +86,7 @@ def clustered(sample_store: ProteinStore, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def spoiled(tmp_path: Path) -> Path:
-    """A store of three proteins, to be spoiled."""
+    """Return a store of three proteins for tests that damage it."""
     with StoreWriter(tmp_path / "store") as writer:
         writer.add_many("train", encode("MKTAYIAKQR"), [3, 4, 3])
         return writer.finish({})
@@ -94,8 +94,8 @@ def spoiled(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("max_tokens", [3, 66, 130, 512, 1026])
-def test_batches_are_those_of_the_formulas(tiny_split: SequenceSplit, max_tokens: int, policy: MaskingPolicy) -> None:
-    """`tiny_split` has proteins of 1 to 1,000 residues, all letters, and lengths about 64 and about 512."""
+def test_batches_equal_the_reference(tiny_split: SequenceSplit, max_tokens: int, policy: MaskingPolicy) -> None:
+    """`tiny_split` has proteins of 1 to 1,000 residues, all letters, and lengths near 64 and 512."""
     samples = np.random.default_rng(0).permutation(np.arange(3 * len(tiny_split)) % len(tiny_split))
     reader = SampleReader(tiny_split, max_tokens, policy, seed=5)
     epochs = np.arange(len(samples), dtype=np.int64) ** 2
@@ -103,14 +103,14 @@ def test_batches_are_those_of_the_formulas(tiny_split: SequenceSplit, max_tokens
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**62])
-def test_a_whole_split_is_that_of_the_formulas(sample_store: ProteinStore, seed: int) -> None:
+def test_whole_split_equals_the_reference(sample_store: ProteinStore, seed: int) -> None:
     reader = SampleReader(sample_store.split("train"), 512, MaskingPolicy(), seed)
     epochs, samples = EpochPermutation(reader.num_samples, seed).samples(np.arange(7, 7 + reader.num_samples))
     assert_same(reader.collate(epochs, samples), by_formula(reader, epochs, samples))
 
 
 @pytest.mark.parametrize("letter", ["L", "C", *"XBUZO", "<unk>"])
-def test_every_letter_is_replaced_as_by_the_formulas(tmp_path: Path, letter: str) -> None:
+def test_every_letter_is_replaced_as_in_the_reference(tmp_path: Path, letter: str) -> None:
     with StoreWriter(tmp_path / "store") as writer:
         writer.add("train", np.full(5000, TOKEN_IDS[letter], dtype=np.uint8))
         split = ProteinStore.open(writer.finish({})).split("train")
@@ -124,14 +124,14 @@ def test_every_letter_is_replaced_as_by_the_formulas(tmp_path: Path, letter: str
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 510])
-def test_lengths_about_a_machine_word_are_those_of_the_formulas(sample_store: ProteinStore, length: int) -> None:
+def test_lengths_near_a_machine_word_equal_the_reference(sample_store: ProteinStore, length: int) -> None:
     reader = SampleReader(sample_store.split("train"), length + 2, MaskingPolicy(mlm_probability=0.5), seed=9)
     samples = np.flatnonzero(reader.split.lengths >= length)
     epochs = np.full_like(samples, 4)
     assert_same(reader.collate(epochs, samples), by_formula(reader, epochs, samples))
 
 
-def test_clusters_show_the_member_that_the_formulas_draw(clustered: SequenceSplit) -> None:
+def test_cluster_members_equal_those_of_the_reference(clustered: SequenceSplit) -> None:
     reader = SampleReader(clustered, 258, MaskingPolicy(), seed=11)
     epochs, samples = EpochPermutation(reader.num_samples, 1).samples(np.arange(10 * reader.num_samples))
     expected = by_formula(reader, epochs, samples)
@@ -139,7 +139,7 @@ def test_clusters_show_the_member_that_the_formulas_draw(clustered: SequenceSpli
     np.testing.assert_array_equal(reader.token_counts(epochs, samples), np.diff(expected.cu_seqlens.numpy()))
 
 
-def test_lengths_are_known_without_the_batch(sample_store: ProteinStore) -> None:
+def test_token_counts_equal_the_lengths_without_building_the_batch(sample_store: ProteinStore) -> None:
     reader = SampleReader(sample_store.split("train"), 200, MaskingPolicy(), seed=1)
     samples = np.arange(reader.num_samples)
     lengths = reader.token_counts(np.zeros_like(samples), samples)
@@ -148,21 +148,21 @@ def test_lengths_are_known_without_the_batch(sample_store: ProteinStore) -> None
 
 
 @pytest.mark.parametrize("max_tokens", [2, 512])
-def test_no_samples_and_no_residues_make_a_batch(tiny_split: SequenceSplit, max_tokens: int) -> None:
+def test_empty_batches_and_empty_sequences_are_supported(tiny_split: SequenceSplit, max_tokens: int) -> None:
     reader = SampleReader(tiny_split, max_tokens, MaskingPolicy(), seed=1)
     for count in (0, 3):
         samples = np.arange(count)
         assert_same(reader.collate(samples, samples), by_formula(reader, samples, samples))
 
 
-def test_integers_of_any_type_and_stride_are_taken(tiny_split: SequenceSplit) -> None:
+def test_sample_indices_of_any_integer_type_and_stride_are_accepted(tiny_split: SequenceSplit) -> None:
     reader = SampleReader(tiny_split, 512, MaskingPolicy(), seed=1)
     samples = np.arange(30)
     expected = reader.collate(samples[::3], samples[::3])
     assert_same(reader.collate(samples[::3].astype(np.int32), samples[::3].copy()), expected)
 
 
-def test_a_row_with_more_chosen_than_expected_is_made_all_the_same(
+def test_row_with_more_targets_than_the_expected_capacity_is_correct(
     monkeypatch: pytest.MonkeyPatch, tiny_split: SequenceSplit
 ) -> None:
     reader = SampleReader(tiny_split, 512, MaskingPolicy(mlm_probability=0.6), seed=1)
@@ -171,8 +171,8 @@ def test_a_row_with_more_chosen_than_expected_is_made_all_the_same(
     assert_same(reader.collate(samples, samples), by_formula(reader, samples, samples))
 
 
-def test_a_batch_lies_in_one_piece_of_memory_with_little_room_to_spare(sample_store: ProteinStore) -> None:
-    """Nothing is made and copied afterwards; a loader's worker hands over one piece."""
+def test_batch_is_one_block_of_memory_with_little_slack(sample_store: ProteinStore) -> None:
+    """Collate writes into one block without a later copy. A loader worker transfers one block."""
     reader = SampleReader(sample_store.split("train"), 512, MaskingPolicy(), seed=1)
     samples = np.arange(370)
     batch = reader.collate(samples, samples)
@@ -191,13 +191,13 @@ def test_batches_share_no_memory_with_each_other_or_the_store(tiny_split: Sequen
     assert_same(reader.collate(samples, samples), by_formula(reader, samples, samples))
 
 
-def test_loops_let_other_threads_run() -> None:
+def test_compiled_loops_release_the_gil() -> None:
     loops = (collate.measure, collate.crop, collate.fill, masking.mask_row, dataloader._permute)
     assert all(loop.targetoptions["nogil"] for loop in loops)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_loader_processes_make_the_same_batches(tiny_split: SequenceSplit, start: str) -> None:
+def test_loader_workers_produce_the_same_batches(tiny_split: SequenceSplit, start: str) -> None:
     stream = TrainingBatches(SampleReader(tiny_split, 512, MaskingPolicy(), seed=1), BatchPlan(8, 8))
     loader = DataLoader(stream, sampler=[0, 8, 16], batch_size=None, num_workers=1, multiprocessing_context=start)
     for consumed, share in zip((0, 8, 16), loader, strict=True):
@@ -205,7 +205,7 @@ def test_loader_processes_make_the_same_batches(tiny_split: SequenceSplit, start
 
 
 @pytest.mark.parametrize("sample", [-1, 3, 2**40])
-def test_a_sample_outside_the_split_is_refused(spoiled: Path, sample: int) -> None:
+def test_sample_outside_the_split_is_refused(spoiled: Path, sample: int) -> None:
     split = ProteinStore.open(spoiled).split("train")
     reader = SampleReader(split, 512, MaskingPolicy(), seed=1)
     for ask in (reader.collate, reader.token_counts):
@@ -213,7 +213,7 @@ def test_a_sample_outside_the_split_is_refused(spoiled: Path, sample: int) -> No
             ask(np.zeros(2, dtype=np.int64), np.array([0, sample]))
 
 
-def test_a_cluster_outside_the_split_is_refused(clustered: SequenceSplit) -> None:
+def test_cluster_outside_the_split_is_refused(clustered: SequenceSplit) -> None:
     reader = SampleReader(clustered, 512, MaskingPolicy(), seed=1)
     for ask, sample in itertools.product((reader.collate, reader.token_counts), (-1, 80)):
         with pytest.raises(IndexError, match=rf"sample {sample} of .*train, which has 80"):
@@ -221,7 +221,7 @@ def test_a_cluster_outside_the_split_is_refused(clustered: SequenceSplit) -> Non
 
 
 @pytest.mark.parametrize("token", [VOCABULARY_SIZE, 200, 255])
-def test_token_ids_beyond_the_alphabet_are_never_handed_out(spoiled: Path, token: int) -> None:
+def test_token_id_outside_the_alphabet_is_refused(spoiled: Path, token: int) -> None:
     content = bytearray((spoiled / "train.bin").read_bytes())
     content[5] = token
     (spoiled / "train.bin").write_bytes(content)
@@ -233,9 +233,9 @@ def test_token_ids_beyond_the_alphabet_are_never_handed_out(spoiled: Path, token
 
 
 @pytest.mark.parametrize("offset", [-1, 8, 2**62])
-def test_a_sequence_outside_the_file_is_never_read(spoiled: Path, offset: int) -> None:
+def test_sequence_outside_the_file_is_refused(spoiled: Path, offset: int) -> None:
     index = bytearray((spoiled / "train.idx").read_bytes())
-    index[34 + 3 * 4 : 34 + 3 * 4 + 8] = offset.to_bytes(8, "little", signed=True)  # the first sequence's
+    index[34 + 3 * 4 : 34 + 3 * 4 + 8] = offset.to_bytes(8, "little", signed=True)  # offset of the first sequence
     (spoiled / "train.idx").write_bytes(index)
     reader = SampleReader(ProteinStore.open(spoiled).split("train"), 512, MaskingPolicy(), seed=1)
     one = np.zeros(1, dtype=np.int64)
@@ -243,7 +243,7 @@ def test_a_sequence_outside_the_file_is_never_read(spoiled: Path, offset: int) -
         reader.collate(one, one)
 
 
-def test_a_negative_length_is_refused(spoiled: Path) -> None:
+def test_negative_length_is_refused(spoiled: Path) -> None:
     index = bytearray((spoiled / "train.idx").read_bytes())
     index[34:38] = (-4).to_bytes(4, "little", signed=True)
     (spoiled / "train.idx").write_bytes(index)
@@ -254,14 +254,14 @@ def test_a_negative_length_is_refused(spoiled: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 37, 1024, 1025, 52_000_000, 2**48])
-def test_the_order_is_that_of_the_formula(size: int) -> None:
+def test_epoch_permutation_equals_the_formula(size: int) -> None:
     for seed, first in itertools.product((0, 7, 2**62), (0, 5 * size - 3 if size > 3 else 0, 2**50)):
         positions = np.arange(first, first + 500, dtype=np.int64)
         _, samples = EpochPermutation(size, seed).samples(positions)
         np.testing.assert_array_equal(samples, order_by_formula(size, seed, positions))
 
 
-def test_a_member_is_drawn_as_the_formula_has_it() -> None:
+def test_member_draw_equals_the_formula() -> None:
     keys = sample_keys(1, np.zeros(1000, dtype=np.int64), np.arange(1000))
     for members in (2, 3, 1000):
         drawn = [collate.draw_member(10, 10 + members, key) for key in keys]

@@ -1,4 +1,4 @@
-"""Command lines: errors in one line with exit code 2, literal values of text keys, help."""
+"""Tests of command lines: one-line errors with exit code 2, literal values of text keys, help."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from runs import ROOT, composed
         (["hydra.mode=MULTIRUN"], "error: hydra.mode=MULTIRUN: one job a command"),
     ],
 )
-def test_arguments_that_cannot_be_composed_are_refused_in_one_line(
+def test_invalid_arguments_are_refused_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -66,7 +66,7 @@ def test_arguments_that_cannot_be_composed_are_refused_in_one_line(
         ['data.fasta="lr=3(1).fa"'],
     ],
 )
-def test_arguments_that_can_be_composed_and_hydras_own_flags_pass(arguments: list[str]) -> None:
+def test_valid_arguments_and_the_flags_of_hydra_are_accepted(arguments: list[str]) -> None:
     check_command_line(pretrain, arguments)
 
 
@@ -89,7 +89,7 @@ def test_arguments_that_can_be_composed_and_hydras_own_flags_pass(arguments: lis
         *("$(ls)", "a\\", "\\'", "#1.fasta", "x: y", "[a,b]", " lead", "x\ty"),
     ],
 )
-def test_a_value_of_a_text_key_is_taken_literally(text: str) -> None:
+def test_value_of_a_text_key_is_taken_literally(text: str) -> None:
     cfg = composed(embed.for_hydra(f"input={text}"), "model=x.nemo", "output=x.h5", config="embed", part="inference")
     assert plain_values(cfg)["input"] == text
 
@@ -107,7 +107,7 @@ def test_a_value_of_a_text_key_is_taken_literally(text: str) -> None:
         ("[1].fasta", "[1].fasta"),
     ],
 )
-def test_what_is_not_literal_in_a_value_of_a_text_key(given: str, value: object) -> None:
+def test_quotes_lists_null_and_home_in_a_text_value_are_interpreted(given: str, value: object) -> None:
     cfg = composed(preprocess.for_hydra(f"input={given}"), config="preprocess_uniref50")
     assert plain_values(cfg)["input"] == value
 
@@ -134,7 +134,7 @@ def test_text_keys_are_keys_of_the_configuration(name: str) -> None:
         assert last in list(OmegaConf.select(cfg, parent) if parent else cfg), key
 
 
-HELP = {  # of each command a key of its own with what it means, and one that every such job has
+HELP = {  # of each command: its configuration, a key of its own with its comment, and a key shared by all such commands
     "embed": ("extract_embeddings", "layers: [-1]  # whose hidden states", "device: auto  # auto (a GPU"),
     "score": ("score_variants", "offset: 1  # the number", "device: auto  # auto (a GPU"),
     "contacts": ("predict_contacts", "threshold: 0.3  # contacts.csv", "device: auto  # auto (a GPU"),
@@ -162,15 +162,15 @@ def test_help_lists_every_key_with_its_meaning(command: str, is_example: bool) -
     assert "hydra" not in done.stdout
     called = f"python {program[0]}" if is_example else f"bionemo-esm {command}"
     assert done.stdout.startswith(f"{called} key=value ...\n")
-    assert done.stdout.count(called) >= 2  # in the commands to begin with
+    assert done.stdout.count(called) >= 2  # in the example commands at the top
 
 
-def test_a_setting_that_must_be_given_is_named() -> None:
+def test_missing_required_setting_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^target must be given: target=\.\.\.$"):
         plain_values(composed("source=here", config="convert_checkpoint"))
 
 
-def test_a_group_that_must_be_chosen_is_named_with_its_members(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_required_group_is_named_with_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         check_command_line(finetune, ["restore_from_path=x.nemo", "output=out"])
     assert stopped.value.code == 2
@@ -179,7 +179,7 @@ def test_a_group_that_must_be_chosen_is_named_with_its_members(capsys: pytest.Ca
     )
 
 
-def test_a_misspelt_key_is_named_where_a_group_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_misspelt_key_is_named_when_a_group_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         check_command_line(finetune, ["task=gb1", "data.trian=x.csv"])
     assert capsys.readouterr().err == "error: data.trian is not a key; did you mean data.train?\n"

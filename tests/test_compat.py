@@ -1,4 +1,4 @@
-"""Internals of other libraries that `bionemo_esm.compat` uses: each test names the library, the version and the use."""
+"""Tests of the library internals that `bionemo_esm.compat` uses. Each test names the library and its version."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_from(distribution: str) -> str:
     return f"{distribution} {version(distribution)}; compat.py was read from {compat.READ_FROM[distribution]}"
 
 
-def test_importing_it_imports_no_library() -> None:
+def test_importing_compat_imports_no_library() -> None:
     code = (
         "import sys, bionemo_esm.compat\n"
         "print({'torch', 'nemo', 'lightning', 'megatron'} & {name.partition('.')[0] for name in sys.modules})"
@@ -32,7 +32,7 @@ def test_importing_it_imports_no_library() -> None:
 
 
 class Manual(LightningModule):
-    """Steps an optimizer by hand; skips some steps."""
+    """A module with manual optimization that skips the given steps."""
 
     def __init__(self, skipped: tuple[int, ...]) -> None:
         super().__init__()
@@ -60,11 +60,11 @@ def trained(steps: int, *skipped: int) -> Trainer:
     return trainer
 
 
-def test_lightning_counts_a_skipped_step_like_a_taken_one() -> None:
+def test_lightning_counts_a_skipped_step_as_a_step() -> None:
     assert trained(5, 1, 3).global_step == 5, read_from("lightning")
 
 
-def test_lightnings_loop_state_after_some_steps_is_what_training_gives() -> None:
+def test_constructed_loop_state_equals_the_state_after_training() -> None:
     whole = trained(4).fit_loop.state_dict()
     made = compat.fit_loop_state(trained(1), 4)
     for key in ("epoch_loop.batch_progress", "epoch_loop.manual_optimization.optim_step_progress"):
@@ -72,8 +72,8 @@ def test_lightnings_loop_state_after_some_steps_is_what_training_gives() -> None
     assert made["epoch_loop.state_dict"] == whole["epoch_loop.state_dict"], read_from("lightning")
 
 
-def test_megatron_asks_a_group_for_size_and_rank_only() -> None:
-    """With other questions the construction of an encoder without `torch.distributed` fails here."""
+def test_megatron_uses_only_size_and_rank_of_a_process_group() -> None:
+    """If Megatron used more, building an encoder without `torch.distributed` would fail here."""
     assert not torch.distributed.is_initialized()
     encoder = tiny_model().encoder
     assert encoder is not None
@@ -101,18 +101,18 @@ def test_nemo_reads_its_connector_from_the_module_of_modelpt() -> None:
 
 
 @pytest.mark.skipif(not compat.onednn_is_available(torch.float32), reason="PyTorch without oneDNN")
-def test_onednns_operator_is_a_linear_layer() -> None:
+def test_onednn_operator_is_a_linear_layer() -> None:
     given, weight, bias = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
     expected = torch.nn.functional.linear(given, weight, bias)
     assert torch.allclose(compat.onednn_linear(given, weight, bias), expected, atol=1e-5), read_from("torch")
     assert torch.allclose(compat.onednn_linear(given, weight, None), expected - bias, atol=1e-5), read_from("torch")
 
 
-def test_onednn_takes_no_float64() -> None:
+def test_onednn_does_not_support_float64() -> None:
     assert not compat.onednn_is_available(torch.float64)
 
 
-def test_the_softmax_gradient_operator_is_the_formula() -> None:
+def test_softmax_backward_operator_equals_autograd() -> None:
     scores = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
     gradient = torch.randn(2, 4, 5, dtype=torch.float64)
     probabilities = scores.softmax(-1)
@@ -122,5 +122,5 @@ def test_the_softmax_gradient_operator_is_the_formula() -> None:
     assert torch.allclose(found, scores.grad), read_from("torch")
 
 
-def test_what_the_cpu_multiplies_is_known() -> None:
+def test_cpu_support_of_bfloat16_products_is_reported() -> None:
     assert compat.cpu_multiplies_bfloat16() in (True, False), read_from("torch")

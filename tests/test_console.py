@@ -1,4 +1,4 @@
-"""The terminal: our lines reach it, other libraries' go into the log; streams, signals and exit codes of commands."""
+"""Tests of the console: lines on the terminal, log of other libraries, streams, signals and exit codes of commands."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_only_our_lines_reach_the_terminal(tmp_path: Path) -> None:
         assert line in log.read_text()
 
 
-def test_an_exception_finds_the_streams_as_they_were(tmp_path: Path) -> None:
+def test_streams_are_restored_after_an_exception(tmp_path: Path) -> None:
     streams = sys.stdout, sys.stderr
     with pytest.raises(RuntimeError), redirect_output(tmp_path / "log"):
         raise RuntimeError
     assert (sys.stdout, sys.stderr) == streams
 
 
-def test_other_ranks_are_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ranks_other_than_0_are_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with redirect_output(tmp_path / "log", silent=True) as console:
         console.print_line("hello")
         console.progress("step")
@@ -66,7 +66,7 @@ run_program(main)
 
 
 def running(body: str, shell: str = "@", folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run these lines as a command, in a process that the shell starts at the place of @."""
+    """Run code as a command, in a process that the shell starts in place of @."""
     source = PROGRAM.format(body=body.replace("\n", "\n    "))
     line = shell.replace("@", '"$0" -c "$1"')
     return subprocess.run(
@@ -93,13 +93,13 @@ Path("result").write_text("whole")
         pytest.param("@<&- >&- 2>&-", id="all-closed"),
     ],
 )
-def test_work_goes_on_where_nobody_reads_its_output(redirected: bool, shell: str, tmp_path: Path) -> None:
+def test_command_finishes_when_nobody_reads_its_output(redirected: bool, shell: str, tmp_path: Path) -> None:
     done = running(PRINTING.format(redirected=redirected), shell, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "result").read_text() == "whole"
 
 
-def test_letters_that_the_terminal_has_not_are_escaped() -> None:
+def test_characters_outside_the_terminal_encoding_are_escaped() -> None:
     body = 'Console(sys.stdout).print_line("größe \\udcff")\nraise UserError("über")'
     done = running(body, "PYTHONIOENCODING=ascii @")
     assert (done.returncode, done.stdout, done.stderr) == (2, "gr\\xf6\\xdfe \\udcff\n", "error: \\xfcber\n")
@@ -124,7 +124,7 @@ def test_letters_that_the_terminal_has_not_are_escaped() -> None:
         ("atexit.register(os.kill, os.getpid(), signal.SIGINT)\nraise KeyboardInterrupt", "@", 130, "\nInterrupted."),
     ],
 )
-def test_a_command_ends_in_one_line_and_with_its_exit_code(
+def test_command_ends_with_one_line_and_its_exit_code(
     body: str, shell: str, code: int, error: str, tmp_path: Path
 ) -> None:
     done = running(body, shell, tmp_path)
@@ -134,7 +134,7 @@ def test_a_command_ends_in_one_line_and_with_its_exit_code(
 
 
 @pytest.mark.parametrize("name", program.COMMANDS)
-def test_ctrl_c_while_a_command_is_imported_ends_in_one_line(
+def test_ctrl_c_during_the_import_of_a_command_ends_in_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(module: str) -> None:
@@ -148,6 +148,6 @@ def test_ctrl_c_while_a_command_is_imported_ends_in_one_line(
     assert capsys.readouterr().err == "\nInterrupted.\n"
 
 
-def test_every_command_is_where_the_table_says() -> None:
+def test_every_command_of_the_table_exists() -> None:
     for place in program.COMMANDS.values():
         assert callable(getattr(import_module(place.module), place.function))

@@ -1,4 +1,4 @@
-"""A contact head from a few structures: its features, the regression, the figures it is judged by, and the archive."""
+"""Tests of fitting a contact head: features, regression, precision metrics and the archive."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ SHAPE = Shape(2, 32, 4)
 
 @pytest.fixture(scope="module")
 def structures(tiny_split: SequenceSplit) -> list[Structure]:
-    """Real sequences of 30 to 150 residues on random compact walks; some residues are not resolved."""
+    """Return real sequences of 30 to 150 residues on random compact walks. Some residues are unresolved."""
     proteins = [tiny_split[index] for index in range(11, 37)]
     return [walk(f"s{index}", protein[: 40 + 5 * index], index) for index, protein in enumerate(proteins[:12])]
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """An ESM-2 of random weights, without a contact head."""
+    """Return an ESM-2 with random weights and without a contact head."""
     path = tmp_path_factory.mktemp("engine") / "m.nemo"
     tiny_model(position_embedding="rotary", token_dropout=True, seq_length=130).save_to(str(path))
     return Engine.load(path, "cpu")
@@ -80,7 +80,7 @@ def fitted(engine: Engine, structures: list[Structure]) -> Regression:
 
 
 @pytest.mark.parametrize("family", ["ESM-1b", "ESM-2"])
-def test_features_and_fit_are_those_of_fair_esms_own_attention_maps(
+def test_features_and_fit_equal_those_from_the_attention_maps_of_fair_esm(
     family: str, structures: list[Structure], tmp_path: Path
 ) -> None:
     peer = fair_esm(family, SHAPE, tmp_path / "peer")
@@ -112,7 +112,7 @@ def test_features_and_fit_are_those_of_fair_esms_own_attention_maps(
         maps_of = dict(predict_contacts(ours, [structure.tokens for structure in structures[:4]], WindowSpec.of(ours)))
     pairs_of_all = training_pairs(structures[:4], CHOICE)
     answers = [maps_of[place][pairs.first, pairs.second] for place, pairs in enumerate(pairs_of_all)]
-    assert np.abs(np.concatenate(answers) - expected).max() < 1e-3  # where two fits of nearly equal numbers end
+    assert np.abs(np.concatenate(answers) - expected).max() < 1e-3  # tolerance between two separate fits
     own = np.concatenate(
         [attention_features(ours, s.tokens, p) for s, p in zip(structures, pairs_of_all, strict=False)]
     )
@@ -120,7 +120,7 @@ def test_features_and_fit_are_those_of_fair_esms_own_attention_maps(
     assert np.abs(np.concatenate(answers) - 1 / (1 + np.exp(-logits))).max() < 1e-5
 
 
-def test_of_attention_maps_no_more_than_one_layers_are_alive(
+def test_attention_maps_of_at_most_one_layer_are_in_memory(
     structures: list[Structure], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_model(num_layers=5, position_embedding="rotary").save_to(str(tmp_path / "m.nemo"))
@@ -139,14 +139,14 @@ def test_of_attention_maps_no_more_than_one_layers_are_alive(
     assert most == [1] * 5
 
 
-def test_a_map_of_zeros_is_corrected_to_zeros() -> None:
+def test_average_product_correction_of_a_zero_map_is_zero() -> None:
     maps = torch.stack([torch.zeros(5, 5), torch.rand(5, 5)])
     corrected = average_product_correction(maps)
     assert torch.equal(corrected[0], torch.zeros(5, 5)) and corrected[1].isfinite().all()
     assert torch.equal(corrected[1], esm.modules.apc(maps[1:])[0])
 
 
-def test_a_regression_finds_the_head_that_knows_and_leaves_the_others_out() -> None:
+def test_regression_selects_the_informative_head_only() -> None:
     random = np.random.default_rng(0)
     touch = random.random(4000) < 0.1
     features = random.normal(0, 0.05, (4000, 8)).astype(np.float32)
@@ -159,10 +159,10 @@ def test_a_regression_finds_the_head_that_knows_and_leaves_the_others_out() -> N
     assert not fit_regression(features, touch, 1e-4, 0).weight.any()
 
 
-# --- which structures and pairs ---------------------------------------------------------------------------------------
+# --- structures and pairs ---------------------------------------------------------------------------------------------
 
 
-def test_no_sequence_is_fitted_on_and_asked_about(structures: list[Structure]) -> None:
+def test_fitted_and_held_out_structures_share_no_sequence(structures: list[Structure]) -> None:
     twin = Structure("twin", structures[0].tokens, structures[0].coordinates)
     short = walk("short", structures[1].tokens[:6], 1)
     for seed in range(5):
@@ -179,7 +179,7 @@ def test_no_sequence_is_fitted_on_and_asked_about(structures: list[Structure]) -
     assert "s0" not in [found.id for found in named.held_out]
 
 
-def test_structures_to_fit_on_must_be_there_and_fit_the_model(structures: list[Structure]) -> None:
+def test_training_structures_must_exist_and_fit_the_window_of_the_model(structures: list[Structure]) -> None:
     lengths = sorted(structure.residues for structure in structures)
     with pytest.raises(ConfigError, match="train=12: there are 3 structures to fit on"):
         divide(structures, FitOptions(train=12), lengths[2])
@@ -193,7 +193,7 @@ def test_structures_to_fit_on_must_be_there_and_fit_the_model(structures: list[S
             divide(structures, FitOptions(train=ids), lengths[2])
 
 
-def test_pairs_are_far_enough_apart_and_resolved(structures: list[Structure]) -> None:
+def test_pairs_are_separated_and_resolved(structures: list[Structure]) -> None:
     structure = structures[0]
     pairs = pairs_of(structure, 6, 8.0)
     shown, touching = structure.resolved, structure.contacts()
@@ -205,7 +205,7 @@ def test_pairs_are_far_enough_apart_and_resolved(structures: list[Structure]) ->
     assert 0 < pairs.touch.sum() < len(expected) and not shown.all()
 
 
-def test_some_pairs_are_drawn_from_all_proteins_alike(structures: list[Structure]) -> None:
+def test_sampled_pairs_come_from_all_proteins_in_similar_shares(structures: list[Structure]) -> None:
     pairs = [pairs_of(structure, 6, 8.0) for structure in structures]
     drawn = some_of(pairs, 2000, seed=1)
     assert sum(len(part.first) for part in drawn) == 2000
@@ -235,15 +235,15 @@ def test_structures_without_contacts_and_fits_beyond_memory_are_refused(
     "wrong",
     [{"train": 0}, {"train": ()}, {"C": 0.0}, {"contact_angstrom": -1.0}, {"most_pairs": 0}, {"seed": -1}],
 )
-def test_a_choice_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
+def test_invalid_fit_options_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         FitOptions(**wrong)  # type: ignore[arg-type]
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------------
 
 
-def test_precision_counts_the_surest_pairs_and_draws_among_equals() -> None:
+def test_precision_ranks_pairs_by_probability_and_averages_over_ties() -> None:
     scores = np.array([0.9, 0.8, 0.5, 0.5, 0.5, 0.1, np.nan])
     hits = np.array([1, 0, 1, 0, 0, 1, 1], dtype=bool)
     assert precision_of_top(scores, hits, 1) == 1
@@ -254,7 +254,7 @@ def test_precision_counts_the_surest_pairs_and_draws_among_equals() -> None:
     assert precision_of_top(scores, hits, 100) == pytest.approx(4 / 7)
 
 
-def test_precisions_are_those_of_a_plain_count(structures: list[Structure]) -> None:
+def test_precisions_equal_a_direct_count(structures: list[Structure]) -> None:
     structure = structures[5]
     scores = np.random.default_rng(0).random((structure.residues,) * 2).astype(np.float32)
     found = precisions(scores, structure)
@@ -272,7 +272,7 @@ def test_precisions_are_those_of_a_plain_count(structures: list[Structure]) -> N
     assert ("long", "P@L") not in precisions(scores[:20, :20], walk("short", structure.tokens[:20], 1))
 
 
-def test_the_interval_is_over_proteins_and_the_same_again() -> None:
+def test_confidence_interval_is_over_proteins_and_reproducible() -> None:
     rows = summary([{("long", "P@L"): value} for value in (0.1, 0.2, 0.3, 0.4)] + [{}], seed=0)
     assert [(row.range, row.top, row.proteins) for row in rows] == [("long", "P@L", 4)]
     assert rows[0].mean == pytest.approx(0.25) and 0.1 <= rows[0].low < 0.25 < rows[0].high <= 0.4
@@ -280,7 +280,7 @@ def test_the_interval_is_over_proteins_and_the_same_again() -> None:
     assert table({"model": rows})[-1].split() == ["model", *"------", "0.250", "-", "-"]
 
 
-def test_the_verdict_says_better_only_where_the_intervals_tell() -> None:
+def test_verdict_says_better_only_if_the_intervals_do_not_overlap() -> None:
     def row(mean: float, half: float) -> list[Row]:
         return [Row("long", "P@L", mean, mean - half, mean + half, 9)]
 
@@ -293,16 +293,16 @@ def test_the_verdict_says_better_only_where_the_intervals_tell() -> None:
     ]
 
 
-def test_separation_alone_predicts_what_is_often_in_touch_in_training() -> None:
+def test_separation_baseline_predicts_separations_frequent_in_training_contacts() -> None:
     pairs = [Pairs(np.zeros(4, dtype=int), np.array([6, 6, 7, 8]), np.array([True, False, True, False]))]
     coordinates = np.zeros((9, 3), dtype=np.float32)
     coordinates[:, 0] = [0, 50, 100, 150, 200, 250, 300, 0, 400]  # 0 and 7 touch, 1 and 8 do not
     structure = Structure("a", encode("MKVLAGSTW"), coordinates)
     (found,) = evaluate_separation(pairs, [structure], FitOptions())
-    assert found["short", "P@L/5"] == pytest.approx(0.5)  # of the two pairs 7 apart one is drawn
+    assert found["short", "P@L/5"] == pytest.approx(0.5)  # one of the two pairs at separation 7 is drawn
 
 
-def test_a_fitted_head_does_better_than_chance_where_attention_tells(
+def test_fitted_head_is_better_than_chance_on_its_training_structures(
     engine: Engine, structures: list[Structure], fitted: Regression
 ) -> None:
     train = divide(structures, CHOICE, engine.window).train
@@ -313,7 +313,7 @@ def test_a_fitted_head_does_better_than_chance_where_attention_tells(
     assert engine.encoder.contact_head is None, "the head is taken away again"
 
 
-def test_the_untrained_model_has_the_shape_and_none_of_the_weights(
+def test_untrained_model_has_the_same_shapes_and_other_weights(
     engine: Engine, recwarn: pytest.WarningsRecorder
 ) -> None:
     state = torch.get_rng_state()
@@ -325,13 +325,15 @@ def test_the_untrained_model_has_the_shape_and_none_of_the_weights(
     for name, parameter in engine.encoder.named_parameters():
         assert weights[name].shape == parameter.shape and torch.equal(weights[name], others[name])
         assert parameter.ndim < 2 or not torch.equal(weights[name], parameter)
-    assert not recwarn.list  # Megatron's, in the middle of what is told
+    assert not recwarn.list  # no warnings from Megatron in the report
 
 
-# --- long proteins, and the way to Hugging Face -----------------------------------------------------------------------
+# --- long proteins and export to Hugging Face -------------------------------------------------------------------------
 
 
-def test_long_proteins_are_blended_from_windows(engine: Engine, tiny_split: SequenceSplit, fitted: Regression) -> None:
+def test_contacts_of_long_proteins_are_blended_from_windows(
+    engine: Engine, tiny_split: SequenceSplit, fitted: Regression
+) -> None:
     tokens = tiny_split[9][:200]
     with with_head(engine, head_of(fitted)):
         found = contacts_of(engine, tokens, WindowSpec(120, 60))
@@ -353,7 +355,7 @@ def test_long_proteins_are_blended_from_windows(engine: Engine, tiny_split: Sequ
     assert not np.isnan(one).any()
 
 
-def test_answers_do_not_depend_on_what_else_is_asked(
+def test_contacts_do_not_depend_on_the_other_proteins_of_a_request(
     engine: Engine, structures: list[Structure], fitted: Regression
 ) -> None:
     proteins = [structure.tokens for structure in structures]
@@ -367,7 +369,7 @@ def test_answers_do_not_depend_on_what_else_is_asked(
         contacts_of(engine, proteins[0], WindowSpec.of(engine))
 
 
-def test_a_fitted_archive_gives_the_same_contacts_in_hugging_face(
+def test_fitted_archive_gives_the_same_contacts_in_hugging_face(
     structures: list[Structure], fitted: Regression, tmp_path: Path
 ) -> None:
     model = tiny_model(position_embedding="rotary", token_dropout=True, seq_length=130, contact_head=True)
@@ -385,7 +387,7 @@ def test_a_fitted_archive_gives_the_same_contacts_in_hugging_face(
         assert expected.std() > 0.001
 
 
-def test_a_window_that_the_model_cannot_read_is_refused(engine: Engine, tmp_path: Path) -> None:
+def test_window_beyond_the_model_is_refused(engine: Engine, tmp_path: Path) -> None:
     tiny_model(seq_length=64).save_to(str(tmp_path / "m.nemo"))
     learned = Engine.load(tmp_path / "m.nemo", "cpu")
     assert WindowSpec.of(learned) == WindowSpec(62, 31) and WindowSpec.of(engine, window=5000).window == 5000

@@ -1,4 +1,4 @@
-"""The two commands of contacts: what they write and say, what they refuse, and that they end whole or not at all."""
+"""Tests of the commands `fit-contacts` and `contacts`: output, errors, resume and atomic results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ODD_ID = "../a|b/ç é"
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory: pytest.TempPathFactory, tiny_split: SequenceSplit) -> Path:
-    """A model, structures, proteins, and a model with a contact head fitted to the former; not to be changed."""
+    """Return a read-only folder with a model, structures, proteins and the model with a fitted contact head."""
     base = tmp_path_factory.mktemp("there")
     model = tiny_model(position_embedding="rotary", token_dropout=True, seq_length=102, precision="bf16")
     model.save_to(str(base / "bf16.nemo"))
@@ -65,7 +65,7 @@ def there(tmp_path_factory: pytest.TempPathFactory, tiny_split: SequenceSplit) -
 
 
 def configured(name: str, *settings: str) -> object:
-    """A configuration as the command line composes it."""
+    """Return a configuration as composed by the command line."""
     return composed(*settings, config=name, part="inference")
 
 
@@ -74,7 +74,7 @@ Job = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def job(capfd: pytest.CaptureFixture[str]) -> Job:
-    """Run a job here: its exit code, what it said, and its error."""
+    """Return a function that runs a job in this process: exit code, output and errors."""
 
     def run(name: str, *settings: str) -> tuple[int, str, str]:
         code = 0
@@ -91,7 +91,7 @@ def job(capfd: pytest.CaptureFixture[str]) -> Job:
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_fit_keeps_every_weight_and_says_what_it_is_of(there: Path) -> None:
+def test_fit_keeps_all_weights_and_records_its_provenance(there: Path) -> None:
     before, after = read_archive(there / "m.nemo"), read_archive(there / "fitted.nemo")
     heads = {"encoder.contact_head.weight", "encoder.contact_head.bias"}
     assert set(after.weights) == set(before.weights) | heads
@@ -107,7 +107,7 @@ def test_a_fit_keeps_every_weight_and_says_what_it_is_of(there: Path) -> None:
     assert "s.parquet" in told["structure_files"] and told["solver"].startswith("scikit-learn")
 
 
-def test_the_same_fit_gives_the_same_bytes_and_a_head_is_replaced(there: Path, job: Job, tmp_path: Path) -> None:
+def test_equal_fits_give_equal_bytes_and_an_existing_head_is_replaced(there: Path, job: Job, tmp_path: Path) -> None:
     same = (f"structures={there}/s.parquet", "train=4", "C=100", "baseline=false")
     first = job("fit_contacts", f"model={there}/m.nemo", f"output={tmp_path}/a.nemo", *same)
     code, told, _ = job("fit_contacts", f"model={there}/m.nemo", f"output={tmp_path}/b.nemo", *same)
@@ -127,7 +127,7 @@ def test_the_same_fit_gives_the_same_bytes_and_a_head_is_replaced(there: Path, j
     assert not ends[0].equal(ends[1])
 
 
-def test_a_fit_says_when_it_found_nothing_or_has_nothing_to_test_on(there: Path, job: Job, tmp_path: Path) -> None:
+def test_fit_reports_an_empty_result_and_a_missing_test_set(there: Path, job: Job, tmp_path: Path) -> None:
     to = (f"model={there}/bf16.nemo", f"output={tmp_path}/a.nemo", f"structures={there}/s.parquet", "baseline=false")
     code, told, _ = job("fit_contacts", *to, "train=10", "C=1e-6", "most_pairs=3000")
     assert code == 0 and "all pairs get the same probability" in told and "how good the head is" in told
@@ -150,7 +150,7 @@ def test_a_fit_says_when_it_found_nothing_or_has_nothing_to_test_on(there: Path,
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_what_cannot_be_fitted_ends_with_one_line_and_nothing_written(
+def test_invalid_fit_ends_with_one_line_and_no_output(
     there: Path, job: Job, tmp_path: Path, settings: tuple[str, ...], message: str
 ) -> None:
     usual = (f"model={there}/m.nemo", f"structures={there}/s.parquet", f"output={tmp_path}/out.nemo", "train=4")
@@ -159,7 +159,7 @@ def test_what_cannot_be_fitted_ends_with_one_line_and_nothing_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_is_replaced_during_a_fit_is_not_taken_for_the_one_that_was_read(
+def test_model_replaced_during_a_fit_is_refused(
     there: Path, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copy(there / "m.nemo", tmp_path / "m.nemo")
@@ -175,17 +175,17 @@ def test_a_model_that_is_replaced_during_a_fit_is_not_taken_for_the_one_that_was
     assert code == 2 and "was replaced while the head was fitted" in error and not (tmp_path / "out.nemo").exists()
 
 
-def test_an_archive_that_exists_is_not_written_over(there: Path, job: Job) -> None:
+def test_existing_archive_is_not_overwritten(there: Path, job: Job) -> None:
     usual = (f"model={there}/m.nemo", f"structures={there}/s.parquet", f"output={there}/fitted.nemo")
     before = (there / "fitted.nemo").read_bytes()
     code, _, error = job("fit_contacts", *usual)
     assert code == 2 and "exists already" in error and (there / "fitted.nemo").read_bytes() == before
 
 
-# --- predicting -------------------------------------------------------------------------------------------------------
+# --- prediction -------------------------------------------------------------------------------------------------------
 
 
-def test_maps_tables_and_pictures_are_those_of_the_model(there: Path, job: Job, tmp_path: Path) -> None:
+def test_maps_tables_and_pictures_agree_with_the_model(there: Path, job: Job, tmp_path: Path) -> None:
     usual = (f"model={there}/fitted.nemo", f"input={there}/p.csv", "threshold=0.1")
     code, told, _ = job("contacts", *usual, f"output={tmp_path}/out", "pictures=2")
     assert code == 0 and "Read 3 proteins, 211 residues" in told
@@ -225,7 +225,7 @@ def test_maps_tables_and_pictures_are_those_of_the_model(there: Path, job: Job, 
     assert (summary["proteins"], summary["in_windows"], summary["window"], summary["precision"]) == (3, 1, 100, [])
 
 
-def test_structures_are_compared_with_what_is_predicted(there: Path, job: Job, tmp_path: Path) -> None:
+def test_predictions_are_compared_with_structures(there: Path, job: Job, tmp_path: Path) -> None:
     usual = (f"model={there}/fitted.nemo", f"input={there}/s.parquet", "threshold=0")
     code, told, _ = job("contacts", *usual, f"output={tmp_path}/out", "pictures=1")
     assert code == 0 and "Precision over 6 structures" in told and "best possible" in told
@@ -241,7 +241,7 @@ def test_structures_are_compared_with_what_is_predicted(there: Path, job: Job, t
             assert row["distance"] == ("" if np.isnan(distance) else f"{distance:.2f}")
 
 
-def test_a_job_that_was_killed_goes_on_to_the_same_bytes(
+def test_interrupted_job_resumes_to_the_same_bytes(
     there: Path, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = (f"model={there}/fitted.nemo", f"input={there}/s.parquet", "batch_tokens=100", "pictures=1")
@@ -281,7 +281,7 @@ def test_a_job_that_was_killed_goes_on_to_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_two_processes_do_not_fill_one_folder(there: Path, job: Job, tmp_path: Path) -> None:
+def test_two_processes_cannot_write_to_one_output(there: Path, job: Job, tmp_path: Path) -> None:
     with hold_output("output", tmp_path / "out"):
         code, _, error = job("contacts", f"model={there}/fitted.nemo", f"input={there}/p.csv", f"output={tmp_path}/out")
     assert code == 2 and "another process is writing" in error
@@ -291,7 +291,7 @@ def test_two_processes_do_not_fill_one_folder(there: Path, job: Job, tmp_path: P
     assert code == 2 and "another process is writing" in error
 
 
-def test_a_long_protein_takes_the_memory_that_is_stated(there: Path, job: Job, tmp_path: Path) -> None:
+def test_memory_for_a_long_protein_stays_within_the_estimate(there: Path, job: Job, tmp_path: Path) -> None:
     residues = 3000
     (tmp_path / "long.fasta").write_text(f">long\n{'MKTAYIAKQR' * (residues // 10)}\n")
     usual = (f"model={there}/fitted.nemo", f"input={tmp_path}/long.fasta", "threshold=1", "batch_tokens=200")
@@ -305,7 +305,7 @@ def test_a_long_protein_takes_the_memory_that_is_stated(there: Path, job: Job, t
     assert peak < map_bytes(residues) + 60e6, f"{peak / 1e6:.0f} MB"
 
 
-def test_a_map_that_no_memory_holds_is_refused_before_the_model_is_loaded(
+def test_map_beyond_memory_is_refused_before_the_model_is_loaded(
     there: Path, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sysconf = os.sysconf
@@ -315,8 +315,8 @@ def test_a_map_that_no_memory_holds_is_refused_before_the_model_is_loaded(
     assert code == 2 and "1ubq_a has 150 residues; its map takes 0.0 GB of memory, more than the" in error
 
 
-def test_a_large_map_is_drawn_in_blocks_that_lose_no_contact() -> None:
-    """Each block of pairs has its highest probability, and is unknown only if all of its pairs are."""
+def test_large_map_is_drawn_in_blocks_that_keep_every_contact() -> None:
+    """A block has the highest probability of its pairs. It is unknown only if all of its pairs are unknown."""
     found_RR = np.full((2500, 2500), np.nan, dtype=np.float32)
     found_RR[:1500, :1500] = 0.1
     found_RR[10, 1401] = found_RR[1401, 10] = 0.9
@@ -346,7 +346,7 @@ def test_a_large_map_is_drawn_in_blocks_that_lose_no_contact() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_what_cannot_be_predicted_ends_with_one_line_and_nothing_written(
+def test_invalid_prediction_ends_with_one_line_and_no_output(
     there: Path, job: Job, tmp_path: Path, settings: tuple[str, ...], message: str
 ) -> None:
     usual = (f"model={there}/fitted.nemo", f"input={there}/p.fasta", f"output={tmp_path}/out")
@@ -355,9 +355,7 @@ def test_what_cannot_be_predicted_ends_with_one_line_and_nothing_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_structures_with_the_sequence_of_one_that_was_fitted_on_do_not_count(
-    there: Path, job: Job, tmp_path: Path
-) -> None:
+def test_structures_that_share_a_sequence_with_the_fit_are_not_evaluated(there: Path, job: Job, tmp_path: Path) -> None:
     listed = ArchiveFile.open(there / "fitted.nemo").provenance["contact_head"]["fitted_on"]
     structures = read_structures(str(there / "s.parquet"))
     twin = next(structure for structure in structures if structure.id == listed[0])
@@ -373,7 +371,7 @@ def test_structures_with_the_sequence_of_one_that_was_fitted_on_do_not_count(
     assert code == 2 and "p.fasta holds no structures, of which alone there may be a list" in error
 
 
-def test_an_empty_table_is_told_with_the_surest_pair(there: Path, job: Job, tmp_path: Path) -> None:
+def test_empty_contact_table_reports_the_highest_probability(there: Path, job: Job, tmp_path: Path) -> None:
     usual = (f"model={there}/fitted.nemo", "pictures=0")
     code, told, _ = job("contacts", *usual, f"input={there}/p.csv", f"output={tmp_path}/out", "threshold=1")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -390,7 +388,7 @@ def test_an_empty_table_is_told_with_the_surest_pair(there: Path, job: Job, tmp_
 
 
 @pytest.mark.slow
-def test_a_kill_leaves_nothing_under_the_final_name(there: Path, tmp_path: Path) -> None:
+def test_killed_job_leaves_no_output_under_the_final_name(there: Path, tmp_path: Path) -> None:
     lines = [f">p{n}\n{'MKVLAGSTWE' * 30}\n" for n in range(400)]
     (tmp_path / "p.fasta").write_text("".join(lines))
     shutil.copy(there / "fitted.nemo", tmp_path / "m.nemo")
@@ -414,7 +412,7 @@ def test_a_kill_leaves_nothing_under_the_final_name(there: Path, tmp_path: Path)
             assert file["probabilities"].shape == (300, 300)
 
 
-def test_settings_are_read_as_they_are_meant() -> None:
+def test_contact_settings_are_parsed() -> None:
     fit = load_fit_config(configured("fit_contacts", "model=m", "structures=[a.cif,b.cif]", "output=x.nemo", "chain=1"))
     assert (fit.structures, fit.chain, fit.train, fit.C) == (("a.cif", "b.cif"), "1", 20, 0.15)
     contacts = load_contacts_config(configured("contacts", "model=m", "input=-", "output=x"))

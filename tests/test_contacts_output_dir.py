@@ -1,4 +1,4 @@
-"""The folder that contacts are written to, what files are named in it, and the one sequence a notebook asks about."""
+"""Tests of the output folder of contacts, of file names, and of the one-sequence input of a notebook."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bionemo_esm.inference.contacts.output_dir import WorkFolder, file_names
 from bionemo_esm.inference.contacts.prediction import residues_at_hand
 
 
-def test_names_of_files_lead_nowhere_and_never_collide() -> None:
+def test_file_names_are_safe_and_unique() -> None:
     ids = ["a", "A", "../up", ".hidden", "x/y", "x" * 300, "x" * 299 + "X", "ç", "sp|P1|N", "con:1", "a%2Fb", "a/b"]
     names = file_names(ids)
     assert names[:4] == ["a", names[1], "..%2Fup".replace(".", "%2E", 1), "%2Ehidden"]
@@ -21,7 +21,7 @@ def test_names_of_files_lead_nowhere_and_never_collide() -> None:
     assert file_names(ids) == names
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_gives_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ConfigError, match=r"output: .* cannot be made: .*Not a directory"),
@@ -30,7 +30,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         pass
 
 
-def test_what_differs_in_an_unfinished_job_is_named(tmp_path: Path) -> None:
+def test_changed_settings_of_an_unfinished_job_are_named(tmp_path: Path) -> None:
     with WorkFolder.opened(tmp_path / "out", "model 1\ninput 2\nwindow 3\n"):
         pass
     for fingerprint, said in (
@@ -42,7 +42,7 @@ def test_what_differs_in_an_unfinished_job_is_named(tmp_path: Path) -> None:
             pass
 
 
-def test_a_notebook_asks_for_one_protein() -> None:
+def test_notebook_input_must_be_one_protein() -> None:
     assert decode(residues_at_hand(" mkv laG*\n")) == "MKVLAG"
     for wrong, said in (({"a": "MKV"}, "not a dict"), ("", "no residue"), ("MK-V", "residue 3 is '-'"),
                         ("a.fasta", "not a file's name")):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Conversion from a script: lengths and precisions where they are asked for, and every bit back on a round trip."""
+"""Tests of conversion in Python: sequence length, precision, and bit-exact round trips."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def source(family: str) -> EsmForMaskedLM:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder of each family, and an archive of ours; not to be changed."""
+    """Return a folder with a Hugging Face folder of each family and an archive of ours. Read-only."""
     base = tmp_path_factory.mktemp("sources")
     for family in FAMILIES:
         saved(source(family), base / family)
@@ -39,10 +39,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-# Lengths and precisions
+# --- sequence length and precision ------------------------------------------------------------------------------------
 
 
-def test_a_table_of_positions_is_cut_where_that_is_asked_for(sources: Path, tmp_path: Path) -> None:
+def test_position_table_is_cut_on_request(sources: Path, tmp_path: Path) -> None:
     whole = import_model(sources / "ESM-1b", tmp_path / "whole.nemo")
     report = import_model(sources / "ESM-1b", tmp_path / "cut.nemo", seq_length=40)
     before, after = read_archive(whole.output), read_archive(report.output)
@@ -53,9 +53,7 @@ def test_a_table_of_positions_is_cut_where_that_is_asked_for(sources: Path, tmp_
 
 
 @pytest.mark.parametrize(("family", "offset"), [("ESM-1b", 2), ("ESM-1nv", 0)])
-def test_a_table_of_positions_is_stretched_only_where_that_is_asked_for(
-    sources: Path, tmp_path: Path, family: str, offset: int
-) -> None:
+def test_position_table_is_stretched_only_on_request(sources: Path, tmp_path: Path, family: str, offset: int) -> None:
     with pytest.raises(ConfigError, match=r"positions for 64 tokens, not for 127; .* stretch_positions=true"):
         import_model(sources / family, tmp_path / "model.nemo", seq_length=127)
     assert list(tmp_path.iterdir()) == []
@@ -65,7 +63,7 @@ def test_a_table_of_positions_is_stretched_only_where_that_is_asked_for(
     new = after.weights[POSITIONS]
     assert new.shape == (127 + offset, 32)
     assert torch.equal(new[:offset], old[:offset])
-    assert torch.equal(new[offset::2], old[offset:])  # every second row is an old one
+    assert torch.equal(new[offset::2], old[offset:])  # every second row is an old row
     middle = (old[offset:-1].double() + old[offset + 1 :].double()) / 2
     assert torch.equal(new[offset + 1 :: 2], middle.float())
     assert report.notes[-1] == "position table stretched by linear interpolation from 64 to 127 tokens"
@@ -73,14 +71,14 @@ def test_a_table_of_positions_is_stretched_only_where_that_is_asked_for(
     assert all(torch.equal(before.weights[name], after.weights[name]) for name in others)
 
 
-def test_stretching_is_linear_with_its_ends_where_they_were() -> None:
+def test_position_interpolation_is_linear_and_keeps_the_ends() -> None:
     table = torch.tensor([[0.0, 1.0], [4.0, 1.0], [5.0, 3.0]])
     assert interpolate_positions(table, 5).tolist() == [[0, 1], [2, 1], [4, 1], [4.5, 2], [5, 3]]
     assert interpolate_positions(table, 7)[2].tolist() == pytest.approx([8 / 3, 1])
     assert interpolate_positions(table.bfloat16(), 9).dtype == torch.bfloat16
 
 
-def test_rotary_positions_take_any_length_as_they_are(sources: Path, tmp_path: Path) -> None:
+def test_rotary_model_takes_any_length_without_new_weights(sources: Path, tmp_path: Path) -> None:
     longer = import_model(sources / "ESM-2", tmp_path / "longer.nemo", seq_length=2_000)
     same = import_model(sources / "ESM-2", tmp_path / "same.nemo", seq_length=64)
     assert longer.config.seq_length == 2_000
@@ -100,7 +98,7 @@ def test_rotary_positions_take_any_length_as_they_are(sources: Path, tmp_path: P
     ],
     ids=["rotary", "shorter", "equal", "too short", "unknown precision", "a folder's revision"],
 )  # fmt: skip
-def test_what_cannot_be_asked_of_a_model_is_refused(
+def test_invalid_conversion_options_are_refused(
     sources: Path, tmp_path: Path, family: str, options: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(ConfigError, match=complaint):
@@ -108,7 +106,7 @@ def test_what_cannot_be_asked_of_a_model_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_precision_is_the_sources_unless_another_is_asked_for(sources: Path, tmp_path: Path) -> None:
+def test_precision_is_that_of_the_source_unless_given(sources: Path, tmp_path: Path) -> None:
     saved(source("ESM-2").bfloat16(), tmp_path / "half")
     half = import_model(tmp_path / "half", tmp_path / "half.nemo")
     wide = import_model(tmp_path / "half", tmp_path / "wide.nemo", precision="32")
@@ -123,20 +121,20 @@ def test_the_precision_is_the_sources_unless_another_is_asked_for(sources: Path,
     ESM1nvModel.restore_from(str(rounded.output))
 
 
-def test_progress_ends_where_it_said_it_would(sources: Path, tmp_path: Path) -> None:
+def test_progress_ends_at_its_total(sources: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int | None]] = []
     import_model(sources / "ESM-2", tmp_path / "model.nemo", progress=lambda done, total: told.append((done, total)))
-    assert told[0][1] is None  # the source is read and hashed
+    assert told[0][1] is None  # while the source is read and hashed
     done = [count for count, total in told if total is not None]
     assert done == sorted(done)
     assert told[-1][0] == told[-1][1]
 
 
-# There and back
+# --- round trips ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_from_hugging_face_and_back_every_bit_is_the_same(sources: Path, tmp_path: Path, family: str) -> None:
+def test_hugging_face_round_trip_is_bit_exact(sources: Path, tmp_path: Path, family: str) -> None:
     report = import_model(sources / family, tmp_path / "model.nemo")
     export_model(report.output, tmp_path / "back", shard_bytes=40_000)
     before = EsmForMaskedLM.from_pretrained(sources / family)
@@ -162,7 +160,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 @pytest.mark.parametrize("family", OURS)
-def test_to_hugging_face_and_back_every_bit_is_the_same(tmp_path: Path, family: str, precision: str) -> None:
+def test_archive_round_trip_through_hugging_face_is_bit_exact(tmp_path: Path, family: str, precision: str) -> None:
     model = tiny_model(precision, **OURS[family])
     with torch.no_grad():
         dict(model.named_parameters())["encoder.output_layer.bias"][len(TOKENS) :] = 0  # as in training
@@ -176,7 +174,7 @@ def test_to_hugging_face_and_back_every_bit_is_the_same(tmp_path: Path, family: 
     assert {**ArchiveFile.open(report.output).config, "seed": 1} == dict(ours.config)
 
 
-# Formats of other packages
+# --- formats of other packages ----------------------------------------------------------------------------------------
 
 PLUGIN = """
 import json
@@ -216,9 +214,7 @@ PAIR = PairFormat()
 """
 
 
-def test_a_format_of_another_package_is_written_and_read(
-    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_format_plugin_is_written_and_read(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "site" / "pair_plugin-1.0.dist-info"
     info.mkdir(parents=True)
     (info.parent / "pair_plugin.py").write_text(PLUGIN)
@@ -236,10 +232,10 @@ def test_a_format_of_another_package_is_written_and_read(
         import_model(tmp_path / "theirs.pair", tmp_path / "folder")
 
 
-# Faults
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_incomplete_model_leaves_nothing(sources: Path, tmp_path: Path) -> None:
+def test_incomplete_model_leaves_no_output(sources: Path, tmp_path: Path) -> None:
     shutil.copytree(sources / "ESM-1b", tmp_path / "source")
     values = json.loads((tmp_path / "source" / "config.json").read_text())
     (tmp_path / "source" / "config.json").write_text(json.dumps({**values, "num_hidden_layers": 3}))
@@ -248,7 +244,7 @@ def test_an_incomplete_model_leaves_nothing(sources: Path, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_each_direction_has_its_function(sources: Path, tmp_path: Path) -> None:
+def test_import_and_export_refuse_the_other_direction(sources: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="export_model takes it home"):
         import_model(sources / "ours.nemo", tmp_path / "model")
     with pytest.raises(ConfigError, match="import_model takes it in"):

@@ -1,4 +1,4 @@
-"""The conversion command: which way it goes, what it says, and that it ends whole or not at all."""
+"""Tests of the conversion command: direction, output, errors and atomic results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a source of each kind; not to be changed."""
+    """Return a folder with a source of each kind. Read-only."""
     base = tmp_path_factory.mktemp("sources")
     for family in FAMILIES:
         saved(hugging_face_model(family, tokens=64), base / family)
@@ -58,7 +58,7 @@ Job = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def job(capfd: pytest.CaptureFixture[str]) -> Job:
-    """Runs the job with these overrides, composed as the command line composes them: exit code, output, errors."""
+    """Return a function that runs the job with overrides as on the command line: exit code, output and errors."""
 
     def run(*overrides: str) -> tuple[int, str, str]:
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
@@ -74,11 +74,11 @@ def job(capfd: pytest.CaptureFixture[str]) -> Job:
     return run
 
 
-# In
+# --- import -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_hugging_face_folder_becomes_an_archive_of_the_same_model(
+def test_hugging_face_folder_becomes_an_archive_of_the_same_model(
     sources: Path, tmp_path: Path, job: Job, family: str
 ) -> None:
     target = tmp_path / "deep" / "model.nemo"
@@ -104,7 +104,7 @@ def test_a_hugging_face_folder_becomes_an_archive_of_the_same_model(
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
 
 
-def test_a_fair_esm_file_becomes_an_archive_of_the_same_model(tmp_path: Path, job: Job) -> None:
+def test_fair_esm_file_becomes_an_archive_of_the_same_model(tmp_path: Path, job: Job) -> None:
     peer = fair_esm("ESM-2", SMALL, tmp_path)
     assert job(f"source={peer.path}", f"target={tmp_path / 'model.nemo'}")[0] == 0
     _, _, tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()([("protein", PROTEIN)])
@@ -117,12 +117,12 @@ def test_a_fair_esm_file_becomes_an_archive_of_the_same_model(tmp_path: Path, jo
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
 
 
-def test_a_model_of_the_hub_comes_from_the_cache_without_a_network(sources: Path, tmp_path: Path) -> None:
+def test_hub_model_is_read_from_the_cache_without_a_network(sources: Path, tmp_path: Path) -> None:
     cache = tmp_path / "home" / "hub" / "models--lab--esm"
     shutil.copytree(sources / "ESM-2", cache / "snapshots" / COMMIT)
     (cache / "refs").mkdir()
     (cache / "refs" / "v1").write_text(COMMIT)
-    (cache / "refs" / "main").write_text(COMMIT[::-1])  # another, of which nothing was fetched
+    (cache / "refs" / "main").write_text(COMMIT[::-1])  # another commit, which is not in the cache
     ends = "source=lab/esm", "target=model.nemo"
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "convert_checkpoint.py"), *ends, "revision=v1"],
@@ -136,7 +136,7 @@ def test_a_model_of_the_hub_comes_from_the_cache_without_a_network(sources: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "model.nemo"]
 
 
-def test_what_is_changed_on_the_way_is_asked_for_by_keys_and_told(sources: Path, tmp_path: Path, job: Job) -> None:
+def test_requested_changes_are_applied_and_listed_as_notes(sources: Path, tmp_path: Path, job: Job) -> None:
     target = tmp_path / "model.nemo"
     asked = ("seq_length=100", "stretch_positions=true", "precision=bf16")
     code, out, err = job(f"source={sources / 'ESM-1nv'}", f"target={target}", *asked)
@@ -152,10 +152,10 @@ def test_what_is_changed_on_the_way_is_asked_for_by_keys_and_told(sources: Path,
     assert "up to 100 tokens" in out
 
 
-# The command
+# --- command ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_taken_to_hugging_face(sources: Path, tmp_path: Path, job: Job) -> None:
+def test_checkpoint_is_exported_to_hugging_face(sources: Path, tmp_path: Path, job: Job) -> None:
     code, out, err = job(f"source={sources / 'ours.ckpt'}", f"target={tmp_path / 'out'}", "shard_gigabytes=4e-5")
     assert (code, err) == (0, "")
     assert "model.safetensors.index.json" in {path.name for path in (tmp_path / "out").iterdir()}
@@ -206,7 +206,7 @@ def test_a_checkpoint_is_taken_to_hugging_face(sources: Path, tmp_path: Path, jo
         ("ESM-1b", "null", (), "target must be a path"),
     ],
 )  # fmt: skip
-def test_what_does_not_go_together_is_told_in_one_line_before_any_work(
+def test_inconsistent_settings_are_refused_in_one_line_before_any_work(
     sources: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch,
     source: str, target: str, more: tuple[str, ...], complaint: str,
 ) -> None:  # fmt: skip
@@ -214,7 +214,7 @@ def test_what_does_not_go_together_is_told_in_one_line_before_any_work(
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
     (tmp_path / "there.nemo").touch()
-    monkeypatch.setattr(convert_module, "import_model", None)  # so that calling it would be a crash
+    monkeypatch.setattr(convert_module, "import_model", None)  # a call would raise TypeError
     monkeypatch.setattr(convert_module, "export_model", None)
     given = f"{sources / source}" if (sources / source).exists() else source
     code, out, err = job(f"source={given}", f"target={target.format(sources=sources)}", *more)
@@ -226,7 +226,7 @@ def test_what_does_not_go_together_is_told_in_one_line_before_any_work(
     assert not (sources / "ESM-2" / "new.nemo").exists()
 
 
-def test_arguments_are_checked_without_waiting_for_torch(tmp_path: Path) -> None:
+def test_arguments_are_checked_without_importing_torch(tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv = ['bionemo-esm', 'convert', 'source=nothing', 'target=x.nemo']\n"
         "from bionemo_esm.__main__ import main\n"
@@ -240,7 +240,7 @@ def test_arguments_are_checked_without_waiting_for_torch(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("source", ["ESM-2", "ours.nemo"])
-def test_an_interrupted_conversion_leaves_nothing(
+def test_interrupted_conversion_leaves_no_output(
     sources: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch, source: str, by: signal.Signals
 ) -> None:
     def stop(self: object, done: int, total: int | None, note: str = "") -> None:
