@@ -1,4 +1,4 @@
-"""The embedding command: what it says and refuses, and that killed, stopped or shared out it gives the same bytes."""
+"""The embedding command: messages, refusals, and the same output after a kill, a signal or an error."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from bionemo_esm.inference.engine import Engine
 from bionemo_esm.inference.inputs import read_proteins
 from embed_runs import Inputs, Job, Stop, content, names, run_apart
 
-pytest_plugins = ("embed_runs",)  # its fixtures: inputs, job
+pytest_plugins = ("embed_runs",)  # fixtures: inputs, job
 LONG = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ" * 30  # 990 residues
 
 
-# What comes out
+# Output
 
 
-def test_the_embeddings_are_those_of_the_library_in_the_order_of_the_input(job: Job, inputs: Inputs) -> None:
+def test_the_command_writes_the_embeddings_of_the_library_in_input_order(job: Job, inputs: Inputs) -> None:
     code, out, err = job("layers=[1,-1]", "cls=true", "residues=true", "logits=true")
     assert (code, err) == (0, "")
     engine = Engine.load(inputs.model, "cpu")
@@ -51,7 +51,7 @@ def test_the_embeddings_are_those_of_the_library_in_the_order_of_the_input(job: 
 
 
 @pytest.mark.parametrize(("rule", "windows", "read", "overlap"), [("windows", 4, 300, 20), ("truncate", 1, 100, None)])
-def test_the_output_says_how_long_proteins_were_read(
+def test_the_output_records_how_long_proteins_were_read(
     job: Job, tmp_path: Path, rule: str, windows: int, read: int, overlap: int | None
 ) -> None:
     (tmp_path / "long.fasta").write_text(f">long\n{LONG[:300]}\n>short\nMKT\n")
@@ -70,7 +70,7 @@ def test_the_output_says_how_long_proteins_were_read(
     assert (about["layers"], about["mean"], about["residues"], about["proteins"]) == ([2], True, False, 2)
 
 
-def test_long_proteins_are_refused_before_anything_is_computed(
+def test_long_proteins_are_refused_before_any_computation(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "long.fasta").write_text(f">short\nMKT\n>long\n{LONG}\n")
@@ -81,7 +81,7 @@ def test_long_proteins_are_refused_before_anything_is_computed(
     assert names() == ["long.fasta"]
 
 
-def test_standard_input_serves_as_a_file_does(job: Job, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_gives_the_output_of_a_file(job: Job, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job()[0] == 0
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(inputs.proteins.read_bytes())))
     code, out, _ = job("input=-", "output=piped.npz")
@@ -95,7 +95,7 @@ def test_standard_input_serves_as_a_file_does(job: Job, inputs: Inputs, monkeypa
     assert names() == ["out.npz", "piped.npz"]
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,10 @@ def test_standard_input_serves_as_a_file_does(job: Job, inputs: Inputs, monkeypa
         (["input=absent.fasta"], "absent.fasta"),
         (["input=bad.fasta"], "bad.fasta, record 2 (b): residue 2 is '1'"),
         (["model=absent.nemo"], "model: absent.nemo: no such file"),
-        (["input=bad.fasta", "model=absent.nemo"], "model: absent.nemo: no such file"),  # whose reading may take long
+        (
+            ["input=bad.fasta", "model=absent.nemo"],
+            "model: absent.nemo: no such file",
+        ),  # the input is read only after the model is found
         (["input=bad.fasta", "layers=[3]"], "layer 3: the model has 0 (the embeddings) to 2"),
         (["input=bad.fasta", "device=gpu"], "device must be auto, cpu, cuda or cuda:N, not 'gpu'"),
         (["input=bad.fasta", "precision=16"], "precision must be one of auto, 32, bf16, not '16'"),
@@ -124,7 +127,7 @@ def test_standard_input_serves_as_a_file_does(job: Job, inputs: Inputs, monkeypa
         (["output=/proc/out.npz"], "output: /proc/out.npz cannot be made: /proc is not a folder that you may write to"),
     ],
 )
-def test_what_cannot_work_is_one_clear_line_and_leaves_nothing(
+def test_an_invalid_job_prints_one_line_and_writes_nothing(
     job: Job, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     (tmp_path / "there.h5").write_text("there")
@@ -136,7 +139,7 @@ def test_what_cannot_work_is_one_clear_line_and_leaves_nothing(
     assert names() == ["bad.fasta", "there.h5"]
 
 
-def test_an_output_too_large_for_the_disk_is_refused_before_the_first_part(
+def test_an_output_larger_than_the_disk_is_refused_before_the_first_part(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = embed_on_rank.shutil.disk_usage("/")
@@ -148,18 +151,18 @@ def test_an_output_too_large_for_the_disk_is_refused_before_the_first_part(
     assert job()[0] == 0  # 30 means of 32 numbers
 
 
-# Killed, and gone on with
+# Interruption and resume
 
 
 @pytest.mark.parametrize("output", ["out.npz", "out.h5", "out.parquet", "out"])
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, inputs: Inputs, output: str) -> None:
+def test_a_job_killed_at_any_write_resumes_to_the_same_bytes(tmp_path: Path, inputs: Inputs, output: str) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
     assert run_apart(whole, inputs, f"output={output}") == 0
     expected = content(whole / output)
     event, done = 1, False
-    while not done:  # killed again and again, each time further on
+    while not done:  # each pass kills the process later
         code = run_apart(killed, inputs, f"output={output}", stop=Stop(signal.SIGKILL, event))
         assert code in (0, -signal.SIGKILL)
         if (killed / output).exists():
@@ -172,7 +175,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, inputs: In
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_with_a_message_and_keeps_what_is_finished(
+def test_a_signal_ends_the_job_with_a_message_and_keeps_finished_parts(
     tmp_path: Path, inputs: Inputs, number: int, code: int
 ) -> None:
     folder = tmp_path / "run"
@@ -190,7 +193,7 @@ def test_a_signal_ends_it_with_a_message_and_keeps_what_is_finished(
     assert "  resumed  1 part is there from an earlier run" in (tmp_path / "screen.txt").read_text()
 
 
-def test_stopped_before_the_first_part_it_says_that_nothing_is_kept(
+def test_a_signal_before_the_first_part_reports_that_nothing_is_kept(
     tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
@@ -201,7 +204,7 @@ def test_stopped_before_the_first_part_it_says_that_nothing_is_kept(
     assert names(folder) == []
 
 
-def test_progress_begins_after_the_model_and_its_rate_is_of_what_is_computed_now(
+def test_progress_starts_after_model_loading_and_its_rate_excludes_finished_parts(
     job: Job, tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped(tmp_path, inputs)
@@ -228,7 +231,7 @@ def test_progress_begins_after_the_model_and_its_rate_is_of_what_is_computed_now
 
 
 def stopped(tmp_path: Path, inputs: Inputs, *overrides: str) -> Path:
-    """A folder with what a job left that was killed after its first part."""
+    """Return the work folder of a job that was killed after its first part."""
     assert run_apart(tmp_path, inputs, *overrides, stop=Stop(signal.SIGKILL, 12)) == -signal.SIGKILL
     return tmp_path / ".out.npz.partial"
 
@@ -249,7 +252,7 @@ def test_finished_parts_are_not_computed_again(
     assert (kept >= 1, len(calls)) == (True, 5 - kept)
 
 
-def test_another_jobs_parts_are_not_gone_on_with(job: Job, tmp_path: Path, inputs: Inputs) -> None:
+def test_parts_of_another_job_are_refused_and_kept(job: Job, tmp_path: Path, inputs: Inputs) -> None:
     work = stopped(tmp_path, inputs)
     before = content(work / "parts")
     kept = content(work / "records")
@@ -267,19 +270,19 @@ def test_another_jobs_parts_are_not_gone_on_with(job: Job, tmp_path: Path, input
     code, _, err = job("model=other.nemo")
     assert code == 2
     assert "model_identity was " in err and "weights_sha256" not in err
-    assert content(work / "parts").items() <= before.items()  # what is half-written goes
+    assert content(work / "parts").items() <= before.items()  # half-written parts are removed
     assert content(work / "records") == kept != {}
     assert job()[0] == 0
 
 
-def test_two_jobs_at_once_on_one_output_are_one_too_many(job: Job, tmp_path: Path, inputs: Inputs) -> None:
+def test_a_second_job_on_the_same_output_is_refused(job: Job, tmp_path: Path, inputs: Inputs) -> None:
     with embed_job.WorkFolder(Path("out.npz"), "npz", False).held():
         code, _, err = job()
     assert code == 2
     assert "another process is at work on this output" in err
 
 
-def test_an_input_that_changes_while_it_is_read_is_noticed(
+def test_an_input_that_changes_during_the_job_is_an_error(
     job: Job, tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changing = tmp_path / "changing.fasta"

@@ -1,4 +1,4 @@
-"""Embedding by several processes, started here or by a launcher: the same bytes, and clear ends."""
+"""Embedding with several processes, started by the command or by a launcher: output bytes and exit codes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from bionemo_esm.inference.embedding.formats import read_about, read_embeddings
 from embed_runs import PROTEINS, Inputs, Job, content, ended, names, overrides_of, run_apart, settings_of, started
 from runs import ROOT
 
-pytest_plugins = ("embed_runs",)  # its fixtures: inputs, job
+pytest_plugins = ("embed_runs",)  # fixtures: inputs, job
 LONG = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ" * 30  # 990 residues
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_bytes_of_one(job: Job) -> None:
+def test_two_processes_write_the_bytes_of_one_process(job: Job) -> None:
     for output in ("one", "two"):
         assert job(f"output={output}", f"devices={1 + (output == 'two')}")[0] == 0
     assert content(Path("one")) == content(Path("two"))
 
 
 @pytest.mark.slow
-def test_stopping_the_command_stops_its_processes(tmp_path: Path, inputs: Inputs) -> None:
+def test_stopping_the_command_stops_its_worker_processes(tmp_path: Path, inputs: Inputs) -> None:
     big = tmp_path / "big.fasta"
     big.write_text("".join(f">{number}\n{LONG}\n" for number in range(3000)))
     overrides = overrides_of(inputs, f"input={big}", "devices=2", f"output={tmp_path / 'out.npz'}", "part_proteins=5")
@@ -59,7 +59,7 @@ RANKS: tuple[Callable[[int], dict[str, str]], ...] = (
 
 @pytest.mark.parametrize("environment", RANKS)
 @pytest.mark.parametrize("output", ["out.npz", "out"])
-def test_processes_of_a_launcher_share_the_work_and_one_finishes(
+def test_launched_processes_split_the_parts_and_one_process_writes_the_output(
     tmp_path: Path, inputs: Inputs, environment: Callable[[int], dict[str, str]], output: str
 ) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
@@ -74,14 +74,14 @@ def test_processes_of_a_launcher_share_the_work_and_one_finishes(
     assert f"Wrote {output}" in (tmp_path / "screen.txt").read_text()
     assert content(together / output) == content(alone / output)
     assert names(together) == [output]
-    # one that comes when all is done finds nothing to do; one of another job is told
+    # a late process of the same job exits with 0; a process of another job is refused
     assert run_apart(together, inputs, f"output={output}", environment=environment(1)) == 0
     assert run_apart(together, inputs, f"output={output}", "cls=true", environment=environment(0)) == 2
     assert "exists already, and is of another job" in (tmp_path / "errors.txt").read_text()
     assert names(together) == [output]
 
 
-def test_processes_at_the_same_time_leave_one_output(tmp_path: Path, inputs: Inputs) -> None:
+def test_simultaneous_processes_write_one_output(tmp_path: Path, inputs: Inputs) -> None:
     (tmp_path / "run").mkdir()
     both = [started(tmp_path / "run", settings_of(inputs), None, RANKS[0](rank)) for rank in range(2)]
     assert [ended(process) for process in both] == [0, 0]
@@ -89,10 +89,10 @@ def test_processes_at_the_same_time_leave_one_output(tmp_path: Path, inputs: Inp
     assert len(list(read_embeddings(tmp_path / "run" / "out.npz"))) == PROTEINS
 
 
-def test_what_launchers_say_is_understood() -> None:
+def test_environment_variables_of_launchers_are_parsed() -> None:
     assert worker.launched({}) is None
     assert worker.launched({"RANK": "0", "WORLD_SIZE": "1"}) is None
-    assert worker.launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None  # a batch script, not a step of it
+    assert worker.launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None  # a batch script outside a job step
     slurm = {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1"}
     assert worker.launched(slurm | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) == (9, 16, 1, 8)
     with pytest.raises(ValueError, match=r"process 4 \(RANK\) of 4"):
@@ -101,7 +101,7 @@ def test_what_launchers_say_is_understood() -> None:
         worker.launched({"RANK": "x", "WORLD_SIZE": "4"})
 
 
-def test_a_process_that_dies_leaves_the_parts_of_the_others_and_exit_1(
+def test_a_killed_process_ends_the_job_with_exit_1_and_keeps_finished_parts(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fork = multiprocessing.get_context("fork")

@@ -1,4 +1,4 @@
-"""Embeddings in a notebook: two lines from sequences, as they are at hand there, to a matrix of features."""
+"""Embeddings in a notebook: accepted forms of sequences, and access to the results."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def notebook(tmp_path_factory: pytest.TempPathFactory) -> ProteinModel:
     return ProteinModel.load(path, device="cpu")
 
 
-def test_two_lines_make_a_matrix_of_features(notebook: ProteinModel) -> None:
+def test_two_lines_give_a_feature_matrix(notebook: ProteinModel) -> None:
     features = notebook.embed({"ubiquitin": UBIQUITIN, "crambin": CRAMBIN}).mean
     assert (features.shape, features.dtype) == ((2, 32), np.float32)
     np.testing.assert_allclose(features[1], mean_of(notebook, CRAMBIN, 2), atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["mapping", "pairs", "list", "one", "file", "path"])
-def test_proteins_come_as_a_notebook_has_them(notebook: ProteinModel, form: str, tmp_path: Path) -> None:
+def test_embed_accepts_every_form_of_proteins(notebook: ProteinModel, form: str, tmp_path: Path) -> None:
     (tmp_path / "u.fasta").write_text(f">ubi\n{UBIQUITIN}\n")
     forms: dict[str, Callable[[], Any]] = {
         "mapping": lambda: {"ubi": UBIQUITIN},
@@ -64,7 +64,7 @@ def test_proteins_come_as_a_notebook_has_them(notebook: ProteinModel, form: str,
                                atol=1e-5)  # fmt: skip
 
 
-def test_embeddings_are_found_by_number_and_by_id(notebook: ProteinModel) -> None:
+def test_embeddings_are_indexed_by_number_and_by_id(notebook: ProteinModel) -> None:
     found = notebook.embed({"u": UBIQUITIN, "c": CRAMBIN}, layers=range(3), cls=True, pseudo_perplexity=True)
     assert len(found) == 2
     assert found["c"] is found[1] is found[-1] is found[1:][0] is list(found)[1]
@@ -81,31 +81,31 @@ def test_embeddings_are_found_by_number_and_by_id(notebook: ProteinModel) -> Non
     assert notebook.embed([UBIQUITIN], cls=True, mean=False).cls.shape == (1, 32)
 
 
-def test_a_notebook_may_leave_bad_records_out(notebook: ProteinModel) -> None:
+def test_bad_records_can_be_skipped(notebook: ProteinModel) -> None:
     with pytest.raises(InputError, match=r"record 2 \(b\): it has no residues; policy=InputPolicy\("):
         notebook.embed({"a": CRAMBIN, "b": ""})
     assert notebook.embed({"a": CRAMBIN, "b": ""}, policy=InputPolicy(bad_records="skip")).ids == ["a"]
 
 
-def test_no_protein_at_all_is_an_error(notebook: ProteinModel) -> None:
+def test_an_empty_input_is_an_error(notebook: ProteinModel) -> None:
     with pytest.raises(InputError, match=r"^sequences: no protein is there$"):
         notebook.embed({})
 
 
-def test_a_model_says_what_it_is(notebook: ProteinModel) -> None:
+def test_the_repr_of_a_model_describes_it(notebook: ProteinModel) -> None:
     assert re.fullmatch(
         "<ProteinModel: ESM-1nv, 2 layers, hidden 32, [0-9,]+ parameters, float32 on cpu, window of [0-9]+ residues>",
         repr(notebook),
     )
 
 
-def test_embeddings_are_read_without_waiting_for_torch() -> None:
+def test_reading_embeddings_does_not_import_torch() -> None:
     script = "import sys, bionemo_esm.inference.embedding.formats; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 class SeqRecord:
-    """What Biopython's `SeqRecord` has: an id, and a sequence that is no text."""
+    """Mimic Biopython's `SeqRecord`: an id and a sequence that is not a `str`."""
 
     def __init__(self, identifier: str, sequence: str) -> None:
         self.id, self.seq = identifier, Sequence(sequence)
@@ -136,7 +136,7 @@ def test_ids_of_python_objects_are_kept(form: str) -> None:
     assert [(protein.id, decode(protein.tokens)) for protein in proteins] == [("u", UBIQUITIN), ("c", CRAMBIN)]
 
 
-def test_the_default_index_of_pandas_is_no_id() -> None:
+def test_the_default_index_of_pandas_gives_no_ids() -> None:
     series = pandas.Series(TWO)
     assert [protein.id for protein in proteins_of(series)] == ["1", "2"]
     assert [protein.id for protein in proteins_of(series.to_frame("sequence"))] == ["1", "2"]
@@ -144,7 +144,7 @@ def test_the_default_index_of_pandas_is_no_id() -> None:
     assert [protein.id for protein in proteins_of(SeqRecord("u", UBIQUITIN))] == ["u"]  # type: ignore[arg-type]
 
 
-def test_other_objects_are_refused_with_what_to_give(notebook: ProteinModel) -> None:
+def test_unsupported_arguments_are_refused_with_the_remedy(notebook: ProteinModel) -> None:
     for wrong in (None, 5, b"MKTV"):
         with refused("input.type", "give text, a list of sequences, a mapping"):
             notebook.embed(wrong)  # type: ignore[arg-type]
@@ -162,6 +162,6 @@ def test_other_objects_are_refused_with_what_to_give(notebook: ProteinModel) -> 
         notebook.score_variants("MKTV", ["K2A"], method=["masked-marginals"])  # type: ignore[arg-type]
 
 
-def test_what_was_not_computed_is_an_error_that_says_how_to_ask(notebook: ProteinModel) -> None:
+def test_reading_a_value_that_was_not_computed_is_an_error_with_the_remedy(notebook: ProteinModel) -> None:
     with refused("embeddings.not-computed", "embed(..., pseudo_perplexity=True)"):
         _ = notebook.embed([CRAMBIN]).pseudo_perplexity

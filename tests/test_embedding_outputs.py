@@ -1,4 +1,4 @@
-"""Embeddings in files: what goes in comes out of every format, equal input gives equal bytes, parts become wholes."""
+"""Embedding files: exact round trips in every format, equal bytes for equal input, and joined parts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KINDS = ["hdf5", "npz", "parquet"]
 
 
 def made(ids: list[str], dtype: str = "float32", perplexity: bool = True, first: int = 0) -> list[Embedding]:
-    """Embeddings of proteins of 1, 2, 3, ... residues, numbers drawn at random; of the third the model read two."""
+    """Return random embeddings of proteins with 1, 2, 3, ... residues; the third has two residues read."""
     numbers = np.random.default_rng(first)
     embeddings = []
     for index, identifier in enumerate(ids):
@@ -61,7 +61,7 @@ def equal(one: Embedding, other: Embedding) -> bool:
 
 
 def written(folder: Path, kind: str, embeddings: list[Embedding], is_folder: bool = False, each: int = 4) -> Path:
-    """A finished output, made of parts of so many proteins."""
+    """Write a finished output from parts of `each` proteins."""
     output = folder / ("parts" if is_folder else f"whole{format_named(kind).suffix}")
     work = WorkFolder(output, kind, is_folder)
     with work.held():
@@ -76,7 +76,7 @@ def written(folder: Path, kind: str, embeddings: list[Embedding], is_folder: boo
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("is_folder", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_written_is_read_in_order_bit_for_bit(tmp_path: Path, kind: str, is_folder: bool, dtype: str) -> None:
+def test_embeddings_are_read_back_in_order_bit_for_bit(tmp_path: Path, kind: str, is_folder: bool, dtype: str) -> None:
     embeddings = made(ODD_IDS, dtype)
     output = written(tmp_path, kind, embeddings, is_folder)
     found = list(read_embeddings(output))
@@ -86,7 +86,7 @@ def test_what_is_written_is_read_in_order_bit_for_bit(tmp_path: Path, kind: str,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_means_alone_are_read_as_well(tmp_path: Path, kind: str) -> None:
+def test_outputs_with_means_only_are_read_back(tmp_path: Path, kind: str) -> None:
     embeddings = [
         embedding._replace(arrays={"mean_2": embedding.arrays["mean_2"]})
         for embedding in made(ODD_IDS, perplexity=False)
@@ -95,15 +95,15 @@ def test_means_alone_are_read_as_well(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_rows_of_a_table_are_read_as_they_were_written(tmp_path: Path, kind: str) -> None:
-    """Over what the reader takes at once, and lists that begin anywhere."""
+def test_many_rows_are_read_back_exactly(tmp_path: Path, kind: str) -> None:
+    """Read more rows than one batch of the reader, with lists at varied offsets."""
     embeddings = made([f"protein{number}" for number in range(150)])
     assert all(map(equal, read_embeddings(written(tmp_path, kind, embeddings, each=101)), embeddings))
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_embeddings_give_the_same_bytes(
+def test_equal_embeddings_give_equal_bytes(
     tmp_path: Path, kind: str, is_folder: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs = []
@@ -118,7 +118,7 @@ def test_the_same_embeddings_give_the_same_bytes(
         assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
-def test_files_open_as_the_documents_say(tmp_path: Path) -> None:
+def test_files_open_in_other_libraries_as_documented(tmp_path: Path) -> None:
     embeddings = made(ODD_IDS)
     for name in KINDS:
         (tmp_path / name).mkdir()
@@ -137,7 +137,7 @@ def test_files_open_as_the_documents_say(tmp_path: Path) -> None:
         np.testing.assert_array_equal(archive["residues_2"][begin:end], embeddings[7].arrays["residues_2"])
 
 
-def test_the_manifest_of_a_folder_says_what_its_parts_hold(tmp_path: Path) -> None:
+def test_the_manifest_of_a_folder_describes_its_parts(tmp_path: Path) -> None:
     output = written(tmp_path, "parquet", made(ODD_IDS), is_folder=True)
     manifest = json.loads((output / "manifest.json").read_text())
     assert (manifest["proteins"], manifest["residues"], manifest["about"]) == (11, 66, ABOUT)
@@ -145,7 +145,7 @@ def test_the_manifest_of_a_folder_says_what_its_parts_hold(tmp_path: Path) -> No
     assert [part["proteins"] for part in manifest["parts"]] == [4, 4, 3]
 
 
-def test_the_format_is_told_by_the_name() -> None:
+def test_the_format_follows_from_the_file_name() -> None:
     assert format_of(Path("a.H5"), None) == ("hdf5", False)
     assert format_of(Path("a.hdf5"), "hdf5") == ("hdf5", False)
     assert format_of(Path("a.npz"), None) == ("npz", False)
@@ -157,7 +157,7 @@ def test_the_format_is_told_by_the_name() -> None:
         format_of(Path("a"), "csv")
 
 
-def test_an_input_is_cut_by_proteins_and_by_bytes() -> None:
+def test_an_input_is_split_by_proteins_and_by_bytes() -> None:
     lengths = [3, 3, 3, 50, 1, 1, 1, 1, 1]
     proteins = [Protein(str(number), encode("A" * length), number) for number, length in enumerate(lengths)]
     parts = list(cut(iter(proteins), 4, 100, lambda residues: residues * 10))
@@ -165,7 +165,7 @@ def test_an_input_is_cut_by_proteins_and_by_bytes() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_files_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_damaged_files_are_refused_with_their_name(tmp_path: Path, kind: str) -> None:
     output = written(tmp_path, kind, made(ODD_IDS))
     content = output.read_bytes()
     output.write_bytes(content[: len(content) // 2])
@@ -178,7 +178,7 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, kind: str) -> None:
         list(read_embeddings(tmp_path / "absent"))
 
 
-def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"about": {}, "parts": [{"file": "../secret.npz"}]}))
     with pytest.raises(EmbeddingFileError, match="names files elsewhere"):
         list(read_embeddings(tmp_path))
@@ -192,7 +192,7 @@ def test_an_array_of_python_objects_is_not_unpickled(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk() -> Iterator[Callable[[int], None]]:
-    """No file may grow over so many bytes."""
+    """Return a function that limits the size of every file to a number of bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -206,7 +206,7 @@ def small_disk() -> Iterator[Callable[[int], None]]:
 
 @pytest.mark.parametrize("is_folder", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_full_disk_leaves_no_half_and_what_was_finished(
+def test_a_full_disk_leaves_no_partial_file_and_keeps_finished_parts(
     tmp_path: Path, kind: str, is_folder: bool, small_disk: Callable[[int], None]
 ) -> None:
     output = tmp_path / ("parts" if is_folder else f"whole{format_named(kind).suffix}")
@@ -233,8 +233,8 @@ def test_a_full_disk_leaves_no_half_and_what_was_finished(
     assert all(map(equal, read_embeddings(output), embeddings))
 
 
-def test_a_disk_that_is_full_at_the_very_end_is_noticed(tmp_path: Path, small_disk: Callable[[int], None]) -> None:
-    """HDF5 writes most of what it knows about a file as it closes it."""
+def test_a_disk_that_fills_up_when_hdf5_closes_is_an_error(tmp_path: Path, small_disk: Callable[[int], None]) -> None:
+    """HDF5 writes most of a file's metadata when it closes the file."""
     with (tmp_path / "a.h5").open("w+b") as stream:
 
         def batches() -> Iterator[list[Embedding]]:
@@ -245,7 +245,7 @@ def test_a_disk_that_is_full_at_the_very_end_is_noticed(tmp_path: Path, small_di
             Hdf5Format().write(stream, ABOUT, batches())
 
 
-def test_a_part_that_was_changed_is_made_again(tmp_path: Path) -> None:
+def test_a_modified_part_is_computed_again(tmp_path: Path) -> None:
     work = WorkFolder(tmp_path / "a.npz", "npz", False)
     with work.held():
         work.write(0, ABOUT, made(["a"]))
@@ -257,7 +257,7 @@ def test_a_part_that_was_changed_is_made_again(tmp_path: Path) -> None:
         assert not work.finish(1, ABOUT)
 
 
-def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+def test_a_work_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
     work = WorkFolder(tmp_path / "a.npz", "npz", False)
     work.folder.mkdir()
     (work.folder / "thesis.txt").write_text("years of work")
@@ -267,7 +267,7 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_memory_is_that_of_a_part_however_many_there_are(tmp_path: Path, kind: str) -> None:
+def test_memory_does_not_grow_with_the_number_of_parts(tmp_path: Path, kind: str) -> None:
     def peak(parts: int) -> int:
         work = WorkFolder(tmp_path / f"whole{format_named(kind).suffix}", kind, False)
         with work.held():
@@ -311,8 +311,10 @@ class JsonLines(EmbeddingFormat):
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
-def test_an_installed_package_adds_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_folder: bool) -> None:
-    """As pip leaves it: a module, and metadata with an entry point; nothing else names the format."""
+def test_an_installed_package_can_add_a_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_folder: bool
+) -> None:
+    """Install a module and metadata with an entry point, as pip does; nothing else names the format."""
     info = tmp_path / "site" / "jsonl_plugin-1.0.dist-info"
     info.mkdir(parents=True)
     (tmp_path / "site" / "jsonl_plugin.py").write_text(PLUGIN)

@@ -1,4 +1,4 @@
-"""Embeddings: what they are, whatever the batch, the window or the precision that they were computed in."""
+"""Embeddings: values against references for every batch size, window and precision."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """A second thread gains nothing on so small models."""
+    """Use one thread: a second one does not speed up such small models."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,13 +50,13 @@ def engine_of(batch_tokens: int | None = None, **sizes: Any) -> Engine:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    """An ESM-2 that was trained on 64 residues at once."""
+    """Return an ESM-2 that was trained on windows of 64 residues."""
     return engine_of(**FAMILIES["ESM-2"], seq_length=66)
 
 
 @pytest.fixture(scope="module")
 def proteins(tiny_split: SequenceSplit) -> list[Protein]:
-    """A dozen real ones of 1 to 64 residues, rare letters among them, two of each of some lengths."""
+    """Return 12 real proteins of 1 to 64 residues, with rare letters and repeated lengths."""
     lengths = (30, 1, 64, 2, 30, 50, 64, 7, 3, 1, 41, 50)
     return [Protein(f"p{i}", tiny_split[10 + i][:length], i + 1) for i, length in enumerate(lengths)]
 
@@ -68,7 +68,7 @@ def long_proteins(tiny_split: SequenceSplit) -> list[Protein]:
 
 @torch.inference_mode()
 def seen(engine: Engine, tokens: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-    """Of one sequence, alone: all its tokens' states by layer, and logits."""
+    """Return the hidden states of each layer and the logits for one sequence on its own."""
     row = pack(tokens, np.array([len(tokens)]))
     states = representations(engine.encoder, row, range(engine.layers + 1))
     told = {f"states_{layer}": state.float().numpy() for layer, state in states.items()}
@@ -90,7 +90,7 @@ def assert_close(ours: dict[str, Any], theirs: dict[str, Any], atol: float = 1e-
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_those_about_each_protein_alone(family: str, proteins: list[Protein]) -> None:
+def test_embeddings_in_a_batch_equal_those_of_each_protein_alone(family: str, proteins: list[Protein]) -> None:
     engine = engine_of(**FAMILIES[family])
     found = embed_proteins(engine, proteins, EVERYTHING)
     assert [each.id for each in found] == [protein.id for protein in proteins]
@@ -102,7 +102,7 @@ def test_answers_are_those_about_each_protein_alone(family: str, proteins: list[
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_those_of_hugging_face_for_the_same_weights(
+def test_embeddings_match_hugging_face_for_the_same_weights(
     family: str, proteins: list[Protein], tmp_path: Path
 ) -> None:
     peer = hugging_face(family, SMALL, tmp_path / "theirs")
@@ -120,7 +120,7 @@ def test_answers_are_those_of_hugging_face_for_the_same_weights(
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 70, 200, 100_000])
-def test_answers_do_not_depend_on_the_batch(
+def test_embeddings_do_not_depend_on_the_batch(
     engine: Engine, proteins: list[Protein], long_proteins: list[Protein], batch_tokens: int
 ) -> None:
     everyone = [*proteins, *long_proteins]
@@ -133,7 +133,7 @@ def test_answers_do_not_depend_on_the_batch(
         assert_close(two.arrays, one.arrays)
 
 
-def test_the_same_question_has_the_same_answer_to_the_last_bit(engine: Engine, long_proteins: list[Protein]) -> None:
+def test_repeated_calls_give_bit_identical_embeddings(engine: Engine, long_proteins: list[Protein]) -> None:
     first, second = (embed_proteins(engine, long_proteins, EVERYTHING) for _ in range(2))
     for one, two in zip(first, second, strict=True):
         assert {name: array.tobytes() for name, array in one.arrays.items()} == {
@@ -145,7 +145,7 @@ def test_the_same_question_has_the_same_answer_to_the_last_bit(engine: Engine, l
 
 
 @pytest.mark.parametrize(("window", "overlap"), [(None, None), (40, 0), (40, 39), (33, 7), (200, 5)])
-def test_windows_are_blended_by_the_distance_from_where_they_cut(
+def test_windows_are_weighted_by_the_distance_from_their_cut_ends(
     engine: Engine, long_proteins: list[Protein], window: int | None, overlap: int | None
 ) -> None:
     options = EVERYTHING.replace(window=window, overlap=overlap)
@@ -171,7 +171,7 @@ def test_windows_are_blended_by_the_distance_from_where_they_cut(
             np.testing.assert_allclose(embedding.arrays[f"cls_{layer}"], cls, atol=1e-5, rtol=0)
 
 
-def test_truncating_reads_the_beginning_and_says_so(engine: Engine, long_proteins: list[Protein]) -> None:
+def test_truncation_reads_the_first_residues_and_records_it(engine: Engine, long_proteins: list[Protein]) -> None:
     found = embed_proteins(engine, long_proteins, EVERYTHING.replace(long_proteins="truncate"))
     for embedding, protein in zip(found, long_proteins, strict=True):
         read = min(protein.residues, 64)
@@ -179,7 +179,7 @@ def test_truncating_reads_the_beginning_and_says_so(engine: Engine, long_protein
         assert_close(embedding.arrays, expected_of(engine, protein.tokens[:read]))
 
 
-def test_a_long_protein_is_an_error_on_request_before_anything_is_computed(
+def test_long_proteins_error_refuses_before_any_computation(
     engine: Engine, long_proteins: list[Protein], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = EmbeddingOptions(long_proteins="error")
@@ -189,10 +189,10 @@ def test_a_long_protein_is_an_error_on_request_before_anything_is_computed(
         embed_proteins(engine, long_proteins[1:4], options)
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_layers_are_numbered_from_either_end_and_come_once(engine: Engine, proteins: list[Protein]) -> None:
+def test_layers_accept_negative_numbers_and_are_deduplicated(engine: Engine, proteins: list[Protein]) -> None:
     options = EmbeddingOptions(layers=(-1, 0, 2, -3), cls=True)
     assert options.resolved(engine).layers == (2, 0)
     found = embed_proteins(engine, proteins[:1], options)[0]
@@ -200,7 +200,7 @@ def test_layers_are_numbered_from_either_end_and_come_once(engine: Engine, prote
     assert_close(found.arrays, {name: expected_of(engine, proteins[0].tokens)[name] for name in found.arrays})
 
 
-def test_rows_of_residues_stay_where_they_are_unless_asked_for(
+def test_only_requested_rows_are_copied_to_the_cpu(
     engine: Engine, long_proteins: list[Protein], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[int] = []
@@ -222,7 +222,7 @@ def test_rows_of_residues_stay_where_they_are_unless_asked_for(
     (EmbeddingOptions(layers=(0,), logits=True), {0, 2}),
     (EmbeddingOptions(layers=(0, 1), mean=False, logits=True), {2}),
 ])  # fmt: skip
-def test_no_layer_is_looked_at_that_was_not_asked_for(
+def test_only_requested_layers_are_computed(
     engine: Engine, proteins: list[Protein], monkeypatch: pytest.MonkeyPatch, options: EmbeddingOptions, asked: set[int]
 ) -> None:
     def looking(encoder: Any, batch: Any, layers: set[int]) -> Any:
@@ -248,12 +248,12 @@ def test_no_layer_is_looked_at_that_was_not_asked_for(
     ({"overlap": 64}, "overlap must be from 0 to below the window of 64, not 64"),
     ({"overlap": -1}, "overlap must be from 0"),
 ])  # fmt: skip
-def test_what_cannot_be_chosen_is_refused_by_its_key(settings: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused_with_their_key(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EmbeddingOptions(**settings).resolved(engine_of(seq_length=66))
 
 
-def test_a_model_that_can_read_more_than_it_was_trained_on_may_be_asked_to(engine: Engine) -> None:
+def test_a_rotary_model_accepts_a_window_longer_than_in_training(engine: Engine) -> None:
     options = EmbeddingOptions(window=1000).resolved(engine)
     assert (options.window, options.overlap) == (1000, 500)
     assert EmbeddingOptions().resolved(engine) == options.replace(layers=(2,), window=64, overlap=32)
@@ -264,7 +264,7 @@ def test_a_model_that_can_read_more_than_it_was_trained_on_may_be_asked_to(engin
     EmbeddingOptions(layers=(0, 2), dtype="float16", residues=True),
     EmbeddingOptions(mean=False, logits=True, long_proteins="truncate", pseudo_perplexity=True),
 ])  # fmt: skip
-def test_the_size_of_an_answer_is_known_beforehand(
+def test_the_predicted_size_of_an_embedding_is_exact(
     engine: Engine, long_proteins: list[Protein], options: EmbeddingOptions
 ) -> None:
     resolved = options.resolved(engine)
@@ -288,7 +288,7 @@ def test_progress_adds_up_to_all_residues(
     assert min(told) > 0
 
 
-def test_of_no_proteins_there_are_no_embeddings(engine: Engine) -> None:
+def test_no_proteins_give_no_embeddings(engine: Engine) -> None:
     assert embed_proteins(engine, [], EVERYTHING) == []
 
 
@@ -297,7 +297,7 @@ def test_of_no_proteins_there_are_no_embeddings(engine: Engine) -> None:
 
 @torch.no_grad()
 def surprise(model: torch.nn.Module, tokens: NDArray[np.uint8], place: int) -> float:
-    """-log p of a residue that alone is hidden, all in float64."""
+    """Return -log p of one residue, computed in float64 with only that residue masked."""
     shown = tokens.copy()
     shown[place] = MASK_ID
     row = pack(shown, np.array([len(shown)]))
@@ -306,7 +306,7 @@ def surprise(model: torch.nn.Module, tokens: NDArray[np.uint8], place: int) -> f
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_pseudo_perplexity_hides_each_residue_once(family: str, proteins: list[Protein]) -> None:
+def test_pseudo_perplexity_masks_each_residue_once(family: str, proteins: list[Protein]) -> None:
     some = [proteins[1], proteins[7], proteins[0]]
     options = EmbeddingOptions(mean=False, pseudo_perplexity=True)
     found = embed_proteins(engine_of(100, **FAMILIES[family]), some, options)
@@ -317,7 +317,7 @@ def test_a_pseudo_perplexity_hides_each_residue_once(family: str, proteins: list
         assert embedding.pseudo_perplexity == pytest.approx(np.exp(np.mean(surprises)), rel=1e-5)
 
 
-def test_in_a_long_protein_each_residue_is_hidden_in_the_middle_of_its_window(long_proteins: list[Protein]) -> None:
+def test_pseudo_perplexity_of_a_long_protein_centres_the_window_on_each_residue(long_proteins: list[Protein]) -> None:
     sizes = FAMILIES["ESM-2"] | {"seq_length": 66}
     protein = long_proteins[4]
     options = EmbeddingOptions(pseudo_perplexity=True)
@@ -337,7 +337,7 @@ def test_in_a_long_protein_each_residue_is_hidden_in_the_middle_of_its_window(lo
 # --- precision --------------------------------------------------------------------------------------------------------
 
 
-def test_float16_is_rounded_at_the_end(engine: Engine, long_proteins: list[Protein]) -> None:
+def test_float16_rounds_only_the_final_values(engine: Engine, long_proteins: list[Protein]) -> None:
     exact = embed_proteins(engine, long_proteins, EVERYTHING)
     for rounded, whole in zip(
         embed_proteins(engine, long_proteins, EVERYTHING.replace(dtype="float16")), exact, strict=True
@@ -348,7 +348,7 @@ def test_float16_is_rounded_at_the_end(engine: Engine, long_proteins: list[Prote
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_what_float16_does_not_hold_is_an_error(long_proteins: list[Protein], which: int) -> None:
+def test_values_beyond_the_float16_range_are_an_error(long_proteins: list[Protein], which: int) -> None:
     engine = engine_of(**FAMILIES["ESM-2"], seq_length=66)
     with torch.no_grad():
         engine.encoder.encoder.final_layernorm.weight *= 1e6
@@ -358,7 +358,7 @@ def test_what_float16_does_not_hold_is_an_error(long_proteins: list[Protein], wh
         embed_proteins(engine, some, EmbeddingOptions(layers=(0, 2), cls=True, dtype="float16"))
 
 
-def test_numbers_that_are_none_are_an_error(proteins: list[Protein]) -> None:
+def test_nonfinite_values_are_an_error(proteins: list[Protein]) -> None:
     engine = engine_of()
     with torch.no_grad():
         engine.encoder.encoder.final_layernorm.weight *= 1e39
@@ -366,7 +366,7 @@ def test_numbers_that_are_none_are_an_error(proteins: list[Protein]) -> None:
         embed_proteins(engine, proteins, EmbeddingOptions())
 
 
-def test_bfloat16_answers_are_near_and_means_are_taken_in_float32(
+def test_bfloat16_embeddings_are_close_and_means_are_computed_in_float32(
     tmp_path: Path, proteins: list[Protein], long_proteins: list[Protein]
 ) -> None:
     tiny_model(**FAMILIES["ESM-2"], seq_length=66, init_method_std=0.1).save_to(str(tmp_path / "m.nemo"))

@@ -1,4 +1,4 @@
-"""The engine: models out of files of any precision, and questions about places, answered whatever the batch."""
+"""The engine: loading models at any precision, and log probabilities at any batch size."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def saved(model: ESM1nvModel, path: Path) -> Path:
     return path
 
 
-# --- from a file ------------------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stored", ["32", "bf16"])
-def test_a_model_answers_as_before_it_was_saved(family: str, stored: str, tmp_path: Path) -> None:
+def test_a_loaded_model_gives_the_logits_of_the_saved_model(family: str, stored: str, tmp_path: Path) -> None:
     model = tiny_model(stored, **FAMILIES[family])
     engine = Engine.load(saved(model, tmp_path / "m.nemo"), "cpu", stored)
     row = engine.packed([CRAMBIN])
@@ -64,7 +64,7 @@ def test_a_model_answers_as_before_it_was_saved(family: str, stored: str, tmp_pa
 
 
 @pytest.mark.parametrize(("stored", "precision"), [("32", "bf16"), ("bf16", "32")])
-def test_a_model_computes_in_another_precision_than_it_was_stored_in(
+def test_a_model_can_compute_in_a_precision_other_than_the_stored_one(
     stored: str, precision: str, tmp_path: Path
 ) -> None:
     model = tiny_model(stored, **FAMILIES["ESM-2"])
@@ -78,7 +78,7 @@ def test_a_model_computes_in_another_precision_than_it_was_stored_in(
         assert torch.equal(buffer, dict(model.encoder.named_buffers())[name])
 
 
-def test_a_checkpoint_of_training_will_do(tmp_path: Path) -> None:
+def test_a_training_checkpoint_can_be_loaded(tmp_path: Path) -> None:
     model = tiny_model()
     archive = read_archive(saved(model, tmp_path / "m.nemo"))
     state = {"optimizer": {"step": 7}, "moments": torch.ones(3)}
@@ -91,7 +91,7 @@ def test_a_checkpoint_of_training_will_do(tmp_path: Path) -> None:
                            logits_of(model, CRAMBIN))  # fmt: skip
 
 
-def test_dropout_is_off(tmp_path: Path) -> None:
+def test_dropout_is_disabled(tmp_path: Path) -> None:
     model = tiny_model(hidden_dropout=0.5, attention_dropout=0.5)
     path = saved(model, tmp_path / "m.nemo")
     model.train()
@@ -102,7 +102,7 @@ def test_dropout_is_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "window", "longest"), [("ESM-1b", 510, 510), ("ESM-2", 510, None)])
-def test_an_engine_knows_how_much_it_reads(family: str, window: int, longest: int | None) -> None:
+def test_the_engine_reports_its_window_and_its_layers(family: str, window: int, longest: int | None) -> None:
     model = tiny_model(**FAMILIES[family])
     engine = Engine(model.encoder, model.encoder_config)
     assert (engine.window, engine.longest, engine.layers) == (window, longest, 2)
@@ -124,14 +124,14 @@ def test_settings_are_checked_before_the_file_is_opened(settings: dict[str, Any]
         Engine.load("nowhere.nemo", **settings)
 
 
-def test_precisions_are_those_that_there_are_kernels_for() -> None:
+def test_precision_names_map_to_parameter_dtypes() -> None:
     dtypes = {precision: backends.parameter_dtype(precision, "cpu") for precision in engine_options.PRECISIONS}
     assert (
         dtypes["32"] == torch.float32 and dtypes["bf16"] == torch.bfloat16 and dtypes.keys() == {"auto", "32", "bf16"}
     )
 
 
-def test_sizes_are_told_without_loading_the_model(tmp_path: Path) -> None:
+def test_sizes_are_available_without_importing_torch(tmp_path: Path) -> None:
     engine = Engine.load(saved(tiny_model(), tmp_path / "m.nemo"), "cpu")
     sizes = EngineConfig(model=tmp_path / "m.nemo").check()
     assert (sizes.config, sizes.window, sizes.longest) == (engine.config, engine.window, engine.longest)
@@ -149,7 +149,7 @@ def spoil(path: Path, name: str) -> None:
     path.write_bytes(content)
 
 
-def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.nemo").mkdir()
     (tmp_path / "text.nemo").write_text(">P1\nMKV\n")
     saved(tiny_model(), tmp_path / "damaged.nemo")
@@ -167,7 +167,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
             ProteinModel.load(tmp_path / name, "cpu")
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_nonfinite_weights_are_refused(tmp_path: Path) -> None:
     archive = read_archive(saved(tiny_model(), tmp_path / "m.nemo"))
     weights = dict(archive.weights)
     name = "encoder.encoder.final_layernorm.bias"
@@ -177,12 +177,12 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         Engine.load(tmp_path / "nan.nemo", "cpu")
 
 
-# --- questions --------------------------------------------------------------------------------------------------------
+# --- queries ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def queries(tiny_split: SequenceSplit) -> list[MaskedQuery]:
-    """About one place and several, hidden and shown, of proteins from 1 residue to 60."""
+    """Return queries about one or several positions, masked and visible, in proteins of 1 to 60 residues."""
     generator, asked = np.random.default_rng(1), []
     for index, length in enumerate((46, 1, 60, 2, 33, 46, 46, 9)):
         tokens = tiny_split[10 + index][:length]
@@ -193,7 +193,9 @@ def queries(tiny_split: SequenceSplit) -> list[MaskedQuery]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch_tokens", [1, 100, 100_000])
-def test_answers_are_those_of_all_logits(family: str, batch_tokens: int, queries: list[MaskedQuery]) -> None:
+def test_log_probabilities_match_a_softmax_over_all_logits(
+    family: str, batch_tokens: int, queries: list[MaskedQuery]
+) -> None:
     model = tiny_model(**FAMILIES[family])
     told: list[int] = []
     answers = list(Engine(model.encoder, model.encoder_config, batch_tokens).log_probabilities(queries, told.append))
@@ -207,7 +209,7 @@ def test_answers_are_those_of_all_logits(family: str, batch_tokens: int, queries
         np.testing.assert_allclose(np.exp(answer).sum(axis=1), 1, rtol=1e-12)
 
 
-def test_questions_are_taken_only_as_they_are_needed(queries: list[MaskedQuery]) -> None:
+def test_queries_are_consumed_lazily(queries: list[MaskedQuery]) -> None:
     model, taken = tiny_model(), 0
 
     def asked() -> Iterator[MaskedQuery]:
@@ -222,7 +224,7 @@ def test_questions_are_taken_only_as_they_are_needed(queries: list[MaskedQuery])
     assert list(Engine(model.encoder, model.encoder_config).log_probabilities([])) == []
 
 
-def test_to_hide_places_is_to_leave_the_protein_as_it_was() -> None:
+def test_masking_does_not_modify_the_input_tokens() -> None:
     tokens = CRAMBIN.copy()
     query = masked(tokens, np.array([1, 4]))
     assert np.array_equal(tokens, CRAMBIN)
@@ -237,7 +239,7 @@ def test_to_hide_places_is_to_leave_the_protein_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 50, 1000])
-def test_batches_are_full_sorted_and_hold_everyone(batch_tokens: int) -> None:
+def test_batches_are_full_sorted_and_complete(batch_tokens: int) -> None:
     lengths = np.random.default_rng(0).integers(1, 120, size=60)
     batches = batches_by_length(lengths, batch_tokens)
     order = np.concatenate(batches)

@@ -1,4 +1,4 @@
-"""ESM-1b: its size, its embedding and its loss against Hugging Face's, its schedule against fairseq's formula."""
+"""ESM-1b: size, embedding and loss against Hugging Face, schedule against fairseq's formula."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ Proteins = list[NDArray[np.uint8]]
 
 @pytest.fixture(scope="module")
 def proteins(tiny_split: SequenceSplit) -> Proteins:
-    """Real ones: 77 and 509 residues, of 1, 2, 3 and 510, and some under 400."""
+    """Return real proteins: of 77 and 509 residues, of 1, 2, 3 and 510, and some under 400."""
     return [tiny_split[index] for index in (3, 4, 0, 1, 2, 5, 10, 20, 30)]
 
 
 def corrupted(proteins: Proteins) -> PackedBatch:
-    """Packed and masked; the first shows no <mask> although it is asked about, and the second nothing else."""
+    """Return a packed masked batch. The first protein has targets but no <mask>; the second has only <mask>."""
     lengths = np.array([len(protein) for protein in proteins], dtype=np.int64)
     residues = np.concatenate(proteins)
     keys = sample_keys(7, np.zeros(len(lengths), dtype=np.int64), np.arange(len(lengths)))
@@ -64,7 +64,7 @@ def corrupted(proteins: Proteins) -> PackedBatch:
 
 
 def gradients(model: ESM1nvModel, batch: PackedBatch) -> dict[str, torch.Tensor]:
-    """Of the mean loss over the batch's targets, by parameter."""
+    """Return each parameter's gradient of the mean loss over the batch's targets."""
     model.zero_grad()
     cross_entropy(model(batch), batch.targets).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -73,19 +73,19 @@ def gradients(model: ESM1nvModel, batch: PackedBatch) -> dict[str, torch.Tensor]
 # --- size -----------------------------------------------------------------------------------------------------------
 
 
-def test_esm1b_has_the_parameters_of_the_public_model_but_for_what_can_be_named() -> None:
+def test_the_parameter_count_of_esm1b_matches_the_public_model() -> None:
     ours = EncoderConfig.from_config(load_recipe(composed("model=esm1b", "optim=esm1b")).model.to_dict())
     with torch.device("meta"):
         theirs = hugging_face_model("ESM-1b", Shape(33, 1280, 20))
     theirs_counted = sum(parameter.numel() for parameter in theirs.parameters())
-    vocabulary_padding = (128 - 33) * (1280 + 1)  # rows of the table, and the output's biases
+    vocabulary_padding = (128 - 33) * (1280 + 1)  # rows of the embedding table, and output biases
     contact_head = 33 * 20 + 1  # a regression on attention maps; pretraining does not touch it
     assert theirs_counted == 652_359_094
     assert ours.parameters == theirs_counted + vocabulary_padding - contact_head == 652_480_128
     assert replace(ours, position_offset=0).parameters == ours.parameters - 2 * 1280, "rows before the first position"
 
 
-def test_the_flags_add_one_layer_norm_and_draw_no_other_weights() -> None:
+def test_the_esm1b_flags_add_one_layer_norm_and_keep_the_other_initial_weights() -> None:
     plain, esm1b = tiny_model(), tiny_model(**ESM1B)
     built = {name: tuple(parameter.shape) for name, parameter in esm1b.named_parameters()}
     assert dict(esm1b.encoder_config.tensors()) == built
@@ -98,7 +98,7 @@ def test_the_flags_add_one_layer_norm_and_draw_no_other_weights() -> None:
 # --- embedding, loss and gradients ----------------------------------------------------------------------------------
 
 
-def test_token_dropout_is_that_of_each_sequence_alone() -> None:
+def test_token_dropout_is_scaled_for_each_sequence_separately() -> None:
     rows = [[5, 6, 7, 8], [MASK_ID, 5, MASK_ID, 6, 7, 8], [MASK_ID] * 3, [], [9, MASK_ID]]
     sequences = [[CLS_ID, *row, EOS_ID] for row in rows]
     expected: list[float] = []
@@ -111,8 +111,8 @@ def test_token_dropout_is_that_of_each_sequence_alone() -> None:
     torch.testing.assert_close(scale, torch.tensor(expected), atol=0, rtol=1e-6)
 
 
-def test_a_row_of_nothing_but_masks_gives_zeros_and_no_nan() -> None:
-    """Packing always adds <cls> and <eos>, which are seen; a caller of the encoder may not."""
+def test_a_row_of_only_masks_gives_zeros_and_no_nan() -> None:
+    """Packing always adds unmasked <cls> and <eos>; a direct caller of the encoder may not."""
     scale = token_dropout_scale(torch.full((4,), MASK_ID), torch.tensor([0, 4], dtype=torch.int32))
     assert scale.tolist() == [0.0] * 4
 
@@ -120,9 +120,7 @@ def test_a_row_of_nothing_but_masks_gives_zeros_and_no_nan() -> None:
 @pytest.mark.parametrize(
     "flags", [ESM1B, {"embedding_layernorm": True}, {"token_dropout": True}], ids=["both", "layer norm", "dropout"]
 )
-def test_packed_esm1b_agrees_with_the_padded_one_on_logits_loss_and_gradients(
-    proteins: Proteins, flags: dict[str, bool]
-) -> None:
+def test_packed_esm1b_matches_padded_logits_loss_and_gradients(proteins: Proteins, flags: dict[str, bool]) -> None:
     batch, model = corrupted(proteins), tiny_model(**flags)
     twin = padded_twin(model)
     padded_tokens = unpack(batch.tokens, batch.cu_seqlens)
@@ -143,7 +141,7 @@ def test_packed_esm1b_agrees_with_the_padded_one_on_logits_loss_and_gradients(
         assert theirs[name].abs().max() > 1e-3 or "key.bias" in name, f"{name}: too small for the tolerance to tell"
 
 
-def test_a_proteins_states_do_not_depend_on_how_its_neighbours_are_masked(proteins: Proteins) -> None:
+def test_hidden_states_do_not_depend_on_the_masking_of_neighbours(proteins: Proteins) -> None:
     model, batch = tiny_model(**ESM1B), corrupted(proteins)
     unmasked = pack(np.concatenate(proteins), np.array([len(protein) for protein in proteins], dtype=np.int64))
     first, last = batch.cu_seqlens[:2].tolist()
@@ -152,8 +150,8 @@ def test_a_proteins_states_do_not_depend_on_how_its_neighbours_are_masked(protei
     torch.testing.assert_close(states[0], states[1], atol=1e-6, rtol=0)
 
 
-def test_in_training_dropout_follows_the_layer_norm(proteins: Proteins) -> None:
-    """Zeros that a layer norm came after would not be zeros."""
+def test_dropout_follows_the_embedding_layer_norm(proteins: Proteins) -> None:
+    """Dropout before the layer norm would leave no exact zeros."""
     model, batch = tiny_model(**ESM1B, hidden_dropout=0.25), corrupted(proteins)
     assert model.encoder is not None
     row = (batch.tokens, batch.positions, batch.cu_seqlens)
@@ -163,7 +161,7 @@ def test_in_training_dropout_follows_the_layer_norm(proteins: Proteins) -> None:
     torch.testing.assert_close(dropped[dropped != 0], kept[dropped != 0] / 0.75)
 
 
-def test_bf16_scales_in_float32_before_it_rounds(proteins: Proteins) -> None:
+def test_bf16_embeddings_are_scaled_in_float32_before_rounding(proteins: Proteins) -> None:
     model, batch = tiny_model("bf16", token_dropout=True), corrupted(proteins)
     assert model.encoder is not None
     embedding = model.encoder.embedding
@@ -174,7 +172,7 @@ def test_bf16_scales_in_float32_before_it_rounds(proteins: Proteins) -> None:
 
 
 def half(rank: int, folder: Path, proteins: Proteins) -> None:
-    """One of two tensor-parallel ranks: restore the whole model, write down its loss and its norms' gradients."""
+    """Run one of two tensor-parallel ranks: restore the model, save its loss and its norms' gradients."""
     from megatron.core import parallel_state
 
     torch.set_num_threads(1)
@@ -189,9 +187,7 @@ def half(rank: int, folder: Path, proteins: Proteins) -> None:
     distributed.destroy_process_group()
 
 
-def test_two_tensor_parallel_ranks_hold_the_same_layer_norm_and_give_the_same_answer(
-    proteins: Proteins, tmp_path: Path
-) -> None:
+def test_two_tensor_parallel_ranks_agree_on_layer_norm_and_loss(proteins: Proteins, tmp_path: Path) -> None:
     model = tiny_model(**ESM1B)
     write_archive(tmp_path / "whole.nemo", describe(model))
     ranks = [_SERVER.Process(target=half, args=(rank, tmp_path, proteins)) for rank in (0, 1)]
@@ -215,12 +211,12 @@ def test_two_tensor_parallel_ranks_hold_the_same_layer_norm_and_give_the_same_an
 
 
 @pytest.mark.parametrize("value", [1, 0, "true", None, 1.0])
-def test_a_flag_is_true_or_false_and_nothing_like_it(value: object) -> None:
+def test_a_flag_must_be_a_boolean(value: object) -> None:
     with pytest.raises(ConfigError, match=r"model\.token_dropout must be true or false, not "):
         EncoderConfig.from_config({"token_dropout": value})
 
 
-def test_an_archive_without_the_flags_is_an_esm1nv_and_an_esm1b_says_what_it_has(
+def test_an_archive_without_the_flags_is_an_esm1nv_and_esm1b_lists_its_flags(
     proteins: Proteins, tmp_path: Path
 ) -> None:
     plain, esm1b = tiny_model(), tiny_model(**ESM1B)
@@ -238,7 +234,7 @@ def test_an_archive_without_the_flags_is_an_esm1nv_and_an_esm1b_says_what_it_has
         assert [label in text for text in texts] == [False, True]
 
 
-def test_another_encoder_is_told_by_its_keys_and_dropout_rates_are_free() -> None:
+def test_encoder_differences_are_listed_by_key_and_ignore_dropout_rates() -> None:
     ours = EncoderConfig(hidden_dropout=0.0, token_dropout=True)
     old = EncoderConfig().to_dict()
     assert ours.differences(old) == [("token_dropout", False, True)]
@@ -277,7 +273,7 @@ def rates(optimizer: torch.optim.Optimizer, schedule: Any, steps: int) -> Iterat
 
 
 @pytest.mark.parametrize("config", SHORT.values(), ids=SHORT)
-def test_the_formula_is_the_scheduler_at_every_step_and_past_the_end(config: OptimConfig) -> None:
+def test_the_formula_equals_the_scheduler_at_every_step_and_past_the_end(config: OptimConfig) -> None:
     formula = [learning_rate(config, step) for step in range(30)]
     assert list(rates(*scheduled(config), 30)) == pytest.approx(formula, rel=1e-12, abs=0)
 
@@ -293,7 +289,7 @@ def test_the_formula_is_the_scheduler_at_every_step_and_past_the_end(config: Opt
     ],
     ids=["ESM-1nv", "ESM-1b"],
 )
-def test_the_published_schedules_at_their_key_points(config: OptimConfig, points: dict[int, float]) -> None:
+def test_published_schedules_have_their_rates_at_key_steps(config: OptimConfig, points: dict[int, float]) -> None:
     optimizer, schedule = scheduled(config)
     for step, rate in points.items():
         assert learning_rate(config, step) == pytest.approx(rate, rel=1e-6, abs=0)
@@ -304,14 +300,14 @@ def test_the_published_schedules_at_their_key_points(config: OptimConfig, points
         assert optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate(config, step), rel=1e-12, abs=0)
 
 
-def test_the_inverse_square_root_falls_from_the_peak_without_a_jump() -> None:
+def test_the_inverse_square_root_decays_from_the_peak_without_a_jump() -> None:
     curve = [learning_rate(INVERSE, step) for step in range(15_000, 17_001)]
     assert max(curve) == curve[1_000] == 1e-4
     assert max(abs(after - before) for before, after in pairwise(curve)) < 1e-4 / 16_000 * 1.001
 
 
 @pytest.mark.parametrize("config", SHORT.values(), ids=SHORT)
-def test_a_schedule_goes_on_from_its_stored_state_exactly(config: OptimConfig) -> None:
+def test_a_schedule_resumes_exactly_from_its_stored_state(config: OptimConfig) -> None:
     unbroken = list(rates(*scheduled(config), 25))
     optimizer, schedule = scheduled(config)
     before = list(rates(optimizer, schedule, 11))
@@ -323,8 +319,8 @@ def test_a_schedule_goes_on_from_its_stored_state_exactly(config: OptimConfig) -
     assert before + list(rates(optimizer, schedule, 14)) == unbroken
 
 
-def test_the_inverse_square_root_goes_on_from_the_step_of_another_schedule() -> None:
-    """So may a run that continues another under a schedule of its own: the step is all it needs of the state."""
+def test_the_inverse_square_root_resumes_from_the_step_of_another_schedule() -> None:
+    """A run may continue another run under a different schedule: it needs only the step from the state."""
     optimizer, schedule = scheduled(SHORT["cosine, constant end"])
     list(rates(optimizer, schedule, 11))
     config = SHORT["inverse square root"]
@@ -344,18 +340,18 @@ def test_the_inverse_square_root_goes_on_from_the_step_of_another_schedule() -> 
         ("optim.sched.name=null", f"must be {COSINE} or {INVERSE_SQUARE_ROOT}, not 'None'"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused_by_its_keys(overrides: str, message: str) -> None:
+def test_an_invalid_schedule_is_refused_with_its_keys(overrides: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(composed("model=esm1b", "optim=esm1b", overrides))
 
 
-def test_the_configuration_is_that_of_the_paper() -> None:
+def test_the_esm1b_configuration_matches_the_paper() -> None:
     recipe = load_recipe(composed("model=esm1b", "optim=esm1b"))
     assert recipe.optim == replace(
         INVERSE, betas=(0.9, 0.999), weight_decay=0.0, max_steps=recipe.optim.max_steps, gradient_clip_val=1.0
     )
     sizes = {"num_layers": 33, "num_attention_heads": 20, "hidden_size": 1280, "ffn_hidden_size": 5120}
-    expected = EncoderConfig(**sizes, seq_length=1024, **ESM1B, position_offset=2)  # dropout 0.1, as ESM-1nv
+    expected = EncoderConfig(**sizes, seq_length=1024, **ESM1B, position_offset=2)  # dropout 0.1, as in ESM-1nv
     assert recipe.model == expected
 
 
@@ -369,7 +365,7 @@ def die() -> None:
     raise MemoryError("killed in the test")
 
 
-def test_a_run_of_esm1b_that_was_cut_short_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_an_interrupted_esm1b_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", *SMALL_ESM1B)
     assert whole.codes == [0], whole.errors
     cut = Fault("bionemo_esm.model.esm1nv.ESM1nvModel.training_step", die, call=4)

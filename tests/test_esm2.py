@@ -1,4 +1,4 @@
-"""ESM-2 and ESM-1v as configurations: their sizes against the real classes, and training spread over ranks."""
+"""ESM-2 and ESM-1v configurations: sizes against the original classes, and training on two ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from runs import composed, losses
 from theirs import Shape, fair_esm_model, hugging_face_model
 
 PADDED_VOCABULARY = 128
-SIZES = {  # Lin et al. 2023, table S1: layers, hidden size, heads; and the parameters of our encoder
+SIZES = {  # Lin et al. 2023, table S1: layers, hidden size, heads; then the parameters of our encoder
     "esm2_8m": (6, 320, 20, 7_542_848),
     "esm2_35m": (12, 480, 20, 33_546_848),
     "esm2_150m": (30, 640, 20, 148_200_448),
@@ -41,14 +41,14 @@ def counted(module: nn.Module) -> int:
 
 
 def only_theirs(config: EncoderConfig) -> int:
-    """What the real classes have, or lack, beside our encoder: a contact head, and no rows that fill the vocabulary."""
+    """Return the parameters of the original classes minus ours: plus a contact head, minus padded vocabulary rows."""
     contact_head = config.num_layers * config.num_attention_heads + 1
     filling_rows = (PADDED_VOCABULARY - VOCABULARY_SIZE) * (config.hidden_size + 1)  # embedding, bias of the output
     return contact_head - filling_rows
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_esm2_has_the_parameters_of_fair_esms_and_hugging_faces_but_for_what_can_be_named(name: str) -> None:
+def test_the_parameter_counts_of_esm2_match_fair_esm_and_hugging_face(name: str) -> None:
     layers, hidden, heads, parameters = SIZES[name]
     ours = recipe(f"model={name}").model
     assert (ours.num_layers, ours.hidden_size, ours.num_attention_heads) == (layers, hidden, heads)
@@ -58,7 +58,7 @@ def test_esm2_has_the_parameters_of_fair_esms_and_hugging_faces_but_for_what_can
     assert [counted(model) for model in theirs] == 2 * [ours.parameters + only_theirs(ours)]
 
 
-def test_esm1v_has_the_parameters_of_fair_esms_but_for_what_can_be_named() -> None:
+def test_the_parameter_count_of_esm1v_matches_fair_esm() -> None:
     ours = recipe("model=esm1v").model
     with torch.device("meta"):
         theirs = fair_esm_model("ESM-1v", Shape(33, 1280, 20))
@@ -66,8 +66,8 @@ def test_esm1v_has_the_parameters_of_fair_esms_but_for_what_can_be_named() -> No
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_esm2_is_built_as_it_is_described(name: str) -> None:
-    """Sizes apart, all are the same: rotary, no dropout, no layer norm before the blocks."""
+def test_esm2_configurations_match_their_description(name: str) -> None:
+    """All sizes share these settings: rotary positions, no dropout, no layer norm before the blocks."""
     config = recipe(f"model={name}").model
     assert (config.position_embedding, config.position_rows, config.token_dropout) == (ROTARY, 0, True)
     assert (config.hidden_dropout, config.attention_dropout, config.embedding_layernorm) == (0.0, 0.0, False)
@@ -87,12 +87,12 @@ def test_esm2_is_built_as_it_is_described(name: str) -> None:
     ],
     ids=["ESM-1nv", "ESM-1b", "ESM-1v", "ESM-2", "none of them"],
 )
-def test_a_run_says_of_which_family_its_model_is(overrides: tuple[str, ...], family: str) -> None:
+def test_a_run_reports_the_family_of_its_model(overrides: tuple[str, ...], family: str) -> None:
     assert describe_model(recipe(*overrides)).startswith(family)
 
 
-def test_a_plan_of_esm2_counts_no_positions_and_blames_none(tmp_path: Path) -> None:
-    """The sample has no protein of 4,096 tokens: with a table, rows would never be trained."""
+def test_a_plan_of_esm2_has_no_position_table_and_no_warning_about_it(tmp_path: Path) -> None:
+    """The sample has no protein of 4,096 tokens, so a position table would have untrained rows."""
     place = (f"exp_manager.exp_dir={tmp_path}", "trainer.max_steps=400")
     rotary, learned = (
         plan_of(told, gather_facts(told))
@@ -115,7 +115,7 @@ SMALL_ESM2 = ("model=esm2_8m", "model.hidden_dropout=0", "data.micro_batch_size=
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one rank."""
+    """Return the folder of a run on one rank."""
     folder = tmp_path_factory.mktemp("esm2") / "alone"
     outcome = run(folder, *SMALL_ESM2)
     assert outcome.codes == [0], outcome.errors
@@ -123,7 +123,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("spread", [(2, False), (1, True)], ids=["tensor parallel", "moments sharded"])
-def test_two_ranks_train_esm2_as_one_does(spread: tuple[int, bool], alone: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_esm2_like_one_rank(spread: tuple[int, bool], alone: Path, tmp_path: Path) -> None:
     tensor, sharded = spread
     keys = (f"trainer.tensor_model_parallel_size={tensor}", f"trainer.shard_optimizer={str(sharded).lower()}")
     outcome = run(tmp_path / "two", *SMALL_ESM2, *keys, ranks=2)
@@ -134,7 +134,7 @@ def test_two_ranks_train_esm2_as_one_does(spread: tuple[int, bool], alone: Path,
     assert torch.equal(*frequencies)
 
 
-def test_rotary_frequencies_and_a_contact_head_stay_float32_and_take_no_gradient() -> None:
+def test_rotary_frequencies_and_the_contact_head_are_float32_buffers() -> None:
     model = tiny_model("bf16", position_embedding=ROTARY, contact_head=True)
     buffers = dict(model.named_buffers())
     assert buffers.keys() == {

@@ -1,4 +1,4 @@
-"""A folder for Hugging Face: what transformers makes of it, what its card says, and that it is there whole or not."""
+"""Export to Hugging Face: loading with transformers, the model card, and all-or-nothing writes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HOSTILE = "x|y`z <script>alert(1)</script> [a](https://evil.example) **b**\n---\
 def archived(
     path: Path, family: str, precision: str = "32", provenance: Mapping[str, Any] | None = None
 ) -> ArchiveFile:
-    """A small model of a family with random weights; rotary frequencies rounded as in training with float16."""
+    """Save a small random model of a family, with rotary frequencies rounded to float16 as some training code does."""
     model = tiny_model(precision, **FAMILIES[family])
     generator = torch.Generator().manual_seed(7)
     for name, buffer in model.named_buffers():
@@ -64,14 +64,14 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An export of each family, beside its archive; not to be changed."""
+    """Return an export of each family next to its archive; tests must not change them."""
     base = tmp_path_factory.mktemp("exported")
     for family in FAMILIES:
         exported(base / family, family)
     return {family: base / family for family in FAMILIES}
 
 
-# What transformers makes of it
+# Loading with transformers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,7 +97,7 @@ def test_transformers_loads_every_tensor_and_computes_the_same(folders: dict[str
         )
 
 
-def test_transformers_turns_by_our_frequencies_and_not_by_the_formula(folders: dict[str, Path]) -> None:
+def test_transformers_uses_the_exported_rotary_frequencies(folders: dict[str, Path]) -> None:
     ours = read_archive(folders["ESM-2"].with_suffix(".nemo")).weights["encoder.rotary.frequencies"]
     formula = 1.0 / 10_000 ** (torch.arange(0, 8, 2).float() / 8)
     assert not torch.equal(ours, formula)
@@ -110,7 +110,7 @@ def test_transformers_turns_by_our_frequencies_and_not_by_the_formula(folders: d
 
 
 @pytest.mark.parametrize("loader", [AutoTokenizer, EsmTokenizer])
-def test_the_tokenizer_has_our_alphabet_and_knows_the_longest_sequence(folders: dict[str, Path], loader: Any) -> None:
+def test_the_tokenizer_has_our_alphabet_and_the_maximum_length(folders: dict[str, Path], loader: Any) -> None:
     tokenizer = loader.from_pretrained(folders["ESM-1b"])
     assert type(tokenizer) is EsmTokenizer
     assert tokenizer.convert_ids_to_tokens(range(len(TOKENS))) == list(TOKENS)
@@ -119,7 +119,7 @@ def test_the_tokenizer_has_our_alphabet_and_knows_the_longest_sequence(folders: 
     assert len(tokenizer("M" * 600, truncation=True)["input_ids"]) == 512
 
 
-def test_the_configuration_says_all_that_tells_one_family_from_another(folders: dict[str, Path]) -> None:
+def test_the_exported_configuration_distinguishes_the_families(folders: dict[str, Path]) -> None:
     told = {family: json.loads((folder / "config.json").read_text()) for family, folder in folders.items()}
     assert {family: values["position_embedding_type"] for family, values in told.items()} == {
         "ESM-1nv": "absolute", "ESM-1b": "absolute", "ESM-1v": "absolute", "ESM-2": "rotary",
@@ -131,14 +131,14 @@ def test_the_configuration_says_all_that_tells_one_family_from_another(folders: 
     assert type(AutoModelForMaskedLM.from_pretrained(folders["ESM-1nv"])) is EsmForMaskedLM
 
 
-def test_a_table_without_unused_rows_is_given_two_of_zeros(folders: dict[str, Path]) -> None:
+def test_a_position_table_without_unused_rows_gets_two_rows_of_zeros(folders: dict[str, Path]) -> None:
     ours = read_archive(folders["ESM-1nv"].with_suffix(".nemo")).weights["encoder.embedding.position_embeddings.weight"]
     theirs = weights_in(folders["ESM-1nv"])["esm.embeddings.position_embeddings.weight"]
     assert torch.equal(theirs, torch.cat([torch.zeros(2, 32), ours]))
 
 
 @pytest.mark.parametrize("family", ["ESM-1b", "ESM-2"])
-def test_large_weights_are_split_into_shards_that_add_up(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
+def test_large_weights_are_split_into_complete_shards(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
     folder = tmp_path / "sharded"
     file = ArchiveFile.open(folders[family].with_suffix(".nemo"))
     report = export_hugging_face(file, folder, shard_bytes=25_000)
@@ -152,12 +152,14 @@ def test_large_weights_are_split_into_shards_that_add_up(folders: dict[str, Path
     largest = max(tensor.nbytes for tensor in weights_in(folder).values())
     assert all(size <= max(25_000, largest) for size in sizes.values())
     following = [next(iter(sorted(load_file(path).items())))[1].nbytes for path in shards[1:]]
-    assert all(held + more > 25_000 for held, more in zip(sizes.values(), following, strict=False))  # none half empty
+    assert all(
+        held + more > 25_000 for held, more in zip(sizes.values(), following, strict=False)
+    )  # no shard could hold the next tensor
     assert index["metadata"]["total_size"] == sum(sizes.values())
     assert index["weight_map"] == {name: path.name for path in shards for name in load_file(path)}
     for path in shards:
         with safe_open(path, "pt") as opened:
-            assert opened.metadata() == {"format": "pt"}  # transformers 4 loads nothing without
+            assert opened.metadata() == {"format": "pt"}  # transformers 4 requires this
     whole, parts = weights_in(folders[family]), weights_in(folder)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -166,7 +168,7 @@ def test_large_weights_are_split_into_shards_that_add_up(folders: dict[str, Path
     assert all(torch.equal(twin[name], tensor) for name, tensor in whole.items() if name in twin)
 
 
-def test_bfloat16_stays_bfloat16_and_what_is_fixed_float32(tmp_path: Path) -> None:
+def test_bfloat16_weights_stay_bfloat16_and_buffers_stay_float32(tmp_path: Path) -> None:
     file = archived(tmp_path / "half.nemo", "ESM-2", "bf16")
     export_hugging_face(file, tmp_path / "half")
     weights = weights_in(tmp_path / "half")
@@ -183,7 +185,7 @@ def test_bfloat16_stays_bfloat16_and_what_is_fixed_float32(tmp_path: Path) -> No
     assert report.notes == ("bfloat16 weights kept as float32",)
 
 
-def test_float32_is_rounded_where_that_is_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_float32_weights_are_rounded_to_bfloat16_on_request(folders: dict[str, Path], tmp_path: Path) -> None:
     file = ArchiveFile.open(folders["ESM-2"].with_suffix(".nemo"))
     export_hugging_face(file, tmp_path / "half", precision="bf16")
     before, after = weights_in(folders["ESM-2"]), weights_in(tmp_path / "half")
@@ -200,16 +202,16 @@ def test_a_checkpoint_is_exported_like_a_model(folders: dict[str, Path], tmp_pat
         assert (tmp_path / "out" / name).read_bytes() == (folders["ESM-1b"] / name).read_bytes()
 
 
-def test_numbers_in_rows_that_no_token_has_are_said_to_be_left_out(tmp_path: Path) -> None:
+def test_nonzero_padding_rows_of_the_vocabulary_are_reported_as_left_out(tmp_path: Path) -> None:
     bias = "encoder.output_layer.bias"
     report = export_hugging_face(spoilt(tmp_path / "model.nemo", "ESM-2", **{bias: torch.ones(128)}), tmp_path / "out")
     assert report.notes == (f"left out: numbers in rows of {bias} that pad the vocabulary and are never used",)
 
 
-# The card
+# The model card
 
 
-def test_the_cards_code_runs_as_it_stands(folders: dict[str, Path]) -> None:
+def test_the_code_in_the_card_runs_unchanged(folders: dict[str, Path]) -> None:
     code = (folders["ESM-1nv"] / "README.md").read_text().split("```python\n")[1].split("```")[0]
     done = subprocess.run(
         [sys.executable, "-c", code + "print(tuple(logits.shape), tuple(embeddings.shape))"],
@@ -219,7 +221,7 @@ def test_the_cards_code_runs_as_it_stands(folders: dict[str, Path]) -> None:
     assert done.stdout.splitlines()[-1] == "(1, 72, 33) (1, 72, 32)"
 
 
-def test_the_card_tells_what_the_archive_says_of_its_training(tmp_path: Path) -> None:
+def test_the_card_shows_the_archives_training_provenance(tmp_path: Path) -> None:
     provenance = {
         "recipe": "laptop",
         "seed": 1234,
@@ -252,11 +254,11 @@ def test_the_card_tells_what_the_archive_says_of_its_training(tmp_path: Path) ->
     ):  # fmt: skip
         assert row in text.splitlines(), row
     assert f"`revision` `{'c' * 40}`" in text
-    assert "`torch`" in text  # of the packages
+    assert "`torch`" in text  # package versions
     assert "at most" not in text.lower()
 
 
-def test_the_card_says_where_the_model_ends(folders: dict[str, Path]) -> None:
+def test_the_card_states_the_length_limit_and_the_contact_head(folders: dict[str, Path]) -> None:
     learned, rotary = ((folders[family] / "README.md").read_text() for family in ("ESM-1nv", "ESM-2"))
     assert "At most 510 residues" in learned
     assert "There is no contact head" in learned
@@ -264,7 +266,7 @@ def test_the_card_says_where_the_model_ends(folders: dict[str, Path]) -> None:
     assert "There is no contact head" not in rotary
 
 
-def test_what_strangers_wrote_into_an_archive_is_told_and_not_obeyed(tmp_path: Path) -> None:
+def test_hostile_provenance_is_escaped_in_the_card(tmp_path: Path) -> None:
     provenance = {
         "recipe": HOSTILE, "seed": HOSTILE, "steps": {HOSTILE: [HOSTILE]}, "data_sequences": HOSTILE,
         "averaged_from": [HOSTILE, {"steps": HOSTILE}], "notes": [HOSTILE, 7], "restored_from": ["`", "``"],
@@ -286,7 +288,7 @@ def test_what_strangers_wrote_into_an_archive_is_told_and_not_obeyed(tmp_path: P
         assert row.count("`") % 2 == 0
 
 
-def test_contacts_are_to_be_had_as_the_card_says(folders: dict[str, Path]) -> None:
+def test_contacts_can_be_predicted_as_the_card_describes(folders: dict[str, Path]) -> None:
     text = (folders["ESM-2"] / "README.md").read_text()
     loading = text.split("only `")[1].split("`")[0]
     asked = EsmTokenizer.from_pretrained(folders["ESM-2"])(PROTEIN, return_tensors="pt").values()
@@ -296,11 +298,11 @@ def test_contacts_are_to_be_had_as_the_card_says(folders: dict[str, Path]) -> No
         EsmForMaskedLM.from_pretrained(folders["ESM-2"]).predict_contacts(*asked)
 
 
-# Whole or not at all
+# All or nothing
 
 
 def spoilt(path: Path, family: str, **changes: Any) -> ArchiveFile:
-    """An archive of a family with tensors put in the place of others; None takes one away."""
+    """Save an archive of a family with some tensors replaced; None removes a tensor."""
     archive = read_archive(archived(path, family).path)
     weights = {name: tensor for name, tensor in {**archive.weights, **changes}.items() if tensor is not None}
     return ArchiveFile.open(write_archive(path, Archive(archive.model_class, archive.config, weights)))
@@ -320,14 +322,16 @@ WORDS, BIAS = "encoder.embedding.word_embeddings.weight", "encoder.lm_head.dense
     ],
     ids=["not finite", "missing", "another shape", "another dtype", "a fixed tensor rounded"],
 )
-def test_a_model_that_is_not_whole_is_not_exported(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+def test_an_incomplete_or_invalid_model_is_not_exported(
+    tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
     file = spoilt(tmp_path / "model.nemo", "ESM-1b", **changes)
     with pytest.raises(UserError, match=complaint):
         export_hugging_face(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model.nemo"]
 
 
-def test_a_flipped_bit_is_found_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_before_any_file_is_written(tmp_path: Path) -> None:
     file = archived(tmp_path / "model.nemo", "ESM-1nv")
     with file.path.open("r+b") as stream:
         stream.seek(file.sections[WEIGHTS].start + file.sections[WEIGHTS].size - 5)
@@ -340,7 +344,7 @@ def test_a_flipped_bit_is_found_before_anything_is_written(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["a folder", "an empty folder", "a file", "a dangling link"])
-def test_what_is_there_already_is_left_alone(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+def test_an_existing_target_is_refused_and_unchanged(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
     target = tmp_path / "out"
     if kind == "a file":
         target.write_text("mine")
@@ -358,9 +362,7 @@ def test_what_is_there_already_is_left_alone(folders: dict[str, Path], tmp_path:
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr)
-def test_nothing_is_left_of_an_export_that_did_not_end(
-    folders: dict[str, Path], tmp_path: Path, stop: BaseException
-) -> None:
+def test_an_interrupted_export_leaves_no_files(folders: dict[str, Path], tmp_path: Path, stop: BaseException) -> None:
     calls = 0
 
     def progress(done: int, total: int | None) -> None:
@@ -377,7 +379,7 @@ def test_nothing_is_left_of_an_export_that_did_not_end(
     assert list((tmp_path / "deep").iterdir()) == []
 
 
-def test_a_folder_that_appears_meanwhile_is_not_overwritten(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_that_appears_during_the_export_is_not_overwritten(folders: dict[str, Path], tmp_path: Path) -> None:
     def progress(done: int, total: int | None) -> None:
         if total is not None and done > total // 2:  # while weights are written
             (tmp_path / "out").mkdir(exist_ok=True)
@@ -390,7 +392,7 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(folders: dict[str, P
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_progress_ends_where_it_said_it_would(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_progress_ends_at_its_announced_total(folders: dict[str, Path], tmp_path: Path) -> None:
     told: list[tuple[int, int | None]] = []
     file = ArchiveFile.open(folders["ESM-2"].with_suffix(".nemo"))
     export_hugging_face(file, tmp_path / "out", progress=lambda done, total: told.append((done, total)))
