@@ -239,10 +239,8 @@ def test_validation_set_chooses_the_regularisation_of_the_baseline() -> None:
     task = Task(name="noise", level="sequence", kind="regression", metric="mse")
     train = LabelledDataset(proteins(*sequences[:30]), noise[:30])
     spread = []
-    for validation in (
-        LabelledDataset(proteins(*sequences[30:]), noise[30:]),
-        train,
-    ):  # pure noise, then the training set itself
+    # Unseen noise, then the training set itself.
+    for validation in (LabelledDataset(proteins(*sequences[30:]), noise[30:]), train):
         found = fitted_composition(Splits(task, train, validation, None))(proteins(*sequences))
         spread.append(np.concatenate(found).std())
     assert spread[0] < 0.7 * spread[1]

@@ -153,9 +153,8 @@ def reduced_in_opposite_orders() -> Tensors:
     buffer = torch.arange(40.0) + 100 * rank
     buckets = OverlappedReduction(buffer, [4] * 10, bucket_bytes=32)
     with buckets.during_backward():
-        for gradient in (range(9), range(9, 0, -1))[
-            rank
-        ]:  # gradient 9 never arrives on rank 0, gradient 0 never on rank 1
+        # Gradient 9 never arrives on rank 0, gradient 0 never on rank 1.
+        for gradient in (range(9), range(9, 0, -1))[rank]:
             buckets.gradient_is_complete(gradient)
     return {"sum": buffer}
 

@@ -1,4 +1,4 @@
-"""The plan of a run: the cards' numbers by hand, where its facts come from, what it finds wrong, and what it shows."""
+"""The run plan: the model cards' numbers by hand, the sources of its facts, its warnings, and its output."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ A100 = DeviceFacts("A100", "published", "bf16", 40 * 10**9, 312e12, 19.5e12)
 V100 = DeviceFacts("V100-SXM2-32GB", "published", "32", 32 * 10**9, None, 15.7e12)
 FACTS = Facts(CARD, A100, next_recipe="esm1nv_phase2")
 PHASE_1_SAMPLES = 22_759_440_000  # 349,500 x 65,120
-H, F, L, V = 768, 3072, 6, 128  # of ESM-1nv: hidden size, width of the MLP, layers, rows of the embedding
+H, F, L, V = 768, 3072, 6, 128  # ESM-1nv: hidden size, MLP width, layers, embedding rows
 
 
 @pytest.fixture(autouse=True)
@@ -71,14 +71,14 @@ def gathered(*overrides: str) -> Plan:
 
 
 def text_of(plan: Plan) -> str:
-    """The screen on one line, wherever it is wrapped."""
+    """Return the printed plan on one line."""
     return " ".join(describe_plan(plan).split())
 
 
 # --- the numbers -----------------------------------------------------------------------------------------------------
 
 
-def test_phase_1_comes_to_what_its_card_says() -> None:
+def test_plan_of_phase_1_matches_its_model_card() -> None:
     plan = planned()
     assert plan.samples == PHASE_1_SAMPLES
     assert plan.tokens == PHASE_1_SAMPLES * 248 == pytest.approx(5.644e12, rel=1e-3)
@@ -93,7 +93,7 @@ def test_phase_1_comes_to_what_its_card_says() -> None:
     assert plan.tokens_per_second_and_device == pytest.approx(5.644e12 / plan.wall_seconds / 176, rel=1e-3)
 
 
-def test_phase_2_is_counted_from_where_phase_1_ends() -> None:
+def test_plan_of_phase_2_starts_where_phase_1_ends() -> None:
     plan = gathered("recipe=esm1nv_phase2")
     assert plan.facts.start.step == 349_500
     assert plan.steps == 608_110
@@ -101,18 +101,18 @@ def test_phase_2_is_counted_from_where_phase_1_ends() -> None:
     assert plan.epochs == pytest.approx(635.3, abs=0.05)
 
 
-def test_esm1b_is_counted_in_tokens() -> None:
+def test_plan_of_esm1b_counts_tokens() -> None:
     plan = gathered("recipe=esm1b")
     assert plan.tokens == pytest.approx(500_000 * 131_072)
     assert plan.batch.sequences == pytest.approx(131_072 / 289)
     assert plan.batch.micro_tokens == pytest.approx(1_024)  # a 128th of the batch
-    assert plan.batch.most_micro_tokens == 2_048  # shares differ by one longest sequence
-    assert plan.precision == "32"  # V100s have no bf16
+    assert plan.batch.most_micro_tokens == 2_048  # shares differ by at most one longest sequence
+    assert plan.precision == "32"  # V100s do not support bf16
     assert plan.device_seconds == pytest.approx(plan.flops / (15.7e12 * 0.35))
 
 
 @pytest.mark.parametrize("name", ["esm1nv_phase1", "esm1nv_phase2", "esm1b"])
-def test_the_cost_in_a_recipes_header_is_its_plans(name: str) -> None:
+def test_cost_in_a_recipe_header_equals_its_plan(name: str) -> None:
     header = (config_directory() / "recipe" / f"{name}.yaml").read_text().split("# expect")[0].split("# cost")[1]
     plan = gathered(f"recipe={name}")
     assert plan.device_seconds is not None
@@ -125,7 +125,7 @@ def test_the_cost_in_a_recipes_header_is_its_plans(name: str) -> None:
         assert float(written.replace(",", "")) == pytest.approx(value, rel=0.015), pattern
 
 
-def test_fewer_gpus_take_longer_and_change_nothing_else() -> None:
+def test_fewer_gpus_only_take_longer() -> None:
     whole, alone = planned(), planned("trainer.num_nodes=1", "trainer.devices=1")
     assert whole.wall_seconds is not None
     assert alone.batch.accumulation == 176
@@ -139,9 +139,9 @@ def test_fewer_gpus_take_longer_and_change_nothing_else() -> None:
     ("overrides", "accumulation", "micro_tokens"),
     [
         (("data.micro_batch_size=185",), 2, 45_880),
-        (("data.micro_batch_size=null", "data.micro_batch_tokens=30000"), 4, 22_940),  # 91,760 of a rank
+        (("data.micro_batch_size=null", "data.micro_batch_tokens=30000"), 4, 22_940),  # 91,760 tokens per rank
         (("trainer.num_nodes=11", "data.micro_batch_size=null", "data.micro_batch_tokens=200000"), 1, 183_520),
-        (("trainer.tensor_model_parallel_size=2",), 2, 91_760),  # 88 copies of the model
+        (("trainer.tensor_model_parallel_size=2",), 2, 91_760),  # 88 data-parallel ranks
     ],
 )
 def test_micro_batches_add_up_to_the_global_batch(
@@ -151,7 +151,7 @@ def test_micro_batches_add_up_to_the_global_batch(
     assert (batch.accumulation, batch.micro_tokens) == (accumulation, pytest.approx(micro_tokens))
 
 
-def test_memory_is_of_the_mean_and_of_the_largest_micro_batch() -> None:
+def test_memory_is_estimated_for_the_mean_and_the_largest_micro_batch() -> None:
     plan = planned()
     assert plan.memory.masters == plan.memory.gradients == 4 * 43_612_544
     assert plan.most_memory.activations / plan.memory.activations == pytest.approx(512 / 248)
@@ -163,11 +163,12 @@ def test_memory_is_of_the_mean_and_of_the_largest_micro_batch() -> None:
     assert sharded.memory.moments == 8 * 3072 * 768, "tensors are not cut: the largest is the least"
 
 
-def test_disk_is_counted_in_files() -> None:
+def test_disk_space_is_the_sum_of_file_sizes() -> None:
     storage, weights = planned().storage, 4 * 43_612_544
-    assert storage.checkpoints == 350  # 349 on the thousand, and the end
+    assert storage.checkpoints == 350  # one every 1,000 steps (349), and one at the end
     assert storage.written_bytes == 350 * (3 + 1) * weights + 2 * weights
-    assert storage.peak_bytes == (5 * 3 + 48 + 2) * weights  # 3 last, best, next; 47 snapshots and the next; 2 archives
+    # Checkpoints: 3 last, best, next. Snapshots: 47 and the next. 2 archives.
+    assert storage.peak_bytes == (5 * 3 + 48 + 2) * weights
     plain = planned("exp_manager.checkpoints.average_last=0", "exp_manager.checkpoints.keep_best=false").storage
     assert plain.peak_bytes == (4 * 3 + 1) * weights
     short = planned("trainer.max_steps=3000").storage
@@ -176,7 +177,7 @@ def test_disk_is_counted_in_files() -> None:
     assert continued.checkpoints == 957 - 349 + 1
 
 
-def test_a_run_is_refused_for_the_space_that_its_plan_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_refused_for_the_disk_space_that_its_plan_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     recipe = load_recipe(composed())
     (planned_line,) = (line for line in findings(plan_of(recipe, gather_facts(recipe))) if "exp_dir" in line)
@@ -184,7 +185,7 @@ def test_a_run_is_refused_for_the_space_that_its_plan_asks_for(monkeypatch: pyte
     assert re.findall(r"[\d.]+ GB", refusal)[0] == re.findall(r"[\d.]+ GB", planned_line)[0] == "11.3 GB"
 
 
-def test_the_turns_of_the_schedule_are_in_order() -> None:
+def test_key_steps_of_the_schedule_are_in_order() -> None:
     assert [(step, scientific(rate)) for step, rate, _ in key_rates(planned())] == [
         (0, "0"),
         (500, "2e-4"),
@@ -200,10 +201,10 @@ def test_the_turns_of_the_schedule_are_in_order() -> None:
     assert [step for step, _, _ in key_rates(planned("recipe=esm1b"))] == [0, 16_000, 500_000]
 
 
-# --- where the facts come from ---------------------------------------------------------------------------------------
+# --- sources of facts -------------------------------------------------------------------------------------------------
 
 
-def test_a_store_that_is_there_comes_before_published_numbers(sample_store: ProteinStore) -> None:
+def test_existing_store_takes_precedence_over_published_numbers(sample_store: ProteinStore) -> None:
     data = gathered(f"data.store={sample_store.folder}").facts.data
     tokens = np.minimum(sample_store.split("train").lengths.astype(float) + 2, 512)
     assert data.source == f"store {sample_store.folder}"
@@ -213,13 +214,13 @@ def test_a_store_that_is_there_comes_before_published_numbers(sample_store: Prot
     assert data.longest_residues == sample_store.split("train").lengths.max()
 
 
-def test_without_a_store_the_published_numbers_count_and_it_says_so() -> None:
+def test_without_a_store_the_plan_uses_published_numbers_and_states_it() -> None:
     plan = gathered()
     assert plan.facts.data.train_sequences == 51_000_000
     assert "(published, as there is no store in data/uniref50_2022_05)" in text_of(plan)
 
 
-def test_the_laptop_is_planned_with_the_sample_before_it_is_a_store(sample_store: ProteinStore) -> None:
+def test_laptop_recipe_is_planned_from_the_sample_before_a_store_exists(sample_store: ProteinStore) -> None:
     of_files, of_store = gathered("recipe=laptop"), gathered("recipe=laptop", f"data.store={sample_store.folder}")
     assert of_files.facts.data == replace(of_store.facts.data, source="the shipped sample")
     assert of_files.device_seconds is None
@@ -227,14 +228,14 @@ def test_the_laptop_is_planned_with_the_sample_before_it_is_a_store(sample_store
     assert findings(of_files) == []
 
 
-def test_what_nothing_is_known_of_cannot_be_planned_with() -> None:
+def test_unknown_dataset_cannot_be_planned() -> None:
     with pytest.raises(ConfigError, match=r"plan: what mine\.fasta holds is known when it is a store"):
         gathered("recipe=laptop", "data.fasta=mine.fasta")
     with pytest.raises(ConfigError, match=r"plan: data\.store: nowhere is not here, and recipe laptop does not say"):
         gathered("recipe=laptop", "data.store=nowhere")
 
 
-def test_a_small_fasta_file_is_planned_with_after_the_command_that_the_error_names(
+def test_fasta_file_can_be_planned_after_the_command_in_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -248,7 +249,7 @@ def test_a_small_fasta_file_is_planned_with_after_the_command_that_the_error_nam
     assert (data.source, data.train_sequences, data.validation_sequences) == ("store data/mine", 1, 1)
 
 
-def test_a_gpu_of_this_machine_counts_where_it_could_be_a_node_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_gpu_is_used_if_this_machine_could_be_a_node_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=85 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
@@ -264,7 +265,7 @@ def test_a_gpu_of_this_machine_counts_where_it_could_be_a_node_of_the_run(monkey
     assert unnamed.name == "NVIDIA H100 80GB HBM3"
 
 
-def test_without_a_published_mfu_the_time_is_bounded_by_the_peak() -> None:
+def test_without_a_published_mfu_time_is_bounded_by_peak_flops() -> None:
     text = text_of(planned("recipe=laptop", "trainer.accelerator=gpu"))
     assert re.search(r"at least [\d.e-]+ GPU hours, at the peak of 312 TFLOP/s", text)
     unknown = replace(FACTS, device=DeviceFacts("NVIDIA Next", "of this machine", "bf16"))
@@ -272,7 +273,7 @@ def test_without_a_published_mfu_the_time_is_bounded_by_the_peak() -> None:
 
 
 def checkpoint(path: Path, steps: int, samples: int, seed: int = 42, rate: float | None = None) -> Path:
-    """Of a run of ESM-1nv's phase 1, as far as a plan looks at it."""
+    """Write a checkpoint of ESM-1nv's phase 1 with the fields that a plan reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     card = recipe_of()
     provenance = {"steps": steps, "consumed_samples": samples}
@@ -285,7 +286,7 @@ def checkpoint(path: Path, steps: int, samples: int, seed: int = 42, rate: float
     return write_archive(path, Archive("ESM1nvModel", config, {"w": torch.zeros(2)}, provenance, state))
 
 
-def test_a_continued_run_begins_where_the_newest_readable_checkpoint_is(tmp_path: Path) -> None:
+def test_continued_run_starts_at_the_newest_readable_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "phase1" / "checkpoints"
     first = checkpoint(folder / "step-000000900.ckpt", 900, 51_000_000)
     checkpoint(folder / "step-000001000.ckpt", 1_000, 102_000_000)
@@ -295,7 +296,7 @@ def test_a_continued_run_begins_where_the_newest_readable_checkpoint_is(tmp_path
     assert (plan.facts.start.step, plan.steps) == (1_000, 1_000)
     text = text_of(plan)
     assert "after the first 1,000 (step-000001000.ckpt of" in text
-    assert "3.0 epochs with those before" in text  # two, and 1,000 x 53,280 / 51 million
+    assert "3.0 epochs with those before" in text  # two epochs, plus 1,000 x 53,280 / 51 million
     assert gathered(*phase_2, f"continue_from_path={first}").facts.start.step == 900
     with pytest.raises(ConfigError, match=r"continue_from_path: .* is at step 1,000 already, and trainer\.max_steps"):
         gathered("recipe=esm1nv_phase2", "trainer.max_steps=1000", f"continue_from_path={tmp_path}/phase1")
@@ -305,7 +306,7 @@ def test_a_continued_run_begins_where_the_newest_readable_checkpoint_is(tmp_path
         gathered(*phase_2, f"continue_from_path={tmp_path}/phase1")
 
 
-def test_what_the_run_would_refuse_to_continue_the_plan_refuses_too(tmp_path: Path) -> None:
+def test_plan_refuses_a_checkpoint_that_the_run_would_refuse(tmp_path: Path) -> None:
     theirs = checkpoint(tmp_path / "a.ckpt", 900, 51_000_000, seed=7)
     with pytest.raises(ConfigError, match="seed = 7, this run has 42; continue_from_path goes on in the same stream"):
         gathered("recipe=esm1nv_phase2", f"continue_from_path={theirs}")
@@ -314,14 +315,14 @@ def test_what_the_run_would_refuse_to_continue_the_plan_refuses_too(tmp_path: Pa
         gathered("recipe=esm1nv_phase2", f"continue_from_path={ours}", "model.num_layers=5")
 
 
-def test_a_checkpoint_of_something_else_is_named(tmp_path: Path) -> None:
+def test_checkpoint_without_a_pretraining_state_is_rejected(tmp_path: Path) -> None:
     odd = Archive("ESM1nvModel", {}, {"w": torch.zeros(2)}, {"steps": 3}, {"identity": [1]})
     write_archive(tmp_path / "odd.ckpt", odd)
     with pytest.raises(ConfigError, match=r"odd\.ckpt is not the checkpoint of a pretraining run"):
         gathered("recipe=esm1nv_phase2", f"continue_from_path={tmp_path / 'odd.ckpt'}")
 
 
-def test_a_learning_rate_that_jumps_at_the_end_of_the_parent_run_is_reported(tmp_path: Path) -> None:
+def test_learning_rate_jump_after_the_parent_run_is_reported(tmp_path: Path) -> None:
     smooth = gathered("recipe=esm1nv_phase2", f"continue_from_path={checkpoint(tmp_path / 'a.ckpt', 900, 1)}")
     assert not any("the rate goes from" in line for line in findings(smooth))
     other = checkpoint(tmp_path / "b.ckpt", 900, 1, rate=1e-5)
@@ -329,14 +330,15 @@ def test_a_learning_rate_that_jumps_at_the_end_of_the_parent_run_is_reported(tmp
     assert any("the rate goes from 1.00e-05, where the run before left it, to 2.00e-04" in x for x in findings(jumping))
 
 
-# --- what it finds ---------------------------------------------------------------------------------------------------
+# --- warnings ---------------------------------------------------------------------------------------------------------
 
 
 EPOCHS_OF_PHASE_1 = "the source's 349,500 steps of 65,120 make 446 epochs of 51,000,000 sequences; it says about 420"
-IN_420_EPOCHS = replace(FACTS, data=replace(CARD, train_sequences=54_189_143))  # with so many the card is right
+# With this number of sequences the card's epochs are right.
+IN_420_EPOCHS = replace(FACTS, data=replace(CARD, train_sequences=54_189_143))
 
 
-def test_the_published_recipes_have_only_their_epochs_to_explain() -> None:
+def test_published_recipes_only_warn_about_their_epochs() -> None:
     (line,) = findings(planned())
     assert line.startswith(EPOCHS_OF_PHASE_1)
     assert "trainer.max_steps=328931 would make 420" in line
@@ -436,9 +438,7 @@ def cases() -> Iterator[tuple[str, tuple[str, ...], Facts, str]]:
 
 
 @pytest.mark.parametrize(("overrides", "facts", "said"), [pytest.param(*case, id=name) for name, *case in cases()])
-def test_what_does_not_fit_together_is_said_with_what_to_do(
-    overrides: tuple[str, ...], facts: Facts, said: str
-) -> None:
+def test_inconsistent_settings_are_reported_with_a_remedy(overrides: tuple[str, ...], facts: Facts, said: str) -> None:
     assert any(said in line for line in findings(planned(*overrides, facts=facts))), "\n".join(
         findings(planned(*overrides, facts=facts))
     )
@@ -447,7 +447,7 @@ def test_what_does_not_fit_together_is_said_with_what_to_do(
 @pytest.mark.parametrize(
     ("overrides", "facts"),
     [
-        (("trainer.precision=auto",), replace(IN_420_EPOCHS, device=V100)),  # float32 there
+        (("trainer.precision=auto",), replace(IN_420_EPOCHS, device=V100)),  # float32 on V100
         (("data.max_residues=510",), IN_420_EPOCHS),
         ((), of_data(validation_sequences=176, longest_residues=510)),
         ((), replace(IN_420_EPOCHS, free_bytes=11_400_000_000)),
@@ -456,15 +456,15 @@ def test_what_does_not_fit_together_is_said_with_what_to_do(
         (
             ("recipe=laptop", "data.micro_batch_size=4", "data.global_batch_size=4"),
             replace(FACTS, data=SAMPLE),
-        ),  # alone
+        ),  # one device
     ],
 )
-def test_what_fits_is_not_complained_of(overrides: tuple[str, ...], facts: Facts) -> None:
+def test_consistent_settings_give_no_warning(overrides: tuple[str, ...], facts: Facts) -> None:
     lines = findings(planned(*overrides, facts=facts))
     assert [line for line in lines if "micro_batch_size" not in line] == []
 
 
-# --- what it shows ---------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 def refusal(capfd: pytest.CaptureFixture[str], *overrides: str) -> str:
@@ -474,7 +474,7 @@ def refusal(capfd: pytest.CaptureFixture[str], *overrides: str) -> str:
     return capfd.readouterr().err
 
 
-def test_what_cannot_run_is_an_error_in_place_of_a_plan(capfd: pytest.CaptureFixture[str]) -> None:
+def test_plan_of_an_impossible_run_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
     assert "65121 sequences cannot be dealt evenly to 176 ranks" in refusal(capfd, "data.global_batch_size=65121")
     short_budget = ("recipe=esm1b", "data.micro_batch_tokens=1000")
     assert "(1000) must hold a sequence of model.seq_length (1024)" in refusal(capfd, *short_budget)
@@ -482,8 +482,8 @@ def test_what_cannot_run_is_an_error_in_place_of_a_plan(capfd: pytest.CaptureFix
     assert "trainer.precision must be one of" in refusal(capfd, "trainer.precision=16")
 
 
-def test_the_command_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
-    """In a process of its own, which imports neither NeMo, nor Lightning, nor Megatron."""
+def test_command_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    """Run in a separate process, which must not import NeMo, Lightning or Megatron."""
     code = (
         "import atexit, runpy, sys\n"
         "names = ('nemo', 'lightning', 'megatron')\n"
@@ -500,7 +500,7 @@ def test_the_command_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_of_many_ranks_one_shows_the_plan(
+def test_only_rank_0_prints_the_plan(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -509,6 +509,6 @@ def test_of_many_ranks_one_shows_the_plan(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_recipe_that_goes_on_with_a_run_is_found_among_ours() -> None:
+def test_next_recipe_is_found_among_the_shipped_recipes() -> None:
     assert gathered().facts.next_recipe == "esm1nv_phase2"
     assert gathered("recipe=laptop").facts.next_recipe is None

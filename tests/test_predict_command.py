@@ -1,4 +1,4 @@
-"""The prediction command: what it writes in which format, what it refuses, and that it writes a whole table or none."""
+"""The predict command: output formats, rejected settings, and output that is complete or absent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Job = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def job(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Job:
-    """Runs the job in this process, composed as the command line composes it: exit code, output, errors."""
+    """Run the command in this process as the command line would; return exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.fasta").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS.items()))
 
@@ -60,7 +60,7 @@ def rows_of(path: str, separator: str = ",") -> list[dict[str, str]]:
     return list(csv.DictReader(Path(path).read_text().splitlines(), delimiter=separator))
 
 
-def test_the_command_writes_what_the_library_says(job: Job, tmp_path: Path) -> None:
+def test_command_writes_the_predictions_of_the_library(job: Job, tmp_path: Path) -> None:
     model = predictor(tmp_path, PLACES)
     code, out, err = job()
     assert (code, err) == (0, "")
@@ -80,7 +80,7 @@ def test_the_command_writes_what_the_library_says(job: Job, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_every_format_says_the_same_and_twice_the_same_bytes(job: Job, task: Task, tmp_path: Path) -> None:
+def test_all_formats_agree_and_repeated_runs_give_equal_bytes(job: Job, task: Task, tmp_path: Path) -> None:
     model = predictor(tmp_path, task)
     by_residue = [None, True] if task is LETTERS else [None]
     for residues in by_residue:
@@ -103,7 +103,7 @@ def test_every_format_says_the_same_and_twice_the_same_bytes(job: Job, task: Tas
             assert read[name].tolist() == expected[name].tolist()
 
 
-def test_parquet_is_written_in_blocks_that_hang_on_nothing_else(
+def test_parquet_row_groups_do_not_follow_protein_boundaries(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = predictor(tmp_path, WORDS).predict_table(PROTEINS)
@@ -120,20 +120,20 @@ def test_parquet_is_written_in_blocks_that_hang_on_nothing_else(
 
 
 @pytest.mark.parametrize("name", ["out.fasta", "out.fa.gz"])
-def test_letters_are_written_as_fasta(job: Job, name: str, tmp_path: Path) -> None:
+def test_letters_can_be_written_as_fasta(job: Job, name: str, tmp_path: Path) -> None:
     table = predictor(tmp_path, LETTERS).predict_table(PROTEINS)
     assert job(f"output={name}")[0] == 0
     found = [(record.id, record.sequence.decode()) for record in read_fasta(name)]
     assert found == list(zip(table["id"], table["prediction"], strict=True))
 
 
-def test_probabilities_may_be_left_out(job: Job, tmp_path: Path) -> None:
+def test_probabilities_can_be_left_out(job: Job, tmp_path: Path) -> None:
     predictor(tmp_path, PLACES)
     assert job("probabilities=false")[0] == 0
     assert list(rows_of("out.csv")[0]) == ["id", "prediction", "probability"]
 
 
-def test_standard_input_is_read(job: Job, tmp_path: Path) -> None:
+def test_standard_input_can_be_read(job: Job, tmp_path: Path) -> None:
     predictor(tmp_path, NUMBER)
     assert job("output=file.csv")[0] == 0
     saved, stream = os.dup(0), os.open("in.fasta", os.O_RDONLY)
@@ -149,7 +149,7 @@ def test_standard_input_is_read(job: Job, tmp_path: Path) -> None:
     assert Path("piped.csv").read_bytes() == Path("file.csv").read_bytes()
 
 
-def test_bad_records_are_left_out_where_that_is_asked_for(job: Job, tmp_path: Path) -> None:
+def test_bad_records_are_skipped_if_requested(job: Job, tmp_path: Path) -> None:
     predictor(tmp_path, NUMBER)
     (tmp_path / "in.csv").write_text("name,seq\na,MKT\nb,MK1\nc,WWW\n")
     code, out, _ = job("input=in.csv", "id_column=name", "bad_records=skip")
@@ -182,7 +182,7 @@ REFUSED: dict[str, tuple[Task, Sequence[str], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_work_is_refused_in_one_line_before_a_model_is_loaded(
+def test_invalid_setting_gives_one_error_line_before_a_model_is_loaded(
     case: tuple[Task, Sequence[str], str], job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, overrides, message = case
@@ -201,7 +201,7 @@ def test_what_cannot_work_is_refused_in_one_line_before_a_model_is_loaded(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
 @pytest.mark.parametrize("name", ["out.csv", "out.tsv.gz", "out.parquet"])
-def test_a_stop_leaves_nothing(
+def test_interrupted_command_leaves_no_output(
     number: int, code: int, name: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predictor(tmp_path, LETTERS)
@@ -209,7 +209,7 @@ def test_a_stop_leaves_nothing(
 
     def stopped(layout: tables.Layout, protein: Protein, prediction: Prediction) -> Any:
         if protein.id == "long" and number == signal.SIGINT:
-            raise KeyboardInterrupt  # as Python has it, and where tests run in the background no signal would do
+            raise KeyboardInterrupt  # raised directly: a background process ignores SIGINT
         if protein.id == "long":
             os.kill(os.getpid(), number)
         return rows(layout, protein, prediction)
@@ -220,7 +220,7 @@ def test_a_stop_leaves_nothing(
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_help_tells_every_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_describes_every_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bionemo-esm", "predict", "--help"])
     with pytest.raises(SystemExit, match="0"):
         command_line.main()
@@ -231,7 +231,7 @@ def test_help_tells_every_key(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert set(composed(config="predict", part="finetuning")) == set(predict_job.PredictConfig.model_fields)
 
 
-def test_the_example_works_from_a_shell(job: Job, tmp_path: Path) -> None:
+def test_example_script_runs_from_a_shell(job: Job, tmp_path: Path) -> None:
     predictor(tmp_path, LETTERS)
     words = ["model=tuned.nemo", "input=in.fasta", "device=cpu", "output=shell.csv"]
     done = subprocess.run(

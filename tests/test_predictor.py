@@ -1,4 +1,4 @@
-"""What a fine-tuned model predicts, whatever else is asked with it, and the tables that say so."""
+"""Predictions of a fine-tuned model, their independence from the batch, and their tables."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from fine_tuned import (
     proteins,
 )
 
-# What is predicted
+# Predictions
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_a_prediction_is_the_heads_answer_to_the_states_of_the_layer(task: Task, tmp_path: Path) -> None:
+def test_prediction_is_the_output_of_the_head_on_the_states_of_its_layer(task: Task, tmp_path: Path) -> None:
     path = fine_tuned(tmp_path / "tuned.nemo", task, reading=READING.replace(layer=1))
     weights = read_archive(path).weights
     weight, bias, shift, scale = (
@@ -75,7 +75,7 @@ def test_a_prediction_is_the_heads_answer_to_the_states_of_the_layer(task: Task,
     ],
     ids=["residues", "attention", "pooled-by-attention", "number"],
 )
-def test_no_prediction_depends_on_what_else_is_asked(
+def test_prediction_does_not_depend_on_the_batch(
     task: Task, head: HeadConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some = [protein._replace(id=f"{protein.id}{copy}") for copy in range(3) for protein in proteins()]
@@ -92,7 +92,7 @@ def test_no_prediction_depends_on_what_else_is_asked(
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
-def test_proteins_are_taken_and_answered_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proteins_are_read_and_predicted_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predicting, "_GROUP_BYTES", 4 * 32 * 100)  # 100 residues
     taken: list[str] = []
     told: list[int] = []
@@ -111,7 +111,7 @@ def test_proteins_are_taken_and_answered_some_at_a_time(tmp_path: Path, monkeypa
     assert sum(told) == sum(map(len, PROTEINS.values()))
 
 
-def test_an_answer_that_is_no_number_names_the_protein(tmp_path: Path) -> None:
+def test_nonfinite_prediction_is_an_error_that_names_the_protein(tmp_path: Path) -> None:
     model = predictor(tmp_path, NUMBER)
     with torch.no_grad():
         model.head.output.bias.fill_(3e38)  # type: ignore[union-attr, operator]
@@ -119,7 +119,7 @@ def test_an_answer_that_is_no_number_names_the_protein(tmp_path: Path) -> None:
         model.predict(proteins())
 
 
-def test_neither_nemo_nor_torch_is_waited_for_before_they_are_needed(tmp_path: Path) -> None:
+def test_import_does_not_load_torch_and_prediction_does_not_load_nemo(tmp_path: Path) -> None:
     path = fine_tuned(tmp_path / "tuned.nemo", PLACES)
     code = (
         "import sys, bionemo_esm.finetuning.predict_command\n"
@@ -152,7 +152,7 @@ def test_predict_and_predict_table_accept_the_same_forms_of_input(tmp_path: Path
 # Tables
 
 
-def test_a_table_of_proteins_has_a_column_for_each_class_whatever_its_name(tmp_path: Path) -> None:
+def test_protein_table_has_a_probability_column_for_each_class(tmp_path: Path) -> None:
     model = predictor(tmp_path, PLACES)
     table = model.predict_table(PROTEINS)
     names = ["p_Nucleus", "p_id", "p_Cell, membrane", "p_prediction"]
@@ -164,7 +164,7 @@ def test_a_table_of_proteins_has_a_column_for_each_class_whatever_its_name(tmp_p
     assert list(model.predict_table(PROTEINS, probabilities=False).columns) == ["id", "prediction", "probability"]
 
 
-def test_a_table_of_letters_is_a_row_a_protein_or_a_row_a_residue(tmp_path: Path) -> None:
+def test_residue_table_has_a_row_per_protein_or_per_residue(tmp_path: Path) -> None:
     model = predictor(tmp_path, LETTERS)
     found = model.predict(proteins())
     short, long = model.predict_table(PROTEINS), model.predict_table(PROTEINS, residues=True)
@@ -189,13 +189,13 @@ def test_a_table_of_letters_is_a_row_a_protein_or_a_row_a_residue(tmp_path: Path
     ],
     ids=["words", "profile", "number"],
 )
-def test_what_is_no_letter_has_rows_of_its_own(task: Task, columns: list[str], tmp_path: Path) -> None:
+def test_predictions_that_are_not_letters_have_their_own_rows(task: Task, columns: list[str], tmp_path: Path) -> None:
     table = predictor(tmp_path, task).predict_table({"a": "MKT", "b": "W"})
     assert list(table.columns) == columns
     assert list(table["id"]) == (["a", "a", "a", "b"] if task.is_per_residue else ["a", "b"])
 
 
-def test_rows_that_a_task_does_not_have_are_refused() -> None:
+def test_rows_that_a_task_does_not_have_are_rejected() -> None:
     with pytest.raises(ConfigError, match="residues=true: melting predicts one thing for each protein"):
         tables.Layout.of(NUMBER, True, True)
     for task in (WORDS, PROFILE):
@@ -204,5 +204,5 @@ def test_rows_that_a_task_does_not_have_are_refused() -> None:
 
 
 @pytest.mark.parametrize("names", [("H", ">"), ("H", " "), ("H", "\x1b"), ("H", "EE"), ("H", "")])
-def test_what_is_no_letter_is_written_in_full(names: tuple[str, ...]) -> None:
+def test_class_names_that_are_not_letters_are_written_in_full(names: tuple[str, ...]) -> None:
     assert not tables.has_letters(LETTERS.replace(classes=names))

@@ -1,4 +1,4 @@
-"""Building a store from FASTA: cleaning, duplicates, the split, and what is refused."""
+"""Building a store from FASTA: cleaning, deduplication, splits, and rejected input."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def texts(store: ProteinStore, name: str) -> list[str]:
 
 
 def build(folder: Path, sequences: Sequence[str], policy: BuildPolicy | None = None) -> ProteinStore:
-    """A store of these sequences in a folder of its own."""
+    """Build a store of these sequences in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     return build_store(write_fasta(folder / "in.fasta", sequences), folder / "store", policy or BuildPolicy())
 
@@ -107,7 +107,7 @@ def counts_without_zeros(store: ProteinStore) -> dict[str, int]:
 # Splitting one file at random
 
 
-def test_every_sequence_is_in_one_split_once(tmp_path: Path) -> None:
+def test_every_sequence_is_in_exactly_one_split(tmp_path: Path) -> None:
     store = build(tmp_path, list(PROTEINS.values()), BuildPolicy(validation_sequences=5, test_sequences=3))
     assert [len(store.split(name)) for name in SPLITS] == [14, 5, 3]
     stored = [sequence for name in SPLITS for sequence in texts(store, name)]
@@ -115,7 +115,7 @@ def test_every_sequence_is_in_one_split_once(tmp_path: Path) -> None:
     store.verify()
 
 
-def test_the_split_does_not_depend_on_the_order_of_records_or_on_repeats(tmp_path: Path) -> None:
+def test_split_does_not_depend_on_record_order_or_repeats(tmp_path: Path) -> None:
     policy = BuildPolicy(validation_sequences=5, test_sequences=3, seed=11)
     sequences = list(PROTEINS.values())
     reference = build(tmp_path / "reference", sequences, policy)
@@ -127,7 +127,7 @@ def test_the_split_does_not_depend_on_the_order_of_records_or_on_repeats(tmp_pat
             assert set(texts(store, name)) == set(texts(reference, name))
 
 
-def test_the_split_depends_on_the_seed_and_on_every_sequence(tmp_path: Path) -> None:
+def test_split_depends_on_the_seed(tmp_path: Path) -> None:
     sequences = list(PROTEINS.values())
     held_out = set()
     for seed in range(8):
@@ -144,25 +144,27 @@ def test_splits_of_a_small_file_keep_its_order(tmp_path: Path) -> None:
         assert positions == sorted(positions)
 
 
-def test_reading_and_dealing_in_many_blocks_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_sizes_do_not_change_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = list(PROTEINS.values())
     whole = build(tmp_path / "whole", sequences)
     monkeypatch.setattr(uniref50, "_DEAL_SEQUENCES", 3)
     monkeypatch.setattr(fasta, "_BLOCK_BYTES", 300)
     monkeypatch.setattr(sources, "_UNPACKED_BYTES", 100)
     blocks = build(tmp_path / "blocks", sequences)
-    assert whole.manifest == blocks.manifest  # hashes included
+    assert whole.manifest == blocks.manifest  # including the hashes
 
 
 @pytest.mark.parametrize(("sequences", "expected"), [(3, 1), (22, 1), (60, 3)])
-def test_without_counts_one_in_twenty_is_held_out_each(tmp_path: Path, sequences: int, expected: int) -> None:
+def test_default_validation_and_test_splits_are_one_in_twenty_each(
+    tmp_path: Path, sequences: int, expected: int
+) -> None:
     pieces = [sequence[start:] for start in range(3) for sequence in PROTEINS.values()][:sequences]
     store = build(tmp_path, pieces)
     held_out = [len(store.split(name)) for name in SPLITS]
     assert held_out == [sequences - 2 * expected, expected, expected]
 
 
-def test_a_split_may_be_asked_to_be_empty(tmp_path: Path) -> None:
+def test_split_can_be_empty(tmp_path: Path) -> None:
     store = build(tmp_path, GLOBINS, BuildPolicy(validation_sequences=0, test_sequences=0))
     assert [len(store.split(name)) for name in SPLITS] == [3, 0, 0]
 
@@ -190,13 +192,15 @@ ALL_TO_TRAIN = BuildPolicy(validation_sequences=0, test_sequences=0)
         ("-.-", [], {"dropped_empty": 1, "gap_symbols": 3}),
     ],
 )
-def test_a_record_is_cleaned_and_counted(tmp_path: Path, given: str, stored: list[str], counts: dict[str, int]) -> None:
+def test_record_is_cleaned_and_the_changes_are_counted(
+    tmp_path: Path, given: str, stored: list[str], counts: dict[str, int]
+) -> None:
     store = build(tmp_path, [GLOBINS[0], given, GLOBINS[1]], ALL_TO_TRAIN)
     assert texts(store, "train") == [GLOBINS[0], *stored, GLOBINS[1]]
     assert counts_without_zeros(store) == {"records_read": 3, "records_kept": 2 + len(stored), **counts}
 
 
-def test_long_sequences_keep_their_first_residues(tmp_path: Path) -> None:
+def test_long_sequences_are_truncated_at_the_end(tmp_path: Path) -> None:
     policy = BuildPolicy(max_residues=110, validation_sequences=0, test_sequences=0)
     store = build(tmp_path, list(PROTEINS.values()), policy)
     assert texts(store, "train") == [sequence[:110] for sequence in PROTEINS.values()]
@@ -204,20 +208,20 @@ def test_long_sequences_keep_their_first_residues(tmp_path: Path) -> None:
     assert store.manifest["splits"]["train"]["longest"] == 110
 
 
-def test_equal_sequences_are_stored_once_at_their_first_place(tmp_path: Path) -> None:
+def test_duplicates_are_stored_once_at_their_first_position(tmp_path: Path) -> None:
     first, second, third = GLOBINS
     store = build(tmp_path, [first, second, first.lower(), third, f"{second}*", first], ALL_TO_TRAIN)
     assert texts(store, "train") == [first, second, third]
     assert store.manifest["counts"]["dropped_duplicate"] == 3
 
 
-def test_sequences_equal_after_cutting_are_duplicates(tmp_path: Path) -> None:
+def test_sequences_equal_after_truncation_are_duplicates(tmp_path: Path) -> None:
     policy = BuildPolicy(max_residues=20, validation_sequences=0, test_sequences=0)
     store = build(tmp_path, [GLOBINS[0], GLOBINS[0][:40], GLOBINS[1]], policy)
     assert texts(store, "train") == [GLOBINS[0][:20], GLOBINS[1][:20]]
 
 
-def test_every_record_read_is_kept_or_counted_as_dropped(tmp_path: Path) -> None:
+def test_every_record_is_kept_or_counted_as_dropped(tmp_path: Path) -> None:
     store = build(tmp_path, [*PROTEINS.values(), GLOBINS[0], "", "MK*M", "---", OTHERS[3], "M" * 2000])
     counts = store.manifest["counts"]
     dropped = sum(count for key, count in counts.items() if key.startswith("dropped_"))
@@ -228,7 +232,7 @@ def test_every_record_read_is_kept_or_counted_as_dropped(tmp_path: Path) -> None
 # The manifest, and progress
 
 
-def test_the_manifest_names_source_policy_and_licence(tmp_path: Path) -> None:
+def test_manifest_records_source_policy_and_licence(tmp_path: Path) -> None:
     fasta = tmp_path / "uniref50.fasta.gz"
     fasta.write_bytes(gzip.compress(write_fasta(tmp_path / "plain", list(PROTEINS.values())).read_bytes()))
     policy = BuildPolicy(test_sequences=2, seed=3)
@@ -239,14 +243,14 @@ def test_the_manifest_names_source_policy_and_licence(tmp_path: Path) -> None:
     assert store.manifest["policy"] == policy.model_dump()
 
 
-def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     stores = [build(tmp_path / name, list(PROTEINS.values())) for name in ("one", "two")]
     for file in sorted(stores[0].folder.iterdir()):
         assert file.read_bytes() == (stores[1].folder / file.name).read_bytes()
-    assert len(list(stores[0].folder.iterdir())) == 7  # no scratch file is left in it
+    assert len(list(stores[0].folder.iterdir())) == 7  # no temporary file is left
 
 
-def test_progress_is_told_records_bytes_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_reports_records_bytes_and_total_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fasta, "_BLOCK_BYTES", 500)
     monkeypatch.setattr(sources, "_UNPACKED_BYTES", 500)
     calls: list[tuple[int, int, int | None]] = []
@@ -282,7 +286,7 @@ def test_given_splits_are_kept(tmp_path: Path) -> None:
     assert store.manifest["release"] == "2021_04"
 
 
-def test_a_sequence_held_out_is_dropped_from_train_and_one_of_test_from_validation(tmp_path: Path) -> None:
+def test_held_out_sequences_are_dropped_from_the_other_splits(tmp_path: Path) -> None:
     in_all, in_two, repeated = GLOBINS
     train = [in_all, OTHERS[0], in_two, repeated, repeated.lower()]
     store = build_from_splits(tmp_path, train, [in_all, in_two, OTHERS[1]], [OTHERS[2], in_all])
@@ -295,18 +299,18 @@ def test_a_sequence_held_out_is_dropped_from_train_and_one_of_test_from_validati
     }
 
 
-def test_given_splits_of_which_nothing_is_left_are_refused(tmp_path: Path) -> None:
+def test_given_split_without_remaining_sequences_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"train\.fasta: every sequence is in another split too"):
         build_from_splits(tmp_path, GLOBINS[:1], GLOBINS[:2], OTHERS)
 
 
-def test_given_splits_and_counts_exclude_each_other(tmp_path: Path) -> None:
+def test_given_splits_and_split_sizes_are_mutually_exclusive(tmp_path: Path) -> None:
     fasta = write_fasta(tmp_path / "in.fasta", GLOBINS)
     with pytest.raises(ValueError, match=r"test_sequences is 5, but the splits are given.*set it to null"):
         build_store_from_splits(fasta, fasta, fasta, tmp_path / "store", BuildPolicy(test_sequences=5))
 
 
-# What is refused
+# Rejected input
 
 
 @pytest.mark.parametrize(
@@ -325,7 +329,7 @@ def test_given_splits_and_counts_exclude_each_other(tmp_path: Path) -> None:
         ([HBB_CODING + "N" * 50 + "RYRY"] * 3, BuildPolicy(), r"looks like DNA or RNA \(97"),
     ],
 )
-def test_an_input_that_cannot_be_used_is_refused_and_nothing_remains(
+def test_unusable_input_is_rejected_and_leaves_no_store(
     tmp_path: Path, sequences: list[str], policy: BuildPolicy, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -333,7 +337,7 @@ def test_an_input_that_cannot_be_used_is_refused_and_nothing_remains(
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
 
 
-def test_nucleotides_are_found_before_a_long_file_is_read(tmp_path: Path) -> None:
+def test_nucleotides_are_detected_before_a_long_file_is_read(tmp_path: Path) -> None:
     late_damage = write_fasta(tmp_path / "in.fasta", [HBB_CODING] * 1000)
     with late_damage.open("a") as stream:
         stream.write(">binary\n\0\n")
@@ -341,12 +345,12 @@ def test_nucleotides_are_found_before_a_long_file_is_read(tmp_path: Path) -> Non
         build_store(late_damage, tmp_path / "store", BuildPolicy())
 
 
-def test_proteins_after_a_few_genes_are_no_nucleotides(tmp_path: Path) -> None:
+def test_a_few_genes_among_proteins_are_accepted(tmp_path: Path) -> None:
     store = build(tmp_path, [HBB_CODING, *PROTEINS.values()])
     assert store.manifest["counts"]["records_kept"] == 23
 
 
-def test_a_file_that_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
+def test_unreadable_file_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no such file"):
         build_store(tmp_path / "absent.fasta", tmp_path / "store", BuildPolicy())
     with pytest.raises(FastaError, match="the file is empty"):
@@ -354,7 +358,7 @@ def test_a_file_that_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_output_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_existing_output_is_rejected_before_input_is_read(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     with pytest.raises(StoreError, match="exists already"):
         build_store(tmp_path / "absent.fasta", tmp_path / "store", BuildPolicy())
@@ -364,6 +368,6 @@ def test_an_existing_output_is_refused_before_anything_is_read(tmp_path: Path) -
     ("key", "value"),
     [("max_residues", 0), ("validation_sequences", -1), ("test_sequences", -1), ("seed", -1), ("seed", 2**64)],
 )
-def test_a_policy_out_of_range_is_refused_by_its_key(key: str, value: int) -> None:
+def test_policy_value_out_of_range_is_rejected_by_key(key: str, value: int) -> None:
     with refused("config.value", key, value):
         BuildPolicy(**{key: value})

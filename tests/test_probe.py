@@ -1,4 +1,4 @@
-"""A labelled set watched while pretraining: what it tells, and that the run is the same without it."""
+"""Probing a labelled set during pretraining: the recorded scores, and a run unchanged by the probe."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def others(folder: Path) -> list[dict[str, Any]]:
 
 
 def checkpoints(folder: Path) -> dict[str, bytes]:
-    """What a run leaves of its state: checkpoints, snapshots and archives."""
+    """Return the saved state of a run: checkpoints, snapshots and archives."""
     files = [*folder.glob("checkpoints/*"), *folder.glob("averaging/*"), *folder.glob("*.nemo")]
     return {path.name: path.read_bytes() for path in files}
 
@@ -50,23 +50,23 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory, labels: Path) -> Path:
-    """The same with one."""
+    """The same run with a probe."""
     folder = tmp_path_factory.mktemp("watched") / "run"
     run_here(folder, *asking(labels), "exp_manager.create_tensorboard_logger=true")
     return folder
 
 
-# --- the run is the same ----------------------------------------------------------------------------------------------
+# --- a probe does not change the run ----------------------------------------------------------------------------------
 
 
-def test_a_probe_changes_no_byte_of_a_run(plain: Path, watched: Path) -> None:
+def test_probe_changes_no_byte_of_a_run(plain: Path, watched: Path) -> None:
     assert others(watched) == history(plain)
     assert checkpoints(watched) == checkpoints(plain)
     assert len(checkpoints(plain)) >= 4
 
 
 @pytest.mark.slow
-def test_nor_of_one_in_bfloat16_with_loader_processes(tmp_path: Path, labels: Path) -> None:
+def test_probe_changes_no_byte_of_a_bf16_run_with_loader_workers(tmp_path: Path, labels: Path) -> None:
     settings = ("trainer.precision=bf16", "data.num_workers=1", "model.attention_dropout=0.1")
     run_here(tmp_path / "plain", *settings)
     run_here(tmp_path / "watched", *settings, *asking(labels))
@@ -75,7 +75,7 @@ def test_nor_of_one_in_bfloat16_with_loader_processes(tmp_path: Path, labels: Pa
     assert [line["step"] for line in probes(tmp_path / "watched")] == [0, 2, 4, 6]
 
 
-def test_a_probe_has_no_say_in_what_a_run_is(labels: Path) -> None:
+def test_probe_does_not_change_the_run_folder(labels: Path) -> None:
     without, with_one = load_recipe(composed("recipe=laptop")), recipe_of(labels)
     assert with_one.probe is not None
     assert without.probe is None
@@ -83,10 +83,10 @@ def test_a_probe_has_no_say_in_what_a_run_is(labels: Path) -> None:
     assert with_one.settings_text != without.settings_text, "ranks that were told of another probe are found out"
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- recorded scores --------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_told_before_training_every_n_steps_and_at_the_end(
+def test_scores_are_recorded_before_training_every_n_steps_and_at_the_end(
     watched: Path, labels: Path, tmp_path: Path
 ) -> None:
     lines = probes(watched)
@@ -106,7 +106,7 @@ def test_scores_are_told_before_training_every_n_steps_and_at_the_end(
     assert last_probe(tmp_path / "run" / "metrics.jsonl") == {k: v for k, v in last.items() if k != "kind"}
 
 
-def test_loggers_have_the_scores_by_step(watched: Path) -> None:
+def test_loggers_record_the_scores_by_step(watched: Path) -> None:
     events = EventAccumulator(str(next(watched.rglob("events.out*")).parent))
     events.Reload()
     logged = events.Scalars("probe_accuracy")
@@ -114,7 +114,7 @@ def test_loggers_have_the_scores_by_step(watched: Path) -> None:
     assert [event.value for event in logged] == pytest.approx([line["accuracy"] for line in probes(watched)])
 
 
-def test_the_report_draws_the_probe_beside_its_reference(watched: Path) -> None:
+def test_report_plots_the_probe_with_its_reference(watched: Path) -> None:
     page = (watched / "report.html").read_text()
     line = probes(watched)[-1]
     assert "neighbour accuracy, a linear head on the states" in page
@@ -122,7 +122,7 @@ def test_the_report_draws_the_probe_beside_its_reference(watched: Path) -> None:
     assert f">{line['score']:.3g}<" in page
 
 
-def test_a_report_shows_the_probe_that_came_last(tmp_path: Path, plain: Path) -> None:
+def test_report_shows_the_latest_probe(tmp_path: Path, plain: Path) -> None:
     lines = [
         {"kind": "probe", "step": 1, "task": "old", "metric": "mse", "score": 7777.0, "one_hot": 9.0},
         {"kind": "probe", "step": 2, "task": "new", "metric": "f1", "score": 0.25, "one_hot": None},
@@ -135,7 +135,7 @@ def test_a_report_shows_the_probe_that_came_last(tmp_path: Path, plain: Path) ->
     assert "7777" not in page
 
 
-# --- stopping and going on --------------------------------------------------------------------------------------------
+# --- stop and resume --------------------------------------------------------------------------------------------------
 
 STOP = Fault(
     "bionemo_esm.pretraining.checkpoints.Checkpoints.on_train_batch_end", partial(send, signal.SIGTERM), call=3
@@ -143,17 +143,17 @@ STOP = Fault(
 
 
 def batches(labels: Path) -> int:
-    """Of one probe, in runs of this size: so many calls of the model."""
+    """Return the number of model calls of one probe in runs of this size."""
     some = probed(labels)
     sets = (EvaluationBatches(Collator(some.task, one, some.reading), 8 * 128) for one in (some.train, some.validation))
     return sum(map(len, sets))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_breaks_a_probe_off_and_the_run_that_goes_on_begins_with_it(
+def test_signal_stops_a_probe_and_the_resumed_run_starts_with_it(
     tmp_path: Path, labels: Path, watched: Path, plain: Path, number: signal.Signals, code: int
 ) -> None:
-    """The steps before the signal are on record, no probe of step 2; in the end all is as in an unbroken run."""
+    """Steps before the signal are recorded, the probe of step 2 is not; the resumed run equals an uninterrupted one."""
     stop = Fault(SLOW, partial(send, number), call=batches(labels) + 2)
     outcome = run(tmp_path / "run", *asking(labels), faults=[stop])
     assert outcome.codes == [code], outcome.errors
@@ -164,7 +164,7 @@ def test_a_signal_breaks_a_probe_off_and_the_run_that_goes_on_begins_with_it(
     assert checkpoints(tmp_path / "run") == checkpoints(plain)
 
 
-def test_a_run_that_goes_on_has_the_history_of_an_unbroken_one(
+def test_resumed_run_has_the_history_of_an_uninterrupted_run(
     tmp_path: Path, labels: Path, watched: Path, plain: Path
 ) -> None:
     assert run(tmp_path / "run", *asking(labels), faults=[STOP]).codes == [143]
@@ -174,7 +174,7 @@ def test_a_run_that_goes_on_has_the_history_of_an_unbroken_one(
     assert all(checkpoints(tmp_path / "run")[name] == content for name, content in checkpoints(plain).items())
 
 
-def test_a_probe_may_be_added_to_a_run_that_goes_on(tmp_path: Path, labels: Path, watched: Path) -> None:
+def test_probe_can_be_added_to_a_resumed_run(tmp_path: Path, labels: Path, watched: Path) -> None:
     assert run(tmp_path / "run", faults=[STOP]).codes == [143]
     assert run(tmp_path / "run", *asking(labels)).codes == [0]
     found = probes(tmp_path / "run")
@@ -185,8 +185,9 @@ def test_a_probe_may_be_added_to_a_run_that_goes_on(tmp_path: Path, labels: Path
 # --- several ranks ----------------------------------------------------------------------------------------------------
 
 
-def test_ranks_wait_for_a_probe_that_takes_longer_than_a_hang(tmp_path: Path, labels: Path, watched: Path) -> None:
-    slow = Fault(SLOW, partial(time.sleep, 6), call=batches(labels) + 3)  # after step 2: a first step may take long
+def test_ranks_wait_for_a_probe_longer_than_the_hang_timeout(tmp_path: Path, labels: Path, watched: Path) -> None:
+    # After step 2, because the first step can be slow.
+    slow = Fault(SLOW, partial(time.sleep, 6), call=batches(labels) + 3)
     settings = ("trainer.hang_timeout_seconds=3", "trainer.max_steps=3")
     outcome = run(tmp_path / "run", *asking(labels), *settings, ranks=2, faults=[slow])
     assert outcome.codes == [0, 0], outcome.ranks
@@ -198,7 +199,7 @@ def test_ranks_wait_for_a_probe_that_takes_longer_than_a_hang(tmp_path: Path, la
 
 
 @pytest.mark.slow
-def test_ranks_that_share_a_copy_of_the_model_measure_together_and_stop_together(
+def test_tensor_parallel_ranks_run_the_probe_together_and_stop_together(
     tmp_path: Path, labels: Path, watched: Path
 ) -> None:
     settings = (*asking(labels), "trainer.tensor_model_parallel_size=2", "data.global_batch_size=8")

@@ -1,4 +1,4 @@
-"""What a probe looks at, what its head reads off the model, and mistakes in asking for it."""
+"""The probe's proteins and head, its features, and configuration errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- features and head ------------------------------------------------------------------------------------------------
 
 
-def test_generators_modes_and_gradients_stay_as_they_are(labels: Path) -> None:
+def test_probe_leaves_generators_modes_and_gradients_unchanged(labels: Path) -> None:
     model, probe = tiny_model(hidden_dropout=0.3), None
     model.train()
     model.encoder.lm_head.eval()  # type: ignore[union-attr]
@@ -54,8 +54,8 @@ def test_generators_modes_and_gradients_stay_as_they_are(labels: Path) -> None:
 
 
 @pytest.mark.parametrize("table", ["residues", "shares"])
-def test_features_are_those_of_fine_tuning_however_they_are_batched(labels: Path, table: str) -> None:
-    """Windows of long proteins are blended; states are of the layer that was asked for."""
+def test_features_equal_those_of_fine_tuning_in_any_batching(labels: Path, table: str) -> None:
+    """Windows of long proteins are blended; states are those of the configured layer."""
     model = tiny_model(hidden_dropout=0.3, seq_length=64).train()
     task = RESIDUES if table == "residues" else NUMBERS
     some = probed(labels, table, task, 64, layer=1, **{"proteins": 15})
@@ -84,10 +84,10 @@ def probe_mode(model: Any) -> Any:
     return _in_evaluation(model)
 
 
-def test_the_head_learns_what_is_linear_in_the_states_and_answers_in_the_targets_unit(labels: Path) -> None:
+def test_head_learns_a_linear_target_and_predicts_in_its_unit(labels: Path) -> None:
     some = probed(labels, "shares", NUMBERS)
     found = probe_of(some)
-    assert found._score_of_one_hot() > 0.9  # the share is linear in a protein's composition
+    assert found._score_of_one_hot() > 0.9  # the target is linear in the composition of a protein
     rows_NF = np.random.default_rng(1).normal(size=(400, 8)) * 100 + 7
     targets_N = 300 * rows_NF[:, 2] - 5_000
     task = some.task.replace(target_mean=targets_N.mean(), target_scale=targets_N.std())
@@ -97,7 +97,7 @@ def test_the_head_learns_what_is_linear_in_the_states_and_answers_in_the_targets
     assert told[:, 0].mean() == pytest.approx(targets_N[300:].mean(), rel=0.05)
 
 
-def test_classes_that_are_not_among_those_chosen_are_given_no_share(labels: Path) -> None:
+def test_classes_absent_from_the_training_set_get_probability_zero(labels: Path) -> None:
     task = probed(labels).task.replace(classes=("C", "E", "H"))
     rows_NF = np.random.default_rng(1).normal(size=(300, 4))
     told = _fitted(task, rows_NF, np.where(rows_NF[:, 0] > 0, 2, 0).astype(np.float32))(rows_NF)
@@ -107,7 +107,7 @@ def test_classes_that_are_not_among_those_chosen_are_given_no_share(labels: Path
     assert (told.argmax(axis=1) == np.where(rows_NF[:, 0] > 0, 2, 0)).mean() > 0.97
 
 
-def test_a_state_that_is_not_finite_gives_no_score_and_no_error(labels: Path) -> None:
+def test_nonfinite_state_gives_no_score_and_no_error(labels: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
@@ -117,10 +117,10 @@ def test_a_state_that_is_not_finite_gives_no_score_and_no_error(labels: Path) ->
     assert found["one_hot"] > 0.4
 
 
-# --- what is looked at ------------------------------------------------------------------------------------------------
+# --- chosen proteins --------------------------------------------------------------------------------------------------
 
 
-def test_the_same_proteins_are_looked_at_whatever_the_order_of_the_file(labels: Path, tmp_path: Path) -> None:
+def test_chosen_proteins_do_not_depend_on_the_order_of_the_file(labels: Path, tmp_path: Path) -> None:
     header, *records = (labels / "residues.csv").read_text().splitlines()
     (tmp_path / "residues.csv").write_text("\n".join([header, *reversed(records)]) + "\n")
     one, other = probed(labels, proteins=12), probed(tmp_path, proteins=12)
@@ -134,7 +134,9 @@ def texts(labelled: LabelledDataset) -> list[tuple[bytes, bytes]]:
     return [(p.tokens.tobytes(), t.tobytes()) for p, t in zip(labelled.proteins, labelled.targets, strict=True)]
 
 
-def test_so_many_residues_are_fitted_on_and_all_are_scored(labels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_residues_are_limited_and_all_validation_residues_are_scored(
+    labels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     everything = probed(labels)
     monkeypatch.setattr(probe_config, "MOST_RESIDUES", 300)
     fewer = probed(labels)
@@ -147,7 +149,7 @@ def test_so_many_residues_are_fitted_on_and_all_are_scored(labels: Path, monkeyp
     assert sum(np.isfinite(target).any() for target in fewer.train.targets) > 30, "of all proteins, not the first"
 
 
-def test_labels_of_test_proteins_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_of_the_test_set_stay_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def look(_: SealedTestSet) -> Any:
         raise AssertionError("the test labels were looked at")
 
@@ -161,7 +163,7 @@ def test_labels_of_test_proteins_are_not_opened(tmp_path: Path, monkeypatch: pyt
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-def test_a_task_of_ones_own_has_known_keys_and_may_go_over_those_of_a_shipped_one() -> None:
+def test_custom_task_rejects_unknown_keys_and_can_override_a_shipped_task() -> None:
     with pytest.raises(ConfigError, match=r"^unknown key probe\.task\.levels"):
         load_recipe(composed("recipe=laptop", "probe.task={name: mine, levels: residue}", "probe.data.train=x"))
     changed = load_recipe(composed("recipe=laptop", "probe.task={name: gb1, metric: spearman}", "probe.data.train=x"))
@@ -171,7 +173,7 @@ def test_a_task_of_ones_own_has_known_keys_and_may_go_over_those_of_a_shipped_on
     assert changed.probe.task == shipped.probe.task.replace(metric="spearman") != shipped.probe.task
 
 
-def test_a_shipped_task_is_that_of_fine_tuning() -> None:
+def test_shipped_task_equals_the_fine_tuning_preset() -> None:
     recipe = load_recipe(composed("recipe=laptop", "probe.task=secondary_structure", "probe.data.train=x"))
     assert recipe.probe is not None
     task = recipe.probe.task
@@ -202,9 +204,7 @@ def test_a_shipped_task_is_that_of_fine_tuning() -> None:
         (["+probe.data.download=x", "probe.data.train=null"], r"^probe\.data\.download: every process of a run"),
     ],
 )
-def test_a_mistake_in_the_configuration_is_answered_by_its_key(
-    labels: Path, overrides: list[str], message: str
-) -> None:
+def test_configuration_error_names_its_key(labels: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe_of(labels, *overrides)
 
@@ -232,7 +232,7 @@ def test_a_mistake_in_the_configuration_is_answered_by_its_key(
         ),
     ],
 )
-def test_bad_labels_are_told_before_anything_is_made(
+def test_bad_labels_are_rejected_before_anything_is_written(
     tmp_path: Path, rows: list[str], overrides: list[str], message: str
 ) -> None:
     (tmp_path / "t.csv").write_text("\n".join(["sequence,target,set,validation", *rows]) + "\n")
@@ -243,7 +243,7 @@ def test_bad_labels_are_told_before_anything_is_made(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_bad_label_ends_a_command_with_one_line(tmp_path: Path) -> None:
+def test_bad_label_ends_the_command_with_one_error_line(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("sequence,target,set,validation\nMKV,HH,train,\n")
     keys = (f"probe.task={RESIDUES}", f"probe.data.train={tmp_path / 't.csv'}")
     outcome = run(tmp_path / "run", *keys)

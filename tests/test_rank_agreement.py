@@ -1,4 +1,4 @@
-"""Ranks that cannot go on together: refused on all, before the first step, in one message, without a hang."""
+"""Ranks that disagree: all stop before the first step with one message and without a hang."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def refuse(message: str) -> None:
 
 
 def another_number_of_checkpoints(recipe: Recipe) -> Recipe:
-    """A setting that would go unnoticed for the whole run."""
+    """Change a setting whose difference would otherwise go unnoticed."""
     saving = recipe.exp_manager.checkpoints.replace(keep_last=9)
     return recipe.replace(exp_manager=recipe.exp_manager.replace(checkpoints=saving))
 
@@ -43,7 +43,7 @@ def wait_three_seconds_only() -> None:
 
 
 def assert_one_message(outcome: Outcome, folder: Path, *parts: str) -> None:
-    """Exit code 2 on every rank, the parts in what rank 0 says, nothing from the others, nothing trained."""
+    """Assert exit code 2 on every rank, one message from rank 0 with these parts, and no training."""
     assert set(outcome.codes) == {2}, outcome.ranks
     for part in parts:
         assert part in outcome.errors, outcome.errors
@@ -80,31 +80,31 @@ def assert_one_message(outcome: Outcome, folder: Path, *parts: str) -> None:
     ],
     ids=["missing on one node", "configuration", "version", "data", "build on rank 0", "checkpoint on rank 0"],
 )
-def test_what_hinders_or_sets_apart_one_rank_ends_all_in_one_message(
+def test_problem_or_difference_on_one_rank_stops_all_with_one_message(
     tmp_path: Path, fault: Fault, parts: tuple[str, ...]
 ) -> None:
     outcome = run(tmp_path / "run", "data.micro_batch_size=1", "data.global_batch_size=6", ranks=3, faults=[fault])
     assert_one_message(outcome, tmp_path / "run", *parts)
 
 
-def test_a_batch_that_the_ranks_do_not_divide_names_the_numbers_that_would(tmp_path: Path) -> None:
+def test_indivisible_batch_error_lists_the_possible_world_sizes(tmp_path: Path) -> None:
     outcome = run(tmp_path / "run", "data.micro_batch_size=4", ranks=3)
     assert_one_message(outcome, tmp_path / "run", "16 sequences cannot be dealt evenly to 3 ranks", "one of 1, 2, 4.")
 
 
-def test_another_number_of_processes_than_the_recipe_has_devices_is_refused(tmp_path: Path) -> None:
+def test_world_size_other_than_the_recipe_is_rejected(tmp_path: Path) -> None:
     outcome = run(tmp_path / "run", "trainer.num_nodes=2", "data.micro_batch_size=4", ranks=2)
     assert_one_message(outcome, tmp_path / "run", "trainer.devices are 2 x 2, but 2 processes were launched")
 
 
-def test_a_rank_that_dies_in_the_checks_ends_the_others(tmp_path: Path) -> None:
+def test_rank_that_dies_during_preflight_stops_the_others(tmp_path: Path) -> None:
     dying = Fault(RUN + "check_requirements", functools.partial(os._exit, 9), rank=1)
     outcome = run(tmp_path / "run", "data.micro_batch_size=4", ranks=2, faults=[dying])
     assert outcome.codes == [2, 9]
     assert "a rank ended before the first step" in outcome.errors
 
 
-def test_a_rank_that_never_comes_is_not_waited_for_without_end(tmp_path: Path) -> None:
+def test_missing_rank_is_not_awaited_forever(tmp_path: Path) -> None:
     absent = Fault(RUN + "launched_ranks", functools.partial(os._exit, 9), rank=1)
     impatient = Fault(RUN + "launched_ranks", wait_three_seconds_only)
     outcome = run(tmp_path / "run", "data.micro_batch_size=4", ranks=2, faults=[absent, impatient])
@@ -112,7 +112,7 @@ def test_a_rank_that_never_comes_is_not_waited_for_without_end(tmp_path: Path) -
     assert "error: rank 0 of 2 timed out waiting for the other ranks at 127.0.0.1:" in outcome.errors
 
 
-def test_one_process_alone_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_process_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     with launched_ranks() as alone:
@@ -124,7 +124,7 @@ def test_one_process_alone_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None
             alone.on_every_rank(functools.partial(refuse, "mine"))
 
 
-def test_a_slurm_job_without_srun_is_told_to_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_job_without_srun_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
@@ -133,7 +133,7 @@ def test_a_slurm_job_without_srun_is_told_to_use_it(monkeypatch: pytest.MonkeyPa
         pass
 
 
-def test_many_differences_are_named_in_part() -> None:
+def test_long_list_of_differences_is_shortened() -> None:
     notes = [{"host": "a", "error": None, "values": {str(key): rank for key in range(9)}} for rank in range(2)]
     with pytest.raises(RankAgreementError, match="and 5 more"):
         preflight._compare(notes)

@@ -1,4 +1,4 @@
-"""The recipes: the card's numbers, what changes a run's identity, and the arithmetic of batches."""
+"""The recipes: the model cards' numbers, the run fingerprint, and batch arithmetic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe(composed(*overrides))
 
 
-def test_the_default_recipe_on_22_nodes_is_the_model_cards_phase_1() -> None:
+def test_default_recipe_on_22_nodes_equals_the_model_cards_phase_1() -> None:
     card = recipe()
     assert recipe("trainer.num_nodes=22") == card
     assert card.name == "esm1nv_phase1"
@@ -36,13 +36,13 @@ def test_the_default_recipe_on_22_nodes_is_the_model_cards_phase_1() -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "false", "null", "5"])
-def test_masking_that_is_no_section_is_refused(value: str) -> None:
+def test_masking_that_is_not_a_section_is_rejected(value: str) -> None:
     with refused("config.type", "data.masking must be a mapping"):
         recipe(f"data.masking={value}")
 
 
 @pytest.mark.parametrize("sequences", [176, 177, 5_000, 1_000_000])
-def test_validation_is_dealt_so_that_none_of_176_ranks_goes_without(sequences: int) -> None:
+def test_every_one_of_176_ranks_gets_validation_batches(sequences: int) -> None:
     card = recipe()
     batches = -(-sequences // validation_batch_size(card, sequences))
     assert batches >= 176
@@ -50,7 +50,7 @@ def test_validation_is_dealt_so_that_none_of_176_ranks_goes_without(sequences: i
         validation_batch_size(card, 175)
 
 
-def test_phase_2_goes_on_with_the_schedule_of_phase_1_in_batches_of_144_gpus() -> None:
+def test_phase_2_continues_the_schedule_of_phase_1_with_batches_of_144_gpus() -> None:
     first, second = recipe(), recipe("recipe=esm1nv_phase2")
     assert second.optim == first.optim
     assert second.model == first.model
@@ -63,7 +63,7 @@ def test_phase_2_goes_on_with_the_schedule_of_phase_1_in_batches_of_144_gpus() -
     assert second.batch_departure() is None
 
 
-def test_esm1b_is_trained_in_batches_of_131072_tokens_on_128_gpus() -> None:
+def test_esm1b_uses_batches_of_131072_tokens_on_128_gpus() -> None:
     card = recipe("recipe=esm1b")
     assert (card.model.num_layers, card.model.hidden_size, card.model.num_attention_heads) == (33, 1280, 20)
     assert (card.model.seq_length, card.model.embedding_layernorm, card.model.token_dropout) == (1024, True, True)
@@ -93,7 +93,7 @@ def test_other_machines_accumulate_to_the_same_global_batch(machine: tuple[str, 
     assert other.fingerprint == recipe().fingerprint
 
 
-def test_another_global_batch_is_said_to_be_another_optimisation() -> None:
+def test_another_global_batch_is_reported_as_another_optimisation() -> None:
     other = recipe("data.global_batch_size=null", "trainer.num_nodes=2")
     assert other.global_batch_size == 5_920
     assert "5,920 sequences, the recipe's 65,120: this is another optimisation" in (other.batch_departure() or "")
@@ -122,26 +122,26 @@ def test_another_global_batch_is_said_to_be_another_optimisation() -> None:
         (["trainer.hang_timeout_seconds=0"], "trainer.hang_timeout_seconds must be positive, or null"),
     ],
 )
-def test_batches_and_parallelism_that_cannot_be_are_refused(overrides: list[str], message: str) -> None:
+def test_impossible_batches_and_parallelism_are_rejected(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe(*overrides)
 
 
-def test_a_group_on_the_command_line_overrides_the_recipes_own() -> None:
+def test_group_on_the_command_line_overrides_the_group_of_the_recipe() -> None:
     chosen = recipe("recipe=laptop", "model=esm1nv", "trainer.max_steps=2")
     assert chosen.model.parameters == 43_612_544
     assert chosen.trainer.accelerator == "cpu"
     assert chosen.optim.warmup_steps == 0
 
 
-def test_warm_up_may_be_a_share_of_the_steps_but_not_both() -> None:
+def test_warmup_is_given_in_steps_or_as_a_ratio_but_not_both() -> None:
     ratio = ("optim.sched.warmup_steps=null", "optim.sched.warmup_ratio=0.1")
     assert recipe("recipe=laptop", *ratio, "trainer.max_steps=200").optim.warmup_steps == 20
     with pytest.raises(ConfigError, match="warmup_steps and warmup_ratio are both set"):
         recipe("recipe=laptop", "optim.sched.warmup_steps=5", "optim.sched.warmup_ratio=0.1")
 
 
-def test_the_run_folder_follows_from_what_is_computed_and_from_nothing_else() -> None:
+def test_run_folder_depends_only_on_settings_that_change_the_result() -> None:
     laptop = recipe("recipe=laptop")
     same = (
         "data.num_workers=3",
@@ -165,7 +165,7 @@ def test_the_run_folder_follows_from_what_is_computed_and_from_nothing_else() ->
     assert recipe("recipe=laptop", "exp_manager.name=mine").run_folder == Path("runs/mine")
 
 
-def test_adapting_asks_for_proteins_of_ones_own_or_for_the_sample_by_name(tmp_path: Path) -> None:
+def test_adapt_recipe_requires_own_proteins_or_the_sample_by_name(tmp_path: Path) -> None:
     tiny_model().save_to(str(tmp_path / "tiny.nemo"))
     adapting = ("recipe=adapt", f"restore_from_path={tmp_path / 'tiny.nemo'}")
     asks = r"^recipe adapt trains on your own proteins: set data\.fasta=\.\.\. or data\.store=\.\.\. \(data=sample for"
@@ -181,8 +181,8 @@ def test_adapting_asks_for_proteins_of_ones_own_or_for_the_sample_by_name(tmp_pa
         recipe(*adapting, "data.own='yes, mine'")
 
 
-def test_a_store_counts_by_what_is_in_it_wherever_it_lies(tmp_path: Path) -> None:
-    """So a copy on a node's own disk is the same run."""
+def test_store_is_identified_by_content_not_by_path(tmp_path: Path) -> None:
+    """A copy on the local disk of a node gives the same run."""
     for name, content in (("a", "{1}"), ("b", "{1}"), ("c", "{2}")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(content)
@@ -191,7 +191,7 @@ def test_a_store_counts_by_what_is_in_it_wherever_it_lies(tmp_path: Path) -> Non
     assert len({a, c, d}) == 3
 
 
-def test_other_ranks_with_the_same_global_batch_are_the_same_run() -> None:
+def test_world_size_does_not_change_the_run_for_the_same_global_batch() -> None:
     laptop = recipe("recipe=laptop", "data.global_batch_size=8", "data.micro_batch_size=4")
     assert laptop.replace(trainer=laptop.trainer.replace(devices=2)).fingerprint == laptop.fingerprint
 
@@ -199,23 +199,23 @@ def test_other_ranks_with_the_same_global_batch_are_the_same_run() -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (200_000, "2 d 7:33:20")]
 )
-def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
+def test_durations_are_formatted_like_a_clock(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "..", "''"])
-def test_a_runs_name_is_that_of_one_folder(name: str) -> None:
+def test_run_name_must_be_a_single_folder_name(name: str) -> None:
     with pytest.raises(ConfigError, match=r"exp_manager\.name must be the name of one folder"):
         recipe("recipe=laptop", f"exp_manager.name={name}")
 
 
-def test_a_section_that_is_no_mapping_is_refused() -> None:
+def test_section_that_is_not_a_mapping_is_rejected() -> None:
     cfg = composed("recipe=esm1nv_phase1", "probe.task=secondary_structure", "probe.data.train=x")
     optional = ("published", "probe", "probe.data", "probe.data.split")
     assert_sections_must_be_mappings(load_recipe, cfg, optional)
 
 
-def test_a_masking_policy_that_is_null_or_zero_is_refused() -> None:
+def test_null_or_scalar_masking_policy_is_rejected() -> None:
     for value in ("0", "false", "null", "5"):
         with pytest.raises(ConfigError, match=r"^data\.masking must be a mapping, not "):
             recipe("recipe=laptop", f"data.masking={value}")

@@ -1,4 +1,4 @@
-"""Registered parts are found by name; an installed package adds its own; a broken one is named."""
+"""Registries: lookup by name, parts from installed packages, and errors for broken packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def table() -> Registry[object]:
 
 
 def plugin(site: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """A package as pip leaves it: a module, and metadata with an entry point."""
+    """Install a package as pip does: a module, and metadata with an entry point."""
     (site / "gadget_plugin.py").write_text(code)
     info = site / "gadget_plugin-1.0.dist-info"
     info.mkdir()
@@ -27,25 +27,25 @@ def plugin(site: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.delitem(__import__("sys").modules, "gadget_plugin", raising=False)
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+def test_unknown_name_error_lists_the_known_names() -> None:
     with pytest.raises(ConfigError, match=r"gadget\.name must be one of plain, not 'fancy'") as caught:
         table().get("fancy")
     assert caught.value.code == "registry.unknown-name"
 
 
-def test_two_parts_of_one_name_are_refused() -> None:
+def test_duplicate_name_is_rejected() -> None:
     with pytest.raises(ConfigError) as caught:
         table().register("plain")(list)
     assert caught.value.code == "registry.duplicate"
 
 
-def test_an_installed_package_adds_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_package_adds_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin(tmp_path, monkeypatch, "class Fancy: pass\n")
     assert list(table()) == ["fancy", "plain"]
     assert table().get("fancy").__name__ == "Fancy"  # type: ignore[attr-defined]
 
 
-def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin(tmp_path, monkeypatch, "import a_module_that_is_not_there\n")
     with pytest.raises(ConfigError, match="package gadget-plugin cannot be imported") as caught:
         table().get("fancy")

@@ -1,4 +1,4 @@
-"""The report of a run: what it says, what it draws, and that it is there whole or not at all."""
+"""The report of a run: its text, its plots, and atomic writes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def put(folder: Path, lines: list[dict[str, Any]], **summary: Any) -> Path:
 
 
 class Page(HTMLParser):
-    """Text and tags of a page, and every attribute that a browser would fetch or run."""
+    """Text and tags of a page, and every attribute that a browser would fetch or execute."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -82,13 +82,13 @@ def page_of(folder: Path) -> str:
     return write_report(folder).read_text(encoding="utf-8")
 
 
-def test_it_leaves_a_page_and_a_picture_and_nothing_else(tmp_path: Path) -> None:
+def test_report_writes_one_page_and_one_picture(tmp_path: Path) -> None:
     put(tmp_path, curve())
     assert write_report(tmp_path) == tmp_path / "report.html"
     assert {path.name for path in tmp_path.iterdir()} == {*INPUTS, "report.html", "report.png"}
 
 
-def test_the_page_says_what_was_reached_with_what_and_how_to_load_it(tmp_path: Path) -> None:
+def test_page_states_results_settings_and_how_to_load_the_model(tmp_path: Path) -> None:
     lines = Page(page_of(put(tmp_path, curve()))).text
     text = " ".join(lines.split())
     assert (
@@ -101,19 +101,19 @@ def test_the_page_says_what_was_reached_with_what_and_how_to_load_it(tmp_path: P
     assert (
         'from bionemo_esm import ESM1nvModel\nmodel = ESM1nvModel.restore_from("runs/esm1nv_2m/esm1nv.nemo")' in lines
     )
-    assert "residue frequencies (17.7)" in text  # in the figure, where text stays text
+    assert "residue frequencies (17.7)" in text  # in the SVG figure, which keeps text as text
     assert "9,205" in text, "the median of the throughput stands beside its curve"
     assert "peak 1" in text
 
 
-def test_keys_that_the_summary_lacks_leave_no_row(tmp_path: Path) -> None:
+def test_missing_summary_keys_leave_no_row(tmp_path: Path) -> None:
     text = Page(page_of(put(tmp_path, curve(), steps=None))).text
     assert "Epochs" not in text
     assert "Optimizer steps" not in text
     assert "None" not in text
 
 
-def test_what_files_say_cannot_become_markup(tmp_path: Path) -> None:
+def test_file_contents_are_escaped_in_html(tmp_path: Path) -> None:
     attack = '<script>alert("1")</script>'
     versions = {attack: attack}
     text = page_of(
@@ -121,11 +121,11 @@ def test_what_files_say_cannot_become_markup(tmp_path: Path) -> None:
     )
     page = Page(text)
     assert "script" not in page.tags
-    assert page.text.count("<script>") == 8  # title, heading, command, file, its use, model, two of versions
+    assert page.text.count("<script>") == 8  # title, heading, command, file, its use, model, and two in the versions
     assert "&lt;script&gt;" in text
 
 
-def test_the_page_stands_alone(tmp_path: Path) -> None:
+def test_page_is_self_contained(tmp_path: Path) -> None:
     text = page_of(put(tmp_path, curve()))
     page = Page(text)
     assert "svg" in page.tags
@@ -134,7 +134,7 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     assert not re.search(r"https?:|@import|url\((?!#)", text)
 
 
-def test_the_figure_follows_the_colours_of_the_page(tmp_path: Path) -> None:
+def test_figure_uses_the_colours_of_the_page(tmp_path: Path) -> None:
     text = page_of(put(tmp_path, curve()))
     figure = text[text.index("<svg") : text.index("</svg>")]
     used = set(re.findall(r"var\((--\w+)\)", figure))
@@ -145,7 +145,7 @@ def test_the_figure_follows_the_colours_of_the_page(tmp_path: Path) -> None:
     assert not re.search(r"(fill|stroke): #", figure), "a colour that dark mode cannot change"
 
 
-def test_the_picture_is_a_png_of_the_readmes_width(tmp_path: Path) -> None:
+def test_picture_is_a_png_1500_pixels_wide(tmp_path: Path) -> None:
     write_report(put(tmp_path, curve()))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = image.imread(tmp_path / "report.png")
@@ -157,7 +157,7 @@ def test_the_picture_is_a_png_of_the_readmes_width(tmp_path: Path) -> None:
     assert 0.01 < float(np.mean(ink.min(axis=1) < 0.9)) < 0.2
 
 
-def test_equal_inputs_give_equal_bytes_whatever_the_user_set_matplotlib_to(tmp_path: Path) -> None:
+def test_equal_inputs_give_equal_bytes_under_any_matplotlib_settings(tmp_path: Path) -> None:
     first, second = put(tmp_path / "first", curve()), put(tmp_path / "second", curve())
     write_report(first)
     with matplotlib.rc_context({"axes.labelsize": 30, "xtick.major.size": 20, "savefig.transparent": True}):
@@ -181,18 +181,18 @@ def test_equal_inputs_give_equal_bytes_whatever_the_user_set_matplotlib_to(tmp_p
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_runs_that_hardly_began_or_went_wrong_still_have_a_report(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
+def test_short_or_failed_runs_still_have_a_report(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
     assert "</html>" in page_of(put(tmp_path, lines))
 
 
-def test_losses_that_are_not_finite_are_counted_and_the_rest_is_drawn(tmp_path: Path) -> None:
+def test_nonfinite_losses_are_counted_and_the_rest_is_plotted(tmp_path: Path) -> None:
     lines = [train_line(10, math.nan), train_line(20, None), train_line(30, math.inf), train_line(40, 2.75)]
     text = Page(page_of(put(tmp_path, lines, validation_perplexity=None))).text
     assert "3 of 4 not finite" in text
     assert "Training loss 2.750 nats per masked residue at step 40; no validation." in text
 
 
-def test_a_resumed_run_shows_what_its_steps_came_to_last(tmp_path: Path) -> None:
+def test_resumed_run_shows_the_last_values_of_each_step(tmp_path: Path) -> None:
     abandoned = [train_line(10), train_line(20, speed=1.0), train_line(30, 9.0, speed=1.0)]
     resumed = [train_line(20), train_line(30, 2.5)]
     folder = put(tmp_path, abandoned + resumed, validation_perplexity=None)
@@ -201,7 +201,7 @@ def test_a_resumed_run_shows_what_its_steps_came_to_last(tmp_path: Path) -> None
     assert "9,800" in text
 
 
-def test_smoothing_keeps_the_start_and_steps_over_gaps() -> None:
+def test_smoothing_keeps_the_first_value_and_skips_gaps() -> None:
     values = np.array([8.0, 4.0, np.nan, 2.0, 2.0, 5.0])
     assert report._smooth(values, 3) == pytest.approx([8.0, 6.0, 3.0, 2.0, 3.0, 3.5])
     assert report._smooth(values, 1) == pytest.approx(values, nan_ok=True)
@@ -222,9 +222,7 @@ def test_smoothing_keeps_the_start_and_steps_over_gaps() -> None:
         ("summary.json", b'{"validation_perplexity": true}', "summary.json: validation_perplexity"),
     ],
 )
-def test_a_bad_input_is_named_and_nothing_is_written(
-    tmp_path: Path, name: str, content: bytes | None, says: str
-) -> None:
+def test_bad_input_is_named_and_nothing_is_written(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
     path = put(tmp_path, curve()) / name
     if content is None:
         path.unlink()
@@ -235,9 +233,7 @@ def test_a_bad_input_is_named_and_nothing_is_written(
     assert {entry.name for entry in tmp_path.iterdir()} <= INPUTS
 
 
-def test_a_write_that_fails_half_way_leaves_the_old_report_and_no_piece_of_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, curve())
     write_report(tmp_path)
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -1,4 +1,4 @@
-"""Layers, safety rules, commented configuration keys, and a wheel that contains all of its parts."""
+"""Import layers, safety rules, commented configuration keys, and a complete wheel."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PACKAGE = ROOT / "bionemo_esm"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-def test_imports_go_down_the_layers_and_never_in_circles() -> None:
+def test_imports_follow_the_layers_and_have_no_cycles() -> None:
     structure = Structure()
     assert structure.upward_imports() == []
     assert structure.circles(top_level_only=True) == []
     assert structure.circles(top_level_only=False) == []
 
 
-def test_the_structure_script_finds_circles_upward_imports_and_names_in_strings(tmp_path: Path) -> None:
+def test_structure_script_finds_cycles_upward_imports_and_module_names_in_strings(tmp_path: Path) -> None:
     sources = {
         "data/a.py": "def f():\n    from bionemo_esm.data import b\n    return b\n",
         "data/b.py": "import bionemo_esm.data.a\nMODULE = 'bionemo_esm.model.c'\n",
@@ -44,13 +44,13 @@ def test_the_structure_script_finds_circles_upward_imports_and_names_in_strings(
     assert structure.single_importer() == ["bionemo_esm.data.b"]
 
 
-def test_at_most_eight_files_lead_from_a_fasta_record_to_the_optimizer_step() -> None:
+def test_reading_path_from_fasta_record_to_optimizer_step_has_at_most_eight_files() -> None:
     assert len(READING_PATH) <= MAX_PATH_FILES
     assert all((ROOT / path).is_file() for path, _ in READING_PATH)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_is_unpickled_evaluated_or_instantiated_by_name(path: Path) -> None:
+def test_source_never_unpickles_evaluates_or_instantiates_by_name(path: Path) -> None:
     text = path.read_text()
     for forbidden in (
         "pickle.load",
@@ -65,7 +65,7 @@ def test_nothing_is_unpickled_evaluated_or_instantiated_by_name(path: Path) -> N
     assert len(text.splitlines()) <= 800
 
 
-def test_the_data_path_imports_without_nemo_megatron_or_lightning() -> None:
+def test_data_modules_import_without_nemo_megatron_or_lightning() -> None:
     code = (
         "import sys, bionemo_esm, bionemo_esm.alphabet, bionemo_esm.data.preprocess, bionemo_esm.data.dataloader\n"
         "print([name for name in ('nemo', 'megatron', 'lightning', 'transformers') if name in sys.modules])"
@@ -74,8 +74,8 @@ def test_the_data_path_imports_without_nemo_megatron_or_lightning() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_every_key_of_the_configuration_is_commented() -> None:
-    """In the groups, that is: recipes, and groups that build on another, set keys which are explained there."""
+def test_every_configuration_key_has_a_comment() -> None:
+    """Only base groups are checked: recipes and derived groups set keys that are explained there."""
     for path in (ROOT / "conf").glob("*/*.yaml"):
         text = path.read_text()
         if path.parent.name == "recipe" or "defaults:" in text:
@@ -88,13 +88,13 @@ def test_every_key_of_the_configuration_is_commented() -> None:
 
 PLAIN = {"num_layers", "hidden_size", "layernorm_epsilon", "betas", "eps", "exp_dir", "num_nodes"}
 PLAIN |= {"create_tensorboard_logger"}
-"""Keys whose name says it all."""
+"""Keys that need no comment."""
 
 
 @pytest.mark.slow
-def test_a_wheel_carries_configurations_and_sample_and_runs_from_anywhere(tmp_path: Path) -> None:
+def test_wheel_contains_configurations_and_sample_and_runs_anywhere(tmp_path: Path) -> None:
     source, site = tmp_path / "source", tmp_path / "site"
-    source.mkdir()  # a copy, as building leaves a folder behind
+    source.mkdir()  # a copy, because the build leaves a folder behind
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("bionemo_esm", "conf"):

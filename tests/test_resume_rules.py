@@ -1,4 +1,4 @@
-"""A run that continues another: the same weights, moments, stream and steps, under a configuration of its own."""
+"""Continuing another run: the same weights, moments, stream and steps under a new configuration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PHASE_2 = ("optim.sched.max_steps=40", "trainer.max_steps=8", "data.global_batch
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of four steps of 16 sequences, and checkpoints at 2 and 4."""
+    """A finished run of four steps of 16 sequences with checkpoints at steps 2 and 4."""
     folder = tmp_path_factory.mktemp("continuing") / "first"
     outcome = run(folder, *PHASE_1)
     assert outcome.codes == [0], outcome.errors
@@ -39,8 +39,8 @@ def train_lines(folder: Path) -> list[dict[str, object]]:
     return [line for line in history(folder) if line["kind"] == "train"]
 
 
-def test_two_runs_with_the_same_settings_are_one_run_bit_for_bit(first: Path, tmp_path: Path) -> None:
-    """Four steps, and four more in another folder, against eight in one go."""
+def test_continued_run_equals_one_long_run_bit_for_bit(first: Path, tmp_path: Path) -> None:
+    """Compare four steps plus four in another folder with eight steps in one run."""
     whole, second = tmp_path / "whole", tmp_path / "second"
     assert run(whole, "optim.sched.max_steps=40", "trainer.max_steps=8").codes == [0]
     outcome = run(second, "optim.sched.max_steps=40", "trainer.max_steps=8", f"continue_from_path={first}")
@@ -57,7 +57,7 @@ def test_two_runs_with_the_same_settings_are_one_run_bit_for_bit(first: Path, tm
     assert found.provenance["continued_from"] == {"recipe": "laptop", "steps": 4, "consumed_samples": 64}
 
 
-def test_another_batch_goes_on_in_the_same_stream_at_the_rate_of_the_new_schedule(first: Path, tmp_path: Path) -> None:
+def test_another_batch_size_continues_the_stream_with_the_new_schedule(first: Path, tmp_path: Path) -> None:
     overrides = (*PHASE_2, f"continue_from_path={first}", "optim.lr=4e-3", "optim.weight_decay=0.5")
     assert run(tmp_path / "second", *overrides).codes == [0]
     lines = train_lines(tmp_path / "second")
@@ -69,8 +69,8 @@ def test_another_batch_goes_on_in_the_same_stream_at_the_rate_of_the_new_schedul
     assert [group["weight_decay"] for group in state["optimizer_states"][0]["param_groups"]] == [0.5, 0.0]
 
 
-def test_the_best_checkpoint_of_the_run_before_is_none_of_this_ones(first: Path, tmp_path: Path) -> None:
-    """At a rate that unlearns, nothing comes up to it; the best of this run is kept all the same."""
+def test_best_checkpoint_of_a_continued_run_is_its_own(first: Path, tmp_path: Path) -> None:
+    """With a diverging learning rate no checkpoint beats the parent's best; this run's best is still kept."""
     overrides = (*PHASE_2, f"continue_from_path={first}", "optim.lr=1.0", "optim.sched.warmup_ratio=0")
     assert run(tmp_path / "second", *overrides).codes == [0]
     validations = [line["loss"] for line in history(tmp_path / "second") if line["kind"] == "validation"]
@@ -79,8 +79,8 @@ def test_the_best_checkpoint_of_the_run_before_is_none_of_this_ones(first: Path,
     assert Path(summary["best_checkpoint"]).parent == tmp_path / "second" / "checkpoints"
 
 
-def test_a_continued_run_that_was_stopped_goes_on_from_its_own_checkpoint(first: Path, tmp_path: Path) -> None:
-    """Also when the first run is gone by then; and it still says where it comes from."""
+def test_stopped_continued_run_resumes_from_its_own_checkpoint(first: Path, tmp_path: Path) -> None:
+    """It resumes even if the first run was deleted, and still records its origin."""
     origin, second, unbroken = tmp_path / "origin", tmp_path / "second", tmp_path / "unbroken"
     shutil.copytree(first, origin)
     overrides = (*PHASE_2, f"continue_from_path={origin}")
@@ -93,7 +93,7 @@ def test_a_continued_run_that_was_stopped_goes_on_from_its_own_checkpoint(first:
     assert nemo(second).read_bytes() == nemo(unbroken).read_bytes()
 
 
-def test_one_checkpoint_may_be_named_and_other_ranks_may_go_on(first: Path, tmp_path: Path) -> None:
+def test_one_checkpoint_can_be_named_and_the_world_size_can_change(first: Path, tmp_path: Path) -> None:
     checkpoint = first / "checkpoints" / "step-000000003.ckpt"
     outcome = run(tmp_path / "second", *PHASE_2, f"continue_from_path={checkpoint}", ranks=2)
     assert outcome.codes == [0, 0], outcome.ranks
@@ -117,14 +117,14 @@ def refusal(folder: Path, *overrides: str) -> str:
         (("restore_from_path=x.nemo",), "restore_from_path (weights alone) and continue_from_path are both set"),
     ],
 )
-def test_what_cannot_be_continued_is_refused(
+def test_incompatible_continuation_is_rejected(
     first: Path, tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
     assert message in refusal(tmp_path / "run", *PHASE_2, f"continue_from_path={first}", *overrides)
     assert not (tmp_path / "run").exists(), "refused before anything is begun"
 
 
-def test_a_folder_without_checkpoints_and_a_damaged_checkpoint_are_named(first: Path, tmp_path: Path) -> None:
+def test_folder_without_checkpoints_and_damaged_checkpoint_are_named(first: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoint; name a run's folder" in refusal(
         tmp_path / "run", *PHASE_2, f"continue_from_path={tmp_path / 'empty'}"
@@ -136,8 +136,8 @@ def test_a_folder_without_checkpoints_and_a_damaged_checkpoint_are_named(first: 
     assert "damaged.ckpt" in refusal(tmp_path / "run", *PHASE_2, f"continue_from_path={damaged}")
 
 
-def test_another_global_batch_without_saying_so_is_refused(first: Path, tmp_path: Path) -> None:
-    """In the run's own folder; phase 2 says so by continue_from_path, and has another folder."""
+def test_another_global_batch_in_the_same_folder_is_rejected(first: Path, tmp_path: Path) -> None:
+    """Phase 2 changes the batch through continue_from_path and in another folder."""
     shutil.copytree(first, tmp_path / "run", ignore=shutil.ignore_patterns("summary.json"))
     outcome = run(tmp_path / "run", *PHASE_1[:1], "trainer.max_steps=8", "data.global_batch_size=32", ranks=2)
     assert outcome.codes == [2, 2]
@@ -145,7 +145,7 @@ def test_another_global_batch_without_saying_so_is_refused(first: Path, tmp_path
     assert not outcome.ranks[1].count("error:")
 
 
-def test_phase_2_wants_to_know_the_run_that_it_continues(tmp_path: Path) -> None:
+def test_phase_2_requires_the_run_that_it_continues(tmp_path: Path) -> None:
     recipe = load_recipe(composed("recipe=esm1nv_phase2", f"exp_manager.exp_dir={tmp_path}"))
     with pytest.raises(ConfigError, match="esm1nv_phase2 continues a run of esm1nv_phase1; name its folder"):
         check_requirements(recipe, 144)

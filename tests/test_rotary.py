@@ -1,4 +1,4 @@
-"""Rotary positions: the angles, what they leave alone, and that every protein of a row counts from 0."""
+"""Rotary position embeddings: frequencies, invariances, dtypes, and positions per protein."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def row_of(split: SequenceSplit, *proteins: int) -> PackedBatch:
 
 
 @pytest.mark.parametrize("head_size", [2, 16, 20, 64, 128])
-def test_frequencies_are_those_of_fair_esm_and_hugging_face_to_the_last_bit(head_size: int) -> None:
+def test_frequencies_equal_fair_esm_and_transformers_bit_for_bit(head_size: int) -> None:
     ours = rotary_frequencies(head_size)
     assert torch.equal(ours, esm.rotary_embedding.RotaryEmbedding(head_size).inv_freq)
     theirs = EsmRotaryEmbedding(EsmConfig(hidden_size=head_size, num_attention_heads=1, pad_token_id=1, vocab_size=33))
     assert torch.equal(ours, theirs.inv_freq)
 
 
-def test_queries_and_keys_are_turned_as_by_fair_esm() -> None:
+def test_rotation_of_queries_and_keys_equals_fair_esm() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 50, 3, 16, generator=generator)
     rotation = RotaryEmbedding(16)(torch.arange(50))
@@ -47,7 +47,7 @@ def test_queries_and_keys_are_turned_as_by_fair_esm() -> None:
         assert torch.allclose(ours.transpose(0, 1), their, atol=1e-6)
 
 
-def test_a_rotation_keeps_lengths_and_scores_depend_on_distance_alone() -> None:
+def test_rotation_keeps_norms_and_scores_depend_only_on_distance() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 1, 1, 16, generator=generator, dtype=torch.float64).float()
     rotary = RotaryEmbedding(16)
@@ -61,7 +61,7 @@ def test_a_rotation_keeps_lengths_and_scores_depend_on_distance_alone() -> None:
     assert abs(score(3, 10) - score(3, 11)) > 0.01
 
 
-def test_bfloat16_queries_are_turned_in_float32_and_given_back_in_bfloat16() -> None:
+def test_bfloat16_queries_are_rotated_in_float32_and_returned_in_bfloat16() -> None:
     query = torch.randn(40, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     rotation = RotaryEmbedding(16).bfloat16()(torch.arange(1000, 1040))
     turned = rotate(query, rotation)
@@ -71,14 +71,14 @@ def test_bfloat16_queries_are_turned_in_float32_and_given_back_in_bfloat16() -> 
 
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "to", "double"])
-def test_frequencies_stay_float32_and_unrounded_whatever_a_model_is_cast_to(cast: str) -> None:
+def test_frequencies_stay_float32_when_the_module_is_cast(cast: str) -> None:
     rotary = RotaryEmbedding(64)
     rotary.to(torch.bfloat16) if cast == "to" else getattr(rotary, cast)()
     assert rotary.frequencies.dtype == torch.float32
     assert torch.equal(rotary.frequencies, rotary_frequencies(64))
 
 
-def test_a_bfloat16_model_keeps_its_frequencies_in_float32() -> None:
+def test_bfloat16_model_keeps_float32_frequencies() -> None:
     model = tiny_model("bf16", **ROTARY)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {name: buffer.dtype for name, buffer in model.named_buffers()} == {
@@ -86,7 +86,7 @@ def test_a_bfloat16_model_keeps_its_frequencies_in_float32() -> None:
     }
 
 
-def test_a_bfloat16_model_is_restored_as_it_was(tmp_path: Path, tiny_split: SequenceSplit) -> None:
+def test_bfloat16_model_is_restored_exactly(tmp_path: Path, tiny_split: SequenceSplit) -> None:
     model = tiny_model("bf16", **ROTARY, contact_head=True)
     model.save_to(str(tmp_path / "model.nemo"))
     restored = ESM1nvModel.restore_from(str(tmp_path / "model.nemo"))
@@ -97,7 +97,7 @@ def test_a_bfloat16_model_is_restored_as_it_was(tmp_path: Path, tiny_split: Sequ
 
 
 @pytest.mark.parametrize("name", ["encoder.rotary.frequencies", "encoder.contact_head.weight"])
-def test_a_fixed_tensor_in_bfloat16_is_refused(tmp_path: Path, name: str) -> None:
+def test_fixed_tensor_in_bfloat16_is_rejected(tmp_path: Path, name: str) -> None:
     archive = describe(tiny_model("bf16", **ROTARY, contact_head=True))
     rounded = {**archive.weights, name: archive.weights[name].bfloat16()}
     write_archive(tmp_path / "model.nemo", replace(archive, weights=rounded))
@@ -105,14 +105,14 @@ def test_a_fixed_tensor_in_bfloat16_is_refused(tmp_path: Path, name: str) -> Non
         ESM1nvModel.restore_from(str(tmp_path / "model.nemo"))
 
 
-def test_every_protein_of_a_row_is_answered_as_if_alone(tiny_split: SequenceSplit) -> None:
+def test_logits_of_a_protein_do_not_depend_on_the_row(tiny_split: SequenceSplit) -> None:
     model = tiny_model(**ROTARY)
     together = model.logits(row_of(tiny_split, 3, 1, 10, 5))
     alone = torch.cat([model.logits(row_of(tiny_split, protein)) for protein in (3, 1, 10, 5)])
     assert torch.allclose(together, alone, atol=1e-5)
 
 
-def test_the_order_of_residues_tells(tiny_split: SequenceSplit) -> None:
+def test_logits_depend_on_the_order_of_residues(tiny_split: SequenceSplit) -> None:
     model = tiny_model(**ROTARY)
     protein = tiny_split[3]
     there = model.logits(pack(protein, np.array([len(protein)])))[1:-1]
@@ -120,7 +120,7 @@ def test_the_order_of_residues_tells(tiny_split: SequenceSplit) -> None:
     assert (there - back).abs().max() > 0.1
 
 
-def test_a_rotary_model_has_no_position_table_and_takes_any_length() -> None:
+def test_rotary_model_has_no_position_table_and_accepts_any_length() -> None:
     model = tiny_model(**ROTARY, seq_length=64)
     assert not any("position" in name for name, _ in model.named_parameters())
     assert dict(model.encoder_config.tensors()).keys() == dict(model.named_parameters()).keys()
@@ -130,7 +130,7 @@ def test_a_rotary_model_has_no_position_table_and_takes_any_length() -> None:
     assert model.logits(pack(residues, np.array([300]))).isfinite().all()
 
 
-def test_a_position_table_with_an_offset_begins_with_rows_that_no_token_reaches(tiny_split: SequenceSplit) -> None:
+def test_position_table_with_offset_starts_with_unused_rows(tiny_split: SequenceSplit) -> None:
     model = tiny_model(position_offset=2)
     table = model.encoder.embedding.position_embeddings.weight
     assert table.shape == (514, 32) and not table[:2].any() and table[2:].any(dim=1).all()
@@ -154,12 +154,12 @@ def test_a_position_table_with_an_offset_begins_with_rows_that_no_token_reaches(
         ({"contact_head": "yes"}, "contact_head must be true or false"),
     ],
 )
-def test_positions_that_cannot_be_are_refused(values: dict[str, object], message: str) -> None:
+def test_impossible_position_settings_are_rejected(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EncoderConfig.from_config(values)
 
 
-def test_esm1nv_is_described_as_before_there_were_other_positions() -> None:
+def test_esm1nv_config_leaves_out_the_newer_position_keys() -> None:
     assert EncoderConfig().to_dict().keys().isdisjoint({"position_embedding", "position_offset", "contact_head"})
     rotary = EncoderConfig(position_embedding="rotary", contact_head=True)
     assert EncoderConfig.from_config(rotary.to_dict()) == rotary

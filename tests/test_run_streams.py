@@ -1,4 +1,4 @@
-"""`pretrain` and `doctor` when their reader leaves, their output is closed, their folder is gone, or on Ctrl-C."""
+"""`pretrain` and `doctor` with a closed pipe, closed streams, a deleted working folder, or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ main()
 """
 
 
-def test_training_continues_when_the_reader_of_its_output_leaves(tmp_path: Path) -> None:
+def test_training_continues_after_the_reader_of_its_output_exits(tmp_path: Path) -> None:
     arguments = command(tmp_path / "run", "trainer.max_steps=2", "data.num_workers=0")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline() == "\n"  # the description of the run, before its first step
+        assert process.stdout.readline() == "\n"  # the run description starts with an empty line
         process.stdout.close()
         errors = process.stderr.read()
     assert (process.returncode, errors) == (0, "")
@@ -41,7 +41,7 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_doctor_and_a_plan_work_with_closed_streams(streams: str, tmp_path: Path) -> None:
+def test_doctor_and_plan_work_with_closed_streams(streams: str, tmp_path: Path) -> None:
     done = shell(f"$PYTHON -m bionemo_esm doctor --quick {streams}", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     done = shell(f"$PYTHON -m bionemo_esm pretrain recipe=laptop plan=true {streams}", tmp_path)
@@ -49,14 +49,14 @@ def test_doctor_and_a_plan_work_with_closed_streams(streams: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("job", ["doctor", "doctor --quick", "pretrain recipe=laptop plan=true"])
-def test_a_reader_that_takes_one_line_is_no_error(job: str, tmp_path: Path) -> None:
+def test_reader_that_exits_after_one_line_causes_no_error(job: str, tmp_path: Path) -> None:
     done = shell(f"$PYTHON -m bionemo_esm {job} | head -1; exit ${{PIPESTATUS[0]}}", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 1
 
 
 @pytest.mark.parametrize("job", ["doctor", "doctor --quick", "pretrain recipe=laptop"])
-def test_a_deleted_working_folder_is_named_in_one_line(job: str, tmp_path: Path) -> None:
+def test_deleted_working_folder_gives_one_error_line(job: str, tmp_path: Path) -> None:
     done = shell(f"mkdir gone && cd gone && rmdir ../gone && $PYTHON -m bionemo_esm {job}", tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
@@ -74,7 +74,7 @@ def test_a_deleted_working_folder_is_named_in_one_line(job: str, tmp_path: Path)
         ("run", "build_run_store", ["pretrain", "recipe=laptop"]),
     ],
 )
-def test_an_interrupt_ends_in_one_line_and_130(
+def test_interrupt_ends_with_one_line_and_exit_code_130(
     module: str, function: str, arguments: list[str], tmp_path: Path
 ) -> None:
     code = INTERRUPTED.format(module=module, function=function, arguments=arguments)

@@ -1,4 +1,4 @@
-"""The sample proteins: what they are, that held-out ones resemble none in train, and the script that makes them."""
+"""The sample proteins: contents, no leakage between splits, and the script that builds them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from conftest import needs_mmseqs
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "bionemo_esm" / "data" / "sample"
 COUNTS = {"train": 2600, "validation": 200, "test": 200}
-K = 8  # two unrelated proteins share a word of 8 residues by chance only in low-complexity stretches
+K = 8  # unrelated proteins share a word of 8 residues only by chance, in low-complexity regions
 MOST_SHARED = 0.2
 
 
 def read_part(part: str) -> list[tuple[str, str]]:
-    """Header and residues of every protein; each takes two lines."""
+    """Return header and residues of every protein; each has two lines."""
     lines = gzip.decompress((SAMPLE / f"{part}.fasta.gz").read_bytes()).decode("ascii").splitlines()
     return list(zip(lines[::2], lines[1::2], strict=True))
 
 
 @pytest.fixture(scope="module")
 def parts() -> dict[str, dict[str, str]]:
-    """Residues by accession of each part."""
+    """Residues by accession for each part."""
     return {part: {h[1:].split(" ", 1)[0]: residues for h, residues in read_part(part)} for part in COUNTS}
 
 
@@ -50,7 +50,7 @@ def words(residues: str) -> set[str]:
 
 
 def highest_shared_fraction(held_out: Iterable[str], train: Iterable[str]) -> float:
-    """Highest share of a held-out protein's distinct 8-residue words that one train protein has too."""
+    """Return the highest fraction of a held-out protein's distinct 8-residue words found in one train protein."""
     holders: dict[str, list[int]] = defaultdict(list)
     for index, residues in enumerate(train):
         for word in words(residues):
@@ -67,7 +67,7 @@ def highest_shared_fraction(held_out: Iterable[str], train: Iterable[str]) -> fl
 
 
 @pytest.mark.parametrize("part", COUNTS)
-def test_part_has_its_proteins_with_standard_residues_and_distinct_accessions(part: str) -> None:
+def test_part_has_standard_residues_and_distinct_accessions(part: str) -> None:
     proteins = read_part(part)
     assert len(proteins) == COUNTS[part]
     assert all(header.startswith(">") and " OS=" in header for header, _ in proteins)
@@ -82,18 +82,18 @@ def test_no_accession_or_sequence_occurs_twice(parts: Mapping[str, Mapping[str, 
     assert len({residues for part in parts.values() for residues in part.values()}) == 3000
 
 
-def test_sample_is_small() -> None:
+def test_sample_is_smaller_than_2_mb() -> None:
     assert sum(path.stat().st_size for path in SAMPLE.iterdir() if path.is_file()) < 2_000_000
 
 
 @pytest.mark.parametrize("part", COUNTS)
-def test_gzip_header_has_neither_time_nor_file_name(part: str) -> None:
+def test_gzip_header_has_no_time_and_no_file_name(part: str) -> None:
     header = (SAMPLE / f"{part}.fasta.gz").read_bytes()[:10]
-    assert header[:4] == b"\x1f\x8b\x08\x00"  # magic, deflate, and no flag: no name, no comment, no extra field
+    assert header[:4] == b"\x1f\x8b\x08\x00"  # magic, deflate, no flags: no name, no comment, no extra field
     assert header[4:8] == bytes(4)
 
 
-def test_readme_states_the_counts_the_source_and_the_licence(parts: Mapping[str, Mapping[str, str]]) -> None:
+def test_readme_states_counts_source_and_licence(parts: Mapping[str, Mapping[str, str]]) -> None:
     text = (SAMPLE / "README.md").read_text(encoding="utf-8")
     for part, proteins in parts.items():
         lengths = sorted(map(len, proteins.values()))
@@ -136,7 +136,7 @@ def test_sensitive_search_finds_no_leak(make_sample: ModuleType, parts: Mapping[
 def test_sensitive_search_finds_a_planted_leak(make_sample: ModuleType, parts: Mapping[str, Mapping[str, str]]) -> None:
     proteins = {part: as_proteins(make_sample, dict(list(parts[part].items())[:20])) for part in COUNTS}
     original = next(p for p in proteins["train"] if len(p.residues) >= 300)
-    # every second residue replaced, which leaves about half: no word of 8 is shared, and a search must still see it
+    # About half of the residues stay, and no word of 8 is shared; a sensitive search must still find it.
     mutated = "".join("L" if i % 2 else residue for i, residue in enumerate(original.residues))
     assert not words(mutated) & words(original.residues)
     proteins["test"].append(make_sample.Protein("PLANTED", "", "", mutated))
@@ -158,7 +158,7 @@ def test_only_whole_proteins_of_standard_residues_are_read(make_sample: ModuleTy
     entries = [
         ("C", 0, "M" * 30),
         ("A", 0, "M" * 1024),
-        ("B", 1, "M" * 30),  # a later piece of a long protein
+        ("B", 1, "M" * 30),  # a later fragment of a long protein
         ("D", 0, "M" * 29),
         ("E", 0, "M" * 1025),
         ("F", 0, "M" * 29 + "X"),
@@ -185,7 +185,7 @@ def test_parts_are_filled_with_whole_clusters(make_sample: ModuleType, monkeypat
 
 
 @pytest.mark.parametrize("part", COUNTS)
-def test_written_bytes_are_the_shipped_ones(make_sample: ModuleType, tmp_path: Path, part: str) -> None:
+def test_written_parts_equal_the_shipped_files(make_sample: ModuleType, tmp_path: Path, part: str) -> None:
     proteins = []
     for header, residues in read_part(part):
         accession, rest = header[1:].split(" ", 1)
@@ -194,10 +194,10 @@ def test_written_bytes_are_the_shipped_ones(make_sample: ModuleType, tmp_path: P
     make_sample.write_part(tmp_path / "any_name.fasta.gz", reversed(proteins))
     written, shipped = (tmp_path / "any_name.fasta.gz").read_bytes(), (SAMPLE / f"{part}.fasta.gz").read_bytes()
     assert written[:10] == shipped[:10]
-    assert gzip.decompress(written) == gzip.decompress(shipped)  # packed bytes depend on the zlib, too
+    assert gzip.decompress(written) == gzip.decompress(shipped)  # compressed bytes depend on the zlib version
 
 
-def test_missing_program_or_input_says_what_to_install(
+def test_missing_program_or_input_error_says_what_to_install(
     make_sample: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(make_sample, "find_mmseqs", lambda: None)

@@ -1,4 +1,4 @@
-"""The command that scores variants: tables in and out, pictures, statistics, and that it ends whole or not at all."""
+"""The score command: input and output tables, pictures, statistics, and output that is complete or absent."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ROWS = [("name", "mutant", "fitness"), ("a", "Q2A", "0.50"), ("b", "K6R", "-1.5"
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, a wild type and tables of variants; not to be changed."""
+    """A model, a wild type and variant tables; read-only."""
     folder = tmp_path_factory.mktemp("given")
     tiny_model(token_dropout=True, position_embedding="rotary").save_to(str(folder / "m.nemo"))
     (folder / "ubiquitin.fasta").write_text(f">ubiquitin human\n{UBIQUITIN}\n")
@@ -58,7 +58,7 @@ Job = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def job(given: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Job:
-    """`bionemo-esm score` in this process and an empty folder: exit code, output, errors."""
+    """Run `bionemo-esm score` in this process in an empty folder; return exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, **changes: str | None) -> tuple[int, str, str]:
@@ -80,10 +80,10 @@ def rows_of(path: Path | str, separator: str = ",") -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter=separator))
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_added_to_the_table_as_it_was(given: Path, job: Job) -> None:
+def test_scores_are_appended_to_the_unchanged_table(given: Path, job: Job) -> None:
     code, told, _ = job(input=str(given / "mutants.csv"), method="[masked-marginals,pseudo-log-likelihood]")
     assert code == 0
     rows = rows_of("out.csv")
@@ -103,7 +103,7 @@ def test_scores_are_added_to_the_table_as_it_was(given: Path, job: Job) -> None:
 
 @pytest.mark.parametrize("source", ["mutants.tsv.gz", "mutants.parquet"])
 @pytest.mark.parametrize("output", ["out.tsv", "out.parquet"])
-def test_every_format_goes_in_and_comes_out(source: str, output: str, given: Path, job: Job) -> None:
+def test_every_format_can_be_read_and_written(source: str, output: str, given: Path, job: Job) -> None:
     assert job(input=str(given / "mutants.csv"))[0] == 0
     code, _, errors = job(input=str(given / source), output=f"more/{output}", measurement_column="fitness")
     assert code == 0, errors
@@ -119,7 +119,7 @@ def test_every_format_goes_in_and_comes_out(source: str, output: str, given: Pat
         assert numbers[:2] == ([0.5, -1.5] if source == "mutants.parquet" else ["0.50", "-1.5"])
 
 
-def test_a_scan_is_a_table_and_a_picture_and_the_same_bytes_again(job: Job) -> None:
+def test_scan_writes_a_table_and_a_picture_reproducibly(job: Job) -> None:
     code, told, errors = job("scan=true", "scan_region=[11,30]", "offset=10", method="wildtype-marginals")
     assert code == 0, errors
     rows = rows_of("out.csv")
@@ -135,7 +135,7 @@ def test_a_scan_is_a_table_and_a_picture_and_the_same_bytes_again(job: Job) -> N
     assert sorted(path.name for path in Path("b").iterdir()) == ["out.csv", "out.png", "out.summary.json"]
 
 
-def test_a_list_is_drawn_where_a_fifth_of_the_single_mutants_is_there_or_where_told_to(job: Job, given: Path) -> None:
+def test_picture_is_drawn_if_a_fifth_of_single_mutants_is_present_or_if_requested(job: Job, given: Path) -> None:
     wild_type = WildType("ubiquitin", encode(UBIQUITIN))
     singles = [wild_type.write(variant) for variant in all_single(wild_type)]
     Path("many.csv").write_text("\n".join(["mutant", *singles[::4]]))
@@ -148,7 +148,7 @@ def test_a_list_is_drawn_where_a_fifth_of_the_single_mutants_is_there_or_where_t
         assert Path(f"{table}{picture}.png").exists() == drawn
 
 
-def test_the_picture_has_a_cell_for_each_single_mutant() -> None:
+def test_picture_has_one_cell_per_single_mutant() -> None:
     wild_type = WildType("ubiquitin", encode(UBIQUITIN), 5)
     texts = ["Q6A", "Q6A,I7L", "K10R", "WT", "Q6A", "K10U"]
     variants = [None, *(wild_type.variant(text) for text in texts)]
@@ -161,7 +161,7 @@ def test_the_picture_has_a_cell_for_each_single_mutant() -> None:
     assert figures.undrawable([wild_type.variant("Q6A,I7L"), None, ()])
 
 
-def test_a_picture_of_a_long_scan_is_wrapped_and_a_far_too_long_one_is_refused() -> None:
+def test_long_scan_picture_is_wrapped_and_a_far_too_long_one_is_rejected() -> None:
     heights = []
     for length in (1, 75, 577):
         wild_type = WildType("long", encode((UBIQUITIN * 40)[:length]))
@@ -172,7 +172,7 @@ def test_a_picture_of_a_long_scan_is_wrapped_and_a_far_too_long_one_is_refused()
         )
         width, height = (int.from_bytes(picture.getvalue()[at : at + 4], "big") for at in (16, 20))
         assert width == 1500
-        if length == 1:  # its cells are no wall
+        if length == 1:  # cells of a single position do not fill the width
             assert imread(io.BytesIO(picture.getvalue()))[120:, 500:].min() == 1
         heights.append(height)
     assert heights[0] == heights[1] and heights[2] > 4 * heights[1]
@@ -183,7 +183,7 @@ def test_a_picture_of_a_long_scan_is_wrapped_and_a_far_too_long_one_is_refused()
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
-def test_spearmans_correlation_is_scipys_with_ties_and_without() -> None:
+def test_spearman_equals_scipy_with_and_without_ties() -> None:
     generator = np.random.default_rng(3)
     for scores, measured in (
         (generator.normal(size=50), generator.normal(size=50)),
@@ -196,7 +196,7 @@ def test_spearmans_correlation_is_scipys_with_ties_and_without() -> None:
         assert found.variants == len(scores)
 
 
-def test_the_interval_is_that_of_scipys_correlation_over_the_same_resamples() -> None:
+def test_interval_equals_scipy_correlations_of_the_same_resamples() -> None:
     generator = np.random.default_rng(4)
     scores, measured = generator.integers(30, size=60).astype(float), generator.integers(30, size=60).astype(float)
     draws = np.random.default_rng(9)
@@ -208,7 +208,7 @@ def test_the_interval_is_that_of_scipys_correlation_over_the_same_resamples() ->
     assert agreement(scores, measured, 200, seed=10) != found
 
 
-def test_what_has_no_score_or_no_measurement_does_not_count() -> None:
+def test_variants_without_score_or_measurement_are_left_out() -> None:
     scores, measured = np.array([1.0, 2, 3, 4, np.nan]), np.array([1.0, 3, 2, np.nan, 9])
     assert agreement(scores, measured).variants == 3
     assert agreement(scores, measured).spearman == pytest.approx(0.5)
@@ -217,12 +217,12 @@ def test_what_has_no_score_or_no_measurement_does_not_count() -> None:
         assert found.as_json()["spearman"] is None
 
 
-def test_single_and_multiple_mutants_are_told_apart_where_there_are_both() -> None:
+def test_single_and_multiple_mutants_are_reported_separately_if_both_exist() -> None:
     scores, count = np.arange(8.0), np.array([0, 1, 1, 1, 2, 2, 3, -1])
     found = agreements({"m": scores}, scores, count, agreement)["m"]
     assert {group: told.variants for group, told in found.items()} == {"all": 7, "single": 3, "multiple": 3}
     assert list(agreements({"m": scores}, scores, np.ones(8), agreement)["m"]) == ["all"]
-    measured = np.where(count > 1, 1.0, scores)  # the multiple ones all alike
+    measured = np.where(count > 1, 1.0, scores)  # equal measurements for all multiple mutants
     assert list(agreements({"m": scores}, measured, count, agreement)["m"]) == ["all", "single"]
     assert list(agreements({"m": scores}, np.where(count == 1, np.nan, scores), count, agreement)["m"]) == [
         "all",
@@ -230,12 +230,12 @@ def test_single_and_multiple_mutants_are_told_apart_where_there_are_both() -> No
     ]
 
 
-def test_what_cannot_be_computed_is_a_dash_and_no_interval() -> None:
+def test_undefined_correlation_is_shown_as_a_dash_without_interval() -> None:
     (_, line) = lines_of({"m": {"all": Agreement(np.nan, np.nan, np.nan, 2)}})
     assert line.split() == ["m", "all", "-", "2"]
 
 
-def test_it_is_said_where_no_method_beats_what_needs_no_model() -> None:
+def test_verdict_states_if_no_method_beats_the_baselines() -> None:
     def told(**values: float) -> dict[str, dict[str, Agreement]]:
         return {name: {"all": Agreement(value, value, value, 9)} for name, value in values.items()}
 
@@ -248,14 +248,14 @@ def test_it_is_said_where_no_method_beats_what_needs_no_model() -> None:
     assert "than b here" in verdict_of(told(m=np.nan, b=0.1), ("b",))
 
 
-def test_50_000_measured_variants_take_seconds() -> None:
+def test_correlation_of_50_000_variants_takes_seconds() -> None:
     generator, started = np.random.default_rng(1), time.monotonic()
     scores = generator.normal(size=50_000)
     agreement(scores, scores + generator.normal(size=50_000), 100)
-    assert time.monotonic() - started < 6  # a tenth of the resamples
+    assert time.monotonic() - started < 6  # a tenth of the default number of resamples
 
 
-def test_the_command_tells_the_correlation_beside_what_needs_no_model(job: Job, given: Path) -> None:
+def test_command_reports_the_correlation_with_baselines(job: Job, given: Path) -> None:
     code, told, errors = job(input=str(given / "mutants.csv"), measurement_column="fitness")
     assert code == 0, errors
     summary = json.loads(Path("out.summary.json").read_text())
@@ -299,7 +299,7 @@ def test_the_command_tells_the_correlation_beside_what_needs_no_model(job: Job, 
         ({"input": "mutants.txt"}, "a table must end in .csv"),
     ],
 )
-def test_what_cannot_work_is_said_in_one_line_before_the_model_is_read(
+def test_invalid_setting_gives_one_error_line_before_the_model_is_read(
     changes: dict[str, str], said: str, given: Path, job: Job
 ) -> None:
     table = str(given / "mutants.csv")
@@ -326,7 +326,7 @@ def test_what_cannot_work_is_said_in_one_line_before_the_model_is_read(
         (gzip.compress(b"mutant\n" + b"Q2A\n" * 99, mtime=0)[:-9], "gzip stream is damaged"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_refused_with_the_row(text: str | bytes, said: str, job: Job) -> None:
+def test_unusable_table_is_rejected_with_the_row(text: str | bytes, said: str, job: Job) -> None:
     Path("bad.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     code, _, errors = job(input="bad.csv", model="no.nemo")
     assert code == 2
@@ -334,14 +334,14 @@ def test_a_table_that_cannot_be_used_is_refused_with_the_row(text: str | bytes, 
     assert [path.name for path in Path().iterdir()] == ["bad.csv"]
 
 
-def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+def test_invalid_parquet_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_text("mutant\nQ2A\n")
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         read_table(tmp_path / "bad.parquet")
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.summary.json", "out.png"])
-def test_an_output_that_exists_is_left_alone(name: str, job: Job) -> None:
+def test_existing_output_is_not_overwritten(name: str, job: Job) -> None:
     Path(name).write_text("mine")
     code, _, errors = job("scan=true", model="no.nemo")
     assert code == 2
@@ -349,7 +349,7 @@ def test_an_output_that_exists_is_left_alone(name: str, job: Job) -> None:
     assert Path(name).read_text() == "mine"
 
 
-def test_bad_rows_may_be_left_without_a_score(job: Job) -> None:
+def test_bad_rows_can_be_left_without_a_score(job: Job) -> None:
     Path("one.csv").write_text("mutant\nQ2A\n")
     assert "Scoring 1 variant of ubiquitin, 76 residues" in job(input="one.csv", output="one_out.csv")[1]
     Path("some.csv").write_text('mutant,y\nQ2A,1\nQ2*,2\nK6R,3\nK7R,4\nQ2W,5\nT9C,5\n"Q2W,T9C",1\n')
@@ -362,7 +362,7 @@ def test_bad_rows_may_be_left_without_a_score(job: Job) -> None:
     assert summary["spearman"]["masked-marginals"]["all"]["variants"] == 4
 
 
-def test_places_too_far_apart_for_the_window_are_told_with_their_row(job: Job) -> None:
+def test_mutations_too_far_apart_for_the_window_are_reported_with_the_row(job: Job) -> None:
     Path("apart.csv").write_text('mutant\nQ2A\n"Q2W,T9C"\n')
     code, _, errors = job("window=7", input="apart.csv")
     assert code == 2
@@ -370,14 +370,14 @@ def test_places_too_far_apart_for_the_window_are_told_with_their_row(job: Job) -
     assert job("window=7", "masks=each", input="apart.csv")[0] == 0
 
 
-# --- ends whole or not at all -----------------------------------------------------------------------------------------
+# --- complete output or none ------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_leaves_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_output(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(figures, "draw_heat_map", full)  # the last that is written
+    monkeypatch.setattr(figures, "draw_heat_map", full)  # the last file to be written
     code, _, errors = job("scan=true", method="wildtype-marginals")
     assert code == 2
     assert "No space left on device; free some space" in errors
@@ -385,7 +385,7 @@ def test_a_full_disk_leaves_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_stopped_half_way_it_leaves_nothing_under_a_final_name(
+def test_interrupted_command_leaves_no_final_output(
     number: signal.Signals, code: int, given: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "bionemo_esm", "score", f"model={given}/m.nemo", "device=cpu", "scan=true"]

@@ -1,4 +1,4 @@
-"""The four scores: equal to a straightforward reference in float64, and to fair-esm's example on the same weights."""
+"""The four scoring methods against a plain float64 reference and fair-esm's example on the same weights."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def some_engine(files: Path) -> Engine:
 
 
 class Asked:
-    """An engine that counts what it is asked."""
+    """An engine that records its queries."""
 
     def __init__(self, engine: Engine) -> None:
         self.queries: list[MaskedQuery] = []
@@ -80,7 +80,7 @@ class Asked:
 
 
 class Reference:
-    """The formulas of Meier et al. in float64, a pass at a time, nothing shared and nothing left out."""
+    """The formulas of Meier et al. in float64, one forward pass at a time, without sharing or skipping passes."""
 
     def __init__(self, file: Path) -> None:
         self.engine = Engine.load(file, "cpu")
@@ -122,7 +122,7 @@ def close(found: NDArray[np.float64], expected: object, within: float = 5e-5) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_scores_are_those_of_a_float64_reference(family: str, files: Path) -> None:
+def test_all_scores_equal_a_float64_reference(family: str, files: Path) -> None:
     x, reference = encode(CUT), Reference(files / f"{family}.nemo")
     engine = Engine.load(files / f"{family}.nemo", "cpu")
     found = score(engine, WildType("ubiquitin", x), VARIANTS, ALL)
@@ -138,7 +138,7 @@ def test_all_scores_are_those_of_a_float64_reference(family: str, files: Path) -
     )
 
 
-def test_the_wild_type_scores_zero_exactly_and_one_variant_one_score(engine: Engine) -> None:
+def test_wild_type_scores_exactly_zero_and_equal_variants_score_equally(engine: Engine) -> None:
     for values in score(engine, WildType("ubiquitin", encode(CUT)), VARIANTS, ALL).values():
         assert (values[[TEXTS.index("WT"), TEXTS.index("I3I")]] == 0).all()
         assert values[1] == values[-1]
@@ -147,7 +147,7 @@ def test_the_wild_type_scores_zero_exactly_and_one_variant_one_score(engine: Eng
 
 
 @pytest.mark.parametrize("masks", ["together", "each"])
-def test_no_score_depends_on_what_else_is_asked_or_how_it_is_batched(engine: Engine, masks: str) -> None:
+def test_scores_do_not_depend_on_the_other_variants_or_the_batching(engine: Engine, masks: str) -> None:
     options, wild_type = ScoringOptions(method=METHODS, masks=masks), WildType("ubiquitin", encode(CUT))
     found = score(engine, wild_type, VARIANTS, options)
     engine.batch_tokens = 30
@@ -159,8 +159,8 @@ def test_no_score_depends_on_what_else_is_asked_or_how_it_is_batched(engine: Eng
 
 
 @pytest.mark.parametrize("family", ["ESM-1v", "ESM-2"])
-def test_marginals_are_those_of_fair_esms_example_on_its_own_model(family: str, tmp_path: Path) -> None:
-    """`label_row` and what comes before it in examples/variant-prediction/predict.py of facebookresearch/esm."""
+def test_marginals_equal_fair_esms_example_on_its_own_model(family: str, tmp_path: Path) -> None:
+    """Repeat `label_row` and the code before it in examples/variant-prediction/predict.py of facebookresearch/esm."""
     peer, alphabet = fair_esm(family, SMALL, tmp_path), Alphabet.from_architecture("ESM-1b")
     import_model(str(peer.path), tmp_path / "brought.nemo")
     model = ProteinModel.load(tmp_path / "brought.nemo", "cpu")
@@ -184,7 +184,7 @@ def test_marginals_are_those_of_fair_esms_example_on_its_own_model(family: str, 
         assert np.abs(expected).max() > 0.5
 
 
-def test_pseudo_log_likelihoods_are_those_of_fair_esms_own_model(tmp_path: Path) -> None:
+def test_pseudo_log_likelihoods_equal_fair_esms_own_model(tmp_path: Path) -> None:
     peer, alphabet = fair_esm("ESM-2", SMALL, tmp_path), Alphabet.from_architecture("ESM-1b")
     import_model(str(peer.path), tmp_path / "brought.nemo")
 
@@ -202,10 +202,10 @@ def test_pseudo_log_likelihoods_are_those_of_fair_esms_own_model(tmp_path: Path)
     close(found, likelihood(CUT.replace("MQ", "MW").replace("LEV", "LKV")) - likelihood(CUT))
 
 
-# --- passes -----------------------------------------------------------------------------------------------------------
+# --- forward passes ---------------------------------------------------------------------------------------------------
 
 
-def test_a_pass_that_several_variants_need_is_made_once(some_engine: Engine) -> None:
+def test_pass_shared_by_several_variants_runs_once(some_engine: Engine) -> None:
     wild_type = WildType("ubiquitin", encode(UBIQUITIN))
     singles, asked = all_single(wild_type), Asked(some_engine)
     told: list[tuple[int, int]] = []
@@ -221,7 +221,7 @@ def test_a_pass_that_several_variants_need_is_made_once(some_engine: Engine) -> 
         assert told[-1] == (work.residues, work.residues)
 
 
-def test_masked_one_at_a_time_there_are_as_many_passes_as_places(some_engine: Engine) -> None:
+def test_masking_each_position_alone_needs_one_pass_per_position(some_engine: Engine) -> None:
     wild_type = WildType("ubiquitin", encode(UBIQUITIN))
     pairs = [tuple(sorted((one[0], other[0]))) for one in all_single(wild_type, (1, 5)) for other in
              all_single(wild_type, (60, 63))]  # fmt: skip
@@ -231,8 +231,8 @@ def test_masked_one_at_a_time_there_are_as_many_passes_as_places(some_engine: En
         assert len(asked.queries) == passes
 
 
-def test_passes_are_made_as_they_are_needed(some_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else those of 50,000 variants, each its protein's length, would fill the memory."""
+def test_queries_are_created_lazily(some_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queries of 50,000 variants, each as long as the protein, would fill the memory."""
     made, seen = [0], []
 
     def counted(*arguments: Any) -> MaskedQuery:
@@ -252,8 +252,8 @@ def test_passes_are_made_as_they_are_needed(some_engine: Engine, monkeypatch: py
 
 
 @pytest.mark.parametrize("text", ["M1A", "K33W", "G76C", "Q2W,T9C", "S57A,G75A"])
-def test_a_long_protein_is_seen_through_a_window_around_the_mutated_places(text: str, files: Path) -> None:
-    """Each method gives what it gives of the window on its own."""
+def test_long_protein_is_scored_in_a_window_around_the_mutations(text: str, files: Path) -> None:
+    """Each method gives the score of the window alone."""
     file, x, window = files / "ESM-1nv.nemo", encode(UBIQUITIN), 20
     variant = WildType("", x).variant(text)
     middle = (variant[0].site + variant[-1].site + 1) // 2
@@ -267,7 +267,7 @@ def test_a_long_protein_is_seen_through_a_window_around_the_mutated_places(text:
 
 
 @pytest.mark.parametrize(("method", "masks"), [(WILD_TYPE, "together"), (MASKED, "each")])
-def test_scores_that_add_up_do_so_over_the_windows_of_each_place(some_engine: Engine, method: str, masks: str) -> None:
+def test_additive_scores_sum_over_the_windows_of_each_position(some_engine: Engine, method: str, masks: str) -> None:
     wild_type, options = WildType("", encode(UBIQUITIN)), ScoringOptions(method=(method,), masks=masks, window=20)
     parts = [wild_type.variant(text) for text in ("Q2W", "K33A", "G76C")]
     whole = wild_type.variant("Q2W,K33A,G76C")
@@ -275,7 +275,7 @@ def test_scores_that_add_up_do_so_over_the_windows_of_each_place(some_engine: En
     close(found[3], found[:3].sum(), 1e-9)
 
 
-def test_places_too_far_apart_for_one_window_are_refused_by_methods_that_need_one(some_engine: Engine) -> None:
+def test_mutations_too_far_apart_for_one_window_are_rejected_if_one_is_needed(some_engine: Engine) -> None:
     wild_type = WildType("", encode(UBIQUITIN))
     apart, within = wild_type.variant("Q2W,T22A"), wild_type.variant("Q2W,D21A")
     for method in (MASKED, MUTANT, PSEUDO):
@@ -285,7 +285,7 @@ def test_places_too_far_apart_for_one_window_are_refused_by_methods_that_need_on
     score(some_engine, wild_type, [apart], ScoringOptions(method=(WILD_TYPE, MASKED), masks="each", window=20))
 
 
-def test_the_window_is_that_of_training_and_never_more_than_the_model_reads(files: Path) -> None:
+def test_default_window_is_510_residues_and_at_most_what_the_model_reads(files: Path) -> None:
     learned, rotary = (Engine.load(files / f"{family}.nemo", "cpu") for family in ("ESM-1nv", "ESM-2"))
     assert ScoringOptions().window_of(learned) == ScoringOptions().window_of(rotary) == 510
     assert ScoringOptions(window=800).window_of(rotary) == 800
@@ -303,15 +303,15 @@ def test_the_window_is_that_of_training_and_never_more_than_the_model_reads(file
         ({"window": 0}, "window"),
     ],
 )
-def test_a_choice_that_cannot_be_is_refused(arguments: dict[str, Any], said: str) -> None:
+def test_invalid_option_is_rejected(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         ScoringOptions(**arguments)
 
 
-# --- in a notebook ----------------------------------------------------------------------------------------------------
+# --- Python interface -------------------------------------------------------------------------------------------------
 
 
-def test_a_notebook_scores_variants_and_scans_in_two_lines(files: Path) -> None:
+def test_python_interface_scores_variants_and_scans(files: Path) -> None:
     model = ProteinModel.load(files / "ESM-2.nemo", "cpu")
     scores = model.score_variants(CUT, TEXTS)
     assert scores.dtype == np.float64
@@ -328,7 +328,7 @@ def test_a_notebook_scores_variants_and_scans_in_two_lines(files: Path) -> None:
     assert model.scan(CUT, method=WILD_TYPE, region=(2, 2)).columns[-1] == "wildtype_marginals"
 
 
-def test_residues_that_are_none_of_the_20_can_be_put_in_and_replaced(some_engine: Engine, files: Path) -> None:
+def test_nonstandard_residues_can_be_inserted_and_replaced(some_engine: Engine, files: Path) -> None:
     x = encode("MKXUW")
     variants = [WildType("", x).variant(text) for text in ("M1U", "X3A", "U4C")]
     reference = Reference(files / "ESM-2.nemo")

@@ -1,4 +1,4 @@
-"""A section of the configuration is typed, bounded and closed; each failure is one line that names the key."""
+"""A configuration section is typed, bounded and closed; each error is one line that names the key."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ class Outer(Settings, section="outer"):
         ({"steps": 13}, "outer.unlucky", "outer.steps is 13; choose another number"),
     ],
 )
-def test_a_failure_names_key_value_and_remedy(values: dict[str, Any], code: str, message: str) -> None:
+def test_error_names_key_value_and_remedy(values: dict[str, Any], code: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Outer.from_config(values)
     assert (caught.value.code, str(caught.value)) == (code, message)
 
 
-def test_values_become_what_is_declared() -> None:
+def test_values_are_converted_to_the_declared_types() -> None:
     made = Outer(steps=2.0, lr=1, file="~/x", inner={"betas": [0, 1], "names": ["a"]})
     assert made.steps == 2 and type(made.steps) is int
     assert type(made.lr) is float
@@ -79,13 +79,13 @@ def test_values_become_what_is_declared() -> None:
     assert made.inner == Inner(betas=(0.0, 1.0), names=("a",))
 
 
-def test_a_tilde_is_expanded_only_before_a_name_that_a_user_has() -> None:
+def test_tilde_is_expanded_only_for_existing_users() -> None:
     assert Outer(file="~").file == Path.home()
     for name in ("~tilde.fasta", "a/~/b", "~nobody-has-this-name/x.fasta"):
         assert Outer(file=name).file == Path(name)
 
 
-def test_settings_are_frozen_and_a_changed_copy_is_checked() -> None:
+def test_settings_are_frozen_and_a_changed_copy_is_validated() -> None:
     with pytest.raises(ValidationError):
         Outer().steps = 3  # type: ignore[misc]
     assert Outer().replace(steps=3).steps == 3
@@ -93,6 +93,6 @@ def test_settings_are_frozen_and_a_changed_copy_is_checked() -> None:
         Outer().replace(steps=0)
 
 
-def test_a_section_that_is_no_mapping_is_refused() -> None:
+def test_section_that_is_not_a_mapping_is_rejected() -> None:
     with pytest.raises(ConfigError, match="outer must be a mapping, not 5"):
         Outer.from_config(5)

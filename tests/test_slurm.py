@@ -1,6 +1,6 @@
-"""The job scripts: what they ask of Slurm, what becomes of a job by its ranks' exit codes, and the chain of phases.
+"""The Slurm job scripts: resource requests, requeueing by exit code, and the chain of phases.
 
-`srun`, `sbatch` and `scontrol` are stand-ins here; scripts/try_slurm.sh holds the same scripts against a real Slurm.
+`srun`, `sbatch` and `scontrol` are fakes here; scripts/try_slurm.sh runs the same scripts on a real Slurm.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SCANCEL = '#!/bin/bash\necho "scancel $*" >>"$CALLS"\n'
 
 @dataclass(frozen=True)
 class Done:
-    """What a script did: its exit code, what it printed, and the commands it called."""
+    """Result of a script: exit code, output, and the commands it called."""
 
     code: int
     console: str
@@ -76,7 +76,7 @@ class Done:
 def run_script(
     folder: Path, script: str, *arguments: str, ranks: str = "0 0", srun: str = SRUN, **settings: str
 ) -> Done:
-    """Run one of the scripts in a folder, with stand-ins for Slurm's commands first on PATH."""
+    """Run one of the scripts in a folder, with fake Slurm commands first on PATH."""
     commands, calls = folder / "bin", folder / "calls"
     commands.mkdir(exist_ok=True)
     for name, text in (
@@ -111,7 +111,7 @@ def run_script(
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_the_scripts_parse(script: Path) -> None:
+def test_scripts_have_valid_syntax(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
@@ -122,16 +122,16 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
     assert found.returncode == 0, found.stdout
 
 
-def test_the_job_asks_for_a_task_a_gpu_a_signal_before_the_limit_and_to_be_queued_again() -> None:
+def test_job_requests_one_task_per_gpu_a_signal_before_the_limit_and_requeue() -> None:
     directives = dict(line.partition("=")[::2] for line in re.findall(r"^#SBATCH (.*)", PRETRAIN, re.M))
     assert directives["--ntasks-per-node"] == directives["--gpus-per-node"] == "8"
     assert directives["--nodes"] == "22"
     assert "--requeue" in directives
     assert directives["--open-mode"] == "append"
-    assert re.fullmatch(r"TERM@\d{3}", directives["--signal"])  # to the ranks, not ("B:") to the script
+    assert re.fullmatch(r"TERM@\d{3}", directives["--signal"])  # sent to the ranks, not ("B:") to the batch script
     assert not any(
         name.startswith("--gpus-per-task") for name in directives
-    )  # would hide a node's GPUs from each other
+    )  # would hide the GPUs of a node from each other
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,13 @@ def test_the_job_asks_for_a_task_a_gpu_a_signal_before_the_limit_and_to_be_queue
         ("3 3", 3, False),
         ("4 137", 4, False),
         ("130 130", 130, False),
-        ("1 143", 1, False),  # a crash; srun ended the other rank by SIGTERM
-        ("137 2", 2, False),  # a mistake; srun killed the other rank
-        ("143 137", 137, False),  # a rank was killed, and its state is not known to be saved
+        ("1 143", 1, False),  # a crash; srun ended the other rank with SIGTERM
+        ("137 2", 2, False),  # a user error; srun killed the other rank
+        ("143 137", 137, False),  # one rank was killed, so its state may not be saved
         ("143 255", 255, False),
     ],
 )
-def test_only_a_stop_on_request_of_all_ranks_is_queued_again(
+def test_job_is_requeued_only_if_all_ranks_stopped_on_request(
     tmp_path: Path, ranks: str, code: int, queued_again: bool
 ) -> None:
     done = run_script(tmp_path, "pretrain.sbatch", ranks=ranks)
@@ -159,8 +159,8 @@ def test_only_a_stop_on_request_of_all_ranks_is_queued_again(
     assert said == ([] if code in (0, 143) else [rank for rank in (0, 1) if int(ranks.split()[rank]) == code])
 
 
-def test_ranks_that_still_save_are_not_killed_because_others_have_stopped(tmp_path: Path) -> None:
-    """Around each rank stands a shell: to srun a stop is no failure, all else is, and ends the other ranks."""
+def test_ranks_still_saving_are_not_killed_when_others_have_stopped(tmp_path: Path) -> None:
+    """A shell wraps each rank: srun sees a requested stop as success; any other nonzero code ends all ranks."""
     rank = re.search(r"^rank='\n(.*?)'$", PRETRAIN, re.M | re.S)
     assert rank is not None
     for code, for_srun in ((143, 0), (2, 2), (0, 0)):
@@ -170,24 +170,24 @@ def test_ranks_that_still_save_are_not_killed_because_others_have_stopped(tmp_pa
             check=False,
         )
         assert done.returncode == for_srun
-    assert "$(" not in rank.group(1)  # another process would not outlive the SIGTERM that this one outlives
+    assert "$(" not in rank.group(1)  # a subshell would not survive the SIGTERM
 
 
-def test_the_message_is_shown_also_where_its_rank_was_killed_by_another_that_ended_first(tmp_path: Path) -> None:
-    """By a mistake all ranks end with 2, and rank 0 alone speaks."""
+def test_message_of_a_rank_is_shown_even_if_another_rank_ended_first(tmp_path: Path) -> None:
+    """After a user error all ranks exit with 2, but only rank 0 prints the message."""
     srun = SRUN.replace('exit "$highest"', 'rm "$CODES/rank-0000" && : >"${errors/\\%4t/0001}"\nexit "$highest"')
     done = run_script(tmp_path, "pretrain.sbatch", ranks="2 2", srun=srun)
     assert done.code == 2
     assert "rank 0 says why" in done.console
 
 
-def test_a_job_whose_ranks_left_no_word_ends_with_their_code_all_the_same(tmp_path: Path) -> None:
+def test_job_without_rank_messages_ends_with_the_code_of_its_ranks(tmp_path: Path) -> None:
     done = run_script(tmp_path, "pretrain.sbatch", srun="#!/bin/bash\nexit 9\n")
     assert done.code == 9
     assert "-- nothing; they were killed or not started" in done.console
 
 
-def test_the_number_of_restarts_is_bounded(tmp_path: Path) -> None:
+def test_number_of_restarts_is_limited(tmp_path: Path) -> None:
     settings = {"MAX_RESTARTS": "3", "ranks": "143 143"}
     assert run_script(tmp_path, "pretrain.sbatch", **settings, SLURM_RESTART_COUNT="2").called("scontrol requeue")
     last = run_script(tmp_path, "pretrain.sbatch", **settings, SLURM_RESTART_COUNT="3")
@@ -196,15 +196,15 @@ def test_the_number_of_restarts_is_bounded(tmp_path: Path) -> None:
     assert "MAX_RESTARTS=3" in last.console
 
 
-def test_a_job_that_slurm_ends_is_left_to_slurm(tmp_path: Path) -> None:
-    """A cancelled job must not come back; one that is preempted without grace is queued again by Slurm itself."""
+def test_job_ended_by_slurm_is_not_requeued(tmp_path: Path) -> None:
+    """A cancelled job must stay cancelled; Slurm itself requeues a job preempted without grace time."""
     done = run_script(tmp_path, "pretrain.sbatch", ranks="143 143", TERM_TO_BATCH="yes")
     assert done.code == 143
     assert not done.called("scontrol requeue")
     assert "Slurm ends this job" in done.console
 
 
-def test_the_ranks_are_started_with_the_users_settings_after_ours(tmp_path: Path) -> None:
+def test_ranks_get_the_users_settings_after_the_scripts(tmp_path: Path) -> None:
     done = run_script(tmp_path, "pretrain.sbatch", "recipe=esm1b", "seed=7", RUNS=str(tmp_path / "elsewhere"))
     assert done.called("bionemo-esm") == 2 * [
         f"bionemo-esm pretrain trainer.num_nodes=1 trainer.devices=2 exp_manager.exp_dir={tmp_path}/elsewhere "
@@ -212,10 +212,10 @@ def test_the_ranks_are_started_with_the_users_settings_after_ours(tmp_path: Path
     ]
     (srun,) = done.called("srun")
     assert {"--kill-on-bad-exit=1", "--wait=0", "--open-mode=append"} <= set(srun.split())
-    assert "rank 0 at gpu-a1-7:19567" in done.console  # 15000 and the job's last four digits, as Lightning has it
+    assert "rank 0 at gpu-a1-7:19567" in done.console  # 15000 plus the last four digits of the job id, as in Lightning
 
 
-def test_in_a_container_every_folder_of_the_job_is_mounted(tmp_path: Path) -> None:
+def test_container_mounts_every_folder_of_the_job(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "manifest.json").write_text("{}")
     runs, data, logs = tmp_path / "r", tmp_path / "store", tmp_path / "l"
@@ -251,7 +251,7 @@ def test_data_are_copied_to_the_node_once_and_only_a_verified_copy_is_used(
     assert not [path for path in (tmp_path / "local").iterdir() if path.is_dir() and path.suffix != ".partial"]
 
 
-def test_the_chain_waits_for_each_phase_and_hands_its_folder_on(tmp_path: Path) -> None:
+def test_chain_waits_for_each_phase_and_passes_its_folder_on(tmp_path: Path) -> None:
     done = run_script(tmp_path, "chain.sh", "seed=7", RUNS="/runs", PHASE2="trainer.max_steps=9", LAST="5")
     assert done.code == 0, done.console
     first, second, third = (call.split() for call in done.calls)
@@ -264,7 +264,7 @@ def test_the_chain_waits_for_each_phase_and_hands_its_folder_on(tmp_path: Path) 
     assert "scancel 101 102 103" in done.console
 
 
-def test_a_chain_that_is_refused_halfway_leaves_nothing_in_the_queue(tmp_path: Path) -> None:
+def test_chain_rejected_halfway_cancels_its_queued_jobs(tmp_path: Path) -> None:
     done = run_script(tmp_path, "chain.sh", REFUSED="3")
     assert done.code == 1
     assert done.calls[2:] == ["scancel 101 102"]
@@ -287,7 +287,7 @@ MISSING = [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(na
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 @pytest.mark.skipif(os.geteuid() != 0, reason="munged and slurmd need root")
 @pytest.mark.timeout(2400)
-def test_a_real_slurm_stops_queues_and_resumes_the_job(tmp_path: Path) -> None:
+def test_real_slurm_stops_requeues_and_resumes_the_job(tmp_path: Path) -> None:
     done = subprocess.run(
         [str(ROOT / "scripts" / "try_slurm.sh")],
         env=os.environ | {"VENV": sys.prefix},

@@ -1,4 +1,4 @@
-"""Weights taken in from another library's names and given back: bit for bit, and every tensor accounted for."""
+"""Importing weights under another library's names and exporting them: bit for bit, with every tensor accounted for."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Weights = dict[str, Tensor]
 
 
 def foreign(config: EncoderConfig, key_mapping: KeyMapping = HUGGING_FACE) -> Weights:
-    """Random weights under another library's names; position tables begin with the two rows that nothing reads."""
+    """Return random weights under another library's names; position tables start with two unused rows."""
     generator = torch.Generator().manual_seed(1)
     return {
         name: torch.randn(rule.shape, generator=generator)
@@ -78,20 +78,18 @@ def identical(ours: Weights, theirs: Weights) -> bool:
     )
 
 
-# --- there and back ---------------------------------------------------------------------------------------------------
+# --- round trip -------------------------------------------------------------------------------------------------------
 
 
 @FAMILIES
 @KEY_MAPPINGS
-def test_what_is_taken_in_is_given_back_bit_for_bit(
-    tmp_path: Path, config: EncoderConfig, key_mapping: KeyMapping
-) -> None:
+def test_import_then_export_is_bit_for_bit(tmp_path: Path, config: EncoderConfig, key_mapping: KeyMapping) -> None:
     weights = foreign(config, key_mapping)
     assert identical(given(taken(tmp_path, config, weights, key_mapping), key_mapping), weights)
 
 
 @FAMILIES
-def test_one_library_is_translated_into_the_other(tmp_path: Path, config: EncoderConfig) -> None:
+def test_weights_convert_from_one_library_to_the_other(tmp_path: Path, config: EncoderConfig) -> None:
     weights = foreign(config, FAIR_ESM)
     theirs = given(taken(tmp_path, config, weights, FAIR_ESM), HUGGING_FACE)
     again = given(taken(tmp_path, config, theirs, HUGGING_FACE), FAIR_ESM)
@@ -99,7 +97,7 @@ def test_one_library_is_translated_into_the_other(tmp_path: Path, config: Encode
 
 
 @FAMILIES
-def test_what_is_taken_in_has_the_tensors_of_the_encoder(tmp_path: Path, config: EncoderConfig) -> None:
+def test_imported_weights_have_the_tensors_of_the_encoder(tmp_path: Path, config: EncoderConfig) -> None:
     result = taken(tmp_path, config, foreign(config))
     expected = dict(result.config.tensors()) | dict(result.config.fixed_tensors())
     assert {name: tuple(tensor.shape) for name, tensor in result.weights.items()} == expected
@@ -107,7 +105,7 @@ def test_what_is_taken_in_has_the_tensors_of_the_encoder(tmp_path: Path, config:
     assert result.config.contact_head == config.contact_head
 
 
-def test_a_head_keeps_its_query_key_and_value_together(tmp_path: Path) -> None:
+def test_fused_qkv_keeps_query_key_and_value_of_a_head_together(tmp_path: Path) -> None:
     weights = foreign(ESM1NV)
     mixed = taken(tmp_path, ESM1NV, weights).weights["encoder.encoder.layers.1.self_attention.linear_qkv.weight"]
     size = ESM1NV.head_size
@@ -118,13 +116,13 @@ def test_a_head_keeps_its_query_key_and_value_together(tmp_path: Path) -> None:
             assert torch.equal(mixed[start : start + size], whole[head * size : (head + 1) * size])
 
 
-def test_rows_that_no_token_reaches_are_zeros(tmp_path: Path) -> None:
+def test_padding_rows_of_the_vocabulary_are_zero(tmp_path: Path) -> None:
     weights = taken(tmp_path, ESM1NV, foreign(ESM1NV)).weights
     for name in ("encoder.embedding.word_embeddings.weight", "encoder.output_layer.bias"):
         assert not weights[name][VOCABULARY_SIZE:].any() and weights[name][:VOCABULARY_SIZE].all()
 
 
-def test_unused_rows_of_a_position_table_are_kept_unless_they_are_zeros(tmp_path: Path) -> None:
+def test_unused_position_rows_are_kept_unless_they_are_zero(tmp_path: Path) -> None:
     weights = foreign(ESM1NV)
     kept = taken(tmp_path, ESM1NV, weights)
     assert kept.config.position_offset == 2
@@ -136,7 +134,7 @@ def test_unused_rows_of_a_position_table_are_kept_unless_they_are_zeros(tmp_path
     assert identical(given(dropped), weights)
 
 
-def test_rotary_frequencies_are_the_files_own(tmp_path: Path) -> None:
+def test_rotary_frequencies_are_taken_from_the_file(tmp_path: Path) -> None:
     weights = foreign(ESM2)
     ours = taken(tmp_path, ESM2, weights).weights["encoder.rotary.frequencies"]
     assert torch.equal(ours, rotary_frequencies(8).half().float())
@@ -146,7 +144,7 @@ def test_rotary_frequencies_are_the_files_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["esm.encoder.layer.*.attention.self.rotary_embeddings.inv_freq", "esm.rotary_embeddings.inv_freq"]
 )
-def test_rotary_frequencies_may_stand_once_for_all_layers(tmp_path: Path, name: str) -> None:
+def test_rotary_frequencies_can_be_shared_by_all_layers(tmp_path: Path, name: str) -> None:
     weights = foreign(ESM2)
     one = weights.pop(FREQUENCIES.format(0))
     del weights[FREQUENCIES.format(1)]
@@ -154,14 +152,14 @@ def test_rotary_frequencies_may_stand_once_for_all_layers(tmp_path: Path, name: 
     assert torch.equal(result.weights["encoder.rotary.frequencies"], one) and not result.notes
 
 
-def test_rotary_frequencies_that_are_not_there_are_those_of_the_formula_and_said_to_be(tmp_path: Path) -> None:
+def test_missing_rotary_frequencies_are_computed_and_noted(tmp_path: Path) -> None:
     weights = {name: tensor for name, tensor in foreign(ESM2).items() if "inv_freq" not in name}
     result = taken(tmp_path, ESM2, weights)
     assert torch.equal(result.weights["encoder.rotary.frequencies"], rotary_frequencies(8))
     assert any("frequencies" in note for note in result.notes)
 
 
-def test_layer_norms_may_be_spelt_as_transformers_5_writes_them(tmp_path: Path) -> None:
+def test_transformers_5_names_of_layer_norms_are_accepted(tmp_path: Path) -> None:
     weights = foreign(ESM1NV)
     spelt = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
@@ -171,27 +169,27 @@ def test_layer_norms_may_be_spelt_as_transformers_5_writes_them(tmp_path: Path) 
     assert identical(given(taken(tmp_path, ESM1NV, spelt)), weights)
 
 
-def test_a_copy_of_the_embedding_as_output_may_be_there_but_not_another_output(tmp_path: Path) -> None:
+def test_output_equal_to_the_embedding_is_accepted_and_another_is_rejected(tmp_path: Path) -> None:
     weights = foreign(ESM1NV)
     assert identical(given(taken(tmp_path, ESM1NV, weights | {DECODER: weights[WORDS]})), weights)
     with pytest.raises(InterchangeError, match=r"decoder\.weight.*ties its output"):
         taken(tmp_path, ESM1NV, weights | {DECODER: weights[WORDS] + 1})
 
 
-def test_an_unused_position_table_of_a_rotary_model_is_left_out_and_said_to_be(tmp_path: Path) -> None:
+def test_unused_position_table_of_a_rotary_model_is_dropped_and_noted(tmp_path: Path) -> None:
     weights = foreign(ESM2)
     result = taken(tmp_path, ESM2, weights | {POSITIONS: torch.randn(26, 32)})
     assert identical(given(result), weights) and any(POSITIONS in note for note in result.notes)
 
 
-def test_a_model_without_contact_head_is_taken_in_and_said_to_be(tmp_path: Path) -> None:
+def test_model_without_contact_head_is_imported_and_noted(tmp_path: Path) -> None:
     weights = {name: tensor for name, tensor in foreign(ESM2).items() if "contact" not in name}
     result = taken(tmp_path, ESM2, weights)
     assert not result.config.contact_head and any("contact head" in note for note in result.notes)
     assert identical(given(result), weights)
 
 
-def test_no_more_than_one_tensor_of_ours_is_held_while_a_model_is_given_away(tmp_path: Path) -> None:
+def test_export_holds_at_most_one_of_our_tensors_at_a_time(tmp_path: Path) -> None:
     weights = taken(tmp_path, ESM1NV, foreign(ESM1NV)).weights
     loaded: list[weakref.ref[Tensor]] = []
 
@@ -206,7 +204,7 @@ def test_no_more_than_one_tensor_of_ours_is_held_while_a_model_is_given_away(tmp
     assert len(loaded) > 10
 
 
-def test_a_row_that_the_library_erases_on_loading_is_erased(tmp_path: Path) -> None:
+def test_embedding_row_that_the_library_erases_on_loading_is_erased(tmp_path: Path) -> None:
     tensors = opened(tmp_path, foreign(ESM1B, FAIR_ESM), FAIR_ESM)
     erasing = SourceTensors(tensors.where, tensors.places, {"embed_tokens.weight": MASK_ID})
     words = to_native(erasing, ESM1B, FAIR_ESM).weights["encoder.embedding.word_embeddings.weight"]
@@ -216,7 +214,7 @@ def test_a_row_that_the_library_erases_on_loading_is_erased(tmp_path: Path) -> N
 # --- precision --------------------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_weights_stay_so_and_what_is_fixed_is_float32(tmp_path: Path) -> None:
+def test_bfloat16_weights_stay_bfloat16_and_fixed_tensors_are_float32(tmp_path: Path) -> None:
     weights = {name: tensor.bfloat16() for name, tensor in foreign(ESM2).items()}
     result = taken(tmp_path, ESM2, weights)
     assert result.precision == "bf16"
@@ -227,7 +225,7 @@ def test_bfloat16_weights_stay_so_and_what_is_fixed_is_float32(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, "mixed"])
-def test_other_precisions_become_float32_and_lose_nothing(tmp_path: Path, dtype: torch.dtype | str) -> None:
+def test_other_precisions_become_float32_without_loss(tmp_path: Path, dtype: torch.dtype | str) -> None:
     weights = foreign(ESM1NV)
     for index, name in enumerate(sorted(weights)):
         weights[name] = weights[name].to((torch.bfloat16, torch.float32)[index % 2] if dtype == "mixed" else dtype)
@@ -271,25 +269,25 @@ QUERY = "esm.encoder.layer.1.attention.self.query.bias"
         (with_one(FREQUENCIES.format(1), rotary_frequencies(8)), r"layer\.1\..*differs.*one set of rotary"),
     ],
 )
-def test_a_tensor_that_is_not_accounted_for_is_refused(
+def test_missing_unknown_or_misshapen_tensor_is_rejected(
     tmp_path: Path, change: Callable[[Weights], Weights], message: str
 ) -> None:
     with pytest.raises(InterchangeError, match=message):
         taken(tmp_path, ESM2, change(foreign(ESM2)))
 
 
-def test_a_number_that_is_not_finite_is_refused_when_it_is_read(tmp_path: Path) -> None:
+def test_nonfinite_value_is_rejected_when_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(InterchangeError, match=r"model\.safetensors.*word_embeddings\.weight' holds NaN"):
         dict(taken(tmp_path, ESM2, damaged(foreign(ESM2))).weights)
 
 
-def test_a_position_table_of_another_length_is_refused(tmp_path: Path) -> None:
+def test_position_table_of_another_length_is_rejected(tmp_path: Path) -> None:
     weights = foreign(ESM1NV)
     with pytest.raises(InterchangeError, match=r"position_embeddings\.weight' has shape \[25, 32\]; .*\[26, 32\]"):
         taken(tmp_path, ESM1NV, weights | {POSITIONS: weights[POSITIONS][:25]})
 
 
-def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+def test_tensor_in_two_files_is_rejected(tmp_path: Path) -> None:
     weights = foreign(ESM1NV)
     tables = []
     for name in ("one", "two"):
@@ -299,7 +297,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
         SourceTensors.of(str(tmp_path), tables, HUGGING_FACE)
 
 
-def test_two_spellings_of_one_tensor_are_refused(tmp_path: Path) -> None:
+def test_two_spellings_of_one_tensor_are_rejected(tmp_path: Path) -> None:
     weights = foreign(ESM1NV)
     twice = weights | {"esm.encoder.layer.0.LayerNorm.gamma": weights["esm.encoder.layer.0.LayerNorm.weight"]}
     with pytest.raises(InterchangeError, match=r"LayerNorm\.(gamma|weight)' is there twice"):
