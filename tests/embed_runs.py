@@ -1,6 +1,6 @@
-"""Embedding jobs for tests: in this process, or in one of their own, with signals at chosen moments.
+"""Embedding jobs for tests, in this process or in a separate one, with signals at chosen moments.
 
-Children are forked from a server that has imported everything once; so little is imported here.
+A fork server that has imported everything once forks the child processes, so this module imports little.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from bionemo_esm.inference.embedding import embeddings as computation
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTEINS = 30
-_SERVER = multiprocessing.get_context("forkserver")  # faults.py has it import what takes long
+_SERVER = multiprocessing.get_context("forkserver")  # faults.py makes it preload the slow imports
 
 
 class Stop(NamedTuple):
-    """Send this process a signal at the n-th of the events by which parts come to be."""
+    """Send a signal to this process at the n-th file operation or call of `embed_proteins`."""
 
     number: int
     event: int
@@ -65,14 +65,14 @@ def _apart(folder: str, settings: dict[str, Any], stop: Stop | None, environment
 def started(
     folder: Path, settings: dict[str, Any], stop: Stop | None = None, environment: dict[str, str] | None = None
 ) -> BaseProcess:
-    """The job at work in that folder; what it says goes to `console.txt` and `errors.txt` beside the folder."""
+    """Start the job in a folder. Its output goes to `screen.txt` and `errors.txt` beside the folder."""
     process = _SERVER.Process(target=_apart, args=(str(folder), settings, stop, environment or {}))
     process.start()
     return process
 
 
 def ended(process: BaseProcess) -> int:
-    """The exit code; negative where a signal killed it."""
+    """Return the exit code. It is negative if a signal killed the process."""
     process.join(120)
     assert process.exitcode is not None, "the job hangs"
     return process.exitcode
@@ -85,8 +85,8 @@ class Inputs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """A tiny model and thirty real proteins; not to be changed."""
-    from models import tiny_model  # brings in NeMo, which the children do without
+    """Return a tiny model and thirty real proteins. Read-only."""
+    from models import tiny_model  # imports NeMo, which the children do not need
 
     folder = tmp_path_factory.mktemp("inputs")
     tiny_model(seq_length=128).save_to(str(folder / "tiny.nemo"))
@@ -104,7 +104,7 @@ Job = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def job(inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Job:
-    """Runs the job in this process, composed as the command line composes it: exit code, output, errors."""
+    """Return a function that runs the job in this process with overrides: exit code, output, errors."""
     monkeypatch.chdir(tmp_path)
 
     def run(*overrides: str) -> tuple[int, str, str]:
@@ -143,11 +143,11 @@ def names(folder: Path = Path()) -> list[str]:
 def run_apart(
     folder: Path, inputs: Inputs, *overrides: str, stop: Stop | None = None, environment: dict[str, str] | None = None
 ) -> int:
-    """The exit code of the job in a process of its own; negative where a signal killed it."""
+    """Run the job in a separate process. Return its exit code, negative if a signal killed it."""
     return ended(started(folder, settings_of(inputs, *overrides), stop, environment))
 
 
 def content(place: Path) -> dict[str, bytes]:
-    """Every file of an output, or of a folder, by its name."""
+    """Return the bytes of every file of an output file or folder, by name."""
     files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
     return {str(path.relative_to(place)): path.read_bytes() for path in files}

@@ -1,4 +1,4 @@
-"""Errors compared by their stable code, not by their wording."""
+"""Errors compared by their stable code instead of their wording."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bionemo_esm.errors import UserError
 
 @contextmanager
 def refused(code: str, *mentions: object) -> Iterator[Any]:
-    """The block raises a `UserError` of this code, whose message mentions these (a key, a file, a record)."""
+    """Assert that the block raises a `UserError` of this code whose message mentions the given key, file or record."""
     with pytest.raises(UserError) as caught:
         yield caught
     assert caught.value.code == code, str(caught.value)
@@ -26,7 +26,7 @@ def refused(code: str, *mentions: object) -> Iterator[Any]:
 def assert_sections_must_be_mappings(
     load: Callable[[DictConfig], object], cfg: DictConfig, optional: Collection[str] = ()
 ) -> None:
-    """`load` refuses a composed configuration, naming the key, if any of its sections is not a mapping.
+    """Assert that `load` refuses a configuration whose section is not a mapping, with the key, for every section.
 
     optional: keys of sections that may be null.
     """

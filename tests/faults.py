@@ -1,6 +1,6 @@
-"""Runs that are made to fail: real processes and process groups, and signals or errors at chosen moments.
+"""Training runs with injected faults: real processes and process groups, signals or errors at chosen moments.
 
-Children are forked from a server that has imported everything once, so a run of two ranks takes seconds.
+A fork server that has imported everything once forks the child processes, so a run of two ranks takes seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from runs import SMALL, composed
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(  # for all tests: a process has one fork server, and one list
+_SERVER.set_forkserver_preload(  # one list for all tests: a process has one fork server
     [
         "faults",
         "bionemo_esm.pretraining.trainer",
@@ -29,20 +29,20 @@ _SERVER.set_forkserver_preload(  # for all tests: a process has one fork server,
         "bionemo_esm.inference.embedding.embeddings",
     ]
 )
-_SECONDS = 120  # for a run; one that hangs is a failure
+_SECONDS = 120  # time limit of a run; a longer run counts as hung
 
 
 @dataclass(frozen=True)
 class Fault:
-    """At the n-th call of a function on one rank: do something before the call or after it, or spoil its result."""
+    """Act before or after the n-th call of a function on one rank, or replace its result."""
 
     place: str  # dotted path of a function or method
     action: Callable[[], object] | None = None
-    spoil: Callable[[Any], Any] | None = None  # what to make of its result
+    spoil: Callable[[Any], Any] | None = None  # maps the result to another one
     call: int = 1
     rank: int = 0
     before: bool = True
-    repeated: bool = False  # at every later call, too
+    repeated: bool = False  # at every later call too
 
     def install(self) -> None:
         module, _, name = self.place.rpartition(".")
@@ -65,7 +65,7 @@ class Fault:
 
 
 def _resolve(path: str) -> Any:
-    """A module, or a class in a module, by its dotted path."""
+    """Return a module, or a class in a module, by its dotted path."""
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError:
@@ -75,7 +75,7 @@ def _resolve(path: str) -> Any:
 
 @dataclass(frozen=True)
 class KillWhileSaving:
-    """SIGKILL at the n-th of all the small events by which files come to be: pieces, syncs, renames, removals."""
+    """Send SIGKILL at the n-th file operation of a save: chunk, fsync, rename or removal."""
 
     event: int
     rank: int = 0
@@ -83,7 +83,7 @@ class KillWhileSaving:
     def install(self) -> None:
         import bionemo_esm.model.tar_format as container
 
-        container._CHUNK_BYTES = 4096  # so that pieces of a small file reach the disk one by one
+        container._CHUNK_BYTES = 4096  # splits a small file into several chunks on disk
         seen = 0
 
         def counted(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,19 +108,19 @@ class KillWhileSaving:
 
 
 def send(number: signal.Signals) -> None:
-    """A signal to this very process, as a scheduler or a person would send it."""
+    """Send a signal to this process, as a scheduler or a user would."""
     os.kill(os.getpid(), number)
 
 
 @dataclass
 class Outcome:
-    """What came of a run: the exit code of each rank (negative: killed by that signal), and rank 0's screen."""
+    """Exit code of each rank (negative: killed by that signal) and the output of rank 0."""
 
     codes: list[int]
     console: str = ""
     errors: str = ""
-    ranks: list[str] = field(default_factory=list)  # standard error of each
-    screens: list[str] = field(default_factory=list)  # standard output of each
+    ranks: list[str] = field(default_factory=list)  # standard error of each rank
+    screens: list[str] = field(default_factory=list)  # standard output of each rank
 
 
 def run(
@@ -130,9 +130,9 @@ def run(
     faults: Sequence[Fault | KillWhileSaving] = (),
     stopped: Sequence[int] = (),
 ) -> Outcome:
-    """Train as the command line would, on so many ranks, with faults installed.
+    """Train as the command line does, on the given number of ranks, with faults installed.
 
-    `stopped`: ranks that will stand still; they are killed when the others have ended, as a launcher would.
+    `stopped`: ranks that hang. They are killed after the others have ended, as a launcher does.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -175,7 +175,7 @@ def _child(
         os.dup2(descriptor, number)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     if ranks > 1:
         places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "faults"}
         counts = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
@@ -191,7 +191,7 @@ def _child(
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without what depends on the clock."""
+    """Return the records of metrics.jsonl without the values that depend on the clock."""
     from bionemo_esm.pretraining.callbacks import MEASURED
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

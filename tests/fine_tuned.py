@@ -1,4 +1,4 @@
-"""Fine-tuned models for tests: a tiny encoder, and a head with random weights, written as archives."""
+"""Fine-tuned models for tests: a tiny encoder and a head with random weights, written as archives."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def fine_tuned(
     precision: str = "32",
     **sizes: Any,
 ) -> Path:
-    """An archive of a fine-tuned tiny model, whose head and adapters have weights far from zero."""
+    """Write a fine-tuned tiny model as an archive. Its head and adapters have weights far from zero."""
     return write_archive(path, archive(task, Parts(head, reading, adapters), precision, **sizes))
 
 
@@ -76,19 +76,19 @@ def archive(task: Task, parts: Parts, precision: str = "32", **sizes: Any) -> Ar
 
 
 def changed(archive: Archive, config: Mapping[str, Any] | None = None, **weights: Any) -> Archive:
-    """The same archive with other values in its configuration, or other tensors; `...` takes one out."""
+    """Return the archive with other configuration values or tensors. The value `...` removes an entry."""
     both = (dict(archive.config) | dict(config or {}), dict(archive.weights) | weights)
     whole, tensors = ({key: value for key, value in each.items() if value is not ...} for each in both)
     return Archive(archive.model_class, whole, tensors, archive.provenance)
 
 
 def proteins(sequences: Mapping[str, str] = PROTEINS) -> list[Protein]:
-    """Real proteins, and some of one or two residues."""
+    """Return real proteins, and some of one or two residues."""
     pairs = enumerate(sequences.items(), start=1)
     return [Protein(name, encode(sequence.encode()), number) for number, (name, sequence) in pairs]
 
 
 def predictor(folder: Path, task: Task, head: HeadConfig = CONV, batch_tokens: int = 200) -> FineTunedPredictor:
-    """The fine-tuned model that it writes into the folder, as `tuned.nemo`."""
+    """Write a fine-tuned model to `tuned.nemo` in the folder and load it."""
     path = fine_tuned(folder / "tuned.nemo", task, head, adapters=ADAPTERS)
     return FineTunedPredictor.load(path, "cpu", "32", batch_tokens)

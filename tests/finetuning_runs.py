@@ -1,4 +1,4 @@
-"""Fine-tunings for tests: proteins of the shipped sample with labels that can be learned, and jobs over them."""
+"""Fine-tuning runs for tests: proteins of the shipped sample with learnable labels, and jobs over them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ QUICK = (
     "trainer.accelerator=cpu", "seeds=[1]", "baselines=[]", "resamples=50", "tuning.max_epochs=3",
     "tuning.global_batch_size=8", "tuning.lr=5e-3",
 )  # fmt: skip
-"""Overrides of a job that is done in a second or two; every test starts from these."""
+"""Overrides for a job of one or two seconds. Every test starts from these."""
 
 
 def proteins(count: int = PROTEINS, longest: int = 150) -> dict[str, str]:
-    """Real ones, by id: the first of the sample that are as short."""
+    """Return the first proteins of the sample within the length limit, by id."""
     found: dict[str, str] = {}
     for record in read_fasta(SAMPLE / "train.fasta.gz"):
         if 30 <= len(record.sequence) <= longest and len(found) < count:
@@ -31,14 +31,14 @@ def proteins(count: int = PROTEINS, longest: int = 150) -> dict[str, str]:
 
 
 def neighbours(sequence: str) -> str:
-    """A label for each residue that depends on the residue and on the one before it: B(oth), O(ne) or N(one) greasy."""
+    """Label each residue by how many of it and the previous residue are hydrophobic: B(oth), O(ne) or N(one)."""
     greasy = [letter in GREASY for letter in sequence]
     counts = [here + before for here, before in zip(greasy, [False, *greasy], strict=False)]
     return "".join("NOB"[count] for count in counts)
 
 
 def per_residue(folder: Path, **changes: Any) -> list[str]:
-    """Files in FLIP's form, every fourth protein to validate on, every sixth to test; the overrides that name them."""
+    """Write files in FLIP's form and return their overrides. Every fourth protein is validation, every sixth test."""
     known = proteins(**changes)
     labels = []
     for number, (name, sequence) in enumerate(known.items()):
@@ -54,7 +54,7 @@ def per_residue(folder: Path, **changes: Any) -> list[str]:
 
 
 def per_protein(folder: Path, **changes: Any) -> list[str]:
-    """A table of each protein's share of greasy residues, in percent; the overrides that name it."""
+    """Write a table of the hydrophobic share of each protein in percent, and return its overrides."""
     rows = ["id,sequence,share,set,validation"]
     for number, (name, sequence) in enumerate(proteins(**changes).items()):
         share = 100 * sum(letter in GREASY for letter in sequence) / len(sequence)
@@ -68,14 +68,14 @@ def per_protein(folder: Path, **changes: Any) -> list[str]:
 
 
 def pretrained(folder: Path, **sizes: Any) -> Path:
-    """A tiny encoder with random weights."""
+    """Save a tiny encoder with random weights and return its path."""
     path = folder / "pretrained.nemo"
     tiny_model(**{"seq_length": 128} | sizes).save_to(str(path))
     return path
 
 
 def run_here(folder: Path, model: Path, *overrides: str) -> dict[str, Any]:
-    """Fine-tune in this process into `folder`; the report. A stop raises `SystemExit`."""
+    """Fine-tune in this process into `folder` and return the report. A stop raises `SystemExit`."""
     places = (f"restore_from_path={model}", f"output={folder}")
     finetune(composed(*QUICK, *places, *overrides, config="finetune", part="finetuning"))
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())

@@ -1,4 +1,4 @@
-"""Models of Hugging Face's with random weights, brought here, for runs that start from them."""
+"""Hugging Face models with random weights, imported as archives, for runs that start from them."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ ADAPTED = (
     "exp_manager.checkpoints.every_n_train_steps=1",
     "exp_manager.create_tensorboard_logger=false",
 )
-"""Overrides for a run of seconds."""
+"""Overrides for a run of a few seconds."""
 
 
 def source_model(family: str) -> EsmForMaskedLM:
-    """Always the same one of a family."""
+    """Return the model of a family. It is the same on every call."""
     return hugging_face_model(family, tokens=TOKENS)
 
 
 def brought_here(model: EsmForMaskedLM, folder: Path) -> Path:
-    """The model, saved by its own library, as an archive of ours."""
+    """Save the model with its own library and import it. Return the archive."""
     return import_model(saved(model, folder / "a_small_one"), folder / "imported.nemo").output
 
 
 @torch.no_grad()
 def loss_of(model: EsmForMaskedLM, batches: Iterable[PackedBatch]) -> float:
-    """Their mean cross-entropy over all masked residues of our batches, which they are shown padded."""
+    """Return the mean cross-entropy of a Hugging Face model over all masked residues of our batches, with padding."""
     total, count = 0.0, 0
     for batch in batches:
         tokens = unpack(batch.tokens, batch.cu_seqlens)
@@ -60,7 +60,7 @@ def loss_of(model: EsmForMaskedLM, batches: Iterable[PackedBatch]) -> float:
 
 
 def adapt(folder: Path, archive: Path, *overrides: str) -> dict[str, Any]:
-    """Continue pretraining from the archive in this process; the run's summary."""
+    """Continue pretraining from the archive in this process and return the summary of the run."""
     place = (f"exp_manager.exp_dir={folder.parent}", f"exp_manager.name={folder.name}")
     pretrain(composed(*ADAPTED, *place, f"restore_from_path={archive}", *overrides))
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""What tests of labelled proteins share: the shipped configurations of tasks, and small files in FLIP's formats."""
+"""Helpers for tests of labelled proteins: the shipped task configurations and small files in FLIP's formats."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MASK = ">a\n11111\n>b\n111\n>c\n11\n"
 
 
 def preset(name: str, **values: Any) -> dict[str, Any]:
-    """A task's configuration as Hydra would give it."""
+    """Return the configuration of a task as composed by Hydra."""
     loaded = OmegaConf.load(ROOT / "conf" / "finetuning" / "task" / f"{name}.yaml")
     return plain_values(OmegaConf.merge(loaded, values))  # type: ignore[arg-type]
 
 
 def read(folder: Path, files: dict[str, str], task: dict[str, Any], seed: int = 1, **data: Any) -> Splits:
-    """The splits of a task from files of this text; keys of `data` that name such files mean those in the folder."""
+    """Write the files and return the splits of the task. Values of `data` that name such a file refer to the folder."""
     for name, text in files.items():
         (folder / name).write_text(text)
 

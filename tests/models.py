@@ -1,4 +1,4 @@
-"""Small models for tests, and a padded twin: Hugging Face's ESM with the same weights."""
+"""Small models for tests, and a padded Hugging Face ESM with the same weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ TINY = {
     "seq_length": 512,
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
-    "init_method_std": 0.2,  # far from zero, so that every part of the model tells
+    "init_method_std": 0.2,  # far from zero, so every part of the model affects the output
 }
 
 
 def tiny_model(precision: str = "32", seed: int = 1, **sizes: float) -> ESM1nvModel:
-    """A 2-layer ESM-1nv with random weights, biases and layer norms included."""
+    """Return a 2-layer ESM-1nv with random weights, including biases and layer norms."""
     model = ESM1nvModel(OmegaConf.create({"encoder": TINY | sizes, "precision": precision, "seed": seed}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -41,14 +41,14 @@ def tiny_model(precision: str = "32", seed: int = 1, **sizes: float) -> ESM1nvMo
 
 
 def reconfigured(source: Path, target: Path, **encoder: Any) -> Path:
-    """An archive with the weights of another, byte for byte, and an encoder configured otherwise."""
+    """Write an archive with the same weight bytes as the source and other encoder settings."""
     archive = read_archive(source)
     config = {**archive.config, "encoder": {**archive.config["encoder"], **encoder}}
     return write_archive(target, Archive(archive.model_class, config, archive.weights, archive.provenance))
 
 
 def padded_twin(model: ESM1nvModel) -> EsmForMaskedLM:
-    """Hugging Face's `EsmForMaskedLM` of the same shape and weights: written by others, and padded."""
+    """Return Hugging Face's `EsmForMaskedLM` of the same shape and weights, which uses padding."""
     config = model.encoder_config
     twin = EsmForMaskedLM(
         EsmConfig(
@@ -76,5 +76,5 @@ def padded_twin(model: ESM1nvModel) -> EsmForMaskedLM:
 
 
 def translated(tensors: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
-    """Weights, or their gradients, under Hugging Face's names and in its layouts."""
+    """Return weights, or their gradients, under the names and in the layouts of Hugging Face."""
     return dict(from_native(config, dict.fromkeys(tensors, torch.float32), tensors.__getitem__, HUGGING_FACE))

@@ -1,6 +1,6 @@
-"""Other people's ESMs with random weights, brought here, and how far our answers are from theirs.
+"""ESMs of other libraries with random weights, their imports, and the difference between their outputs and ours.
 
-For the tests of parity, and for `benchmarks/interchange_parity.py` at full size. Shape suffixes: B proteins, T tokens
+Used by the parity tests, and by `benchmarks/interchange_parity.py` at full size. Shape suffixes: B proteins, T tokens
 of the row or of the longest protein, N heads, L tokens and R residues of one protein, H hidden size.
 """
 
@@ -30,17 +30,17 @@ PROTEIN = "MKTAYIAKQRQISFVKSHFSRQXBLEERUZO"
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says of some proteins, padded to [B, T, ...]."""
+    """Outputs of a model for some proteins, padded to [B, T, ...]."""
 
-    states: tuple[Tensor, ...]  # of layer 0 (embeddings) to the last
+    states: tuple[Tensor, ...]  # layer 0 (embeddings) to the last
     logits: Tensor
-    attentions: tuple[Tensor, ...] = ()  # of layer 1 to the last
+    attentions: tuple[Tensor, ...] = ()  # layer 1 to the last
     contacts: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A model of another library, and where its own code saved it."""
+    """A model of another library and the path where its own code saved it."""
 
     name: str
     model: nn.Module
@@ -48,11 +48,11 @@ class Peer:
     ask: Callable[[Tensor, bool], Answers]  # int64 [B, T], padded; with attention maps and contacts, or without
 
 
-# --- the peers --------------------------------------------------------------------------------------------------------
+# --- models of other libraries ----------------------------------------------------------------------------------------
 
 
 def hugging_face(family: str, shape: Shape, folder: Path, **options: Any) -> Peer:
-    """`EsmForMaskedLM` like ESM-1nv, ESM-1b, ESM-1v or ESM-2, saved by `save_pretrained(**options)`."""
+    """Return `EsmForMaskedLM` like ESM-1nv, ESM-1b, ESM-1v or ESM-2, saved by `save_pretrained(**options)`."""
     model = hugging_face_model(family, shape)
     saved(model, folder, **options)
 
@@ -68,7 +68,7 @@ def hugging_face(family: str, shape: Shape, folder: Path, **options: Any) -> Pee
 
 
 def fair_esm(family: str, shape: Shape, folder: Path) -> Peer:
-    """fair-esm's class for ESM-1b, ESM-1v or ESM-2, in files laid out as the released ones are."""
+    """Return fair-esm's class for ESM-1b, ESM-1v or ESM-2, saved in the layout of the released files."""
     model = fair_esm_model(family, shape)
     state, regression = released(model)
     path = folder / f"{family.lower().replace('-', '')}_t0_random.pt"
@@ -91,40 +91,40 @@ def fair_esm(family: str, shape: Shape, folder: Path) -> Peer:
 
 
 def brought_here(peer: Peer, folder: Path) -> ESM1nvModel:
-    """The peer's files through our conversion, as a restored model."""
+    """Import the files of the peer and return the restored model."""
     path = folder / "imported.nemo"
     import_model(str(peer.path), path)
     model: ESM1nvModel = ESM1nvModel.restore_from(str(path))
     return model
 
 
-# --- both asked the same ----------------------------------------------------------------------------------------------
+# --- comparison -------------------------------------------------------------------------------------------------------
 
 
 def batch_of(proteins: Proteins, masked: float = 0.15) -> PackedBatch:
-    """A packed row in which a share of the residues, chosen at random, is shown as <mask> and asked for."""
+    """Return a packed row in which a random share of the residues is replaced by <mask> and is the target."""
     residues, lengths = np.concatenate(proteins), np.array([len(protein) for protein in proteins])
     chosen = np.random.default_rng(5).random(len(residues)) < masked
     return pack(residues, lengths, MaskedResidues(np.where(chosen, np.uint8(MASK_ID), residues), chosen))
 
 
 def padded(batch: PackedBatch, row_T: Tensor, filling: float = PAD_ID) -> Tensor:
-    """A packed row [T, ...] as [B, longest, ...]."""
+    """Return a packed row [T, ...] as [B, longest, ...]."""
     pieces = row_T.split(batch.cu_seqlens.diff().tolist())
     return nn.utils.rnn.pad_sequence(list(pieces), batch_first=True, padding_value=filling)
 
 
 def logits_of(archive: Path) -> Tensor:
-    """What the model in a file of ours says of `PROTEIN`."""
+    """Return the logits of an archive of ours for `PROTEIN`."""
     tokens = encode(PROTEIN)
     return ESM1nvModel.restore_from(str(archive)).logits(pack(tokens, np.array([len(tokens)])))
 
 
 @torch.no_grad()
 def errors(peer: Peer, ours: ESM1nvModel, batch: PackedBatch, maps: bool = True) -> dict[str, float]:
-    """The largest absolute difference of each quantity, over all that is no padding.
+    """Return the largest absolute difference of each quantity over all positions that are not padding.
 
-    Without `maps` only of hidden states and logits: other libraries hold the maps of all layers, several times.
+    Without `maps`, compare only hidden states and logits: other libraries hold the maps of all layers several times.
     """
     theirs = peer.ask(padded(batch, batch.tokens), maps)
     real_BT = padded(batch, torch.ones_like(batch.tokens), 0).bool()

@@ -1,4 +1,4 @@
-"""Labelled proteins to probe a model with: made from real ones, so that a model can know something of them."""
+"""Labelled proteins for probe tests, made from real proteins with labels that a model can learn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SLOW = "bionemo_esm.pretraining.probe.representations"
 
 
 def sample_sequences() -> list[str]:
-    """Of real proteins, most cut to 30 residues, some longer than what small models see at once."""
+    """Return real proteins: most cut to 30 residues, some longer than the window of small models."""
     with gzip.open(SAMPLE / "test.fasta.gz", "rt") as stream:
         records = stream.read().split(">")[1:61]
     whole = ["".join(record.split("\n")[1:]) for record in records]
@@ -30,7 +30,7 @@ def sample_sequences() -> list[str]:
 
 
 def write_labels(folder: Path) -> Path:
-    """Two tables: of each residue whether the one before it is hydrophobic; of each protein the share of such."""
+    """Write two tables: per residue whether the previous one is hydrophobic; per protein the hydrophobic share."""
     residues, shares = ["sequence,target,set,validation"], ["sequence,target,set,validation"]
     for place, sequence in enumerate(sample_sequences()):
         oily = [letter in HYDROPHOBIC for letter in sequence]
@@ -44,13 +44,13 @@ def write_labels(folder: Path) -> Path:
 
 
 def asking(labels: Path, *more: str, every: int = 2) -> tuple[str, ...]:
-    """Overrides for a probe per residue."""
+    """Return the overrides for a per-residue probe."""
     files = f"probe.data.train={labels / 'residues.csv'}"
     return (f"probe.task={RESIDUES}", files, f"probe.every_n_train_steps={every}", *more)
 
 
 def probed(labels: Path, table: str = "residues", task: str = RESIDUES, tokens: int = 128, **values: Any) -> ProbeSet:
-    """What a probe reads, for a model of so many tokens."""
+    """Return the probe data for a model with the given maximum length in tokens."""
     chosen = [f"probe.{key}={value}" for key, value in values.items()]
     recipe = load_recipe(
         composed(

@@ -1,4 +1,4 @@
-"""Crop, draw of a cluster's member, and masking in NumPy: the reference for the compiled loops."""
+"""NumPy reference of crop, draw of a cluster member, and masking, for comparison with the compiled loops."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from bionemo_esm.data.store import SequenceSplit
 
 
 def sample_keys(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> UInt64Array:
-    """The key of each sample in its epoch, uint64 [n], from which crop and masking are drawn."""
+    """Return the key of each sample in its epoch: uint64 [n]. Crop and masking are drawn from it."""
     return derive_key(seed, epochs, samples)
 
 
 def crop_windows(
     lengths: NDArray[np.int64], max_residues: int, keys: UInt64Array
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """A random window of at most `max_residues` in each sequence: (start int64 [n], length int64 [n])."""
+    """Return a random window of at most `max_residues` in each sequence: (start int64 [n], length int64 [n])."""
     kept = np.minimum(lengths, max_residues)
     return uniform_integers(derive_key(keys, CROP_STREAM), lengths - kept + 1), kept
 
 
 def member_words(keys: UInt64Array) -> UInt64Array:
-    """Uniform words that draw the member of a cluster, from the keys of samples in their epochs: uint64 [n]."""
+    """Return uniform words that draw the member of a cluster, from the keys of samples in their epochs: uint64 [n]."""
     return derive_key(keys, MEMBER_STREAM)
 
 
 def draw_members(split: SequenceSplit, clusters: ArrayLike, words: UInt64Array) -> NDArray[np.int64]:
-    """A sequence of each cluster, chosen by a uniform 64-bit word: integers [n], uint64 [n] -> int64 [n]."""
+    """Return a sequence of each cluster, drawn by a uniform 64-bit word: integers [n], uint64 [n] -> int64 [n]."""
     chosen = np.asarray(clusters, dtype=np.int64)
     first = split.cluster_starts[chosen]
     return first + uniform_integers(words, split.cluster_starts[chosen + 1] - first)
@@ -40,7 +40,7 @@ def draw_members(split: SequenceSplit, clusters: ArrayLike, words: UInt64Array) 
 def mask_by_formula(
     residues: NDArray[np.uint8], lengths: NDArray[np.int64], keys: UInt64Array, policy: MaskingPolicy
 ) -> MaskedResidues:
-    """Choose and corrupt residues of concatenated sequences, as `mask_sequences` does."""
+    """Select and corrupt residues of concatenated sequences, as `mask_sequences` does."""
     ends = np.cumsum(lengths)
     places = np.arange(len(residues), dtype=np.int64) - np.repeat(ends - lengths, lengths)
     draws = mix(np.repeat(derive_key(keys, CHOICE_STREAM), lengths) ^ places.astype(np.uint64))
@@ -58,7 +58,7 @@ def mask_by_formula(
 
 
 def _another_residue(originals: NDArray[np.uint8], draws: UInt64Array) -> NDArray[np.uint8]:
-    """A standard amino acid other than the original, each equally likely: uint8 [n] -> uint8 [n]."""
+    """Return a standard amino acid other than the original, uniformly drawn: uint8 [n] -> uint8 [n]."""
     letters = originals.astype(np.int64) - FIRST_RESIDUE_ID
     standard = (letters >= 0) & (letters < NUM_STANDARD_RESIDUES)
     steps = uniform_integers(derive_key(draws, RESIDUE_STREAM), np.where(standard, NUM_STANDARD_RESIDUES - 1, 20))

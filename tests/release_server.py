@@ -1,4 +1,4 @@
-"""A server on this machine that fails as it is told to, and what the tests of downloads and releases share besides."""
+"""A local server with configurable failures, and other helpers for the tests of downloads and releases."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import NamedTuple
 
 from bionemo_esm.data import uniprot_release as release
 
-CONTENT = (Path(release.__file__).parent / "sample" / "train.fasta.gz").read_bytes()  # some 600 KB of real proteins
+CONTENT = (Path(release.__file__).parent / "sample" / "train.fasta.gz").read_bytes()  # about 600 KB of real proteins
 MD5 = hashlib.md5(CONTENT).hexdigest()
 DATA = "/uniref50.fasta.gz"
 
 
 class Reply(NamedTuple):
-    """What the server does with one request: by default, what a good one would."""
+    """Response of the server to one request. The default is a correct response."""
 
-    status: int = 0  # another than 200 or 206
+    status: int = 0  # a status other than 200 or 206
     headers: Mapping[str, str] = MappingProxyType({})
-    drop_after: int | None = None  # bytes of the body, before the connection is closed
+    drop_after: int | None = None  # bytes of the body before the connection closes
     length_told: int | None = None  # Content-Length
     ranges: bool = True
     body: bytes | None = None
 
 
 class Server(ThreadingHTTPServer):
-    """Files by path, and for the next requests of a path what is to go wrong with them, in order."""
+    """A server of files by path. `fail` sets the next responses for a path, in order."""
 
     daemon_threads = True
 
@@ -38,7 +38,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {DATA: CONTENT}
         self.replies: dict[str, list[Reply]] = {}
-        self.every: Reply = Reply()  # once the list is used up
+        self.every: Reply = Reply()  # after the list is used up
         self.etags = True
         self.seen: list[tuple[str, str | None, int]] = []  # path, Range and status of each request
 
@@ -47,7 +47,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, *_: object) -> None:
-        """A client that goes away is what some tests are about."""
+        """Ignore errors: some tests close the connection on purpose."""
 
     def fail(self, *replies: Reply, path: str = DATA) -> None:
         self.replies[path] = list(replies)

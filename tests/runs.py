@@ -1,4 +1,4 @@
-"""Pretraining runs for tests: composed as the command line composes them, in this process or in one of their own."""
+"""Pretraining runs for tests, composed as on the command line, in this process or in a separate one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = (
     "model.num_attention_heads=4",
     "model.ffn_hidden_size=64",
     "model.seq_length=128",
-    "model.hidden_dropout=0.1",  # so that determinism is put to the test
+    "model.hidden_dropout=0.1",  # dropout makes determinism a real test
     "data.micro_batch_size=8",
     "data.global_batch_size=16",
     "trainer.precision=32",
@@ -35,11 +35,11 @@ SMALL = (
     "exp_manager.checkpoints.every_n_train_steps=2",
     "exp_manager.create_tensorboard_logger=false",
 )
-"""Overrides for a model that trains in a second; every test starts from these."""
+"""Overrides for a model that trains in a second. Every test starts from these."""
 
 
 def tool(name: str) -> str | None:
-    """A command of this environment, active or not, or of the machine; None where there is neither."""
+    """Return the path of a command of this environment (active or not) or of the machine, or None."""
     return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
@@ -49,14 +49,14 @@ def composed(*overrides: str, config: str = "pretrain_esm1nv", part: str = "") -
 
 
 def run_here(folder: Path, *overrides: str) -> dict[str, Any]:
-    """Train in this process; the run's summary. A stop raises `SystemExit`."""
+    """Train in this process and return the summary of the run. A stop raises `SystemExit`."""
     pretrain(composed(*SMALL, f"exp_manager.exp_dir={folder.parent}", f"exp_manager.name={folder.name}", *overrides))
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary
 
 
 def command(folder: Path, *overrides: str) -> list[str]:
-    """The command line of the same run, for a process of its own."""
+    """Return the command line of the same run for a separate process."""
     place = (f"exp_manager.exp_dir={folder.parent}", f"exp_manager.name={folder.name}")
     return [sys.executable, str(ROOT / "examples" / "pretrain_esm1nv.py"), *SMALL, *place, *overrides]
 
@@ -66,6 +66,6 @@ def run_apart(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Training loss by step, from the run's history."""
+    """Return the training loss by step from the history of the run."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}

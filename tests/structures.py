@@ -1,4 +1,4 @@
-"""Structures for tests: proteins on random walks that are folded closely enough for residues to touch."""
+"""Structures for tests: proteins on compact random walks, so that residues touch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEP_ANGSTROM = 3.8  # between neighbouring C-alphas
 
 
 def walk(name: str, tokens: NDArray[np.uint8], seed: int) -> Structure:
-    """A walk drawn back to its middle; one residue in twelve is not resolved."""
+    """Return a protein on a random walk drawn back to its centre. One residue in twelve is unresolved."""
     random = np.random.default_rng(seed)
     points = np.zeros((len(tokens), 3))
     for place in range(1, len(tokens)):
@@ -27,7 +27,7 @@ def walk(name: str, tokens: NDArray[np.uint8], seed: int) -> Structure:
 
 
 def as_table(structures: list[Structure], path: Path) -> Path:
-    """The same as a Parquet file."""
+    """Write the structures as a Parquet file and return its path."""
     rows = [
         {
             "id": structure.id,

@@ -1,4 +1,4 @@
-"""What a step costs: the formulas against what PyTorch counts and keeps, and against published figures."""
+"""Tests of cost estimates: formulas against the counts of PyTorch and against published figures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model_of(config: EncoderConfig, precision: str = "32") -> ESM1nvModel:
 
 
 def row() -> PackedBatch:
-    """Four sequences, 15% of whose tokens are asked for."""
+    """Return a packed row of four sequences with 15% of the tokens as targets."""
     residues = np.random.default_rng(0).integers(4, 24, sum(LENGTHS)).astype(np.uint8)
     batch = pack(residues, np.array(LENGTHS))
     asked = torch.arange(1, len(batch.tokens), 7)[: round(0.15 * len(batch.tokens))]
@@ -48,24 +48,24 @@ def loss_of(model: ESM1nvModel, batch: PackedBatch) -> torch.Tensor:
 
 
 def asked(batch: PackedBatch) -> torch.Tensor:
-    """Of each sequence, the tokens at which the last block answers: int64 [S]."""
+    """Return the number of query tokens in the last block for each sequence: int64 [S]."""
     places = torch.cat([batch.cu_seqlens[:-1].long(), batch.target_index]).sort().values
     return torch.searchsorted(places, batch.cu_seqlens.long()).diff()
 
 
 def attended_rows(config: EncoderConfig, batch: PackedBatch) -> int:
-    """Tokens that attend, over all layers."""
+    """Return the number of query tokens, summed over layers."""
     return (config.num_layers - 1) * len(batch.tokens) + int(asked(batch).sum())
 
 
 def attended_pairs(config: EncoderConfig, batch: PackedBatch) -> int:
-    """Tokens that attend times those that they attend to, over all layers."""
+    """Return the number of query-key pairs, summed over layers."""
     return (config.num_layers - 1) * SQUARES + int((asked(batch) * batch.cu_seqlens.diff()).sum())
 
 
 @contextmanager
 def counted_flops() -> Iterator[FlopCounterMode]:
-    """What PyTorch counts within; our linear layers are an operator that its table lacks."""
+    """Count FLOPs with PyTorch. The mapping adds our linear operator, which PyTorch's table lacks."""
 
     def product_flops(input_shape: list[int], weight_shape: list[int], *_: object, **__: object) -> int:
         return 2 * input_shape[0] * input_shape[1] * weight_shape[0]
@@ -76,14 +76,14 @@ def counted_flops() -> Iterator[FlopCounterMode]:
 
 
 def bytes_kept_for_backward(model: ESM1nvModel, batch: PackedBatch) -> int:
-    """Storages that autograd holds after a forward pass, each once, the parameters' left out."""
+    """Return the bytes of storages that autograd keeps after a forward pass, without parameters, each storage once."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no other takes its address
+            kept[storage.data_ptr()] = storage  # the reference prevents reuse of its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -93,29 +93,29 @@ def bytes_kept_for_backward(model: ESM1nvModel, batch: PackedBatch) -> int:
 
 @pytest.mark.parametrize("config", [SMALL, WIDER, ESM1B, ESM2], ids=["small", "wider", "as ESM-1b", "as ESM-2"])
 @pytest.mark.parametrize("precision", ["32", "bf16"])
-def test_activations_are_what_autograd_keeps(config: EncoderConfig, precision: str) -> None:
+def test_activation_memory_equals_what_autograd_keeps(config: EncoderConfig, precision: str) -> None:
     batch = row()
     measured = bytes_kept_for_backward(model_of(config, precision), batch)
-    if precision == "bf16":  # on a CPU attention keeps its weights then; no output of its own, and no sums of them
+    if precision == "bf16":  # CPU attention then keeps its probabilities, but no output and no log-sum-exp
         measured -= 2 * config.num_attention_heads * attended_pairs(config, batch)
         measured += (2 * config.hidden_size + 4 * config.num_attention_heads) * attended_rows(config, batch)
     expected = memory_per_device(config, len(batch.tokens), precision=precision, device_type="cpu").activations
     assert expected == pytest.approx(measured, rel=0.012)
 
 
-def test_on_a_gpu_masks_are_bytes_and_attention_makes_no_copy() -> None:
+def test_gpu_dropout_masks_are_bytes_and_attention_makes_no_copy() -> None:
     layers, hidden, tokens = SMALL.num_layers, SMALL.hidden_size, 1000
     on_cpu, on_gpu = (
         memory_per_device(SMALL, tokens, precision="32", device_type=device).activations for device in ("cpu", "cuda")
     )
-    blocks = layers - 1 + CHOSEN_SHARE  # the last one answers at the masked positions
+    blocks = layers - 1 + CHOSEN_SHARE  # the last block computes the masked positions only
     masks = (2 * blocks + 1) * hidden * (4 - 1)
     assert on_cpu - on_gpu == pytest.approx(tokens * (masks + blocks * hidden * 4), abs=1)
 
 
 @pytest.mark.parametrize("config", [SMALL, WIDER, ESM2], ids=["small", "wider", "as ESM-2"])
-def test_flops_are_what_pytorch_counts(config: EncoderConfig) -> None:
-    """To the operation, all tokens answering; with attention as plain products, which PyTorch's counter sees."""
+def test_flops_equal_the_count_of_pytorch(config: EncoderConfig) -> None:
+    """Exact equality, with all tokens as queries. Attention uses matrix products, which the counter of PyTorch sees."""
     model, batch = model_of(config), row()
     assert model.encoder is not None
     with counted_flops() as counted:
@@ -125,8 +125,8 @@ def test_flops_are_what_pytorch_counts(config: EncoderConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [SMALL, WIDER, ESM2], ids=["small", "wider", "as ESM-2"])
-def test_the_last_block_is_spared_where_nobody_asks(config: EncoderConfig) -> None:
-    """To the operation: output projection, feed-forward part and attention of the tokens that are not asked."""
+def test_last_block_saves_flops_for_tokens_that_are_not_targets(config: EncoderConfig) -> None:
+    """Exact count: output projection, feed-forward network and attention of the tokens that are not targets."""
     model, batch = model_of(config), row()
     with counted_flops() as counted:
         loss_of(model, batch).backward()  # type: ignore[no-untyped-call]
@@ -138,13 +138,13 @@ def test_the_last_block_is_spared_where_nobody_asks(config: EncoderConfig) -> No
     assert counted.get_total_flops() == whole - spared
 
 
-def test_flops_follow_the_rule_of_six_per_parameter_and_token() -> None:
-    """Kaplan et al.: 6 N per token, N without embeddings; short sequences, where attention costs little."""
+def test_flops_follow_six_per_parameter_and_token() -> None:
+    """Kaplan et al.: 6 N per token, N without embeddings. Holds for short sequences, where attention costs little."""
     esm1nv = EncoderConfig()
     per_token = training_flops(esm1nv, 1, 0, 0)
     without_embeddings = esm1nv.num_layers * 12 * esm1nv.hidden_size**2
     assert per_token == 6 * without_embeddings
-    assert training_flops(esm1nv, 512, 512**2, 0) / 512 == pytest.approx(per_token + 12 * 6 * 768 * 512)  # PaLM's term
+    assert training_flops(esm1nv, 512, 512**2, 0) / 512 == pytest.approx(per_token + 12 * 6 * 768 * 512)  # as in PaLM
 
 
 def test_memory_of_esm1nv_in_bf16() -> None:
@@ -156,19 +156,19 @@ def test_memory_of_esm1nv_in_bf16() -> None:
     assert 15e9 < memory.activations < 16e9
 
 
-def test_without_bf16_there_are_no_masters() -> None:
+def test_float32_training_has_no_master_weights() -> None:
     memory = memory_per_device(SMALL, 100, precision="32")
     assert memory.masters == 0
     assert memory.parameters == memory.gradients == 4 * SMALL.parameters
 
 
-def test_sharding_splits_the_moments_over_the_copies_of_the_model() -> None:
+def test_optimizer_sharding_splits_the_moments_over_data_parallel_ranks() -> None:
     whole = memory_per_device(SMALL, 100, precision="bf16", data_parallel=4)
     sharded = memory_per_device(SMALL, 100, precision="bf16", data_parallel=4, shard_optimizer=True)
     assert sharded == replace(whole, moments=whole.moments // 4)
 
 
-def test_tensor_parallel_splits_what_megatron_splits() -> None:
+def test_tensor_parallel_memory_splits_the_tensors_that_megatron_splits() -> None:
     config = EncoderConfig()
     split = {"qkv.weight": 1, "qkv.bias": 1, "proj.weight": 1, "fc1.weight": 1, "fc1.bias": 1, "fc2.weight": 1}
     split |= {"word_embeddings.weight": 1, "output_layer.bias": 1}
@@ -215,17 +215,17 @@ def test_costs_import_neither_torch_nor_nemo() -> None:
         ("cpu", "32", None),
     ],
 )
-def test_peaks_go_by_the_drivers_name_of_a_device(name: str, precision: str, tera: float | None) -> None:
+def test_peak_flops_are_found_by_device_name(name: str, precision: str, tera: float | None) -> None:
     assert peak_flops(name, precision) == (None if tera is None else pytest.approx(tera * 1e12))
 
 
-def test_memory_goes_by_the_drivers_name_of_a_device() -> None:
+def test_device_memory_is_found_by_device_name() -> None:
     assert memory_bytes("NVIDIA A100-SXM4-80GB") == 80e9
     assert memory_bytes("NVIDIA A100-SXM4-40GB") == 40e9
     assert memory_bytes("a GPU of next year") is None
 
 
-def test_no_device_hides_behind_a_pattern_before_it() -> None:
+def test_no_device_pattern_shadows_a_later_one() -> None:
     names = ["GB200", "B200", "GH200 144G HBM3e", "GH200 480GB", "H200 NVL", "H200", "H100 PCIe", "H100 NVL", "H100"]
     names += ["A100-SXM4-80GB", "A100-SXM4-40GB", "V100-SXM2-32GB", "V100-SXM2-16GB", "V100-PCIE-32GB"]
     names += ["V100-PCIE-16GB", "L40S", "L40", "L4", "A40", "A30", "A10G", "A10", "RTX 6000 Ada Generation"]

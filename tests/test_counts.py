@@ -1,6 +1,6 @@
-"""What a step of training does, in counts, which unlike seconds are the same everywhere.
+"""Counts of the work of a training step. Unlike seconds, counts are the same on every machine.
 
-Each number is a ceiling: whoever lowers one writes the lower number here; whoever needs a higher one says why.
+Each number is an upper bound. If you lower a count, write the lower number here. If you need a higher one, explain why.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COPIES = ("copy_", "_to_copy", "clone", "cat", "index", "gather")
 
 
 class Counted(TorchDispatchMode):
-    """Counts the operators called within, the bytes that copies write, and the bytes of new tensors."""
+    """Count the operators that are called, the bytes that copies write, and the bytes of new tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Counted(TorchDispatchMode):
         written = [tensor for tensor in tree_iter(result) if isinstance(tensor, torch.Tensor)]
         known = {t.untyped_storage().data_ptr() for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         new = [tensor for tensor in written if tensor.untyped_storage().data_ptr() not in known]
-        if new or function._schema.is_mutable:  # else it is a view, for which nothing runs
+        if new or function._schema.is_mutable:  # otherwise it is a view, which runs no kernel
             self.operators[name] = self.operators.get(name, 0) + 1
         if name in COPIES:
             self.copied += sum(tensor.nbytes for tensor in written)
@@ -67,11 +67,11 @@ def stream(tiny_split: SequenceSplit) -> TrainingBatches:
 
 
 def counts_of_a_step(batch: PackedBatch, precision: str, **sizes: float) -> Counted:
-    """Of forward and backward pass, clipping and the optimizer's step."""
+    """Return the counts of forward pass, backward pass, gradient clipping and optimizer step."""
     model = tiny_model(precision, **sizes).train()
     masters = MasterWeights(model.named_parameters())
     optimizer = build_optimizer(masters, OptimConfig(), choose_backends("cpu", torch.float32, 0.0))
-    for counted in (Counted(), Counted()):  # the second step has the optimizer's state already
+    for counted in (Counted(), Counted()):  # the second step finds the optimizer state allocated
         masters.zero_gradients()
         with counted:
             cross_entropy(model(batch), batch.targets, reduction="sum").backward()  # type: ignore[no-untyped-call]
@@ -82,11 +82,11 @@ def counts_of_a_step(batch: PackedBatch, precision: str, **sizes: float) -> Coun
 
 
 PRODUCTS = ("_linear_pointwise", "bmm", "gelu", "gelu_backward")
-SHAPES = 700  # oneDNN keeps 1,024 compiled kernels
+SHAPES = 700  # oneDNN caches 1,024 compiled kernels
 
 
 class ProductShapes(TorchDispatchMode):
-    """Collects the distinct shapes of bfloat16 operands, for each of which oneDNN compiles a kernel."""
+    """Collect the distinct shapes of bfloat16 operands. oneDNN compiles one kernel for each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,8 +102,8 @@ class ProductShapes(TorchDispatchMode):
 
 @BF16
 @pytest.mark.slow
-def test_200_steps_of_the_laptop_recipe_present_few_shapes_to_products(sample_store: ProteinStore) -> None:
-    """New proteins at each step, eight a step, as in conf/recipe/laptop.yaml; without buckets there are 12,000."""
+def test_200_steps_of_the_laptop_recipe_use_few_product_shapes(sample_store: ProteinStore) -> None:
+    """Eight new proteins per step, as in conf/recipe/laptop.yaml. Without length buckets there are 12,000 shapes."""
     stream = TrainingBatches(SampleReader(sample_store.split("train"), 512, MaskingPolicy(), seed=42), BatchPlan(8, 8))
     sizes = {"hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2, "num_layers": 2, "seq_length": 512}
     model = tiny_model("bf16", **sizes, hidden_dropout=0.1, attention_dropout=0.1).train()
@@ -117,12 +117,12 @@ def test_200_steps_of_the_laptop_recipe_present_few_shapes_to_products(sample_st
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Of a step over six proteins by two layers of 32; and of what a third layer adds."""
+    """Upper bounds for a step over six proteins with two layers of width 32, and for what a third layer adds."""
 
     calls: int
     calls_a_layer: int
-    copied: int  # bytes a token
-    allocated: int  # bytes a token
+    copied: int  # bytes per token
+    allocated: int  # bytes per token
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ class Ceiling:
         pytest.param("bf16", 0.1, Ceiling(calls=494, calls_a_layer=170, copied=3151, allocated=19982), marks=BF16),
     ],
 )
-def test_a_step_takes_no_more_operators_copies_and_memory(
+def test_step_stays_within_the_bounds_of_operators_copies_and_memory(
     stream: TrainingBatches, precision: str, dropout: float, ceiling: Ceiling
 ) -> None:
     (batch,) = stream[0].micro_batches
@@ -145,8 +145,8 @@ def test_a_step_takes_no_more_operators_copies_and_memory(
     assert two.allocated <= ceiling.allocated * len(batch.tokens)
 
 
-def test_a_batch_is_all_proteins(stream: TrainingBatches) -> None:
-    """Padding efficiency 100%: of each protein its residues, <cls> and <eos>, and nothing between or after."""
+def test_batch_contains_no_padding(stream: TrainingBatches) -> None:
+    """Padding efficiency is 100%: each protein has its residues, <cls> and <eos>, with nothing between or after."""
     (batch,) = stream[0].micro_batches
     _, samples = stream.permutation.samples(np.arange(6))
     residues = np.minimum(stream.reader.split.lengths[samples], 126)
@@ -154,7 +154,7 @@ def test_a_batch_is_all_proteins(stream: TrainingBatches) -> None:
     assert not (batch.tokens == PAD_ID).any()
 
 
-def test_a_batch_of_so_many_tokens_has_room_for_no_further_protein(tiny_split: SequenceSplit) -> None:
+def test_batch_in_tokens_has_no_room_for_the_next_protein(tiny_split: SequenceSplit) -> None:
     plan = BatchPlan(global_batch_tokens=1000, micro_batch_tokens=1000)
     stream = TrainingBatches(SampleReader(tiny_split, 128, MaskingPolicy(), seed=3), plan)
     consumed = 0
@@ -167,8 +167,8 @@ def test_a_batch_of_so_many_tokens_has_room_for_no_further_protein(tiny_split: S
         consumed += share.samples
 
 
-def test_a_batch_travels_between_processes_in_two_bytes_a_token(stream: TrainingBatches) -> None:
-    """As bytes in the pipe, without a file of shared memory for each tensor, which takes a millisecond to open."""
+def test_pickled_batch_takes_two_bytes_per_token(stream: TrainingBatches) -> None:
+    """The batch is sent as bytes in the pipe. A shared-memory file per tensor would take a millisecond to open."""
     (batch,) = stream[6].micro_batches
     travelling = ForkingPickler.dumps(batch)
     assert len(travelling) < 2.1 * len(batch.tokens)
@@ -180,9 +180,9 @@ def test_a_batch_travels_between_processes_in_two_bytes_a_token(stream: Training
 
 
 def test_packing_makes_no_copy(stream: TrainingBatches) -> None:
-    """At its peak it holds the batch that it returns, and room for targets that were not chosen."""
-    many = TrainingBatches(stream.reader, BatchPlan(370, 370))  # ten epochs of them
-    many[0]  # compiled, by now
+    """Peak memory is the returned batch plus the unused capacity for targets."""
+    many = TrainingBatches(stream.reader, BatchPlan(370, 370))  # ten epochs
+    many[0]  # compile first
     tracemalloc.start()
     (batch,) = many[370].micro_batches
     _, peak = tracemalloc.get_traced_memory()

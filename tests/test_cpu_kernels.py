@@ -1,4 +1,4 @@
-"""What a CPU computes by our own hand: linear layers by oneDNN, dropout, and attention with dropout."""
+"""Tests of the CPU kernels: linear layers by oneDNN, dropout, and attention with dropout."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def close(mine: Tensor, exact: Tensor) -> bool:
-    """Within the dtype's tolerance of the largest number."""
+    """Return whether the error is within the tolerance of the dtype, relative to the largest value."""
     return bool((mine.double() - exact).abs().max() <= TOLERANCE[mine.dtype] * exact.abs().max())
 
 
 def leaves(parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Copies that want gradients."""
+    """Return copies that require gradients."""
     return [part.to(dtype, copy=True).requires_grad_() for part in parts]
 
 
@@ -35,7 +35,7 @@ def leaves(parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 130])
-def test_a_linear_layer_and_its_gradients_are_those_of_float64(tokens: int, dtype: torch.dtype) -> None:
+def test_linear_layer_and_its_gradients_equal_float64(tokens: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     parts = [torch.randn(*shape).to(dtype) for shape in ((tokens, 1, 48), (72, 48), (72,))]
     sent_back = torch.randn(tokens, 1, 72).to(dtype)
@@ -53,8 +53,8 @@ def test_a_linear_layer_and_its_gradients_are_those_of_float64(tokens: int, dtyp
         assert close(own.grad, other.grad)
 
 
-def test_no_product_is_given_rows_with_gaps_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would be right, and so slow that nobody would wait for it: such rows are copied first."""
+def test_strided_inputs_are_copied_before_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of strided rows would be correct but very slow."""
     seen: list[Tensor] = []
 
     def watched(input_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -65,23 +65,24 @@ def test_no_product_is_given_rows_with_gaps_between_them(monkeypatch: pytest.Mon
     wide, weight, bias = torch.randn(40, 1, 64), torch.randn(16, 24, requires_grad=True), torch.randn(16)
     output = linear(wide[..., :24].requires_grad_(), weight, bias)
     assert torch.allclose(output, reference_linear(wide[..., :24], weight, bias), atol=1e-5)
-    torch.cat([output, torch.randn(40, 1, 16)], dim=-1).backward(torch.randn(40, 1, 32))  # gives a part of wider rows
+    # The gradient of the output is a slice of wider rows.
+    torch.cat([output, torch.randn(40, 1, 16)], dim=-1).backward(torch.randn(40, 1, 32))
     assert len(seen) == 2 * 3
     assert all(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in seen)
 
 
-def test_nothing_is_computed_for_what_is_frozen() -> None:
+def test_no_gradient_is_computed_for_frozen_weights() -> None:
     weight, bias = torch.randn(8, 4), torch.randn(8)
     given = torch.randn(3, 1, 4, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         linear(given, weight, bias).sum().backward()
     (products,) = (event.count for event in seen.key_averages() if event.key == "mkldnn::_linear_pointwise")
-    assert products == 2  # the output, and the gradient of the input
+    assert products == 2  # the output and the gradient of the input
     assert weight.grad is bias.grad is None
 
 
-def test_every_large_product_of_a_step_is_onednns() -> None:
-    """MKL, to which PyTorch gives float32, is half as fast on AMD's processors."""
+def test_every_large_product_of_a_step_uses_onednn() -> None:
+    """PyTorch uses MKL for float32, which is half as fast on AMD processors."""
     model = tiny_model().train()
     batch = batch_of([encode(PROTEIN * times) for times in (1, 3, 2)])
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
@@ -97,7 +98,7 @@ def test_every_large_product_of_a_step_is_onednns() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("probability", [0.1, 0.5])
-def test_a_share_is_dropped_and_the_rest_scaled_so_that_the_mean_stays(probability: float, dtype: torch.dtype) -> None:
+def test_dropout_rate_and_scale_are_correct(probability: float, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     scales = dropout_scale((400, 500), probability, dtype)
     kept = torch.tensor(1 / (1 - round(probability * 65536) / 65536), dtype=torch.float64).to(dtype)
@@ -106,7 +107,7 @@ def test_a_share_is_dropped_and_the_rest_scaled_so_that_the_mean_stays(probabili
     assert (scales == 0).double().mean().item() == pytest.approx(probability, abs=5 * deviation)
 
 
-def test_what_is_dropped_follows_from_pytorchs_seed_and_is_another_at_every_call() -> None:
+def test_dropout_depends_on_the_seed_of_pytorch_and_differs_between_calls() -> None:
     torch.manual_seed(3)
     first, second = dropout_scale((64, 64), 0.3, torch.float32), dropout_scale((64, 64), 0.3, torch.float32)
     torch.manual_seed(3)
@@ -114,7 +115,7 @@ def test_what_is_dropped_follows_from_pytorchs_seed_and_is_another_at_every_call
     assert not torch.equal(first, second)
 
 
-def test_both_precisions_drop_the_same() -> None:
+def test_float32_and_bfloat16_drop_the_same_elements() -> None:
     torch.manual_seed(3)
     wide = dropout_scale((33, 7), 0.3, torch.float32)
     torch.manual_seed(3)
@@ -122,14 +123,14 @@ def test_both_precisions_drop_the_same() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (1,), (3,), (5, 1, 3), (2, 4)])
-def test_any_shape_is_filled(shape: tuple[int, ...]) -> None:
+def test_dropout_scale_supports_any_shape(shape: tuple[int, ...]) -> None:
     scales = dropout_scale(shape, 0.5, torch.float32)
     assert scales.shape == shape
     assert set(scales.unique().tolist()) <= {0.0, 2.0}
 
 
-def test_draws_do_not_hang_together() -> None:
-    """Neither neighbours, nor the four draws of a word, nor rows of an activation, nor one call with the next."""
+def test_dropout_draws_are_uncorrelated() -> None:
+    """Covers neighbours, the four draws of a word, rows of an activation, and consecutive calls."""
     torch.manual_seed(0)
     size = 2**20
     one, other = ((dropout_scale((size,), 0.5, torch.float64) - 1) for _ in range(2))
@@ -138,13 +139,13 @@ def test_draws_do_not_hang_together() -> None:
     assert abs((one * other).mean().item()) < 5 / size**0.5
 
 
-def test_dropout_is_for_training() -> None:
+def test_dropout_is_off_in_evaluation() -> None:
     layer, ones = Dropout(0.5), torch.ones(100, 10)
     assert set(layer(ones).unique().tolist()) == {0.0, 2.0}
     assert layer.eval()(ones) is ones
 
 
-def test_output_bias_and_residual_are_added_with_what_is_kept() -> None:
+def test_output_and_bias_are_dropped_together_and_added_to_the_residual() -> None:
     output, residual = (torch.randn(20, 1, 8, requires_grad=True) for _ in range(2))
     bias = torch.randn(8)
     torch.manual_seed(5)
@@ -158,7 +159,7 @@ def test_output_bias_and_residual_are_added_with_what_is_kept() -> None:
     assert torch.equal(get_dropout_add(False, False)((output, bias), residual, 0.25), residual + (output + bias))
 
 
-def test_without_gradients_the_residual_is_left_as_it_was() -> None:
+def test_residual_is_not_modified_without_gradients() -> None:
     output, residual = torch.ones(4, 1, 2), torch.ones(4, 1, 2)
     with torch.no_grad():
         assert get_dropout_add(False, False)((output, None), residual, 0.0).eq(2).all()
@@ -170,8 +171,8 @@ def test_without_gradients_the_residual_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_drops_weights_as_the_formula_does(dtype: torch.dtype, dropout: float) -> None:
-    """softmax(q k^T / sqrt(D)) with some weights dropped, times v; in float64, with what our draws keep."""
+def test_attention_with_dropout_equals_the_formula(dtype: torch.dtype, dropout: float) -> None:
+    """softmax(q k^T / sqrt(D)) with dropout, times v, in float64 with the same dropout mask."""
     torch.manual_seed(0)
     lengths, heads, size = (9, 9, 4), 3, 16
     bounds = torch.tensor([0, 9, 18, 22], dtype=torch.int32)
@@ -184,7 +185,7 @@ def test_attention_drops_weights_as_the_formula_does(dtype: torch.dtype, dropout
     torch.manual_seed(8)
     output = attention_by_sequence(*mine, layout, dropout)
     torch.manual_seed(8)
-    drawn = (9, 4) if dtype == torch.float32 else (32, 32)  # bfloat16 computes padded lengths
+    drawn = (9, 4) if dtype == torch.float32 else (32, 32)  # bfloat16 uses padded lengths
     kept = [
         *dropout_scale((6, drawn[0], drawn[0]), dropout, dtype)[:, :9, :9].double().split(3),
         dropout_scale((3, drawn[1], drawn[1]), dropout, dtype)[:, :4, :4].double(),
@@ -204,8 +205,8 @@ def test_attention_drops_weights_as_the_formula_does(dtype: torch.dtype, dropout
         assert close(own.grad, other.grad)
 
 
-def test_the_gpus_nested_kernel_answers_at_some_places_as_the_cpus_does() -> None:
-    """Which the last block asks for in training; run here on a CPU, gradients included."""
+def test_nested_gpu_attention_at_selected_positions_equals_the_cpu_kernel() -> None:
+    """The last block uses it in training. The test runs it on a CPU and compares gradients too."""
     torch.manual_seed(0)
     bounds, places = torch.tensor([0, 9, 18, 22], dtype=torch.int32), torch.tensor([0, 3, 9, 10, 11, 18, 21])
     layout = PackedRow(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=9, max_seqlen_kv=9)

@@ -1,4 +1,4 @@
-"""Batches for pretraining: the same whatever the workers, ranks, micro batches and resumes."""
+"""Tests of pretraining batches: independent of loader workers, ranks, micro batches and resumes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from bionemo_esm.data.store import ProteinStore, SequenceSplit
 
 
 class Shown(NamedTuple):
-    """One sequence of a batch as the model sees it: the tokens, where it has to answer, and the answers."""
+    """One sequence of a batch as the model sees it: tokens, target positions and targets."""
 
     tokens: tuple[int, ...]
     target_places: tuple[int, ...]
@@ -37,7 +37,7 @@ class Shown(NamedTuple):
 
     @property
     def true_residues(self) -> bytes:
-        """The protein (or its window) before corruption, without specials."""
+        """Return the protein (or its window) before corruption, without special tokens."""
         tokens = list(self.tokens)
         for place, target in zip(self.target_places, self.targets, strict=True):
             tokens[place] = target
@@ -45,7 +45,7 @@ class Shown(NamedTuple):
 
 
 def shown(batches: RankBatch | list[PackedBatch]) -> list[Shown]:
-    """All sequences of some batches, in order."""
+    """Return all sequences of the batches in order."""
     sequences = []
     for batch in batches.micro_batches if isinstance(batches, RankBatch) else batches:
         for begin, end in itertools.pairwise(batch.cu_seqlens.tolist()):
@@ -73,13 +73,13 @@ def first_steps(source: TrainingBatches, steps: int, consumed: int = 0, num_work
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_batches_are_the_same_at_any_number_of_loader_workers(tiny_split: SequenceSplit, num_workers: int) -> None:
     source = stream(tiny_split, BatchPlan(8, 4, rank=1, world_size=2))
-    inline = first_steps(source, steps=12)  # into the third epoch
+    inline = first_steps(source, steps=12)  # reaches the third epoch
     assert first_steps(source, steps=12, num_workers=num_workers) == inline
     assert len({sequence for step in inline for sequence in step}) > 40
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_the_shares_of_all_ranks_are_the_global_batch_of_one(tiny_split: SequenceSplit, world_size: int) -> None:
+def test_batches_of_all_ranks_together_are_the_global_batch(tiny_split: SequenceSplit, world_size: int) -> None:
     whole = stream(tiny_split, BatchPlan(12, 12))
     shares = [stream(tiny_split, BatchPlan(12, 2, rank, world_size)) for rank in range(world_size)]
     for consumed in (0, 12, 30, 12_000):
@@ -89,7 +89,7 @@ def test_the_shares_of_all_ranks_are_the_global_batch_of_one(tiny_split: Sequenc
 
 
 @pytest.mark.parametrize(("micro_batch_size", "accumulation"), [(1, 12), (3, 4), (4, 3), (12, 1)])
-def test_micro_batches_and_accumulation_do_not_change_what_is_shown(
+def test_micro_batch_size_and_accumulation_do_not_change_the_samples(
     tiny_split: SequenceSplit, micro_batch_size: int, accumulation: int
 ) -> None:
     ranks = [stream(tiny_split, BatchPlan(24, micro_batch_size, rank, world_size=2)) for rank in (0, 1)]
@@ -101,14 +101,14 @@ def test_micro_batches_and_accumulation_do_not_change_what_is_shown(
     assert Counter(both) == Counter(shown(stream(tiny_split, BatchPlan(24, 24))[48]))
 
 
-def test_a_resume_goes_on_as_the_unbroken_stream(tiny_split: SequenceSplit) -> None:
+def test_resumed_stream_equals_the_unbroken_stream(tiny_split: SequenceSplit) -> None:
     unbroken = first_steps(stream(tiny_split, BatchPlan(8, 8)), steps=15)
     for done in (1, 7, 14):
         resumed = first_steps(stream(tiny_split, BatchPlan(8, 4)), steps=15 - done, consumed=8 * done)
         assert list(map(Counter, resumed)) == list(map(Counter, unbroken[done:]))
 
 
-def test_a_resume_with_other_ranks_and_another_batch_skips_and_repeats_nothing(tiny_split: SequenceSplit) -> None:
+def test_resume_at_another_world_size_and_batch_size_sees_the_same_samples(tiny_split: SequenceSplit) -> None:
     unbroken = shown(stream(tiny_split, BatchPlan(64, 64))[0])
     before = [s for rank in range(3) for s in shown(stream(tiny_split, BatchPlan(24, 8, rank, 3))[0])]
     after = [s for rank in range(2) for s in shown(stream(tiny_split, BatchPlan(40, 5, rank, 2))[24])]
@@ -116,8 +116,8 @@ def test_a_resume_with_other_ranks_and_another_batch_skips_and_repeats_nothing(t
     assert Counter(after) == Counter(unbroken[24:])
 
 
-def test_an_epoch_shows_every_protein_once_and_the_next_one_corrupts_it_anew(tiny_split: SequenceSplit) -> None:
-    """At 1,026 tokens nothing is cropped."""
+def test_epoch_shows_every_protein_once_with_new_corruption_in_each_epoch(tiny_split: SequenceSplit) -> None:
+    """At 1,026 tokens no protein is cropped."""
     size = len(tiny_split)
     epochs = [shown(stream(tiny_split, BatchPlan(size, size), max_tokens=1026)[epoch * size]) for epoch in range(3)]
     stored = sorted(tiny_split[i].tobytes() for i in range(size))
@@ -127,14 +127,14 @@ def test_an_epoch_shows_every_protein_once_and_the_next_one_corrupts_it_anew(tin
     assert all(by_protein[0][p] != by_protein[1][p] != by_protein[2][p] for p in by_protein[0])
 
 
-def test_another_seed_orders_and_corrupts_otherwise(tiny_split: SequenceSplit) -> None:
+def test_another_seed_gives_another_order_and_corruption(tiny_split: SequenceSplit) -> None:
     first, second = (shown(stream(tiny_split, BatchPlan(37, 37), seed, max_tokens=1026)[0]) for seed in (1, 2))
     assert [s.true_residues for s in first] != [s.true_residues for s in second]
     assert Counter(s.true_residues for s in first) == Counter(s.true_residues for s in second)
     assert len(set(first) & set(second)) < 5  # only the shortest can coincide
 
 
-def test_long_proteins_are_shown_through_another_window_in_each_epoch(tiny_split: SequenceSplit) -> None:
+def test_long_proteins_show_another_window_in_each_epoch(tiny_split: SequenceSplit) -> None:
     size = len(tiny_split)
     proteins = {protein.tobytes() for protein in (tiny_split[i] for i in range(size)) if len(protein) > 510}
     assert len(proteins) == 4  # of 511, 512, 700 and 1000 residues
@@ -148,8 +148,8 @@ def test_long_proteins_are_shown_through_another_window_in_each_epoch(tiny_split
     assert min(map(len, windows.values())) >= 2
 
 
-def test_batches_are_dealt_anew_to_another_rank(tiny_split: SequenceSplit) -> None:
-    """As the trainer does once it knows the rank: the same data, another share."""
+def test_batches_can_be_reassigned_to_another_rank(tiny_split: SequenceSplit) -> None:
+    """As in the trainer, which learns its rank later: the same data, another part of each global batch."""
     source = stream(tiny_split, BatchPlan(12, 2, world_size=3))
     for rank in range(3):
         assert shown(source.on_rank(rank)[24]) == shown(stream(tiny_split, BatchPlan(12, 2, rank, 3))[24])
@@ -159,22 +159,20 @@ def test_batches_are_dealt_anew_to_another_rank(tiny_split: SequenceSplit) -> No
     assert shown([second[0]]) == shown([validation[1]])
 
 
-def test_a_stream_reaches_a_worker_that_is_spawned(tiny_split: SequenceSplit) -> None:
+def test_batch_stream_can_be_pickled_for_spawned_workers(tiny_split: SequenceSplit) -> None:
     source = stream(tiny_split, BatchPlan(8, 4))
     assert shown(pickle.loads(pickle.dumps(source))[16]) == shown(source[16])
     batches = ValidationBatches(evaluation_reader(tiny_split), 5)
     assert shown([pickle.loads(pickle.dumps(batches))[2]]) == shown([batches[2]])
 
 
-def test_consumed_samples_count_on_without_end(tiny_split: SequenceSplit) -> None:
+def test_consumed_samples_continue_past_the_end_of_an_epoch(tiny_split: SequenceSplit) -> None:
     source = stream(tiny_split, BatchPlan(53_280, 370, world_size=144))
     assert list(itertools.islice(ConsumedSamples(source, 65_120 * 3), 3)) == [195_360, 248_640, 301_920]
 
 
 @pytest.mark.parametrize(("global_batch", "micro_batch", "world_size"), [(65_120, 370, 144), (10, 4, 1), (10, 5, 4)])
-def test_a_global_batch_that_cannot_be_dealt_evenly_is_refused(
-    global_batch: int, micro_batch: int, world_size: int
-) -> None:
+def test_indivisible_global_batch_is_refused(global_batch: int, micro_batch: int, world_size: int) -> None:
     with pytest.raises(ValueError, match="evenly") as error:
         BatchPlan(global_batch, micro_batch, 0, world_size)
     for number in (global_batch, micro_batch, world_size, micro_batch * world_size):
@@ -183,7 +181,7 @@ def test_a_global_batch_that_cannot_be_dealt_evenly_is_refused(
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_shows_every_protein_once_over_all_ranks(tiny_split: SequenceSplit, world_size: int) -> None:
-    """37 proteins in batches of 5: the last batch is a short one. Batches are the same at any number of ranks."""
+    """37 proteins in batches of 5 leave a short last batch. Batches are the same at any world size."""
     reader = evaluation_reader(tiny_split, max_tokens=1026)
     ranks = [ValidationBatches(reader, 5, rank, world_size) for rank in range(world_size)]
     assert sum(map(len, ranks)) == 8
@@ -208,14 +206,14 @@ def test_validation_does_not_depend_on_the_batch_size(tiny_split: SequenceSplit)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_validation_is_the_same_every_time(tiny_split: SequenceSplit, num_workers: int) -> None:
+def test_validation_is_the_same_on_every_pass(tiny_split: SequenceSplit, num_workers: int) -> None:
     batches = ValidationBatches(evaluation_reader(tiny_split), 5, rank=1, world_size=2)
     expected = [shown([batches[i]]) for i in range(len(batches))]
     for _ in range(2):
         assert [shown([batch]) for batch in validation_loader(batches, num_workers, pin_memory=False)] == expected
 
 
-def test_validation_shows_every_chosen_residue_as_mask_and_no_other(sample_store: ProteinStore) -> None:
+def test_validation_replaces_every_target_by_mask_and_no_other_residue(sample_store: ProteinStore) -> None:
     batches = ValidationBatches(evaluation_reader(sample_store.split("validation")), 64)
     targets = residues = 0
     for index in range(len(batches)):
@@ -227,15 +225,15 @@ def test_validation_shows_every_chosen_residue_as_mask_and_no_other(sample_store
 
 
 def reference_perplexity(train: list[bytes], batches: list[PackedBatch]) -> float:
-    """Letter by letter in double precision, without NumPy."""
+    """Return the perplexity computed letter by letter in double precision, without NumPy."""
     counts = Counter(itertools.chain.from_iterable(train))
     total = sum(counts.values()) + 33
     losses = [-math.log((counts[t] + 1) / total) for batch in batches for t in batch.targets.tolist()]
     return math.exp(math.fsum(losses) / len(losses))
 
 
-def test_unigram_perplexity_of_the_sample_is_that_of_proteins(sample_store: ProteinStore) -> None:
-    """20 if all residues were equally common; by their frequency, about 18."""
+def test_unigram_perplexity_of_the_sample_is_typical_of_proteins(sample_store: ProteinStore) -> None:
+    """Uniform residue frequencies would give 20. The frequencies of proteins give about 18."""
     train = sample_store.split("train")
     batches = ValidationBatches(evaluation_reader(sample_store.split("validation")), 64)
     perplexity = unigram_perplexity(train, batches)
@@ -245,10 +243,10 @@ def test_unigram_perplexity_of_the_sample_is_that_of_proteins(sample_store: Prot
     assert perplexity == pytest.approx(expected, rel=1e-12)
 
 
-def test_unigram_perplexity_stays_finite_for_letters_that_training_never_shows(
+def test_unigram_perplexity_is_finite_for_letters_absent_from_training(
     sample_store: ProteinStore, tiny_split: SequenceSplit
 ) -> None:
-    """`tiny_split` has X, B, U, Z and O; the sample's train part has none of them."""
+    """`tiny_split` has X, B, U, Z and O. The train split of the sample has none of them."""
     policy = MaskingPolicy(mlm_probability=1.0).for_evaluation()
     batches = ValidationBatches(SampleReader(tiny_split, 1026, policy, seed=1), 64)
     train = sample_store.split("train")
@@ -258,7 +256,7 @@ def test_unigram_perplexity_stays_finite_for_letters_that_training_never_shows(
     assert perplexity == pytest.approx(expected, rel=1e-12)
 
 
-def test_validation_refuses_a_reader_that_shows_answers(tiny_split: SequenceSplit) -> None:
+def test_validation_refuses_a_reader_with_the_training_masking_policy(tiny_split: SequenceSplit) -> None:
     with pytest.raises(ValueError, match="validation must hide every chosen residue"):
         ValidationBatches(SampleReader(tiny_split, 128, MaskingPolicy(), seed=1), 5)
 
@@ -272,6 +270,6 @@ def test_validation_refuses_a_reader_that_shows_answers(tiny_split: SequenceSpli
         ((4, 1, 2, 2), "rank 2 is not one of 2"),
     ],
 )
-def test_a_plan_that_cannot_be_is_refused(plan: tuple[int, ...], message: str) -> None:
+def test_invalid_batch_plan_is_refused(plan: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BatchPlan(*plan)

@@ -1,4 +1,4 @@
-"""`bionemo-esm doctor`: says what is here, tries it, and ends with a verdict and an exit code."""
+"""Tests of `bionemo-esm doctor`: environment report, self-test, verdict and exit code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def report(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dic
     return code, json.loads(capfd.readouterr().out)
 
 
-def test_a_machine_that_can_train_is_ready(capfd: pytest.CaptureFixture[str]) -> None:
+def test_machine_that_can_train_is_ready(capfd: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--precision", "32"]) == 0
     page = capfd.readouterr().out
     assert page.rstrip().endswith("\nready")
@@ -35,14 +35,14 @@ def test_a_machine_that_can_train_is_ready(capfd: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
-def test_the_self_test_trains_a_step(precision: str) -> None:
+def test_self_test_trains_a_step(precision: str) -> None:
     result = selftest.self_test(CPU, precision)
     assert result.precision == {"32": "float32", "bf16": "bfloat16"}[precision]
-    assert 3 < result.loss < 4  # ln 33 = 3.5: it knows nothing yet
+    assert 3 < result.loss < 4  # ln 33 = 3.5, the loss of a uniform prediction
     assert result.packing_difference < selftest.TOLERANCE[torch.float32 if precision == "32" else torch.bfloat16]
 
 
-def test_attention_that_sees_other_sequences_is_found(
+def test_attention_across_sequences_is_detected(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def one_for_all(query: Any, key: Any, value: Any, layout: Any, dropout: float) -> Any:
@@ -56,14 +56,16 @@ def test_attention_that_sees_other_sequences_is_found(
     assert "a packed row gives other logits than its sequences one by one" in found["problems"][0]
 
 
-def test_adam_that_does_nothing_is_found(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_optimizer_that_changes_nothing_is_detected(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: None)
     code, found = report(capfd, "--precision", "32")
     assert code == 1
     assert "changed no weight" in found["problems"][0]
 
 
-def test_a_kernel_that_raises_is_told_without_a_traceback(
+def test_kernel_error_is_reported_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: Any) -> Any:
@@ -76,7 +78,7 @@ def test_a_kernel_that_raises_is_told_without_a_traceback(
     assert "Traceback" not in output.out + output.err
 
 
-def test_a_driver_that_torch_cannot_use_is_a_problem(
+def test_driver_that_torch_cannot_use_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     driver = tmp_path / "version"
@@ -86,12 +88,12 @@ def test_a_driver_that_torch_cannot_use_is_a_problem(
     code, found = report(capfd, "--quick")
     assert code == 1
     assert "an NVIDIA driver is here, but torch sees no GPU" in found["problems"][0]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # then it is meant
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hides the GPUs on purpose
     assert report(capfd, "--quick")[0] == 0
 
 
 @pytest.mark.parametrize(("name", "value"), [("SLURM_GPUS_ON_NODE", "8"), ("CUDA_VISIBLE_DEVICES", "0,1")])
-def test_gpus_that_were_promised_and_are_not_there_are_a_problem(
+def test_promised_but_missing_gpus_are_a_problem(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -102,7 +104,7 @@ def test_gpus_that_were_promised_and_are_not_there_are_a_problem(
     assert doctor.main(["--quick"]) == 0
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "REQUIRED", (*doctor.REQUIRED, "nemo-of-the-future"))
     code, found = report(capfd)
     assert code == 1
@@ -118,7 +120,7 @@ def test_quick_imports_neither_nemo_nor_megatron() -> None:
     assert done.stdout.endswith("ready\n0 []\n")
 
 
-def test_secrets_of_the_environment_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_in_the_environment_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("NCCL_API_TOKEN", "hidden")
     shown = doctor._environment()
@@ -126,13 +128,13 @@ def test_secrets_of_the_environment_are_not_shown(monkeypatch: pytest.MonkeyPatc
     assert "hidden" not in shown.values()
 
 
-def test_why_a_better_kernel_is_not_in_use() -> None:
+def test_import_problem_gives_the_reason_a_backend_is_unavailable() -> None:
     assert backends.import_problem("json") is None
     assert backends.import_problem("no_such_engine.pytorch") == "No module named 'no_such_engine'"
 
 
 def examine(folder: Path, rank: int, port: int, ill: int | None) -> None:
-    """What one of two ranks does under torchrun; its output goes to a file."""
+    """Run the doctor as one of two ranks under torchrun, with output to a file."""
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "doctor", "WORLD_SIZE": 2}
     os.environ.update({key: str(value) for key, value in (places | {"RANK": rank, "LOCAL_RANK": rank}).items()})
     os.dup2(os.open(folder / f"{rank}.json", os.O_WRONLY | os.O_CREAT), 1)
@@ -142,7 +144,7 @@ def examine(folder: Path, rank: int, port: int, ill: int | None) -> None:
 
 
 @pytest.mark.parametrize("ill", [None, 1])
-def test_under_a_launcher_all_ranks_give_one_verdict(tmp_path: Path, ill: int | None) -> None:
+def test_all_ranks_under_a_launcher_give_one_verdict(tmp_path: Path, ill: int | None) -> None:
     server = multiprocessing.get_context("forkserver")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -155,7 +157,7 @@ def test_under_a_launcher_all_ranks_give_one_verdict(tmp_path: Path, ill: int | 
         process.kill()
     assert [process.exitcode for process in ranks] == ([0, 0] if ill is None else [1, 1])
     found = json.loads((tmp_path / "0.json").read_text())
-    assert (tmp_path / "1.json").read_text() == ""  # rank 0 speaks for all
+    assert (tmp_path / "1.json").read_text() == ""  # only rank 0 prints
     if ill is None:
         assert found["all_reduce"]["ranks"] == 2
         assert found["all_reduce"]["bus_gb_per_second"] > 0

@@ -1,4 +1,4 @@
-"""The documents keep their promises: commands compose, Python runs, paths and links exist, the site builds."""
+"""Tests of the documents: commands compose, Python runs, paths and links exist, the site builds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from models import tiny_model
 from runs import ROOT, composed
 from scripts.structure import PATH as READING_PATH
 
-COMMANDS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {  # configuration, its folder in conf/, what reads it
+COMMANDS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {  # configuration, its folder in conf/, its loader
     "pretrain": ("pretrain_esm1nv", "", load_recipe),
     "preprocess": ("preprocess_uniref50", "", lambda config: config),
     "average": ("average_checkpoints", "", load_average_config),
@@ -62,13 +62,13 @@ PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").g
 
 
 def code_blocks(page: str, language: str) -> list[str]:
-    """The code blocks of a language, also those that are indented in a list."""
+    """Return the code blocks of a language, including those indented in a list."""
     blocks = re.findall(rf"^ *```{language}[^\n]*\n(.*?)^ *```", (ROOT / page).read_text(), re.S | re.M)
     return [re.sub(r"^    ", "", block, flags=re.M) if block.startswith("    ") else block for block in blocks]
 
 
 def commands_of(page: str) -> list[tuple[str, list[str]]]:
-    """Name and settings of each command in the bash blocks and the table cells of a page."""
+    """Return name and settings of each command in the bash blocks and table cells of a page."""
     lines = "\n".join(code_blocks(page, "bash")).replace("\\\n", " ").splitlines()
     lines += re.findall(r"\| `((?:bionemo-esm|sbatch) [^`]+)` \|", (ROOT / page).read_text())
     commands = []
@@ -81,15 +81,15 @@ def commands_of(page: str) -> list[tuple[str, list[str]]]:
                 assert name in {*COMMANDS, *OTHER_COMMANDS} or name.startswith("-"), f"{page}: {line}"
                 nodes = (
                     re.findall(r"--nodes=(\d+)", line) if word.endswith(".sbatch") else []
-                )  # the job's script adds it
+                )  # pretrain.sbatch adds this setting
                 commands.append((name, [*words[index + 1 :], *(f"trainer.num_nodes={count}" for count in nodes)]))
                 break
     return commands
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/extending.md"])  # that one has its own tests
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/extending.md"])  # it has its own tests
 def test_every_command_of_a_page_is_accepted(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Composed and read as the command does; where a model is named, a small one is there."""
+    """Compose and load each command as its program does. A small model stands in for each named model."""
     monkeypatch.chdir(tmp_path)
     tiny_model().save_to("tiny.nemo")
     for name, words in commands_of(page):
@@ -111,7 +111,7 @@ def test_every_command_of_a_page_is_accepted(page: str, tmp_path: Path, monkeypa
             path.unlink(missing_ok=True)
 
 
-def test_the_readme_shows_the_two_commands_and_one_for_each_use() -> None:
+def test_readme_shows_the_two_main_commands_and_one_per_use() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^make (\w+)", "\n".join(code_blocks("README.md", "bash")), re.M)
     assert targets == ["pretrain", "test"]
@@ -121,11 +121,11 @@ def test_the_readme_shows_the_two_commands_and_one_for_each_use() -> None:
     assert len(README.splitlines()) <= 130
 
 
-def test_the_readme_names_the_folder_that_make_pretrain_fills() -> None:
+def test_readme_names_the_run_folder_of_make_pretrain() -> None:
     assert str(load_recipe(composed("recipe=laptop")).run_folder) in README
 
 
-def test_every_setting_in_the_tutorials_table_is_a_key() -> None:
+def test_every_setting_in_the_table_of_the_tutorial_is_a_key() -> None:
     settings = re.findall(r"^\| [^|`]+ \| `([^`]+)` \|$", TUTORIAL, re.M)
     assert len(settings) >= 4
     for setting in settings:
@@ -133,7 +133,7 @@ def test_every_setting_in_the_tutorials_table_is_a_key() -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
-def test_the_notebook_code_of_a_page_runs_as_it_stands(page: str, tmp_path: Path) -> None:
+def test_notebook_code_of_a_page_runs_unchanged(page: str, tmp_path: Path) -> None:
     (block,) = (code for code in code_blocks(page, "python") if "ProteinModel" in code)
     path = re.search(r'load\("(.+?)"\)', block)
     assert path is not None
@@ -158,7 +158,7 @@ def test_every_import_in_the_documents_works() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_pictures_and_files_that_a_document_names_exist(document: Path) -> None:
+def test_links_pictures_and_files_named_in_a_document_exist(document: Path) -> None:
     text = document.read_text()
     for target, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)(#[^)]+)?\)", text):
         path = document.parent / target if target else document
@@ -172,12 +172,12 @@ def test_links_pictures_and_files_that_a_document_names_exist(document: Path) ->
         assert (ROOT / "tests" / name).exists(), name
 
 
-def test_the_architecture_page_lists_the_files_of_the_reading_path_in_order() -> None:
+def test_architecture_page_lists_the_files_of_the_reading_path_in_order() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     assert re.findall(r"^\d\. `([^`]+)`: (.+)$", text, re.M) == [(path, what) for path, what in READING_PATH]
 
 
-def test_every_decision_has_a_statement_and_a_reason_of_one_line_each() -> None:
+def test_every_decision_has_a_statement_and_a_one_line_reason() -> None:
     text = (ROOT / "docs" / "decisions.md").read_text()
     entries = [entry for entry in text.split("\n\n") if entry.startswith("**")]
     assert len(entries) >= 40
@@ -187,8 +187,8 @@ def test_every_decision_has_a_statement_and_a_reason_of_one_line_each() -> None:
         assert reason.startswith("*Reason:* "), decision
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    """Offline, too: the build asks no other server. `strict` makes an error of every broken link and anchor."""
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """The build needs no network. `strict` makes every broken link and anchor an error."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "https_proxy": "http://127.0.0.1:9"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Downloads: every way in which a server, a network or a disk can fail, against a server on this machine."""
+"""Tests of downloads: failures of server, network and disk, with a server on this machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fetch(server: Server, target: Path, **options: object) -> Path:
     return download(server.url + DATA, target, **settings)  # type: ignore[arg-type]
 
 
-def test_a_file_arrives_whole_and_alone(server: Server, target: Path) -> None:
+def test_download_writes_the_whole_file_and_nothing_else(server: Server, target: Path) -> None:
     seen: list[tuple[int, int | None]] = []
     assert fetch(server, target, progress=lambda *now: seen.append(now)) == target
     assert target.read_bytes() == CONTENT
@@ -41,21 +41,22 @@ def test_a_file_arrives_whole_and_alone(server: Server, target: Path) -> None:
     assert len(seen) > 5
 
 
-def test_a_whole_file_is_not_downloaded_again(server: Server, target: Path) -> None:
+def test_complete_file_is_not_downloaded_again(server: Server, target: Path) -> None:
     target.write_bytes(CONTENT)
     fetch(server, target)
     assert server.seen == []
 
 
-def test_a_file_with_one_bit_changed_is_replaced(server: Server, target: Path) -> None:
+def test_file_with_a_flipped_bit_is_replaced(server: Server, target: Path) -> None:
     target.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
     fetch(server, target)
     assert target.read_bytes() == CONTENT
 
 
-def test_a_download_goes_on_after_each_lost_connection(server: Server, target: Path, pauses: list[float]) -> None:
+def test_download_resumes_after_each_lost_connection(server: Server, target: Path, pauses: list[float]) -> None:
     server.fail(*[Reply(drop_after=100_000)] * 5)
-    fetch(server, target, retries=1)  # as each attempt gains something, one retry is enough for any number of them
+    # Every attempt makes progress, so one retry is enough for any number of lost connections.
+    fetch(server, target, retries=1)
     assert target.read_bytes() == CONTENT
     begins = [0 if asked is None else int(asked[6:-1]) for asked in server.ranges]
     assert begins == sorted(set(begins))
@@ -64,9 +65,7 @@ def test_a_download_goes_on_after_each_lost_connection(server: Server, target: P
     assert pauses == [1.0] * 5
 
 
-def test_without_any_gain_the_pauses_double_and_the_retries_end(
-    server: Server, target: Path, pauses: list[float]
-) -> None:
+def test_pauses_double_and_retries_end_without_progress(server: Server, target: Path, pauses: list[float]) -> None:
     server.every = Reply(status=503)
     with pytest.raises(ReleaseError, match=r"HTTP status 503 \(9 attempts in a row\)"):
         fetch(server, target)
@@ -74,14 +73,14 @@ def test_without_any_gain_the_pauses_double_and_the_retries_end(
     assert names(target.parent) == []
 
 
-def test_a_server_that_is_busy_is_asked_again(server: Server, target: Path, pauses: list[float]) -> None:
+def test_busy_server_is_retried(server: Server, target: Path, pauses: list[float]) -> None:
     server.fail(Reply(status=503), Reply(status=500), Reply(status=408))
     fetch(server, target)
     assert target.read_bytes() == CONTENT
     assert pauses == [1, 2, 4]
 
 
-def test_the_pause_a_server_asks_for_is_made(server: Server, target: Path, pauses: list[float]) -> None:
+def test_retry_after_header_sets_the_pause(server: Server, target: Path, pauses: list[float]) -> None:
     later = formatdate(time() + 100, usegmt=True)
     server.fail(Reply(429, {"Retry-After": "17"}), Reply(503, {"Retry-After": later}), Reply(429, {"Retry-After": "x"}))
     fetch(server, target)
@@ -90,7 +89,7 @@ def test_the_pause_a_server_asks_for_is_made(server: Server, target: Path, pause
     assert pauses[2] == 4
 
 
-def test_a_pause_of_hours_is_an_error(server: Server, target: Path, pauses: list[float]) -> None:
+def test_retry_after_of_hours_is_an_error(server: Server, target: Path, pauses: list[float]) -> None:
     server.fail(Reply(429, {"Retry-After": "7200"}))
     with pytest.raises(ReleaseError, match="asks to wait for 7200 s; run it again after that"):
         fetch(server, target)
@@ -98,7 +97,7 @@ def test_a_pause_of_hours_is_an_error(server: Server, target: Path, pauses: list
 
 
 @pytest.mark.parametrize("status", [404, 403, 410])
-def test_what_another_attempt_will_not_mend_is_an_error_at_once(server: Server, target: Path, status: int) -> None:
+def test_permanent_http_error_is_not_retried(server: Server, target: Path, status: int) -> None:
     server.every = Reply(status=status)
     with pytest.raises(ReleaseError, match=f"HTTP status {status}; check"):
         fetch(server, target)
@@ -106,21 +105,21 @@ def test_what_another_attempt_will_not_mend_is_an_error_at_once(server: Server, 
     assert names(target.parent) == []
 
 
-def test_a_server_without_ranges_sends_the_file_again_from_its_start(server: Server, target: Path) -> None:
+def test_server_without_ranges_restarts_the_file(server: Server, target: Path) -> None:
     server.fail(Reply(drop_after=300_000), Reply(ranges=False, drop_after=200_000), Reply(ranges=False))
     fetch(server, target)
     assert target.read_bytes() == CONTENT
     assert [status for *_, status in server.seen] == [200, 200, 200]
 
 
-def test_a_server_without_ranges_that_never_finishes_is_given_up(server: Server, target: Path) -> None:
+def test_server_without_ranges_that_never_finishes_is_given_up(server: Server, target: Path) -> None:
     server.every = Reply(ranges=False, drop_after=200_000)
     with pytest.raises(ReleaseError, match="3 attempts in a row"):
         fetch(server, target, retries=2)
     assert len(server.seen) == 3
 
 
-def test_a_body_shorter_than_told_is_continued(server: Server, target: Path) -> None:
+def test_body_shorter_than_its_content_length_is_continued(server: Server, target: Path) -> None:
     server.fail(Reply(body=CONTENT[:400_000], length_told=len(CONTENT), headers={"ETag": f'"{MD5}"'}))
     fetch(server, target)
     assert target.read_bytes() == CONTENT
@@ -129,17 +128,15 @@ def test_a_body_shorter_than_told_is_continued(server: Server, target: Path) -> 
 
 
 @pytest.mark.parametrize("told", [len(CONTENT) + 1, len(CONTENT) - 1])
-def test_a_file_of_another_size_than_expected_is_refused_before_it_is_read(
-    server: Server, target: Path, told: int
-) -> None:
+def test_file_of_unexpected_size_is_refused_before_reading(server: Server, target: Path, told: int) -> None:
     server.every = Reply(length_told=told)
     with pytest.raises(ReleaseError, match=f"has {told} bytes at the server, {len(CONTENT)} expected"):
         fetch(server, target, progress=lambda *_: pytest.fail("read some of it"))
     assert names(target.parent) == []
 
 
-def test_a_body_of_no_told_length_that_never_ends_is_cut_off(server: Server, target: Path) -> None:
-    told = {"Content-Length": "unknown"}  # read until the connection closes
+def test_endless_body_of_unknown_length_is_cut_off(server: Server, target: Path) -> None:
+    told = {"Content-Length": "unknown"}  # the client reads until the connection closes
     server.every = Reply(body=CONTENT * 3, headers=told)
     read: list[int] = []
     with pytest.raises(ReleaseError, match=f"at the server, {len(CONTENT)} expected"):
@@ -148,14 +145,14 @@ def test_a_body_of_no_told_length_that_never_ends_is_cut_off(server: Server, tar
     assert names(target.parent) == []
 
 
-def test_a_body_of_no_told_length_that_ends_early_is_continued(server: Server, target: Path) -> None:
+def test_body_of_unknown_length_that_ends_early_is_continued(server: Server, target: Path) -> None:
     server.fail(Reply(headers={"Content-Length": "unknown"}, drop_after=300_000))
     fetch(server, target)
     assert target.read_bytes() == CONTENT
     assert [status for *_, status in server.seen] == [200, 206]
 
 
-def test_another_content_of_the_same_size_is_removed(server: Server, target: Path) -> None:
+def test_other_content_of_the_same_size_is_removed(server: Server, target: Path) -> None:
     server.files[DATA] = CONTENT[::-1]
     found = hashlib.md5(CONTENT[::-1]).hexdigest()
     with pytest.raises(ReleaseError, match=f"with MD5 {found}, {MD5} expected"):
@@ -163,7 +160,7 @@ def test_another_content_of_the_same_size_is_removed(server: Server, target: Pat
     assert names(target.parent) == []
 
 
-def test_a_gzip_file_called_a_gzip_encoding_is_not_decompressed(server: Server, target: Path) -> None:
+def test_gzip_file_with_gzip_content_encoding_is_not_decompressed(server: Server, target: Path) -> None:
     server.every = Reply(headers={"Content-Encoding": "gzip"})
     fetch(server, target)
     assert target.read_bytes() == CONTENT
@@ -177,7 +174,7 @@ def stop_after(length: int) -> Progress:
     return stop
 
 
-def test_what_arrived_before_ctrl_c_is_not_downloaded_again(server: Server, target: Path) -> None:
+def test_partial_download_before_ctrl_c_is_resumed(server: Server, target: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fetch(server, target, progress=stop_after(300_000))
     part = target.with_name(f"{target.name}.part")
@@ -192,7 +189,7 @@ def test_what_arrived_before_ctrl_c_is_not_downloaded_again(server: Server, targ
 
 
 @pytest.mark.parametrize("etags", [True, False])
-def test_a_file_that_changed_meanwhile_is_not_glued_to_its_old_half(server: Server, target: Path, etags: bool) -> None:
+def test_file_changed_on_the_server_is_downloaded_from_the_start(server: Server, target: Path, etags: bool) -> None:
     server.etags = etags
     server.every = Reply(headers={"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"})
     server.files[DATA] = CONTENT[::-1]
@@ -206,7 +203,9 @@ def test_a_file_that_changed_meanwhile_is_not_glued_to_its_old_half(server: Serv
 
 
 @pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"weak"'}])
-def test_a_part_that_nothing_vouches_for_is_started_over(server: Server, target: Path, headers: dict[str, str]) -> None:
+def test_partial_file_without_a_strong_validator_is_restarted(
+    server: Server, target: Path, headers: dict[str, str]
+) -> None:
     server.etags = False
     server.every = Reply(headers=headers)
     with pytest.raises(KeyboardInterrupt):
@@ -215,7 +214,7 @@ def test_a_part_that_nothing_vouches_for_is_started_over(server: Server, target:
     assert server.ranges == [None, None]
 
 
-def test_a_part_from_another_address_is_started_over(server: Server, target: Path) -> None:
+def test_partial_file_from_another_url_is_restarted(server: Server, target: Path) -> None:
     server.files["/other"] = CONTENT[::-1]
     with pytest.raises(KeyboardInterrupt):
         download(f"{server.url}/other", target, progress=stop_after(300_000))
@@ -224,7 +223,7 @@ def test_a_part_from_another_address_is_started_over(server: Server, target: Pat
     assert target.read_bytes() == CONTENT
 
 
-def test_another_part_than_was_asked_for_is_not_used(server: Server, target: Path) -> None:
+def test_wrong_content_range_is_not_used(server: Server, target: Path) -> None:
     wrong = {"Content-Range": f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"}
     server.fail(Reply(drop_after=300_000), Reply(headers=wrong))
     fetch(server, target)
@@ -232,7 +231,7 @@ def test_another_part_than_was_asked_for_is_not_used(server: Server, target: Pat
     assert [status for *_, status in server.seen] == [200, 206, 200]
 
 
-def test_a_part_that_lacks_nothing_is_finished(server: Server, target: Path) -> None:
+def test_complete_partial_file_is_finished(server: Server, target: Path) -> None:
     for options in ({"size": None, "md5": MD5}, {"size": len(CONTENT), "md5": MD5}):
         server.seen.clear()
         with pytest.raises(KeyboardInterrupt):
@@ -243,7 +242,7 @@ def test_a_part_that_lacks_nothing_is_finished(server: Server, target: Path) -> 
         target.unlink()
 
 
-def test_a_part_longer_than_the_file_is_started_over(server: Server, target: Path) -> None:
+def test_partial_file_longer_than_the_file_is_restarted(server: Server, target: Path) -> None:
     part = target.with_name(f"{target.name}.part")
     part.write_bytes(CONTENT + b"more")
     part.with_name(f"{part.name}.json").write_text(json.dumps({"url": server.url + DATA, "validator": f'"{MD5}"'}))
@@ -252,7 +251,7 @@ def test_a_part_longer_than_the_file_is_started_over(server: Server, target: Pat
     assert target.read_bytes() == CONTENT
 
 
-def test_a_damaged_note_beside_a_part_starts_it_over(server: Server, target: Path) -> None:
+def test_damaged_metadata_of_a_partial_file_restarts_it(server: Server, target: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fetch(server, target, progress=stop_after(300_000))
     target.with_name(f"{target.name}.part.json").write_text('{"url": ')
@@ -260,7 +259,7 @@ def test_a_damaged_note_beside_a_part_starts_it_over(server: Server, target: Pat
     assert server.ranges == [None, None]
 
 
-def test_a_redirect_is_followed(server: Server, target: Path) -> None:
+def test_redirect_is_followed(server: Server, target: Path) -> None:
     server.files["/elsewhere"] = CONTENT
     server.fail(Reply(302, {"Location": "/elsewhere"}))
     fetch(server, target)
@@ -269,14 +268,14 @@ def test_a_redirect_is_followed(server: Server, target: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["http://example.org/uniref50.fasta.gz", "ftp://127.0.0.1/uniref50.fasta.gz"])
-def test_a_redirect_to_what_is_not_https_is_refused(server: Server, target: Path, place: str) -> None:
+def test_redirect_to_another_scheme_than_https_is_refused(server: Server, target: Path, place: str) -> None:
     server.every = Reply(302, {"Location": place})
     with pytest.raises(ReleaseError, match=f"^{place}: .*https"):
         fetch(server, target)
     assert len(server.seen) == 1
 
 
-def test_a_redirect_in_a_circle_is_an_error(server: Server, target: Path) -> None:
+def test_redirect_loop_is_an_error(server: Server, target: Path) -> None:
     server.every = Reply(302, {"Location": DATA})
     with pytest.raises(ReleaseError, match="redirects"):
         fetch(server, target)
@@ -293,20 +292,20 @@ def test_a_redirect_in_a_circle_is_an_error(server: Server, target: Path) -> Non
         "https://",
     ],
 )
-def test_only_https_is_accepted_from_elsewhere(target: Path, url: str) -> None:
+def test_only_https_is_accepted_from_other_hosts(target: Path, url: str) -> None:
     with pytest.raises(ReleaseError, match="https"):
         download(url, target)
     assert names(target.parent) == []
 
 
-def test_no_answer_at_all_is_an_error(server: Server, target: Path, pauses: list[float]) -> None:
+def test_unreachable_server_is_an_error(server: Server, target: Path, pauses: list[float]) -> None:
     server.server_close()
     with pytest.raises(ReleaseError, match=r"no answer .* check the connection"):
         fetch(server, target, retries=2)
     assert pauses == [1, 2]
 
 
-def test_a_server_that_falls_silent_is_asked_again(
+def test_silent_server_is_retried_after_the_timeout(
     server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Handler.end_headers
@@ -324,7 +323,7 @@ def test_a_server_that_falls_silent_is_asked_again(
     assert target.read_bytes() == CONTENT
 
 
-def test_too_small_a_disk_is_found_before_the_download(
+def test_too_small_disk_is_found_before_the_download(
     server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=len(CONTENT) - 1))
@@ -334,7 +333,9 @@ def test_too_small_a_disk_is_found_before_the_download(
     assert names(target.parent) == []
 
 
-def test_what_has_arrived_needs_no_room_again(server: Server, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_check_subtracts_the_bytes_already_downloaded(
+    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         fetch(server, target, progress=stop_after(300_000))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=len(CONTENT) - 300_000))
@@ -342,13 +343,13 @@ def test_what_has_arrived_needs_no_room_again(server: Server, target: Path, monk
     assert target.read_bytes() == CONTENT
 
 
-def test_a_folder_that_cannot_be_one_is_an_error(server: Server, tmp_path: Path) -> None:
+def test_target_below_a_file_is_an_error(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ReleaseError, match=r"file: .*; choose another folder"):
         fetch(server, tmp_path / "file" / "uniref50.fasta.gz")
 
 
-def test_a_second_process_at_the_same_target_is_told_so(server: Server, target: Path) -> None:
+def test_second_process_with_the_same_target_is_refused(server: Server, target: Path) -> None:
     part = target.with_name(f"{target.name}.part")
     with part.open("wb") as other:
         other.write(b"theirs")
@@ -360,7 +361,7 @@ def test_a_second_process_at_the_same_target_is_told_so(server: Server, target: 
     assert server.seen == []
 
 
-def test_a_part_renamed_before_it_was_locked_is_left_alone(
+def test_partial_file_renamed_before_its_lock_is_left_alone(
     server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = fcntl.flock
@@ -375,6 +376,6 @@ def test_a_part_renamed_before_it_was_locked_is_left_alone(
     assert names(target.parent) == [target.name]
 
 
-def test_a_name_that_cannot_be_resolved_is_told_at_once(tmp_path: Path) -> None:
+def test_unresolvable_host_is_reported_without_retries(tmp_path: Path) -> None:
     with pytest.raises(ReleaseError, match=r"the name no-such-host\.invalid cannot be resolved; check the connection"):
         download("https://no-such-host.invalid/uniref50.fasta.gz", tmp_path / "file")

@@ -1,4 +1,4 @@
-"""Models of other libraries with random weights, and their files, as those libraries make and write both."""
+"""Models of other libraries with random weights, and their files as those libraries write them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FairESM = esm.ESM2 | esm.ProteinBertModel
 Model = TypeVar("Model", bound=nn.Module)
 
 ALPHABET = esm.Alphabet.from_architecture("ESM-1b")
-FAMILIES: dict[str, State] = {  # in the words of Hugging Face's configuration
+FAMILIES: dict[str, State] = {  # keys of Hugging Face's configuration
     "ESM-1nv": {"position_embedding_type": "absolute", "emb_layer_norm_before": False, "token_dropout": False},
     "ESM-1b": {"position_embedding_type": "absolute", "emb_layer_norm_before": True, "token_dropout": True},
     "ESM-1v": {"position_embedding_type": "absolute", "emb_layer_norm_before": False, "token_dropout": True},
@@ -29,13 +29,13 @@ FAMILIES: dict[str, State] = {  # in the words of Hugging Face's configuration
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of an encoder; `spread` is the standard deviation of its random weights."""
+    """Sizes of an encoder. `spread` is the standard deviation of its random weights."""
 
     layers: int
     hidden: int
     heads: int
     spread: float = 0.2
-    ffn: int | None = None  # None is 4 x hidden, which fair-esm's ESM-2 has in any case
+    ffn: int | None = None  # None means 4 x hidden, which fair-esm's ESM-2 always uses
 
     def __str__(self) -> str:
         return f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads"
@@ -48,9 +48,9 @@ SMALL = Shape(2, 32, 4, ffn=64)
 
 
 def hugging_face_model(family: str, shape: Shape = SMALL, tokens: int = 1024, **changes: Any) -> EsmForMaskedLM:
-    """`EsmForMaskedLM` of one of `FAMILIES`, without dropout; `changes` are keys of its configuration.
+    """Return `EsmForMaskedLM` of one of `FAMILIES`, without dropout. `changes` are keys of its configuration.
 
-    The two rows of positions that no token has are random too, but for ESM-1nv's, which are zeros.
+    The two position rows that no token uses are random too, except for ESM-1nv, where they are zero.
     """
     settings: State = {
         "vocab_size": len(TOKENS),
@@ -64,7 +64,7 @@ def hugging_face_model(family: str, shape: Shape = SMALL, tokens: int = 1024, **
         "layer_norm_eps": 1e-5,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "attn_implementation": "eager",  # the one that gives its attention maps
+        "attn_implementation": "eager",  # the implementation that returns attention maps
     }
     model = randomized(EsmForMaskedLM(EsmConfig(**settings | FAMILIES[family] | changes)), shape.spread)
     if family == "ESM-1nv":
@@ -74,7 +74,7 @@ def hugging_face_model(family: str, shape: Shape = SMALL, tokens: int = 1024, **
 
 
 def fair_esm_model(family: str, shape: Shape = SMALL, tokens: int = 1024) -> FairESM:
-    """fair-esm's class for ESM-1b, ESM-1v or ESM-2; the last takes any number of tokens."""
+    """Return fair-esm's class for ESM-1b, ESM-1v or ESM-2. ESM-2 accepts any number of tokens."""
     if family == "ESM-2":
         return randomized(esm.ESM2(shape.layers, shape.hidden, shape.heads, ALPHABET), shape.spread)
     sizes = {"layers": shape.layers, "embed_dim": shape.hidden, "attention_heads": shape.heads}
@@ -86,9 +86,9 @@ def fair_esm_model(family: str, shape: Shape = SMALL, tokens: int = 1024) -> Fai
 
 @torch.no_grad()
 def randomized(model: Model, spread: float) -> Model:
-    """The model with random values of its own in every parameter, so that none can be taken for another.
+    """Fill every parameter with distinct random values, so that no two parameters can be confused.
 
-    Rotary frequencies are rounded to float16, as those of released models may be.
+    Rotary frequencies are rounded to float16, as they may be in released models.
     """
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
@@ -107,7 +107,7 @@ def randomized(model: Model, spread: float) -> Model:
 
 
 def saved(model: EsmForMaskedLM, folder: Path, **options: Any) -> Path:
-    """A folder as on the Hub: what `save_pretrained(**options)` writes of the model, and of its tokenizer."""
+    """Write a folder as on the Hub: model by `save_pretrained(**options)` and tokenizer."""
     model.save_pretrained(folder, **options)
     (folder / "vocab.txt").write_text("\n".join(TOKENS))
     EsmTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
@@ -115,9 +115,9 @@ def saved(model: EsmForMaskedLM, folder: Path, **options: Any) -> Path:
 
 
 def released(model: FairESM, **arguments: Any) -> tuple[State, State]:
-    """What the two files of a model hold that fair-esm released: the model, and its regression for contacts.
+    """Return the content of the two files of a released fair-esm model: the model and its contact regression.
 
-    `arguments` are fairseq's besides, or instead of, those that follow from the model; None leaves one out.
+    `arguments` add to or replace the fairseq arguments that follow from the model. None removes one.
     """
     weights: State = {}
     regression: State = {}
