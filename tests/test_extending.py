@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md: written to files as they stand, installed by pip, and run by their commands."""
+"""The examples of docs/extending.md: written to files unchanged, installed with pip, run with their commands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def commands(section: str) -> list[list[str]]:
 
 
 def run(arguments: list[str], folder: Path, site: Path) -> str:
-    """Run a command with the packages of `site`; its screen. The command succeeds."""
+    """Run a command with the packages of `site`, check that it succeeds, and return its standard output."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
     done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,7 +50,7 @@ def run_commands(section: str, folder: Path, site: Path) -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page's package, installed by pip into a folder of its own."""
+    """Install the page's package with pip into a separate folder."""
     source, target = tmp_path_factory.mktemp("my-plugin"), tmp_path_factory.mktemp("site")
     (source / "my_plugin").mkdir()
     (source / "my_plugin" / "__init__.py").touch()
@@ -65,7 +65,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model, proteins and labels for the commands."""
+    """Return a folder with a model, proteins and labels for the commands."""
     tiny_model().save_to(str(tmp_path / "model.nemo"))
     proteins = list(read_fasta(ROOT / "bionemo_esm" / "data" / "sample" / "test.fasta.gz"))[:12]
     sequences = [record.sequence.decode()[:60] for record in proteins]
@@ -77,7 +77,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_an_optimizer_of_another_package_trains_and_continues_from_its_state(site: Path, tmp_path: Path) -> None:
+def test_an_optimizer_from_another_package_trains_and_continues_from_its_state(site: Path, tmp_path: Path) -> None:
     text = run_commands("An optimizer", tmp_path, site)
     assert "Done in" in text
     (command,) = commands("An optimizer")
@@ -88,14 +88,14 @@ def test_an_optimizer_of_another_package_trains_and_continues_from_its_state(sit
 
 
 @pytest.mark.slow
-def test_a_head_of_another_package_is_fitted_and_predicts(site: Path, folder: Path) -> None:
+def test_a_head_from_another_package_is_trained_and_predicts(site: Path, folder: Path) -> None:
     run_commands("A head", folder, site)
     with (folder / "predictions.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 12
 
 
 @pytest.mark.slow
-def test_an_embedding_writer_of_another_package_writes_what_it_reads(site: Path, folder: Path) -> None:
+def test_an_embedding_writer_from_another_package_round_trips(site: Path, folder: Path) -> None:
     run_commands("An embedding writer", folder, site)
     arguments = [word.replace(".jsonl", ".npz") for word in commands("An embedding writer")[0][1:]]
     run([sys.executable, "-m", "bionemo_esm", *arguments], folder, site)
@@ -120,7 +120,7 @@ def test_a_model_family_is_one_configuration_file(tmp_path: Path, monkeypatch: p
 
 
 def test_a_masking_rule_is_one_function(tmp_path: Path) -> None:
-    """The page's function in place of the one of the same name selects spans."""
+    """Replace the function of the same name with the page's function, which selects spans."""
     shutil.copytree(ROOT / "bionemo_esm", tmp_path / "bionemo_esm", ignore=shutil.ignore_patterns("__pycache__"))
     ((title, code),) = titled_blocks(SECTIONS["A masking rule"])
     lines = (tmp_path / title).read_text().splitlines()
@@ -135,7 +135,7 @@ def test_a_masking_rule_is_one_function(tmp_path: Path) -> None:
     assert spans == {"...", "***"}
 
 
-def test_no_example_needs_more_files_than_it_should() -> None:
+def test_each_example_stays_within_its_number_of_files() -> None:
     most = {"An optimizer": 3, "A head": 2, "An embedding writer": 2, "A model family": 1, "A masking rule": 1}
     found = {name: len(files) for name, files in Structure().extension_files().items()}
     assert found.keys() == most.keys()

@@ -1,4 +1,4 @@
-"""fair-esm's files: what is taken in answers as what fair-esm loads; everything else is refused by name."""
+"""Import from fair-esm: the outputs match fair-esm's, and invalid files are refused with their name."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ JUNK = {
     "clip_norm": float("inf"), "restore_file": None, "dtype": torch.float16, "filtered": {"a", "b"}, "shape": (1, 2),
     "encoder_layers_to_keep": None, "activation_fn": "gelu",
 }  # fmt: skip
-"""What fairseq's arguments have besides, of many kinds."""
+"""Further fairseq arguments, of many types."""
 
 
 def contents(family: str, half: bool = False, **arguments: Any) -> tuple[State, State]:
-    """What the two files of a released model hold; an argument of None is left out."""
+    """Return the contents of a released model's two files; an argument of None is omitted."""
     state, regression = released(fair_esm_model(family, SHAPE, MAX_POSITIONS), **JUNK | arguments)
     if half:
         weights = state["model"] = {name: tensor.half() for name, tensor in state["model"].items()}
-        # still one tensor, as it is in the model
+        # keep the tied weights one tensor, as in the model
         weights["encoder.lm_head.weight"] = weights["encoder.sentence_encoder.embed_tokens.weight"]
     return state, regression
 
@@ -62,12 +62,12 @@ def taken(path: Path) -> tuple[SourceModel, ImportedWeights]:
     return foreign, to_native(foreign.tensors, foreign.config, foreign.key_mapping)
 
 
-# --- the same answers -------------------------------------------------------------------------------------------------
+# --- equal outputs ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def batch(tiny_split: SequenceSplit) -> PackedBatch:
-    """Three proteins, the first with rare letters and a fifth of its residues masked, the last of one residue."""
+    """Return three proteins: the first has rare letters and a fifth of it masked, the last has one residue."""
     proteins = [tiny_split[10][:120], tiny_split[3], tiny_split[0]]
     residues = np.concatenate(proteins)
     chosen = (np.arange(len(residues)) % 5 == 2) & (np.arange(len(residues)) < len(proteins[0]))
@@ -76,7 +76,7 @@ def batch(tiny_split: SequenceSplit) -> PackedBatch:
 
 
 def answers(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, list[Tensor]]:
-    """fair-esm's logits in one row, and contacts of each protein."""
+    """Return fair-esm's logits as one packed row, and the contacts of each protein."""
     lengths = batch.cu_seqlens.diff().tolist()
     rows = padded(batch, batch.tokens)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def answers(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, list[Tensor]]
     [("ESM-1b", "esm1b_t2", False), ("ESM-1v", "esm1v_t2_1", False), ("ESM-2", "esm2_t2", True)],
     ids=["ESM-1b", "ESM-1v", "ESM-2-float16"],
 )
-def test_the_model_answers_as_fair_esm_answers_after_loading_the_same_file(
+def test_the_imported_model_matches_fair_esm_on_the_same_file(
     family: str, name: str, half: bool, batch: PackedBatch, tmp_path: Path
 ) -> None:
     state, regression = contents(family, half, dropout=0.1)
@@ -124,7 +124,7 @@ def test_the_model_answers_as_fair_esm_answers_after_loading_the_same_file(
     assert any("contact-regression.pt; it is not there" in note for note in foreign.notes) != has_contacts
 
 
-def test_every_byte_that_is_hashed_is_told(tmp_path: Path) -> None:
+def test_progress_counts_every_hashed_byte(tmp_path: Path) -> None:
     path = written(tmp_path / "released", *contents("ESM-2"))
     told: list[int] = []
     read_fair_esm(path, advance=told.append)
@@ -132,7 +132,7 @@ def test_every_byte_that_is_hashed_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "left"), [("ESM-1b", False), ("ESM-2", True)])
-def test_the_row_of_mask_is_erased_where_fair_esm_erases_it(family: str, left: bool, tmp_path: Path) -> None:
+def test_the_mask_embedding_is_zeroed_where_fair_esm_zeroes_it(family: str, left: bool, tmp_path: Path) -> None:
     state, _ = contents(family)
     row = state["model"]["encoder.sentence_encoder.embed_tokens.weight"][MASK_ID].clone()
     _, model = taken(written(tmp_path / "released", state))
@@ -141,17 +141,17 @@ def test_the_row_of_mask_is_erased_where_fair_esm_erases_it(family: str, left: b
     assert torch.equal(words[MASK_ID], row if left else torch.zeros(32))
 
 
-def test_what_fairseq_keeps_beside_the_weights_is_left_out_and_told(tmp_path: Path) -> None:
+def test_training_state_of_fairseq_is_left_out_with_a_note(tmp_path: Path) -> None:
     state, regression = contents("ESM-1b", activation_dropout=0.1, token_dropout=None)
     moments = {"last_optimizer_state": {"state": {0: {"exp_avg": torch.ones(3)}}}, "extra_state": {"epoch": 3}}
     foreign, model = taken(written(tmp_path / "released", state | moments, regression))
     assert foreign.notes[0] == "left out of esm1b_random.pt: 'extra_state', 'last_optimizer_state'"
     assert any("activation_dropout" in note for note in foreign.notes)
     assert model.notes == ()
-    assert not model.config.token_dropout  # as fair-esm has it where the arguments do not say
+    assert not model.config.token_dropout  # fair-esm's value for a missing argument
 
 
-def test_arguments_are_found_without_their_prefix_too(tmp_path: Path) -> None:
+def test_arguments_without_the_encoder_prefix_are_accepted(tmp_path: Path) -> None:
     sizes = {"layers": 2, "embed_dim": 32, "attention_heads": 4}
     bare = sizes | {f"encoder_{name}": None for name in sizes}
     foreign, _ = taken(written(tmp_path / "released", contents("ESM-1b", **bare)[0]))
@@ -165,7 +165,7 @@ def test_arguments_are_found_without_their_prefix_too(tmp_path: Path) -> None:
 
 
 def refused(path: Path, match: str, kind: type[UserError] = InterchangeError) -> None:
-    """Reading or taking fails with one error of one line that begins with the path of the file."""
+    """Check that reading or converting fails with a one-line error that starts with the file's path."""
     with pytest.raises(kind, match=match) as caught:
         taken(path)
     assert str(caught.value).startswith((f"{path}: ", f"{path.with_suffix('')}-contact-regression.pt: "))
@@ -185,7 +185,7 @@ def refused(path: Path, match: str, kind: type[UserError] = InterchangeError) ->
         (None, "args has no 'arch'"),
     ],
 )
-def test_other_architectures_are_refused_by_name(arch: str | None, match: str, tmp_path: Path) -> None:
+def test_other_architectures_are_refused_with_their_name(arch: str | None, match: str, tmp_path: Path) -> None:
     refused(written(tmp_path / "released", contents("ESM-1b", arch=arch)[0]), match)
 
 
@@ -210,7 +210,7 @@ def test_other_architectures_are_refused_by_name(arch: str | None, match: str, t
     ],
     ids=lambda value: "-".join(map(str, value.items())) if isinstance(value, dict) else "",
 )
-def test_sizes_that_are_missing_or_wrong_are_named(family: str, arguments: State, match: str, tmp_path: Path) -> None:
+def test_missing_or_invalid_sizes_are_named(family: str, arguments: State, match: str, tmp_path: Path) -> None:
     refused(written(tmp_path / "released", contents(family, **arguments)[0]), match)
 
 
@@ -250,7 +250,7 @@ TOKENS, LAYER = "encoder.sentence_encoder.embed_tokens.weight", "encoder.sentenc
         "regression-of-another-size", "more-in-regression", "regression-overwrites",
     ],
 )  # fmt: skip
-def test_tensors_that_are_missing_left_over_or_wrong_are_named(
+def test_missing_unexpected_or_invalid_tensors_are_named(
     change: Callable[[State, State], None], match: str, tmp_path: Path
 ) -> None:
     state, regression = contents("ESM-1b")
@@ -258,7 +258,7 @@ def test_tensors_that_are_missing_left_over_or_wrong_are_named(
     refused(written(tmp_path / "released", state, regression), match)
 
 
-def test_files_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
+def test_other_kinds_of_files_are_recognised_and_refused(tmp_path: Path) -> None:
     state, regression = contents("ESM-1b")
     weights = state["model"]
     learned = contents("ESM-2")[0]
@@ -278,7 +278,7 @@ def test_files_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
     refused(tmp_path, "no such file")
 
 
-def test_a_file_that_asks_for_code_is_refused_and_esmfold_is_recognised(tmp_path: Path) -> None:
+def test_a_pickle_that_imports_code_is_refused_and_esmfold_is_recognised(tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
     state, _ = contents("ESM-1b", hook=replace)
@@ -288,7 +288,7 @@ def test_a_file_that_asks_for_code_is_refused_and_esmfold_is_recognised(tmp_path
     refused(written(tmp_path / "fold", folding), r"it asks for omegaconf\.\S+, .*ESMFold's files have such")
 
 
-def test_damage_is_told_of_the_file_that_has_it(tmp_path: Path) -> None:
+def test_an_error_names_the_damaged_file(tmp_path: Path) -> None:
     path = written(tmp_path / "released", *contents("ESM-1b"))
     regression = tmp_path / "released" / "esm1b_random-contact-regression.pt"
     regression.write_text("version https://git-lfs.github.com/spec/v1\n")

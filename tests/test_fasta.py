@@ -1,4 +1,4 @@
-"""The FASTA reader: what it takes, and what it refuses with a reason."""
+"""The FASTA reader: accepted files, and refusals with a reason."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sequences(records: list[FastaRecord]) -> list[str]:
     return [record.sequence.decode() for record in records]
 
 
-def test_records_come_in_order_with_header_number_and_offset(tmp_path: Path) -> None:
+def test_records_are_in_order_with_header_number_and_offset(tmp_path: Path) -> None:
     records = read(tmp_path, THREE)
     assert [record.header for record in records] == ["sp|P0CG48|UBC_HUMAN Ubiquitin", "1CRN", "1PGA GB1"]
     assert [record.id for record in records] == ["sp|P0CG48|UBC_HUMAN", "1CRN", "1PGA"]
@@ -71,14 +71,14 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("content", LAYOUTS.values(), ids=LAYOUTS)
-def test_layout_does_not_matter(tmp_path: Path, content: bytes) -> None:
+def test_line_layout_does_not_change_the_records(tmp_path: Path, content: bytes) -> None:
     records = read(tmp_path, content)
     assert sequences(records) == [UBIQUITIN, CRAMBIN, GB1]
     assert [record.header for record in records] == ["sp|P0CG48|UBC_HUMAN Ubiquitin", "1CRN", "1PGA GB1"]
     assert all(content[record.offset : record.offset + 1] == b">" for record in records)
 
 
-def test_gzip_of_one_member_or_many_reads_as_plain(tmp_path: Path) -> None:
+def test_gzip_with_one_or_many_members_reads_like_plain_text(tmp_path: Path) -> None:
     plain = read(tmp_path, THREE)
     middle = len(THREE) // 2
     assert read(tmp_path, gzip.compress(THREE)) == plain
@@ -88,7 +88,7 @@ def test_gzip_of_one_member_or_many_reads_as_plain(tmp_path: Path) -> None:
     )
 
 
-def test_zstd_of_one_frame_or_many_reads_as_plain(tmp_path: Path) -> None:
+def test_zstd_with_one_or_many_frames_reads_like_plain_text(tmp_path: Path) -> None:
     plain = read(tmp_path, THREE)
     middle = len(THREE) // 2
     assert read(tmp_path, zstandard.compress(THREE)) == plain
@@ -99,14 +99,14 @@ PACKINGS: dict[str, Callable[[bytes], bytes]] = {"plain": bytes, "gzip": gzip.co
 
 
 @pytest.mark.parametrize("pack", PACKINGS.values(), ids=PACKINGS)
-def test_standard_input_reads_as_a_file(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+def test_standard_input_reads_like_a_file(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     code = "from bionemo_esm.data.fasta import read_fasta; print([r.sequence.decode() for r in read_fasta('-')])"
     done = subprocess.run([sys.executable, "-c", code], input=pack(THREE), capture_output=True, check=True)
     assert ast.literal_eval(done.stdout.decode()) == [UBIQUITIN, CRAMBIN, GB1]
 
 
 @pytest.mark.parametrize("pack", PACKINGS.values(), ids=PACKINGS)
-def test_block_boundaries_leave_no_trace(
+def test_block_size_does_not_change_the_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[[bytes], bytes]
 ) -> None:
     whole = read(tmp_path, THREE)
@@ -136,7 +136,7 @@ def test_empty_headers_and_empty_sequences_are_records(tmp_path: Path) -> None:
     ]
 
 
-def test_case_and_symbols_are_left_to_the_caller(tmp_path: Path) -> None:
+def test_case_and_symbols_are_passed_through(tmp_path: Path) -> None:
     assert sequences(read(tmp_path, b">a\nmkT-.*j\n")) == ["mkT-.*j"]
 
 
@@ -228,13 +228,13 @@ OTHER_FORMATS = {
 
 
 @pytest.mark.parametrize("case", OTHER_FORMATS)
-def test_a_file_of_another_format_is_named_with_the_remedy(tmp_path: Path, case: str) -> None:
+def test_a_file_of_another_format_is_refused_with_the_remedy(tmp_path: Path, case: str) -> None:
     content, what, remedy = OTHER_FORMATS[case]
     with refused("fasta.format", tmp_path / "proteins.fasta", f"is {what}", remedy):
         read(tmp_path, content)
 
 
-def test_a_zip_archive_is_unpacked_first(tmp_path: Path) -> None:
+def test_a_zip_archive_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="compressed with zip; decompress it first with `unzip`"):
         read(tmp_path, zipped())
 
@@ -250,7 +250,7 @@ def test_nucleotides_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["GATTACA", "GAGAGS" * 9, "A" * 99, "GAAAG" * 20, CRAMBIN, UBIQUITIN, ""])
-def test_peptides_repeats_and_proteins_are_no_nucleotides(text: str) -> None:
+def test_peptides_repeats_and_proteins_are_not_taken_for_nucleotides(text: str) -> None:
     refuse_nucleotides("x.fasta", counts(text))
 
 
@@ -261,7 +261,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
         next(read_fasta(tmp_path))
 
 
-def test_a_truncated_gzip_gives_its_whole_records_then_an_error(
+def test_a_truncated_gzip_gives_its_complete_records_then_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "_UNPACKED_BYTES", 16)
@@ -285,12 +285,12 @@ def test_a_flipped_bit_in_a_gzip_is_found(tmp_path: Path, where: float) -> None:
         read(tmp_path, bytes(damaged))
 
 
-def test_text_after_the_gzip_stream_is_damage(tmp_path: Path) -> None:
+def test_text_after_the_gzip_stream_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FastaError, match="the gzip stream is damaged"):
         read(tmp_path, gzip.compress(THREE) + b">late\nMK\n")
 
 
-def test_a_record_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_above_the_size_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fasta.MAX_RECORD_BYTES == 64 * 2**20
     monkeypatch.setattr(fasta, "MAX_RECORD_BYTES", 2 * 2**20)
     content = b">1CRN\n" + CRAMBIN.encode() + b"\n>chromosome\n" + b"ACGT" * 2**20

@@ -1,6 +1,6 @@
-"""What a run does when it is stopped, killed, starved or fed NaN: what lies on disk then, and what the next run does.
+"""Faults in a run: signals, kills, damaged files, full disks and NaN.
 
-Each case ends in the same question: is the run that went on bit for bit the run that nothing happened to?
+Each test resumes the run and compares it bit for bit with an undisturbed run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one rank that nothing happens to."""
+    """Return the folder of an undisturbed run on one rank."""
     folder = tmp_path_factory.mktemp("faults") / "one"
     assert run(folder).codes == [0]
     return folder
@@ -43,7 +43,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks that nothing happens to."""
+    """Return the folder of an undisturbed run on two ranks."""
     folder = tmp_path_factory.mktemp("faults") / "two"
     assert run(folder, ranks=2).codes == [0, 0]
     return folder
@@ -54,7 +54,7 @@ def die() -> None:
 
 
 def assert_whole(folder: Path) -> list[int]:
-    """Every file under a final name is intact, whatever happened; the steps of the checkpoints."""
+    """Check that every file under a final name is intact; return the steps of the checkpoints."""
     for path in (*folder.glob("averaging/step-*.nemo"), *folder.glob("checkpoints/step-*.ckpt")):
         ArchiveFile.open(path).verify()
     files = [ArchiveFile.open(path) for path in sorted((folder / "checkpoints").glob("step-*.ckpt"))]
@@ -62,7 +62,7 @@ def assert_whole(folder: Path) -> list[int]:
 
 
 def assert_same(folder: Path, unbroken: Path) -> None:
-    """Bit for bit the same models, checkpoints, snapshots and history, in bytes where files are compared."""
+    """Check that models, newest checkpoints and snapshots are equal in bytes, and that the histories are equal."""
     assert history(folder) == history(unbroken)
     for name in RESULTS:
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
@@ -74,14 +74,14 @@ def assert_same(folder: Path, unbroken: Path) -> None:
 
 
 def goes_on(folder: Path, unbroken: Path, *overrides: str, ranks: int = 1) -> Outcome:
-    """The same command again, and the same result as if nothing had happened."""
+    """Run the same command again and check that the result equals the undisturbed run."""
     outcome = run(folder, *overrides, ranks=ranks)
     assert outcome.codes == [0] * ranks, outcome.errors
     assert_same(folder, unbroken)
     return outcome
 
 
-# --- asked to stop --------------------------------------------------------------------------------------------------
+# --- termination signals --------------------------------------------------------------------------------------------
 
 PHASES = {
     "reading data": ("bionemo_esm.data.dataloader.TrainingBatches.__getitem__", 4),
@@ -93,19 +93,21 @@ PHASES = {
     "copying for a save": (SAVING + "SafeCheckpointIO.save_checkpoint", 2),
     "ending": (SAVING + "Checkpoints.on_train_end", 1),
 }
-"""Phases of a run, and a call in the middle of each: the function, and which of its calls."""
+"""Phases of a run. Each has a function and the number of a call in the middle of the phase."""
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_sigterm_to_one_rank_in_any_phase_saves_on_all_and_the_run_goes_on_as_if_nothing_had_happened(
+def test_sigterm_to_one_rank_in_any_phase_saves_on_all_ranks_and_resumes_exactly(
     tmp_path: Path, unbroken_pair: Path, phase: str
 ) -> None:
     place, call = PHASES[phase]
-    rank = 0 if phase == "copying for a save" else 1  # rank 0 alone copies
+    rank = 0 if phase == "copying for a save" else 1  # only rank 0 copies
     folder = tmp_path / "run"
-    too_late = [Fault(place, die, call=call + 2, rank=rank)] if phase == "validation" else []  # it must break off
+    too_late = (
+        [Fault(place, die, call=call + 2, rank=rank)] if phase == "validation" else []
+    )  # validation must stop early
     outcome = run(folder, ranks=2, faults=[Fault(place, SIGTERM, call=call, rank=rank), *too_late])
-    if phase == "ending":  # too late to stop: it is done
+    if phase == "ending":  # the run is complete already
         assert outcome.codes == [0, 0]
         assert_same(folder, unbroken_pair)
         return
@@ -117,7 +119,7 @@ def test_sigterm_to_one_rank_in_any_phase_saves_on_all_and_the_run_goes_on_as_if
 
 
 FORWARD, COPY, WRITE = MODEL + "ESM1nvModel.forward", SAVING + "StateCopies.of", SAVING + "write_archive"
-"""Calls of `write_archive`: snapshot and checkpoint of step 2, the best checkpoint (3), snapshot and checkpoint (4)."""
+"""Order of `write_archive` calls: snapshot and checkpoint (step 2), best (3), snapshot and checkpoint (4)."""
 SECOND_SIGNALS = {
     "SIGTERM again and again": ([Fault(FORWARD, SIGTERM, call=4, repeated=True)], 143),
     "SIGTERM twice in a save": ([Fault(COPY, SIGTERM), Fault(WRITE, SIGTERM, call=2)], 143),
@@ -129,7 +131,7 @@ SECOND_SIGNALS = {
 
 @pytest.mark.parametrize("signals", SECOND_SIGNALS)
 @pytest.mark.parametrize("in_background", [True, False], ids=["background", "foreground"])
-def test_a_second_signal_destroys_nothing(tmp_path: Path, unbroken: Path, signals: str, in_background: bool) -> None:
+def test_a_second_signal_loses_no_checkpoint(tmp_path: Path, unbroken: Path, signals: str, in_background: bool) -> None:
     faults, code = SECOND_SIGNALS[signals]
     folder, setting = tmp_path / "run", f"exp_manager.checkpoints.in_background={str(in_background).lower()}"
     outcome = run(folder, setting, faults=faults)
@@ -141,7 +143,7 @@ def test_a_second_signal_destroys_nothing(tmp_path: Path, unbroken: Path, signal
 # --- killed ---------------------------------------------------------------------------------------------------------
 
 
-def test_sigkill_at_twenty_random_moments_of_saving_costs_no_more_than_the_steps_since_the_last_save(
+def test_twenty_sigkills_during_saves_lose_no_finished_checkpoint(
     tmp_path: Path,
 ) -> None:
     settings = (
@@ -156,7 +158,7 @@ def test_sigkill_at_twenty_random_moments_of_saving_costs_no_more_than_the_steps
     newest = 0
     while kills < 20:
         outcome = run(folder, *settings, faults=[KillWhileSaving(moments.randrange(1, 140))])
-        if outcome.codes == [0]:  # it came to its end before the moment did
+        if outcome.codes == [0]:  # the run finished before the kill
             shutil.rmtree(folder)
             newest = 0
             continue
@@ -179,7 +181,7 @@ CRASHES = {
 
 
 @pytest.mark.parametrize("moment", CRASHES)
-def test_a_crash_between_averaging_and_saving_changes_nothing(tmp_path: Path, unbroken: Path, moment: str) -> None:
+def test_a_crash_between_averaging_and_saving_resumes_exactly(tmp_path: Path, unbroken: Path, moment: str) -> None:
     folder = tmp_path / "run"
     assert run(folder, faults=[CRASHES[moment]]).codes == [-signal.SIGKILL]
     assert_whole(folder)
@@ -187,7 +189,7 @@ def test_a_crash_between_averaging_and_saving_changes_nothing(tmp_path: Path, un
     goes_on(folder, unbroken)
 
 
-# --- damaged --------------------------------------------------------------------------------------------------------
+# --- damaged files --------------------------------------------------------------------------------------------------
 
 
 def flip_a_bit(path: Path) -> None:
@@ -201,7 +203,7 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate])
-def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_none_left_is_an_error(
+def test_a_damaged_checkpoint_is_skipped_with_a_message_and_having_none_is_an_error(
     tmp_path: Path, unbroken: Path, damage: functools.partial[None]
 ) -> None:
     folder = tmp_path / "run"
@@ -224,12 +226,12 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_none_left_is_an_err
     assert all(f"{path.name}: " in outcome.errors for path in (folder / "checkpoints").glob("step-*.ckpt"))
 
 
-# --- starved --------------------------------------------------------------------------------------------------------
+# --- full disks -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 kB where checkpoints go: room for one, not for two."""
+    """Mount a file system of 400 kB for checkpoints, with space for one checkpoint."""
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
@@ -240,7 +242,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_full_disk_stops_the_run_in_one_line_and_spares_the_checkpoint_before(
+def test_a_full_disk_stops_the_run_with_one_line_and_keeps_the_last_checkpoint(
     small_disk: Path, unbroken: Path, unbroken_pair: Path, ranks: int
 ) -> None:
     folder = small_disk.parent
@@ -255,7 +257,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_spares_the_checkpoint_before(
     goes_on(folder, unbroken if ranks == 1 else unbroken_pair, ranks=ranks)
 
 
-def test_a_writer_that_dies_stops_the_run_and_nothing_is_deleted_after_it(tmp_path: Path, unbroken: Path) -> None:
+def test_a_failed_writer_stops_the_run_and_deletes_no_checkpoint(tmp_path: Path, unbroken: Path) -> None:
     folder = tmp_path / "run"
     outcome = run(folder, "exp_manager.checkpoints.keep_last=1", faults=[Fault(WRITE, die, call=3)])
     assert outcome.codes == [1]
@@ -264,7 +266,7 @@ def test_a_writer_that_dies_stops_the_run_and_nothing_is_deleted_after_it(tmp_pa
     goes_on(folder, unbroken)
 
 
-# --- fed NaN --------------------------------------------------------------------------------------------------------
+# --- NaN ------------------------------------------------------------------------------------------------------------
 
 
 def to_nan(logits: torch.Tensor) -> torch.Tensor:
@@ -272,7 +274,7 @@ def to_nan(logits: torch.Tensor) -> torch.Tensor:
 
 
 def agreed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights; an error on every rank where they are not the same on all."""
+    """Return the weights; raise on every rank if the ranks' weights differ."""
     if distributed.is_initialized():
         mine = torch.cat([tensor.reshape(-1) for tensor in weights.values()])
         others = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
@@ -282,7 +284,7 @@ def agreed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("nonfinite", [0, 1])
-def test_nan_on_one_rank_skips_the_step_on_all_and_names_the_samples(tmp_path: Path, nonfinite: int) -> None:
+def test_nan_on_one_rank_skips_the_step_on_all_ranks_and_names_the_samples(tmp_path: Path, nonfinite: int) -> None:
     fault = Fault(MODEL + "ESM1nvModel.forward", spoil=to_nan, call=2, rank=nonfinite)
     watch = [Fault(MODEL + "ESM1nvModel.archive_weights", spoil=agreed, rank=rank, repeated=True) for rank in (0, 1)]
     folder = tmp_path / "run"
@@ -302,14 +304,14 @@ def test_nan_on_one_rank_skips_the_step_on_all_and_names_the_samples(tmp_path: P
 
 
 def samples_of(folder: Path, consumed: int, rank: int) -> list[int]:
-    """The 8 training sequences that one of two ranks sees in the step after so many samples."""
+    """Return the 8 training sequences of one of two ranks in the step after `consumed` samples."""
     _, samples = EpochPermutation(2600, seed=42).samples(np.arange(consumed, consumed + 16))
     lengths = ProteinStore.open(folder / "store").split("train").lengths[samples].astype(np.int64)
     [hand] = BatchPlan(16, 8, world_size=2).micro_batches(np.minimum(lengths + 2, 128), rank)
     return samples[hand].tolist()
 
 
-def test_too_many_in_a_row_stop_the_run_with_a_saved_state_that_the_same_command_takes_up(tmp_path: Path) -> None:
+def test_too_many_skipped_steps_in_a_row_stop_the_run_and_it_can_resume(tmp_path: Path) -> None:
     folder, patience = tmp_path / "run", "optim.max_skipped_steps=2"
     fault = Fault(MODEL + "ESM1nvModel.forward", spoil=to_nan, call=3, rank=1, repeated=True)
     outcome = run(folder, patience, ranks=2, faults=[fault])
@@ -323,12 +325,10 @@ def test_too_many_in_a_row_stop_the_run_with_a_saved_state_that_the_same_command
     assert all(tensor.isfinite().all() for tensor in read_archive(folder / "laptop.nemo").weights.values())
 
 
-# --- elsewhere ------------------------------------------------------------------------------------------------------
+# --- concurrent runs------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_do_not_work_on_one_run_and_two_runs_in_one_place_do_not_meet(
-    tmp_path: Path, unbroken: Path
-) -> None:
+def test_a_second_process_on_a_run_is_refused_and_foreign_files_are_kept(tmp_path: Path, unbroken: Path) -> None:
     lock = (unbroken / ".lock").open("a")
     fcntl.flock(lock, fcntl.LOCK_EX)
     again = tmp_path / "run"

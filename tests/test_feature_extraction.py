@@ -1,4 +1,4 @@
-"""Hidden states of any layer, attention maps and contacts, read out of packed rows."""
+"""Hidden states of any layer, attention maps and contacts from packed rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def row_of(split: SequenceSplit, *proteins: int) -> PackedBatch:
 
 @pytest.fixture(scope="module")
 def model() -> ESM1nvModel:
-    """An ESM-2 of 3 layers with a contact head of random weights."""
+    """Return an ESM-2 of 3 layers with a random contact head."""
     built = tiny_model(num_layers=3, position_embedding="rotary", token_dropout=True, contact_head=True)
     generator = torch.Generator().manual_seed(0)
     built.encoder.contact_head.weight.copy_(torch.randn(1, 12, generator=generator))
@@ -48,7 +48,7 @@ def test_layers_are_numbered_from_the_embeddings_to_the_final_norm(
     assert torch.allclose(final.std(dim=1, correction=0), torch.ones(len(final)), atol=1e-3)
 
 
-def test_one_layer_alone_is_what_it_is_among_all(model: ESM1nvModel, tiny_split: SequenceSplit) -> None:
+def test_one_requested_layer_equals_that_layer_among_all(model: ESM1nvModel, tiny_split: SequenceSplit) -> None:
     batch = row_of(tiny_split, 3, 1)
     every = representations(model.encoder, batch, range(4))
     for layer in range(4):
@@ -57,14 +57,12 @@ def test_one_layer_alone_is_what_it_is_among_all(model: ESM1nvModel, tiny_split:
 
 
 @pytest.mark.parametrize("layer", [-1, 4])
-def test_a_layer_that_the_model_does_not_have_is_refused(
-    model: ESM1nvModel, tiny_split: SequenceSplit, layer: int
-) -> None:
+def test_a_layer_out_of_range_is_refused(model: ESM1nvModel, tiny_split: SequenceSplit, layer: int) -> None:
     with pytest.raises(UserError, match=rf"layer {layer}: the model has 0 .* to 3"):
         representations(model.encoder, row_of(tiny_split, 1), [layer])
 
 
-def test_the_kernels_weigh_values_by_the_maps(tiny_split: SequenceSplit) -> None:
+def test_attention_maps_reproduce_the_kernels_output(tiny_split: SequenceSplit) -> None:
     bounds = row_of(tiny_split, 3, 1, 10).cu_seqlens
     query, key, value = torch.randn(3, int(bounds[-1]), 2, 8, generator=torch.Generator().manual_seed(0))
     layout = PackedRow(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
@@ -74,7 +72,9 @@ def test_the_kernels_weigh_values_by_the_maps(tiny_split: SequenceSplit) -> None
     assert torch.allclose(ATTENTION["sdpa-by-sequence"](query, key, value, layout, 0.0), expected, atol=1e-6)
 
 
-def test_maps_are_shown_layer_by_layer_for_each_protein(model: ESM1nvModel, tiny_split: SequenceSplit) -> None:
+def test_attention_maps_are_observed_layer_by_layer_for_each_protein(
+    model: ESM1nvModel, tiny_split: SequenceSplit
+) -> None:
     seen: list[int] = []
 
     def observe(layer: int, maps: list[Tensor]) -> None:
@@ -86,7 +86,7 @@ def test_maps_are_shown_layer_by_layer_for_each_protein(model: ESM1nvModel, tiny
     assert seen == [1, 2, 3]
 
 
-def test_contacts_do_not_depend_on_the_other_proteins_of_the_row(model: ESM1nvModel, tiny_split: SequenceSplit) -> None:
+def test_contacts_do_not_depend_on_the_other_proteins_in_the_row(model: ESM1nvModel, tiny_split: SequenceSplit) -> None:
     together = contacts(model.encoder, row_of(tiny_split, 3, 10, 2))
     for found, protein in zip(together, (3, 10, 2), strict=True):
         alone = contacts(model.encoder, row_of(tiny_split, protein))[0]
@@ -95,12 +95,12 @@ def test_contacts_do_not_depend_on_the_other_proteins_of_the_row(model: ESM1nvMo
         assert found.min() >= 0 and found.max() <= 1 and found.std() > 0.005
 
 
-def test_a_correction_takes_away_what_rows_and_columns_explain() -> None:
+def test_the_average_product_correction_removes_a_rank_one_map() -> None:
     rank_one = torch.outer(torch.rand(9), torch.rand(9))
     assert torch.allclose(average_product_correction(rank_one), torch.zeros(9, 9), atol=1e-6)
 
 
-def test_evidence_of_layers_adds_up_by_their_own_weights() -> None:
+def test_the_contact_head_sums_the_evidence_of_layers() -> None:
     head = ContactHead(6)
     head.weight.copy_(torch.tensor([[1.0, 2, 3, 4, 5, 6]]))
     head.bias.fill_(0.25)
@@ -116,7 +116,7 @@ def test_a_model_without_a_contact_head_has_no_contacts(tiny_split: SequenceSpli
         contacts(tiny_model().encoder, row_of(tiny_split, 1))
 
 
-def test_attention_maps_are_refused_where_no_rank_has_all_heads(
+def test_contacts_are_refused_with_tensor_parallelism(
     model: ESM1nvModel, tiny_split: SequenceSplit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "tensor_parallel_size", lambda: 2)
@@ -124,7 +124,7 @@ def test_attention_maps_are_refused_where_no_rank_has_all_heads(
         contacts(model.encoder, row_of(tiny_split, 1))
 
 
-def test_a_contact_head_is_saved_and_restored_and_is_no_parameter(
+def test_a_contact_head_is_saved_and_restored_and_has_no_parameters(
     model: ESM1nvModel, tiny_split: SequenceSplit, tmp_path: Path
 ) -> None:
     model.save_to(str(tmp_path / "model.nemo"))

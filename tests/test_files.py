@@ -44,7 +44,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def check_modes(folder: Path, umask: int) -> None:
-    """Every file and folder below has the mode that the umask gives to new ones."""
+    """Check that every file and folder inside has the mode of a new one under the umask."""
     paths = sorted(folder.rglob("*"))
     assert paths
     for path in paths:
@@ -60,7 +60,7 @@ def test_modes_of_files_and_folders_follow_the_umask(tmp_path: Path, umask: int)
 
 
 def test_every_writer_of_results_follows_the_umask(tmp_path: Path, umask: int) -> None:
-    """A store, an archive, an export, work folders of `embed` and `contacts`, a record of a download."""
+    """Write a store, an archive, an export, work folders of `embed` and `contacts`, and a download record."""
     with StoreWriter(tmp_path / "store") as writer:
         writer.add("train", encode("MKTAYIAKQR"))
         writer.finish({})
@@ -79,7 +79,7 @@ def test_every_writer_of_results_follows_the_umask(tmp_path: Path, umask: int) -
     check_modes(tmp_path, umask)
 
 
-def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
+def test_an_interrupted_file_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomically(path, "before")
     with suppress(KeyboardInterrupt), atomic_write(path) as stream:
@@ -89,14 +89,14 @@ def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+def test_an_interrupted_folder_write_leaves_nothing(tmp_path: Path) -> None:
     with suppress(KeyboardInterrupt), atomic_folder("target", tmp_path / "folder") as unfinished:
         (unfinished / "half").touch()
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_exists_by_the_end_is_kept(tmp_path: Path) -> None:
+def test_a_folder_that_appears_during_the_write_is_kept(tmp_path: Path) -> None:
     def finish() -> None:
         with atomic_folder("target", tmp_path / "folder"):
             (tmp_path / "folder").mkdir()
@@ -106,7 +106,7 @@ def test_a_folder_that_exists_by_the_end_is_kept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
 
 
-def test_unfinished_files_are_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_only_unfinished_files_are_removed(tmp_path: Path) -> None:
     for name in (".a.1f.partial", "b/.c.2f.partial", "b/c", "notes.partial", ".store.partial/train.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -116,7 +116,7 @@ def test_unfinished_files_are_removed_and_nothing_else(tmp_path: Path) -> None:
 
 
 def locks(path: Path, shared: bool = False) -> bool:
-    """Whether another process can take the lock now."""
+    """Return whether another process can take the lock now."""
     code = (
         "import sys; from pathlib import Path; from bionemo_esm.files import lock_file\n"
         f"with lock_file(Path(sys.argv[1]), shared={shared}): pass"
@@ -126,7 +126,7 @@ def locks(path: Path, shared: bool = False) -> bool:
     return done.returncode == 0
 
 
-def test_a_lock_keeps_other_processes_out_for_the_length_of_a_block(tmp_path: Path) -> None:
+def test_a_lock_excludes_other_processes_until_the_block_ends(tmp_path: Path) -> None:
     with lock_file(tmp_path / "new" / "lock"):
         assert not locks(tmp_path / "new" / "lock")
     assert locks(tmp_path / "new" / "lock")
@@ -136,7 +136,7 @@ def test_a_lock_keeps_other_processes_out_for_the_length_of_a_block(tmp_path: Pa
 
 
 @pytest.mark.parametrize("reopen", [True, False])
-def test_a_lock_of_a_file_that_was_removed_meanwhile_does_not_count(
+def test_a_lock_on_a_removed_file_is_retried_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reopen: bool
 ) -> None:
     path, flock = tmp_path / "lock", fcntl.flock
@@ -155,13 +155,13 @@ def test_a_lock_of_a_file_that_was_removed_meanwhile_does_not_count(
             pass
 
 
-def test_who_waits_makes_no_folder_that_the_other_has_removed(tmp_path: Path) -> None:
+def test_waiting_for_a_lock_does_not_create_a_removed_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), lock_file(tmp_path / "gone" / "lock", wait=True):
         pass
     assert not (tmp_path / "gone").exists()
 
 
-def test_a_held_folder_names_its_holder(tmp_path: Path) -> None:
+def test_the_error_for_a_locked_folder_names_the_holding_process(tmp_path: Path) -> None:
     held, again = (exclusive_lock(tmp_path, "output", "choose another output") for _ in range(2))
     with held, refused("files.locked", tmp_path, f"process {os.getpid()} on ", "choose another output"), again:
         pass

@@ -1,4 +1,4 @@
-"""The archive of a fine-tuned model: what it holds, who reads it, and that one which contradicts itself is refused."""
+"""The archive of a fine-tuned model: contents, readers, and refusal of inconsistent archives."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def assert_close(one: list[dict[str, Any]], other: list[dict[str, Any]], within:
             np.testing.assert_allclose(array, right[name], rtol=0, atol=within)
 
 
-# Who reads it
+# Readers
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 @pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["whole", "lora"])
-def test_what_was_written_is_what_is_opened(task: Task, adapters: AdapterConfig | None, tmp_path: Path) -> None:
+def test_a_written_archive_is_read_back_exactly(task: Task, adapters: AdapterConfig | None, tmp_path: Path) -> None:
     opened = FineTunedFile.open(fine_tuned(tmp_path / "a.nemo", task, CONV, adapters=adapters))
     assert (opened.task, opened.parts) == (task, Parts(CONV, READING, adapters))
     weights, head = read_archive(tmp_path / "a.nemo").weights, opened.head()
@@ -79,14 +79,14 @@ def test_equal_models_give_equal_bytes(tmp_path: Path) -> None:
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_opening_draws_no_random_numbers(tmp_path: Path) -> None:
+def test_building_the_head_draws_no_random_numbers(tmp_path: Path) -> None:
     opened = FineTunedFile.open(fine_tuned(tmp_path / "a.nemo", LETTERS))
     before = torch.get_rng_state()
     opened.head()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_its_encoder_answers_as_the_one_that_it_was_made_from(tmp_path: Path) -> None:
+def test_its_encoder_matches_the_pretrained_encoder(tmp_path: Path) -> None:
     plain = tmp_path / "plain.nemo"
     tiny_model().save_to(str(plain))
     tuned = Engine.load(fine_tuned(tmp_path / "tuned.nemo", LETTERS), "cpu")
@@ -95,9 +95,7 @@ def test_its_encoder_answers_as_the_one_that_it_was_made_from(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("precision", "within"), [("32", 1e-5), ("bf16", 0.5)])
-def test_adapters_that_were_kept_apart_change_the_answers_of_its_encoder(
-    precision: str, within: float, tmp_path: Path
-) -> None:
+def test_unmerged_adapters_give_the_states_of_merged_weights(precision: str, within: float, tmp_path: Path) -> None:
     engine = Engine.load(fine_tuned(tmp_path / "lora.nemo", LETTERS, adapters=ADAPTERS), "cpu", precision)
     held = read_archive(tmp_path / "lora.nemo")
     names = [name.removesuffix(".lora_a") for name in held.weights if name.endswith(".lora_a")]
@@ -129,19 +127,19 @@ def test_the_restored_nemo_model_predicts_the_same(task: Task, adapters: Adapter
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 if task == NUMBER else 1e-5)
 
 
-def test_it_is_no_pretrained_model(tmp_path: Path) -> None:
+def test_it_cannot_be_restored_as_a_pretrained_model(tmp_path: Path) -> None:
     path = fine_tuned(tmp_path / "a.nemo", LETTERS)
     with pytest.raises(ArchiveError, match=r"holds a model of class 'ESMFineTunedModel', not a ESM1nvModel"):
         ESM1nvModel.restore_from(str(path))
 
 
-def test_a_pretrained_model_predicts_nothing(tmp_path: Path) -> None:
+def test_a_pretrained_model_cannot_be_loaded_as_a_predictor(tmp_path: Path) -> None:
     tiny_model().save_to(str(tmp_path / "plain.nemo"))
     with pytest.raises(ArchiveError, match=r"plain\.nemo: holds a model of class 'ESM1nvModel'.*bionemo-esm finetune"):
         FineTunedPredictor.load(tmp_path / "plain.nemo", "cpu")
 
 
-def test_the_encoder_may_lie_in_bf16_and_the_head_never(tmp_path: Path) -> None:
+def test_the_encoder_may_be_stored_in_bf16_but_not_the_head(tmp_path: Path) -> None:
     path = fine_tuned(tmp_path / "a.nemo", LETTERS, adapters=ADAPTERS, precision="bf16")
     dtypes = {name: info.dtype for name, info in ArchiveFile.open(path).weights.infos.items()}
     assert dtypes[f"{QKV}.weight"] == "BF16"
@@ -153,7 +151,7 @@ def test_the_encoder_may_lie_in_bf16_and_the_head_never(tmp_path: Path) -> None:
         check_sizes(ArchiveFile.open(path))
 
 
-# What is refused
+# Refusals
 
 
 def tensor(*shape: int) -> torch.Tensor:
@@ -202,7 +200,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CONFIGS.values(), ids=CONFIGS)
-def test_a_configuration_that_is_not_of_its_weights_is_refused(
+def test_a_configuration_that_contradicts_the_weights_is_refused(
     case: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:
     values, message = case
@@ -232,7 +230,7 @@ WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WEIGHTS.values(), ids=WEIGHTS)
-def test_weights_that_are_not_of_its_configuration_are_refused(
+def test_weights_that_contradict_the_configuration_are_refused(
     case: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:
     values, message = case
@@ -256,7 +254,7 @@ def test_a_flipped_bit_of_the_head_is_found(tmp_path: Path) -> None:
         FineTunedPredictor.load(path, "cpu")
 
 
-def test_a_pretrained_archive_may_hold_no_head(tmp_path: Path) -> None:
+def test_a_pretrained_archive_with_a_head_is_refused(tmp_path: Path) -> None:
     whole = archive(LETTERS, Parts(LINEAR, READING, None))
     config = {key: whole.config[key] for key in ("encoder", "precision", "seed")}
     write_archive(tmp_path / "plain.nemo", Archive("ESM1nvModel", config, whole.weights))
@@ -265,7 +263,7 @@ def test_a_pretrained_archive_may_hold_no_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["${oc.env:HOME}", "nemo:x"])
-def test_a_class_whose_name_no_archive_holds_is_told_beforehand(name: str) -> None:
+def test_an_unstorable_class_name_is_refused_before_training(name: str) -> None:
     encoder = tiny_model().encoder_config
     odd = Task(name="location", level=SEQUENCE, kind=CLASSIFICATION, metric="f1", classes=("a", name))
     with pytest.raises(ConfigError, match="an archive cannot hold it, so give it another name"):
@@ -274,13 +272,15 @@ def test_a_class_whose_name_no_archive_holds_is_told_beforehand(name: str) -> No
         archive_config(encoder, "32", 1, LETTERS, Parts(LINEAR, ReadingConfig(layer=3, window=100, overlap=50), None))
 
 
-def test_the_pretrained_classes_need_nothing_from_above(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_checking_a_pretrained_archive_imports_no_fine_tuning_module(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     tiny_model().save_to(str(tmp_path / "plain.nemo"))
     monkeypatch.setattr(consistency, "import_module", lambda name: pytest.fail(f"{name} was imported"))
     check_sizes(ArchiveFile.open(tmp_path / "plain.nemo"))
 
 
-# What it says of itself
+# Summary
 
 
 def card(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -291,7 +291,7 @@ def card(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     return capsys.readouterr().out
 
 
-def test_the_card_says_what_it_predicts_and_how_it_came_to_be(
+def test_the_summary_shows_the_task_and_the_fine_tuning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = fine_tuned(tmp_path / "a.nemo", LETTERS, CONV, adapters=ADAPTERS)
@@ -310,7 +310,7 @@ def test_the_card_says_what_it_predicts_and_how_it_came_to_be(
 
 
 @pytest.mark.parametrize("told", [[1, {"a": []}], {}, {"x": None}, "text", 7, {str(n): n for n in range(30)}])
-def test_the_card_bears_whatever_stands_where_fine_tuning_is_told(
+def test_the_summary_accepts_arbitrary_fine_tuning_records(
     told: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = archive(LETTERS, Parts(LINEAR, READING, None))

@@ -1,4 +1,4 @@
-"""Fine-tuning from end to end: a tiny encoder, real proteins, and labels that can be learned from them."""
+"""Fine-tuning end to end: a tiny encoder, real proteins and learnable labels."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ def shares(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def sigint() -> Iterator[None]:
-    """Lightning leaves SIGINT ignored after an interruption; processes that other tests start would inherit that."""
+    """Restore SIGINT: Lightning leaves it ignored after an interruption, and later subprocesses inherit that."""
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def some_proteins() -> list[Protein]:
-    """Some that the model has not seen, of which one is over its window of 126 residues."""
+    """Return proteins that the model has not seen; one exceeds its window of 126 residues."""
     known = list(proteins(60, longest=200).items())[-8:]
     return [Protein(name, encode(sequence), number) for number, (name, sequence) in enumerate(known, start=1)]
 
 
 def answers_of_nemos(path: Path, known: list[Protein]) -> list[np.ndarray[Any, Any]]:
-    """What the model says that NeMo restores, through the batches of training."""
+    """Return the predictions of the model that NeMo restores, computed on evaluation batches."""
     model = ModelPT.restore_from(str(path), map_location="cpu")
     assert isinstance(model, ESMFineTunedModel)
     assert not model.training
@@ -87,7 +87,7 @@ def answers_of_nemos(path: Path, known: list[Protein]) -> list[np.ndarray[Any, A
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_task_is_learned_in_every_mode_and_the_archive_stands_alone(
+def test_every_mode_learns_a_task_and_the_archive_is_self_contained(
     mode: str, base: Path, residues: list[str], tmp_path: Path
 ) -> None:
     mine = tmp_path / "base.nemo"
@@ -111,7 +111,7 @@ def test_a_task_is_learned_in_every_mode_and_the_archive_stands_alone(
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
-def test_a_frozen_encoder_is_in_the_archive_bit_for_bit(precision: str, residues: list[str], tmp_path: Path) -> None:
+def test_the_archive_keeps_a_frozen_encoder_bit_for_bit(precision: str, residues: list[str], tmp_path: Path) -> None:
     base = pretrained(tmp_path, precision=precision)
     run_here(tmp_path / "out", base, *residues, *CONVNET, "tuning.max_epochs=1")
     before, after = read_archive(base).weights, read_archive(tmp_path / "out" / "model.nemo").weights
@@ -119,7 +119,7 @@ def test_a_frozen_encoder_is_in_the_archive_bit_for_bit(precision: str, residues
     assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"head"}
 
 
-def test_full_tuning_moves_what_features_come_through_and_nothing_else(
+def test_full_tuning_changes_only_the_layers_below_the_features(
     base: Path, residues: list[str], tmp_path: Path
 ) -> None:
     run_here(tmp_path / "out", base, *residues, *CONVNET, *MODES["full"], "reading.layer=1", "tuning.max_epochs=1")
@@ -130,7 +130,7 @@ def test_full_tuning_moves_what_features_come_through_and_nothing_else(
     assert not [name for name in moved if "layers.1." in name or "lm_head" in name or "final_layernorm" in name]
 
 
-def test_a_regression_is_told_in_its_own_unit(base: Path, shares: list[str], tmp_path: Path) -> None:
+def test_a_regression_predicts_in_the_unit_of_its_targets(base: Path, shares: list[str], tmp_path: Path) -> None:
     report = run_here(tmp_path / "out", base, *shares, "head.kind=linear", "tuning.max_epochs=40", "tuning.lr=3e-2")
     (row,) = report["rows"]
     assert row["test"]["spearman"]["value"] > 0.6
@@ -142,7 +142,7 @@ def test_a_regression_is_told_in_its_own_unit(base: Path, shares: list[str], tmp
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_a_head_reads_pooled_states_as_if_it_pooled_them_itself(kind: str) -> None:
+def test_a_head_gives_equal_output_for_pooled_and_unpooled_states(kind: str) -> None:
     task, states = Task(name="shares", level="sequence", kind="regression", metric="mse"), torch.randn(30, 6)
     head = build_head(HeadConfig(kind=kind, dropout=0.0), task, 6)
     head.standardise(torch.randn(6), torch.rand(6) + 0.5)
@@ -151,7 +151,7 @@ def test_a_head_reads_pooled_states_as_if_it_pooled_them_itself(kind: str) -> No
     torch.testing.assert_close(head(means, torch.arange(4)), head(states, bounds))
 
 
-def test_only_a_head_that_reads_means_alone_is_given_pooled_states(
+def test_pooled_states_are_stored_only_for_heads_with_mean_pooling(
     base: Path, shares: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
@@ -177,7 +177,7 @@ def test_the_same_seed_gives_the_same_archive(base: Path, residues: list[str], t
 
 
 @pytest.mark.parametrize("mode", ["frozen", "full", "lora"])
-def test_a_stopped_fit_goes_on_bit_for_bit(
+def test_an_interrupted_fit_resumes_bit_for_bit(
     mode: str, base: Path, residues: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = (*residues, *CONVNET, *MODES[mode], "tuning.max_epochs=4", "head.dropout=0.5", "seeds=[1,2]")
@@ -203,10 +203,10 @@ def test_a_stopped_fit_goes_on_bit_for_bit(
     assert (tmp_path / "cut" / "model.nemo").read_bytes() == (tmp_path / "whole" / "model.nemo").read_bytes()
 
 
-def test_the_best_epoch_may_lie_before_the_stop(
+def test_a_resumed_fit_keeps_a_best_epoch_from_before_the_interruption(
     base: Path, residues: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known: dict[int, float] = {4: 0.9}  # after four steps, which are the first epoch
+    known: dict[int, float] = {4: 0.9}  # step 4 ends the first epoch
 
     def scripted(self: ESMFineTunedModel) -> None:
         on_end(self)
@@ -231,7 +231,7 @@ def test_the_best_epoch_may_lie_before_the_stop(
     assert (tmp_path / "cut" / "model.nemo").read_bytes() == (tmp_path / "whole" / "model.nemo").read_bytes()
 
 
-def test_training_ends_when_validation_gets_no_better_and_keeps_the_best_epoch(
+def test_early_stopping_keeps_the_best_epoch(
     base: Path, residues: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = iter([0.1, 0.5, 0.4, 0.5, 0.3, 0.9])
@@ -256,7 +256,7 @@ def test_training_ends_when_validation_gets_no_better_and_keeps_the_best_epoch(
     assert not torch.equal(saved, kept[4])
 
 
-def test_test_labels_are_looked_at_after_the_last_fit_only(
+def test_test_labels_are_opened_only_after_the_last_fit(
     base: Path, residues: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
@@ -276,16 +276,14 @@ def test_test_labels_are_looked_at_after_the_last_fit_only(
     assert order == ["fit"] * 4 + ["open"]
 
 
-def test_baselines_learn_from_the_same_data_under_the_same_head(
-    base: Path, residues: list[str], tmp_path: Path
-) -> None:
+def test_baselines_use_the_same_data_and_head(base: Path, residues: list[str], tmp_path: Path) -> None:
     report = run_here(
         tmp_path / "out", base, *residues, *CONVNET, "baselines=[one_hot,untrained,composition]", "seeds=[1,2]"
     )
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["pretrained", "one-hot", "untrained", "composition"]
     assert rows["pretrained"]["trained_parameters"] == rows["untrained"]["trained_parameters"]
-    one_hot = 20 * 3 * 8 + 8 + 8 * 3 * 3 + 3  # two convolutions over 3 residues, with 8 channels between them
+    one_hot = 20 * 3 * 8 + 8 + 8 * 3 * 3 + 3  # two convolutions of width 3 with 8 channels between them
     assert rows["untrained"]["trained_parameters"] > rows["one-hot"]["trained_parameters"] == one_hot
     assert len(rows["one-hot"]["runs_validation"]) == 2
     assert {(each["one"], each["other"]) for each in report["differences"]} == {
@@ -295,9 +293,7 @@ def test_baselines_learn_from_the_same_data_under_the_same_head(
     assert not (tmp_path / "out" / "cache").exists()
 
 
-def test_of_several_seeds_the_model_that_validates_best_is_kept(
-    base: Path, residues: list[str], tmp_path: Path
-) -> None:
+def test_the_seed_with_the_best_validation_score_is_kept(base: Path, residues: list[str], tmp_path: Path) -> None:
     report = run_here(tmp_path / "out", base, *residues, *CONVNET, "seeds=[5,4,6]")
     found = [run["accuracy"] for run in report["rows"][0]["runs_validation"]]
     told = ArchiveFile.open(tmp_path / "out" / "model.nemo")
@@ -307,7 +303,7 @@ def test_of_several_seeds_the_model_that_validates_best_is_kept(
     assert int(np.argmax(found)) > 0, "choose seeds of which the first is not the best"
 
 
-def test_an_untrained_encoder_has_other_weights_in_full_tuning_too(
+def test_the_untrained_baseline_starts_without_pretrained_weights_in_full_tuning(
     base: Path, residues: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: dict[str, Any] = {}
@@ -326,7 +322,7 @@ def test_an_untrained_encoder_has_other_weights_in_full_tuning_too(
     assert plans["untrained"].tuning == plans["pretrained"].tuning
 
 
-def test_states_in_a_cache_of_ones_own_are_computed_once(
+def test_a_given_cache_is_reused_for_equal_settings_only(
     base: Path, residues: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = f"cache={tmp_path / 'cache'}"
@@ -347,18 +343,21 @@ def test_states_in_a_cache_of_ones_own_are_computed_once(
         run_here(tmp_path / "twin", twin, *residues, *CONVNET, cache)
 
 
-def test_states_are_kept_by_the_precision_that_computed_them(
+def test_cached_states_are_stored_by_their_resolved_precision(
     base: Path, residues: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = f"cache={tmp_path / 'cache'}"
-    for multiplies, files in ((True, 1), (False, 2)):  # what "auto" is on this machine, and on another
+    for multiplies, files in (
+        (True, 1),
+        (False, 2),
+    ):  # "auto" resolves to bf16 with fast bf16 products, else to float32
         monkeypatch.setattr("bionemo_esm.model.backends._multiplies_bf16", lambda device, answer=multiplies: answer)
         auto = ("trainer.precision=auto", "tuning.max_epochs=1")
         run_here(tmp_path / str(files), base, *residues, *CONVNET, cache, *auto)
         assert len(list((tmp_path / "cache").iterdir())) == files
 
 
-def test_long_proteins_are_learned_from_window_by_window(base: Path, tmp_path: Path) -> None:
+def test_long_proteins_are_trained_on_in_windows(base: Path, tmp_path: Path) -> None:
     long_ones = per_residue(tmp_path, count=12, longest=400)
     report = run_here(tmp_path / "out", base, *long_ones, *CONVNET, *MODES["full"], "reading.window=60")
     assert report["settings"]["reading"] == {"layer": 2, "window": 60, "overlap": 30}
@@ -366,7 +365,7 @@ def test_long_proteins_are_learned_from_window_by_window(base: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("program", [[str(ROOT / "examples" / "finetune.py")], ["-m", "bionemo_esm", "finetune"]])
-def test_two_ranks_learn_what_one_does(program: list[str], base: Path, residues: list[str], tmp_path: Path) -> None:
+def test_two_ranks_train_like_one_rank(program: list[str], base: Path, residues: list[str], tmp_path: Path) -> None:
     arguments = (*residues, *CONVNET, *MODES["full"], "head.dropout=0", "tuning.max_epochs=2", "seeds=[1,2]")
     alone = run_here(tmp_path / "alone", base, *arguments)
     command = [sys.executable, *program, *QUICK, *arguments, "trainer.devices=2"]
@@ -386,7 +385,9 @@ def test_two_ranks_learn_what_one_does(program: list[str], base: Path, residues:
     assert done.stdout.count("Done in") == 1
 
 
-def test_what_the_archive_says_of_itself(base: Path, residues: list[str], tmp_path: Path) -> None:
+def test_the_archive_records_its_base_model_data_and_validation(
+    base: Path, residues: list[str], tmp_path: Path
+) -> None:
     run_here(tmp_path / "out", base, *residues, *CONVNET)
     told = ArchiveFile.open(tmp_path / "out" / "model.nemo").provenance["finetuning"]
     assert told["base_model"] == "pretrained.nemo"

@@ -1,4 +1,4 @@
-"""What `bionemo-esm finetune` refuses, with one line, before any model is loaded; and what it leaves behind."""
+"""`bionemo-esm finetune`: one-line refusals before any model is loaded, and files left by signals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refused(
     folder: Path, model: Path, *overrides: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
-    """What is said, in one line, of a job that ends before anything is loaded."""
+    """Return the one-line error of a job that ends before a model is loaded."""
 
     def never(*_: object) -> None:
         raise AssertionError("a model was loaded")
@@ -63,7 +63,7 @@ def refused(
         (["data.validation=null", "data.train=null"], "data.train"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
+def test_an_invalid_job_is_refused_before_a_model_is_loaded(
     overrides: list[str],
     words: str,
     base: Path,
@@ -80,11 +80,11 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("NOB", "NO", ("labels.fasta, record ", "residues")),  # a label short
+        ("NOB", "NO", ("labels.fasta, record ", "residues")),  # one label too few
         ("VALIDATION=True", "VALIDATION=False", ("data.split.validation",)),
     ],
 )
-def test_bad_labels_are_told_by_record(
+def test_bad_labels_are_named_by_record(
     old: str,
     new: str,
     words: tuple[str, ...],
@@ -103,7 +103,7 @@ def test_bad_labels_are_told_by_record(
 
 
 @pytest.mark.parametrize("bad", ["nan", "", "much", "inf"])
-def test_a_target_that_is_no_number_is_told_by_row(
+def test_a_target_that_is_not_a_number_is_named_by_row(
     bad: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = per_protein(tmp_path)
@@ -116,7 +116,7 @@ def test_a_target_that_is_no_number_is_told_by_row(
     assert "shares.csv, record 4" in error
 
 
-def test_targets_that_are_all_equal_teach_nothing(
+def test_constant_targets_are_refused(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = per_protein(tmp_path)
@@ -127,7 +127,7 @@ def test_targets_that_are_all_equal_teach_nothing(
     assert "7" in error
 
 
-def test_a_model_that_has_learned_a_task_is_no_place_to_start_from(
+def test_a_fine_tuned_model_is_refused_as_the_base_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tuned = fine_tuned(tmp_path / "tuned.nemo", WORDS)
@@ -135,7 +135,7 @@ def test_a_model_that_has_learned_a_task_is_no_place_to_start_from(
     assert "has learned a task already; give the pretrained archive that it came from" in error
 
 
-def test_a_damaged_model_is_told_before_anything_is_written(
+def test_a_damaged_model_is_refused_before_any_file_is_written(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = bytearray(base.read_bytes())
@@ -147,7 +147,7 @@ def test_a_damaged_model_is_told_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_no_archive_is_refused(
+def test_a_file_that_is_not_an_archive_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.nemo"
@@ -156,7 +156,7 @@ def test_a_file_that_is_no_archive_is_refused(
     assert "other.nemo" in error
 
 
-def test_an_output_with_something_else_in_it_is_left_alone(
+def test_an_output_folder_with_other_files_is_refused_and_unchanged(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = per_residue(tmp_path)
@@ -167,7 +167,7 @@ def test_an_output_with_something_else_in_it_is_left_alone(
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_finished_output_is_left_alone_and_one_of_other_settings_too(
+def test_a_finished_output_is_unchanged_and_other_settings_are_refused(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = per_residue(tmp_path)
@@ -185,7 +185,7 @@ def test_a_finished_output_is_left_alone_and_one_of_other_settings_too(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_signal_leaves_what_the_same_command_goes_on_from(
+def test_a_signal_leaves_checkpoints_and_no_results(
     number: signal.Signals, code: int, base: Path, tmp_path: Path
 ) -> None:
     given = (*QUICK, *per_residue(tmp_path), "tuning.max_epochs=100000", "tuning.patience=100000", "seeds=[1,2]")
@@ -194,7 +194,7 @@ def test_a_signal_leaves_what_the_same_command_goes_on_from(
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
         deadline = time.monotonic() + 120
         while not list((tmp_path / "out").glob("fits/*.ckpt")) and time.monotonic() < deadline:
-            time.sleep(0.2)  # until the first epoch is saved
+            time.sleep(0.2)  # wait until the first epoch is saved
         os.kill(job.pid, number)
         assert job.stderr is not None
         told = job.stderr.read()

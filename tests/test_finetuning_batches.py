@@ -1,4 +1,4 @@
-"""Batches of labelled proteins: packed without padding, dealt to ranks without loss, windows put together again."""
+"""Batches of labelled proteins: packing without padding, distribution to ranks, and window blending."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ READING = ReadingConfig(layer=2, window=110, overlap=50)
 
 @pytest.fixture(scope="module")
 def labelled() -> LabelledDataset:
-    """37 real proteins, a prime, of which the labels of some residues are not known."""
+    """Return 37 real proteins (a prime number) with some unknown residue labels."""
     found, targets = [], []
     for number, (name, sequence) in enumerate(proteins(37).items(), start=1):
         found.append(Protein(name, encode(sequence), number))
@@ -38,7 +38,7 @@ def plan(rank: int = 0, world_size: int = 1, tokens: int = 300) -> BatchPlan:
     return BatchPlan(global_batch_size=5, micro_batch_tokens=tokens, rank=rank, world_size=world_size)
 
 
-def test_an_epoch_shows_every_protein_once_and_the_next_in_another_order(labelled: LabelledDataset) -> None:
+def test_each_epoch_has_every_protein_once_in_a_new_order(labelled: LabelledDataset) -> None:
     steps = TrainingSteps(Collator(TASK, labelled, OneHot(labelled.proteins)), plan(), seed=3)
     assert steps.steps_per_epoch == 8
     epochs = []
@@ -54,9 +54,9 @@ def test_an_epoch_shows_every_protein_once_and_the_next_in_another_order(labelle
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_a_step_out_among_them(labelled: LabelledDataset, world_size: int) -> None:
+def test_ranks_split_a_step_completely(labelled: LabelledDataset, world_size: int) -> None:
     steps = TrainingSteps(Collator(TASK, labelled, OneHot(labelled.proteins)), plan(), seed=3)
-    for step in range(8):  # of which the last has two proteins, fewer than three ranks
+    for step in range(8):  # the last step has two proteins, fewer than three ranks
         alone = steps.share(step)
         together = [steps.on_rank(rank, world_size).share(step) for rank in range(world_size)]
         assert {share.weight for share in together} == {alone.weight}
@@ -65,7 +65,7 @@ def test_ranks_share_a_step_out_among_them(labelled: LabelledDataset, world_size
         assert sorted(numbers) == sorted(number for batch in alone.batches for number in batch.numbers.tolist())
 
 
-def test_the_weight_of_a_step_is_the_number_of_its_known_targets(labelled: LabelledDataset) -> None:
+def test_the_weight_of_a_step_counts_its_known_targets(labelled: LabelledDataset) -> None:
     collator = Collator(TASK, labelled, OneHot(labelled.proteins))
     share = TrainingSteps(collator, plan(), seed=3).share(0)
     known = torch.cat([batch.targets for batch in share.batches])
@@ -76,14 +76,14 @@ def test_the_weight_of_a_step_is_the_number_of_its_known_targets(labelled: Label
     assert weighed.weight == pytest.approx(sum(weights[int(target)] for target in known), rel=1e-5)
 
 
-def test_class_weights_make_classes_count_alike(labelled: LabelledDataset) -> None:
+def test_class_weights_balance_the_classes(labelled: LabelledDataset) -> None:
     weights = class_weights(TASK, labelled.targets)
     known = np.concatenate(labelled.targets)
     counts = np.array([(known == number).sum() for number in range(3)])
     np.testing.assert_allclose(weights * counts, np.full(3, counts.sum() / 3), rtol=1e-5)
 
 
-def test_a_class_that_is_not_there_has_no_weight(labelled: LabelledDataset) -> None:
+def test_an_absent_class_has_weight_zero(labelled: LabelledDataset) -> None:
     larger = Task(
         name="neighbours", level="residue", kind="classification", metric="accuracy", classes=("N", "O", "B", "never")
     )
@@ -91,7 +91,7 @@ def test_a_class_that_is_not_there_has_no_weight(labelled: LabelledDataset) -> N
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 40])
-def test_evaluation_gives_each_protein_to_one_rank_and_no_rank_is_left_without_a_batch(
+def test_evaluation_gives_each_protein_to_one_rank_and_each_rank_a_batch(
     labelled: LabelledDataset, world_size: int
 ) -> None:
     batches = EvaluationBatches(Collator(TASK, labelled, READING), 300)
@@ -101,7 +101,7 @@ def test_evaluation_gives_each_protein_to_one_rank_and_no_rank_is_left_without_a
     assert sorted(seen) == list(range(37))
 
 
-def test_micro_batches_keep_to_the_limit_of_tokens(labelled: LabelledDataset) -> None:
+def test_micro_batches_stay_within_the_token_limit(labelled: LabelledDataset) -> None:
     collator = Collator(TASK, labelled, READING)
     for step in range(8):
         for batch in TrainingSteps(collator, plan(tokens=160), seed=1).share(step).batches:
@@ -110,13 +110,13 @@ def test_micro_batches_keep_to_the_limit_of_tokens(labelled: LabelledDataset) ->
     assert all(collator.costs[part].sum() <= 200 or len(part) == 1 for part in own.parts)
 
 
-def test_windows_of_long_proteins_are_blended_to_one_state_a_residue(labelled: LabelledDataset) -> None:
+def test_windows_of_long_proteins_are_blended_to_one_state_per_residue(labelled: LabelledDataset) -> None:
     some = [labelled.proteins[number] for number in (3, 8, 11)]
     assert min(protein.residues for protein in some) < READING.window < max(protein.residues for protein in some)
     row = encoder_row(some, READING)
     tokens = row.row.tokens[row.sources]
     whole = torch.from_numpy(np.concatenate([protein.tokens for protein in some]).astype(np.int64))
-    assert torch.equal(tokens, whole[row.places])  # every state is of the residue that it is counted for
+    assert torch.equal(tokens, whole[row.places])  # each state belongs to the residue at its place
     hidden = torch.randn(len(row.row.tokens), 4, generator=torch.Generator().manual_seed(1))
     blended = row.blended(hidden, len(whole))
     first = at = 0
@@ -124,14 +124,14 @@ def test_windows_of_long_proteins_are_blended_to_one_state_a_residue(labelled: L
     for protein in some:
         cover = windows(protein.residues, READING.window, READING.overlap)
         for (begin, end), weights in zip(cover, blending_weights(cover), strict=True):
-            states = hidden[at + 1 : at + 1 + end - begin]  # after its <cls>
+            states = hidden[at + 1 : at + 1 + end - begin]  # skip <cls>
             expected[first + begin : first + end] += states * torch.from_numpy(weights)[:, None]
             at += end - begin + 2
         first += protein.residues
     torch.testing.assert_close(blended, expected)
 
 
-def test_proteins_that_fit_are_read_whole_and_weigh_nothing(labelled: LabelledDataset) -> None:
+def test_proteins_within_the_window_are_read_whole_without_weights(labelled: LabelledDataset) -> None:
     row = encoder_row(labelled.proteins[:3], ReadingConfig(layer=2, window=510, overlap=255))
     assert row.weights is None
     assert row.row.sequences == 3

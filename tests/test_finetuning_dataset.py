@@ -1,4 +1,4 @@
-"""Files of labels become sets of proteins: every format, every mark of a set, and a word on what was left out."""
+"""Reading labelled files: formats, assignment to sets, and notes about omitted records."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def sequences(labelled: LabelledDataset) -> set[str]:
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
-def test_flips_labels_of_residues_meet_their_sequences_and_mask_by_id(tmp_path: Path) -> None:
+def test_residue_labels_of_flip_are_joined_with_sequences_and_mask_by_id(tmp_path: Path) -> None:
     files = {"labels.fasta": STRUCTURE, "sequences.fasta": SEQUENCES, "mask.fasta": ">b\n011\n>a\n11011\n>c\n11\n"}
     splits = read(
         tmp_path, files, preset("secondary_structure"),
@@ -55,18 +55,18 @@ def test_flips_labels_of_residues_meet_their_sequences_and_mask_by_id(tmp_path: 
     assert splits.files == {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
 
 
-def test_flips_tables_have_a_set_and_a_mark_for_validation(tmp_path: Path) -> None:
+def test_tables_of_flip_have_a_set_and_a_validation_column(tmp_path: Path) -> None:
     (tmp_path / "gb1.csv.gz").write_bytes(gzip.compress(GB1.encode()))
     splits = read(tmp_path, {}, preset("gb1"), train="gb1.csv.gz")
     assert shown(splits.train) == [("1", "MKVLA", [1.5]), ("2", "ACDEF", [0.5])]
     assert shown(splits.validation) == [("3", "WYWYW", [-2.0])]
     assert splits.test is not None
     assert shown(splits.test.open()) == [("4", "GGGGG", [7.0])]
-    assert (splits.task.target_mean, splits.task.target_scale) == (1.0, 0.5)  # of the training set alone
+    assert (splits.task.target_mean, splits.task.target_scale) == (1.0, 0.5)  # of the training set only
     assert splits.task.classes == ()
 
 
-def test_flips_fasta_with_the_target_in_the_header_says_the_same_as_its_table(tmp_path: Path) -> None:
+def test_fasta_headers_of_flip_give_the_targets_of_its_table(tmp_path: Path) -> None:
     fasta = (
         ">s1 TARGET=1.5 SET=train VALIDATION=False\nMKVLA\n>s2 TARGET=0.5 SET=train VALIDATION=False\nACDEF\n"
         ">s3 TARGET=-2 SET=train VALIDATION=True\nWYWYW\n>s4 TARGET=7 SET=test VALIDATION=False\nGGGGG\n"
@@ -78,14 +78,14 @@ def test_flips_fasta_with_the_target_in_the_header_says_the_same_as_its_table(tm
     assert [protein.id for protein in one.validation.proteins] == ["s3"]
 
 
-def test_a_target_in_a_header_may_have_blanks(tmp_path: Path) -> None:
+def test_a_target_in_a_header_may_contain_spaces(tmp_path: Path) -> None:
     text = ">a TARGET=Cell membrane SET=train\nMK\n>b SET=train TARGET=Nucleus\nAC\n>c TARGET=Nucleus SET=val\nDE\n"
     splits = read(tmp_path, {"x.fasta": text}, CLASSES, train="x.fasta")
     assert splits.task.classes == ("Cell membrane", "Nucleus")
     assert shown(splits.train) == [("a", "MK", [0.0]), ("b", "AC", [1.0])]
 
 
-def test_deeplocs_headers_are_read_as_flip_reads_them_and_the_sets_are_split_off(tmp_path: Path) -> None:
+def test_deeploc_headers_are_parsed_like_in_flip_and_split_at_random(tmp_path: Path) -> None:
     splits = read(
         tmp_path, {"deeploc.fasta": DEEPLOC}, preset("subcellular_localization"),
         train="deeploc.fasta", split={"validation": 0.1, "test": 0.2},
@@ -96,7 +96,7 @@ def test_deeplocs_headers_are_read_as_flip_reads_them_and_the_sets_are_split_off
     assert any("split off the training set at random" in note for note in splits.notes)
 
 
-def test_folds_are_numbered_by_number_not_by_text(tmp_path: Path) -> None:
+def test_numeric_class_names_are_sorted_as_numbers(tmp_path: Path) -> None:
     files = {"train.csv": "seq,label\nMK,10\nAC,9\nDE,0\nFG,100\n", "valid.csv": "seq,label\nHI,9\n"}
     splits = read(tmp_path, files, preset("remote_homology"), train="train.csv", validation="valid.csv")
     assert splits.task.classes == ("0", "9", "10", "100")
@@ -113,7 +113,7 @@ def test_folds_are_numbered_by_number_not_by_text(tmp_path: Path) -> None:
     ],
     ids=["letters", "words", "numbers"],
 )
-def test_a_table_of_ones_own_may_have_labels_of_residues(
+def test_a_custom_table_may_have_residue_labels(
     tmp_path: Path, task: dict[str, Any], cells: tuple[str, ...], expected: list[list[float]]
 ) -> None:
     rows = zip(("MKV", "AC", "DE"), cells, ("train", "train", "validation"), strict=True)
@@ -127,7 +127,7 @@ def test_a_table_of_ones_own_may_have_labels_of_residues(
     assert [protein.id for protein in splits.train.proteins] == ["pMKV", "pAC"]
 
 
-def test_parquet_may_have_lists_of_residues_labels_and_columns_of_other_names(tmp_path: Path) -> None:
+def test_parquet_may_have_lists_of_residue_labels_and_renamed_columns(tmp_path: Path) -> None:
     table = arrow.table(
         {
             "name": ["a", "b", "c"],
@@ -144,16 +144,16 @@ def test_parquet_may_have_lists_of_residues_labels_and_columns_of_other_names(tm
     assert shown(splits.validation) == [("c", "DE", [1.0, 0.0])]
 
 
-def test_labels_in_a_table_may_meet_sequences_in_fasta(tmp_path: Path) -> None:
+def test_labels_in_a_table_can_be_joined_with_sequences_in_fasta(tmp_path: Path) -> None:
     files = {"x.csv": "id,target,set\nc,yes,train\na,no,train\nb,no,valid\n", "s.fasta": SEQUENCES}
     splits = read(tmp_path, files, CLASSES, train="x.csv", sequences="s.fasta")
     assert shown(splits.train) == [("c", "WY", [1.0]), ("a", "MKVLA", [0.0])]
 
 
-# --- which set --------------------------------------------------------------------------------------------------------
+# --- splits -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_named_for_a_set_gives_what_it_marks_so_or_all_where_it_marks_nothing(tmp_path: Path) -> None:
+def test_a_file_given_for_a_set_yields_its_marked_records_or_all_without_marks(tmp_path: Path) -> None:
     files = {"gb1.csv": GB1, "more.csv": "sequence,target\nHHHHH,3\nIIIII,4\n"}
     same = read(tmp_path, files, preset("gb1"), train="gb1.csv", validation="gb1.csv", test="gb1.csv")
     assert same.test is not None
@@ -161,11 +161,11 @@ def test_a_file_named_for_a_set_gives_what_it_marks_so_or_all_where_it_marks_not
     assert not [note for note in same.notes if "not used" in note]
     other = read(tmp_path, files, preset("gb1"), train="gb1.csv", validation="more.csv")
     assert sequences(other.validation) == {"HHHHH", "IIIII"}
-    assert sequences(other.train) == {"MKVLA", "ACDEF"}  # what was marked for validation is not trained on
+    assert sequences(other.train) == {"MKVLA", "ACDEF"}  # records marked for validation are not trained on
     assert any("marked for validation in data.train, but not used" in note for note in other.notes)
 
 
-def test_a_random_split_depends_on_the_seed_but_not_on_the_order_and_keeps_equal_sequences_together(
+def test_a_random_split_depends_on_the_seed_only_and_groups_equal_sequences(
     tmp_path: Path,
 ) -> None:
     rows = [f"{UBIQUITIN[start : start + 9]},{start % 5}" for start in range(60)]
@@ -188,14 +188,14 @@ def test_a_random_split_depends_on_the_seed_but_not_on_the_order_and_keeps_equal
     assert parts[1] != sequences(again.validation)
 
 
-# --- what is worth a word ---------------------------------------------------------------------------------------------
+# --- notes ------------------------------------------------------------------------------------------------------------
 
 
 def notes_of(tmp_path: Path, rows: str, task: dict[str, Any], **data: Any) -> str:
     return "\n".join(read(tmp_path, {"x.csv": "sequence,target,set\n" + rows}, task, train="x.csv", **data).notes)
 
 
-def test_sequences_in_two_sets_and_with_two_labels_are_told(tmp_path: Path) -> None:
+def test_sequences_in_two_sets_or_with_two_labels_are_noted(tmp_path: Path) -> None:
     rows = "MK,a,train\nMK,b,train\nAC,a,train\nmk,a,valid\nDE,a,valid\nAC,b,test\nDE,b,test\n"
     notes = notes_of(tmp_path, rows, CLASSES)
     assert "1 of 2 validation proteins are in the training set too: its scores are not those of new proteins" in notes
@@ -204,20 +204,20 @@ def test_sequences_in_two_sets_and_with_two_labels_are_told(tmp_path: Path) -> N
     assert "training: sequences that occur more than once, with different targets: 1" in notes
 
 
-def test_labels_of_one_sequence_contradict_where_both_are_known_and_differ(tmp_path: Path) -> None:
+def test_only_known_different_labels_of_a_sequence_contradict(tmp_path: Path) -> None:
     rows = "MKV,H-E,train\nMKV,HHE,train\nMKV,-HE,train\nAC,HH,train\nDE,EH,valid\n"
     task = {**RESIDUES, "unknown": ["-"]}
     assert "different targets" not in notes_of(tmp_path, rows, task)
     assert "with different targets: 1" in notes_of(tmp_path, rows + "MKV,-EE,train\n", task)
 
 
-def test_classes_far_from_equally_frequent_are_told_with_their_counts(tmp_path: Path) -> None:
+def test_strongly_imbalanced_classes_are_noted_with_their_counts(tmp_path: Path) -> None:
     rows = "MK,rare,train\nAC,some,valid\n" + "".join(f"{UBIQUITIN[n : n + 8]},often,train\n" for n in range(12))
     assert "often 12, rare 1" in notes_of(tmp_path, rows.replace("some", "often"), CLASSES)
     assert "frequent" not in notes_of(tmp_path, rows.replace("some", "often") + "WW,rare,train\n", CLASSES)
 
 
-def test_of_very_many_classes_the_most_and_the_least_frequent_are_told(tmp_path: Path) -> None:
+def test_for_many_classes_the_most_and_least_frequent_are_noted(tmp_path: Path) -> None:
     times = {0: 30, 1: 20, 2: 10} | dict.fromkeys(range(3, 20), 2)
     labels = [f"c{label:02}" for label, count in times.items() for _ in range(count)] + ["c20", "c21", "c22"]
     rows = "".join(f"{UBIQUITIN[n % 60 :]}{'A' * (n // 60)},{label},train\n" for n, label in enumerate(labels))
@@ -225,7 +225,7 @@ def test_of_very_many_classes_the_most_and_the_least_frequent_are_told(tmp_path:
     assert told in notes_of(tmp_path, rows + "WW,c00,valid\n", CLASSES)
 
 
-def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+def test_omitted_records_are_counted(tmp_path: Path) -> None:
     rows = "MKVLA,1,train\nMJ,1,train\nAC,2,train\nDE,,train\nFG,3,valid\nHI,-,test\nKL,1,test\n"
     data = {"max_residues": 4, "bad_records": "skip", "missing_targets": "skip"}
     notes = notes_of(tmp_path, rows + "MN,3,train\n", {**NUMBERS, "unknown": ["-"]}, **data)
@@ -235,13 +235,13 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     assert "test: proteins left out, of which no target is known: 1" in notes
 
 
-def test_a_class_that_training_never_saw_can_be_treated_as_not_known(tmp_path: Path) -> None:
+def test_a_class_absent_from_training_can_be_treated_as_unknown(tmp_path: Path) -> None:
     rows = "MK,a,train\nAC,b,train\nDE,c,valid\nFG,a,valid\n"
     with pytest.raises(UserError, match=r"record 3: the label 'c' is none of the classes of the training set \(a, b\)"):
         notes_of(tmp_path, rows, CLASSES)
     splits = read(tmp_path, {}, CLASSES, train="x.csv", unseen_classes="skip")
     assert sequences(splits.validation) == {"FG"}
-    (note,) = splits.notes  # told once, though label and protein both go
+    (note,) = splits.notes  # one note, although the label and the protein are both dropped
     assert note == "validation: proteins left out, as their classes are none of the task's: 1"
     some = read(tmp_path, {"x.csv": f"sequence,target,set\n{rows}HI,,valid\n"}, CLASSES, train="x.csv",
                 unseen_classes="skip", missing_targets="skip")  # fmt: skip
@@ -251,14 +251,14 @@ def test_a_class_that_training_never_saw_can_be_treated_as_not_known(tmp_path: P
     )
 
 
-def test_labels_of_residues_that_training_never_saw_are_counted_apart_from_proteins(tmp_path: Path) -> None:
+def test_unseen_residue_classes_are_counted_separately_from_proteins(tmp_path: Path) -> None:
     rows = "MK,HE,train\nAC,HX,valid\nDE,--,valid\n"
     notes = notes_of(tmp_path, rows, {**RESIDUES, "unknown": ["-"]}, unseen_classes="skip")
     assert "validation: labels of classes that are none of the task's, treated as not known: 1" in notes
     assert "validation: proteins left out, of which no target is known: 1" in notes
 
 
-def test_numbers_of_rows_are_said_to_be_ids_where_a_column_of_names_is_there(tmp_path: Path) -> None:
+def test_row_numbers_as_ids_are_noted_when_a_name_column_exists(tmp_path: Path) -> None:
     table = "Name,sequence,target,set\nown,MK,1,train\nother,AC,2,train\nthird,DE,1,valid\n"
     (note,) = read(tmp_path, {"x.csv": table}, NUMBERS, train="x.csv").notes
     assert note.endswith("x.csv: ids are the numbers of the rows; task.id_column=Name takes those of the column Name")

@@ -1,4 +1,4 @@
-"""The picture of a fine-tuning: what is drawn can be read."""
+"""The figure of a fine-tuning report: contrast, axis labels and layout."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def report_of(task: Task, detail: Detail | None, rows: int = 1) -> Report:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Draws a report; its figure, laid out."""
+    """Return a function that draws a report and returns the laid-out figure."""
 
     def draw(report: Report) -> Any:
-        monkeypatch.setattr(picture, "write_png", lambda figure, path: figure)  # what draw then returns
+        monkeypatch.setattr(picture, "write_png", lambda figure, path: figure)  # draw returns the figure
         figure: Any = picture.draw(report, Path("unused.png"))
         figure.draw_without_rendering()
         return figure
@@ -41,12 +41,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def brightness(colour: Any) -> float:
-    """Relative luminance (WCAG 2.1)."""
+    """Return the relative luminance (WCAG 2.1)."""
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
     return float(np.dot((0.2126, 0.7152, 0.0722), linear))
 
 
-def test_the_number_in_a_cell_stands_out_from_any_blue_and_grey_is_explained(drawn: Any) -> None:
+def test_cell_numbers_have_contrast_on_every_blue_and_grey_is_explained(drawn: Any) -> None:
     labels = []
     for share in range(2, 100, 8):
         counts = np.zeros((6, 6), dtype=np.int64)
@@ -65,7 +65,7 @@ def test_the_number_in_a_cell_stands_out_from_any_blue_and_grey_is_explained(dra
 
 
 @pytest.mark.parametrize("size", [1.0, 1e38], ids=["usual", "huge"])
-def test_axes_of_numbers_are_named_and_nothing_stands_in_the_title(drawn: Any, size: float) -> None:
+def test_regression_axes_have_labels_without_offset_text_or_overlap(drawn: Any, size: float) -> None:
     pairs = np.array([[1, 2], [3, -1], [0, 0.1]]) * size
     figure = drawn(report_of(NUMBERS, Detail("row 0", TEST, 1, pairs=pairs), rows=3))
     axes = figure.axes[1]
@@ -78,7 +78,7 @@ def test_axes_of_numbers_are_named_and_nothing_stands_in_the_title(drawn: Any, s
             assert left.x1 < right.x0
 
 
-def test_a_single_row_has_a_low_panel(drawn: Any) -> None:
+def test_a_single_row_gives_a_low_panel(drawn: Any) -> None:
     detail = Detail("row 0", TEST, 1, pairs=np.array([[1.0, 2.0], [3.0, 1.0]]))
     heights = []
     for rows in (1, 4):
@@ -89,7 +89,7 @@ def test_a_single_row_has_a_low_panel(drawn: Any) -> None:
     assert square == pytest.approx(same)
 
 
-def test_without_a_test_set_validation_is_drawn_and_said(drawn: Any) -> None:
+def test_without_a_test_set_validation_is_drawn_and_labelled(drawn: Any) -> None:
     report = report_of(NUMBERS, None)
     rows = [dataclasses.replace(row, test=None) for row in report.rows]
     assert "validation; there is no test set" in [

@@ -1,4 +1,4 @@
-"""The report of a fine-tuning: the same bytes for the same numbers, all of them in it, and names that do no harm."""
+"""The report of a fine-tuning: deterministic bytes, complete numbers, and escaped names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CLASSES = Task(
     classes=("in", "out", "a|b<i>$x\n*`"),
 )
 NUMBERS = Task(name="meltome", level="sequence", kind="regression", metric="mse")
-WITHIN = 110  # columns of a screen
+WITHIN = 110  # terminal columns
 
 
 def predicted(task: Task, targets: Sequence[Targets], skill: float, seed: int) -> list[Prediction]:
@@ -50,7 +50,7 @@ def predicted(task: Task, targets: Sequence[Targets], skill: float, seed: int) -
 
 
 def report_of(task: Task, sets: Sequence[str] = (VALIDATION, TEST), seeds: Sequence[int] = (1, 2)) -> Report:
-    """Two rows on 40 proteins a set."""
+    """Return a report with two rows and 40 proteins per set."""
     rng = np.random.default_rng(9)
     highest = task.outputs if task.is_classification else 80
     proteins = [Protein(str(at), encode("MKV"), at + 1) for at in range(40)]
@@ -84,7 +84,7 @@ def report_of(task: Task, sets: Sequence[str] = (VALIDATION, TEST), seeds: Seque
 
 @pytest.mark.parametrize("task", [CLASSES, NUMBERS], ids=["classes", "numbers"])
 @pytest.mark.parametrize("sets", [(VALIDATION, TEST), (VALIDATION,)], ids=["test", "no test"])
-def test_equal_reports_are_equal_bytes_and_hold_every_number(tmp_path: Path, task: Task, sets: tuple[str, ...]) -> None:
+def test_equal_reports_have_equal_bytes_and_every_number(tmp_path: Path, task: Task, sets: tuple[str, ...]) -> None:
     report = report_of(task, sets)
     written = [write_report(tmp_path / name, report_of(task, sets)) for name in ("one", "other")]
     assert [path.name for path in written[0]] == ["report.md", "report.json", "report.png"]
@@ -126,7 +126,7 @@ def test_equal_reports_are_equal_bytes_and_hold_every_number(tmp_path: Path, tas
     assert max(map(len, lines(report))) <= WITHIN
 
 
-def test_what_was_taken_for_what_is_in_full_in_the_json(tmp_path: Path) -> None:
+def test_the_json_has_the_full_confusion_matrix(tmp_path: Path) -> None:
     counts = np.array([[5, 0, 1], [2, 3, 0], [0, 0, 0]])
     report = dataclasses.replace(report_of(CLASSES), detail=Detail("pretrained", TEST, 1, confusion=counts))
     write_report(tmp_path, report)
@@ -144,18 +144,18 @@ def test_what_was_taken_for_what_is_in_full_in_the_json(tmp_path: Path) -> None:
     assert "| in | 5 | 0 | 1 |" in page
 
 
-def test_names_out_of_files_are_neither_markdown_nor_html(tmp_path: Path) -> None:
+def test_names_from_files_are_escaped_in_markdown(tmp_path: Path) -> None:
     write_report(tmp_path, report_of(CLASSES))
     page = (tmp_path / "report.md").read_text()
     assert "a\\|b\\<i>$x \\*\\`" in page
     assert "\\<b>too long\\</b>" in page
     assert not re.search(r"(?<!\\)<", page)
     for line in page.splitlines():
-        if line.startswith("|"):  # as many cells as the head of its table has
+        if line.startswith("|"):  # as many cells as the table's header
             assert len(re.findall(r"(?<!\\)\|", line)) in (3, 4, 5, 6, 7)
 
 
-def test_very_many_classes_are_cut_on_the_page_and_whole_in_the_json(tmp_path: Path) -> None:
+def test_many_classes_are_truncated_on_the_page_and_complete_in_the_json(tmp_path: Path) -> None:
     task = Task(
         name="remote_homology",
         level="sequence",
@@ -179,7 +179,7 @@ def test_very_many_classes_are_cut_on_the_page_and_whole_in_the_json(tmp_path: P
     assert len(told["detail"]["confusion"]) == 1194
 
 
-def test_scores_that_are_not_defined_are_dashes_and_null(tmp_path: Path) -> None:
+def test_undefined_scores_are_dashes_and_null(tmp_path: Path) -> None:
     nothing = dict.fromkeys(("spearman", "pearson", "mse"), Estimate(math.nan, math.nan, math.nan))
     huge = {**nothing, "mse": Estimate(1.25e14, 1e14, 1.5e14)}
     rows = [
@@ -198,14 +198,14 @@ def test_scores_that_are_not_defined_are_dashes_and_null(tmp_path: Path) -> None
     assert "1.25e+14 (1.00e+14 to 1.50e+14)" in shown[2]
 
 
-def test_a_report_that_cannot_be_made_leaves_no_file_half_written(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
     report = dataclasses.replace(report_of(CLASSES), settings={"a": object()})
     with pytest.raises(TypeError):
         write_report(tmp_path, report)
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
-def test_classes_stand_in_the_order_of_the_task_everywhere() -> None:
+def test_classes_are_in_the_order_of_the_task_in_every_table() -> None:
     counts = np.array([[1, 0, 0], [0, 9, 0], [0, 0, 5]])
     sets = dict.fromkeys(("train", VALIDATION, TEST), SetFacts(40, 120, 15, (1, 9, 5)))
     report = dataclasses.replace(report_of(CLASSES), sets=sets, detail=Detail("pretrained", TEST, 1, confusion=counts))
@@ -213,7 +213,7 @@ def test_classes_stand_in_the_order_of_the_task_everywhere() -> None:
     assert tables == ["in", "out", "a\\|b"] * 3
 
 
-def test_how_to_read_the_numbers_says_what_is_so_of_this_report() -> None:
+def test_the_explanation_of_numbers_fits_the_seeds_and_the_level() -> None:
     of_proteins = page_of(report_of(CLASSES))
     assert "(seeds 1, 2); sd is" in of_proteins
     assert "residues of a protein are drawn together" not in of_proteins
@@ -225,7 +225,7 @@ def test_how_to_read_the_numbers_says_what_is_so_of_this_report() -> None:
 
 
 @pytest.mark.parametrize(("mode", "told"), [("frozen", False), ("full", True), ("lora", True)])
-def test_settings_of_an_encoder_are_told_where_it_was_trained(mode: str, told: bool) -> None:
+def test_encoder_settings_are_listed_only_if_the_encoder_was_trained(mode: str, told: bool) -> None:
     tuning = {"mode": mode, "lr": 1e-3, "encoder_lr": 1e-4, "layer_decay": 0.9, "keep_adapters": False}
     text = page_of(dataclasses.replace(report_of(CLASSES), settings={"tuning": tuning}))
     assert "| tuning.lr |" in text
@@ -233,7 +233,7 @@ def test_settings_of_an_encoder_are_told_where_it_was_trained(mode: str, told: b
         assert (f"| tuning.{key} |" in text) == told
 
 
-def test_rows_that_ran_out_of_epochs_are_told() -> None:
+def test_rows_that_reached_max_epochs_while_improving_are_noted() -> None:
     report = report_of(CLASSES)
     first, second = report.rows
     for made, expected in (
@@ -249,7 +249,7 @@ def test_rows_that_ran_out_of_epochs_are_told() -> None:
             assert expected is None or expected in text
 
 
-def test_what_makes_a_score_doubtful_stands_below_its_table() -> None:
+def test_a_warning_about_a_score_is_below_its_table() -> None:
     seen = "24 of 30 test proteins are in the training set too: the test scores are not those of new proteins"
     report = report_of(CLASSES)
     few = {**report.sets, VALIDATION: dataclasses.replace(report.sets[VALIDATION], proteins=29)}

@@ -1,4 +1,4 @@
-"""The configurations of tasks: each is whole and commented, and what cannot work is told by its key."""
+"""Task configurations: complete, commented, and refused with the key if invalid."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ PUBLISHED = {
     "remote_homology": ("sequence", "classification", "accuracy"),
     "stability": ("sequence", "regression", "spearman"),
 }
-"""Level, kind and metric as FLIP, TAPE and ESM-1nv's model card have them."""
+"""Level, kind and metric from FLIP, TAPE and ESM-1nv's model card."""
 BASE = {"name": "mine", "level": "sequence", "kind": "classification"}
 
 
-def test_every_task_of_the_benchmarks_is_there_and_asks_what_they_ask() -> None:
+def test_every_benchmark_task_has_its_level_kind_and_metric() -> None:
     assert {path.stem for path in TASKS} == {*PUBLISHED, "custom"}
     for name, expected in PUBLISHED.items():
         task = TaskConfig.from_config(preset(name))
         assert (task.name, task.level, task.kind, task.metric) == (name, *expected)
 
 
-def test_a_task_of_ones_own_needs_its_level_and_kind() -> None:
+def test_a_custom_task_requires_level_and_kind() -> None:
     with pytest.raises(ConfigError, match=r"level must be given"):
         TaskConfig.from_config(preset("custom"))
     task = TaskConfig.from_config(preset("custom", level="residue", kind="regression"))
@@ -44,7 +44,7 @@ def test_a_task_of_ones_own_needs_its_level_and_kind() -> None:
 
 
 @pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
-def test_every_key_of_a_task_is_there_and_explained_and_the_header_gives_its_command(path: Path) -> None:
+def test_every_task_file_explains_every_key_and_gives_its_command(path: Path) -> None:
     text = path.read_text()
     header = text.split("\n\n")[0]
     assert f"task={path.stem} " in header
@@ -59,7 +59,7 @@ def test_every_key_of_a_task_is_there_and_explained_and_the_header_gives_its_com
             assert "#" in value, line
 
 
-def test_what_flip_publishes_is_fixed_to_a_commit_and_a_checksum_and_what_tape_does_not_is_said_to_be_none() -> None:
+def test_flip_downloads_have_a_commit_and_checksum_and_tape_tasks_have_none() -> None:
     for name in PUBLISHED:
         download = TaskConfig.from_config(preset(name)).download
         if name in ("remote_homology", "stability"):
@@ -98,12 +98,12 @@ def test_what_flip_publishes_is_fixed_to_a_commit_and_a_checksum_and_what_tape_d
         ({**BASE, "download": {"url": "https://x/y", "checksum": "md5:1", "train": "t"}}, r"sha256: and 64"),
     ],
 )
-def test_a_task_that_cannot_work_is_told_by_its_key(values: dict[str, Any], told: str) -> None:
+def test_an_invalid_task_is_refused_with_its_key(values: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         TaskConfig.from_config(values)
 
 
-def test_the_advice_on_patterns_is_what_hydra_takes() -> None:
+def test_the_suggested_header_pattern_is_a_valid_hydra_override() -> None:
     text = next(path for path in TASKS if path.stem == "custom").read_text()
     (given,) = re.findall(r"'(task\.header_pattern=[^']+)'", text)
     assert given in _AS_BY_PATTERN
@@ -111,11 +111,11 @@ def test_the_advice_on_patterns_is_what_hydra_takes() -> None:
     assert TaskConfig.from_config({**BASE, "header_pattern": override.value()}).header_pattern == r"class=(\S+)"
 
 
-def test_whole_numbers_may_name_classes() -> None:
+def test_class_names_may_be_integers() -> None:
     assert TaskConfig.from_config({**BASE, "classes": [1, 2, 10]}).classes == ("1", "2", "10")
 
 
-def test_files_may_be_one_or_several_and_shares_may_be_left_out() -> None:
+def test_data_accepts_one_or_several_files_and_an_optional_split() -> None:
     assert DataConfig.from_config({"train": None}) == DataConfig()
     data = DataConfig.from_config({"train": ["a.csv", "b.csv"], "validation": "c.csv", "split": {"test": 0.1}})
     assert (data.train, data.validation, data.test) == (("a.csv", "b.csv"), ("c.csv",), ())
@@ -153,6 +153,6 @@ def test_files_may_be_one_or_several_and_shares_may_be_left_out() -> None:
         ({"mask": "a.fasta", "download": "flip"}, r"data\.download brings all files"),
     ],
 )
-def test_data_that_cannot_work_are_told_by_their_key(values: dict[str, Any], told: str) -> None:
+def test_invalid_data_settings_are_refused_with_their_key(values: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         DataConfig.from_config(values)
