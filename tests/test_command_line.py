@@ -112,7 +112,7 @@ def test_quotes_lists_null_and_home_in_a_text_value_are_interpreted(given: str, 
     assert plain_values(cfg)["input"] == value
 
 
-def test_a_file_named_like_a_pattern_is_that_file(
+def test_input_that_names_an_existing_file_is_not_expanded_as_a_pattern(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
