@@ -1,4 +1,4 @@
-"""Intervals of scores over proteins, against a loop that puts every resample together and scores it anew."""
+"""Bootstrap intervals over proteins, against a loop that builds and scores every resample."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TASKS = {
 
 
 def labelled(task: Task, proteins: int, runs: int, skill: float = 1.0) -> tuple[list[Targets], list[list[Prediction]]]:
-    """Targets with ties, numbers far from zero; some unknown, of two proteins all; runs that are worse one by one."""
+    """Targets far from zero with ties and NaN (two proteins entirely NaN), and runs with increasing noise."""
     rng = np.random.default_rng(7)
     lengths = rng.integers(1, 30, proteins) if task.is_per_residue else np.ones(proteins, dtype=int)
     if task.is_classification:
@@ -62,7 +62,7 @@ def labelled(task: Task, proteins: int, runs: int, skill: float = 1.0) -> tuple[
 def put_together(
     task: Task, targets: Sequence[Targets], runs: Sequence[Sequence[Prediction]], seed: int
 ) -> list[dict[str, float]]:
-    """The mean over runs of each score of each resample, from copies of the proteins that were drawn."""
+    """Return the mean over runs of each score for each resample, scored on copies of the drawn proteins."""
     known = [place for place, target in enumerate(targets) if not np.isnan(target).all()]
     found = []
     for drawn in statistics.resampled_indices(len(known), RESAMPLES, seed):
@@ -73,7 +73,7 @@ def put_together(
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_intervals_are_those_of_resampled_sets(task: Task) -> None:
+def test_intervals_equal_those_of_explicit_resamples(task: Task) -> None:
     targets, runs = labelled(task, 30, 2)
     each = put_together(task, targets, runs, seed=5)
     of_runs = [scores(task, targets, run) for run in runs]
@@ -88,7 +88,7 @@ def test_intervals_are_those_of_resampled_sets(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_differences_are_taken_within_each_resample(task: Task) -> None:
+def test_differences_are_computed_within_each_resample(task: Task) -> None:
     targets, runs = labelled(task, 30, 3)
     first, second = runs[:1], runs[1:]
     pairs = zip(put_together(task, targets, first, 5), put_together(task, targets, second, 5), strict=True)
@@ -103,8 +103,8 @@ def test_differences_are_taken_within_each_resample(task: Task) -> None:
     assert all(difference[:3] == (0, 0, 0) for difference in same.values())
 
 
-def test_residues_of_a_protein_are_not_drawn_apart() -> None:
-    """Proteins that are all right or all wrong: the interval is that of 20 throws, however long they are."""
+def test_residues_of_a_protein_are_resampled_together() -> None:
+    """Each protein is entirely right or wrong: the interval is that of 20 draws, whatever the lengths."""
     task = TASKS["classes of residues"]
     targets = [np.zeros(500, dtype=np.float32) for _ in range(20)]
     run = [np.eye(3, dtype=np.float32)[np.full(500, place % 2)] for place in range(20)]
@@ -112,19 +112,19 @@ def test_residues_of_a_protein_are_not_drawn_apart() -> None:
     assert (low, high) == pytest.approx((0.3, 0.7), abs=0.05)
 
 
-def test_blocks_of_resamples_change_nothing_and_a_seed_gives_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_size_does_not_change_intervals_and_the_seed_fixes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     task = TASKS["numbers of residues"]
     targets, runs = labelled(task, 30, 2)
     whole = estimates(task, targets, runs, RESAMPLES)
     assert whole == estimates(task, targets, runs, RESAMPLES)
     assert whole != estimates(task, targets, runs, RESAMPLES, seed=2)
-    monkeypatch.setattr(statistics, "_BLOCK_NUMBERS", 100)  # three resamples of 28 proteins at once
+    monkeypatch.setattr(statistics, "_BLOCK_NUMBERS", 100)  # blocks of three resamples of 28 proteins
     found = estimates(task, targets, runs, RESAMPLES)
     for name, estimate in whole.items():
         assert found[name] == pytest.approx(estimate, rel=1e-12), name
 
 
-def test_what_is_not_defined_has_no_interval() -> None:
+def test_undefined_score_has_no_interval() -> None:
     nan = math.nan
     for task in TASKS.values():
         targets, runs = labelled(task, 30, 2)
@@ -146,7 +146,7 @@ def test_what_is_not_defined_has_no_interval() -> None:
     assert sentence == "a and b cannot be compared by Spearman: it is not defined for both"
 
 
-def test_residues_are_read_once_for_a_score_and_once_for_all_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residues_are_read_once_for_the_score_and_once_for_all_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     task = TASKS["numbers of residues"]
     targets, runs = labelled(task, 30, 3)
     reads: list[int] = []
@@ -167,13 +167,13 @@ def test_residues_are_read_once_for_a_score_and_once_for_all_resamples(monkeypat
         ("mcc", (0.01, 0.0, 0.03), "no difference is shown between A and B: MCC +0.010 (+0.000 to +0.030)"),
     ],
 )
-def test_a_row_beats_another_only_where_the_interval_leaves_out_zero(
+def test_verdict_names_a_winner_only_if_the_interval_excludes_zero(
     metric: str, difference: tuple[float, float, float], expected: str
 ) -> None:
     assert verdict(metric, "A", "B", Estimate(*difference)) == expected
 
 
-def test_numbers_are_written_in_as_many_digits_as_they_need() -> None:
+def test_numbers_are_written_with_as_many_digits_as_needed() -> None:
     scores = (0.77349, -0.0001, 4.59e-4, 0.0, 1.0, math.nan)
     assert [format_score(value, decimal_places("mcc", value)) for value in scores] == [
         *("0.773", "0.000", "0.000", "0.000", "1.000", "-"),

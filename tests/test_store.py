@@ -1,4 +1,4 @@
-"""The token store: round trip, agreement with Megatron, and every way in which a store can be wrong."""
+"""The token store: round trip, compatibility with Megatron, detection of damage, and concurrent builds."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edit_manifest(folder: Path, *keys: str, value: object) -> None:
-    """Set (or, given None, remove) one key of a manifest."""
+    """Set one key of a manifest, or remove it if `value` is None."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     entry = manifest
@@ -67,7 +67,7 @@ def flip_bit(path: Path, at: int) -> None:
     path.write_bytes(content)
 
 
-def test_what_was_written_is_read(folder: Path) -> None:
+def test_store_round_trips_its_sequences(folder: Path) -> None:
     store = ProteinStore.open(folder)
     for name, sequences in PROTEINS.items():
         split = store.split(name)
@@ -79,7 +79,7 @@ def test_what_was_written_is_read(folder: Path) -> None:
     store.verify()
 
 
-def test_the_manifest_says_what_is_in_the_store(folder: Path) -> None:
+def test_manifest_describes_the_store(folder: Path) -> None:
     manifest = ProteinStore.open(folder).manifest
     assert manifest["format_version"] == 2
     assert manifest["package_version"] == __version__
@@ -101,7 +101,7 @@ def test_megatron_reads_the_same_sequences(folder: Path) -> None:
         assert theirs.document_indices.tolist() == list(range(len(ours) + 1))
 
 
-def test_we_read_what_megatron_writes(tmp_path: Path) -> None:
+def test_split_written_by_megatron_can_be_read(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(tmp_path / "train.bin"), dtype=np.uint8)
@@ -112,14 +112,14 @@ def test_we_read_what_megatron_writes(tmp_path: Path) -> None:
     assert [decode(split[i]) for i in range(5)] == PROTEINS["train"]
 
 
-def test_an_index_longer_than_one_block_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_written_in_several_blocks_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_block = write(tmp_path / "one")
     monkeypatch.setattr("bionemo_esm.data.store._INDEX_BLOCK", 2)
     many_blocks = write(tmp_path / "many")
     assert (one_block / "train.idx").read_bytes() == (many_blocks / "train.idx").read_bytes()
 
 
-def test_adding_many_is_adding_one_after_another(tmp_path: Path, folder: Path) -> None:
+def test_add_many_equals_repeated_add(tmp_path: Path, folder: Path) -> None:
     with StoreWriter(tmp_path / "many") as writer:
         for split, sequences in PROTEINS.items():
             writer.add_many(split, encode("".join(sequences)), [len(sequence) for sequence in sequences])
@@ -128,7 +128,7 @@ def test_adding_many_is_adding_one_after_another(tmp_path: Path, folder: Path) -
         assert (tmp_path / "many" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_gather_joins_windows_in_the_order_asked(folder: Path) -> None:
+def test_gather_joins_windows_in_the_requested_order(folder: Path) -> None:
     train = PROTEINS["train"]
     split = ProteinStore.open(folder).split("train")
     windows = [(3, 0, 58), (0, 10, 5), (4, 20, 0), (3, 57, 1), (0, 10, 5)]
@@ -151,7 +151,7 @@ def test_gather_joins_windows_in_the_order_asked(folder: Path) -> None:
         ((4, 2**63 - 1, 1), "of sequence 4"),
     ],
 )
-def test_gather_refuses_windows_outside_their_sequence(
+def test_gather_rejects_windows_outside_their_sequence(
     folder: Path, window: tuple[int, int, int], message: str
 ) -> None:
     split = ProteinStore.open(folder).split("train")
@@ -162,12 +162,14 @@ def test_gather_refuses_windows_outside_their_sequence(
 
 
 @pytest.mark.parametrize("arrays", [([0, 1], [0], [5]), ([[0, 1]], [[0, 0]], [[5, 5]]), (0, 0, 5)])
-def test_gather_refuses_arrays_of_other_shapes(folder: Path, arrays: tuple[ArrayLike, ArrayLike, ArrayLike]) -> None:
+def test_gather_rejects_arrays_of_different_shapes(
+    folder: Path, arrays: tuple[ArrayLike, ArrayLike, ArrayLike]
+) -> None:
     with pytest.raises(ValueError, match="three 1-D arrays alike"):
         ProteinStore.open(folder).split("train").gather(*arrays)
 
 
-def test_an_empty_split_can_be_used(folder: Path) -> None:
+def test_empty_split_can_be_used(folder: Path) -> None:
     split = ProteinStore.open(folder).split("test")
     assert (len(split), split.residues, split.lengths.size) == (0, 0, 0)
     assert split.gather([], [], []).size == 0
@@ -176,7 +178,7 @@ def test_an_empty_split_can_be_used(folder: Path) -> None:
         split[0]
 
 
-def test_indices_outside_the_split_are_refused(folder: Path) -> None:
+def test_index_outside_the_split_raises_index_error(folder: Path) -> None:
     split = ProteinStore.open(folder).split("validation")
     assert decode(split[-1]) == PROTEINS["validation"][-1]
     for index in (2, -3):
@@ -191,29 +193,29 @@ def test_sequences_and_lengths_are_read_only(folder: Path) -> None:
             view[0] = 1
 
 
-def test_residue_counts_are_those_of_the_sequences(folder: Path) -> None:
+def test_residue_counts_equal_those_of_the_sequences(folder: Path) -> None:
     counts = ProteinStore.open(folder).split("train").residue_counts()
     text = "".join(PROTEINS["train"])
     assert counts.dtype == np.int64
     assert counts.tolist() == [text.count(token) for token in TOKEN_IDS]
 
 
-def test_a_pickled_split_maps_its_files_again(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pickled_split_maps_its_files_again(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(folder.parent)
     contents = [
         pickle.dumps(ProteinStore.open("store").split("train")),
         pickle.dumps(SequenceSplit(Path("store/train"), SUMMARY)),
     ]
-    monkeypatch.chdir(tmp_path.parent)  # a worker may run elsewhere
+    monkeypatch.chdir(tmp_path.parent)  # a worker may have another working directory
     for content in contents:
         assert len(content) < 500
         assert decode(pickle.loads(content)[1]) == PROTEINS["train"][1]
 
 
-# Stores that are wrong
+# Damaged stores
 
 
-def test_a_missing_folder_or_manifest_is_named(tmp_path: Path, folder: Path) -> None:
+def test_missing_folder_or_manifest_is_named(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(StoreError, match=r"absent: no such folder; build a store"):
         ProteinStore.open(tmp_path / "absent")
     (folder / "manifest.json").unlink()
@@ -225,7 +227,7 @@ def test_a_missing_folder_or_manifest_is_named(tmp_path: Path, folder: Path) -> 
     ("text", "message"),
     [("{", "is not JSON"), ("[]", "holds a JSON list"), ("\xff", "is not JSON"), ("{}", "format_version is None")],
 )
-def test_a_manifest_that_is_no_manifest_is_refused(folder: Path, text: str, message: str) -> None:
+def test_invalid_manifest_is_rejected(folder: Path, text: str, message: str) -> None:
     (folder / "manifest.json").write_text(text, encoding="latin-1")
     with pytest.raises(StoreError, match=rf"manifest\.json: {message}"):
         ProteinStore.open(folder)
@@ -248,21 +250,21 @@ def test_a_manifest_that_is_no_manifest_is_refused(folder: Path, text: str, mess
         (("splits", "train", "sequences"), 2**70, r"train\.idx: has 142 bytes"),
     ],
 )
-def test_an_edited_manifest_is_refused(folder: Path, keys: tuple[str, ...], value: object, message: str) -> None:
+def test_edited_manifest_is_rejected(folder: Path, keys: tuple[str, ...], value: object, message: str) -> None:
     edit_manifest(folder, *keys, value=value)
     with pytest.raises(StoreError, match=message):
         ProteinStore.open(folder)
 
 
 @pytest.mark.parametrize("file", [f"{name}.{suffix}" for name in SPLITS for suffix in ("bin", "idx")])
-def test_a_missing_file_is_named(folder: Path, file: str) -> None:
+def test_missing_file_is_named(folder: Path, file: str) -> None:
     (folder / file).unlink()
     with pytest.raises(StoreError, match=rf"{file}: the file is missing"):
         ProteinStore.open(folder)
 
 
 @pytest.mark.parametrize("file", ["train.bin", "train.idx", "test.idx"])
-def test_a_truncated_file_is_refused_on_opening(folder: Path, file: str) -> None:
+def test_truncated_file_is_rejected_on_opening(folder: Path, file: str) -> None:
     path = folder / file
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(StoreError, match=rf"{file}: has \d+ bytes, by the manifest \d+"):
@@ -281,7 +283,7 @@ def test_a_truncated_file_is_refused_on_opening(folder: Path, file: str) -> None
         (54 + 5 * 8 + 5 * 8, "last cluster does not end with"),
     ],
 )
-def test_a_wrong_index_header_is_refused_on_opening(folder: Path, at: int, message: str) -> None:
+def test_wrong_index_header_is_rejected_on_opening(folder: Path, at: int, message: str) -> None:
     flip_bit(folder / "train.idx", at)
     with pytest.raises(StoreError, match=message):
         ProteinStore.open(folder)
@@ -295,13 +297,13 @@ def test_verify_finds_a_flipped_bit(folder: Path, file: str, at: int) -> None:
         store.verify()
 
 
-def test_an_offset_beyond_the_file_is_never_followed(folder: Path) -> None:
-    flip_bit(folder / "train.idx", 54 + 1)  # moves the first sequence by 256 residues, which is all there are
+def test_offset_beyond_the_file_is_not_followed(folder: Path) -> None:
+    flip_bit(folder / "train.idx", 54 + 1)  # moves the first sequence by 256 residues, the size of the whole file
     with pytest.raises(StoreError, match="lies outside"):
         ProteinStore.open(folder).split("train").gather([0], [0], [76])
 
 
-def test_token_ids_beyond_the_alphabet_are_never_handed_out(folder: Path) -> None:
+def test_token_id_outside_the_alphabet_is_rejected_when_read(folder: Path) -> None:
     content = bytearray((folder / "train.bin").read_bytes())
     content[3] = 200
     (folder / "train.bin").write_bytes(content)
@@ -309,7 +311,7 @@ def test_token_ids_beyond_the_alphabet_are_never_handed_out(folder: Path) -> Non
         ProteinStore.open(folder).split("train").gather([0], [0], [76])
 
 
-def test_another_split_name_is_refused(folder: Path) -> None:
+def test_unknown_split_name_is_rejected(folder: Path) -> None:
     with pytest.raises(StoreError, match="no split 'valid'; choose one of train, validation, test"):
         ProteinStore.open(folder).split("valid")
 
@@ -317,7 +319,7 @@ def test_another_split_name_is_refused(folder: Path) -> None:
 # Writing
 
 
-def test_nothing_remains_of_a_build_that_fails(tmp_path: Path) -> None:
+def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
         with StoreWriter(tmp_path / "store") as writer:
             writer.add("train", encode(PROTEINS["train"][0]))
@@ -329,13 +331,13 @@ def test_nothing_remains_of_a_build_that_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_remains_of_a_build_that_is_not_finished(tmp_path: Path) -> None:
+def test_unfinished_build_leaves_nothing(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "store") as writer:
         writer.add("train", encode(PROTEINS["train"][0]))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_half_written_store_is_not_opened(tmp_path: Path) -> None:
+def test_partly_written_store_is_not_opened(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "store") as writer:
         writer.add("train", encode(PROTEINS["train"][0]))
         as_after_a_power_failure = shutil.copytree(writer.partial, tmp_path / "store")
@@ -343,14 +345,14 @@ def test_a_half_written_store_is_not_opened(tmp_path: Path) -> None:
         ProteinStore.open(as_after_a_power_failure)
 
 
-def test_an_existing_store_is_not_overwritten(folder: Path) -> None:
+def test_existing_store_is_not_overwritten(folder: Path) -> None:
     before = (folder / "train.bin").read_bytes()
     with pytest.raises(StoreError, match="store: exists already; open it, remove it, or choose another"):
         write(folder)
     assert (folder / "train.bin").read_bytes() == before
 
 
-def test_of_two_builders_one_wins_and_the_other_is_told_at_once(tmp_path: Path) -> None:
+def test_second_concurrent_builder_is_rejected_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     with StoreWriter(folder) as first:
         first.add("train", encode(PROTEINS["train"][0]))
@@ -365,7 +367,7 @@ def test_of_two_builders_one_wins_and_the_other_is_told_at_once(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_store_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_store_that_appears_during_a_build_is_not_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     with StoreWriter(folder) as writer:
         shutil.copytree(write(tmp_path / "copied"), folder)
@@ -374,7 +376,7 @@ def test_a_store_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     ProteinStore.open(folder).verify()
 
 
-def test_what_a_killed_builder_left_is_taken_over(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_builder_are_replaced(tmp_path: Path) -> None:
     code = (
         "import os, sys; from bionemo_esm.alphabet import encode\n"
         "from bionemo_esm.data.store import StoreWriter\n"
@@ -388,7 +390,7 @@ def test_what_a_killed_builder_left_is_taken_over(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_clusters_are_documents_to_megatron(tmp_path: Path) -> None:
+def test_clusters_are_documents_in_megatron(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     with StoreWriter(tmp_path / "store") as writer:
@@ -400,13 +402,13 @@ def test_clusters_are_documents_to_megatron(tmp_path: Path) -> None:
     assert split.cluster_starts.tolist() == [0, 2, 5]
 
 
-def test_in_a_plain_split_each_sequence_is_its_own_cluster(folder: Path) -> None:
+def test_without_clusters_each_sequence_is_its_own_cluster(folder: Path) -> None:
     split = ProteinStore.open(folder).split("train")
     assert split.cluster_starts.tolist() == list(range(6))
     assert split.num_clusters == len(split) == 5
 
 
-def test_a_store_is_as_readable_as_any_new_folder(folder: Path, tmp_path: Path) -> None:
+def test_store_has_the_permissions_of_a_new_folder(folder: Path, tmp_path: Path) -> None:
     ordinary = tmp_path / "ordinary"
     ordinary.mkdir()
     assert folder.stat().st_mode == ordinary.stat().st_mode
@@ -423,19 +425,21 @@ def test_a_store_is_as_readable_as_any_new_folder(folder: Path, tmp_path: Path) 
         ("train", np.array([20, 33], dtype=np.uint8), [2], r"0\.\.32, got 33"),
     ],
 )
-def test_what_cannot_be_stored_is_refused(
+def test_invalid_tokens_or_lengths_are_rejected(
     tmp_path: Path, split: str, token_ids: NDArray[np.uint8], lengths: list[int], message: str
 ) -> None:
     with StoreWriter(tmp_path / "store") as writer, pytest.raises(ValueError, match=message):
         writer.add_many(split, token_ids, lengths)
 
 
-def test_fields_that_the_manifest_sets_itself_are_refused(tmp_path: Path) -> None:
+def test_manifest_fields_set_by_the_writer_cannot_be_overridden(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "store") as writer, pytest.raises(ValueError, match="sets splits itself"):
         writer.finish({"splits": {}})
 
 
-def test_some_lengths_come_from_all_over_a_split(monkeypatch: pytest.MonkeyPatch, sample_store: ProteinStore) -> None:
+def test_sampled_lengths_are_spread_over_the_whole_split(
+    monkeypatch: pytest.MonkeyPatch, sample_store: ProteinStore
+) -> None:
     train = sample_store.split("train")
     assert train.some_lengths() is train.lengths
     monkeypatch.setattr("bionemo_esm.data.store._BLOCKS", 5)

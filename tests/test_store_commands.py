@@ -1,4 +1,4 @@
-"""The commands around a store: what they leave, what the screen says, and how each mistake is told."""
+"""Commands on a store: `preprocess`, `inspect` and `check-leakage`, their output, and their error messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HBB_CODING = "ATGGTGCATCTGACTCCTGAGGAGAAGTCTGCCGTTACTGCCCTGTGGGGCAAGGTGAACGTGGAT
 
 
 class Said(NamedTuple):
-    """How a command ended: its exit code and what it wrote."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -41,19 +41,19 @@ class Said(NamedTuple):
 
 
 class Shell:
-    """Runs commands in this process, in a folder of their own."""
+    """Run commands in this process, in a folder of their own."""
 
     def __init__(self, folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self._capfd, self._monkeypatch = folder, capfd, monkeypatch
 
     def preprocess(self, *overrides: str) -> Said:
-        """`preprocess` with these overrides, composed as the command line composes them."""
+        """Run `preprocess` with these overrides, composed as on the command line."""
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
             cfg = compose("preprocess_uniref50", overrides=list(overrides))
         return self._finish(lambda: jobs.preprocess(cfg))
 
     def command(self, *arguments: str) -> Said:
-        """`bionemo-esm` with these arguments."""
+        """Run `bionemo-esm` with these arguments."""
         self._monkeypatch.setattr(sys, "argv", ["bionemo-esm", *arguments])
         return self._finish(command_line.main)
 
@@ -80,7 +80,7 @@ def shell(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of the 200 proteins of the sample's test part, built by the job; not to be changed."""
+    """A store of the 200 proteins of the sample's test part, built by `preprocess`; read-only."""
     output = tmp_path_factory.mktemp("finished") / "store"
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
         cfg = compose("preprocess_uniref50", overrides=[f"input={FILES['test']}", f"output={output}", *IN_TWENTY])
@@ -89,7 +89,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_clusters(path: Path) -> Path:
-    """Pairs of the proteins of the sample's test part: 100 clusters."""
+    """Write 100 clusters: pairs of the proteins of the sample's test part."""
     names = [record.id for record in read_fasta(FILES["test"])]
     pairs = zip(names[::2], names[1::2], strict=True)
     path.write_text("".join(f"UniRef50_{first}\t{first},{second}\n" for first, second in pairs))
@@ -99,7 +99,7 @@ def write_clusters(path: Path) -> Path:
 # Building
 
 
-def test_a_store_is_built_and_its_card_shown(shell: Shell) -> None:
+def test_preprocess_builds_a_store_and_prints_its_summary(shell: Shell) -> None:
     said = shell.preprocess(f"input={FILES['test']}", "output=data/store", "split.validation=20", "split.test=30")
     assert (said.code, said.err) == (0, "")
     store = ProteinStore.open("data/store")
@@ -117,7 +117,7 @@ def test_a_store_is_built_and_its_card_shown(shell: Shell) -> None:
     assert [path.name for path in Path("data").iterdir()] == ["store"]
 
 
-def test_a_pattern_and_a_list_name_the_same_files(shell: Shell) -> None:
+def test_glob_pattern_and_list_select_the_same_files(shell: Shell) -> None:
     for name, path in FILES.items():
         shutil.copy(path, shell.folder / f"{name}.fasta.gz")
     (shell.folder / "plain.fasta").write_bytes(gzip.decompress(FILES["test"].read_bytes()))
@@ -135,7 +135,7 @@ def test_a_pattern_and_a_list_name_the_same_files(shell: Shell) -> None:
     assert ProteinStore.open("three").manifest["counts"]["records_kept"] == 400
 
 
-def test_the_policy_seed_and_threads_of_the_configuration_are_obeyed(shell: Shell) -> None:
+def test_policy_seed_and_threads_of_the_configuration_are_used(shell: Shell) -> None:
     policy = ("policy.max_residues=100", "policy.long_sequences=drop", "policy.duplicate_sequences=keep", "seed=7")
     said = shell.preprocess(f"input={FILES['test']}", "output=store", "threads=1", "licence=CC0", *policy, *IN_TWENTY)
     assert said.code == 0, said.err
@@ -145,7 +145,7 @@ def test_the_policy_seed_and_threads_of_the_configuration_are_obeyed(shell: Shel
     assert max(entry["longest"] for entry in manifest["splits"].values()) <= 100
 
 
-def test_members_of_clusters_are_built_from_a_table(shell: Shell) -> None:
+def test_clustered_store_is_built_from_a_cluster_table(shell: Shell) -> None:
     write_clusters(shell.folder / "clusters.tsv")
     sizes = ("split.validation=10", "split.test=20")
     said = shell.preprocess(f"input={FILES['test']}", "clusters.map=clusters.tsv", "output=store", *sizes)
@@ -159,13 +159,13 @@ def test_members_of_clusters_are_built_from_a_table(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("given", ["release=2022_05", "release='2022_05'", "release=202205", "release=current"])
-def test_a_release_keeps_its_form_though_yaml_reads_a_number(shell: Shell, given: str) -> None:
+def test_release_name_is_kept_even_if_yaml_parses_it_as_a_number(shell: Shell, given: str) -> None:
     assert shell.preprocess(f"input={FILES['test']}", "output=store", given, *IN_TWENTY).code == 0
     expected = "current" if "current" in given else "2022_05"
     assert ProteinStore.open("store").manifest["release"] == expected
 
 
-def test_the_defaults_are_the_model_cards() -> None:
+def test_defaults_are_those_of_the_model_card() -> None:
     values = yaml.safe_load((config_directory() / "preprocess_uniref50.yaml").read_text())
     assert values["split"] == {"validation": 5_000, "test": 1_000_000}
     assert (values["policy"]["max_residues"], values["policy"]["long_sequences"]) == (1024, "truncate")
@@ -181,7 +181,7 @@ def test_the_defaults_are_the_model_cards() -> None:
 @pytest.mark.parametrize(
     ("overrides", "asked"), [((), "2022_05"), (("release=2023_01",), "2023_01"), (("release=current",), "current")]
 )
-def test_without_an_input_the_release_is_downloaded(
+def test_release_is_downloaded_if_no_input_is_given(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], asked: str
 ) -> None:
     def fetch(name: str, folder: Path, progress: object) -> FetchedRelease:
@@ -198,7 +198,7 @@ def test_without_an_input_the_release_is_downloaded(
     assert "2024_03" in said.out
 
 
-def test_a_download_that_fails_is_told_in_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_gives_one_error_line(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(name: str, folder: Path, progress: object) -> FetchedRelease:
         raise ReleaseError("https://example.org: does not answer; try again later")
 
@@ -208,7 +208,7 @@ def test_a_download_that_fails_is_told_in_one_line(shell: Shell, monkeypatch: py
     assert shell.files() == []
 
 
-def test_an_existing_store_is_found_before_anything_is_downloaded(
+def test_existing_store_is_detected_before_any_download(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, finished: Path
 ) -> None:
     monkeypatch.setattr(jobs, "fetch_release", lambda *_, **__: pytest.fail("downloads"))
@@ -217,7 +217,7 @@ def test_an_existing_store_is_found_before_anything_is_downloaded(
     assert f"error: output: {finished} exists already" in said.err
 
 
-# Mistakes
+# Errors
 
 TEST = f"input={FILES['test']}"
 
@@ -252,7 +252,7 @@ TEST = f"input={FILES['test']}"
         (["clusters.map=c.tsv"], "clusters.map needs one `input`, the FASTA file of the clusters' members"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_and_leaves_nothing(shell: Shell, overrides: list[str], names: str) -> None:
+def test_mistake_gives_one_error_line_and_leaves_nothing(shell: Shell, overrides: list[str], names: str) -> None:
     said = shell.preprocess("output=store", "split.validation=null", "split.test=null", *overrides)
     assert said.code == 2
     assert said.err.startswith("error: ")
@@ -270,7 +270,7 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing(shell: Shell, override
         (b"protein\nMKV\n", "in.fasta, record 1, byte 0: text before the first '>'"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named(shell: Shell, content: bytes, names: str) -> None:
+def test_unusable_file_is_named(shell: Shell, content: bytes, names: str) -> None:
     (shell.folder / "in.fasta").write_bytes(content)
     said = shell.preprocess("input=in.fasta", "output=store", *IN_TWENTY)
     assert said.code == 2
@@ -280,7 +280,7 @@ def test_a_file_that_cannot_be_used_is_named(shell: Shell, content: bytes, names
     assert shell.files() == ["in.fasta"]
 
 
-def test_an_output_that_exists_is_left_as_it_is(shell: Shell, finished: Path) -> None:
+def test_existing_store_is_left_unchanged(shell: Shell, finished: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
     said = shell.preprocess(TEST, f"output={finished}", *IN_TWENTY)
     assert (said.code, said.out) == (2, "")
@@ -289,7 +289,7 @@ def test_an_output_that_exists_is_left_as_it_is(shell: Shell, finished: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_an_output_that_is_something_else_is_left_as_it_is(shell: Shell, kind: str) -> None:
+def test_existing_output_that_is_not_a_store_is_left_unchanged(shell: Shell, kind: str) -> None:
     (shell.folder / "taken").mkdir() if kind == "folder" else (shell.folder / "taken").write_text("notes")
     said = shell.preprocess(TEST, "output=taken", *IN_TWENTY)
     assert said.code == 2
@@ -300,7 +300,7 @@ def test_an_output_that_is_something_else_is_left_as_it_is(shell: Shell, kind: s
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_an_output_that_is_something_else_is_called_so(shell: Shell, kind: str) -> None:
+def test_error_does_not_call_another_existing_output_a_store(shell: Shell, kind: str) -> None:
     (shell.folder / "taken").mkdir() if kind == "folder" else (shell.folder / "taken").write_text("notes")
     said = shell.preprocess(TEST, "output=taken", *IN_TWENTY)
     assert "output" in said.err
@@ -308,13 +308,13 @@ def test_an_output_that_is_something_else_is_called_so(shell: Shell, kind: str) 
     assert "build the store again" not in said.err
 
 
-def test_a_file_named_in_two_ways_is_named_twice(shell: Shell) -> None:
+def test_file_given_by_two_paths_is_reported_as_named_twice(shell: Shell) -> None:
     shutil.copy(FILES["test"], shell.folder / "in.fasta.gz")
     said = shell.preprocess("input=[in.fasta.gz,./in.fasta.gz]", "output=store", *IN_TWENTY)
     assert "input: names a file twice" in said.err
 
 
-def test_a_home_folder_is_found(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_expanded(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(shell.folder))
     shutil.copy(FILES["test"], shell.folder / "in.fasta.gz")
     assert shell.preprocess("input='~/in.fasta.gz'", "output='~/store'", *IN_TWENTY).code == 0
@@ -323,14 +323,14 @@ def test_a_home_folder_is_found(shell: Shell, monkeypatch: pytest.MonkeyPatch) -
 # inspect
 
 
-def test_inspect_prints_the_card(shell: Shell, finished: Path) -> None:
+def test_inspect_prints_the_summary(shell: Shell, finished: Path) -> None:
     said = shell.command("inspect", str(finished))
     assert (said.code, said.err) == (0, "")
     assert any(line.split() == ["sequences", "180", "10", "10"] for line in said.out.splitlines())
     assert "Every file matches" not in said.out
 
 
-def test_inspect_as_json_is_json_and_nothing_else(shell: Shell, finished: Path) -> None:
+def test_inspect_json_prints_only_json(shell: Shell, finished: Path) -> None:
     said = shell.command("inspect", str(finished), "--json", "--verify")
     card = json.loads(said.out)
     assert (card["sequences"], card["splits"]["train"]["sequences"], card["residues"]) == (200, 180, 77_237)
@@ -342,7 +342,7 @@ def test_inspect_draws_a_picture(shell: Shell, finished: Path) -> None:
     assert (shell.folder / "mine.png").read_bytes() == (finished / "card.png").read_bytes()
 
 
-def test_inspect_verifies_every_byte(shell: Shell, finished: Path) -> None:
+def test_inspect_verify_checks_every_byte(shell: Shell, finished: Path) -> None:
     said = shell.command("inspect", str(finished), "--verify")
     assert said.out.endswith("\nEvery file matches its hash in the manifest.\n")
     shutil.copytree(finished, "damaged")
@@ -364,7 +364,7 @@ def test_inspect_verifies_every_byte(shell: Shell, finished: Path) -> None:
         (["STORE", "--picture", "/proc/card.png"], "/proc/card.png: cannot be written (No such file or directory)"),
     ],
 )
-def test_inspect_tells_a_mistake_in_one_line(shell: Shell, finished: Path, arguments: list[str], names: str) -> None:
+def test_inspect_gives_one_error_line(shell: Shell, finished: Path, arguments: list[str], names: str) -> None:
     said = shell.command("inspect", *(str(finished) if word == "STORE" else word for word in arguments))
     assert said.code == 2
     assert said.err.startswith("error: ")
@@ -372,7 +372,7 @@ def test_inspect_tells_a_mistake_in_one_line(shell: Shell, finished: Path, argum
     assert said.err.count("\n") == 1
 
 
-def test_commands_are_listed_and_others_refused(shell: Shell) -> None:
+def test_help_lists_commands_and_unknown_commands_are_rejected(shell: Shell) -> None:
     said = shell.command("--help")
     for name in ("pretrain", "preprocess", "inspect", "check-leakage"):
         assert f"bionemo-esm {name} " in said.out
@@ -385,7 +385,7 @@ def test_commands_are_listed_and_others_refused(shell: Shell) -> None:
 
 
 @needs_mmseqs
-def test_check_leakage_reports_and_writes_its_pairs(shell: Shell, finished: Path) -> None:
+def test_check_leakage_reports_and_writes_pairs(shell: Shell, finished: Path) -> None:
     said = shell.command(
         "check-leakage", str(finished), "--identity", "0.9", "--max-queries", "5", "--output", "pairs.tsv"
     )
@@ -396,7 +396,7 @@ def test_check_leakage_reports_and_writes_its_pairs(shell: Shell, finished: Path
     assert shell.files() == ["pairs.tsv"]
 
 
-def test_check_leakage_tells_a_mistake_in_one_line(shell: Shell, finished: Path) -> None:
+def test_check_leakage_gives_one_error_line(shell: Shell, finished: Path) -> None:
     for arguments, names in (
         (["absent"], "absent: no such folder"),
         ([str(finished), "--identity", "2"], "identity is 2"),
@@ -408,7 +408,7 @@ def test_check_leakage_tells_a_mistake_in_one_line(shell: Shell, finished: Path)
         assert said.err.count("\n") == 1
 
 
-# Processes
+# Subprocesses
 
 
 def process(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
@@ -416,7 +416,7 @@ def process(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_the_script_builds_from_standard_input(tmp_path: Path) -> None:
+def test_script_builds_a_store_from_standard_input(tmp_path: Path) -> None:
     job = process(tmp_path, "input=-", "output=store", "release=2022_05", *IN_TWENTY)
     out, err = job.communicate(FILES["test"].read_bytes(), timeout=120)
     assert (job.returncode, err) == (0, b"")
@@ -425,10 +425,10 @@ def test_the_script_builds_from_standard_input(tmp_path: Path) -> None:
     assert store.manifest["release"] == "2022_05"
     assert store.manifest["source"][0]["file"] == "standard input"
     assert [len(store.split(name)) for name in SPLITS] == [180, 10, 10]
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]  # none of Hydra's folders
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]  # no output folder of Hydra
 
 
-def test_ctrl_c_while_a_pipe_stays_open_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_while_a_pipe_is_open_leaves_nothing(tmp_path: Path) -> None:
     job = process(tmp_path, "input=-", "output=store", *IN_TWENTY)
     assert job.stdin is not None
     job.stdin.write(gzip.decompress(FILES["train"].read_bytes()))
@@ -436,17 +436,17 @@ def test_ctrl_c_while_a_pipe_stays_open_leaves_nothing(tmp_path: Path) -> None:
     until = time.monotonic() + 60
     while not (tmp_path / ".store.partial").exists() and time.monotonic() < until:
         time.sleep(0.02)
-    time.sleep(0.3)  # so that it waits for more of the pipe
+    time.sleep(0.3)  # let it block on the pipe
     assert job.poll() is None
     os.kill(job.pid, signal.SIGINT)
-    assert job.wait(timeout=60) == 130  # though nobody closes the pipe
+    assert job.wait(timeout=60) == 130  # although the pipe is still open
     out, err = job.communicate(timeout=60)
     assert err == b"\nInterrupted; no store was made. A download goes on next time.\n"
     assert b"Done" not in out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_installed_command_runs_the_same_job(tmp_path: Path) -> None:
+def test_installed_command_runs_the_same_job(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bionemo_esm", "preprocess"]
     done = subprocess.run(
         [*command, TEST, "output=store", *IN_TWENTY], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -458,12 +458,12 @@ def test_the_installed_command_runs_the_same_job(tmp_path: Path) -> None:
     assert again.stderr == "error: output: store exists already; name another folder, or remove it\n"
 
 
-# Training on what was built
+# Training on the built store
 
 
-@pytest.mark.slow  # for the imports, if it is the first that trains
+@pytest.mark.slow  # imports dominate if this is the first training test
 @pytest.mark.parametrize("clustered", [False, True])
-def test_a_run_trains_on_the_store(shell: Shell, tmp_path: Path, clustered: bool) -> None:
+def test_pretraining_runs_on_the_built_store(shell: Shell, tmp_path: Path, clustered: bool) -> None:
     given = [f"clusters.map={write_clusters(shell.folder / 'clusters.tsv')}"] if clustered else []
     said = shell.preprocess(TEST, "output=store", "split.validation=20", "split.test=20", *given)
     assert said.code == 0, said.err

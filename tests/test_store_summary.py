@@ -1,4 +1,4 @@
-"""The card of a store: its numbers against the sequences themselves, and what it says where something is missing."""
+"""The summary of a store: its numbers against the sequences, and its text when values are missing."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from bionemo_esm.data import store_summary as card_module
 from bionemo_esm.data.store import SPLITS, ProteinStore, StoreWriter
 from bionemo_esm.data.store_summary import CONTEXTS, SplitStatistics, StoreSummary, draw_summary
 
-README_MEDIANS = {"train": 302, "validation": 254, "test": 337}  # of bionemo_esm/data/sample/README.md
-README_UNIGRAM = 18.25  # of validation
+README_MEDIANS = {"train": 302, "validation": 254, "test": 337}  # from bionemo_esm/data/sample/README.md
+README_UNIGRAM = 18.25  # of the validation split
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ def counted(lengths: Sequence[int], residue_counts: NDArray[np.int64] | None = N
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_lengths_are_those_of_the_sequences(sample_store: ProteinStore, sample_card: StoreSummary, name: str) -> None:
+def test_length_statistics_equal_those_of_the_sequences(
+    sample_store: ProteinStore, sample_card: StoreSummary, name: str
+) -> None:
     lengths, split = sample_store.split(name).lengths, sample_card.splits[name]
     assert (split.sequences, split.residues) == (lengths.size, lengths.sum())
     assert split.mean == pytest.approx(lengths.mean())
@@ -62,7 +64,7 @@ def test_lengths_counted_in_blocks_are_merged(sample_store: ProteinStore, monkey
 
 
 @pytest.mark.parametrize("tokens", CONTEXTS)
-def test_cropping_and_padding_count_the_two_special_tokens(
+def test_cropping_and_padding_include_the_two_special_tokens(
     sample_store: ProteinStore, sample_card: StoreSummary, tokens: int
 ) -> None:
     lengths, split = sample_store.split("train").lengths, sample_card.splits["train"]
@@ -77,7 +79,7 @@ def test_sequence_that_just_fits_is_neither_cropped_nor_padded() -> None:
     assert (longer.share_cropped(512), longer.padding_waste(512)) == (1.0, 0.0)
 
 
-def test_composition_is_the_share_of_each_residue_and_of_all_rare_ones(tmp_path: Path) -> None:
+def test_composition_gives_each_standard_residue_and_the_sum_of_rare_ones(tmp_path: Path) -> None:
     card = StoreSummary.of(store_of(tmp_path / "store", {"train": [encode("LLLLAAGX"), encode("UO")]}))
     shares = card.splits["train"].composition()
     assert (shares["L"], shares["A"], shares["G"], shares["W"]) == (0.4, 0.2, 0.1, 0.0)
@@ -85,7 +87,7 @@ def test_composition_is_the_share_of_each_residue_and_of_all_rare_ones(tmp_path:
     assert sum(shares.values()) == pytest.approx(1.0)
 
 
-def test_unigram_perplexity_is_that_of_the_sample_and_of_train_frequencies(sample_card: StoreSummary) -> None:
+def test_unigram_perplexity_uses_train_frequencies_and_matches_the_readme(sample_card: StoreSummary) -> None:
     train, validation = sample_card.splits["train"], sample_card.splits["validation"]
     assert validation.unigram_perplexity(train) == pytest.approx(README_UNIGRAM, abs=0.005)
     uniform = np.zeros(33, np.int64)
@@ -93,7 +95,7 @@ def test_unigram_perplexity_is_that_of_the_sample_and_of_train_frequencies(sampl
     assert counted([20 * 10**9], uniform).unigram_perplexity(counted([20 * 10**9], uniform)) == pytest.approx(20.0)
 
 
-def test_text_tells_of_every_split_and_where_it_came_from(tmp_path: Path, sample_store: ProteinStore) -> None:
+def test_text_describes_every_split_and_its_source(tmp_path: Path, sample_store: ProteinStore) -> None:
     proteins = [sample_store.split("train")[i] for i in range(3)]
     manifest: dict[str, Any] = {
         "source": [{"split": "train", "file": "a.fasta.gz", "bytes": 1234567, "sha256": "0123456789abcdef" * 4}],
@@ -114,7 +116,7 @@ def test_text_tells_of_every_split_and_where_it_came_from(tmp_path: Path, sample
     assert "CC BY 4.0" in text
 
 
-def test_text_is_a_page_of_aligned_columns(sample_card: StoreSummary) -> None:
+def test_text_has_aligned_columns_and_fits_one_page(sample_card: StoreSummary) -> None:
     lines = sample_card.text().splitlines()
     assert 30 <= len(lines) <= 55
     assert max(map(len, lines)) <= 120
@@ -126,26 +128,26 @@ def test_text_is_a_page_of_aligned_columns(sample_card: StoreSummary) -> None:
 
 
 @pytest.mark.parametrize("manifest", [{}, {"source": "by hand", "policy": [], "counts": 3, "splits": {}, "release": 5}])
-def test_whatever_the_manifest_lacks_is_said_to_be_not_recorded(
+def test_missing_manifest_values_are_shown_as_not_recorded(
     sample_card: StoreSummary, manifest: dict[str, Any], tmp_path: Path
 ) -> None:
     card = StoreSummary("handmade", manifest, sample_card.splits)
     text = card.text()
     for key in ("licence", "built by", "policy"):
         assert f"{key:<26}not recorded" in text
-    assert text.count("not recorded") >= 9  # the hashes of six files among them
+    assert text.count("not recorded") >= 9  # including the hashes of six files
     json.dumps(card.to_dict())
     assert draw_summary(card, tmp_path / "card.png").is_file()
 
 
-def test_clusters_are_told_only_where_they_differ_from_sequences(sample_card: StoreSummary) -> None:
+def test_clusters_are_shown_only_if_they_differ_from_sequences(sample_card: StoreSummary) -> None:
     assert "clusters" not in sample_card.text()
     entries = {name: {"clusters": 10} for name in SPLITS}
     clustered = StoreSummary("clustered", {"splits": entries}, sample_card.splits)
     assert any(line.split() == ["clusters", "10", "10", "10"] for line in clustered.text().splitlines())
 
 
-def test_dictionary_is_json_with_the_numbers_of_the_text(sample_card: StoreSummary) -> None:
+def test_dictionary_is_valid_json_with_the_numbers_of_the_text(sample_card: StoreSummary) -> None:
     told = json.loads(json.dumps(sample_card.to_dict(), allow_nan=False))
     train = told["splits"]["train"]
     assert (told["sequences"], train["sequences"], train["residues"]) == (3000, 2600, 908430)
@@ -160,16 +162,16 @@ def test_dictionary_is_json_with_the_numbers_of_the_text(sample_card: StoreSumma
     [{}, {"train": [1]}, {"train": [300], "test": [45_000]}, {"test": [250, 251]}],
     ids=["empty", "one residue", "45,000 residues", "no train"],
 )
-def test_odd_stores_have_a_card_and_a_picture(lengths: dict[str, list[int]], tmp_path: Path) -> None:
+def test_unusual_stores_have_a_summary_and_a_picture(lengths: dict[str, list[int]], tmp_path: Path) -> None:
     sequences = {name: [np.full(n, 5, np.uint8) for n in sizes] for name, sizes in lengths.items()}
     card = StoreSummary.of(store_of(tmp_path / "store", sequences))
-    assert "–" in card.text()  # of the splits that are empty
+    assert "–" in card.text()  # for empty splits
     json.dumps(card.to_dict(), allow_nan=False)
     pixels = image.imread(draw_summary(card, tmp_path / "card.png"))
     assert pixels.shape[:2] == (1066, 1500)
 
 
-def test_picture_is_the_same_whatever_the_users_settings(
+def test_picture_does_not_depend_on_matplotlib_settings(
     sample_store: ProteinStore, sample_card: StoreSummary, tmp_path: Path
 ) -> None:
     first = draw_summary(sample_card, tmp_path / "first.png").read_bytes()
@@ -193,7 +195,7 @@ def test_picture_shows_train_and_held_out_in_their_colours(sample_card: StoreSum
     assert not shows(StoreSummary("train only", {}, alone), held_out)
 
 
-def test_failed_picture_leaves_the_old_one(sample_card: StoreSummary, tmp_path: Path) -> None:
+def test_failed_picture_keeps_the_old_one(sample_card: StoreSummary, tmp_path: Path) -> None:
     old = draw_summary(sample_card, tmp_path / "card.png").read_bytes()
     broken = StoreSummary("broken", {}, {})
     with pytest.raises(KeyError):

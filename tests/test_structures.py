@@ -1,4 +1,4 @@
-"""Structures out of Parquet, mmCIF and PDB files: which residues, where they are, and which of them touch."""
+"""Structures from Parquet, mmCIF and PDB files: sequences, coordinates and contacts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HELIX = ("MET", "GLY", "LYS", "LEU", "SER", "ASP", "TRP", "ARG")
 
 
 def atom(number: int, name: str, residue: str, chain: str, place: int, x: float, **more: Any) -> str:
-    """One line of a PDB file: an atom at (x, 2x, 3) or with `y`."""
+    """Return one ATOM line of a PDB file, at (x, 2x, 3) unless `y` is given."""
     told = {"altloc": " ", "occupancy": 1.0, "element": name[0], "record": "ATOM", "y": 2 * x} | more
     return (
         f"{told['record']:<6}{number:>5}  {name:<3}{told['altloc']}{residue:>3} {chain}{place:>4}    "
@@ -39,7 +39,7 @@ def seqres(chain: str, names: tuple[str, ...]) -> str:
 
 
 def backbone(chain: str, names: tuple[str, ...], first: int = 1) -> list[str]:
-    """N, CA and C of each residue, those of neighbours 3.8 apart, and CB where there is one."""
+    """Return N, CA, C and, except for glycine, CB of each residue; neighbouring CA atoms are 3.8 Å apart."""
     lines = []
     for index, name in enumerate(names):
         x = 3.8 * index
@@ -60,7 +60,7 @@ def letters(structure: Structure) -> str:
     return "".join(TOKENS[token] for token in structure.tokens)
 
 
-def test_residues_that_are_not_shown_keep_their_places_in_the_sequence(tmp_path: Path) -> None:
+def test_unresolved_residues_keep_their_positions_in_the_sequence(tmp_path: Path) -> None:
     lines = [line for line in backbone("A", HELIX, first=51) if int(line[22:26]) not in (51, 55)]
     (found,) = read_structures(str(pdb(tmp_path, seqres("A", HELIX), *lines)))
     assert (found.id, letters(found)) == ("some_A", "MGKLSDWR")
@@ -69,7 +69,7 @@ def test_residues_that_are_not_shown_keep_their_places_in_the_sequence(tmp_path:
     assert found.coordinates[3].tolist() == pytest.approx([3.8 * 3, 0, 3])
 
 
-def test_mmcif_says_what_pdb_says_gzipped_too(tmp_path: Path) -> None:
+def test_gzipped_mmcif_gives_the_same_structure_as_pdb(tmp_path: Path) -> None:
     lines = [line for line in backbone("A", HELIX) if int(line[22:26]) not in (1, 5)]
     path = pdb(tmp_path, seqres("A", HELIX), *lines)
     file = gemmi.read_structure(str(path))
@@ -84,14 +84,14 @@ def test_mmcif_says_what_pdb_says_gzipped_too(tmp_path: Path) -> None:
     assert np.array_equal(found.coordinates, expected.coordinates, equal_nan=True)
 
 
-def test_selenomethionine_is_methionine_and_what_is_unknown_is_x(tmp_path: Path) -> None:
+def test_selenomethionine_is_methionine_and_unknown_residues_are_x(tmp_path: Path) -> None:
     names = ("MSE", "GLY", "LYS", "UNK", "ALA", "SEP", "TRP", "ARG")
     (found,) = read_structures(str(pdb(tmp_path, seqres("A", names), *backbone("A", names))))
     assert letters(found) == "MGKXASWR"
     assert found.resolved.all()
 
 
-def test_of_several_places_of_an_atom_the_likeliest_counts(tmp_path: Path) -> None:
+def test_alternate_location_with_the_highest_occupancy_is_used(tmp_path: Path) -> None:
     lines = [line for line in backbone("A", HELIX) if not (line[12:16].strip() == "CA" and int(line[22:26]) == 3)]
     at = next(index for index, line in enumerate(lines) if int(line[22:26]) == 4)
     both = [
@@ -103,7 +103,7 @@ def test_of_several_places_of_an_atom_the_likeliest_counts(tmp_path: Path) -> No
     assert found.coordinates[2, 0] == pytest.approx(8.5)
 
 
-def test_chains_of_proteins_are_read_of_the_first_model_only(tmp_path: Path) -> None:
+def test_protein_chains_of_the_first_model_only_are_read(tmp_path: Path) -> None:
     dna = [atom(1, "P", name, "D", place, place * 6.0) for place, name in enumerate(("DA", "DC", "DG"), start=1)]
     water = [atom(1, "O", "HOH", "A", 300, 1.0, record="HETATM")]
     sequences = [seqres("A", HELIX), seqres("B", HELIX[:4]), seqres("D", (" DA", " DC", " DG"))]
@@ -118,7 +118,7 @@ def test_chains_of_proteins_are_read_of_the_first_model_only(tmp_path: Path) -> 
         read_structures(str(path), chain="D")
 
 
-def test_beta_carbons_stand_for_residues_where_asked_and_glycines_keep_their_alpha(tmp_path: Path) -> None:
+def test_beta_carbons_are_used_on_request_with_alpha_carbons_for_glycine(tmp_path: Path) -> None:
     path = str(pdb(tmp_path, seqres("A", HELIX), *backbone("A", HELIX)))
     (alpha,), (beta,) = read_structures(path), read_structures(path, atom="CB")
     assert (beta.coordinates - alpha.coordinates)[:, 0].tolist() == pytest.approx([1, 0, 1, 1, 1, 1, 1, 1], abs=1e-5)
@@ -126,7 +126,7 @@ def test_beta_carbons_stand_for_residues_where_asked_and_glycines_keep_their_alp
         read_structures(path, atom="N")
 
 
-def test_beta_carbons_are_not_asked_of_a_file_that_has_none(tmp_path: Path) -> None:
+def test_file_without_beta_carbons_is_rejected_for_atom_cb(tmp_path: Path) -> None:
     lines = [line for line in backbone("A", ("ALA", "GLY", "SER")) if line[12:16].strip() == "CA"]
     path = str(pdb(tmp_path, *lines))
     assert read_structures(path)[0].resolved.all()
@@ -134,8 +134,8 @@ def test_beta_carbons_are_not_asked_of_a_file_that_has_none(tmp_path: Path) -> N
         read_structures(path, "CB")
 
 
-def test_without_a_full_sequence_breaks_are_filled_with_x_as_they_are_numbered(tmp_path: Path) -> None:
-    first, second = backbone("A", HELIX[:4]), backbone("A", HELIX)[-12:]  # 1 to 4, and 6 to 8
+def test_without_seqres_chain_breaks_are_filled_with_x_by_residue_number(tmp_path: Path) -> None:
+    first, second = backbone("A", HELIX[:4]), backbone("A", HELIX)[-12:]  # residues 1 to 4, and 6 to 8
     moved = [line[:22] + f"{int(line[22:26]) + 2:>4}" + line[26:] for line in second]
     renumbered = [line[:22] + f"{int(line[22:26]) + 90:>4}" + line[26:] for line in backbone("B", HELIX)[16:]]
     (broken,) = read_structures(str(pdb(tmp_path, *first, *moved, name="broken.pdb")))
@@ -146,7 +146,7 @@ def test_without_a_full_sequence_breaks_are_filled_with_x_as_they_are_numbered(t
     assert letters(joined) == "MGKLSDWR", "numbers that jump are no gap where neighbours are bonded"
 
 
-def test_what_touches_is_nearer_than_eight_angstrom_and_resolved() -> None:
+def test_contacts_are_resolved_residues_closer_than_eight_angstrom() -> None:
     coordinates = np.array([[0, 0, 0], [7.9, 0, 0], [8.0, 0, 0], [np.nan] * 3], dtype=np.float32)
     structure = Structure("a", np.arange(4, 8, dtype=np.uint8), coordinates)
     expected = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=bool)
@@ -166,7 +166,7 @@ def table(folder: Path, *rows: dict[str, Any], name: str = "s.parquet") -> str:
 ROW = {"pdb_id": "1ABC", "chain_id": "A", "sequence": "MKV", "coords": [[0.0, 1, 2], [3, 4, 5], [6, 7, 8]]}
 
 
-def test_a_table_has_chains_and_a_mask_of_what_is_resolved(tmp_path: Path) -> None:
+def test_parquet_table_has_chains_and_a_mask_of_resolved_residues(tmp_path: Path) -> None:
     path = table(tmp_path, ROW | {"ca_mask": [1, 0, 1]}, ROW | {"chain_id": "B", "ca_mask": [1, 1, 1]})
     first, second = read_structures(path)
     assert (first.id, second.id, letters(first)) == ("1ABC_A", "1ABC_B", "MKV")
@@ -189,13 +189,13 @@ def test_a_table_has_chains_and_a_mask_of_what_is_resolved(tmp_path: Path) -> No
     ],
     ids=["too few", "two numbers", "ragged", "mask", "letter", "empty", "id"],
 )
-def test_a_row_that_cannot_be_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_invalid_row_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = table(tmp_path, ROW | {"ca_mask": [1, 1, 1]}, ROW | {"chain_id": "B", "ca_mask": [1, 1, 1]} | change)
     with pytest.raises(StructureError, match=message):
         read_structures(path)
 
 
-def test_what_holds_no_structure_is_told_by_name(tmp_path: Path) -> None:
+def test_source_without_structures_is_rejected_by_name(tmp_path: Path) -> None:
     parquet.write_table(arrow.Table.from_pylist([{"id": "a", "sequence": "MK"}]), tmp_path / "proteins.parquet")
     (tmp_path / "broken.cif").write_text("data_x\nloop_\n_a.b\n")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
@@ -230,7 +230,7 @@ def test_folders_patterns_and_lists_are_read_in_order(tmp_path: Path) -> None:
     assert files_of(both) == both
 
 
-def test_structures_are_told_from_proteins(tmp_path: Path) -> None:
+def test_structure_files_are_distinguished_from_protein_files(tmp_path: Path) -> None:
     proteins = tmp_path / "p.parquet"
     parquet.write_table(arrow.Table.from_pylist([{"id": "a", "sequence": "MK"}]), proteins)
     assert not holds_structures(str(proteins)) and not holds_structures("-") and not holds_structures("x.fasta.gz")

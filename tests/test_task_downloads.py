@@ -1,4 +1,4 @@
-"""A task's own files over the network: checked, unpacked, and not asked for twice; from a server on this machine."""
+"""Downloading a task's files from a local server: checksums, unpacking, and reuse."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def packed(members: dict[str, str]) -> bytes:
 
 ARCHIVE = packed(MEMBERS)
 SHA256 = f"sha256:{hashlib.sha256(ARCHIVE).hexdigest()}"
-BLOB = f"git:{hashlib.sha1(b'blob %d' % len(ARCHIVE) + bytes(1) + ARCHIVE).hexdigest()}"  # as `git hash-object` says
+BLOB = f"git:{hashlib.sha1(b'blob %d' % len(ARCHIVE) + bytes(1) + ARCHIVE).hexdigest()}"  # as `git hash-object` does
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def config(server: Server, **values: Any) -> DownloadConfig:
     )
 
 
-def test_a_task_is_downloaded_read_and_then_found_where_it_is(server: Server, tmp_path: Path) -> None:
+def test_task_is_downloaded_read_and_then_reused(server: Server, tmp_path: Path) -> None:
     own = preset("secondary_structure", download={"url": server.url + PATH, "checksum": SHA256})
     task, data = TaskConfig.from_config(own), DataConfig.from_config({"download": str(tmp_path / "flip")})
     server.fail(Reply(status=503), Reply(drop_after=100), path=PATH)  # a busy server, then a lost connection
@@ -65,14 +65,14 @@ def test_a_task_is_downloaded_read_and_then_found_where_it_is(server: Server, tm
     assert set(splits.files) == {"sampled.fasta", "sequences.fasta", "mask.fasta"}
     folder = tmp_path / "flip" / "secondary_structure"
     assert names(folder) == ["mask.fasta", "sampled.fasta", "sequences.fasta", "splits.zip"]
-    assert names(tmp_path) == ["flip"]  # nothing outside, nothing that was not named
+    assert names(tmp_path) == ["flip"]  # nothing outside the folder, only the named members
     asked = len(server.seen)
     assert read_splits(task, data, 1).task == splits.task
     assert len(server.seen) == asked
 
 
 @pytest.mark.parametrize("checksum", [SHA256, BLOB], ids=["sha256", "git"])
-def test_either_checksum_is_checked(server: Server, tmp_path: Path, checksum: str) -> None:
+def test_sha256_and_git_checksums_are_verified(server: Server, tmp_path: Path, checksum: str) -> None:
     found = download_task("mine", config(server, checksum=checksum), tmp_path)
     assert found["train"].read_text() == STRUCTURE
     assert set(found) == {"train"}
@@ -82,7 +82,7 @@ def test_either_checksum_is_checked(server: Server, tmp_path: Path, checksum: st
     assert names(tmp_path / "other") == []
 
 
-def test_what_was_changed_on_disk_is_mended(server: Server, tmp_path: Path) -> None:
+def test_files_changed_on_disk_are_repaired(server: Server, tmp_path: Path) -> None:
     found = download_task("mine", config(server), tmp_path)["train"]
     found.write_text(STRUCTURE.replace("EC", "HC"))
     assert download_task("mine", config(server), tmp_path)["train"].read_text() == STRUCTURE
@@ -92,14 +92,14 @@ def test_what_was_changed_on_disk_is_mended(server: Server, tmp_path: Path) -> N
     assert len(server.seen) == 2
 
 
-def test_a_member_that_is_not_there_is_told_with_those_that_are(server: Server, tmp_path: Path) -> None:
+def test_missing_member_error_lists_the_members(server: Server, tmp_path: Path) -> None:
     with pytest.raises(ReleaseError, match=r"no member 'sampled\.csv', but splits/sampled\.fasta, .*task\.download"):
         download_task("mine", config(server, train="sampled.csv"), tmp_path)
     with pytest.raises(ReleaseError, match=r"member 'splits/' is no file"):
         download_task("mine", config(server, train="splits/"), tmp_path)
 
 
-def test_a_member_keeps_within_its_folder_and_size(
+def test_member_stays_within_its_folder_and_size_limit(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = download_task("mine", config(server, train="../outside.txt"), tmp_path)
@@ -109,13 +109,13 @@ def test_a_member_keeps_within_its_folder_and_size(
         download_task("mine", config(server), tmp_path)
 
 
-def test_an_archive_that_is_none_is_told(server: Server, tmp_path: Path) -> None:
+def test_invalid_archive_is_rejected(server: Server, tmp_path: Path) -> None:
     server.files[PATH] = b"<html>moved</html>"
     checksum = f"sha256:{hashlib.sha256(server.files[PATH]).hexdigest()}"
     with pytest.raises(ReleaseError, match=r"cannot be unpacked"):
         download_task("mine", config(server, checksum=checksum), tmp_path)
     damaged = bytearray(ARCHIVE)
-    damaged[ARCHIVE.index(b"splits/sampled.fasta") + 30] ^= 0xFF  # within what was deflated
+    damaged[ARCHIVE.index(b"splits/sampled.fasta") + 30] ^= 0xFF  # inside the compressed data
     server.files[PATH] = bytes(damaged)
     checksum = f"sha256:{hashlib.sha256(damaged).hexdigest()}"
     with pytest.raises(ReleaseError, match=r"cannot be unpacked"):
@@ -123,14 +123,14 @@ def test_an_archive_that_is_none_is_told(server: Server, tmp_path: Path) -> None
     assert not [name for name in names(tmp_path / "more" / "mine") if name.endswith((".fasta", ".partial"))]
 
 
-def test_without_the_network_local_files_are_suggested(server: Server, tmp_path: Path) -> None:
+def test_failed_download_suggests_local_files(server: Server, tmp_path: Path) -> None:
     server.files.clear()
     with pytest.raises(ReleaseError, match=r"HTTP status 404.*; or give local files by data\.train=\.\.\."):
         download_task("mine", config(server), tmp_path)
     assert names(tmp_path / "mine") == []
 
 
-def test_a_folder_that_cannot_be_made_is_told(server: Server, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_reported(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ReleaseError, match=r"choose another folder"):
         download_task("mine", config(server), tmp_path / "file")

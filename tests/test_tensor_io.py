@@ -1,4 +1,4 @@
-"""Our safetensors code against the library's, in both directions; and trees of state taken apart and put together."""
+"""Our safetensors code against the library in both directions, and splitting tensors from trees of state."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def written(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def read(content: bytes, path: Path) -> dict[str, Tensor]:
-    """What our reader makes of a safetensors file that lies within another file."""
+    """Read, with our reader, a safetensors file embedded in another file."""
     path.write_bytes(BEFORE + content + b"what stands behind")
     return all_of(TensorTable.open(path, "tensors", Section(len(BEFORE), len(content))))
 
@@ -50,7 +50,7 @@ def all_of(table: TensorTable) -> dict[str, Tensor]:
 
 
 def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
-    """All that there is to a tensor; NaNs with the same bits are equal, 0.0 and -0.0 are not."""
+    """Return dtype, shape and raw bytes, so that equal NaN bits are equal and 0.0 differs from -0.0."""
     flat = tensor.detach().contiguous().reshape(-1)
     return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
 
@@ -60,7 +60,7 @@ def equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
 
 
 def numbers(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Every bit pattern is as likely as another: NaNs, infinities and subnormals are among them."""
+    """Return a tensor of random bit patterns, NaNs, infinities and subnormals included."""
     item = torch.empty(0, dtype=dtype).element_size()
     raw = np.random.default_rng(1).integers(0, 2 if dtype == torch.bool else 256, (math.prod(shape) * item,), np.uint8)
     return torch.from_numpy(raw).view(dtype).reshape(shape)
@@ -71,7 +71,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tensors") / "file"
 
 
-# --- both ways, every kind of tensor ----------------------------------------------------------------------------------
+# --- both directions, every kind of tensor ----------------------------------------------------------------------------
 
 
 def kinds_of_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def kinds_of_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_the_library_reads_what_we_write_and_we_read_what_it_writes(dtype: torch.dtype, file: Path) -> None:
+def test_library_and_our_code_read_each_others_files(dtype: torch.dtype, file: Path) -> None:
     tensors = kinds_of_tensors(dtype)
     assert equal(load(written(tensors)), tensors)
     assert equal(read(written(tensors), file), tensors)
@@ -102,7 +102,7 @@ def test_the_library_reads_what_we_write_and_we_read_what_it_writes(dtype: torch
         assert equal(read(save(plain, metadata), file), tensors)
 
 
-def test_all_types_together_and_none_at_all(file: Path) -> None:
+def test_all_dtypes_together_and_no_tensors_round_trip(file: Path) -> None:
     tensors = {name: numbers(dtype, 3, 5) for name, dtype in DTYPES.items()}
     for some in (tensors, {}):
         assert equal(load(written(some)), some)
@@ -110,20 +110,20 @@ def test_all_types_together_and_none_at_all(file: Path) -> None:
         assert equal(read(written(some), file), some)
 
 
-def test_equal_tensors_give_equal_bytes_however_they_lie_in_memory() -> None:
+def test_equal_tensors_give_equal_bytes_in_any_memory_layout() -> None:
     a, b = numbers(torch.float32, 4, 6), numbers(torch.bfloat16, 3)
     assert written({"a": a, "b": b}) == written({"b": b.clone(), "a": a.T.contiguous().T})
     assert written({"a": a}) != written({"a": a.T})
 
 
-def test_data_begins_on_a_multiple_of_eight_bytes() -> None:
+def test_data_start_is_aligned_to_eight_bytes() -> None:
     for length in range(9):
         content = written({"x" * length: torch.ones(1)})
         assert int.from_bytes(content[:8], "little") % 8 == 0
 
 
-def test_a_name_that_the_format_keeps_for_itself_is_refused_or_read_back(file: Path) -> None:
-    """Better not written than written so that nobody can read it."""
+def test_reserved_name_is_rejected_or_read_back(file: Path) -> None:
+    """Refusing to write is better than writing an unreadable file."""
     try:
         content = written({"__metadata__": torch.ones(2)})
     except (TypeError, ValueError):
@@ -132,12 +132,12 @@ def test_a_name_that_the_format_keeps_for_itself_is_refused_or_read_back(file: P
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.uint16])
-def test_a_type_that_we_do_not_read_is_not_written_and_named(dtype: torch.dtype) -> None:
+def test_unsupported_dtype_is_not_written_and_is_named(dtype: torch.dtype) -> None:
     with pytest.raises((TypeError, ValueError), match=f"momentum.*{dtype}"):
         tensor_member({"momentum": torch.zeros(2, dtype=dtype)})
 
 
-# --- headers that nobody would write ----------------------------------------------------------------------------------
+# --- malformed headers ------------------------------------------------------------------------------------------------
 
 COUNTS = st.one_of(st.integers(0, 4), st.sampled_from([-1, 8, 2**31, 2**47, 2**48, 2**63, 2**64, 1.0, True, "1", None]))
 ENTRIES = st.fixed_dictionaries(
@@ -151,7 +151,7 @@ ENTRIES = st.fixed_dictionaries(
 
 @st.composite
 def nearly_right(draw: st.DrawFn) -> tuple[bytes, int]:
-    """A header as it should be, and the size of its data; then up to two things are not."""
+    """Draw a valid header and the size of its data, then make up to two changes."""
     header: dict[str, Any] = {}
     end = 0
     for name in draw(st.lists(st.text(max_size=3), max_size=4, unique=True)):
@@ -181,7 +181,7 @@ def nearly_right(draw: st.DrawFn) -> tuple[bytes, int]:
 
 
 def check_against_the_library(header: bytes, size: int, path: Path) -> None:
-    data = bytes(number % 2 for number in range(size))  # 0 and 1, which are truth values as well
+    data = bytes(number % 2 for number in range(size))  # 0 and 1, which are also valid booleans
     content = struct.pack("<Q", len(header)) + header + data
     try:
         ours = read(content, path)
@@ -196,9 +196,7 @@ def check_against_the_library(header: bytes, size: int, path: Path) -> None:
 
 @settings(max_examples=400, deadline=None)
 @given(nearly_right())
-def test_what_the_library_refuses_ours_refuses_and_what_ours_reads_is_the_same(
-    file: Path, case: tuple[bytes, int]
-) -> None:
+def test_we_reject_what_the_library_rejects_and_read_the_same_tensors(file: Path, case: tuple[bytes, int]) -> None:
     check_against_the_library(*case, file)
 
 
@@ -223,21 +221,21 @@ ODD_HEADERS = {
 
 
 @pytest.mark.parametrize("header", ODD_HEADERS.values(), ids=ODD_HEADERS.keys())
-def test_an_oddity_that_the_library_refuses_is_refused(header: bytes, file: Path) -> None:
+def test_malformed_header_rejected_by_the_library_is_rejected(header: bytes, file: Path) -> None:
     with pytest.raises((SafetensorError, ValueError)):
         load(struct.pack("<Q", len(header)) + header + bytes(4))
     check_against_the_library(header, 4, file)
 
 
 @pytest.mark.parametrize("shape", [[0, 2**47, 2**47], [2**47, 2**47, 0], [2**47, 0, 2**40]])
-def test_an_empty_tensor_of_a_monstrous_shape_is_refused_as_the_library_does(shape: list[int], file: Path) -> None:
+def test_empty_tensor_with_a_huge_shape_is_handled_like_the_library(shape: list[int], file: Path) -> None:
     check_against_the_library(
         json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode(), 0, file
     )
 
 
 def bytes_read() -> int:
-    """By this process so far, as the kernel counts them."""
+    """Return the bytes read by this process so far, as counted by the kernel."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
@@ -272,7 +270,7 @@ TREES = st.recursive(
 
 
 def image(tree: Any) -> Any:
-    """A tree that is equal to another only if types, bits of numbers and tensors are."""
+    """Return a tree that equals another only if types, number bits and tensors are equal."""
     if isinstance(tree, Tensor):
         return "tensor", *bits(tree)
     if isinstance(tree, dict):
@@ -292,7 +290,7 @@ def there_and_back(tree: Any, path: Path) -> Any:
 
 @settings(max_examples=300, deadline=None)
 @given(TREES)
-def test_a_tree_comes_back_as_it_was(file: Path, tree: Any) -> None:
+def test_state_tree_round_trips(file: Path, tree: Any) -> None:
     assert image(there_and_back(tree, file)) == image(tree)
 
 
@@ -307,7 +305,7 @@ SAME_PLACE = {
 
 
 @pytest.mark.parametrize("tree", SAME_PLACE.values(), ids=SAME_PLACE.keys())
-def test_tensors_whose_places_read_alike_are_kept_apart(tree: Any, file: Path) -> None:
+def test_tensors_with_similar_paths_are_kept_apart(tree: Any, file: Path) -> None:
     assert image(there_and_back(tree, file)) == image(tree)
 
 
@@ -319,14 +317,14 @@ def test_floats_are_exact_to_the_bit(file: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [b"bytes", {1, 2}, object(), np.float64(1), 1j, torch.float32, Path("a")])
-def test_what_is_neither_plain_nor_a_tensor_is_named(value: Any) -> None:
+def test_unsupported_value_is_named_by_its_path(value: Any) -> None:
     with pytest.raises(TypeError, match=r"states\.0\.rate"):
         take_out_tensors({"states": [{"rate": value}]})
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.dictionaries(st.sampled_from("abcdef"), LEAVES, max_size=5))
-def test_equal_states_give_equal_bytes_in_whatever_order_they_were_filled(file: Path, state: dict[str, Any]) -> None:
+def test_equal_states_give_equal_bytes_in_any_insertion_order(file: Path, state: dict[str, Any]) -> None:
     contents = []
     for items in (list(state.items()), list(reversed(state.items()))):
         archive = Archive("ESM1nvModel", {}, {}, state=dict(items))

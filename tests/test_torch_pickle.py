@@ -1,4 +1,4 @@
-"""Pickles of tensors: what is in them comes out whole; nothing of a hostile one is run, and nothing of it stays."""
+"""Reading pickles of tensors: contents are complete, hostile files execute nothing and leave no files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def saved(path: Path, state: Any, new: bool = True) -> Path:
 
 
 def refused(path: Path, match: str, **options: Any) -> None:
-    """One error of one line that names the file; no file beside it."""
+    """Assert one single-line error that names the file, and no new file beside it."""
     before = sorted(path.parent.iterdir())
     with pytest.raises(PickleError, match=match) as caught:
         read_pickle(path, **options)
@@ -45,16 +45,16 @@ def stored(table: PickledTensors) -> dict[str, Tensor]:
     return {name: table.load(name) for name in table.infos}
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
+# --- contents ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "format-before-1.6"])
-def test_every_tensor_comes_out_under_its_path_and_the_rest_as_plain_values(new: bool, tmp_path: Path) -> None:
+def test_every_tensor_is_read_under_its_path_and_the_rest_as_plain_values(new: bool, tmp_path: Path) -> None:
     table = torch.randn(5, 3)
     tensors = {
         "words": table,
-        "tied": table,  # the same memory
-        "column": table[:, 1],  # a part of it, not contiguous
+        "tied": table,  # shares memory
+        "column": table[:, 1],  # a view, not contiguous
         "turned": table.T,
         "half": table.half(),
         "brain": table.bfloat16(),
@@ -92,15 +92,15 @@ def test_every_tensor_comes_out_under_its_path_and_the_rest_as_plain_values(new:
     assert [path.name for path in tmp_path.iterdir()] == ["file.pt"]
 
 
-def test_tensors_elsewhere_are_left_out_where_only_some_are_wanted(tmp_path: Path) -> None:
+def test_tensors_outside_the_requested_prefix_are_left_out(tmp_path: Path) -> None:
     state = {"model": {"a": torch.ones(1)}, "models": {"b": torch.ones(2)}, "moment": torch.ones(3), "step": 4}
     table, plain = read_pickle(saved(tmp_path / "file.pt", state), below="model")
     assert stored(table).keys() == {"model.a"}
     assert plain == {"model": {}, "models": {"b": "<Tensor>"}, "moment": "<Tensor>", "step": 4}
 
 
-def test_a_link_is_followed_and_named_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hugging Face's cache consists of links."""
+def test_symbolic_link_is_followed_and_named_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face's cache consists of symbolic links."""
     monkeypatch.chdir(tmp_path)
     blob = saved(tmp_path / "3f2a", {"a": torch.ones(1)})
     (tmp_path / "snapshot").mkdir()
@@ -117,7 +117,7 @@ def test_a_link_is_followed_and_named_as_it_was_given(tmp_path: Path, monkeypatc
 
 
 class Call:
-    """Unpickled as a call of a function."""
+    """An object whose unpickling calls a function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -127,7 +127,7 @@ class Call:
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "format-before-1.6"])
-def test_nothing_is_run_whatever_torch_is_told_by_the_environment(
+def test_nothing_is_executed_whatever_the_environment_tells_torch(
     new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -137,13 +137,11 @@ def test_nothing_is_run_whatever_torch_is_told_by_the_environment(
     refused(path, r"it asks for (posix|nt)\.mkdir, which is no tensor; nothing of it was run", allowed=NAMESPACE)
     assert not (tmp_path / "owned").exists()
     evil.function(*evil.arguments)
-    assert (tmp_path / "owned").exists()  # it was a real one
+    assert (tmp_path / "owned").exists()  # the payload works when called
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
 
 
-def test_torchs_own_refusal_holds_where_the_list_of_functions_misses_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_refuses_what_our_list_of_functions_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.setattr(pickles, "_check_one", lambda *_: None)
     torch.serialization.add_safe_globals([SimpleNamespace])
@@ -162,7 +160,7 @@ def test_torchs_own_refusal_holds_where_the_list_of_functions_misses_one(
         (Call(torch.load, "/dev/null"), r"it asks for torch\.serialization\.load, which"),
         (Namespace(layers=2), r"it asks for argparse\.Namespace, which"),
         (SimpleNamespace(layers=2), r"it asks for types\.SimpleNamespace, which"),
-        (Call(bytearray, 1 << 50), "it asks for bytearray, which"),  # so much memory
+        (Call(bytearray, 1 << 50), "it asks for bytearray, which"),  # allocates this much memory
         (torch.nn.Linear(1, 1), r"it asks for torch\.nn\.modules\.linear\.Linear, which"),
         (torch.ones(2, dtype=torch.complex64), r"safetensors cannot hold: tensor 'value' of torch\.complex64"),
         (torch.eye(3).to_sparse(), "tensor 'value', which is sparse, quantized or without data"),
@@ -170,7 +168,7 @@ def test_torchs_own_refusal_holds_where_the_list_of_functions_misses_one(
     ],
     ids=lambda value: "" if isinstance(value, str) else getattr(value, "function", type(value)).__name__,
 )
-def test_what_is_no_tensor_or_plain_value_is_named(value: Any, match: str, tmp_path: Path) -> None:
+def test_unsupported_object_is_named(value: Any, match: str, tmp_path: Path) -> None:
     torch.serialization.add_safe_globals([SimpleNamespace])  # as Megatron does for the whole process
     refused(saved(tmp_path / "file.pt", {"value": value}), match)
 
@@ -186,30 +184,30 @@ def test_what_is_no_tensor_or_plain_value_is_named(value: Any, match: str, tmp_p
     ],
     ids=["list", "empty", "numbered", "two-paths", "two-keys"],
 )
-def test_a_file_whose_tensors_have_no_names_of_their_own_is_refused(state: Any, match: str, tmp_path: Path) -> None:
+def test_file_without_distinct_tensor_names_is_rejected(state: Any, match: str, tmp_path: Path) -> None:
     refused(saved(tmp_path / "file.pt", state), match)
 
 
-def test_values_without_end_are_refused(tmp_path: Path) -> None:
+def test_endless_values_are_rejected(tmp_path: Path) -> None:
     loop: list[Any] = []
     loop.append(loop)
     laughs: list[Any] = ["ha"]
     for _ in range(20):
-        laughs = [laughs] * 10  # a hundred bytes, 10^20 values
+        laughs = [laughs] * 10  # a hundred bytes that expand to 10^20 values
     text = "x" * (1 << 16)
     for name, value in (("loop", loop), ("laughs", laughs), ("texts", [text] * 1000), ("names", [{text: 1}] * 1000)):
         refused(saved(tmp_path / name, {"args": value}), f"{name}: it is not a model but values without end")
 
 
 def rezipped(path: Path, compression: int = zipfile.ZIP_STORED) -> Path:
-    """The same file, packed again by Python."""
+    """Pack the same file again with Python's zipfile."""
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(path.with_suffix(".zip"), "w", compression) as new:
         for info in old.infolist():
             new.writestr(info.filename, old.read(info))
     return path.with_suffix(".zip")
 
 
-def test_a_zip_that_would_grow_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_expanding_zip_is_rejected_before_it_is_read(tmp_path: Path) -> None:
     path = saved(tmp_path / "file.pt", {"a": torch.zeros(1 << 20)})
     refused(rezipped(path, zipfile.ZIP_DEFLATED), "it is a compressed zip, which torch.save does not write")
     content = bytearray(rezipped(path).read_bytes())
@@ -217,13 +215,13 @@ def test_a_zip_that_would_grow_is_refused_before_it_is_read(tmp_path: Path) -> N
     with zipfile.ZipFile(io.BytesIO(content)) as members:
         largest = max(members.infolist(), key=lambda info: info.file_size)
         data = members.infolist().index(largest)
-    for place in places:  # every member of the directory leads to the large one
+    for place in places:  # every directory entry points to the large member
         content[place + 20 : place + 28] = content[places[data] + 20 : places[data] + 28]
     (tmp_path / "overlapping").write_bytes(content)
     refused(tmp_path / "overlapping", "it is a zip with members that overlap")
 
 
-def test_tensors_that_unfold_on_disk_are_stopped(tmp_path: Path) -> None:
+def test_tensors_that_expand_on_disk_are_rejected(tmp_path: Path) -> None:
     one = torch.zeros(1)
     state = {f"tensor{index}": one.expand(1 << 21) for index in range(3)}  # 8 MiB each, one number in the file
     for new in (True, False):
@@ -244,7 +242,7 @@ def test_tensors_that_unfold_on_disk_are_stopped(tmp_path: Path) -> None:
     ],
     ids=["empty", "pointer", "safetensors"],
 )
-def test_what_is_no_pickle_at_first_sight_is_told(content: bytes | None, match: str, tmp_path: Path) -> None:
+def test_empty_pointer_or_safetensors_file_is_rejected(content: bytes | None, match: str, tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
     if content is None:
         save_file({"a": torch.ones(1)}, path)
@@ -259,7 +257,7 @@ def test_what_is_no_pickle_at_first_sight_is_told(content: bytes | None, match: 
 NOT_WHOLE = r"is no file of torch\.save, or one that was cut short; copy or download it again"
 
 
-def test_text_and_cut_files_are_refused(tmp_path: Path) -> None:
+def test_text_and_truncated_files_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("<html><body>404: no such model</body></html>")
     refused(tmp_path / "text.pt", f": {NOT_WHOLE}")
     whole = saved(tmp_path / "whole.pt", {"a": torch.ones(1000)}).read_bytes()
@@ -268,15 +266,15 @@ def test_text_and_cut_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "format-before-1.6"])
-def test_a_file_is_damaged_wherever_it_was_cut(new: bool, tmp_path: Path) -> None:
+def test_file_truncated_at_any_point_is_rejected(new: bool, tmp_path: Path) -> None:
     state = {"a": torch.ones(300), "args": Namespace(layers=2)}
     whole = saved(tmp_path / "whole.pt", state, new).read_bytes()
-    for length in range(len(whole) // 2, len(whole), 50):  # before, in the old format, names may be cut as well
+    for length in range(len(whole) // 2, len(whole), 50):  # earlier cuts in the old format may fall into names
         (tmp_path / "cut.pt").write_bytes(whole[:length])
         refused(tmp_path / "cut.pt", f": {NOT_WHOLE}", allowed=NAMESPACE)
 
 
 @pytest.mark.parametrize("text", ["entry not found", "{}", "[1, 2]", "404", "PK\x03\x04 and more", "\x80\x02}q"])
-def test_what_torch_never_wrote_is_called_no_file_of_it(text: str, tmp_path: Path) -> None:
+def test_file_not_written_by_torch_is_rejected(text: str, tmp_path: Path) -> None:
     (tmp_path / "file.pt").write_bytes(text.encode("latin-1"))
     refused(tmp_path / "file.pt", f": {NOT_WHOLE}")

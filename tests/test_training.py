@@ -1,4 +1,4 @@
-"""Whole runs: what they write, that they repeat, go on and scale out, on real proteins and real process groups."""
+"""Whole runs on real proteins and process groups: outputs, reproducibility, resuming and scaling out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return dict(read_archive(folder / "laptop.nemo").weights)
 
 
-def test_a_run_leaves_summary_report_history_configuration_checkpoints_and_archive(finished: Path) -> None:
+def test_run_writes_summary_report_history_configuration_checkpoints_and_archive(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
     assert (summary["steps"], summary["consumed_samples"]) == (6, 96)
@@ -54,13 +54,13 @@ def test_a_run_leaves_summary_report_history_configuration_checkpoints_and_archi
     assert not list(finished.rglob("*.partial"))
 
 
-def test_one_step_is_not_called_steps(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_single_step_is_written_in_the_singular(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for expected in (r"\nDone in \d+:\d\d: 1 step, 0\.0 epochs\.\n", r"finished already \(1 step\): "):
         run_here(tmp_path / "run", "trainer.max_steps=1", "trainer.val_check_interval=1")
         assert re.search(expected, capfd.readouterr().out)
 
 
-def test_the_archive_gives_the_perplexity_that_the_summary_says(finished: Path) -> None:
+def test_archive_reproduces_the_perplexity_of_the_summary(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     store = ProteinStore.open(finished / "store")
     reader = SampleReader(store.split("validation"), 128, MaskingPolicy().for_evaluation(), seed=42)
@@ -69,7 +69,7 @@ def test_the_archive_gives_the_perplexity_that_the_summary_says(finished: Path) 
     assert result.accuracy == summary["masked_accuracy"]
 
 
-def test_the_folder_of_a_run_is_no_file_to_inspect_and_names_those_in_it(finished: Path) -> None:
+def test_inspect_of_a_run_folder_lists_its_files(finished: Path) -> None:
     command = [sys.executable, "-m", "bionemo_esm", "inspect", str(finished)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -77,14 +77,14 @@ def test_the_folder_of_a_run_is_no_file_to_inspect_and_names_those_in_it(finishe
     assert str(finished / "laptop.nemo") in done.stderr
 
 
-def test_a_finished_run_is_not_run_again(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_is_not_repeated(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     run_here(finished)
     assert "finished already (6 steps)" in capfd.readouterr().out
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_the_same_seed_gives_the_same_run_at_any_number_of_workers(finished: Path, tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_run_with_any_number_of_workers(finished: Path, tmp_path: Path) -> None:
     run_here(tmp_path / "workers", "data.num_workers=2")
     assert losses(tmp_path / "workers") == losses(finished)
     expected = weights_of(finished)
@@ -103,8 +103,8 @@ def test_accumulation_does_not_change_the_optimisation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
-def test_a_run_that_was_cut_short_goes_on_bit_for_bit(tmp_path: Path, precision: str) -> None:
-    """A kill after step 4: what is on disk then is the checkpoint of step 4 and a history that may reach further."""
+def test_interrupted_run_resumes_bit_for_bit(tmp_path: Path, precision: str) -> None:
+    """Simulate a kill after step 4: the disk has the checkpoint of step 4 and a history that may reach further."""
     unbroken, cut = tmp_path / "unbroken", tmp_path / "cut"
     run_here(unbroken, f"trainer.precision={precision}", "exp_manager.checkpoints.keep_last=9")
     cut.mkdir()
@@ -122,7 +122,7 @@ def test_a_run_that_was_cut_short_goes_on_bit_for_bit(tmp_path: Path, precision:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(cut).items())
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said_so(
+def test_damaged_checkpoint_is_skipped_and_reported(
     tmp_path: Path, finished: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "damaged"
@@ -153,7 +153,7 @@ def test_training_starts_from_the_weights_of_an_archive(finished: Path, tmp_path
     assert manifest["restored_from"] == str(archive)
 
 
-def test_an_own_fasta_is_trained_on_in_one_step(tmp_path: Path) -> None:
+def test_own_fasta_file_is_trained_on_in_one_command(tmp_path: Path) -> None:
     fasta = ROOT / "bionemo_esm" / "data" / "sample" / "validation.fasta.gz"
     summary = run_here(tmp_path / "own", f"data.fasta={fasta}", "trainer.max_steps=2", "trainer.val_check_interval=2")
     assert summary["data"] == str(fasta)
@@ -161,7 +161,7 @@ def test_an_own_fasta_is_trained_on_in_one_step(tmp_path: Path) -> None:
 
 
 def assert_only_our_lines(done: subprocess.CompletedProcess[str]) -> None:
-    """The screen has our lines and nobody else's."""
+    """Assert that the output has only our lines."""
     assert done.stderr == ""
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     assert lines[0] == "laptop"
@@ -171,7 +171,7 @@ def assert_only_our_lines(done: subprocess.CompletedProcess[str]) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_saves_and_goes_on_by_the_same_command(finished: Path, tmp_path: Path) -> None:
+def test_interrupted_run_is_saved_and_resumed_by_the_same_command(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "interrupted"
     process = subprocess.Popen(command(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (folder / "checkpoints").exists():
@@ -190,8 +190,8 @@ def test_an_interrupted_run_saves_and_goes_on_by_the_same_command(finished: Path
 
 
 @pytest.mark.slow
-def test_the_ranks_of_a_node_are_started_from_one_command_and_train_as_one(tmp_path: Path) -> None:
-    dry = ("model.hidden_dropout=0", "model.attention_dropout=0")  # dropout differs between ranks, and may
+def test_ranks_of_a_node_start_from_one_command_and_train_as_one(tmp_path: Path) -> None:
+    dry = ("model.hidden_dropout=0", "model.attention_dropout=0")  # dropout may differ between ranks
     run_here(tmp_path / "one", *dry)
     done = run_apart(tmp_path / "two", *dry, "trainer.devices=2")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -199,9 +199,9 @@ def test_the_ranks_of_a_node_are_started_from_one_command_and_train_as_one(tmp_p
 
 
 @pytest.mark.slow
-def test_the_whole_esm1nv_takes_a_step_on_a_cpu(tmp_path: Path) -> None:
+def test_full_esm1nv_takes_a_step_on_a_cpu(tmp_path: Path) -> None:
     sizes = ("num_layers=6", "hidden_size=768", "num_attention_heads=12", "ffn_hidden_size=3072", "seq_length=512")
-    fasta = ROOT / "bionemo_esm" / "data" / "sample" / "validation.fasta.gz"  # of 200 proteins, 10 to validate on
+    fasta = ROOT / "bionemo_esm" / "data" / "sample" / "validation.fasta.gz"  # 200 proteins, 10 of them for validation
     overrides = [f"model.{size}" for size in sizes] + ["data.micro_batch_size=4", "data.global_batch_size=4"]
     overrides += [f"data.fasta={fasta}"]
     summary = run_here(tmp_path / "full", *overrides, "trainer.max_steps=1", "trainer.val_check_interval=1")

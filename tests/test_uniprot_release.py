@@ -1,4 +1,4 @@
-"""Getting a release of UniRef50: its metalink, its archive, its record, against a server laid out like UniProt's."""
+"""Fetching a release of UniRef50 (metalink, archive, record) from a server laid out like UniProt's."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def metalink(version: str, files: dict[str, bytes], **changes: str) -> bytes:
     return f'{head}<metalink version="3.0" xmlns="http://www.metalinker.org/">{body}</metalink>'.encode()
 
 
-HEADERS = {  # as the entries of XML below say
+HEADERS = {  # matches the entries of the XML below
     "UniRef50_P0CG48": "Polyubiquitin-C & <its> \xe9 n=3 Tax=Eukaryota TaxID=2759 RepID=UBC_HUMAN",
     "UniRef50_P01542": "Crambin n=1 Tax=Crambe hispanica TaxID=3721 RepID=CRAM_CRAAB",
 }
@@ -58,7 +58,7 @@ SEQUENCES = {
 
 
 def uniref_xml(doctype: str = "", length: int = 0) -> bytes:
-    """UniRef50 XML of two clusters, the first of which has more members; `length` is added to what the XML says."""
+    """Return UniRef50 XML of two clusters, the first with several members; `length` is added to the stated length."""
     text = f'<?xml version="1.0" encoding="ISO-8859-1" ?>\n{doctype}'
     text += '<UniRef50 xmlns="http://uniprot.org/uniref" \n releaseDate="2022-12-14" version="2022_05"> \n'
     for key, header in HEADERS.items():
@@ -67,7 +67,8 @@ def uniref_xml(doctype: str = "", length: int = 0) -> bytes:
         taxon, _, rest = rest.partition(" TaxID=")
         number, _, representative = rest.partition(" RepID=")
         residues = SEQUENCES[key]
-        wrapped = "\n".join(residues[at : at + 60] for at in range(0, len(residues), 60))  # as before 2019_09
+        # Releases before 2019_09 wrap sequences.
+        wrapped = "\n".join(residues[at : at + 60] for at in range(0, len(residues), 60))
         text += f'<entry id="{key}" updated="2022-12-14">\n<name>Cluster: {escape(name)}</name>\n'
         for kind, value in (("member count", count), ("common taxon", taxon), ("common taxon ID", number)):
             text += f'<property type="{kind}" value={quoteattr(value)}/>\n'
@@ -80,7 +81,7 @@ def uniref_xml(doctype: str = "", length: int = 0) -> bytes:
 
 
 def sample_xml() -> bytes:
-    """The shipped proteins as clusters of one member each, with as much about it as UniRef says."""
+    """Return the shipped proteins as clusters of one member each, with as many properties as UniRef has."""
     numbers = random.Random(1)
     text = "<UniRef50>\n"
     for record in read_fasta(Path(release_archive.__file__).parent / "sample" / "train.fasta.gz"):
@@ -134,7 +135,7 @@ EXPECTED = {key: (f"{key} {HEADERS[key]}", SEQUENCES[key]) for key in HEADERS}
 
 
 @pytest.mark.parametrize("name", ["current", "2024_06"])
-def test_the_current_release_gets_the_version_its_metalink_says(uniprot: Server, tmp_path: Path, name: str) -> None:
+def test_current_release_gets_the_version_in_its_metalink(uniprot: Server, tmp_path: Path, name: str) -> None:
     fetched = fetch_release(name, tmp_path / "data", base_url=uniprot.url)
     path = tmp_path / "data" / "uniref50_2024_06.fasta.gz"
     assert fetched == FetchedRelease(path, "2024_06", f"{uniprot.url}{NOW}/uniref50.fasta.gz", MD5, "CC BY 4.0")
@@ -142,17 +143,17 @@ def test_the_current_release_gets_the_version_its_metalink_says(uniprot: Server,
     assert names(path.parent) == [path.name, "uniref50_2024_06.json"]
 
 
-def test_an_archived_release_becomes_fasta_with_the_headers_of_uniref(uniprot: Server, tmp_path: Path) -> None:
+def test_archived_release_is_converted_to_fasta_with_uniref_headers(uniprot: Server, tmp_path: Path) -> None:
     fetched = fetch_release("2022_05", tmp_path, base_url=f"{uniprot.url}/")
     md5 = hashlib.md5(ARCHIVE).hexdigest()
     path = tmp_path / "uniref50_2022_05.fasta.gz"
     assert fetched == FetchedRelease(path, "2022_05", f"{uniprot.url}{OLD}/uniref2022_05.tar.gz", md5, "CC BY 4.0")
     assert read(path) == EXPECTED
     assert max(map(len, gzip.decompress(path.read_bytes()).split(b"\n")[1:3])) == 60
-    assert names(tmp_path) == [path.name, "uniref50_2022_05.json"]  # the archive is gone
+    assert names(tmp_path) == [path.name, "uniref50_2022_05.json"]  # the archive was deleted
 
 
-def test_progress_is_of_the_download_and_then_of_the_archive_read(uniprot: Server, tmp_path: Path) -> None:
+def test_progress_covers_the_download_and_then_the_archive(uniprot: Server, tmp_path: Path) -> None:
     seen: list[tuple[int, int | None]] = []
     archive = tar({"uniref90.tar": random.Random(1).randbytes(300_000), "uniref50.tar": INNER}, "w:gz")
     uniprot.files[f"{OLD}/uniref2022_05.tar.gz"] = archive
@@ -167,7 +168,7 @@ def test_progress_is_of_the_download_and_then_of_the_archive_read(uniprot: Serve
         assert len(part) > 3
 
 
-def test_a_release_that_was_fetched_needs_no_server(uniprot: Server, tmp_path: Path) -> None:
+def test_fetched_release_needs_no_server(uniprot: Server, tmp_path: Path) -> None:
     first = fetch_release("2022_05", tmp_path, base_url=uniprot.url)
     uniprot.seen.clear()
     assert fetch_release("2022_05", tmp_path, base_url=uniprot.url) == first
@@ -178,14 +179,14 @@ def test_a_release_that_was_fetched_needs_no_server(uniprot: Server, tmp_path: P
     assert [path for path, *_ in uniprot.seen] == [f"{NOW}/RELEASE.metalink"]
 
 
-def test_a_fetched_release_that_was_damaged_is_fetched_again(uniprot: Server, tmp_path: Path) -> None:
+def test_damaged_release_is_fetched_again(uniprot: Server, tmp_path: Path) -> None:
     path = fetch_release("2022_05", tmp_path, base_url=uniprot.url).path
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     assert fetch_release("2022_05", tmp_path, base_url=uniprot.url).path.read_bytes() == good
 
 
-def test_a_record_that_points_elsewhere_is_not_believed(uniprot: Server, tmp_path: Path) -> None:
+def test_record_with_a_path_elsewhere_is_ignored(uniprot: Server, tmp_path: Path) -> None:
     path = fetch_release("2022_05", tmp_path / "data", base_url=uniprot.url).path
     record = json.loads((path.parent / "uniref50_2022_05.json").read_text())
     (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -196,7 +197,7 @@ def test_a_record_that_points_elsewhere_is_not_believed(uniprot: Server, tmp_pat
         assert uniprot.seen
 
 
-def test_a_broken_archive_download_goes_on(uniprot: Server, tmp_path: Path) -> None:
+def test_interrupted_archive_download_is_resumed(uniprot: Server, tmp_path: Path) -> None:
     place = f"{OLD}/uniref2022_05.tar.gz"
     uniprot.fail(Reply(drop_after=len(ARCHIVE) // 2), path=place)
     assert read(fetch_release("2022_05", tmp_path, base_url=uniprot.url).path) == EXPECTED
@@ -206,18 +207,18 @@ def test_a_broken_archive_download_goes_on(uniprot: Server, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "name", ["2022", "2022_5", "../2022_05", "2022_05/..", "", "latest", "2022_05\n", "２０２２_05"]
 )
-def test_a_name_that_is_no_release_is_refused_before_anything_else(uniprot: Server, tmp_path: Path, name: str) -> None:
+def test_invalid_release_name_is_rejected_before_any_request(uniprot: Server, tmp_path: Path, name: str) -> None:
     with pytest.raises(ReleaseError, match="give a number such as 2022_05, or 'current'"):
         fetch_release(name, tmp_path, base_url=uniprot.url)
     assert uniprot.seen == []
 
 
-def test_a_release_that_is_not_there_is_an_error(uniprot: Server) -> None:
+def test_missing_release_is_an_error(uniprot: Server) -> None:
     with pytest.raises(ReleaseError, match=r"release-1999_01/.*HTTP status 404; check that there is such a release"):
         locate_release("1999_01", base_url=uniprot.url)
 
 
-def test_an_archive_of_another_release_is_refused(uniprot: Server) -> None:
+def test_archive_of_another_release_is_rejected(uniprot: Server) -> None:
     uniprot.files[f"{OLD}/RELEASE.metalink"] = metalink("2022_04", {"uniref2022_05.tar.gz": ARCHIVE})
     with pytest.raises(ReleaseError, match="of release 2022_04, not 2022_05"):
         locate_release("2022_05", base_url=uniprot.url)
@@ -246,13 +247,13 @@ LAUGHS = '<!DOCTYPE metalink [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;">]>'
         (b" " * (2**22 + 1), "is longer than 4194304 bytes"),
     ],
 )
-def test_a_metalink_that_cannot_be_trusted_is_refused(uniprot: Server, text: bytes, problem: str) -> None:
+def test_untrustworthy_metalink_is_rejected(uniprot: Server, text: bytes, problem: str) -> None:
     uniprot.files[f"{NOW}/RELEASE.metalink"] = text
     with pytest.raises(ReleaseError, match=problem):
         locate_release("current", base_url=uniprot.url)
 
 
-def test_a_metalink_is_asked_for_again_when_the_server_is_busy(uniprot: Server, pauses: list[float]) -> None:
+def test_metalink_request_is_retried_if_the_server_is_busy(uniprot: Server, pauses: list[float]) -> None:
     uniprot.fail(Reply(status=503), Reply(drop_after=50), path=f"{NOW}/RELEASE.metalink")
     assert locate_release("current", base_url=uniprot.url).size == len(CONTENT)
     assert pauses == [1, 2]
@@ -272,7 +273,7 @@ def test_a_metalink_is_asked_for_again_when_the_server_is_busy(uniprot: Server, 
     ],
 )
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_fasta_in_the_archive_is_copied_as_it_is(
+def test_fasta_in_the_archive_is_copied_unchanged(
     tmp_path: Path, files: dict[str, bytes], suffix: str, mode: str
 ) -> None:
     archive, folder = tmp_path / "uniref.tar", tmp_path / "data"
@@ -285,7 +286,7 @@ def test_a_fasta_in_the_archive_is_copied_as_it_is(
     assert names(tmp_path) == ["data", "uniref.tar"]
 
 
-def test_plain_xml_gives_the_same_file_as_packed_xml(tmp_path: Path) -> None:
+def test_plain_and_compressed_xml_give_the_same_file(tmp_path: Path) -> None:
     made = []
     for name, content in {"uniref50.xml": uniref_xml(), "uniref50.xml.gz": XML}.items():
         (tmp_path / "a.tar").write_bytes(tar({name: content}))
@@ -316,7 +317,7 @@ CLUSTERS = uniref_xml()
         (b"<UniRef50></UniRef50>", "after 0 whole ones"),
     ],
 )
-def test_xml_that_is_not_as_it_should_be_is_refused(tmp_path: Path, xml: bytes, problem: str) -> None:
+def test_malformed_xml_is_rejected(tmp_path: Path, xml: bytes, problem: str) -> None:
     (tmp_path / "a.tar").write_bytes(tar({"uniref50.tar": tar({"uniref50.xml.gz": gzip.compress(xml)})}, "w:gz"))
     with pytest.raises(ReleaseError, match=f"a.tar: .*({problem})"):
         extract_fasta(tmp_path / "a.tar", tmp_path, "2022_05")
@@ -338,16 +339,14 @@ def test_xml_that_is_not_as_it_should_be_is_refused(tmp_path: Path, xml: bytes, 
         (tar({"uniref50.xml.gz": XML[:20] + b"\xff" * 20 + XML[40:]}), "cannot be read"),
     ],
 )
-def test_an_archive_without_uniref50_or_a_damaged_one_leaves_nothing(
-    tmp_path: Path, archive: bytes, problem: str
-) -> None:
+def test_archive_that_is_damaged_or_lacks_uniref50_leaves_nothing(tmp_path: Path, archive: bytes, problem: str) -> None:
     (tmp_path / "a.tar").write_bytes(archive)
     with pytest.raises(ReleaseError, match=f"a.tar: {problem}"):
         extract_fasta(tmp_path / "a.tar", tmp_path, "2022_05")
     assert names(tmp_path) == ["a.tar"]
 
 
-def test_progress_ends_where_uniref50_does(tmp_path: Path) -> None:
+def test_progress_ends_at_the_end_of_uniref50(tmp_path: Path) -> None:
     seen: list[tuple[int, int | None]] = []
     archive = tar({"uniref50.tar": INNER, "uniref90.tar": b"\0" * 1_000_000})
     (tmp_path / "a.tar").write_bytes(archive)
@@ -356,7 +355,7 @@ def test_progress_ends_where_uniref50_does(tmp_path: Path) -> None:
     assert len(INNER) < seen[-1][0] < len(INNER) + 200_000
 
 
-def test_ctrl_c_while_the_archive_is_read_leaves_it_alone(uniprot: Server, tmp_path: Path) -> None:
+def test_ctrl_c_while_reading_keeps_the_archive(uniprot: Server, tmp_path: Path) -> None:
     seen: list[int] = []
 
     def stop(now: int, _: int | None) -> None:
@@ -372,10 +371,10 @@ def test_ctrl_c_while_the_archive_is_read_leaves_it_alone(uniprot: Server, tmp_p
     assert [path for path, *_ in uniprot.seen] == [f"{NOW}/RELEASE.metalink", f"{OLD}/RELEASE.metalink"]
 
 
-def test_too_small_a_disk_is_found_before_the_archive_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_disk_is_detected_before_the_archive_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tmp_path / "a.tar"
     with archive.open("wb") as stream:
-        stream.truncate(170 * 10**9)  # a hole, which takes no room
+        stream.truncate(170 * 10**9)  # a sparse file, which uses no disk space
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9 * 10**9))
     needed = r"has 9\.0 GB free, 10\.0 GB needed for uniref50_2022_05\.fasta\.gz; make room, or choose another folder"
     with pytest.raises(ReleaseError, match=f"^{tmp_path}: {needed}$"):
@@ -383,7 +382,7 @@ def test_too_small_a_disk_is_found_before_the_archive_is_read(tmp_path: Path, mo
     assert names(tmp_path) == ["a.tar"]
 
 
-def test_what_a_killed_process_left_is_room_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_a_killed_process_count_as_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.tar").write_bytes(tar({"uniref50.fasta.gz": b">"}))
     (tmp_path / "uniref50_2022_05.fasta.gz.part").write_bytes(bytes(10_240))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
@@ -399,7 +398,7 @@ def test_what_a_killed_process_left_is_room_for_the_next(tmp_path: Path, monkeyp
         ("uniref50.xml", 0.2, ".fasta.gz"),
     ],
 )
-def test_a_fasta_too_large_for_the_disk_is_not_begun(
+def test_fasta_too_large_for_the_disk_is_not_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, share: float, suffix: str
 ) -> None:
     (tmp_path / "a.tar").write_bytes(tar({"uniref50.tar": tar({name: CONTENT})}))
@@ -410,16 +409,14 @@ def test_a_fasta_too_large_for_the_disk_is_not_begun(
     assert names(tmp_path) == ["a.tar"]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     if "xml" in name:
-        with pytest.raises(ReleaseError, match="cannot be read"):  # there was room, but this is no XML
+        with pytest.raises(ReleaseError, match="cannot be read"):  # enough space, but the content is not XML
             extract_fasta(tmp_path / "a.tar", tmp_path, "2022_05")
     else:
         assert extract_fasta(tmp_path / "a.tar", tmp_path, "2022_05").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(("name", "share"), [("uniref50.xml.gz", 0.85), ("uniref50.xml", 0.2)])
-def test_the_room_estimated_for_the_fasta_of_xml_is_enough_for_the_sample(
-    tmp_path: Path, name: str, share: float
-) -> None:
+def test_estimated_fasta_size_from_xml_is_sufficient_for_the_sample(tmp_path: Path, name: str, share: float) -> None:
     xml = sample_xml()
     content = gzip.compress(xml) if name.endswith("gz") else xml
     (tmp_path / "a.tar").write_bytes(tar({name: content}))

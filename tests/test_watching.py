@@ -1,4 +1,4 @@
-"""What a run tells of itself: speed, MFU, waiting, the slowest rank, memory; and that telling changes nothing."""
+"""Throughput measurements of a run: speed, MFU, data wait, slowest rank, memory; measuring changes no result."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_slowest_rank_and_the_wait_for_data_are_found(watched: Path) -> None:
+def test_slowest_rank_and_data_wait_are_found(watched: Path) -> None:
     for line in lines(watched):
         assert line["slowest_rank"] == 1
-        assert line["slowest_rank_excess"] > 0.3  # of two ranks the median lies half-way
+        assert line["slowest_rank_excess"] > 0.3  # with two ranks the median is half-way
         assert line["data_wait_seconds"] > 0.25
         assert 0.25 < line["data_wait_share"] < 0.75
 
 
-def test_rates_follow_from_what_the_steps_did(watched: Path) -> None:
+def test_rates_follow_from_the_steps(watched: Path) -> None:
     for line in lines(watched):
         assert line["step_seconds"] >= 0.6  # waiting and computing
         assert line["tokens_per_second"] == pytest.approx(2 * line["tokens_per_second_per_device"], rel=1e-3)
@@ -65,18 +65,18 @@ def test_rates_follow_from_what_the_steps_did(watched: Path) -> None:
         assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["step_seconds"], rel=0.2)
         assert line["seconds_left"] == pytest.approx((4 - line["step"]) * line["step_seconds"], rel=0.5, abs=0.1)
         assert 0.1 < line["memory_gb"] < 20
-        assert "mfu" not in line  # of a CPU, the best is not known
+        assert "mfu" not in line  # the peak of a CPU is unknown
 
 
-def test_the_summary_repeats_the_last_measurements(watched: Path) -> None:
+def test_summary_repeats_the_last_measurements(watched: Path) -> None:
     summary, last = json.loads((watched / "summary.json").read_text()), lines(watched)[-1]
     for name in ("tokens_per_second", "residues_per_second", "data_wait_share", "memory_gb"):
         assert summary[name] == last[name]
     assert "2 x cpu (" in summary["device"]
 
 
-def test_histories_are_equal_but_for_what_depends_on_the_clock(watched: Path, tmp_path: Path) -> None:
-    """Slow ranks and slow data change no loss."""
+def test_slow_ranks_and_data_do_not_change_the_history(watched: Path, tmp_path: Path) -> None:
+    """Only fields that depend on the clock may differ."""
     settings = ("trainer.max_steps=4", "trainer.val_check_interval=4", "trainer.log_every_n_steps=2")
     outcome = run(tmp_path / "run", *settings, "data.num_workers=0", ranks=2)
     assert outcome.codes == [0, 0]
@@ -84,12 +84,12 @@ def test_histories_are_equal_but_for_what_depends_on_the_clock(watched: Path, tm
 
 
 def test_measuring_changes_no_weight(tmp_path: Path) -> None:
-    """Often and never, in one run: the archives have the same bytes."""
+    """Frequent and no measurements give archives with the same bytes."""
     settings = ("trainer.max_steps=3", "trainer.val_check_interval=3", "exp_manager.create_tensorboard_logger=true")
     often = run_here(tmp_path / "a" / "run", *settings)
     never = run_here(tmp_path / "b" / "run", *settings, "trainer.log_every_n_steps=100")
     assert Path(often["nemo"]).read_bytes() == Path(never["nemo"]).read_bytes()
-    assert never["tokens_per_second"] > 0  # measured at the end, as no step was logged
+    assert never["tokens_per_second"] > 0  # measured at the end, because no step was logged
     events = EventAccumulator(str(next((tmp_path / "a").rglob("events.out*")).parent))
     events.Reload()
     logged = set(events.Tags()["scalars"])
@@ -99,10 +99,10 @@ def test_measuring_changes_no_weight(tmp_path: Path) -> None:
     ]
 
 
-# --- the parts --------------------------------------------------------------------------------------------------------
+# --- units ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_work_of_a_step_is_counted_without_padding() -> None:
+def test_step_stats_exclude_padding() -> None:
     lengths = [np.array([10, 30]), np.array([5])]
     batches = [pack(np.full(some.sum(), 5, dtype=np.uint8), some) for some in lengths]
     torch_work = measure_step(batches, CPU)
@@ -110,12 +110,12 @@ def test_the_work_of_a_step_is_counted_without_padding() -> None:
     assert torch_work + torch_work == StepStats(0, 90, 102, 2 * torch_work.squared_lengths)
 
 
-def test_flops_use_the_squares_of_each_sequence() -> None:
+def test_flops_use_squared_sequence_lengths() -> None:
     work, config = StepStats(targets=7, residues=45, tokens=51, squared_lengths=1217), EncoderConfig()
     assert work.flops(config) == training_flops(config, 51, 1217, 7)
 
 
-def test_mfu_is_flops_over_time_ranks_and_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mfu_is_flops_per_second_and_rank_over_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurements, "device_flops", lambda *_: 1e12)
     config, meter, watch = EncoderConfig(), ThroughputMeter(), Stopwatch()
     model: Any = SimpleNamespace(stopwatch=watch, device=CPU, encoder_config=config)
@@ -136,7 +136,7 @@ def test_mfu_is_flops_over_time_ranks_and_the_best(monkeypatch: pytest.MonkeyPat
     assert meter.steps == 0
 
 
-def test_the_stopwatch_counts_blocks_and_starts_anew_when_read() -> None:
+def test_stopwatch_sums_blocks_and_resets_when_read() -> None:
     watch = Stopwatch()
     for _ in range(2):
         with watch.running(CPU):
@@ -146,7 +146,7 @@ def test_the_stopwatch_counts_blocks_and_starts_anew_when_read() -> None:
     assert watch.read() == 0
 
 
-def test_only_waiting_for_training_batches_counts() -> None:
+def test_only_waiting_for_training_batches_is_counted() -> None:
     wait = DataWaitTimer()
     with wait.profile("[_TrainingEpochLoop].train_dataloader_next"):
         time.sleep(0.01)
@@ -160,7 +160,7 @@ def test_only_waiting_for_training_batches_counts() -> None:
     ("share", "excess", "said"),
     [(0.02, 0.05, "lr 2.0e-04"), (0.12, 0.5, "12% data wait"), (0.02, 0.23, "rank 17 +23%")],
 )
-def test_the_progress_line_says_what_holds_a_run_up_and_fits_a_line(share: float, excess: float, said: str) -> None:
+def test_progress_line_names_the_bottleneck_and_fits_110_columns(share: float, excess: float, said: str) -> None:
     values = dict.fromkeys(MEASURED, 0.5) | {"tokens_per_second": 12_345_678.0, "mfu": 0.41}
     values |= {"data_wait_share": share, "slowest_rank": 17, "slowest_rank_excess": excess}
     meter = ThroughputMeter()
@@ -179,7 +179,7 @@ def test_the_progress_line_says_what_holds_a_run_up_and_fits_a_line(share: float
 # --- NVIDIA's resiliency extension ------------------------------------------------------------------------------------
 
 
-def test_nvidias_callbacks_are_made_where_they_can_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidia_callbacks_are_created_only_where_they_can_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("StragglerDetectionCallback", "FaultToleranceCallback")
     package = SimpleNamespace(**{name: lambda name=name, **_: name for name in names})
     monkeypatch.delenv(resiliency._SOCKET, raising=False)

@@ -1,4 +1,4 @@
-"""Windows over long proteins: which there are, what each counts where, and which has given places in its middle."""
+"""Windows over long proteins: coverage, blending weights, and the window around given positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZES = [(limit, overlap) for limit in (1, 2, 3, 7, 10) for overlap in range(lim
 
 
 @pytest.mark.parametrize(("limit", "overlap"), SIZES)
-def test_windows_cover_a_protein_with_no_more_than_it_takes(limit: int, overlap: int) -> None:
+def test_windows_cover_a_protein_with_as_few_as_possible(limit: int, overlap: int) -> None:
     for residues in range(1, 60):
         cover = windows(residues, limit, overlap)
         assert cover[0][0] == 0
@@ -29,20 +29,20 @@ def test_windows_cover_a_protein_with_no_more_than_it_takes(limit: int, overlap:
         assert one_less < residues, "a window fewer would have done"
 
 
-def test_the_longest_protein_of_uniref_has_windows_of_half_overlap() -> None:
+def test_longest_uniref_protein_has_177_windows_at_half_overlap() -> None:
     cover = windows(45_354, 510, 255)
     assert len(cover) == 177
     assert {end - begin for begin, end in cover} == {510}
 
 
 @pytest.mark.parametrize(("limit", "overlap"), [(10, 10), (10, -1), (0, 0)])
-def test_an_overlap_that_does_not_go_with_the_window_is_refused(limit: int, overlap: int) -> None:
+def test_invalid_overlap_is_rejected(limit: int, overlap: int) -> None:
     with pytest.raises(ValueError, match="does not go with windows"):
         windows(100, limit, overlap)
 
 
 @pytest.mark.parametrize(("limit", "overlap"), SIZES)
-def test_weights_add_up_to_one_at_every_residue(limit: int, overlap: int) -> None:
+def test_weights_sum_to_one_at_every_residue(limit: int, overlap: int) -> None:
     for residues in range(1, 60):
         cover = windows(residues, limit, overlap)
         total = np.zeros(residues)
@@ -54,20 +54,20 @@ def test_weights_add_up_to_one_at_every_residue(limit: int, overlap: int) -> Non
         np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
-def test_a_window_gives_way_gradually_where_it_cuts_and_not_at_the_ends_of_the_protein() -> None:
+def test_weights_decrease_linearly_at_cuts_but_not_at_protein_ends() -> None:
     first, second = blending_weights([(0, 10), (6, 16)])
     assert first[:6].tolist() == [1] * 6
     np.testing.assert_allclose(first[6:], [4 / 5, 3 / 5, 2 / 5, 1 / 5], rtol=1e-6)
     np.testing.assert_allclose(second, first[::-1], rtol=1e-6)
 
 
-def test_a_window_in_the_middle_counts_most_where_its_neighbours_end() -> None:
+def test_middle_window_weighs_most_where_its_neighbours_end() -> None:
     _, middle, _ = blending_weights([(0, 6), (4, 10), (8, 14)])
     np.testing.assert_allclose(middle, [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3], rtol=1e-6)
 
 
 @pytest.mark.parametrize("cover", [windows(46, 10, 5), windows(14, 6, 2), windows(1000, 510, 255)])
-def test_a_protein_read_backwards_is_blended_alike(cover: list[tuple[int, int]]) -> None:
+def test_blending_is_symmetric_under_reversal(cover: list[tuple[int, int]]) -> None:
     residues = cover[-1][1]
     assert [(residues - end, residues - begin) for begin, end in reversed(cover)] == cover
     weights = blending_weights(cover)
@@ -88,14 +88,14 @@ def proteingym_window(place: int, residues: int, window: int) -> list[int]:
 
 
 @pytest.mark.parametrize("window", [2, 10, 64])
-def test_the_window_around_a_place_is_that_of_proteingym(window: int) -> None:
+def test_window_around_a_position_equals_proteingym(window: int) -> None:
     for residues in (1, 5, window - 1, window, window + 1, 2 * window, 150):
         for place in range(residues):
             assert list(window_around(place, place, residues, window)) == proteingym_window(place, residues, window)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 10])
-def test_the_window_around_places_holds_them_all_and_is_full(limit: int) -> None:
+def test_window_around_positions_contains_them_all_and_is_full(limit: int) -> None:
     residues = 33
     for first in range(residues):
         for last in range(first, min(first + limit, residues)):
@@ -106,7 +106,7 @@ def test_the_window_around_places_holds_them_all_and_is_full(limit: int) -> None
                 assert abs((first - begin) - (end - 1 - last)) <= 1, "not in the middle"
 
 
-def test_places_that_do_not_fit_have_no_window() -> None:
+def test_positions_too_far_apart_have_no_window() -> None:
     assert window_around(3, 12, 100, 10) == (3, 13)
     with pytest.raises(ValueError, match="places 3 to 13 do not fit into a window of 10 residues"):
         window_around(3, 13, 100, 10)

@@ -1,4 +1,4 @@
-"""The same run on 1, 2, 3 and 4 real ranks: the same samples in the same steps, and the same losses to rounding."""
+"""The same run on 1, 2, 3 and 4 real ranks: the same samples in the same steps, and equal losses within rounding."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def assert_same_run(folder: Path, alone: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_any_number_of_ranks_trains_alike(tmp_path: Path, alone: tuple[Path, list[str]], ranks: int) -> None:
+def test_world_size_does_not_change_the_run(tmp_path: Path, alone: tuple[Path, list[str]], ranks: int) -> None:
     folder, overrides = alone
     outcome = run(tmp_path / "run", *overrides, ranks=ranks)
     assert outcome.codes == [0] * ranks, outcome.ranks
     assert_same_run(tmp_path / "run", folder)
 
 
-def test_a_run_moves_from_four_ranks_to_three_to_one(tmp_path: Path, alone: tuple[Path, list[str]]) -> None:
+def test_run_resumes_from_four_ranks_on_three_and_then_on_one(tmp_path: Path, alone: tuple[Path, list[str]]) -> None:
     whole, overrides = alone
     folder = tmp_path / "moving"
     for ranks, faults, codes in ((4, [STOP], [143] * 4), (3, [STOP], [143] * 3), (1, [], [0])):
@@ -65,7 +65,7 @@ def test_a_run_moves_from_four_ranks_to_three_to_one(tmp_path: Path, alone: tupl
     assert_same_run(folder, whole)
 
 
-def test_batches_of_tokens_differ_in_sequences_and_keep_to_the_budget(alone: tuple[Path, list[str]]) -> None:
+def test_token_batches_vary_in_sequences_and_stay_within_the_budget(alone: tuple[Path, list[str]]) -> None:
     folder, overrides = alone
     totals = consumed(folder)
     sizes = {after - before for before, after in zip([0, *totals], totals, strict=False)}
@@ -75,8 +75,8 @@ def test_batches_of_tokens_differ_in_sequences_and_keep_to_the_budget(alone: tup
         assert all(1_800 < line["residues"] < 2_048 for line in lines)
 
 
-def test_torchrun_starts_a_run_that_one_process_can_go_on_with(tmp_path: Path) -> None:
-    """The real launcher, as docs/slurm.md has it."""
+def test_run_started_by_torchrun_equals_a_run_on_one_process(tmp_path: Path) -> None:
+    """Uses the real launcher, as in docs/slurm.md."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     place = (f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run", "trainer.devices=2")
     done = subprocess.run(
