@@ -1,4 +1,4 @@
-"""`bionemo-esm inspect`: what a file or a folder is: one of ours, or a model of Hugging Face."""
+"""Command `bionemo-esm inspect`: identify a file or a folder, one of ours or a model of Hugging Face."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bionemo_esm.console import Console
 from bionemo_esm.errors import UserError
 
 _LARGEST_JSON = 2**26  # bytes
-_MOST_FILES = 12  # of a folder that are named
+_MOST_FILES = 12  # maximum number of files of a folder in a message
 _EMBEDDINGS = (b"\x89HDF", b"PAR1", b"PK\x03\x04")
 _OTHERS = {
     b">": "a FASTA file",
@@ -26,13 +26,13 @@ _OTHERS = {
     b"PK\x03\x04": "a zip archive, as .npz and .xlsx are",
     b"\x89PNG": "a picture",
 }
-"""What a file that is none of ours begins with."""
+"""First bytes of other file formats."""
 _WANTED = "give the folder of a store, or the file of a model (.nemo) or checkpoint (.ckpt)"
 Facts = dict[str, Any]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print what a file or folder is. Raises `UserError` for one that is none of ours."""
+    """Print the format and contents of a file or folder. Raises `UserError` for an unknown one."""
     parser = argparse.ArgumentParser(
         "bionemo-esm inspect",
         description="Show what a store, a model, a checkpoint, embeddings, contacts or the folder of a run is.",
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _summary_of(path: Path) -> Callable[[Sequence[str]], None]:
-    """The function that shows a store, if a folder is named, or a model."""
+    """Return the function that prints the summary of a store, for a folder, or of a model."""
     if path.is_dir():
         from bionemo_esm.data import store_commands
 
@@ -70,7 +70,7 @@ def _summary_of(path: Path) -> Callable[[Sequence[str]], None]:
 
 
 def _folder(path: Path) -> Facts | None:
-    """What a folder is; None for a store. Raises `UserError` for any other, naming what is in it."""
+    """Return the facts about a folder; None for a store. Raises `UserError` for an unknown one, naming its content."""
     manifest, config, told = (_json(path / name) for name in ("manifest.json", "config.json", "summary.json"))
     if "about" in manifest and "parts" in manifest:
         return _embeddings(path)
@@ -95,7 +95,7 @@ def _folder(path: Path) -> Facts | None:
 
 
 def _file(path: Path) -> Facts | None:
-    """What a file is; None for an archive. Raises `UserError` for any other, naming its format."""
+    """Return the facts about a file; None for an archive. Raises `UserError` for any other, naming its format."""
     try:
         with path.open("rb") as stream:
             start = stream.read(4)
@@ -109,7 +109,7 @@ def _file(path: Path) -> Facts | None:
         except EmbeddingFileError:
             pass
     if path.suffix in (".nemo", ".ckpt"):
-        return None  # its reader knows the archives of NeMo and others by name
+        return None  # the archive reader names archives of NeMo and others in its errors
     if path.suffix == ".pt":
         command = shlex.join(["bionemo-esm", "convert", f"source={path}", f"target={path.stem}.nemo"])
         raise UserError(f"{path}: is of PyTorch; if it is a model of fair-esm: {command}", code="inspect.foreign")
@@ -132,7 +132,7 @@ def _embeddings(path: Path) -> Facts:
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    """A mapping out of a JSON file; empty for a file that is absent, too large or none."""
+    """Return the mapping in a JSON file; empty if the file is missing, too large or not a mapping."""
     try:
         values = json.loads(path.read_bytes()) if path.stat().st_size <= _LARGEST_JSON else {}
     except (OSError, ValueError, RecursionError):
@@ -141,7 +141,7 @@ def _json(path: Path) -> Mapping[str, Any]:
 
 
 def _plain(values: Mapping[str, Any]) -> Facts:
-    """The entries that are single values, or lists of them."""
+    """Return the entries whose values are scalars or lists of scalars."""
     return {
         key: value
         for key, value in values.items()
@@ -155,7 +155,7 @@ def _names(folder: Path, *patterns: str) -> list[str]:
 
 
 def _text(path: Path, facts: Facts) -> str:
-    """The facts for people, a line each; what could steer a terminal is escaped."""
+    """Return the facts as text, one per line, with terminal control characters escaped."""
     from bionemo_esm.model.summary import escaped
 
     rows = [(key.replace("_", " "), value) for key, value in facts.items() if key != "kind" and value not in (None, [])]

@@ -1,4 +1,4 @@
-"""Average the weights of a run's last checkpoints into one model:
+"""Average the weights of a run's last checkpoints into one model.
 
 python examples/average_checkpoints.py checkpoints='runs/my_run/checkpoints/*.ckpt' last=47 output=averaged.nemo
 """

@@ -1,12 +1,12 @@
-"""Compare a linear classifier on embeddings with one on one-hot features, and draw both.
+"""Compare a linear classifier on embeddings with one on one-hot features, and plot both.
 
     python examples/classify_proteins.py model=x.nemo input=deeploc.fasta label='(\\S+)-[MSU]$' output=localization
 
-The class of a protein is the match of the first group of `label`, a regular expression, in the header of its FASTA
-record. A protein's features are the mean over its residues: of the last layer's states, and, as the baseline, of
-one-hot vectors, which is its composition. Both are standardised and classified by the same logistic regression
-(scikit-learn), scored by five-fold cross-validation on the same folds. Random folds put similar proteins on both sides,
-for both alike; for scores to publish, split by identity. The outputs are report.json, and classes.png: the first two
+`label` is a regular expression. Its first group, matched in the header of a FASTA record, is the class of the protein.
+The features of a protein are means over its residues: of the last layer's hidden states, and, as the baseline, of
+one-hot vectors, which is its composition. The same logistic regression (scikit-learn) classifies both standardised
+features, scored by five-fold cross-validation on the same folds. Random folds put similar proteins on both sides, for
+both alike; for scores to publish, split by identity. The outputs are report.json, and classes.png: the first two
 principal components of each, with the accuracy. In Jupyter, import `classify` and `draw`.
 """
 
@@ -40,12 +40,12 @@ from bionemo_esm.statistics import percentile_interval, resampled_indices
 Features = NDArray[np.float64]  # [proteins, features]
 KEYS = {"model", "input", "label", "output"}
 FOLDS, SEED, RESAMPLES = 5, 0, 1000
-FEWEST = 2 * FOLDS  # proteins of a class; rarer classes are left out
-SHOWN = 9  # classes with a colour of their own in the picture
+FEWEST = 2 * FOLDS  # minimum proteins in a class; rarer classes are omitted
+SHOWN = 9  # classes with their own colour in the plot
 
 
 class Estimate(NamedTuple):
-    """A score, and its 95% bootstrap interval over proteins."""
+    """A score with its 95% bootstrap interval over proteins."""
 
     value: float
     low: float
@@ -89,7 +89,7 @@ def composition(sequences: list[str]) -> Features:
 
 
 def read_classes(path: Path, pattern: str) -> tuple[dict[str, str], NDArray[np.str_]]:
-    """Return sequences by id, and the class of each, without classes of fewer than `FEWEST` proteins."""
+    """Return sequences by id, and the class of each, omitting classes of fewer than `FEWEST` proteins."""
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -109,7 +109,7 @@ def read_classes(path: Path, pattern: str) -> tuple[dict[str, str], NDArray[np.s
 
 
 def draw(panels: dict[str, Features], classes: NDArray[np.str_], path: Path) -> Path:
-    """Draw the first two principal components of each set of features, with a colour for each class."""
+    """Plot the first two principal components of each set of features, with a colour for each class."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Bring a model in from Hugging Face or fair-esm, or take one of ours to Hugging Face:
+"""Import a model from Hugging Face or fair-esm, or export one of ours to Hugging Face.
 
 python examples/convert_checkpoint.py source=facebook/esm2_t6_8M_UR50D target=esm2_8m.nemo
 python examples/convert_checkpoint.py source=runs/my_run/my_run.nemo target=my_model

@@ -1,4 +1,4 @@
-"""Fit a contact head on a few structures, and save it with the model:
+"""Fit a contact head on a few structures, and save it with the model.
 
 python examples/fit_contacts.py model=x.nemo structures=structures.parquet output=x_contacts.nemo
 """

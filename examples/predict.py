@@ -1,4 +1,4 @@
-"""Predict with a fine-tuned model; writes a table:
+"""Predict with a fine-tuned model, and write a table.
 
 python examples/predict.py model=finetuned.nemo input=proteins.fasta output=predictions.csv
 python examples/predict.py model=finetuned.nemo input=proteins.csv output=residues.parquet residues=true

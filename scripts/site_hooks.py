@@ -1,7 +1,7 @@
-"""Hooks of MkDocs: the pages of `benchmarks/` join the site, and links out of `docs/` work in both places.
+"""MkDocs hooks: add the pages of `benchmarks/` to the site, and make links out of `docs/` work on the site.
 
-Links in the Markdown files are relative to the file, as a repository browser needs them. In the site a link to a page
-of the site is followed; of a link to another file of the repository the text stays.
+Links in the Markdown files are relative to the file, as a repository browser needs them. On the site, a link to a page
+of the site remains a link; a link to another file of the repository becomes plain text.
 """
 
 from __future__ import annotations
@@ -36,6 +36,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             if path.is_relative_to(base) and files.get_file_from_path(path.relative_to(base).as_posix()):
                 source = path.relative_to(base).as_posix()
                 return f"[{text}]({os.path.relpath(source, Path(page.file.src_uri).parent)}{anchor})"
-        return text if path.exists() else match[0]  # a missing file is MkDocs's to report
+        return text if path.exists() else match[0]  # MkDocs reports missing files
 
     return _LINK.sub(resolved, markdown)

@@ -1,10 +1,10 @@
-"""Print the structure of the package: files, lines, importers, import circles, and what a reader or a plugin touches.
+"""Print the structure of the package: files, lines, importers, import circles, and the files per extension example.
 
     python scripts/structure.py             # the package of this checkout
     python scripts/structure.py --json      # the same figures as JSON
 
-Read from the source by `ast`; nothing is imported. Imports inside functions count; those under `TYPE_CHECKING` do not,
-nor do the lazy exports of `bionemo_esm/__init__.py`.
+The script parses the source with `ast` and imports nothing. Imports inside functions count. Imports under
+`TYPE_CHECKING` and the lazy exports of `bionemo_esm/__init__.py` do not count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAYERS = (
     "alphabet", "errors", "registry", "settings", "compat", "console", "files", "statistics", "plotting",
     "command_line", "data", "model", "inference", "finetuning", "pretraining",
 )  # fmt: skip
-"""From the bottom up. A module imports from its own layer and from those before it."""
+"""Layers from the bottom up. A module imports from its own layer and from lower layers."""
 PATH = (
     ("bionemo_esm/data/preprocess.py", "a FASTA record is cleaned and assigned to a split"),
     ("bionemo_esm/data/store.py", "a memory-mapped store of uint8 tokens"),
@@ -44,7 +44,7 @@ EXTENDING = Path("docs/extending.md")
 
 @dataclass(frozen=True)
 class Module:
-    """One source file. `name` is dotted; imports are those of modules of this package."""
+    """A source file. `name` is dotted; imports are modules of this package."""
 
     name: str
     path: str
@@ -56,24 +56,24 @@ class Module:
 
     @property
     def layer(self) -> str:
-        """Name of the layer, or "" for the entry points of the package."""
+        """Name of the layer; "" for the package's entry points."""
         return layer_of(self.name)
 
 
 def layer_of(module: str) -> str:
-    """Name of the layer; "" for entry points, to which every `__main__` belongs."""
+    """Return the name of the layer; "" for entry points, which include every `__main__`."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in LAYERS and parts[-1] != "__main__" else ""
 
 
 def is_upward(source: str, target: str) -> bool:
-    """Whether `source` reaches a layer above its own. Entry points lie above all layers."""
+    """Return whether `source` imports from a layer above its own. Entry points lie above all layers."""
     rank = {layer: index for index, layer in enumerate(LAYERS)}
     return bool(layer_of(source)) and rank.get(layer_of(target), len(LAYERS)) > rank[layer_of(source)]
 
 
 class Structure:
-    """The modules of a package below `root`, and what follows from their imports."""
+    """The modules of a package below `root`, with figures derived from their imports."""
 
     def __init__(self, root: Path = ROOT) -> None:
         self.root = root
@@ -83,7 +83,7 @@ class Structure:
 
     @cached_property
     def importers(self) -> dict[str, set[str]]:
-        """By module: the other modules that import it, without the package's `__init__`."""
+        """Other modules that import a module, by module, without the package's `__init__`."""
         found: dict[str, set[str]] = {name: set() for name in self.modules}
         for module in self.modules.values():
             for target in module.all_imports if module.name != PACKAGE else ():
@@ -94,7 +94,7 @@ class Structure:
         return [name for name, importers in self.importers.items() if len(importers) == 1]
 
     def small_files(self) -> list[str]:
-        """Without the `__init__.py` of packages."""
+        """Return the paths of small files, without the `__init__.py` of packages."""
         return [
             module.path
             for module in self.modules.values()
@@ -112,14 +112,14 @@ class Structure:
         ]
 
     def lines_per_layer(self) -> dict[str, int]:
-        """From the top down; "" holds the entry points of the package."""
+        """Return lines per layer, from the top down; "" is for the package's entry points."""
         lines: Counter[str] = Counter()
         for module in self.modules.values():
             lines[module.layer] += module.lines
         return {layer: lines[layer] for layer in ("", *reversed(LAYERS)) if lines[layer]}
 
     def circles(self, top_level_only: bool) -> list[list[str]]:
-        """Groups of modules that import each other, directly or through others."""
+        """Return groups of modules that import each other, directly or indirectly."""
         imports = {
             module.name: module.top_level_imports if top_level_only else module.all_imports
             for module in self.modules.values()
@@ -135,7 +135,7 @@ class Structure:
         ]
 
     def upward_strings(self) -> list[tuple[str, str]]:
-        """Modules of a higher layer that a string names, such as the argument of `import_module`."""
+        """Return strings that name modules of a higher layer, such as the argument of `import_module`."""
         return [
             (module.name, target)
             for module in self.modules.values()
@@ -144,13 +144,13 @@ class Structure:
         ]
 
     def extension_files(self) -> dict[str, list[str]]:
-        """By extension example in `docs/extending.md`: the files that it writes, in order."""
+        """Return the files that each extension example of `docs/extending.md` writes, in order, by example."""
         page = self.root / EXTENDING
         return files_per_example(page.read_text()) if page.is_file() else {}
 
 
 def files_per_example(markdown: str) -> dict[str, list[str]]:
-    """By heading of the second level: the distinct titles of its code blocks. Sections without any are left out."""
+    """Return the distinct titles of code blocks by second-level heading, omitting sections without code blocks."""
     examples = {}
     for section in re.split(r"^## ", markdown, flags=re.M)[1:]:
         if titles := re.findall(r'^```\w+ title="([^"]+)"', section, re.M):
@@ -195,7 +195,7 @@ def _read_module(name: str, path: Path, root: Path, known: set[str]) -> Module:
 
 
 def _imports(tree: ast.AST, inside_function: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
-    """All import statements outside `if TYPE_CHECKING`, and whether each stands in a function."""
+    """Yield all import statements outside `if TYPE_CHECKING`, and whether each is inside a function."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node, inside_function
@@ -206,7 +206,7 @@ def _imports(tree: ast.AST, inside_function: bool = False) -> Iterator[tuple[ast
 
 
 def _targets(node: ast.Import | ast.ImportFrom, known: set[str]) -> Iterable[str]:
-    """The modules of this package that a statement imports; `from package import module` is that module."""
+    """Yield the modules of this package that a statement imports; `from package import module` is that module."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names if alias.name in known]
     base = node.module or ""
@@ -215,7 +215,7 @@ def _targets(node: ast.Import | ast.ImportFrom, known: set[str]) -> Iterable[str
 
 
 def _strongly_connected(graph: Mapping[str, Iterable[str]]) -> list[set[str]]:
-    """Sets of nodes that reach each other. The graph has some 150 nodes: reachability from each is enough."""
+    """Return sets of nodes that reach each other. Pairwise reachability is fast enough for about 150 nodes."""
     reachable: dict[str, set[str]] = {}
     for start in graph:
         seen: set[str] = set()
@@ -234,7 +234,7 @@ def _strongly_connected(graph: Mapping[str, Iterable[str]]) -> list[set[str]]:
 
 
 def figures(structure: Structure) -> dict[str, object]:
-    """All figures as plain values."""
+    """Return all figures as plain values."""
     modules = structure.modules.values()
     return {
         "files": len(modules),
@@ -254,7 +254,7 @@ def figures(structure: Structure) -> dict[str, object]:
 
 
 def report(structure: Structure) -> str:
-    """The figures as text, for people."""
+    """Return the figures as text."""
     modules = structure.modules.values()
     lines = [f"{len(modules)} files, {sum(module.lines for module in modules):,} lines"]
     lines += ["", "Lines per layer"]

@@ -3,8 +3,8 @@
 #
 #   scripts/try_newest.sh FOLDER [pytest arguments]      e.g. scripts/try_newest.sh /tmp/newest tests/test_compat.py
 #
-# FOLDER becomes a virtual environment. tests/test_compat.py names each use of a library's internals that broke; all such
-# uses are in bionemo_esm/compat.py, with the version that they were read from.
+# FOLDER becomes a virtual environment. tests/test_compat.py names each broken use of a library's internals. All such
+# uses are in bionemo_esm/compat.py, with the version from which they were read.
 set -euo pipefail
 folder=${1:?"name a folder for the virtual environment"}
 shift

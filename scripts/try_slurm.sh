@@ -1,17 +1,18 @@
 #!/bin/bash
-# A real Slurm of one node on this machine, and the real job scripts under it: time limit, preemption, requeue, a mistake,
-# a crash, and the chain of two phases and their average. Needs root and Debian (or Ubuntu); about seven minutes on two cores.
+# Test the job scripts with a real one-node Slurm on this machine: time limit, preemption, requeue, a user error, a
+# crash, and the chain of two phases and their average. Needs root and Debian (or Ubuntu). Takes about seven minutes on
+# two cores.
 #
-#   sudo scripts/try_slurm.sh                          all of it
+#   sudo scripts/try_slurm.sh                          all parts
 #   sudo scripts/try_slurm.sh whole time_limit         parts: whole time_limit preemption cancel mistake crash chain
 #
-# Slurm and munge are installed by apt-get if they are not there (the only use of the network besides `make`, if there is
-# no virtual environment yet), and stay. Their daemons run from a temporary folder on ports of their own, are ended at the
-# exit, and no file of /etc is touched.
+# apt-get installs Slurm and munge if they are missing; they stay installed. The script uses the network only for this,
+# and for `make` if there is no virtual environment yet. The daemons run from a temporary folder on their own ports and
+# are stopped at the exit. No file in /etc changes.
 #
 #   VENV      virtual environment with bionemo_esm; default: the checkout's .venv, which `make` sets up
 #   KEEP=1    leave the folder with logs and runs
-#   SECONDS_OF_TRAINING   how long a run of the comparison trains without an interruption; default: 70
+#   SECONDS_OF_TRAINING   training time of an uninterrupted run of the comparison; default: 70
 
 set -euo pipefail
 
@@ -24,7 +25,7 @@ SMALL=(recipe=laptop model.num_layers=2 model.hidden_size=64 model.num_attention
     trainer.val_check_interval=1000000 trainer.limit_val_batches=4 trainer.log_every_n_steps=50
     exp_manager.create_tensorboard_logger=false exp_manager.checkpoints.every_n_train_steps=100)
 
-# --- what a reader sees ------------------------------------------------------------------------------------------------
+# --- output ------------------------------------------------------------------------------------------------------------
 
 clean() { sed -u "s#$WORK/##g; s#$WORK#.#g; s#$ROOT/##g; s#\b$HOST\b#node1#g"; }
 
@@ -40,7 +41,7 @@ die() {
     exit 1
 }
 
-check() { # WHAT COMMAND...: prints what holds, or ends here
+check() { # WHAT COMMAND...: print WHAT if the command succeeds, else exit
     local what=$1
     shift
     "$@" || die "$what"
@@ -55,7 +56,7 @@ install_packages() {
     fi
     say "installing slurm-wlm and munge (they stay; apt-get purge slurm-wlm munge && apt-get autoremove removes them)"
     local policy=/usr/sbin/policy-rc.d made=no
-    if [[ ! -e $policy ]]; then # the packages must not start daemons of their own
+    if [[ ! -e $policy ]]; then # keeps the packages from starting their own daemons
         printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy && made=yes
     fi
     apt-get update -qq
@@ -111,7 +112,7 @@ start_daemons() {
 
 node_is_idle() { sinfo --noheader --format=%t 2>/dev/null | grep -qx idle; }
 
-stop_daemons() { # also after a failure: whatever is there
+stop_daemons() { # also after a failure: stops all that run
     trap - EXIT
     if [[ -e "$WORK/slurmctld.pid" ]]; then
         timeout 20 scancel --user=root >/dev/null 2>&1 || true
@@ -158,7 +159,7 @@ has_saved() { compgen -G "$1/checkpoints/step-*.ckpt" >/dev/null; } # RUN
 
 runs_again() { [[ "$(grep -c 'resuming from step' "$(log_of "$1")")" -ge "$2" ]]; } # JOB TIMES
 
-hasten() { # JOB: Slurm holds one that was queued again back for two minutes; slurmd needs a few seconds of them
+hasten() { # JOB: shorten Slurm's delay of two minutes for a requeued job; slurmd needs a few seconds of it
     wait_for 60 "job $1 to be queued again" waits "$1"
     sleep 5
     scontrol update jobid="$1" starttime=now
@@ -170,7 +171,7 @@ finish() { # JOB STATE
         test "$(field "$1" JobState)" = "$2"
 }
 
-submit() { # SBATCH-OPTION... -- KEY=VALUE...; the job's id in `job`. Every run has a folder RUNS/NAME of its own.
+submit() { # SBATCH-OPTION... -- KEY=VALUE...: sets `job` to the job's id. Each run has its own folder RUNS/NAME.
     local mine=()
     while [[ "$1" != -- ]]; do
         mine+=("$1")
@@ -182,14 +183,14 @@ submit() { # SBATCH-OPTION... -- KEY=VALUE...; the job's id in `job`. Every run 
     say "job $job"
 }
 
-same_model() { # NAME: model and average of that run, and of the one that nothing happened to
+same_model() { # NAME: compare model and average of that run with those of the uninterrupted run
     cmp "$RUNS/$1/laptop.nemo" "$RUNS/whole/laptop.nemo" &&
         cmp "$RUNS/$1/laptop-averaged.nemo" "$RUNS/whole/laptop-averaged.nemo"
 }
 
 story() { grep -E '^==|^Stopped|going on from|after the|copied to|is there$|^error|^Done' "$(log_of "$1")" | sed 's/^/        | /' | clean; }
 
-# --- what is tried -----------------------------------------------------------------------------------------------------
+# --- parts -------------------------------------------------------------------------------------------------------------
 
 try_pace() {
     say "--- a short run, to choose the length of the others: about $TRAINING s of training"
@@ -306,7 +307,7 @@ try_chain() {
         cmp "$RUNS/chain-phase2/averaged-last-3.nemo" "$RUNS/chain-phase2/laptop-averaged.nemo"
 }
 
-# --- all of it ---------------------------------------------------------------------------------------------------------
+# --- main --------------------------------------------------------------------------------------------------------------
 
 [[ $EUID -eq 0 ]] || { echo "error: munged and slurmd need root" >&2 && exit 2; }
 [[ -x "$VENV/bin/bionemo-esm" ]] || make -C "$ROOT" .venv/.ready

@@ -1,10 +1,11 @@
-"""FASTA as an iterator of records: a file or standard input, plain, gzip or zstd, one record in memory at a time.
+"""FASTA reader: records of a file or standard input, plain, gzip or zstd, one record in memory at a time.
 
-This reader defines what a record is and raises what is wrong with one. `kernels.parse` reads many times as fast for the
-builder of stores, by the same rules. Residues are handled by `bytes` methods, not by Python loops.
+This reader defines what a record is and which errors it raises. `kernels.parse` follows the same rules and reads many
+times as fast for the store builder. Residues are handled by `bytes` methods, not by Python loops.
 
-A `Source` is read once, in blocks, and hashed at the same time, so that a pipe works as well as a file. Its first bytes
-tell the compression. Decompression and hashing release the GIL, so both run beside the consumer of the blocks.
+A `Source` is read once, in blocks, and hashed at the same time, so a pipe works as well as a file. Its first bytes
+determine the compression. Decompression and hashing release the GIL and run in parallel with the consumer of the
+blocks.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from bionemo_esm.errors import UserError
 STANDARD_INPUT = "-"
 
 _READ_BYTES = 2**18  # of compressed bytes decompressed at once
-_UNPACKED_BYTES = 2**20  # decompressed at once
-_ZSTD_READ_BYTES = 2**12  # 4 bytes may stand for 128 KiB
+_UNPACKED_BYTES = 2**20  # maximum bytes decompressed at once
+_ZSTD_READ_BYTES = 2**12  # 4 bytes may expand to 128 KiB
 _START_BYTES = 64
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -40,18 +41,18 @@ _OTHER_COMPRESSIONS = {
     b"BZh": ("bzip2", "bzip2 -d"),
     b"PK\x03\x04": ("zip", "unzip"),
 }
-_ZSTD_MAX_WINDOW_BYTES = 2**27  # what `zstd -d` accepts without --long
+_ZSTD_MAX_WINDOW_BYTES = 2**27  # limit of `zstd -d` without --long
 
 
 _GzipError = cast("type[Exception]", isal_zlib.error)
 
 
 class SourceError(UserError):
-    """A source that cannot be opened, or whose compression or format is not supported."""
+    """A source that cannot be opened, or has an unsupported compression or format."""
 
 
 class BackgroundHash:
-    """SHA-256 of bytes passed in order, computed on its own thread."""
+    """SHA-256 of bytes passed in order, computed in a separate thread."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
@@ -59,7 +60,7 @@ class BackgroundHash:
         self._last: Future[None] | None = None
 
     def update(self, content: bytes | memoryview) -> None:
-        """Pass the next bytes; wait until the bytes before them have been hashed."""
+        """Hash the next bytes after waiting for the previous bytes."""
         self.wait()
         self._last = self._thread.submit(self._sha256.update, content)
 
@@ -69,7 +70,7 @@ class BackgroundHash:
             self._last.result()
 
     def hexdigest(self) -> str:
-        """Return the hash of all bytes, as 64 hexadecimal digits. No bytes may be added afterwards."""
+        """Return the hash of all bytes as 64 hexadecimal digits. No bytes may be added afterwards."""
         self._thread.shutdown()
         return self._sha256.hexdigest()
 
@@ -77,21 +78,21 @@ class BackgroundHash:
 class Source:
     """One input: a path, or `-` for standard input.
 
-    `fill` reads its text once. `bytes_read` counts the bytes of the file itself, compressed or not. At the end `sha256`
-    is their hash, and `damage` describes a compressed stream that is cut short or contradicts its checksum. Raises
+    `fill` reads the decompressed text once. `bytes_read` counts the bytes of the file itself, compressed or not. At the
+    end, `sha256` is their hash, and `damage` describes a truncated compressed stream or a checksum mismatch. Raises
     `SourceError` on entry.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.is_standard_input = os.fspath(path) == STANDARD_INPUT
         self.name = "standard input" if self.is_standard_input else os.fspath(path)
-        self.size: int | None = None  # bytes of the file; None where it is a pipe
+        self.size: int | None = None  # bytes of the file; None for a pipe
         self.bytes_read = 0
         self.sha256 = ""
         self.damage = ""
         self._path = Path(path)
         self._start = b""
-        self._left = memoryview(b"")  # decompressed, but not yet handed out
+        self._left = memoryview(b"")  # decompressed, but not yet consumed
 
     def __enter__(self) -> Source:
         self._stream = io.FileIO(0, closefd=False) if self.is_standard_input else _open(self._path)
@@ -117,7 +118,7 @@ class Source:
 
     @property
     def manifest_entry(self) -> dict[str, object]:
-        """The manifest's entry of this source after its end: file, bytes, sha256."""
+        """Manifest entry of this source after its end: file, bytes, sha256."""
         return {
             "file": self.name if self.is_standard_input else self._path.name,
             "bytes": self.bytes_read,
@@ -125,9 +126,9 @@ class Source:
         }
 
     def fill(self, view: memoryview) -> int:
-        """Write the next decompressed bytes to a view. Return their number, less than its size at the end only.
+        """Write the next decompressed bytes to a view. Return their number, smaller than the view only at the end.
 
-        The bytes are hashed until the next call and must not be changed before.
+        The bytes are hashed until the next call and must not change before it.
         """
         self._hash.wait()
         filled = 0
@@ -159,7 +160,7 @@ class Source:
         return start
 
     def _read_into(self, view: memoryview) -> int:
-        """Read the next bytes of the file, first those that were read on entry."""
+        """Read the next bytes of the file, starting with those read on entry."""
         if self._start:
             count = min(len(self._start), len(view))
             view[:count], self._start = self._start[:count], self._start[count:]
@@ -171,7 +172,7 @@ class Source:
         return count
 
     def _packed(self, size: int) -> Iterator[bytes]:
-        """Yield the file in pieces of up to so many bytes."""
+        """Yield the file in pieces of at most `size` bytes."""
         while True:
             piece = bytearray(size)
             count = self._read_into(memoryview(piece))
@@ -180,7 +181,7 @@ class Source:
             yield bytes(memoryview(piece)[:count])
 
     def _gunzip(self) -> Iterator[bytes]:
-        """Decompress all members, of which bgzip and `cat a.gz b.gz` write several; zeros may pad them."""
+        """Decompress all members (bgzip and `cat a.gz b.gz` write several), with optional zero padding after them."""
         member = isal_zlib.decompressobj(wbits=31)
         try:
             for compressed in self._packed(_READ_BYTES):
@@ -192,7 +193,7 @@ class Source:
                         member = isal_zlib.decompressobj(wbits=31)
                     yield member.decompress(compressed, _UNPACKED_BYTES)
                     compressed = member.unused_data if member.eof else member.unconsumed_tail
-            while rest := member.decompress(b"", _UNPACKED_BYTES):  # still in the decompressor
+            while rest := member.decompress(b"", _UNPACKED_BYTES):  # buffered in the decompressor
                 yield rest
         except _GzipError as error:
             self.damage = f"the gzip stream is damaged ({error})"
@@ -200,7 +201,7 @@ class Source:
             self.damage = "" if member.eof else "the gzip stream is damaged (it ends before its end mark)"
 
     def _unzstd(self) -> Iterator[bytes]:
-        """Decompress all frames, in small steps: the size that a frame declares cannot be trusted."""
+        """Decompress all frames in small steps, because the size declared by a frame cannot be trusted."""
         frames = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW_BYTES)
         frame = frames.decompressobj()
         try:
@@ -228,7 +229,7 @@ def _open(path: Path) -> io.FileIO:
 
 
 MAX_RECORD_BYTES = 64 * 2**20
-"""The longest record accepted. The longest of UniRef50 has some 45,000 residues, so a longer record is no protein."""
+"""Maximum size of a record. The longest of UniRef50 has about 45,000 residues, so a longer record is not a protein."""
 
 _BLOCK_BYTES = 2**22
 _SHOWN_BYTES = 40
@@ -261,12 +262,12 @@ _OTHER_FORMATS: tuple[tuple[bytes, str], ...] = (
     (rb"\xd0\xcf\x11\xe0", _WORKBOOK),
     (rb"PK\x03\x04|\x1f\x8b|\x28\xb5\x2f\xfd|BZh|\xfd7zXZ", _TWICE),
 )
-"""First bytes of the text of files that are taken for FASTA, as patterns, and the problem with its remedy."""
+"""Patterns for the first bytes of other formats often mistaken for FASTA, with the problem and its remedy."""
 
 _NUCLEOTIDE_SHARE, _FEWEST_LETTERS = 0.95, 20
 _NUCLEOTIDE_IDS = [TOKEN_IDS[letter] for letter in "ACGTUN"]
 NUCLEOTIDE_RECORDS = 1_000
-"""So many records, from the first on, are checked by `refuse_nucleotides`."""
+"""Number of first records that `refuse_nucleotides` checks."""
 
 
 class FastaError(SourceError):
@@ -285,31 +286,31 @@ class FastaRecord(NamedTuple):
 
     @property
     def id(self) -> str:
-        """The first word of the header; '' when the header is empty."""
+        """The first word of the header; '' for an empty header."""
         return self.header.split(maxsplit=1)[0] if self.header else ""
 
 
 class RecordBlock(NamedTuple):
-    """Whole records of the decompressed text, and what is wrong with the record after them."""
+    """Complete records of the decompressed text, and the problem of the record after them."""
 
     text: memoryview
-    """From a '>' to the next record or the end of the file; may be empty before a problem."""
+    """Text from a '>' to the next record or the end of the file; may be empty before a problem."""
     offset: int
     """Byte offset in the decompressed text."""
     problem: str = ""
-    """If not empty, the record after `text` cannot be read for this reason."""
+    """If not empty, the reason why the record after `text` cannot be read."""
 
 
 def read_fasta(path: str | os.PathLike[str]) -> Iterator[FastaRecord]:
     """Yield the records of a FASTA file, or of standard input (`-`), in order; plain, gzip or zstd.
 
-    Lines may be wrapped or not, end in LF or CRLF, be blank or padded; a record may have an empty header or no
+    Lines may be wrapped or not, end in LF or CRLF, be blank or padded. A record may have an empty header or no
     residues. Memory: a few blocks of 4 MiB, or the longest record.
 
-    Raises `SourceError`, as soon as the first record is asked for: no such file, a folder, another compression; and its
-    subclass `FastaError`, naming record and byte: no record at all, text before the first '>', a damaged or truncated
-    stream, a NUL byte, a '>' inside a sequence line, lines that end in a lone CR, a header that is not UTF-8, a record
-    over `MAX_RECORD_BYTES`.
+    Raises `SourceError` at the first record for a missing file, a folder, or another compression. Raises its subclass
+    `FastaError`, naming record and byte, for an input without records, text before the first '>', a damaged or
+    truncated stream, a NUL byte, a '>' inside a sequence line, lines that end in a lone CR, a header that is not UTF-8,
+    or a record over `MAX_RECORD_BYTES`.
     """
     number = 0
     with Source(path) as source:
@@ -324,11 +325,11 @@ def read_fasta(path: str | os.PathLike[str]) -> Iterator[FastaRecord]:
 
 
 def record_blocks(source: Source, buffer_of: Callable[[int], bytearray]) -> Iterator[RecordBlock]:
-    """Yield an open source in blocks of whole records, some 4 MiB each, in order.
+    """Yield an open source in blocks of complete records, about 4 MiB each, in order.
 
-    `buffer_of` returns a buffer of at least so many bytes for the next block, whose text is a view into it. The end of
-    a block depends on the source, so no result may depend on it. Raises `FastaError` for a source without any
-    record, or with text before the first.
+    `buffer_of` returns a buffer of at least the given size for the next block, whose text is a view into it. The end of
+    a block depends on the source, so results must not depend on it. Raises `FastaError` for a source without records,
+    or with text before the first record.
     """
     offset, rest, started = 0, b"", False
     while True:
@@ -423,5 +424,5 @@ def refuse_nucleotides(name: str, counts: NDArray[np.int64]) -> None:
 
 
 def fasta_error(name: str, number: int, offset: int, problem: str) -> FastaError:
-    """Return the error for a record, with its number and a byte offset in the decompressed text."""
+    """Return the error for a record, with its number and byte offset in the decompressed text."""
     return FastaError(f"{name}, record {number}, byte {offset}: {problem}")

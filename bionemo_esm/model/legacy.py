@@ -1,13 +1,14 @@
-"""Convert a `.nemo` of NeMo 1 or BioNeMo 1 (a tar with a pickle in it) to an archive of ours.
+"""Conversion of a `.nemo` of NeMo 1 or BioNeMo 1 (a tar that contains a pickle) to our archive format.
 
-Experimental: written from the sources below, and not yet tried on a released BioNeMo 1 archive.
+Experimental: written from the sources below, not yet tested on a released BioNeMo 1 archive.
 
 A legacy archive is a tar, plain or gzipped, of `model_config.yaml`, `model_weights.ckpt` (a torch pickle) and artifacts
-with a hash before their name. Nothing is extracted but the pickle, which `bionemo_esm.model.torch_pickle` opens.
+with a hash before their name. Only the pickle is extracted; `bionemo_esm.model.torch_pickle` opens it.
 
-Names and layouts: NVIDIA/NeMo 1.x, `nemo/collections/nlp/` (`models/language_modeling/megatron/bert_model.py`,
-`modules/common/megatron/language_model.py`, `attention.py`, `fused_bias_gelu.py`), Megatron-core's `BertModel`, and
-BioNeMo 1's ESM-1nv, a `MegatronBertModel` over a sentencepiece vocabulary.
+Sources for names and layouts: NVIDIA/NeMo 1.x, `nemo/collections/nlp/`
+(`models/language_modeling/megatron/bert_model.py`, `modules/common/megatron/language_model.py`, `attention.py`,
+`fused_bias_gelu.py`), Megatron-core's `BertModel`, and BioNeMo 1's ESM-1nv, a `MegatronBertModel` over a sentencepiece
+vocabulary.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from bionemo_esm.model.tar_format import Section, hash_section
 from bionemo_esm.model.torch_pickle import PickleError, read_pickle
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
-_LARGEST_TEXT = 1 << 22  # bytes; a configuration or a vocabulary of amino acids has some thousand
+_LARGEST_TEXT = 1 << 22  # bytes; a configuration or a vocabulary of amino acids has a few thousand
 _LARGEST_MEMBER = 1 << 36  # bytes; ESM-1b's weights have 2.6e9
-_LONGEST_READ = 1 << 24  # bytes; a tar header that asks for more at once is damaged or hostile
+_LONGEST_READ = 1 << 24  # bytes; a tar header with a larger read is damaged or malicious
 _MOST_MEMBERS = 1000
 
 
@@ -54,7 +55,7 @@ class LegacyArchiveError(UserError):
 
 
 class _BoundedReads:
-    """A readable file that refuses reads of absurd size, which a tar header of a few bytes can ask for."""
+    """Readable file that refuses very large reads, which a tar header of a few bytes can request."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -68,7 +69,7 @@ class _BoundedReads:
 
 
 class _LegacyTar:
-    """The members of a legacy archive by name, checked one by one; `stream` is the open file of `path`."""
+    """Members of a legacy archive by name, each checked; `stream` is the open file of `path`."""
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self.path = path
@@ -93,7 +94,7 @@ class _LegacyTar:
     def _checked_members(self) -> dict[str, tarfile.TarInfo]:
         found: dict[str, tarfile.TarInfo] = {}
         for count, member in enumerate(self._tar):
-            name = str(PurePosixPath(member.name))  # without a leading ./
+            name = str(PurePosixPath(member.name))  # removes a leading ./
             if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name or "\0" in name:
                 raise self._refusal(member, "has a path that leaves the archive")
             if not (member.isreg() or member.isdir()) or member.issparse():
@@ -145,7 +146,7 @@ class _LegacyTar:
 
 
 def _read_config(tar: _LegacyTar) -> dict[str, Any]:
-    """Return the model's part of `model_config.yaml` as plain values; class paths in it (`target`) stay text."""
+    """Return the model's section of `model_config.yaml` as plain values. Class paths in it (`target`) remain text."""
     where, text = f"{tar.path}: {CONFIG}", tar.text(CONFIG)
     try:
         config = parse_yaml(text.encode())
@@ -158,7 +159,7 @@ def _read_config(tar: _LegacyTar) -> dict[str, Any]:
 
 
 def _value(config: Mapping[str, Any], key: str, where: str) -> Any:
-    """Return a value; `${.other}` stands for another key beside it, as OmegaConf writes it."""
+    """Return a value. Resolves `${.other}`, OmegaConf's reference to another key of the same mapping."""
     value = config.get(key)
     if isinstance(value, str) and (reference := re.fullmatch(r"\$\{(?:\.|model\.)?(\w+)\}", value)):
         value = config.get(reference[1])
@@ -168,7 +169,7 @@ def _value(config: Mapping[str, Any], key: str, where: str) -> Any:
 
 
 def _number(config: Mapping[str, Any], keys: tuple[str, ...], default: float | None, where: str) -> float:
-    """Return the number of the first key that has a value, else the default."""
+    """Return the number of the first key with a value, or the default."""
     for key in keys:
         value = _value(config, key, where)
         if value is None:
@@ -186,9 +187,9 @@ def _number(config: Mapping[str, Any], keys: tuple[str, ...], default: float | N
 
 
 def _read_vocabulary(tar: _LegacyTar, config: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Return the member that holds the vocabulary, and its tokens in the order of their ids.
+    """Return the vocabulary's member and its tokens in the order of their ids.
 
-    `.vocab` of sentencepiece has `token<TAB>score` lines, `vocab.txt` of BERT one token a line.
+    `.vocab` of sentencepiece has `token<TAB>score` lines. `vocab.txt` of BERT has one token per line.
     """
     tokenizer = config.get("tokenizer")
     named = tokenizer.get("vocab_file") if isinstance(tokenizer, dict) else None
@@ -212,7 +213,7 @@ def _read_vocabulary(tar: _LegacyTar, config: Mapping[str, Any]) -> tuple[str, l
 
 
 def _read_weights(tar: _LegacyTar, folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of `model_weights.ckpt` in their own dtypes, and the names of entries that are no tensors."""
+    """Return the tensors of `model_weights.ckpt` in their own dtypes, and the names of other entries."""
     try:
         table, others = read_pickle(tar.copy(WEIGHTS, folder / WEIGHTS))
     except PickleError as error:
@@ -249,7 +250,7 @@ _REQUIRED: dict[str, Any] = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
 }
-"""What our encoder is; each is also NeMo 1's default, so a key that is absent or null is fine."""
+"""Required settings, which our encoder has. Each is also NeMo 1's default, so an absent or null key is accepted."""
 
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     "<cls>": ("<s>", "<bos>", "[bos]", "<cls>", "[cls]"),
@@ -259,7 +260,7 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     "<mask>": ("<mask>", "[mask]"),
     "<null_1>": ("<null_1>",),
 }
-"""Legacy spellings, lower case. Where a vocabulary has two, the first: BioNeMo frames proteins by `<s>` and `</s>`."""
+"""Legacy spellings, lower case, by preference: BioNeMo encloses proteins in `<s>` and `</s>`."""
 _INDISPENSABLE = ("<cls>", "<eos>", "<unk>", "<mask>", *STANDARD_RESIDUES)
 
 _LAYER_PARTS = {
@@ -268,10 +269,10 @@ _LAYER_PARTS = {
     "post_attention_layernorm.": "pre_mlp_layernorm.",
     "mlp.dense_h_to_4h.": "mlp.linear_fc1.",
     "mlp.dense_4h_to_h.": "mlp.linear_fc2.",
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",  # Transformer Engine keeps it in the linear layer
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",  # Transformer Engine stores it in the linear layer
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
-"""Parts of a layer that the legacy model calls otherwise; Megatron-core's names are ours."""
+"""Legacy names of parts of a layer, and our names, which are Megatron-core's."""
 _OTHER_PARTS = {
     "lm_head.bias": "output_layer.bias",
     "lm_head.layernorm.weight": "lm_head.layer_norm.weight",
@@ -286,17 +287,17 @@ _TOKEN_TYPES, _OUTPUT_BIAS = "encoder.embedding.tokentype_embeddings.weight", "e
 class ConversionReport:
     """The result of a conversion."""
 
-    parameters: int = 0  # of the converted model, rows of padding counted
+    parameters: int = 0  # of the converted model, including padding rows
     renamed: dict[str, str] = field(default_factory=dict)  # legacy tensor name to ours
-    dropped: list[str] = field(default_factory=list)  # legacy names that our model has no place for
-    notes: list[str] = field(default_factory=list)  # what differs from the legacy model, and what was filled in
+    dropped: list[str] = field(default_factory=list)  # legacy names without counterpart in our model
+    notes: list[str] = field(default_factory=list)  # differences from the legacy model, and default values used
 
 
 def convert_legacy(source: Path, output: Path) -> ConversionReport:
-    """Write the model of a legacy archive as an `ESM1nvModel` archive with float32 weights.
+    """Convert a legacy archive to an `ESM1nvModel` archive with float32 weights.
 
-    No code in the archive is run. Raises `LegacyArchiveError`, naming the file and the member, key or tensor, for
-    whatever our model cannot express, is missing, or is left over; nothing is written then.
+    Runs no code from the archive. Raises `LegacyArchiveError`, naming the file and the member, key or tensor, for
+    anything unsupported, missing or unexpected; then no file is written.
     """
     if not source.is_file():
         raise LegacyArchiveError(f"{source}: no such file; give the path of a legacy .nemo archive")
@@ -315,7 +316,7 @@ def convert_legacy(source: Path, output: Path) -> ConversionReport:
     named = _our_names(stored, others, where, report)
     if encoder.num_layers > len(stored):
         raise LegacyArchiveError(f"{source}: {CONFIG}: num_layers is {encoder.num_layers}; the weights have fewer")
-    legacy_rows = max(len(tokens), *named[_WORDS][1].shape[:1], 1)  # padded, for the sake of tensor cores
+    legacy_rows = max(len(tokens), *named[_WORDS][1].shape[:1], 1)  # padded to the tensor-core tile
     shapes = expected_shapes(encoder, legacy_rows)
     _check(named, shapes | ({_TOKEN_TYPES: (2, encoder.hidden_size)} if _TOKEN_TYPES in named else {}), where)
     weights = _our_tensors(named, encoder, rows, config.get("megatron_legacy") is True, report)
@@ -353,7 +354,7 @@ def _encoder_config(config: Mapping[str, Any], where: str, report: ConversionRep
 
 
 def _vocabulary_rows(tokens: list[str], where: str, report: ConversionReport) -> list[int]:
-    """The legacy row for each of our tokens; where the legacy vocabulary lacks one, that of `<unk>`."""
+    """Return the legacy row of each of our tokens; the row of `<unk>` for tokens that the legacy vocabulary lacks."""
     ids = {token.lower() if re.fullmatch(r"<.*>|\[.*\]", token) else token: row for row, token in enumerate(tokens)}
     found: dict[str, int] = {}
     for token in TOKENS:
@@ -382,7 +383,7 @@ def _vocabulary_rows(tokens: list[str], where: str, report: ConversionReport) ->
 def _our_names(
     stored: Mapping[str, Tensor], others: list[str], where: str, report: ConversionReport
 ) -> dict[str, tuple[str, Tensor]]:
-    """Our name to (legacy name, tensor), for every entry but those that our model has no place for."""
+    """Return our name to (legacy name, tensor), without entries that have no counterpart in our model."""
     words = re.compile(r"(.*?)(?:language_model\.)?embedding\.word_embeddings\.weight")
     prefixes = [match[1] for name in stored if (match := words.fullmatch(name))]
     if len(prefixes) != 1:
@@ -404,7 +405,7 @@ def _our_names(
 
 
 def _our_name(legacy: str) -> str:
-    """The name in our model, if the legacy one is known; else a name that our model does not have."""
+    """Return the name in our model if the legacy name is known; otherwise a name that our model does not have."""
     rest = legacy.removeprefix("language_model.")
     if layer := re.fullmatch(r"encoder\.layers\.(0|[1-9]\d*)\.(.+[._])(weight|bias)", rest):
         return f"encoder.encoder.layers.{layer[1]}.{_LAYER_PARTS.get(layer[2], layer[2])}{layer[3]}"
@@ -412,13 +413,13 @@ def _our_name(legacy: str) -> str:
 
 
 def expected_shapes(encoder: EncoderConfig, vocabulary_rows: int) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of an `ESM1nvModel` of these sizes, whose vocabulary has so many rows."""
+    """Return the shape of every parameter of an `ESM1nvModel` of these sizes with this number of vocabulary rows."""
     shapes = dict(encoder.tensors())
     return shapes | {name: (vocabulary_rows, *shapes[name][1:]) for name in (_WORDS, _OUTPUT_BIAS)}
 
 
 def _check(named: dict[str, tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], where: str) -> None:
-    """Every tensor of ours is there, no other, each of the right shape, and of finite floats."""
+    """Check that the set of tensors is ours, that each has the right shape, and that all values are finite floats."""
     for ours in sorted(shapes.keys() - named.keys()):
         raise LegacyArchiveError(f"{where}: no tensor for our {ours!r}; is num_layers in {CONFIG} right?")
     for ours, (legacy, tensor) in named.items():
@@ -439,9 +440,9 @@ def _our_tensors(
     thirds_first: bool,
     report: ConversionReport,
 ) -> dict[str, Tensor]:
-    """Our tensors, float32, in our layout and row order.
+    """Return our tensors, float32, in our layout and row order.
 
-    Query, key and value lie [heads, 3, head size] along the rows, as ours do. NeMo's `megatron_legacy` marks weights
+    Rows of query, key and value are [heads, 3, head size], as ours. NeMo's `megatron_legacy` marks weights
     of the first Megatron-LM, with [3, heads, head size] (`_transpose_last_dim` in NeMo 1's attention.py).
     """
     weights = {}

@@ -1,7 +1,7 @@
-"""Summary of a model or a checkpoint as text and as JSON: architecture, training, data. Behind `bionemo-esm inspect`.
+"""Summary of a model or a checkpoint as text and as JSON: architecture, training, data. Used by `bionemo-esm inspect`.
 
-Only the small members and the headers are read, without torch and NeMo. Provenance is free text of the file's author:
-values of any type are accepted, and control characters never reach a terminal.
+Only small members and headers are read, without torch and NeMo. Provenance is untrusted free text: values of any type
+are accepted, and control characters never reach a terminal.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.safe_serialization import parse_json
 from bionemo_esm.model.tar_format import read_section
 
-_LINE, _LABEL = 112, 26  # characters of the text: of a line, of the labels at its start
-_LONGEST_TEXT = 600  # characters printed of one entry; `to_dict` has all
-_FILES_AT_AN_END = 4  # shown at either end of a long list of averaged files
-_MOST_OTHERS = 20  # of unknown provenance entries, and of packages
-_LARGEST_STATE = 1 << 22  # bytes of a state.json that is read for the summary; that of ESM-1b has 2**19
+_LINE, _LABEL = 112, 26  # characters of the text: width of a line, width of the labels
+_LONGEST_TEXT = 600  # maximum characters printed per entry; `to_dict` has all
+_FILES_AT_AN_END = 4  # shown at each end of a long list of averaged files
+_MOST_OTHERS = 20  # maximum number of other provenance entries, and of packages
+_LARGEST_STATE = 1 << 22  # maximum bytes of a state.json read for the summary; that of ESM-1b has 2**19
 _DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 _SIZES = {
     "num_layers": "layers", "hidden_size": "hidden size", "num_attention_heads": "attention heads",
     "ffn_hidden_size": "FFN size", "seq_length": "longest sequence, tokens", "hidden_dropout": "dropout, hidden",
     "attention_dropout": "dropout, attention",
 }  # fmt: skip
-_OTHER_PARTS = {  # shown if the archive has them; ESM-1nv has none
+_OTHER_PARTS = {  # shown if present in the archive; ESM-1nv has none
     "position_embedding": "position embedding", "position_offset": "position offset",
     "embedding_layernorm": "embedding layer norm", "token_dropout": "token dropout", "contact_head": "contact head",
 }  # fmt: skip
@@ -52,19 +52,19 @@ _KNOWN = {
 
 @dataclass(frozen=True, eq=False)
 class ArchiveSummary:
-    """The facts recorded in a `.nemo` or a `.ckpt`; the text shows only entries that are there."""
+    """Contents of the records in a `.nemo` or a `.ckpt`. The text shows only entries that are present."""
 
     name: str  # of the file
     size: int  # bytes
     is_checkpoint: bool
     manifest: Mapping[str, Any]
     config: Mapping[str, Any]
-    parameters_by_dtype: Mapping[str, int]  # by stored dtype; buffers are not counted
-    state: Mapping[str, Any]  # training state without tensors; empty in a `.nemo`
+    parameters_by_dtype: Mapping[str, int]  # by stored dtype, without buffers
+    state: Mapping[str, Any]  # training state without tensors; empty for a `.nemo`
 
     @classmethod
     def of(cls, file: ArchiveFile) -> ArchiveSummary:
-        """Return the summary of an opened file. Raises `ArchiveError` for a checkpoint with a damaged state.json."""
+        """Return the summary of an open file. Raises `ArchiveError` for a checkpoint with a damaged state.json."""
         fixed = _fixed_tensors(file.config)
         infos = [info for name, info in file.weights.infos.items() if name not in fixed]
         elements = {name: sum(i.elements for i in infos if i.dtype == dtype) for dtype, name in _DTYPES.items()}
@@ -78,21 +78,21 @@ class ArchiveSummary:
 
     @property
     def epochs(self) -> float | None:
-        """Consumed samples divided by the samples of an epoch; None if one of the two is unknown."""
+        """Consumed samples divided by the samples of an epoch; None if either is unknown."""
         consumed, samples = _count(self._recorded("consumed_samples")), self._samples_of_an_epoch
         return consumed / samples if consumed is not None and samples else None
 
     @property
     def packages(self) -> dict[str, dict[str, Any]]:
-        """By name: the version `recorded` in the file, and the version `installed` here, or None."""
+        """Packages by name, with the version `recorded` in the file and the version `installed` here, or None."""
         recorded = self._recorded("package_versions")
         names = sorted(recorded)[:_MOST_OTHERS] if isinstance(recorded, dict) else []
         return {name: {"recorded": recorded[name], "installed": _installed(name)} for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the summary for JSON: always the same keys, null for what the file does not record.
+        """Return the summary for JSON: always the same keys, null for missing records.
 
-        `provenance` and `config` are those of the file, complete; NaN and infinity are null.
+        `provenance` and `config` are complete copies from the file; NaN and infinity become null.
         """
         card = {
             "name": self.name,
@@ -114,7 +114,7 @@ class ArchiveSummary:
         return dict(json.loads(json.dumps(card), parse_constant=lambda name: None))
 
     def text(self) -> str:
-        """Return the summary as plain text of some thirty lines, without a final newline."""
+        """Return the summary as about thirty lines of plain text, without a final newline."""
         kind = "checkpoint of a training" if self.is_checkpoint else "model archive"
         totals = f"{kind}, {self.parameters:,} parameters, {self.size:,} bytes"
         head = {"contact head fitted on": _contact_head(self._recorded("contact_head"))}
@@ -131,7 +131,7 @@ class ArchiveSummary:
         }
 
     def _finetuning(self) -> dict[str, Any]:
-        """Return task, parts and fine-tuning record of a fine-tuned model."""
+        """Return task, parts and fine-tuning record of a fine-tuned model, by label."""
         task, record = _at(self.config, "task"), self._recorded("finetuning")
         parts = {key: _at(self.config, key) for key in ("head", "reading", "adapters")}
         return {"task": _task(task), "classes": _at(task, "classes"), **parts, "fine-tuning": _entries(record)}
@@ -139,7 +139,7 @@ class ArchiveSummary:
     def _training(self) -> dict[str, Any]:
         shown = {key.replace("_", " "): self._recorded(key) for key in _TRAINING}
         if type(seed := shown["seed"]) is int:
-            shown["seed"] = str(seed)  # without thousands separators
+            shown["seed"] = str(seed)  # as text: no thousands separators
         if self.epochs is not None:
             epochs = f"{self.epochs:,.2f}" if self.epochs >= 0.1 else f"{self.epochs:.2g}"
             shown["consumed samples"] = (
@@ -154,7 +154,7 @@ class ArchiveSummary:
         return shown | {"saved": self._schedule(), "next learning rate": rate, "lowest validation loss": lowest}
 
     def _origin(self) -> Any:
-        """Return the run that this one continues, in words; an entry of unknown form unchanged."""
+        """Return a description of the run that this one continues; an entry of unknown form unchanged."""
         origin = self._recorded("continued_from")
         steps, samples, recipe = (
             _count(_at(origin, "steps")),
@@ -166,7 +166,7 @@ class ArchiveSummary:
         return f"step {steps:,} of a run of {recipe}, after {samples:,} samples"
 
     def _schedule(self) -> Any:
-        """Return when the checkpoint was saved, in words; an entry of unknown form unchanged."""
+        """Return a description of when the checkpoint was saved; an entry of unknown form unchanged."""
         schedule = self._recorded("checkpoint")
         on_schedule, interval = _at(schedule, "on_schedule"), _count(_at(schedule, "every_n_train_steps"))
         if not isinstance(on_schedule, bool):
@@ -198,7 +198,7 @@ class ArchiveSummary:
 
     @property
     def _samples_of_an_epoch(self) -> int | None:
-        """Sequences of the training split, or clusters of a clustered store."""
+        """Number of sequences in the training split, or of clusters in a clustered store."""
         return _count(self._recorded("data_samples_of_an_epoch"))
 
     @property
@@ -217,13 +217,13 @@ def _text(name: str, kind: str, blocks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def escaped(text: str, longest: int = 2_000) -> str:
-    """Return at most `longest` characters of a text on one line, with control characters escaped as `\\x1b`."""
+    """Return a text on one line, at most `longest` characters, with control characters escaped as `\\x1b`."""
     clipped = text if len(text) <= longest else text[: longest - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in clipped)
 
 
 def _fixed_tensors(config: Mapping[str, Any]) -> frozenset[str]:
-    """Return the names of tensors that are no parameters; none if the configuration describes no encoder."""
+    """Return the names of tensors that are not parameters; empty if the configuration describes no encoder."""
     sizes = _at(config, "encoder")
     try:
         encoder = EncoderConfig.from_config(sizes) if isinstance(sizes, dict) else None
@@ -269,7 +269,7 @@ def _real(value: Any) -> float | None:
 
 
 def _shown(value: Any) -> str:
-    """Return a value on one line; "" for a missing one."""
+    """Return a value as one line; "" for a missing value."""
     if value is None or value in ("", [], {}):
         return ""
     if isinstance(value, dict):
@@ -280,12 +280,12 @@ def _shown(value: Any) -> str:
 
 
 def _part(value: Any) -> Any:
-    """Return "yes" for a part that is there, None for one that is not, and any other value unchanged."""
+    """Return "yes" for a part that exists, None for a part that does not, and any other value unchanged."""
     return "yes" if value is True else None if value is False else value
 
 
 def _task(task: Any) -> Any:
-    """Return the task of a fine-tuned model, in words; an entry of unknown form unchanged."""
+    """Return a description of a fine-tuned model's task; an entry of unknown form unchanged."""
     name, kind, level, classes = (_at(task, key) for key in ("name", "kind", "level", "classes"))
     if not isinstance(classes, list) or not all(isinstance(word, str) for word in (name, kind, level)):
         return task
@@ -302,7 +302,7 @@ def _entries(record: Any) -> Any:
 
 
 def _imported(origin: Any) -> Any:
-    """Return the imported model and its files; an entry of unknown form unchanged."""
+    """Return lines on the imported model and its files; an entry of unknown form unchanged."""
     source, library, files = (_at(origin, key) for key in ("source", "format", "sha256"))
     if not isinstance(source, str) or not isinstance(library, str):
         return origin
@@ -315,7 +315,7 @@ def _imported(origin: Any) -> Any:
 
 
 def _contact_head(record: Any) -> Any:
-    """Return the structures of the fit and the precision on others; an entry of unknown form unchanged."""
+    """Return lines on the structures of the fit and the precision on others; an entry of unknown form unchanged."""
     ids, rows = _at(record, "fitted_on"), _at(record, "precision", "model")
     if not isinstance(ids, list):
         return record
@@ -344,7 +344,7 @@ def _averaged_file(source: Any) -> str:
 
 
 def _labelled(label: str, value: Any) -> list[str]:
-    """Return `label   value`, wrapped, with a line for each part of a tuple; nothing for a missing value."""
+    """Return `label   value` as wrapped lines, with a line for each part of a tuple; nothing for a missing value."""
     first, *others = value if isinstance(value, tuple) else (_shown(value),)
     start = f"{escaped(label, _LABEL - 1):<{_LABEL - 1}} "
     return (_row(first, start) if first else []) + [line for other in others for line in _row(other)]

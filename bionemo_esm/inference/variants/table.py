@@ -1,6 +1,6 @@
-"""Tables of variants: reading, writing, agreement of scores with measurements, and baselines without a model.
+"""Tables of variants: reading, writing, correlation of scores with measurements, and baselines without a model.
 
-A table is an Arrow table. Columns read as text (CSV, TSV) stay text, so that they are written as they were read.
+A table is an Arrow table. Columns read as text (CSV, TSV) remain text, so they are written unchanged.
 """
 
 from __future__ import annotations
@@ -54,14 +54,17 @@ _BLOSUM62 = """
      0 -3 -3 -3 -1 -2 -2 -3 -3  3  1 -2  1 -1 -2 -2  0 -3 -1  4
 """
 MATRIX: NDArray[np.int64] = np.array(_BLOSUM62.split(), dtype=np.int64).reshape(20, 20)
-"""BLOSUM62 in half bits, rows and columns by `_ORDER`: Henikoff and Henikoff 1992, doi:10.1073/pnas.89.22.10915."""
+"""BLOSUM62 in half bits, rows and columns in the order of `_ORDER`.
+
+Henikoff and Henikoff 1992, doi:10.1073/pnas.89.22.10915.
+"""
 
 
 def baselines(variants: Sequence[Variant | None]) -> dict[str, NDArray[np.float64]]:
-    """Return scores without a model, float64 [V]: NaN for None, and for residues outside the standard 20.
+    """Return baseline scores without a model, float64 [V]; NaN for None and for residues outside the standard 20.
 
     BLOSUM62: the sum over substitutions of M(wild type, mutant) - M(wild type, wild type). Fewer mutations: minus the
-    number of substitutions, left out if all variants have the same number.
+    number of substitutions; omitted if all variants have the same number.
     """
     fewer = np.array([np.nan if variant is None else -len(variant) for variant in variants], dtype=np.float64)
     matrix = np.array([np.nan if variant is None else _by_matrix(variant) for variant in variants])
@@ -89,19 +92,19 @@ _NOT_MEASURED = ("", "na", "nan", "null", "none")
 
 
 class TableError(UserError):
-    """A table that cannot be used; the message names the file, the row or the column, and what to do."""
+    """A table that cannot be used; the message names the file, the row or the column, and the remedy."""
 
 
 @dataclass(frozen=True)
 class VariantTable:
-    """A table, and the rows of its file."""
+    """A table with the row numbers of its file."""
 
     name: str
     table: arrow.Table
     rows: NDArray[np.int64]  # [V]: the number of each row in the file; the header is row 1
 
     def where(self, index: int) -> str:
-        """Return the name of a row for a message."""
+        """Return the name of a row for an error message."""
         return f"{self.name}, row {self.rows[index]}"
 
     def texts(self, column: str, key: str) -> list[str]:
@@ -127,10 +130,9 @@ class VariantTable:
 
 
 def read_table(path: str | os.PathLike[str]) -> VariantTable:
-    """Read a CSV or TSV file with a header (plain, gzip or zstd), or a Parquet file, by its suffix; `-`, standard
-    input, is CSV.
+    """Read a table by its suffix: CSV or TSV (plain, gzip or zstd) or Parquet; `-` is CSV from standard input.
 
-    Raises `TableError`, `SourceError`.
+    CSV and TSV need a header. Raises `TableError`, `SourceError`.
     """
     name = "standard input" if os.fspath(path) == STANDARD_INPUT else os.fspath(path)
     ending = ".csv" if name == "standard input" else suffix_of(name)
@@ -148,19 +150,19 @@ def read_table(path: str | os.PathLike[str]) -> VariantTable:
 
 
 def no_column(name: str, key: str, column: str, columns: Sequence[str], advice: str = "") -> str:
-    """Return the message for a missing column; `advice` is added if the separator of the header is right."""
+    """Return the message for a missing column, with `advice` if the separator of the header is right."""
     listed = ", ".join(columns[:20]) + (f" and {len(columns) - 20:,} more" if len(columns) > 20 else "")
     return f"{name}: {key}={column}: there is no such column, but {listed}{separator_advice(list(columns)) or advice}"
 
 
 def check_ending(key: str, path: Path) -> None:
-    """Raise `ConfigError`, naming the key, for a name of a table that cannot be written."""
+    """Raise `ConfigError`, naming the key, for a file name without a supported table suffix."""
     if path.suffix not in (*SEPARATORS, *PARQUET):
         raise ConfigError(f"{key}: {path} must end in .csv, .tsv or .parquet")
 
 
 def with_columns(table: arrow.Table, columns: Mapping[str, NDArray[Any]]) -> arrow.Table:
-    """Return the table with more columns, NaN as null. Raises `TableError` for a name that exists."""
+    """Return the table with added columns; NaN becomes null. Raises `TableError` for a name that exists."""
     import pyarrow as arrow
 
     for name, values in columns.items():
@@ -173,7 +175,7 @@ def with_columns(table: arrow.Table, columns: Mapping[str, NDArray[Any]]) -> arr
 def write_table(table: arrow.Table, stream: IO[bytes], ending: str, rounded: Collection[str]) -> None:
     """Write a table in the format of the suffix: Parquet, CSV or TSV.
 
-    In text, columns of `rounded` have six decimals, and null is an empty field.
+    In CSV and TSV, columns in `rounded` have six decimals, and null is an empty field.
     """
     if ending in PARQUET:
         from pyarrow import parquet
@@ -197,15 +199,15 @@ def write_table(table: arrow.Table, stream: IO[bytes], ending: str, rounded: Col
 
 @dataclass(frozen=True)
 class Agreement:
-    """Spearman's rank correlation of scores and measurements, and its 95% bootstrap interval."""
+    """Spearman's rank correlation between scores and measurements, with its 95% bootstrap interval."""
 
-    spearman: float  # NaN where one of the two is the same everywhere, or there are fewer than three
+    spearman: float  # NaN if scores or measurements are constant, or there are fewer than three pairs
     low: float
     high: float
-    variants: int  # that have both
+    variants: int  # with score and measurement
 
     def as_json(self) -> dict[str, float | int | None]:
-        """Return the values for a summary: NaN as null, six decimals."""
+        """Return the values for a JSON summary: six decimals, NaN as null."""
         return {
             key: value if isinstance(value, int) else None if np.isnan(value) else round(value, 6)
             for key, value in asdict(self).items()
@@ -213,9 +215,9 @@ class Agreement:
 
 
 def agreement(scores: Floats, measured: Floats, resamples: int = 1000, seed: int = 1) -> Agreement:
-    """Return Spearman's correlation with a percentile bootstrap over variants; ties have their average rank.
+    """Return Spearman's correlation with a percentile bootstrap over variants; ties get their average rank.
 
-    Pairs with a NaN are left out. A seed gives the same interval everywhere (NumPy's PCG64).
+    Pairs with a NaN are excluded. A seed gives the same interval on every machine (NumPy's PCG64).
     """
     both = ~(np.isnan(scores) | np.isnan(measured))
     count = int(both.sum())
@@ -231,7 +233,7 @@ def agreement(scores: Floats, measured: Floats, resamples: int = 1000, seed: int
 
 
 def _split(path: str, name: str, separator: str) -> tuple[list[str], list[list[str]], list[int]]:
-    """Return the names of the columns, the rows, and the number of each row; blank lines count and are left out."""
+    """Return column names, rows and row numbers. Blank lines count in the numbers and are skipped."""
     with Source(path) as source:
         text = "".join(text_lines(source, TableError))
     if "\0" in text:
@@ -264,9 +266,9 @@ def _split(path: str, name: str, separator: str) -> tuple[list[str], list[list[s
 
 
 def _ragged(row: Sequence[str], names: Sequence[str]) -> str:
-    """Return what is wrong with a row whose number of fields differs from the header's."""
+    """Return the problem of a row whose number of fields differs from the header's."""
     advice = separator_advice(list(names))
-    if not advice and any("\n" in field for field in row):  # what follows an open quote is of its field, line by line
+    if not advice and any("\n" in field for field in row):  # an open quote takes the next lines into its field
         advice = "; a field runs over several lines: is its quote not closed?"
     return f"has {len(row)} fields, the header {len(names)}{advice or '; correct it'}"
 
@@ -299,10 +301,10 @@ def _field(value: Any) -> str:
 
 
 def _rounded(value: float | None) -> str:
-    return "" if value is None else f"{round(value, 6) + 0.0:.6f}"  # + 0.0: never -0.000000
+    return "" if value is None else f"{round(value, 6) + 0.0:.6f}"  # + 0.0 avoids -0.000000
 
 
-# --- said in a few lines ----------------------------------------------------------------------------------------------
+# --- text summary -----------------------------------------------------------------------------------------------------
 
 
 def agreements(
@@ -311,9 +313,9 @@ def agreements(
     places: NDArray[np.int64],
     count: Callable[[Floats, Floats], Agreement],
 ) -> dict[str, dict[str, Agreement]]:
-    """Return the agreement of each method over all variants, and over single and multiple mutants if there are both.
+    """Return the agreement of each method over all variants, and over single and multiple mutants if both exist.
 
-    A group with fewer than three measurements, or with equal ones, is left out. `places`: the number of residues that
+    A group with fewer than three measurements, or with constant ones, is omitted. `places`: number of residues that
     each variant replaces, int64 [V].
     """
     groups = {"all": places >= 0}
@@ -337,7 +339,7 @@ def lines_of(found: Mapping[str, Mapping[str, Agreement]]) -> Iterable[str]:
 
 
 def verdict_of(found: Mapping[str, Mapping[str, Agreement]], baselines: Collection[str]) -> str:
-    """Return a sentence if no method does better over all variants than the best baseline; "" otherwise."""
+    """Return a sentence if no method beats the best baseline over all variants; otherwise ""."""
     over_all = {name: groups["all"].spearman for name, groups in found.items()}
     told = {name: value for name, value in over_all.items() if not np.isnan(value)}
     best = max((name for name in told if name in baselines), key=lambda name: told[name], default=None)

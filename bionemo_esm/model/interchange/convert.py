@@ -48,12 +48,14 @@ def import_model(
     progress: Progress = lambda done, total: None,
     tell: Callable[[SourceModel, ImportedWeights], None] = lambda source, imported: None,
 ) -> ImportReport:
-    """Write a Hugging Face folder, a model on the Hub or a fair-esm `.pt` as a `.nemo`, every tensor accounted for.
+    """Convert a Hugging Face folder, a model on the Hub or a fair-esm `.pt` to a `.nemo`.
+
+    Each tensor of the source is converted or listed in the report's notes; any other is an error.
 
     revision: a branch, tag or commit of a model on the Hub. seq_length, stretch_positions: see
-    `state_dict_adapter.resize_positions`. precision: "32" or "bf16"; None keeps the source's, whose float16 becomes
-    float32. `tell` is called once all but the weights is read. Raises `UserError` (`ConfigError`, `InterchangeError`,
-    `ArchiveError`).
+    `state_dict_adapter.resize_positions`. precision: "32" or "bf16"; None keeps the precision of the source, and
+    converts float16 to float32. `tell` is called after everything except the weights is read. Raises `UserError`
+    (`ConfigError`, `InterchangeError`, `ArchiveError`).
     """
     conversion = Conversion.of(str(source), expand_home(output), revision, precision)
     if conversion.is_export:
@@ -86,10 +88,10 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> ExportReport:
-    """Write a `.nemo` or a `.ckpt` as a folder that `EsmForMaskedLM.from_pretrained` loads.
+    """Export a `.nemo` or a `.ckpt` to a folder that `EsmForMaskedLM.from_pretrained` loads.
 
-    A target whose ending another format of `FORMATS` writes is written in that format. precision: "32" or "bf16"; None
-    keeps the archive's. Raises `UserError` as `import_model`.
+    The suffix of the target selects another format of `FORMATS`. precision: "32" or "bf16"; None keeps the precision of
+    the archive. Raises `UserError` as `import_model` does.
     """
     conversion = Conversion.of(str(source), expand_home(target), precision=precision)
     if not conversion.is_export:
@@ -102,7 +104,7 @@ def export_model(
 
 
 def _cast(imported: ImportedWeights, precision: str | None) -> ImportedWeights:
-    """Return the model in another precision; tensors that training does not change stay float32."""
+    """Convert the weights to another precision; tensors that training does not change stay float32."""
     if precision is None or precision == imported.precision:
         return imported
     fixed, weights, dtype = dict(imported.config.fixed_tensors()), imported.weights, DTYPES[precision]
@@ -113,7 +115,7 @@ def _cast(imported: ImportedWeights, precision: str | None) -> ImportedWeights:
 
 
 def _metered(weights: LazyTensors, progress: Progress) -> LazyTensors:
-    """Return the weights such that `progress` is called as each is made."""
+    """Wrap the weights so that each lookup calls `progress`."""
     total = sum(item.numel() * item.element_size() for item in weights.outline.values())
     done = 0
 

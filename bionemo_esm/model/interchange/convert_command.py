@@ -1,4 +1,4 @@
-"""`bionemo-esm convert`: import models of other libraries, and export archives to them."""
+"""Command `bionemo-esm convert`: import models of other libraries, and export archives to them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ConvertConfig(Settings):
     def _check(self) -> ConvertConfig:
         if not self.source:
             raise ConfigError(f"source must be a path or an id on the Hub, not {self.source!r}")
-        if isinstance(self.revision, int | float):  # YAML reads a commit of digits alone as a number
+        if isinstance(self.revision, int | float):  # YAML reads a commit hash of only digits as a number
             raise ConfigError(
                 f"revision: put it in quotes, as in revision=\"'{self.revision}'\"; YAML takes it for a number"
             )
@@ -62,12 +62,12 @@ class ConvertConfig(Settings):
 
 
 def load_convert_config(cfg: DictConfig) -> ConvertConfig:
-    """Raises `ConfigError`, naming the key, for one that is unknown, missing or of the wrong kind."""
+    """Return the checked configuration. Raises `ConfigError`, naming the key, for an unknown, missing or wrong key."""
     return ConvertConfig.from_config(plain_values(cfg))
 
 
 def convert(cfg: DictConfig) -> None:
-    """Convert a model by a composed Hydra configuration. Exit with 2 for an error that the user can fix."""
+    """Convert a model as a composed Hydra configuration says. Exit with code 2 for an error that the user can fix."""
     with sigterm_as_exit("Stopped; nothing was written."):
         run_to_exit_code(lambda: _convert(load_convert_config(cfg)), "Interrupted; nothing was written.")
 
@@ -130,7 +130,7 @@ def _export(config: ConvertConfig, conversion: Conversion, console: Console) -> 
 
 
 def describe(config: EncoderConfig, precision: str) -> str:
-    """Return one line about a model."""
+    """Return a one-line description of a model."""
     return (
         f"{config.family}, {config.num_layers} layers, hidden {config.hidden_size:,}, {config.num_attention_heads} "
         f"heads, {config.parameters:,} parameters in {PRECISIONS[precision]}, up to {config.seq_length:,} tokens, "

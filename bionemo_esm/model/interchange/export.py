@@ -1,11 +1,11 @@
 """Export an archive or a checkpoint to a folder that Hugging Face Transformers loads, with a model card.
 
-The files are those of `EsmForMaskedLM.save_pretrained` and `EsmTokenizer.save_pretrained`, written without Transformers
-and one tensor at a time, so that a model may be larger than the memory. Names of files and keys, and the index of
-shards: `transformers/configuration_utils.py`, `modeling_utils.py`, `tokenization_utils_base.py`.
+The files are those of `EsmForMaskedLM.save_pretrained` and `EsmTokenizer.save_pretrained`. They are written without
+Transformers and one tensor at a time, so a model may be larger than the memory. Sources for file names, keys, and the
+index of shards: `transformers/configuration_utils.py`, `modeling_utils.py`, `tokenization_utils_base.py`.
 
-Provenance is free text of the archive's author. The model card quotes it in code spans on one line, where Markdown and
-HTML have no effect.
+Provenance is untrusted free text. The model card quotes it in code spans on one line, where Markdown and HTML have no
+effect.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ logits, embeddings = output.logits, output.hidden_states[-1]  # of <cls>, the re
 
 
 def model_card(card: ArchiveSummary, config: EncoderConfig) -> str:
-    """Return the README.md: architecture, training, use and limits of the model."""
+    """Return the content of README.md: architecture, training, use and limits of the model."""
     family = config.family
     provenance = card.to_dict()["provenance"]
     provenance = provenance if isinstance(provenance, dict) else {}
@@ -126,7 +126,7 @@ def _sizes(card: ArchiveSummary, config: EncoderConfig) -> dict[str, str]:
 
 
 def _training(card: ArchiveSummary, provenance: Mapping[str, Any]) -> dict[str, str]:
-    """Return the rows about the training that the archive records."""
+    """Return the table rows on training from the archive's provenance."""
     rows = {
         label: f"{value:,}" if type(value) is int and key != "seed" else code(value)
         for key, label in (
@@ -192,13 +192,13 @@ def _limits(config: EncoderConfig) -> str:
 
 
 Progress = Callable[[int, int | None], None]
-"""Called with bytes done and bytes in total (None: not known yet). A weight counts twice: checked and written."""
+"""Callback with bytes done and bytes in total (None: not known yet). Each weight counts twice: checked and written."""
 SHARD_BYTES = 5_000_000_000
 _SPECIAL_TOKENS = {
     "cls_token": "<cls>", "eos_token": "<eos>", "mask_token": "<mask>", "pad_token": "<pad>", "unk_token": "<unk>",
 }  # fmt: skip
 DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in PRECISIONS.items()}
-"""By the precision in an archive."""
+"""Torch dtypes by the precision in an archive."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class ExportReport:
     config: EncoderConfig
     precision: str  # "32" or "bf16"
     files: Mapping[str, int]  # by name: bytes
-    notes: tuple[str, ...]  # what changed, for the user
+    notes: tuple[str, ...]  # changes, as messages for the user
 
 
 def export_hugging_face(
@@ -220,11 +220,11 @@ def export_hugging_face(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> ExportReport:
-    """Write the model of an archive or a checkpoint as a folder for Transformers, complete or not at all.
+    """Write the model of an archive or a checkpoint to a folder for Transformers, atomically.
 
-    folder: must not exist. precision: "32" or "bf16"; None keeps the archive's. shard_bytes: the most bytes of weights
-    in one file, unless one tensor is larger. Raises `InterchangeError`, and `ArchiveError` for a damaged archive and a
-    failed write.
+    folder: must not exist. precision: "32" or "bf16"; None keeps the precision of the archive. shard_bytes: maximum
+    bytes of weights per file; a larger tensor gets its own file. Raises `InterchangeError`, and `ArchiveError` for a
+    damaged archive and a failed write.
     """
     if extension_of(file) is not None:
         raise InterchangeError(
@@ -276,9 +276,9 @@ def hugging_face_config(config: EncoderConfig, precision: str) -> dict[str, Any]
 
 
 def _texts(file: ArchiveFile, config: EncoderConfig, precision: str, tensors: LazyTensors) -> dict[str, str]:
-    """Return by name the text files beside the weights."""
+    """Return the text files beside the weights, by name."""
     described = hugging_face_config(config, precision)
-    # Our own key, ignored by Transformers: without it, rows of zeros would be read as absent.
+    # Our own key, which Transformers ignores. Without it, the import would read rows of zeros as absent.
     if config.position_offset and not tensors[f"{HUGGING_FACE.position_embeddings}.weight"][:UNUSED_POSITIONS].any():
         described["position_offset"] = config.position_offset
     tokenizer = {
@@ -331,7 +331,7 @@ def _finite(file: ArchiveFile, name: str) -> Tensor:
 
 
 def _write_weights(folder: Path, tensors: LazyTensors, shard_bytes: int, tell: Callable[[float], None]) -> None:
-    """Write `model.safetensors`, or shards and their index; `tell` is called with the fraction done."""
+    """Write `model.safetensors`, or shards and their index. `tell` receives the fraction done."""
     shards, done, size = _shards(tensors.outline, shard_bytes), 0, sum(map(_bytes, tensors.outline.values()))
 
     def make(name: str) -> Tensor:
@@ -352,7 +352,7 @@ def _write_weights(folder: Path, tensors: LazyTensors, shard_bytes: int, tell: C
 
 
 def _shards(outline: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
-    """Split the sorted names of tensors into parts of at most `shard_bytes`, or of one tensor."""
+    """Split the sorted tensor names into shards of at most `shard_bytes`; a larger tensor has its own shard."""
     shards: list[list[str]] = [[]]
     held = 0
     for name in sorted(outline):
@@ -374,7 +374,7 @@ def _bytes(tensor: Tensor) -> int:
 
 @contextmanager
 def written_folder(folder: Path) -> Iterator[Path]:
-    """As `files.atomic_folder`, but raises `InterchangeError` if the folder cannot be written."""
+    """Create a folder atomically as `files.atomic_folder` does. Raises `InterchangeError` if it cannot be written."""
     try:
         with atomic_folder("target", folder) as unfinished:
             yield unfinished

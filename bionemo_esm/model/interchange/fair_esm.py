@@ -1,7 +1,8 @@
-"""Read ESM-1b, ESM-1v and ESM-2 from fair-esm's `.pt` files, as released or as fairseq writes them.
+"""Import of ESM-1b, ESM-1v and ESM-2 from fair-esm's `.pt` files, as released or as fairseq writes them.
 
 Layout, by `esm/pretrained.py` of fair-esm 2.0.0: a dict with the weights under "model" and the sizes under "args"
-(ESM-1b and ESM-1v) or "cfg" (ESM-2). The weights of the contact head are in `<name>-contact-regression.pt` beside it.
+(ESM-1b and ESM-1v) or "cfg" (ESM-2). A file `<name>-contact-regression.pt` in the same folder holds the weights of the
+contact head.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bionemo_esm.model.torch_pickle import PickledTensors, PickleError, read_pic
 _WEIGHTS, _NAMESPACE = "model", "argparse.Namespace"
 _IN_FILES = replace(FAIR_ESM, renamed=((rf"^{_WEIGHTS}\.", ""), *FAIR_ESM.renamed))
 _REGRESSION = "-contact-regression.pt"
-_ESM2_SEQ_LENGTH = 1024  # tokens in training, and in Hugging Face's configurations
+_ESM2_SEQ_LENGTH = 1024  # tokens, in fair-esm's training and in Hugging Face's configurations
 _FIXED = {"layernorm_epsilon": 1e-5, "init_method_std": 0.02}
 """Defaults of torch and fairseq, which neither library records."""
 _OTHER_MODELS = {
@@ -31,18 +32,18 @@ _OTHER_MODELS = {
     "sequences. Take ESM-1b or ESM-2",
     "invariant_gvp": "ESM-IF reads structures; our encoder reads sequences. Take ESM-1b or ESM-2",
 }
-"""By a part of an architecture's name: why it is not supported."""
+"""Reasons why an architecture is not supported, by a part of its name."""
 
 
 @dataclass(frozen=True)
 class _Arguments:
-    """The arguments that a model was built with."""
+    """Arguments with which a model was built."""
 
     where: str  # file and key, for messages
     values: Mapping[str, Any]
 
     def get(self, name: str) -> Any:
-        """Return an argument, with or without the prefix `encoder_`, as fair-esm does; None if there is none."""
+        """Return an argument by its name, with or without the prefix `encoder_`, as fair-esm does; None if absent."""
         found = [self.values[key] for key in (f"encoder_{name}", name) if self.values.get(key) is not None]
         if len(found) == 2 and found[0] != found[1]:
             raise InterchangeError(
@@ -58,13 +59,13 @@ class _Arguments:
 
 
 def read_fair_esm(path: Path, *, advance: Callable[[int], None] = lambda count: None) -> SourceModel:
-    """Read the model in a `.pt` of fair-esm, with the weights of the contact head if they are beside it.
+    """Read the model in a `.pt` of fair-esm, with the contact head's weights if their file is in the same folder.
 
-    `advance` is called with the bytes of each piece hashed. fair-esm zeroes the embedding of `<mask>` when it
-    loads ESM-1b and ESM-1v, and so does this reader. Dropout is that of the arguments, and 0 where they have none.
+    `advance` is called with the number of bytes of each hashed block. fair-esm zeroes the embedding of `<mask>` when it
+    loads ESM-1b and ESM-1v, and so does this function. Dropout is that of the arguments, or 0 if they have none.
 
-    Raises `InterchangeError`, naming file and key, for another model, an incomplete file, and sizes that cannot be;
-    `PickleError` for a file that is no pickle of tensors and arguments. Nothing in the file is run.
+    Raises `InterchangeError`, naming file and key, for another model, an incomplete file, or impossible sizes;
+    `PickleError` for a file that is not a pickle of tensors and arguments. No code in the file is run.
     """
     tree, table = _opened(path, (_NAMESPACE,))
     arguments, is_esm2 = _arguments(path, tree)
@@ -82,7 +83,7 @@ def read_fair_esm(path: Path, *, advance: Callable[[int], None] = lambda count: 
         )
     else:
         config = _esm1b(arguments, tensors)
-        # the row is erased before the model ties its output to it, so both lose it
+        # fair-esm zeroes the row before it ties the output to the table, so both lose it
         erased = {name: MASK_ID for name in ("embed_tokens.weight", "lm_head.weight") if name in tensors.places}
         tensors = replace(tensors, erased_rows=erased)
     if config.num_layers != (there := tensors.layers(FAIR_ESM)):
@@ -99,7 +100,7 @@ def read_fair_esm(path: Path, *, advance: Callable[[int], None] = lambda count: 
 
 
 def _opened(path: Path, allowed: tuple[str, ...] = ()) -> tuple[dict[str, Any], PickledTensors]:
-    """Return the plain values of a file and the table of its tensors under "model"."""
+    """Return the plain values of a file, and the table of its tensors under "model"."""
     if not path.is_file():
         raise InterchangeError(f"{path}: no such file; give the path of a .pt file of fair-esm")
     try:
@@ -119,7 +120,7 @@ def _opened(path: Path, allowed: tuple[str, ...] = ()) -> tuple[dict[str, Any], 
 
 
 def _without_model(tree: Mapping[str, Any]) -> str:
-    """Return what a file without "model" is, by the names in it."""
+    """Identify a file without "model" by its keys."""
     if any(name.startswith(("esm.", "lm_head.decoder")) for name in tree):
         return "is a pytorch_model.bin of Hugging Face; give the folder that it is in, with its config.json"
     if any(value == "<Tensor>" for value in tree.values()):
@@ -131,7 +132,7 @@ def _without_model(tree: Mapping[str, Any]) -> str:
 
 
 def _arguments(path: Path, tree: Mapping[str, Any]) -> tuple[_Arguments, bool]:
-    """Return the arguments, and whether they are of an ESM-2. Raises `InterchangeError` for unsupported models."""
+    """Return the arguments, and whether the model is an ESM-2. Raises `InterchangeError` for unsupported models."""
     cfg, args = tree.get("cfg"), tree.get("args")
     if isinstance(cfg, dict) and isinstance(cfg.get("model"), dict):
         arguments = _Arguments(f"{path}: cfg['model']", cfg["model"])
@@ -161,14 +162,14 @@ def _refuse_other_models(arguments: _Arguments, arch: str) -> None:
 
 
 def _left_out(path: Path, tree: Mapping[str, Any]) -> list[str]:
-    """Return a note on other contents of the file: fairseq keeps the optimizer's moments there."""
+    """Return notes on other contents of the file, such as fairseq's optimizer state."""
     if others := sorted(quoted(name) for name in tree.keys() - {"args", "cfg", _WEIGHTS}):
         return [f"left out of {path.name}: {', '.join(others)}"]
     return []
 
 
 def _esm1b(arguments: _Arguments, tensors: SourceTensors) -> EncoderConfig:
-    """Return the configuration of an ESM-1b or, without a layer norm of the embeddings, of an ESM-1v."""
+    """Return the configuration of an ESM-1b, or of an ESM-1v if the embeddings have no layer norm."""
     return _config(
         arguments,
         ffn_hidden_size=arguments.require("ffn_embed_dim"),
@@ -195,7 +196,7 @@ def _esm2(arguments: _Arguments, tensors: SourceTensors) -> EncoderConfig:
 
 
 def _config(arguments: _Arguments, **others: Any) -> EncoderConfig:
-    """Return the configuration of the keys that both kinds of file share, and the others."""
+    """Return the configuration from the keys that both kinds of file share, and from `others`."""
     sizes = {
         "num_layers": arguments.require("layers"),
         "hidden_size": arguments.require("embed_dim"),

@@ -1,7 +1,7 @@
-"""Formats that models are converted from and to, and the checks of a conversion's source and target; without torch.
+"""Model formats for conversion, and the checks of a conversion's source and target; without torch.
 
-One end of a conversion is always an archive (`.nemo` or `.ckpt`); the other is a format of `FORMATS`. An installed
-package adds a format by an entry point that names an instance of a `ModelFormat` subclass:
+One side of a conversion is always an archive (`.nemo` or `.ckpt`). The other side is a format of `FORMATS`. An
+installed package adds a format with an entry point that names an instance of a `ModelFormat` subclass:
 
     [project.entry-points."bionemo_esm.formats"]
     my_format = "my_package.my_module:MY_FORMAT"
@@ -33,41 +33,42 @@ _HUB_URL = re.compile(
 _PUBLISHED = re.compile(r"esm(2|1b|1v)_t[0-9]+_\w+", re.ASCII)
 """Names of models of the organisation facebook on the Hub."""
 _FILE_ENDINGS = (".nemo", ".ckpt", ".pt", ".pth", ".bin", ".safetensors")
-"""Endings of files, which no id on the Hub has and no folder should have."""
-_MOST_NAMED = 6  # files or folders in one message
+"""File suffixes, which no id on the Hub has and no folder should have."""
+_MOST_NAMED = 6  # maximum number of files or folders in a message
 
 
 class ModelFormat:
-    """A format in which another library stores models. A subclass overrides `detect`, and `read` or `write` or both.
+    """A format of another library. A subclass overrides `detect`, and `read` or `write` or both.
 
-    The module of a format is imported before torch; `read` and `write` import what they need.
+    The module of a format is imported before torch. `read` and `write` import what they need.
     """
 
     description = ""
-    """What a source is called in messages, such as "a fair-esm file"."""
+    """Name of a source in messages, such as "a fair-esm file"."""
     suffixes: tuple[str, ...] = ()
-    """Endings of the files that `write` makes, such as ".pt"; they select the format of a target."""
+    """Suffixes of the files that `write` makes, such as ".pt". They select the format of a target."""
     has_revisions = False
     """Whether a source has revisions: branches, tags, commits."""
 
     def detect(self, source: str) -> bool:
-        """Return whether this path, or id, names a model of this format. Look at the beginning of files only."""
+        """Return whether this path or id names a model of this format. May read only the beginning of files."""
         raise NotImplementedError
 
     def read(self, source: str, revision: str | None, advance: Callable[[int], None]) -> SourceModel:
-        """Return the model, read but for its weights; `advance` is called with the bytes of each piece read.
+        """Return the model; its weights are read on demand.
 
-        Raises `UserError` for a model that ESM's encoder cannot hold.
+        `advance` is called with the number of bytes of each block read. Raises `UserError` for a model that our encoder
+        cannot represent.
         """
         raise ConfigError(f"source: {source} is {self.description}, which cannot be imported")
 
     def write(
         self, file: ArchiveFile, target: Path, *, precision: str | None, shard_bytes: int, progress: Progress
     ) -> ExportReport:
-        """Write the model of an archive to a target that does not exist, complete or not at all.
+        """Write the model of an archive atomically to a target that does not exist.
 
-        precision: "32", "bf16", or None for that of the archive; shard_bytes: the most bytes of one file, if the format
-        permits several. Raises `UserError` for a model that the format cannot hold.
+        precision: "32", "bf16", or None for that of the archive; shard_bytes: maximum bytes per file, if the format
+        permits several files. Raises `UserError` for a model that the format cannot represent.
         """
         raise ConfigError(f"target: {target}: a model cannot be exported to this format")
 
@@ -76,7 +77,7 @@ FORMATS: Registry[ModelFormat] = Registry("model format", "source", "formats")
 
 
 class ArchiveFormat(ModelFormat):
-    """Our own `.nemo` and `.ckpt`, the other end of every conversion."""
+    """Our own `.nemo` and `.ckpt`, one side of every conversion."""
 
     description, suffixes = "an archive of ours", (".nemo",)
 
@@ -85,7 +86,7 @@ class ArchiveFormat(ModelFormat):
 
 
 class HuggingFaceFolder(ModelFormat):
-    """A folder as `save_pretrained` of Transformers writes it."""
+    """A folder written by `save_pretrained` of Transformers."""
 
     description = "a Hugging Face folder"
 
@@ -106,7 +107,7 @@ class HuggingFaceFolder(ModelFormat):
 
 
 class HuggingFaceHub(ModelFormat):
-    """A model on the Hugging Face Hub by its id, organisation/name."""
+    """A model on the Hugging Face Hub, given by its id, organisation/name."""
 
     description, has_revisions = "a model on the Hugging Face Hub", True
 
@@ -149,7 +150,7 @@ for _name, _format in {
 
 @dataclass(frozen=True)
 class Conversion:
-    """A source of a known format and a target, checked to go together."""
+    """A checked pair of source and target."""
 
     source: str  # a path, or an id on the Hub
     source_format: ModelFormat
@@ -179,7 +180,7 @@ class Conversion:
 
 
 def detect_format(source: str) -> ModelFormat:
-    """Return the format of a source. Raises `ConfigError`, saying what could be meant, where no format detects it."""
+    """Return the format of a source. Raises `ConfigError` with a suggestion if no format detects it."""
     path = expand_home(source)
     try:
         for name in FORMATS:
@@ -201,7 +202,7 @@ def detect_format(source: str) -> ModelFormat:
 
 
 def _meant(source: str) -> str | None:
-    """Return what to give instead of the address of a page on the Hub, or of a name without its organisation."""
+    """Suggest a source instead of the address of a page on the Hub, or of a name without its organisation."""
     if page := _HUB_URL.fullmatch(source):
         return f"{page[1]}, with revision={page[2]}" if page[2] and page[2] != "main" else page[1]
     return f"facebook/{source}" if _PUBLISHED.fullmatch(source) else None
@@ -222,7 +223,7 @@ def _problem_of_folder(path: Path) -> str:
 
 
 def _number_of_checkpoint(config: Path) -> tuple[int, str]:
-    """Return 500 for a file in the folder checkpoint-500, to sort by the order in which they were saved."""
+    """Return 500 for a file in the folder checkpoint-500; the sort key for the order of saving."""
     number = config.parent.name.removeprefix("checkpoint-")
     return (int(number) if re.fullmatch(r"[0-9]{1,12}", number) else -1), number
 
@@ -239,7 +240,7 @@ def _problem_of_file(path: Path) -> str:
 
 
 def _target_format(source_format: ModelFormat, source: str, target: Path) -> ModelFormat:
-    """Return the format of a target. Raises `ConfigError` for one that does not fit the source or cannot be made."""
+    """Return the format of a target. Raises `ConfigError` if it does not fit the source or cannot be made."""
     if source_format is ARCHIVE:
         formats = (FORMATS.get(name) for name in FORMATS)
         found = next((one for one in formats if target.suffix in one.suffixes and one is not ARCHIVE), None)

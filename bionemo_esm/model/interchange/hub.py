@@ -1,8 +1,8 @@
-"""Fetch a model from the Hugging Face Hub, or from its local cache: only the files that are needed.
+"""Download of the needed files of a model from the Hugging Face Hub, or from its local cache.
 
-`huggingface_hub` handles downloads, cache, proxies and tokens, with its environment variables HF_HOME, HF_HUB_OFFLINE,
-HF_TOKEN and HF_ENDPOINT. The configuration is fetched first, so that an unsupported model is refused before the
-download of its weights. All other files are fetched by the commit that the branch or tag meant at that time.
+`huggingface_hub` handles downloads, cache, proxies and tokens, and reads the environment variables HF_HOME,
+HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT. The configuration is fetched first, so an unsupported model is refused before
+its weights are downloaded. All other files are fetched by the commit hash to which the branch or tag pointed then.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _patterns(name: str) -> list[str]:
-    """Return the file patterns of weights in one file, or in shards with their index."""
+    """Return the file patterns for weights in one file, or in shards with an index."""
     stem, suffix = name.rsplit(".", 1)
     return [name, f"{stem}-?????-of-?????.{suffix}", f"{name}{INDEX_SUFFIX}"]
 
@@ -42,11 +42,11 @@ def _patterns(name: str) -> list[str]:
 def fetch_from_hub(repo_id: str, revision: str | None) -> tuple[Path, str]:
     """Return the folder in the cache with the model's files, and the hash of their commit.
 
-    revision: a branch, a tag, a commit's hash or `refs/pr/1`; None is the branch `main`. Cached files are not fetched
-    again; offline, only the cache is used. safetensors are preferred over pickles.
+    revision: a branch, a tag, a commit hash or `refs/pr/1`; None is the branch `main`. Cached files are not fetched
+    again. In offline mode only the cache is used. safetensors are preferred to pickles.
 
-    Raises `InterchangeError`, in one line: for an invalid name, a repository or revision that does not exist or is not
-    open to this user, an unsupported model, and failures of network, server or disk.
+    Raises `InterchangeError` with a one-line message for an invalid name, a repository or revision that does not exist
+    or is not open to this user, an unsupported model, and failures of network, server or disk.
     """
     wanted = f"{repo_id}@{revision}" if revision else repo_id
     if not _REPOSITORY.fullmatch(repo_id) or ".." in repo_id:
@@ -71,7 +71,7 @@ def fetch_from_hub(repo_id: str, revision: str | None) -> tuple[Path, str]:
         _snapshot(repo_id, commit, [*_SMALL, *_patterns(name)], wanted)
         if (folder / name).exists() or (folder / f"{name}{INDEX_SUFFIX}").exists():
             return folder, commit
-    if (offline := _offline()) is not None:  # older versions of huggingface_hub give out half a snapshot then
+    if (offline := _offline()) is not None:  # older versions of huggingface_hub return an incomplete snapshot
         raise InterchangeError(f"{wanted}: {offline}")
     raise InterchangeError(
         f"{wanted}: has neither {SAFETENSORS} nor {PICKLE}, in one file or in shards; the files of its page on the Hub "
@@ -80,13 +80,13 @@ def fetch_from_hub(repo_id: str, revision: str | None) -> tuple[Path, str]:
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: list[str], wanted: str) -> Path:
-    """Fetch the files of these patterns, and return their folder in the cache."""
+    """Fetch the files that match these patterns. Return their folder in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # re-exported from its HTTP library
     from huggingface_hub.utils.tqdm import tqdm
 
     class WatchedBar(tqdm):
-        """A progress bar that is shown on a terminal only."""
+        """Progress bar that appears only on a terminal."""
 
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
             super().__init__(*arguments, **{"disable": None} | keywords)  # type: ignore[no-untyped-call]
@@ -101,7 +101,7 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str], wanted: s
 
 @contextmanager
 def _no_telemetry() -> Iterator[None]:
-    """Disable the requests and headers by which huggingface_hub reports its use."""
+    """Disable the requests and headers with which huggingface_hub reports usage."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_DISABLE_TELEMETRY
@@ -113,7 +113,7 @@ def _no_telemetry() -> Iterator[None]:
 
 
 def _explain(error: Exception, repo_id: str) -> str:
-    """Return in one line what went wrong and what to do."""
+    """Return a one-line description of the error and its remedy."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError):
@@ -128,7 +128,7 @@ def _explain(error: Exception, repo_id: str) -> str:
         return _explain_status(error.response.status_code if error.response is not None else 0, repo_id)
     if isinstance(error, OSError) and error.errno in _FULL:
         return "the disk of the cache is full; free some space, or set HF_HOME to a folder on a larger disk"
-    if isinstance(error, PermissionError) and not error.filename:  # hf_xet's, of a token
+    if isinstance(error, PermissionError) and not error.filename:  # raised by hf_xet for a token
         return _explain_status(401, repo_id)
     if isinstance(error, PermissionError):
         return f"{error.filename} cannot be written; set HF_HOME to a folder of your own"
@@ -136,7 +136,7 @@ def _explain(error: Exception, repo_id: str) -> str:
 
 
 def _explain_absence(error: Exception, repo_id: str) -> str:
-    """Return why files are missing: offline mode or no answer, and an incomplete cache."""
+    """Return why files are missing: offline mode or no response, with an incomplete cache."""
     from huggingface_hub import constants, errors
 
     cause = error.__cause__
@@ -151,7 +151,7 @@ def _explain_absence(error: Exception, repo_id: str) -> str:
 
 
 def _offline() -> str | None:
-    """Return why nothing is fetched in offline mode; None if fetching is allowed."""
+    """Return the reason for offline mode; None if fetching is allowed."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
@@ -182,6 +182,6 @@ def _page(repo_id: str) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """Return the first line of a message without control characters, or the class of an error without message."""
+    """Return the first line of an error's message without control characters, or the name of its class."""
     lines = str(error).strip().splitlines()
     return quoted(lines[0]) if lines else type(error).__name__

@@ -1,11 +1,12 @@
-"""Read an ESM from a folder of Hugging Face Transformers: `config.json`, the vocabulary, weights in one file or shards.
+"""Import of an ESM from a Hugging Face folder: `config.json`, the vocabulary, weights in one file or in shards.
 
-safetensors are preferred over a `pytorch_model.bin`. Index and shards must agree. Weight files that neither the usual
-name nor the index names are ignored with a note, as Transformers ignores them.
+safetensors are preferred to a `pytorch_model.bin`. Index and shards must agree. Weight files with other names that are
+not in the index are ignored with a note, as Transformers does.
 
-Every key of `config.json` is used, compared with what our encoder does, or known not to change what the model computes.
-Any other key is an error that names it, unless its value is null, by which Transformers writes an unset key. Keys and
-defaults: `transformers/models/esm/configuration_esm.py`, `transformers/configuration_utils.py`, 4.2x to 5.x.
+Each key of `config.json` belongs to one of three groups: keys that are used, keys whose value must match our encoder,
+and keys that do not change the model's outputs. Any other key is an error that names it, unless its value is null,
+which is how Transformers writes an unset key. Sources for keys and defaults:
+`transformers/models/esm/configuration_esm.py`, `transformers/configuration_utils.py`, 4.2x to 5.x.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from bionemo_esm.model.torch_pickle import LFS_POINTER, read_pickle
 
 CONFIG, VOCABULARY, TOKENIZER = "config.json", "vocab.txt", "tokenizer.json"
 ARCHITECTURE = "EsmForMaskedLM"
-_LARGEST_TEXT = 2**24  # bytes of a JSON file; the index of ESM-2 15B has 2**16
+_LARGEST_TEXT = 2**24  # bytes of a JSON file; the index of ESM-2 15B has 2**16 bytes
 _LARGEST_NUMBER = 2**31
 _POSITIONS = {"absolute": LEARNED, "rotary": ROTARY}
 
@@ -55,20 +56,20 @@ _FLAGS = {"embedding_layernorm": "emb_layer_norm_before", "token_dropout": "toke
 _USED = {*_SIZES.values(), *_NUMBERS.values(), *_FLAGS.values(), "max_position_embeddings", "position_embedding_type"}
 
 _OFFSET = "position_offset"
-"""Our own key in exported files: the number of unused rows at the top of the position table, even if they are zeros."""
+"""Our own key in exported files: number of unused rows at the top of the position table, even if they are zeros."""
 
 _HARMLESS = frozenset(
     (
-        # origin, and dtype to load as; the files define their own dtype
+        # origin, and dtype to load as; the weight files determine the dtype
         "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_bfloat16",
-        # what a call returns, and the kernels
+        # outputs of a call, and choice of kernels
         "use_cache", "return_dict", "output_attentions", "output_hidden_states", "torchscript", "tf_legacy_loss",
         "chunk_size_feed_forward", "gradient_checkpointing", "attn_implementation", "_attn_implementation",
         "_attn_implementation_autoset",
-        # heads of other tasks
+        # heads for other tasks
         "classifier_dropout", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
         "task_specific_params", "tokenizer_class",
-        # generation of text
+        # text generation
         "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
         "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
         "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
@@ -81,7 +82,7 @@ _HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class _Fixed:
-    """The permitted values of a key (None: null), and the reason to give for any other."""
+    """The permitted values of a key (None: null), and the reason to refuse any other."""
 
     values: tuple[Any, ...]
     why: str
@@ -137,18 +138,18 @@ _OTHER_TYPES = {
 
 @dataclass(frozen=True)
 class HuggingFaceConfig:
-    """What `config.json` says that matters here."""
+    """Relevant content of `config.json`."""
 
     encoder: EncoderConfig
-    transformers_version: str | None  # that wrote it
-    notes: tuple[str, ...] = ()  # what was taken for granted
+    transformers_version: str | None  # that wrote the file
+    notes: tuple[str, ...] = ()  # assumptions, as messages for the user
 
 
 def read_config(folder: Path) -> HuggingFaceConfig:
     """Read the encoder's configuration from `config.json` and `vocab.txt`; dropout is that of the file.
 
-    Without `vocab.txt`, `tokenizer.json` defines the alphabet; without both, the ids in `config.json` do, with a note.
-    Raises `InterchangeError`, naming file, key and value, for a model that our encoder cannot hold.
+    Without `vocab.txt`, `tokenizer.json` defines the alphabet. Without both, the ids in `config.json` define it, with a
+    note. Raises `InterchangeError`, naming file, key and value, for a model that our encoder cannot represent.
     """
     path = folder / CONFIG
     values = read_json(path)
@@ -166,7 +167,7 @@ def read_config(folder: Path) -> HuggingFaceConfig:
 
 
 def read_json(path: Path) -> Any:
-    """Read a small JSON file. Raises `InterchangeError` for one that is missing, large, ambiguous or invalid."""
+    """Read a small JSON file. Raises `InterchangeError` for a missing, large, ambiguous or invalid file."""
     content = _small_file(path)
     try:
         return parse_json(content)
@@ -185,7 +186,7 @@ def _small_file(path: Path) -> bytes:
 
 
 def _check_kind(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise for any other model than ESM, before its other keys are checked."""
+    """Raise for a model other than ESM, before the other keys are checked."""
     kind = values.get("model_type")
     if kind != "esm":
         hint = _OTHER_TYPES.get(kind.lower() if isinstance(kind, str) else "")
@@ -194,7 +195,7 @@ def _check_kind(path: Path, values: Mapping[str, Any]) -> None:
             f"ESM-1b, ESM-1v and ESM-2{'. ' + hint if hint else ''}"
         )
     if (architectures := values.get("architectures")) in (None, [], [ARCHITECTURE]):
-        return  # without it, the tensors decide
+        return  # without the key, the tensors determine it
     why = f"only {ARCHITECTURE} can be taken in"
     if architectures == ["EsmModel"]:
         why += ", and an EsmModel is one without its output head (lm_head); take the model that it was made from"
@@ -223,7 +224,7 @@ def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _same(value: Any, expected: Any) -> bool:
-    """Return whether two values are equal and of the same type; true is not 1."""
+    """Return whether two values are equal and of the same type; true does not equal 1."""
     return type(value) is type(expected) and bool(value == expected)
 
 
@@ -285,7 +286,7 @@ def _flag(path: Path, key: str, value: Any) -> bool:
 
 
 def _check_vocabulary(folder: Path) -> bool:
-    """Return whether the folder has a vocabulary. Raises unless it is our alphabet in our order."""
+    """Return whether the folder has a vocabulary. Raises if it is not our alphabet in our order."""
     if (path := folder / VOCABULARY).exists():
         _check_alphabet(path, _listed_tokens(path))
     elif (path := folder / TOKENIZER).exists():
@@ -335,7 +336,7 @@ def _at(value: Any, key: str) -> Any:
 
 
 def _check_alphabet(path: Path, tokens: Sequence[str | None]) -> None:
-    """Raise, naming the first token that differs, unless these are our alphabet in our order."""
+    """Raise, naming the first differing token, if these tokens are not our alphabet in our order."""
     for index in range(max(len(tokens), VOCABULARY_SIZE)):
         token = tokens[index] if index < len(tokens) else None
         here = TOKENS[index] if index < VOCABULARY_SIZE else None
@@ -356,7 +357,7 @@ _PICKLE_PROTOCOLS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 @dataclass(frozen=True)
 class _Weights:
-    """The files to read and, with an index, the names of the tensors in each."""
+    """Weight files to read, and with an index the names of the tensors in each file."""
 
     files: tuple[Path, ...]
     index: Path | None = None
@@ -374,14 +375,14 @@ def read_hugging_face(
     revision: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> SourceModel:
-    """Read an ESM from a folder as `EsmForMaskedLM.save_pretrained` of any version of Transformers writes it.
+    """Read an ESM from a folder written by `EsmForMaskedLM.save_pretrained` of any version of Transformers.
 
-    `source` and `revision`: where the folder is from, for the provenance; without them
-    it is the folder's name. `advance` is called with the bytes of each piece hashed.
+    `source` and `revision` name the origin of the folder in the provenance (default: the folder's name). `advance` is
+    called with the number of bytes of each hashed block.
 
-    Raises `InterchangeError`, `PickleError` or `ArchiveError`, naming the file and the key or tensor: for a
-    configuration that our encoder cannot hold, for files that are missing, cut short or of another kind, and for an
-    index that does not fit them. `state_dict_adapter.to_native` accounts for the tensors themselves.
+    Raises `InterchangeError`, `PickleError` or `ArchiveError`, naming the file and the key or tensor, for a
+    configuration that our encoder cannot represent, for missing or truncated files or files of another format, and for
+    an index that does not match them. `state_dict_adapter.to_native` checks the set of tensors.
     """
     if not folder.is_dir():
         raise InterchangeError(f"{folder}: no such folder; give one with config.json and model.safetensors in it")
@@ -398,11 +399,11 @@ def read_hugging_face(
     return SourceModel(HUGGING_FACE, config.encoder, tensors, origin, (*config.notes, *notes))
 
 
-# --- which files ------------------------------------------------------------------------------------------------------
+# --- weight files -----------------------------------------------------------------------------------------------------
 
 
 def _find_weights(folder: Path) -> tuple[_Weights, tuple[str, ...]]:
-    """Return the weights to read, safetensors if there are any, and a note on each ignored file."""
+    """Return the weight files to read (safetensors if there are any), and a note on each ignored file."""
     for name in (SAFETENSORS, PICKLE):
         single, index = folder / name, folder / f"{name}{INDEX_SUFFIX}"
         if _is_there(single) and _is_there(index):
@@ -418,7 +419,7 @@ def _find_weights(folder: Path) -> tuple[_Weights, tuple[str, ...]]:
 
 
 def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()  # a dangling link is a broken download, not an absent file
+    return path.exists() or path.is_symlink()  # a dangling link is a broken download, not a missing file
 
 
 def _regular(path: Path, index: Path | None = None) -> Path:
@@ -430,7 +431,7 @@ def _regular(path: Path, index: Path | None = None) -> Path:
 
 
 def _indexed(index: Path) -> _Weights:
-    """Return the shards of an index, in the order of their names."""
+    """Return the shards of an index, sorted by name."""
     values = read_json(index)
     placed = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
@@ -473,18 +474,18 @@ def _nothing_found(folder: Path) -> InterchangeError:
     return InterchangeError(f"{folder}: {why}")
 
 
-# --- what is in them --------------------------------------------------------------------------------------------------
+# --- contents of weight files -----------------------------------------------------------------------------------------
 
 
 def _open(file: Path) -> TensorTable:
-    """Open the tensors of a file. Raises `InterchangeError` or `PickleError` if the content does not fit the name."""
+    """Open the tensors of a file. Raises `InterchangeError` or `PickleError` if content and suffix differ."""
     if file.suffix == ".bin":
         return _unpickled(file)
     with readable(file), file.open("rb") as stream:
         beginning = stream.read(64)
         size = file.stat().st_size
     try:
-        return TensorTable.open(file, "it", Section(0, size))  # so that messages name the file once
+        return TensorTable.open(file, "it", Section(0, size))  # messages then name the file only once
     except ArchiveError as error:
         why = _disguise(beginning)
         if why is None:
@@ -493,7 +494,7 @@ def _open(file: Path) -> TensorTable:
 
 
 def _disguise(beginning: bytes) -> str | None:
-    """Return what a file is instead of safetensors, and what to do; None if unknown."""
+    """Return the actual format of a file that is not safetensors, and the remedy; None if unknown."""
     if not beginning:
         return "is empty; copy or download it again"
     if beginning.startswith(LFS_POINTER):
@@ -520,7 +521,7 @@ def _unpickled(file: Path) -> TensorTable:
 
 
 def _check_against_index(weights: _Weights, tables: list[TensorTable]) -> None:
-    """Check that each shard holds what the index assigns to it, which finds shards of another model or save."""
+    """Check that each shard holds the tensors that the index assigns to it. Detects shards of another model or save."""
     if weights.names is None or weights.index is None:
         return
     for file, table in zip(weights.files, tables, strict=True):
@@ -535,7 +536,7 @@ def _check_against_index(weights: _Weights, tables: list[TensorTable]) -> None:
 
 
 def _check_plausible(folder: Path, tensors: SourceTensors, config: HuggingFaceConfig) -> None:
-    """Check what gives a clearer message here than in the check of all tensors, or would make that check endless."""
+    """Check what has a clearer message here than in the check of all tensors, or would make that check very slow."""
     if not any(name.startswith("lm_head.") for name in tensors.places):
         raise InterchangeError(
             f"{folder}: the weights have no output head (lm_head), so they are of an EsmModel, or of a model for "
@@ -549,7 +550,7 @@ def _check_plausible(folder: Path, tensors: SourceTensors, config: HuggingFaceCo
         )
 
 
-# --- where it is from -------------------------------------------------------------------------------------------------
+# --- provenance -------------------------------------------------------------------------------------------------------
 
 
 def _read(weights: _Weights) -> list[Path]:

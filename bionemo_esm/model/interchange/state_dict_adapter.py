@@ -1,8 +1,9 @@
-"""Convert weights between the names and layouts of other libraries and ours, every tensor accounted for on both sides.
+"""Conversion of weights between the names and layouts of other libraries and ours, with a check of the set of tensors.
 
-One list of rules serves both directions, so an imported model can be exported again bit for bit. Names of Hugging Face:
-`transformers/models/esm/modeling_esm.py`, `transformers/conversion_mapping.py`. Names of fair-esm:
-`esm/model/esm1.py`, `esm/model/esm2.py`, `esm/modules.py`, and `esm/pretrained.py` for the prefixes in its files.
+The same list of rules serves both directions, so an imported model can be exported again bit for bit. Sources for
+Hugging Face's names: `transformers/models/esm/modeling_esm.py`, `transformers/conversion_mapping.py`. Sources for
+fair-esm's names: `esm/model/esm1.py`, `esm/model/esm2.py`, `esm/modules.py`, and `esm/pretrained.py` for the prefixes
+in its files.
 
 Shape suffixes: V rows of the alphabet, R rows of the position table, N heads, D size of a head, H hidden size.
 """
@@ -25,9 +26,9 @@ from bionemo_esm.model.tar_format import quoted
 from bionemo_esm.model.tensor_io import LazyTensors, TensorInfo, TensorTable
 
 UNUSED_POSITIONS = PAD_ID + 1
-"""Rows that fairseq's position tables begin with, and Hugging Face's: positions count from the padding id on."""
+"""Unused rows at the top of the position tables of fairseq and Hugging Face: positions start after the padding id."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
-"""By the dtype of the source, the dtype after import; float32 holds every float16 exactly."""
+"""Dtype after import, by the dtype of the source; float32 holds every float16 exactly."""
 
 
 class InterchangeError(UserError):
@@ -39,23 +40,23 @@ class InterchangeError(UserError):
 
 @dataclass(frozen=True)
 class KeyMapping:
-    """Names of another library without `.weight` and `.bias`; `{}` is the number of a layer, from 0."""
+    """Parameter names of another library without `.weight` and `.bias`; `{}` is the layer number, from 0."""
 
-    library: str  # its name, for people
+    library: str  # display name of the library
     word_embeddings: str
-    tied_output: str  # the word embeddings again, as the output's weight; some files have it, equal
+    tied_output: str  # output weight, equal to the word embeddings; present in some files only
     position_embeddings: str
-    output_bias: str  # the whole name
+    output_bias: str  # full name
     contact_head: str
-    parts: Mapping[str, str]  # ours to theirs, of what a model has once
-    layer_parts: Mapping[str, str]  # ours to theirs, of what each layer has
-    query_key_value: tuple[str, str, str]  # of each layer; one tensor here, three there
-    frequencies: tuple[str, ...]  # whole names that rotary frequencies have had; the first with a {} is written
-    renamed: tuple[tuple[str, str], ...]  # patterns of names in files, and what stands for them in the names above
-    position_ids: str | None = None  # a buffer of 0, 1, 2, ... in old files
+    parts: Mapping[str, str]  # ours to theirs, of parts outside the layers
+    layer_parts: Mapping[str, str]  # ours to theirs, of parts of each layer
+    query_key_value: tuple[str, str, str]  # per layer; three tensors there, one tensor here
+    frequencies: tuple[str, ...]  # full names of rotary frequencies; export writes the first with a {}
+    renamed: tuple[tuple[str, str], ...]  # regular expressions for names in files, and their replacement
+    position_ids: str | None = None  # a buffer 0, 1, 2, ... in old files
 
     def name_of(self, stored: str) -> str:
-        """Return the name in this mapping of a tensor in a file."""
+        """Return the name in this mapping for a tensor name in a file."""
         for pattern, replacement in self.renamed:
             stored = re.sub(pattern, replacement, stored)
         return stored
@@ -88,7 +89,7 @@ HUGGING_FACE = KeyMapping(
     ),
     frequencies=(
         "esm.encoder.layer.{}.attention.self.rotary_embeddings.inv_freq",
-        "esm.encoder.layer.*.attention.self.rotary_embeddings.inv_freq",  # as transformers 5 writes it, star and all
+        "esm.encoder.layer.*.attention.self.rotary_embeddings.inv_freq",  # transformers 5 writes a literal star
         "esm.rotary_embeddings.inv_freq",
     ),
     renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),  # transformers 5
@@ -130,17 +131,15 @@ FAIR_ESM = KeyMapping(
 
 @dataclass(frozen=True)
 class SourceTensors:
-    """Tensors of another library's model: names, dtypes and shapes in memory, contents read on demand."""
+    """Tensors of another library's model. Names, dtypes and shapes are in memory; contents are read on demand."""
 
     where: str  # the model's path, for messages
-    places: Mapping[str, tuple[TensorTable, str]]  # by the name in a key mapping: the file and the name in it
-    erased_rows: Mapping[str, int] = field(
-        default_factory=dict
-    )  # by name: a row that the library sets to zero on loading
+    places: Mapping[str, tuple[TensorTable, str]]  # by name in the key mapping: the file, and the name in the file
+    erased_rows: Mapping[str, int] = field(default_factory=dict)  # by name: a row that the library zeroes on loading
 
     @classmethod
     def of(cls, where: str, tables: Sequence[TensorTable], key_mapping: KeyMapping) -> SourceTensors:
-        """Return the tensors of some files. Raises `InterchangeError` for a name that occurs twice."""
+        """Collect the tensors of some files. Raises `InterchangeError` for a duplicate name."""
         places: dict[str, tuple[TensorTable, str]] = {}
         for table in tables:
             for stored in table.infos:
@@ -167,13 +166,13 @@ class SourceTensors:
         return tensor
 
     def layers(self, key_mapping: KeyMapping) -> int:
-        """Return the number of layers, by the highest layer number in the names."""
+        """Return the number of layers, from the highest layer number in the names."""
         start = re.escape(next(iter(key_mapping.layer_parts.values())).split("{}")[0])
         numbers = (re.match(start + r"([0-9]{1,9})\.", name) for name in self.places)
         return 1 + max((int(number[1]) for number in numbers if number), default=-1)
 
     def place(self, name: str) -> str:
-        """Return file and name of a tensor, for messages."""
+        """Return file and name of a tensor, for error messages."""
         table, stored = self.places[name]
         return f"{table.path}: tensor {quoted(stored)}"
 
@@ -184,28 +183,28 @@ class TensorRule:
 
     ours: str
     theirs: tuple[str, ...]
-    shape: tuple[int, ...]  # of each of theirs
+    shape: tuple[int, ...]  # of each of their tensors
     to_native: Callable[[list[Tensor]], Tensor]  # from theirs to ours
     from_native: Callable[[Tensor], list[Tensor]]  # from ours to theirs
 
 
 @dataclass(frozen=True)
 class ImportedWeights:
-    """A model of another library in our names and layouts; each weight is read and converted when it is looked up."""
+    """A model of another library in our names and layouts; each lookup of a weight reads and converts it."""
 
     config: EncoderConfig
-    precision: str  # "32" or "bf16": of the weights
+    precision: str  # of the weights: "32" or "bf16"
     weights: LazyTensors
-    notes: tuple[str, ...]  # what was left out or filled in
+    notes: tuple[str, ...]  # omitted and added tensors, as messages for the user
 
 
 def to_native(tensors: SourceTensors, config: EncoderConfig, key_mapping: KeyMapping) -> ImportedWeights:
-    """Convert a model of another library to our names and layouts, with every tensor accounted for.
+    """Convert a model of another library to our names and layouts, and check that every tensor is used.
 
-    The tensors decide `contact_head` and `position_offset`, whatever `config` says; only if rows of zeros precede the
-    first position, `config` decides whether they belong to the table. Raises `InterchangeError`, naming the file and
-    the tensor, if one is missing, left over, or has another shape or dtype, if the output is not tied to the
-    embedding, and if layers differ in their rotary frequencies.
+    The tensors determine `contact_head` and `position_offset`, whatever `config` says. Exception: if rows of zeros
+    precede the first position, `config` determines whether they belong to the table. Raises `InterchangeError`, naming
+    the file and the tensor, for a missing or unexpected tensor or a wrong shape or dtype, if the output is not tied to
+    the embedding, and if layers differ in their rotary frequencies.
     """
     notes: list[str] = []
     learned, says_unused = config.position_embedding == LEARNED, config.position_offset == UNUSED_POSITIONS
@@ -223,9 +222,9 @@ def to_native(tensors: SourceTensors, config: EncoderConfig, key_mapping: KeyMap
 def from_native(
     config: EncoderConfig, dtypes: Mapping[str, torch.dtype], load: Callable[[str], Tensor], key_mapping: KeyMapping
 ) -> LazyTensors:
-    """Return our weights in the names and layouts of another library, each converted when it is looked up.
+    """Return our weights in the names and layouts of another library; each lookup converts a tensor.
 
-    dtypes: by the name of our tensor; `load` reads one of ours by its name.
+    dtypes: by our tensor name; `load` reads one of our tensors by its name.
     """
     outline, places = {}, {}
     for rule in rules(config, key_mapping):
@@ -248,7 +247,7 @@ def rules(
 ) -> Iterator[TensorRule]:
     """Yield the rule of each tensor of an encoder of these sizes.
 
-    frequencies: the names of the rotary frequencies there; None for the names that are written.
+    frequencies: names of the rotary frequencies in the source; None for the names that export writes.
     """
     yield _vocabulary("encoder.embedding.word_embeddings.weight", f"{key_mapping.word_embeddings}.weight", config)
     yield _vocabulary("encoder.output_layer.bias", key_mapping.output_bias)
@@ -277,7 +276,7 @@ def _same(ours: str, theirs: str, shapes: Mapping[str, tuple[int, ...]]) -> Tens
 
 
 def _vocabulary(ours: str, theirs: str, config: EncoderConfig | None = None) -> TensorRule:
-    """[V, ...] there; here padded with rows of zeros to the tile of a tensor core."""
+    """Rule for a table of the alphabet: [V, ...] there; padded here with zero rows to the tensor-core tile."""
     columns = (config.hidden_size,) if config else ()
 
     def to_native(tensors: list[Tensor]) -> Tensor:
@@ -289,7 +288,7 @@ def _vocabulary(ours: str, theirs: str, config: EncoderConfig | None = None) -> 
 
 
 def _positions(theirs: str, config: EncoderConfig) -> TensorRule:
-    """[R + 2, H] there; here without the first two rows, which are zeros, if `position_offset` is 0."""
+    """Rule for positions: [R + 2, H] there; here without the first two (zero) rows if `position_offset` is 0."""
     left_out = UNUSED_POSITIONS - config.position_offset
 
     def from_native(table: Tensor) -> list[Tensor]:
@@ -301,7 +300,7 @@ def _positions(theirs: str, config: EncoderConfig) -> TensorRule:
 
 
 def _frequencies(theirs: tuple[str, ...], config: EncoderConfig) -> TensorRule:
-    """[D / 2], once here, in each layer there; computed by the formula if no layer has them."""
+    """Rule for rotary frequencies, [D / 2]: once here, per layer there; from the formula if no layer has them."""
 
     def to_native(tensors: list[Tensor]) -> Tensor:
         return tensors[0].float() if tensors else rotary_frequencies(config.head_size)
@@ -313,7 +312,7 @@ def _frequencies(theirs: tuple[str, ...], config: EncoderConfig) -> TensorRule:
 def _query_key_value(
     ours: str, theirs: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig
 ) -> TensorRule:
-    """Three of [N D, ...] there; here one of [N 3 D, ...], query, key and value of a head adjacent."""
+    """Rule for query, key and value: three of [N D, ...] there; one of [N 3 D, ...] here, adjacent per head."""
     heads, (_, *columns) = config.num_attention_heads, shapes[ours]
 
     def to_native(tensors: list[Tensor]) -> Tensor:
@@ -338,7 +337,7 @@ def _has_contact_head(tensors: SourceTensors, key_mapping: KeyMapping, notes: li
 def _frequencies_there(
     tensors: SourceTensors, config: EncoderConfig, key_mapping: KeyMapping, notes: list[str]
 ) -> tuple[str, ...]:
-    """Return the names of the rotary frequencies in the source, of all layers; none if there are none."""
+    """Return the names of the rotary frequencies of all layers in the source; empty if it has none."""
     if config.position_embedding == LEARNED:
         return ()
     for pattern in key_mapping.frequencies:
@@ -356,7 +355,7 @@ def _each_layer(pattern: str, config: EncoderConfig) -> tuple[str, ...]:
 def _account(
     tensors: SourceTensors, table: list[TensorRule], config: EncoderConfig, key_mapping: KeyMapping, notes: list[str]
 ) -> None:
-    """Check that each tensor of the rules is there in its shape, and that each other one is redundant."""
+    """Check that the source has each tensor of the rules in its shape, and that all other tensors are redundant."""
     wanted = {name: rule.shape for rule in table for name in rule.theirs}
     for name in sorted(wanted):
         if name not in tensors.places:
@@ -424,17 +423,17 @@ class SourceModel:
     config: EncoderConfig  # `to_native` decides `contact_head` and `position_offset`
     tensors: SourceTensors
     provenance: dict[str, Any]  # plain values: {"imported_from": {format, source, revision, sha256 by file, ...}}
-    notes: tuple[str, ...] = ()  # what was ignored
+    notes: tuple[str, ...] = ()  # ignored contents, as messages for the user
 
 
 _POSITIONS = "encoder.embedding.position_embeddings.weight"
 
 
 def resize_positions(imported: ImportedWeights, seq_length: int | None, stretch_positions: bool) -> ImportedWeights:
-    """Return the model for sequences of up to `seq_length` tokens; None keeps it as it is.
+    """Return the model for sequences of up to `seq_length` tokens; None returns it unchanged.
 
     A learned table is cut to fewer rows. It is interpolated to more rows only with `stretch_positions`. Rotary
-    positions have no table and permit any length. Raises `ConfigError` for a length that does not fit.
+    positions have no table and permit any length. Raises `ConfigError` for an impossible length.
     """
     old = imported.config
     if seq_length is None or seq_length == old.seq_length:
@@ -484,9 +483,9 @@ def _check_direction(old: EncoderConfig, seq_length: int, stretch_positions: boo
 
 
 def interpolate_positions(table_RH: Tensor, rows: int) -> Tensor:
-    """Interpolate a table of R rows to [rows, H] in its own dtype; first and last row stay first and last.
+    """Interpolate a table of R rows to [rows, H] in its own dtype; first and last row do not change.
 
-    Row i is the table at i (R - 1) / (rows - 1), linear between neighbours; computed in float64, rounded once.
+    Row i is the linear interpolation of the table at i (R - 1) / (rows - 1), computed in float64 and rounded once.
     """
     last = len(table_RH) - 1
     places = torch.arange(rows, dtype=torch.float64) * last / (rows - 1)
