@@ -103,7 +103,7 @@ def test_packing_equals_the_reference_at_edge_lengths(sample_store: ProteinStore
     assert values(pack(*case)) == slowly_packed(case)
 
 
-def test_dtypes_are_those_that_the_encoder_takes(batch: PackedBatch) -> None:
+def test_dtypes_match_the_input_of_the_encoder(batch: PackedBatch) -> None:
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "max_seqlen"}
     wide = dict.fromkeys(("tokens", "positions", "target_index", "targets"), torch.int64)
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {**wide, "cu_seqlens": torch.int32}

@@ -99,7 +99,7 @@ def test_block_above_the_features_fails_an_assertion() -> None:
 
 @pytest.mark.parametrize("layer", range(LAYERS + 1))
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_trained_parameters_are_those_that_the_features_depend_on(
+def test_trained_parameters_equal_those_with_a_gradient_from_the_features(
     mode: str, layer: int, tiny_split: SequenceSplit
 ) -> None:
     sizes = {"embedding_layernorm": True, "token_dropout": True, "contact_head": True}

@@ -177,7 +177,7 @@ def test_disk_space_is_the_sum_of_file_sizes() -> None:
     assert continued.checkpoints == 957 - 349 + 1
 
 
-def test_run_is_refused_for_the_disk_space_that_its_plan_states(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_space_error_of_a_run_states_the_same_space_as_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     recipe = load_recipe(composed())
     (planned_line,) = (line for line in findings(plan_of(recipe, gather_facts(recipe))) if "exp_dir" in line)

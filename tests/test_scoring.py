@@ -285,7 +285,7 @@ def test_mutations_too_far_apart_for_one_window_are_rejected_if_one_is_needed(so
     score(some_engine, wild_type, [apart], ScoringOptions(method=(WILD_TYPE, MASKED), masks="each", window=20))
 
 
-def test_default_window_is_510_residues_and_at_most_what_the_model_reads(files: Path) -> None:
+def test_default_window_is_510_residues_and_limited_by_the_model(files: Path) -> None:
     learned, rotary = (Engine.load(files / f"{family}.nemo", "cpu") for family in ("ESM-1nv", "ESM-2"))
     assert ScoringOptions().window_of(learned) == ScoringOptions().window_of(rotary) == 510
     assert ScoringOptions(window=800).window_of(rotary) == 800

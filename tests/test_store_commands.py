@@ -165,7 +165,7 @@ def test_release_name_is_kept_even_if_yaml_parses_it_as_a_number(shell: Shell, g
     assert ProteinStore.open("store").manifest["release"] == expected
 
 
-def test_defaults_are_those_of_the_model_card() -> None:
+def test_defaults_match_the_model_card() -> None:
     values = yaml.safe_load((config_directory() / "preprocess_uniref50.yaml").read_text())
     assert values["split"] == {"validation": 5_000, "test": 1_000_000}
     assert (values["policy"]["max_residues"], values["policy"]["long_sequences"]) == (1024, "truncate")

@@ -196,7 +196,9 @@ def check_against_the_library(header: bytes, size: int, path: Path) -> None:
 
 @settings(max_examples=400, deadline=None)
 @given(nearly_right())
-def test_we_reject_what_the_library_rejects_and_read_the_same_tensors(file: Path, case: tuple[bytes, int]) -> None:
+def test_reader_rejects_headers_that_the_library_rejects_and_reads_others_equally(
+    file: Path, case: tuple[bytes, int]
+) -> None:
     check_against_the_library(*case, file)
 
 

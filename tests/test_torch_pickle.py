@@ -127,7 +127,7 @@ class Call:
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "format-before-1.6"])
-def test_nothing_is_executed_whatever_the_environment_tells_torch(
+def test_nothing_is_executed_even_if_the_environment_disables_weights_only(
     new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -141,7 +141,7 @@ def test_nothing_is_executed_whatever_the_environment_tells_torch(
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
 
 
-def test_torch_refuses_what_our_list_of_functions_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_rejects_a_function_that_our_check_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.setattr(pickles, "_check_one", lambda *_: None)
     torch.serialization.add_safe_globals([SimpleNamespace])

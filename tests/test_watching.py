@@ -179,7 +179,7 @@ def test_progress_line_names_the_bottleneck_and_fits_110_columns(share: float, e
 # --- NVIDIA's resiliency extension ------------------------------------------------------------------------------------
 
 
-def test_nvidia_callbacks_are_created_only_where_they_can_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidia_callbacks_are_created_only_if_they_can_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("StragglerDetectionCallback", "FaultToleranceCallback")
     package = SimpleNamespace(**{name: lambda name=name, **_: name for name in names})
     monkeypatch.delenv(resiliency._SOCKET, raising=False)

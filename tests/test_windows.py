@@ -61,7 +61,7 @@ def test_weights_decrease_linearly_at_cuts_but_not_at_protein_ends() -> None:
     np.testing.assert_allclose(second, first[::-1], rtol=1e-6)
 
 
-def test_middle_window_weighs_most_where_its_neighbours_end() -> None:
+def test_middle_window_has_full_weight_between_its_neighbours() -> None:
     _, middle, _ = blending_weights([(0, 6), (4, 10), (8, 14)])
     np.testing.assert_allclose(middle, [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3], rtol=1e-6)
 
