@@ -1,6 +1,6 @@
 """Memory of `bionemo-esm embed` over 100,000 proteins, which should not grow.
 
-    python benchmarks/embedding_memory.py            # some minutes on 2 cores
+    python benchmarks/embedding_memory.py            # a few minutes on 2 cores
     python benchmarks/embedding_memory.py 20000      # fewer proteins
 
 The proteins are pieces of 40 to 120 residues of the shipped sample with new ids. The model is a 0.5M-parameter ESM-1nv

@@ -4,7 +4,7 @@
 
 The script computes the samples that each rank reads in each step, without training. It checks that each sample occurs
 once an epoch across the change of world size, that global batches are consecutive slices of one stream, and that ranks
-have equal work. It measures memory, and the time to the first batch of a run that resumes late. It takes some minutes
+have equal work. It measures memory, and the time to the first batch of a run that resumes late. It takes a few minutes
 and 1 GB.
 """
 

@@ -5,9 +5,9 @@
 `label` is a regular expression. Its first group, matched in the header of a FASTA record, is the class of the protein.
 The features of a protein are means over its residues: of the last layer's hidden states, and, as the baseline, of
 one-hot vectors, which is its composition. The same logistic regression (scikit-learn) classifies both standardised
-features, scored by five-fold cross-validation on the same folds. Random folds put similar proteins on both sides, for
-both alike; for scores to publish, split by identity. The outputs are report.json, and classes.png: the first two
-principal components of each, with the accuracy. In Jupyter, import `classify` and `draw`.
+features, scored by five-fold cross-validation on the same folds. Random folds put similar proteins into training and
+test, for both kinds of features. For scores to publish, split by identity. The outputs are report.json, and
+classes.png: the first two principal components of each, with the accuracy. In Jupyter, import `classify` and `draw`.
 """
 
 from __future__ import annotations

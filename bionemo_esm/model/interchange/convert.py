@@ -1,8 +1,8 @@
-"""Import models of other libraries, and export archives to them: for scripts, notebooks and the command line.
+"""Import of models from other libraries, and export of archives to them, for scripts, notebooks and the command line.
 
     from bionemo_esm.model.interchange.convert import export_model, import_model
 
-Tensors are converted one at a time. What is written is complete or not there.
+Tensors are converted one at a time. Outputs are written atomically.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class ImportReport:
     config: EncoderConfig
     precision: str  # "32" or "bf16"
     weights_sha256: str
-    provenance: Mapping[str, Any]  # of the archive
-    notes: tuple[str, ...]  # what was left out, filled in or changed
+    provenance: Mapping[str, Any]  # written to the archive
+    notes: tuple[str, ...]  # omitted, added and changed contents, as messages for the user
 
 
 def import_model(
