@@ -60,7 +60,7 @@ class BackgroundHash:
         self._last: Future[None] | None = None
 
     def update(self, content: bytes | memoryview) -> None:
-        """Hash the next bytes after waiting for the previous bytes."""
+        """Start hashing the next bytes once the previous bytes have been hashed."""
         self.wait()
         self._last = self._thread.submit(self._sha256.update, content)
 
