@@ -70,7 +70,7 @@ def gradients(model: ESM1nvModel, batch: PackedBatch) -> dict[str, torch.Tensor]
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-# --- size -----------------------------------------------------------------------------------------------------------
+# --- size -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_parameter_count_of_esm1b_matches_the_public_model() -> None:
@@ -95,7 +95,7 @@ def test_the_esm1b_flags_add_one_layer_norm_and_keep_the_other_initial_weights()
     assert all(torch.equal(parameter, fresh[1][name]) for name, parameter in fresh[0].items())
 
 
-# --- embedding, loss and gradients ----------------------------------------------------------------------------------
+# --- embedding, loss and gradients ------------------------------------------------------------------------------------
 
 
 def test_token_dropout_is_scaled_for_each_sequence_separately() -> None:
@@ -207,7 +207,7 @@ def test_two_tensor_parallel_ranks_agree_on_layer_norm_and_loss(proteins: Protei
                 np.testing.assert_allclose(found[name], alone[name].numpy(), atol=1e-5)
 
 
-# --- configuration and archives -------------------------------------------------------------------------------------
+# --- configuration and archives ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [1, 0, "true", None, 1.0])
@@ -242,7 +242,7 @@ def test_encoder_differences_are_listed_by_key_and_ignore_dropout_rates() -> Non
     assert EncoderConfig().differences(old | {"num_layers": 7}) == [("num_layers", 7, 6)]
 
 
-# --- schedules ------------------------------------------------------------------------------------------------------
+# --- schedules --------------------------------------------------------------------------------------------------------
 
 INVERSE = OptimConfig(
     lr=1e-4, min_lr=0.0, warmup_steps=16_000, constant_steps=0, max_steps=500_000, schedule=INVERSE_SQUARE_ROOT
@@ -355,7 +355,7 @@ def test_the_esm1b_configuration_matches_the_paper() -> None:
     assert recipe.model == expected
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 SMALL_ESM1B = ("model=esm1b", "optim=esm1b")
 SMALL_ESM1B += ("optim.sched.min_lr=0", "optim.sched.warmup_ratio=null", "optim.sched.warmup_steps=2")

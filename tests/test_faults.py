@@ -81,7 +81,7 @@ def goes_on(folder: Path, unbroken: Path, *overrides: str, ranks: int = 1) -> Ou
     return outcome
 
 
-# --- termination signals --------------------------------------------------------------------------------------------
+# --- termination signals ----------------------------------------------------------------------------------------------
 
 PHASES = {
     "reading data": ("bionemo_esm.data.dataloader.TrainingBatches.__getitem__", 4),
@@ -103,9 +103,8 @@ def test_sigterm_to_one_rank_in_any_phase_saves_on_all_ranks_and_resumes_exactly
     place, call = PHASES[phase]
     rank = 0 if phase == "copying for a save" else 1  # only rank 0 copies
     folder = tmp_path / "run"
-    too_late = (
-        [Fault(place, die, call=call + 2, rank=rank)] if phase == "validation" else []
-    )  # validation must stop early
+    # validation must stop before this fault
+    too_late = [Fault(place, die, call=call + 2, rank=rank)] if phase == "validation" else []
     outcome = run(folder, ranks=2, faults=[Fault(place, SIGTERM, call=call, rank=rank), *too_late])
     if phase == "ending":  # the run is complete already
         assert outcome.codes == [0, 0]
@@ -140,7 +139,7 @@ def test_a_second_signal_loses_no_checkpoint(tmp_path: Path, unbroken: Path, sig
     goes_on(folder, unbroken, setting)
 
 
-# --- killed ---------------------------------------------------------------------------------------------------------
+# --- SIGKILL and crashes ----------------------------------------------------------------------------------------------
 
 
 def test_twenty_sigkills_during_saves_lose_no_finished_checkpoint(
@@ -189,7 +188,7 @@ def test_a_crash_between_averaging_and_saving_resumes_exactly(tmp_path: Path, un
     goes_on(folder, unbroken)
 
 
-# --- damaged files --------------------------------------------------------------------------------------------------
+# --- damaged files ----------------------------------------------------------------------------------------------------
 
 
 def flip_a_bit(path: Path) -> None:
@@ -226,7 +225,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message_and_having_none_is_an_er
     assert all(f"{path.name}: " in outcome.errors for path in (folder / "checkpoints").glob("step-*.ckpt"))
 
 
-# --- full disks -----------------------------------------------------------------------------------------------------
+# --- full disks -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -266,7 +265,7 @@ def test_a_failed_writer_stops_the_run_and_deletes_no_checkpoint(tmp_path: Path,
     goes_on(folder, unbroken)
 
 
-# --- NaN ------------------------------------------------------------------------------------------------------------
+# --- NaN --------------------------------------------------------------------------------------------------------------
 
 
 def to_nan(logits: torch.Tensor) -> torch.Tensor:
@@ -325,7 +324,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_and_it_can_resume(tmp_path
     assert all(tensor.isfinite().all() for tensor in read_archive(folder / "laptop.nemo").weights.values())
 
 
-# --- concurrent runs------------------------------------------------------------------------------------------------
+# --- concurrent runs --------------------------------------------------------------------------------------------------
 
 
 def test_a_second_process_on_a_run_is_refused_and_foreign_files_are_kept(tmp_path: Path, unbroken: Path) -> None:

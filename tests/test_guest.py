@@ -1,4 +1,4 @@
-"""The library as a guest in a user's process: importing, loading and asking a model changes no state of the process."""
+"""The library in a user's process: import, loading and inference change no process state."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def process(archive: Path) -> dict[str, Any]:
-    """What a process of its own found, in which at most 64 files may be open."""
+    """Return the findings of a separate process that may open at most 64 files."""
     done = subprocess.run([sys.executable, "-c", STATE, archive, PROTEIN], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -109,15 +109,15 @@ def process(archive: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("moment", ["import", "load", "ask"])
-def test_the_process_stays_as_it_was(process: dict[str, Any], moment: str) -> None:
+def test_process_state_is_unchanged(process: dict[str, Any], moment: str) -> None:
     assert process[moment] == {}
 
 
-def test_a_users_seed_gives_the_same_numbers_before_and_after(process: dict[str, Any]) -> None:
+def test_random_numbers_of_the_user_are_unchanged(process: dict[str, Any]) -> None:
     assert process["drawn"]
 
 
-def test_a_users_process_group_works_before_and_after_and_so_does_the_model(process: dict[str, Any]) -> None:
+def test_the_model_works_with_and_without_a_process_group_of_the_user(process: dict[str, Any]) -> None:
     assert process["with a group of the user"]
     assert process["loaded beside a group of the user"]
     assert process["after the group of the user"]
@@ -129,7 +129,7 @@ def expected(archive: Path) -> Any:
 
 
 def answers(model: ProteinModel) -> list[Any]:
-    """Embeddings, contacts and scores of one protein."""
+    """Return embeddings, contacts and scores of one protein."""
     embedded = model.embed([PROTEIN], pseudo_perplexity=True)
     scores = model.score_variants(PROTEIN, [f"{PROTEIN[0]}1A"])
     return [np.array(embedded.mean), np.array(embedded.pseudo_perplexity), model.contacts(PROTEIN), scores]
@@ -158,7 +158,7 @@ AMBIENT = {
 
 @pytest.mark.parametrize("setting", AMBIENT)
 @pytest.mark.parametrize("within", ["load", "ask", "both"])
-def test_answers_do_not_depend_on_settings_of_the_users_program(
+def test_results_do_not_depend_on_torch_settings_of_the_user(
     archive: Path, expected: list[Any], setting: str, within: str
 ) -> None:
     def ambient(part: str) -> AbstractContextManager[Any]:
@@ -180,7 +180,7 @@ def test_a_model_can_be_pickled_and_copied(archive: Path, expected: list[Any]) -
     assert not distributed.is_initialized()
 
 
-def test_a_pickled_model_whose_file_has_changed_is_refused(archive: Path, tmp_path: Path) -> None:
+def test_unpickling_a_model_whose_file_has_changed_is_refused(archive: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.nemo"
     path.write_bytes(archive.read_bytes())
     pickled = pickle.dumps(ProteinModel.load(path, device="cpu"))
@@ -191,7 +191,7 @@ def test_a_pickled_model_whose_file_has_changed_is_refused(archive: Path, tmp_pa
     assert caught.value.code == "engine.file-changed"
 
 
-def test_an_encoder_without_a_file_cannot_be_pickled() -> None:
+def test_an_engine_without_a_file_cannot_be_pickled() -> None:
     model = tiny_model()
     assert model.encoder is not None
     with pytest.raises(TypeError, match=r"only a model that was loaded from a file can be pickled"):

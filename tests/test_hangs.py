@@ -1,4 +1,4 @@
-"""A rank that stands still: all who can write their stacks and end together, and the run goes on afterwards."""
+"""A rank that hangs: the ranks write their stacks and exit together, and the run can resume."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def stacks(folder: Path) -> dict[int, str]:
     return {int(path.stem.split("-")[-1]): path.read_text() for path in folder.glob("hang-rank-*.txt")}
 
 
-def test_when_a_rank_sleeps_for_ever_all_end_with_stacks_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_sleeping_rank_ends_all_ranks_with_stacks_and_the_run_can_resume(tmp_path: Path) -> None:
     folder, overrides = tmp_path / "run", (*SETTINGS, "trainer.hang_timeout_seconds=3")
     outcome = run(folder, *overrides, ranks=2, faults=[Fault(STEP, sleep_for_ever, rank=1, call=4)])
     assert outcome.codes == [EXIT_HANG, EXIT_HANG]
@@ -60,11 +60,11 @@ def test_when_a_rank_sleeps_for_ever_all_end_with_stacks_and_the_run_goes_on(tmp
 
     assert run(folder, *overrides, ranks=2).codes == [0, 0]
     assert json.loads((folder / "summary.json").read_text())["resumed_from_step"] == 2
-    assert stacks(folder) == written  # what was found stays, and ends nobody else
+    assert stacks(folder) == written  # old reports remain and do not end the resumed run
 
 
-def test_when_a_rank_is_stopped_the_other_ends_and_names_it(tmp_path: Path) -> None:
-    """Rank 0, which speaks for all as long as it can."""
+def test_when_a_rank_is_stopped_the_other_rank_exits_and_names_it(tmp_path: Path) -> None:
+    """Stop rank 0, which normally reports for all ranks."""
     folder, fault = tmp_path / "run", Fault(STEP, stop_this_process, rank=0, call=3)
     outcome = run(folder, *SETTINGS, "trainer.hang_timeout_seconds=3", ranks=2, faults=[fault], stopped=[0])
     assert outcome.codes == [-signal.SIGKILL, EXIT_HANG]
@@ -72,7 +72,7 @@ def test_when_a_rank_is_stopped_the_other_ends_and_names_it(tmp_path: Path) -> N
     assert "no report from rank 0: look there first" in outcome.screens[1]
 
 
-def test_slow_steps_slow_validation_and_long_saves_are_no_hangs(tmp_path: Path) -> None:
+def test_slow_steps_slow_validation_and_long_saves_are_not_hangs(tmp_path: Path) -> None:
     faults = [
         Fault(STEP, take_a_while, rank=1, repeated=True),
         Fault(VALIDATION, take_a_while, rank=0, repeated=True),
@@ -84,11 +84,11 @@ def test_slow_steps_slow_validation_and_long_saves_are_no_hangs(tmp_path: Path) 
     assert not stacks(tmp_path / "run")
 
 
-# --- the watch by itself ----------------------------------------------------------------------------------------------
+# --- HangWatch on its own ---------------------------------------------------------------------------------------------
 
 
 class Moments:
-    """Stands in for the event between two looks: so many looks, then over."""
+    """Replace the event between two checks: allow a number of checks, then stop."""
 
     def __init__(self, looks: int) -> None:
         self.looks = looks
@@ -99,7 +99,7 @@ class Moments:
 
 
 def ends(watch: HangWatch, monkeypatch: pytest.MonkeyPatch, between_looks: list[float]) -> bool:
-    """Whether a watch ends the process when it looks at these moments, so many seconds apart."""
+    """Return whether a watch ends the process, given the seconds between its checks."""
     ended: list[bool] = []
     clock = iter([sum(between_looks[:count]) for count in range(len(between_looks) + 1)])
     monkeypatch.setattr(hangs, "time", SimpleNamespace(monotonic=lambda: next(clock)))
@@ -116,12 +116,12 @@ def watch_in(folder: Path, after_a_step: bool = True) -> HangWatch:
     return watch
 
 
-def test_it_ends_after_the_timeout_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_ends_after_the_timeout_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ends(watch_in(tmp_path), monkeypatch, [3.0] * 10)
     assert ends(watch_in(tmp_path), monkeypatch, [3.0] * 11)
 
 
-def test_time_in_which_this_process_was_stopped_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_while_the_process_was_stopped_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ends(watch_in(tmp_path), monkeypatch, [3.0, 100_000.0, 3.0])
 
 
@@ -136,7 +136,9 @@ def test_the_first_step_and_a_save_may_take_longer(tmp_path: Path, monkeypatch: 
     assert ends(watch, monkeypatch, [3.0])
 
 
-def test_it_ends_sooner_where_another_rank_has_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_ends_early_after_another_rank_reports_a_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "hang-rank-0.txt").write_text("of an earlier session\n")
     watch = watch_in(tmp_path)
     watch._reports = watch._sizes()
@@ -152,7 +154,7 @@ def fail_because_others_have_given_up(folder: Path) -> None:
     watch.on_exception(Any, Any, RuntimeError("connection closed by peer"))  # type: ignore[arg-type]
 
 
-def test_a_rank_that_fails_because_others_have_ended_ends_like_them(tmp_path: Path) -> None:
+def test_an_error_caused_by_ended_ranks_is_reported_as_a_hang(tmp_path: Path) -> None:
     server = multiprocessing.get_context("forkserver")
     process = server.Process(target=fail_because_others_have_given_up, args=(tmp_path,))
     process.start()
@@ -161,12 +163,12 @@ def test_a_rank_that_fails_because_others_have_ended_ends_like_them(tmp_path: Pa
     assert "connection closed by peer" in stacks(tmp_path)[1]
 
 
-def test_an_error_of_its_own_stays_what_it_is(tmp_path: Path) -> None:
+def test_an_unrelated_error_is_not_reported_as_a_hang(tmp_path: Path) -> None:
     watch_in(tmp_path).on_exception(Any, Any, RuntimeError("no such file"))  # type: ignore[arg-type]
     assert not stacks(tmp_path)
 
 
-def test_ranks_are_named_in_few_words() -> None:
+def test_long_lists_of_ranks_are_shortened() -> None:
     assert hangs._named([3]) == "rank 3"
     assert hangs._named([0, 1, 2]) == "ranks 0, 1 and 2"
     assert hangs._named(list(range(20))) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"

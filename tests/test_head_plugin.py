@@ -1,4 +1,4 @@
-"""A head of another installed package: found by its name, trained, saved, restored; and named where it is missing."""
+"""A head from another installed package: training, saving, restoring, and the error if it is missing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class GatedHead(Head):
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The package `gated-head`, installed as pip does it: a module, and metadata with an entry point."""
+    """Install the package `gated-head` as pip does: a module and metadata with an entry point."""
     site = tmp_path / "site"
     info = site / "gated_head-1.0.dist-info"
     info.mkdir(parents=True)
@@ -59,7 +59,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("plugin")
-def test_a_head_of_another_package_is_trained_saved_and_restored(
+def test_a_head_from_another_package_is_trained_saved_and_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = pretrained(tmp_path)
@@ -83,7 +83,7 @@ def test_a_head_of_another_package_is_trained_saved_and_restored(
 
 
 @pytest.mark.usefixtures("plugin")
-def test_settings_that_a_head_does_not_have_are_refused() -> None:
+def test_unknown_or_invalid_settings_of_a_head_are_refused() -> None:
     assert heads.head_config({"kind": "gated", "gates": 2}).model_dump()["gates"] == 2
     with refused("config.unknown-key", "head.gates"):
         heads.head_config({"kind": "linear", "gates": 2})

@@ -1,4 +1,4 @@
-"""Heads over packed rows: each protein as if it were alone, and as PyTorch's padded layers have it."""
+"""Heads over packed rows: independence of proteins, and agreement with PyTorch's padded layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bionemo_esm.finetuning.heads import Head, PackedConvolution, Pooling, Segme
 from bionemo_esm.finetuning.tasks import Task
 
 LENGTHS = (1, 5, 2, 40, 3, 1, 17)
-"""Residues: alone, fewer than a kernel's reach, and many."""
+"""Residues per protein: one, fewer than the kernel size, and many."""
 FEATURES = 6
 RESIDUE = Task(
     name="structure", level="residue", kind="classification", metric="accuracy", classes=("helix", "strand", "coil")
@@ -47,7 +47,7 @@ def head_of(kind: str, task: Task, pooling: str = "mean", **values: Any) -> Head
 
 
 def answers_and_gradients(head: Head, features: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Predictions, and the gradient of a sum that weighs each of them differently, by the features."""
+    """Return predictions, and the gradient by the features of a sum that weights each prediction differently."""
     seen = features.clone().requires_grad_()
     answers = head(seen, bounds_of(lengths))
     (gradient,) = torch.autograd.grad(answers.sin().sum(), seen)
@@ -55,7 +55,7 @@ def answers_and_gradients(head: Head, features: Tensor, lengths: Sequence[int]) 
 
 
 @case_of
-def test_a_protein_is_answered_as_if_it_were_alone(kind: str, task: Task, pooling: str) -> None:
+def test_predictions_in_a_row_equal_those_of_each_protein_alone(kind: str, task: Task, pooling: str) -> None:
     head, features = head_of(kind, task, pooling), rows()
     together, gradients = answers_and_gradients(head, features, LENGTHS)
     assert together.dtype == torch.float32
@@ -72,10 +72,10 @@ def test_a_protein_is_answered_as_if_it_were_alone(kind: str, task: Task, poolin
 
 
 @case_of
-def test_no_neighbour_leaks_into_a_protein(kind: str, task: Task, pooling: str) -> None:
+def test_a_protein_does_not_affect_its_neighbours(kind: str, task: Task, pooling: str) -> None:
     head, features = head_of(kind, task, pooling), rows()
     other = features.clone()
-    other[8:48] = 1e6  # the fourth protein, of 40 residues
+    other[8:48] = 1e6  # the fourth protein (40 residues)
     other[8], other[47] = float("nan"), float("inf")
     before, after = (head(values, bounds_of(LENGTHS)) for values in (features, other))
     changed = (before != after).any(dim=1).nonzero().flatten().tolist()
@@ -84,14 +84,14 @@ def test_no_neighbour_leaks_into_a_protein(kind: str, task: Task, pooling: str) 
 
 
 @case_of
-def test_features_of_half_the_width_are_computed_with_in_float32(kind: str, task: Task, pooling: str) -> None:
+def test_bfloat16_features_are_computed_in_float32(kind: str, task: Task, pooling: str) -> None:
     head, narrow = head_of(kind, task, pooling), rows().bfloat16()
     assert torch.equal(head(narrow, bounds_of(LENGTHS)), head(narrow.float(), bounds_of(LENGTHS)))
     assert {parameter.dtype for parameter in head.parameters()} == {torch.float32}
 
 
 @case_of
-def test_every_parameter_learns(kind: str, task: Task, pooling: str) -> None:
+def test_every_parameter_gets_a_gradient(kind: str, task: Task, pooling: str) -> None:
     head = head_of(kind, task, pooling)
     head(rows(), bounds_of(LENGTHS)).sin().sum().backward()
     for name, parameter in head.named_parameters():
@@ -100,7 +100,7 @@ def test_every_parameter_learns(kind: str, task: Task, pooling: str) -> None:
 
 
 @case_of
-def test_shapes_are_known_without_a_head_or_a_random_number(kind: str, task: Task, pooling: str) -> None:
+def test_shapes_are_computed_without_drawing_random_numbers(kind: str, task: Task, pooling: str) -> None:
     head, state = head_of(kind, task, pooling), torch.get_rng_state()
     config = HeadConfig(kind=kind, pooling=pooling, hidden=5)
     shapes = head_shapes(config, task, FEATURES)
@@ -109,7 +109,7 @@ def test_shapes_are_known_without_a_head_or_a_random_number(kind: str, task: Tas
 
 
 @case_of
-def test_a_seed_gives_a_head(kind: str, task: Task, pooling: str) -> None:
+def test_a_seed_determines_the_initial_head(kind: str, task: Task, pooling: str) -> None:
     one, same = head_of(kind, task, pooling), head_of(kind, task, pooling)
     other = build_head(HeadConfig(kind=kind, pooling=pooling, hidden=5), task, FEATURES)
     for name, parameter in one.named_parameters():
@@ -122,7 +122,7 @@ def test_a_seed_gives_a_head(kind: str, task: Task, pooling: str) -> None:
     [("mlp", RESIDUE), ("mlp", SEQUENCE), ("convnet", RESIDUE), ("convnet", SEQUENCE), ("attention", SEQUENCE)],
     ids=lambda part: getattr(part, "level", part),
 )
-def test_dropout_is_there_in_training_only(kind: str, task: Task) -> None:
+def test_dropout_is_active_in_training_only(kind: str, task: Task) -> None:
     head, bounds = head_of(kind, task, dropout=0.5), bounds_of(LENGTHS)
     assert torch.equal(head(rows(), bounds), head(rows(), bounds))
     head.train()
@@ -130,13 +130,13 @@ def test_dropout_is_there_in_training_only(kind: str, task: Task) -> None:
 
 
 def shapes_of(config: HeadConfig, task: Task) -> dict[str, tuple[int, ...]]:
-    """Less those of `shift` and `scale`, which every head has."""
+    """Return a head's shapes without `shift` and `scale`, which every head has."""
     shapes = head_shapes(config, task, FEATURES)
     assert (shapes.pop("shift"), shapes.pop("scale")) == ((FEATURES,), (FEATURES,))
     return shapes
 
 
-def test_names_of_parameters_are_those_that_archives_hold() -> None:
+def test_parameter_names_match_the_archive_format() -> None:
     named = {(kind, task.level, pooling): sorted(shapes_of(HeadConfig(kind=kind, hidden=5, pooling=pooling), task))
              for kind, task, pooling in CASES}  # fmt: skip
     output, convolution, hidden = ([f"{part}.bias", f"{part}.weight"] for part in ("output", "convolution", "hidden"))
@@ -148,7 +148,7 @@ def test_names_of_parameters_are_those_that_archives_hold() -> None:
     assert named["attention", "sequence", "mean"] == [*output, "scores.weight", "values.bias", "values.weight"]
 
 
-def test_sizes_are_those_of_the_configuration() -> None:
+def test_shapes_follow_the_configuration() -> None:
     convnet, attention = (
         HeadConfig(kind="convnet", hidden=5, kernel_size=9),
         HeadConfig(kind="attention", hidden=5, kernel_size=9),
@@ -174,10 +174,10 @@ def test_attention_is_refused_for_tasks_per_residue() -> None:
 
 
 @case_of
-def test_features_are_standardised_by_what_the_head_was_told(kind: str, task: Task, pooling: str) -> None:
+def test_features_are_standardised_by_the_given_mean_and_deviation(kind: str, task: Task, pooling: str) -> None:
     head, features = head_of(kind, task, pooling), rows()
     mean, deviation = torch.linspace(-3, 3, FEATURES), torch.tensor([0.5, 2.0, 4.0, 1.0, 0.0, 3.0])
-    raw = features * deviation + mean  # the fifth never differs
+    raw = features * deviation + mean  # the fifth feature is constant
     expected = head(torch.where(deviation > 0, features, 0.0), bounds_of(LENGTHS))
     unlike = head(raw, bounds_of(LENGTHS))
     head.standardise(mean.double(), deviation.double())
@@ -186,15 +186,15 @@ def test_features_are_standardised_by_what_the_head_was_told(kind: str, task: Ta
     restored = build_head(HeadConfig(kind=kind, pooling=pooling, hidden=5), task, FEATURES).eval()
     restored.load_state_dict(head.state_dict())
     assert torch.equal(restored(raw, bounds_of(LENGTHS)), head(raw, bounds_of(LENGTHS)))
-    raw[:, 4] += 1  # a letter that training never saw
+    raw[:, 4] += 1  # a letter absent from training
     assert (head(raw, bounds_of(LENGTHS)) - expected).abs().max() < 10
 
 
-# --- against PyTorch's own layers, protein by protein -----------------------------------------------------------------
+# --- comparison with PyTorch's layers for each protein ----------------------------------------------------------------
 
 
 def padded_twin(head: Head) -> Callable[[Tensor], Tensor]:
-    """A convnet written down with `conv1d` and its padding, for one protein [R, F]."""
+    """Return the same head as a function of one protein [R, F], written with `conv1d` and its padding."""
     tensors = head.state_dict()
 
     def convolved(name: str, piece: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def padded_twin(head: Head) -> Callable[[Tensor], Tensor]:
     [("convnet", RESIDUE), ("convnet", SEQUENCE), ("attention", NUMBER)],
     ids=["residue", "max", "own"],
 )
-def test_convolutions_are_those_of_pytorch_over_each_protein(kind: str, task: Task, kernel_size: int) -> None:
+def test_packed_convolutions_match_pytorch_on_each_protein(kind: str, task: Task, kernel_size: int) -> None:
     head, features = head_of(kind, task, "max", kernel_size=kernel_size), rows()
     answers, gradients = answers_and_gradients(head, features, LENGTHS)
     seen, twin = features.clone().requires_grad_(), padded_twin(head)
@@ -232,7 +232,7 @@ def test_convolutions_are_those_of_pytorch_over_each_protein(kind: str, task: Ta
     assert torch.allclose(gradients, expected_gradients, atol=1e-6)
 
 
-def test_a_convolutions_own_gradients_are_those_of_a_padded_batch() -> None:
+def test_weight_gradients_of_a_convolution_match_a_padded_batch() -> None:
     packed, plain = PackedConvolution(FEATURES, 4, 5), torch.nn.Conv1d(FEATURES, 4, 5, padding=2)
     plain.load_state_dict(packed.state_dict())
     features = rows()
@@ -244,7 +244,7 @@ def test_a_convolutions_own_gradients_are_those_of_a_padded_batch() -> None:
         assert torch.allclose(parameter.grad, plain.get_parameter(name).grad, atol=1e-5)
 
 
-def test_a_linear_head_and_an_mlp_are_what_their_names_say() -> None:
+def test_the_linear_head_and_the_mlp_match_their_formulas() -> None:
     features = rows()
     flat, deep = head_of("linear", RESIDUE), head_of("mlp", SEQUENCE, "mean")
     tensors = flat.state_dict() | {f"deep.{name}": tensor for name, tensor in deep.state_dict().items()}
@@ -256,11 +256,11 @@ def test_a_linear_head_and_an_mlp_are_what_their_names_say() -> None:
     assert torch.allclose(deep(features, bounds_of(LENGTHS)), expected, atol=1e-6)
 
 
-# --- sums, maxima and weights within proteins -------------------------------------------------------------------------
+# --- pooling ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", POOLINGS)
-def test_pooling_is_what_each_protein_alone_comes_to(kind: str) -> None:
+def test_pooling_matches_each_protein_alone(kind: str) -> None:
     pooling, features = Pooling(kind, FEATURES), rows()
     found = pooling(features, Segments.of(bounds_of(LENGTHS), len(features)))
     for protein, piece in zip(found, features.split(LENGTHS), strict=True):
@@ -274,7 +274,7 @@ def test_pooling_is_what_each_protein_alone_comes_to(kind: str) -> None:
             assert torch.equal(protein, piece[0])
 
 
-def test_a_protein_of_30_000_residues_is_pooled_as_exactly_as_one_of_a_single() -> None:
+def test_pooling_30_000_residues_is_as_accurate_as_pooling_one() -> None:
     lengths = (30_000, 1)
     features = rows(lengths, 3) + 1
     segments = Segments.of(bounds_of(lengths), sum(lengths))
@@ -288,7 +288,7 @@ def test_a_protein_of_30_000_residues_is_pooled_as_exactly_as_one_of_a_single() 
     assert torch.equal(segments.maximum(features)[0], features[:30_000].amax(0))
 
 
-def test_weights_of_extreme_scores_are_still_weights() -> None:
+def test_attention_pooling_is_finite_for_extreme_scores() -> None:
     values, scores = rows((3, 2), 1), torch.tensor([[1e30], [0.0], [-1e30], [-1e30], [-1e30]])
     seen = scores.requires_grad_()
     found = Segments.of(bounds_of((3, 2)), 5).attended(values, seen)
@@ -298,7 +298,7 @@ def test_weights_of_extreme_scores_are_still_weights() -> None:
     assert seen.grad.isfinite().all()
 
 
-def test_pooling_has_the_gradient_of_its_formula() -> None:
+def test_pooling_passes_gradcheck() -> None:
     segments = Segments.of(bounds_of((3, 1, 4)), 8)
     values, scores = (rows((8,), 2, seed=seed).double().requires_grad_() for seed in (0, 1))
     assert torch.autograd.gradcheck(segments.mean, values)
@@ -307,7 +307,7 @@ def test_pooling_has_the_gradient_of_its_formula() -> None:
 
 
 @case_of
-def test_the_same_input_gives_the_same_bits(kind: str, task: Task, pooling: str) -> None:
+def test_repeated_runs_give_bit_identical_results(kind: str, task: Task, pooling: str) -> None:
     head, lengths = head_of(kind, task, pooling), LENGTHS * 100
     runs = [answers_and_gradients(head, rows(lengths), lengths) for _ in range(2)]
     assert torch.equal(runs[0][0], runs[1][0])

@@ -1,4 +1,4 @@
-"""An output is held from before the work starts: a second process that would write it is refused."""
+"""Locking an output path before the work starts, so that a second process is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bionemo_esm.files import hold_output
 from errors import refused
 
 
-def test_a_held_output_is_refused_to_others_and_free_afterwards(tmp_path: Path) -> None:
+def test_a_held_output_is_refused_to_others_and_released_afterwards(tmp_path: Path) -> None:
     target = tmp_path / "new" / "scores.csv"
     with hold_output("output", target):
         with refused("files.held", "output: another process is writing", target), hold_output("output", target):
@@ -29,7 +29,7 @@ def test_a_held_output_is_refused_to_others_and_free_afterwards(tmp_path: Path) 
         pass
 
 
-def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+def test_a_killed_process_releases_its_output(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; from bionemo_esm.files import hold_output\n"
         "with hold_output('output', Path(sys.argv[1])): os.kill(os.getpid(), 9)"

@@ -1,7 +1,7 @@
-"""Archives made to do harm: each refused by name, quickly, in little memory, before a model is built, with no trace.
+"""Hostile archives: refused with their name, fast, in little memory, before a model is built, without side effects.
 
-A case is one way to be hostile. It is tried through every reader that sees the part of the file it is in; all other
-parts, hashes and checksums fit, so that only the check under test can find it.
+Each case makes one part of the file hostile and runs every reader of that part. All other parts, hashes and checksums
+are valid, so only the check under test can find it.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Evil:
 
 PICKLE = pickle.dumps(Evil())
 
-# --- honest archives, and how to make them dishonest ------------------------------------------------------------------
+# --- valid archives and their manipulation ----------------------------------------------------------------------------
 
 
 def header(name: bytes | str, size: int, changes: dict[int, bytes] | None = None) -> bytes:
-    """A tar header with bytes put at offsets, its checksum right."""
+    """Return a tar header with bytes replaced at offsets and a valid checksum."""
     block = bytearray(tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT))
     raw = name.encode() if isinstance(name, str) else name
     for offset, value in ({0: raw.ljust(100, b"\0"), 124: b"%011o\0" % size} | (changes or {})).items():
@@ -80,7 +80,7 @@ def tar(members: Members, before: bytes = b"", after: bytes = b"", end: bytes = 
 
 
 def sealed(members: Members, **manifest_changes: Any) -> Members:
-    """The members with a manifest whose hashes fit; `...` for a key removes it."""
+    """Return the members with a manifest of valid hashes; the value `...` removes a key."""
     manifest = json.loads(members[MANIFEST]) | manifest_changes
     if "files" not in manifest_changes:
         for name in members.keys() - {MANIFEST}:
@@ -93,7 +93,7 @@ def sealed(members: Members, **manifest_changes: Any) -> Members:
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Members]:
-    """The members of a small `.nemo` and of a small `.ckpt`."""
+    """Return the members of a small valid `.nemo` and `.ckpt`."""
     folder = tmp_path_factory.mktemp("honest")
     model = tiny_model(**ENCODER)
     model.provenance = {"steps": 7, "lr": 1e-05}
@@ -109,7 +109,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Members]:
     return found
 
 
-# --- who reads, and what must not happen ------------------------------------------------------------------------------
+# --- readers and forbidden side effects -------------------------------------------------------------------------------
 
 
 def load_checkpoint(path: Path) -> Any:
@@ -146,7 +146,7 @@ sys.addaudithook(watch)
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Fails for a side effect, a wait, or a taste for memory."""
+    """Fail on side effects, on long run times and on high memory use."""
     global seen
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -163,7 +163,7 @@ def watched() -> Iterator[None]:
 
 
 def refused(path: Path, content: bytes | None, readers: Any, naming: str) -> None:
-    """Every reader raises a `UserError` whose one message names the file and what is wrong in it."""
+    """Check that every reader raises a `UserError` that names the file and the fault."""
     if content is not None:
         path.write_bytes(content)
     for read in readers:
@@ -192,9 +192,7 @@ def cases(table: dict[str, Any], kinds: tuple[str, ...] = ("nemo", "ckpt")) -> A
 
 
 @pytest.mark.parametrize("kind", ["nemo", "ckpt"])
-def test_the_honest_archive_that_the_others_are_made_from_is_read(
-    kind: str, honest: dict[str, Members], tmp_path: Path
-) -> None:
+def test_the_valid_archive_behind_all_cases_is_read(kind: str, honest: dict[str, Members], tmp_path: Path) -> None:
     path = tmp_path / NAMES[kind]
     path.write_bytes(tar(sealed(honest[kind])))
     for read in READERS[kind]:
@@ -202,7 +200,7 @@ def test_the_honest_archive_that_the_others_are_made_from_is_read(
     assert kind == "nemo" or newest_checkpoint(tmp_path) == (path, [])
 
 
-# --- the container ----------------------------------------------------------------------------------------------------
+# --- the tar file -----------------------------------------------------------------------------------------------------
 
 
 def extra(name: bytes | str, content: bytes = b"x", **fields: Any) -> Callable[[Members], bytes]:
@@ -210,7 +208,7 @@ def extra(name: bytes | str, content: bytes = b"x", **fields: Any) -> Callable[[
 
 
 def first(**fields: Any) -> Callable[[Members], bytes]:
-    """The first member, its header changed."""
+    """Return an archive with a changed header of the first member."""
     return lambda m: entry(CONFIG, m[CONFIG], **fields) + tar({name: m[name] for name in m if name != CONFIG})
 
 
@@ -224,7 +222,7 @@ def size_field(text: bytes) -> bytes:
 
 PLAIN_NAMES = ("/etc/passwd", "../evil", f"./{CONFIG}", "model_weights.ckpt", CONFIG.upper(), f"{CONFIG}/")
 ODD_NAMES = ("", "model_config\u200b.yaml", "m\u043edel_config.yaml", b"\xff\xfe", "\x1b[2J")
-TYPES = "1234567SV"  # links, devices, a folder, a pipe, and kinds that few know
+TYPES = "1234567SV"  # links, devices, a folder, a pipe, and rare types
 PAX = {"path": b"28 path=../model_config.yaml\n", "size": b"12 size=9999\n", "sparse": b"26 GNU.sparse.size=123456\n"}
 CONTAINERS: dict[str, tuple[str, Callable[[Members], bytes]]] = {
     **{f"name-{n!a}": (n, extra(n)) for n in PLAIN_NAMES},
@@ -263,18 +261,18 @@ CONTAINERS: dict[str, tuple[str, Callable[[Members], bytes]]] = {
 
 
 @cases(CONTAINERS)
-def test_a_container_with_tricks_is_refused(
+def test_a_hostile_tar_file_is_refused(
     kind: str, case: Any, honest: dict[str, Members], tmp_path: Path, no_model: None
 ) -> None:
     path, (naming, build) = tmp_path / NAMES[kind], case
     path.write_bytes(content := build(honest[kind]))
     readers = READERS[kind]
     if kind == "nemo" and not layout.is_our_archive(path):
-        readers = (readers[0], readers[2])  # `ModelPT` hands it to NeMo
+        readers = (readers[0], readers[2])  # `ModelPT` passes it to NeMo
     refused(path, content, readers, naming)
 
 
-def test_a_gigabyte_of_zeros_behind_the_end_is_refused(honest: dict[str, Members], tmp_path: Path) -> None:
+def test_a_gigabyte_of_zeros_after_the_end_is_refused(honest: dict[str, Members], tmp_path: Path) -> None:
     path = tmp_path / "evil.nemo"
     path.write_bytes(tar(honest["nemo"]))
     os.truncate(path, 2**30)
@@ -282,7 +280,7 @@ def test_a_gigabyte_of_zeros_behind_the_end_is_refused(honest: dict[str, Members
 
 
 @pytest.mark.parametrize("kind", ["nemo", "ckpt"])
-def test_a_flipped_bit_is_found_wherever_it_is(kind: str, honest: dict[str, Members], tmp_path: Path) -> None:
+def test_every_flipped_bit_is_found(kind: str, honest: dict[str, Members], tmp_path: Path) -> None:
     content, path, generator = tar(honest[kind]), tmp_path / NAMES[kind], random.Random(0)
     bits = generator.sample(range(8 * len(content)), 300)
     manifest = content.index(honest[kind][MANIFEST])
@@ -303,7 +301,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(kind: str, honest: dict[str, Memb
 
 
 @pytest.mark.parametrize("kind", ["nemo", "ckpt"])
-def test_a_file_cut_short_anywhere_is_refused(kind: str, honest: dict[str, Members], tmp_path: Path) -> None:
+def test_a_file_truncated_at_any_point_is_refused(kind: str, honest: dict[str, Members], tmp_path: Path) -> None:
     content, path = tar(honest[kind]), tmp_path / NAMES[kind]
     lengths = [*random.Random(0).sample(range(len(content)), 50), *(len(content) - n for n in (1, 511, 512, 513, 1024))]
     unnoticed = []
@@ -343,7 +341,7 @@ def many_keys(count: int) -> bytes:
 
 
 def wide(name: str) -> bytes:
-    """As much as the member may have, in the shape that costs a parser most."""
+    """Return the largest allowed member, in the form most expensive to parse."""
     return b"[" + b"[]," * (min(layout._SIZE_LIMITS[name], 2**24) // 3 - 2) + b"1]"
 
 
@@ -374,14 +372,14 @@ MANIFESTS: dict[str, Callable[[Members], Members]] = {
 
 
 @cases(MANIFESTS)
-def test_a_manifest_with_tricks_is_refused(
+def test_a_hostile_manifest_is_refused(
     kind: str, case: Any, honest: dict[str, Members], tmp_path: Path, no_model: None
 ) -> None:
     refused(tmp_path / NAMES[kind], tar(case(honest[kind])), READERS[kind], "")
 
 
 @pytest.mark.parametrize("steps", [float("inf"), float("nan"), 10**4000, "x", None, [], {}])
-def test_a_strange_number_of_steps_does_not_stop_the_search_for_the_newest(
+def test_an_invalid_step_count_does_not_break_the_search_for_the_newest_checkpoint(
     steps: Any, honest: dict[str, Members], tmp_path: Path
 ) -> None:
     path, good = tmp_path / checkpoint_name(9), tmp_path / NAMES["ckpt"]
@@ -391,7 +389,7 @@ def test_a_strange_number_of_steps_does_not_stop_the_search_for_the_newest(
         assert newest_checkpoint(tmp_path)[0] in (path, good)
 
 
-def test_a_class_that_is_not_ours_is_refused(honest: dict[str, Members], tmp_path: Path, no_model: None) -> None:
+def test_an_unknown_model_class_is_refused(honest: dict[str, Members], tmp_path: Path, no_model: None) -> None:
     for name in ("os.system", "ModelPT", ["ESM1nvModel"], "\x1b[2J" * 10_000):
         content = tar(sealed(honest["nemo"], model_class=name))
         refused(tmp_path / "evil.nemo", content, NEMO_READERS, "class")
@@ -444,7 +442,7 @@ TEXTS: dict[str, bytes] = {
 
 
 @cases(TEXTS)
-def test_a_configuration_with_tricks_is_refused(
+def test_a_hostile_configuration_is_refused(
     kind: str, case: bytes, honest: dict[str, Members], tmp_path: Path, no_model: None
 ) -> None:
     refused(tmp_path / NAMES[kind], tar(sealed(honest[kind] | {CONFIG: case})), READERS[kind], CONFIG)
@@ -475,11 +473,11 @@ def test_a_configuration_of_an_impossible_model_is_refused(
     refused(tmp_path / "evil.nemo", tar(sealed(honest["nemo"] | {CONFIG: text})), NEMO_READERS, CONFIG)
 
 
-def test_sixty_thousand_layers_in_four_megabytes_are_not_built(
+def test_a_small_file_with_60_000_layers_is_refused_before_building(
     honest: dict[str, Members], tmp_path: Path, no_model: None
 ) -> None:
     sizes = ENCODER | {"num_layers": 60_000, "hidden_size": 1, "num_attention_heads": 1, "ffn_hidden_size": 1}
-    weights = save({"a": torch.zeros(EncoderConfig(**sizes).parameters)})  # as many numbers as the model has
+    weights = save({"a": torch.zeros(EncoderConfig(**sizes).parameters)})  # as many values as the model has parameters
     members = honest["nemo"] | {CONFIG: encoder(**sizes), WEIGHTS: weights}
     refused(tmp_path / "evil.nemo", tar(sealed(members)), NEMO_READERS, "")
 
@@ -488,7 +486,7 @@ def test_sixty_thousand_layers_in_four_megabytes_are_not_built(
 
 
 def tensors(entries: Any, data: int = 4) -> bytes:
-    """A safetensors file: a header that says `entries`, or is them, and so many bytes."""
+    """Return a safetensors file: a header from `entries` (bytes are used unchanged) and `data` zero bytes."""
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     return len(text).to_bytes(8, "little") + text + bytes(data)
 
@@ -523,7 +521,7 @@ TENSORS: dict[str, bytes] = {
 
 
 @cases(TENSORS)
-def test_tensors_with_tricks_are_refused(
+def test_hostile_tensors_are_refused(
     kind: str, case: bytes, honest: dict[str, Members], tmp_path: Path, no_model: None
 ) -> None:
     path = tmp_path / NAMES[kind]
@@ -550,7 +548,7 @@ WEIGHT_CASES: dict[str, tuple[str, Callable[[Weights], Weights]]] = {
 
 
 @pytest.mark.parametrize(("naming", "change"), WEIGHT_CASES.values(), ids=WEIGHT_CASES.keys())
-def test_weights_that_are_not_the_models_are_refused(
+def test_weights_of_another_model_are_refused(
     naming: str, change: Any, honest: dict[str, Members], tmp_path: Path
 ) -> None:
     members = honest["nemo"] | {WEIGHTS: save(change(load(honest["nemo"][WEIGHTS])))}
@@ -572,14 +570,16 @@ STATES = {
 
 
 @pytest.mark.parametrize("text", STATES.values(), ids=[name[:40] for name in STATES])
-def test_a_state_with_tricks_is_refused(
+def test_a_hostile_training_state_is_refused(
     text: bytes, honest: dict[str, Members], tmp_path: Path, no_model: None
 ) -> None:
     refused(tmp_path / NAMES["ckpt"], tar(sealed(honest["ckpt"] | {STATE: text})), [load_checkpoint], STATE)
 
 
-def test_a_pickle_in_an_archive_of_nemos_own_is_not_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such archives go to NeMo's connector; torch's weights-only unpickler stands between it and harm."""
+def test_a_pickle_in_a_nemo_archive_of_another_class_runs_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NeMo's connector reads such archives; torch's weights-only unpickler prevents code execution."""
     weights = io.BytesIO()
     torch.save({"a": Evil()}, weights)
     path, ran = tmp_path / "theirs.nemo", []
@@ -588,7 +588,7 @@ def test_a_pickle_in_an_archive_of_nemos_own_is_not_obeyed(tmp_path: Path, monke
     monkeypatch.delenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", raising=False)
     with pytest.raises(UserError, match=r"theirs\.nemo: unexpected member"):
         ESM1nvModel.restore_from(str(path))
-    unpacks = hasattr(tarfile, "data_filter")  # Python before 3.11.4 lacks what NeMo unpacks archives with
+    unpacks = hasattr(tarfile, "data_filter")  # Python before 3.11.4 lacks the filter that NeMo uses to unpack
     with pytest.raises(pickle.UnpicklingError if unpacks else TypeError, match=r"Weights only|filter"):
         Theirs.restore_from(str(path))
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -598,7 +598,7 @@ def test_a_pickle_in_an_archive_of_nemos_own_is_not_obeyed(tmp_path: Path, monke
 
 
 class Theirs(ModelPT):
-    """A model that is not in our registry."""
+    """Model class that is not in our registry."""
 
     setup_training_data = setup_validation_data = None
     list_available_models = classmethod(lambda cls: [])

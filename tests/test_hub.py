@@ -1,7 +1,7 @@
-"""Models are fetched from the Hub by commit, kept in its cache, and what goes wrong is said in one line.
+"""Downloads from the Hub: pinned commits, the cache, and one-line errors.
 
-The server is one on this machine that answers as the Hub does; the client is huggingface_hub, in processes of its own,
-as it reads its environment once.
+A local server imitates the Hub. The client is huggingface_hub in separate processes, because it reads its environment
+only once.
 """
 
 from __future__ import annotations
@@ -65,18 +65,18 @@ Fetch = Callable[..., list[dict[str, str]]]
 
 @dataclass
 class Repository:
-    """The files of each commit, and what branches and tags stand for."""
+    """Hold the files of each commit, and the commits of branches and tags."""
 
     commits: dict[str, Files]
     refs: dict[str, str]
     gated: bool = False
-    token: str | None = None  # without it, it is as if there were none
-    pushed: dict[str, str] = field(default_factory=dict)  # what stands for something else once it has been looked up
+    token: str | None = None  # requests without it get "not found"
+    pushed: dict[str, str] = field(default_factory=dict)  # refs that move after they are first resolved
 
 
 @dataclass
 class Requests:
-    """What was asked for: method, path and the token that came with it."""
+    """Record the method, path and token of each request."""
 
     all: list[tuple[str, str, str | None]] = field(default_factory=list)
 
@@ -85,7 +85,7 @@ class Requests:
 
 
 class Hub(ThreadingHTTPServer):
-    """The endpoints of the Hub that a download needs."""
+    """Serve the endpoints of the Hub that a download needs."""
 
     daemon_threads = True
 
@@ -93,16 +93,16 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, Repository] = {}
         self.requests = Requests()
-        self.drops = 0  # answers with weights that end in the middle
-        self.status = 0  # of every answer, where the server is ill
-        self.page: bytes | None = None  # instead of every answer
+        self.drops = 0  # number of weight responses to cut off
+        self.status = 0  # HTTP status of every response, if not 0
+        self.page: bytes | None = None  # replaces every response
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, *_: object) -> None:
-        """A client that goes away is what some tests are about."""
+        """Ignore disconnected clients; some tests cause them."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -178,7 +178,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """What a repository with a small ESM-1b has, things that nobody needs included."""
+    """Return the files of a repository with a small ESM-1b, including unneeded files."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     ids = {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1}
     folder = tmp_path_factory.mktemp("repository")
@@ -192,7 +192,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture
 def repository(hub: Hub, files: Files) -> Repository:
-    """Two commits, of another dropout each: a tag stands for the first, the branch for the second."""
+    """Return a repository of two commits with different dropout: a tag for the first, the branch for the second."""
     older = files | {"config.json": files["config.json"].replace(b'_dropout_prob": 0.1', b'_dropout_prob": 0.0')}
     hub.repositories[NAME] = Repository({FIRST: older, SECOND: files}, {"main": SECOND, "v1": FIRST})
     return hub.repositories[NAME]
@@ -200,7 +200,7 @@ def repository(hub: Hub, files: Files) -> Repository:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Client]:
-    """A process that has imported what takes long, and forks for each job."""
+    """Run a process that imports the slow modules once and forks for each job."""
     command, pipe = [sys.executable, "-c", SERVER], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=clean(OMP_NUM_THREADS="1")) as process:
         yield process
@@ -209,14 +209,14 @@ def server() -> Iterator[Client]:
 
 
 def clean(**environment: str) -> dict[str, str]:
-    """The environment, without what the person at the keyboard has set for the Hub."""
+    """Return the environment without the user's Hub settings."""
     theirs = ("HF_", "HUGGING", "TRANSFORMERS", "XDG_")
     return {name: value for name, value in os.environ.items() if not name.startswith(theirs)} | environment
 
 
 @pytest.fixture
 def fetch(server: Client, tmp_path: Path) -> Fetch:
-    """What comes of fetching each, one after another in one process with its cache in `tmp_path`."""
+    """Return a function that fetches models in sequence in one process, with its cache in `tmp_path`."""
 
     def ask(url: str, *wanted: str, **environment: str) -> list[dict[str, str]]:
         assert server.stdin is not None and server.stdout is not None
@@ -226,7 +226,7 @@ def fetch(server: Client, tmp_path: Path) -> Fetch:
         server.stdin.flush()
         errors = (tmp_path / "job.err").read_text() if server.stdout.readline() else "the server has died"
         assert "Traceback" not in errors, errors
-        assert "%|" not in errors  # no bar where nobody watches
+        assert "%|" not in errors  # no progress bar without a terminal
         told: list[dict[str, str]] = json.loads((tmp_path / "job.out").read_text())
         return told
 
@@ -240,11 +240,11 @@ def refusal(fetch: Fetch, url: str, wanted: str, *parts: str, **environment: str
     assert all(part in told["error"] for part in (wanted, *parts)), told
 
 
-# --- what is fetched --------------------------------------------------------------------------------------------------
+# --- downloads --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("repository")
-def test_the_needed_files_are_fetched_and_no_others(fetch: Fetch, tmp_path: Path, hub: Hub) -> None:
+def test_only_needed_files_are_fetched(fetch: Fetch, tmp_path: Path, hub: Hub) -> None:
     (told,) = fetch(hub.url, NAME)
     assert told["commit"] == SECOND
     folder = Path(told["folder"])
@@ -252,7 +252,7 @@ def test_the_needed_files_are_fetched_and_no_others(fetch: Fetch, tmp_path: Path
     assert {path.name for path in folder.iterdir()} == needed == hub.requests.files()
     assert folder.is_relative_to(tmp_path)
     told_of = [path for _, path, _ in hub.requests.all if not path.startswith(("/api/models/lab/esm/", "/lab/esm/"))]
-    assert not told_of  # nothing about who asks
+    assert not told_of  # no request about the user
     assert read_hugging_face(folder).config.num_layers == 1
 
 
@@ -265,7 +265,7 @@ def test_a_revision_is_pinned_by_branch_tag_or_commit(fetch: Fetch, tmp_path: Pa
     assert not any("/resolve/main/" in path or "/resolve/v1/" in path for _, path, _ in hub.requests.all)
 
 
-def test_a_push_in_the_meantime_does_not_mix_two_commits(fetch: Fetch, hub: Hub, repository: Repository) -> None:
+def test_a_push_during_the_download_does_not_mix_two_commits(fetch: Fetch, hub: Hub, repository: Repository) -> None:
     repository.pushed = {"main": FIRST}
     (told,) = fetch(hub.url, NAME)
     assert told["commit"] == SECOND
@@ -273,7 +273,7 @@ def test_a_push_in_the_meantime_does_not_mix_two_commits(fetch: Fetch, hub: Hub,
     assert repository.refs["main"] == FIRST
 
 
-def test_shards_come_with_their_index_and_pickles_only_where_there_is_nothing_better(
+def test_shards_are_fetched_with_their_index_and_pickles_only_as_a_fallback(
     fetch: Fetch, tmp_path: Path, hub: Hub, files: Files, repository: Repository
 ) -> None:
     whole = {name: content for name, content in files.items() if name != "model.safetensors"}
@@ -288,7 +288,7 @@ def test_shards_come_with_their_index_and_pickles_only_where_there_is_nothing_be
 
 
 @pytest.mark.usefixtures("repository")
-def test_what_is_in_the_cache_needs_no_network(fetch: Fetch, tmp_path: Path, hub: Hub) -> None:
+def test_cached_models_need_no_network(fetch: Fetch, tmp_path: Path, hub: Hub) -> None:
     (online,) = fetch(hub.url, NAME)
     hub.requests.all.clear()
     wanted = (NAME, f"{NAME}@{SECOND}")
@@ -297,7 +297,7 @@ def test_what_is_in_the_cache_needs_no_network(fetch: Fetch, tmp_path: Path, hub
     assert fetch("http://127.0.0.1:9", *wanted) == [online, online]
 
 
-def test_a_private_repository_is_open_to_those_with_its_token(
+def test_a_private_repository_is_fetched_with_its_token_only(
     fetch: Fetch, tmp_path: Path, hub: Hub, repository: Repository
 ) -> None:
     repository.token = "hf_secret"
@@ -306,19 +306,17 @@ def test_a_private_repository_is_open_to_those_with_its_token(
 
 
 @pytest.mark.usefixtures("repository")
-def test_a_download_that_breaks_off_once_is_whole_in_the_end(
-    fetch: Fetch, tmp_path: Path, hub: Hub, files: Files
-) -> None:
+def test_a_download_interrupted_once_is_completed(fetch: Fetch, tmp_path: Path, hub: Hub, files: Files) -> None:
     hub.drops = 1
-    *_, told = fetch(hub.url, NAME, NAME)  # old versions of huggingface_hub leave it to the user to try again
+    *_, told = fetch(hub.url, NAME, NAME)  # old versions of huggingface_hub do not retry
     assert (Path(told["folder"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
-# --- what goes wrong --------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("repository")
-def test_a_download_that_keeps_breaking_off_is_an_error_and_leaves_no_half_model(
+def test_a_download_that_keeps_failing_is_an_error_without_a_partial_model(
     fetch: Fetch, tmp_path: Path, hub: Hub
 ) -> None:
     hub.drops = 100
@@ -328,7 +326,7 @@ def test_a_download_that_keeps_breaking_off_is_an_error_and_leaves_no_half_model
 
 
 @pytest.mark.usefixtures("repository")
-def test_what_is_not_there_is_said_by_its_name(fetch: Fetch, tmp_path: Path, hub: Hub) -> None:
+def test_missing_repositories_and_revisions_are_named(fetch: Fetch, tmp_path: Path, hub: Hub) -> None:
     told = fetch(hub.url, "lab/other", f"{NAME}@v9", "../esm", "lab/esm/more", f"{NAME}@../../x", "--help")
     parts = (
         "lab/other: no such repository",
@@ -342,12 +340,14 @@ def test_what_is_not_there_is_said_by_its_name(fetch: Fetch, tmp_path: Path, hub
     assert all(part in one["error"] for one, part in zip(told, parts, strict=True)), told
 
 
-def test_without_network_and_cache_there_is_one_line(fetch: Fetch, tmp_path: Path) -> None:
+def test_without_network_and_cache_the_error_is_one_line(fetch: Fetch, tmp_path: Path) -> None:
     refusal(fetch, "http://127.0.0.1:9", NAME, "http://127.0.0.1:9 cannot be reached", str(tmp_path), "the network")
     refusal(fetch, "http://127.0.0.1:9", NAME, "in the cache", "HF_HUB_OFFLINE", "; unset it, or", HF_HUB_OFFLINE="1")
 
 
-def test_a_gated_repository_asks_for_its_terms(fetch: Fetch, tmp_path: Path, hub: Hub, repository: Repository) -> None:
+def test_the_error_for_a_gated_repository_names_its_page(
+    fetch: Fetch, tmp_path: Path, hub: Hub, repository: Repository
+) -> None:
     repository.gated = True
     refusal(fetch, hub.url, NAME, "is gated", f"{hub.url}/{NAME}", "HF_TOKEN")
 
@@ -355,19 +355,19 @@ def test_a_gated_repository_asks_for_its_terms(fetch: Fetch, tmp_path: Path, hub
 @pytest.mark.parametrize(
     ("status", "part"), [(500, "fails (HTTP 500)"), (403, "refuses it (HTTP 403)"), (429, "HTTP 429")]
 )
-def test_a_server_that_is_ill_is_told_from_one_that_is_away(
+def test_http_errors_are_distinguished_from_an_unreachable_server(
     fetch: Fetch, tmp_path: Path, hub: Hub, status: int, part: str
 ) -> None:
     hub.status = status
     refusal(fetch, hub.url, NAME, part)
 
 
-def test_a_page_instead_of_an_answer_is_no_answer(fetch: Fetch, tmp_path: Path, hub: Hub) -> None:
+def test_an_html_page_as_a_response_is_an_error(fetch: Fetch, tmp_path: Path, hub: Hub) -> None:
     hub.page = b"<html>Please log in to this network</html>"
     refusal(fetch, hub.url, NAME, "broke off")
 
 
-def test_a_model_that_cannot_be_taken_in_is_refused_before_its_weights_are_fetched(
+def test_an_unsupported_model_is_refused_before_its_weights_are_fetched(
     fetch: Fetch, tmp_path: Path, hub: Hub, files: Files, repository: Repository
 ) -> None:
     repository.commits[SECOND] = files | {"config.json": b'{"model_type": "bert"}'}
@@ -396,5 +396,5 @@ def test_a_repository_without_weights_is_refused(
     ],
     ids=["no space", "quota", "a folder of others", "hf_xet without a token", "hf_xet breaking off"],
 )
-def test_what_the_disk_and_hf_xet_say_is_put_in_a_line(error: Exception, part: str) -> None:
+def test_errors_of_the_disk_and_of_hf_xet_are_explained_in_one_line(error: Exception, part: str) -> None:
     assert part in _explain(error, NAME)

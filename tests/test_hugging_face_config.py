@@ -1,4 +1,4 @@
-"""What `config.json` of a Hugging Face ESM says is followed to the letter, or refused by its key."""
+"""Reading `config.json` of a Hugging Face ESM: every key is applied or refused with its name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.interchange.huggingface import read_config
 from bionemo_esm.model.interchange.state_dict_adapter import InterchangeError
 
-PUBLISHED = {  # as on the Hub, written by transformers 4.2x
+PUBLISHED = {  # from the Hub, written by transformers 4.2x
     "architectures": ["EsmForMaskedLM"],
     "classifier_dropout": None,
     "esmfold_config": None,
@@ -91,9 +91,7 @@ PUBLISHED = {  # as on the Hub, written by transformers 4.2x
     ],
     ids=["facebook/esm1b_t33_650M_UR50S", "facebook/esm1v_t33_650M_UR90S_1", "facebook/esm2_t6_8M_UR50D"],
 )
-def test_published_configurations_are_understood(
-    tmp_path: Path, published: dict[str, Any], expected: EncoderConfig
-) -> None:
+def test_published_configurations_are_read(tmp_path: Path, published: dict[str, Any], expected: EncoderConfig) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED | published))
     (tmp_path / "vocab.txt").write_text("\n".join(TOKENS))
     found = read_config(tmp_path)
@@ -103,7 +101,7 @@ def test_published_configurations_are_understood(
 
 @pytest.fixture
 def values(tmp_path: Path) -> dict[str, Any]:
-    """The configuration of a small ESM-1b as this version of transformers writes it; it is read without complaint."""
+    """Return a valid configuration of a small ESM-1b, written by the installed transformers."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     ids = {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1, "layer_norm_eps": 1e-5}
     config = EsmConfig(**sizes, **ids, emb_layer_norm_before=True, architectures=["EsmForMaskedLM"])
@@ -176,7 +174,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_a_configuration_that_we_cannot_follow_is_refused_by_its_key(
+def test_an_unsupported_configuration_is_refused_with_its_key(
     tmp_path: Path, values: dict[str, Any], name: str
 ) -> None:
     changes, parts = CONFIGURATIONS[name]
@@ -202,7 +200,7 @@ def test_a_configuration_that_we_cannot_follow_is_refused_by_its_key(
     ],
     ids=["null", "about the file", "no architecture", "older", "newer", "as ours", "empty"],
 )
-def test_what_changes_nothing_is_no_objection(tmp_path: Path, values: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_keys_without_effect_are_accepted(tmp_path: Path, values: dict[str, Any], changes: dict[str, Any]) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(TOKENS))
     before = read_config(tmp_path)
     kept = {key: value for key, value in (values | changes).items() if value is not ABSENT}
@@ -214,14 +212,14 @@ def test_what_changes_nothing_is_no_objection(tmp_path: Path, values: dict[str, 
 
 
 def tokenizer(folder: Path, tokens: Iterable[str], special: tuple[str, ...] = ()) -> None:
-    """tokenizer.json as the library writes it, and no vocab.txt."""
+    """Write tokenizer.json as the library does, without vocab.txt."""
     made = Tokenizer(WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
     made.add_special_tokens(list(special))
     made.save(str(folder / "tokenizer.json"))
 
 
 @pytest.mark.usefixtures("values")
-def test_a_folder_that_does_not_say_its_alphabet_is_taken_with_a_note(tmp_path: Path) -> None:
+def test_a_folder_without_an_alphabet_is_accepted_with_a_note(tmp_path: Path) -> None:
     (note,) = read_config(tmp_path).notes
     assert note.startswith("taken for granted: the alphabet is ESM's, as neither vocab.txt nor tokenizer.json")
     tokenizer(tmp_path, TOKENS)
@@ -231,7 +229,7 @@ def test_a_folder_that_does_not_say_its_alphabet_is_taken_with_a_note(tmp_path: 
     assert read_config(tmp_path).notes == ()
 
 
-def test_an_alphabet_in_the_configuration_itself_needs_no_note(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_an_alphabet_in_the_configuration_gives_no_note(tmp_path: Path, values: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values | {"vocab_list": list(TOKENS)}))
     assert read_config(tmp_path).notes == ()
 
@@ -248,7 +246,7 @@ def test_an_alphabet_in_the_configuration_itself_needs_no_note(tmp_path: Path, v
     ],
     ids=["another order", "one short", "one more", "one added", "another added"],
 )
-def test_without_vocabulary_the_tokenizer_must_have_our_alphabet(
+def test_without_vocab_txt_the_tokenizer_must_have_our_alphabet(
     tmp_path: Path, tokens: tuple[str, ...], special: tuple[str, ...], part: str
 ) -> None:
     tokenizer(tmp_path, tokens, special)
@@ -263,11 +261,11 @@ def test_without_vocabulary_the_tokenizer_must_have_our_alphabet(
 
 
 @pytest.mark.usefixtures("values")
-def test_special_tokens_may_stand_beside_the_vocabulary(tmp_path: Path) -> None:
+def test_special_tokens_may_be_listed_outside_the_vocabulary(tmp_path: Path) -> None:
     tokenizer(tmp_path, TOKENS[:-1], ("<cls>", "<mask>"))
     assert read_config(tmp_path).notes == ()
     made = json.loads((tmp_path / "tokenizer.json").read_text())
-    made["model"]["vocab"] = [[token, 0.0] for token in TOKENS[:-1]]  # as models with scores have it
+    made["model"]["vocab"] = [[token, 0.0] for token in TOKENS[:-1]]  # the form of models with scores
     (tmp_path / "tokenizer.json").write_text(json.dumps(made))
     assert read_config(tmp_path).notes == ()
 
@@ -291,7 +289,7 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path, name: str) 
         read_config(tmp_path)
 
 
-def test_flags_that_are_null_are_off_as_in_transformers(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_null_flags_are_off_as_in_transformers(tmp_path: Path, values: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values | {"emb_layer_norm_before": None, "token_dropout": None}))
     found = read_config(tmp_path).encoder
     assert (found.embedding_layernorm, found.token_dropout) == (False, False)

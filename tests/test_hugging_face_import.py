@@ -1,4 +1,4 @@
-"""Folders that `transformers` writes are read tensor for tensor; any other is refused, naming the file."""
+"""Import of folders written by `transformers`: exact tensors, and refusals that name the file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def esm(family: str = "ESM-1b") -> EsmForMaskedLM:
 
 
 def in_two(model: EsmForMaskedLM, folder: Path, save: Callable[[Any, Path], None], name: str) -> None:
-    """Shards and an index, as `save_pretrained` writes both; pickled ones it no longer writes."""
+    """Write two shards and an index as `save_pretrained` does; it no longer writes pickled ones itself."""
     stem, suffix = name.split(".")
     model.config.architectures = ["EsmForMaskedLM"]
     model.config.save_pretrained(folder)
@@ -78,7 +78,7 @@ def taken(folder: Path) -> ImportedWeights:
 
 
 def refused(folder: Path, *parts: str) -> str:
-    """The one line of the error that taking the folder in ends with; it has these parts."""
+    """Check that the import fails with a one-line error that has these parts; return the error."""
     with pytest.raises(UserError) as caught:
         taken(folder)
     message = str(caught.value)
@@ -87,7 +87,7 @@ def refused(folder: Path, *parts: str) -> str:
     return message
 
 
-# --- what is read -----------------------------------------------------------------------------------------------------
+# --- import -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_every_tensor_that_was_saved_is_read_back_bit_for_bit(tmp_path: Path, fa
 
 
 @pytest.mark.parametrize("family", SHAPES)
-def test_the_model_that_is_read_answers_as_theirs_does(tmp_path: Path, family: str) -> None:
+def test_the_imported_model_matches_the_logits_of_transformers(tmp_path: Path, family: str) -> None:
     model = esm(family)
     model.save_pretrained(tmp_path / "saved")
     ours = taken(tmp_path / "saved")
@@ -123,7 +123,7 @@ def test_the_model_that_is_read_answers_as_theirs_does(tmp_path: Path, family: s
     assert (mine - theirs).abs().max() < 1e-4 < 0.1 * theirs.std()
 
 
-def test_where_a_model_is_from_is_recorded_with_hashes_of_all_that_was_read(tmp_path: Path) -> None:
+def test_provenance_has_the_source_and_hashes_of_all_read_files(tmp_path: Path) -> None:
     esm().save_pretrained(tmp_path / "mine", max_shard_size="40KB")
     told: list[int] = []
     foreign = read_hugging_face(tmp_path / "mine", source="me/mine", revision="abc", advance=told.append)
@@ -136,7 +136,7 @@ def test_where_a_model_is_from_is_recorded_with_hashes_of_all_that_was_read(tmp_
     assert json.loads(json.dumps(foreign.provenance)) == foreign.provenance
 
 
-def test_safetensors_are_preferred_and_what_is_left_aside_is_said(tmp_path: Path) -> None:
+def test_safetensors_are_preferred_and_ignored_files_are_noted(tmp_path: Path) -> None:
     esm().save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "vocab.txt").write_text("\n".join(TOKENS))
     (tmp_path / "saved" / "pytorch_model.bin").write_bytes(b"never opened")
@@ -144,18 +144,18 @@ def test_safetensors_are_preferred_and_what_is_left_aside_is_said(tmp_path: Path
     assert read(tmp_path / "saved").notes == ("left aside: 'pytorch_model.bin', as model.safetensors is read",)
 
 
-def test_an_alphabet_that_nothing_tells_is_noted(tmp_path: Path) -> None:
+def test_a_missing_alphabet_is_noted(tmp_path: Path) -> None:
     esm().save_pretrained(tmp_path / "saved")
     (note,) = read(tmp_path / "saved").notes
     assert note.startswith("taken for granted: the alphabet is ESM's")
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that is read without complaint; with a vocabulary, as `EsmTokenizer` writes it."""
+    """Return a valid folder with a vocabulary as `EsmTokenizer` writes it."""
     folder = tmp_path_factory.mktemp("sound") / "esm"
     esm().save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(TOKENS) + "\n")
@@ -169,7 +169,7 @@ def copy(sound: Path, tmp_path: Path) -> Path:
 
 
 def sharded(folder: Path) -> Path:
-    """The folder anew, in two shards; the index."""
+    """Rewrite the folder in two shards; return the index."""
     shutil.rmtree(folder)
     in_two(esm(), folder, save_file_as_theirs, "model.safetensors")
     return folder / "model.safetensors.index.json"
@@ -312,14 +312,14 @@ FILES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_that_are_not_what_they_should_be_are_refused_by_name(copy: Path, name: str) -> None:
+def test_invalid_files_are_refused_with_their_name(copy: Path, name: str) -> None:
     spoil, parts = FILES[name]
     spoil(copy)
     message = refused(copy, *parts)
     assert str(copy) in message
 
 
-def test_a_refusal_is_an_error_of_interchange(copy: Path) -> None:
+def test_a_refusal_is_an_interchange_error(copy: Path) -> None:
     cut(copy / "model.safetensors")
     with pytest.raises(InterchangeError):
         read(copy)

@@ -1,4 +1,4 @@
-"""Proteins to ask the model about: every form they come in, and every record that cannot be used."""
+"""Input proteins for inference: accepted formats, and handling of unusable records."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ FORMS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_proteins_are_the_same_in_every_form(name: str, tmp_path: Path) -> None:
+def test_every_file_format_gives_the_same_proteins(name: str, tmp_path: Path) -> None:
     found = list(read_proteins(written(tmp_path, name, FORMS[name])))
     assert {protein.id: decode(protein.tokens) for protein in found} == TWO
     assert [protein.number for protein in found] == [1, 2]
@@ -106,7 +106,7 @@ def test_standard_input_is_read_like_a_file(content: bytes, form: str | None) ->
     assert done.stdout.decode().splitlines() == ["1 P0CG48 76", "2 1CRN 46"]
 
 
-def test_the_shipped_sample_is_read_as_the_data_reader_does() -> None:
+def test_the_shipped_sample_is_read_like_in_the_data_reader() -> None:
     found = list(read_proteins(SAMPLE / "test.fasta.gz"))
     records = list(read_fasta(SAMPLE / "test.fasta.gz"))
     assert [protein.id for protein in found] == [record.id for record in records]
@@ -125,20 +125,20 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
-def test_without_a_column_of_ids_their_numbers_serve(name: str, tmp_path: Path) -> None:
+def test_without_an_id_column_record_numbers_are_the_ids(name: str, tmp_path: Path) -> None:
     content = "sequence\nMKV\n\nACD\n" if name == "a.csv" else as_parquet({"sequence": ["MKV", "ACD"]})
     path = written(tmp_path, name, content)
     assert read(path) == {"1": "MKV", "2": "ACD"}
     assert scan_input(path).ids_are_numbers
 
 
-def test_whole_numbers_are_ids_and_zero_is_one(tmp_path: Path) -> None:
+def test_integer_ids_are_accepted_including_zero(tmp_path: Path) -> None:
     path = written(tmp_path, "a.parquet", as_parquet({"id": [0, 17], "sequence": ["MKV", "ACD"]}))
     assert read(path) == {"0": "MKV", "17": "ACD"}
     assert not scan_input(path).ids_are_numbers
 
 
-def test_ids_may_hold_what_people_write(tmp_path: Path) -> None:
+def test_ids_may_contain_spaces_punctuation_and_unicode(tmp_path: Path) -> None:
     ids = ["a/b", "a b", "ä-β", "x" * 1024, "a,b", 'say "x"', "."]
     stream = io.StringIO()
     csv.writer(stream).writerows([["id", "sequence"], *([name, "MKV"] for name in ids)])
@@ -146,9 +146,9 @@ def test_ids_may_hold_what_people_write(tmp_path: Path) -> None:
     assert list(read(written(tmp_path, "a.parquet", as_parquet({"id": ids, "sequence": ["MKV"] * 7})))) == ids
 
 
-# --- records that cannot be used --------------------------------------------------------------------------------------
+# --- unusable records -------------------------------------------------------------------------------------------------
 
-BAD: dict[str, tuple[str, str]] = {  # id and sequence of the second record, and what is said of it
+BAD: dict[str, tuple[str, str]] = {  # id and sequence of the second record, and the message about it
     "empty": ("", "it has no residues"),
     "star": ("*", "it has no residues"),
     "j": ("MKJV", "residue 3 is 'J', not a letter of proteins"),
@@ -163,7 +163,7 @@ BAD: dict[str, tuple[str, str]] = {  # id and sequence of the second record, and
 
 @pytest.mark.parametrize("form", ["fasta", "csv", "parquet"])
 @pytest.mark.parametrize("which", BAD)
-def test_a_bad_record_is_an_error_or_left_out(which: str, form: str, tmp_path: Path) -> None:
+def test_a_bad_record_is_an_error_or_skipped(which: str, form: str, tmp_path: Path) -> None:
     sequence, message = BAD[which]
     proteins = {"first": CRAMBIN, "second": sequence, "third": UBIQUITIN}
     columns = {"id": list(proteins), "sequence": list(proteins.values())}
@@ -184,7 +184,7 @@ def test_a_bad_record_is_an_error_or_left_out(which: str, form: str, tmp_path: P
     ("MKJV", "MKXV"), ("MK*VA*", "MKXVA"), ("MK-.V", "MKXXV"), ("MКVä", "MXVX"), ("XBUZO", "XBUZO"),
 ])  # fmt: skip
 @pytest.mark.parametrize("form", ["fasta", "csv"])
-def test_unknown_letters_are_read_as_x_on_request_one_for_one(
+def test_unknown_letters_become_x_on_request_without_changing_the_length(
     given: str, read_as: str, form: str, tmp_path: Path
 ) -> None:
     path = written(tmp_path, f"in.{form}", fasta({"a": given}) if form == "fasta" else table({"a": given}))
@@ -192,7 +192,7 @@ def test_unknown_letters_are_read_as_x_on_request_one_for_one(
 
 
 @pytest.mark.parametrize("form", ["fasta", "csv", "parquet"])
-def test_an_id_comes_once(form: str, tmp_path: Path) -> None:
+def test_a_repeated_id_is_an_error_or_skipped(form: str, tmp_path: Path) -> None:
     contents = {
         "fasta": b">a 1\nMKV\n>b\nACD\n>a 2\nMMM\n",
         "csv": b"id,sequence\na,MKV\nb,ACD\na ,MMM\n",
@@ -204,7 +204,7 @@ def test_an_id_comes_once(form: str, tmp_path: Path) -> None:
     assert read(path, SKIP) == {"a": "MKV", "b": "ACD"}
 
 
-def test_the_id_of_a_record_that_was_left_out_is_free(tmp_path: Path) -> None:
+def test_the_id_of_a_skipped_record_can_be_used_again(tmp_path: Path) -> None:
     assert read(written(tmp_path, "in.fasta", ">a\nMKJ\n>a\nMKV\n"), SKIP) == {"a": "MKV"}
 
 
@@ -216,7 +216,9 @@ def test_the_id_of_a_record_that_was_left_out_is_free(tmp_path: Path) -> None:
     ("a\x1bb", "its id has a control character"),
     ("x" * 1025, r"\(x{37}\.\.\.\): its id has 1,025 characters, over 1,024"),
 ])  # fmt: skip
-def test_an_id_that_no_output_could_hold_is_refused(identifier: str | None, message: str, tmp_path: Path) -> None:
+def test_missing_overlong_and_control_character_ids_are_refused(
+    identifier: str | None, message: str, tmp_path: Path
+) -> None:
     path = written(tmp_path, "in.parquet", as_parquet({"id": ["a", identifier], "sequence": ["MKV", "ACD"]}))
     with pytest.raises(InputError, match=rf"in\.parquet, record 2.*{message}"):
         read(path)
@@ -226,19 +228,19 @@ def test_an_id_that_no_output_could_hold_is_refused(identifier: str | None, mess
             proteins_of({"a": "MKV", identifier: "ACD"})
 
 
-def test_a_sequence_that_is_null_has_no_residues(tmp_path: Path) -> None:
+def test_a_null_sequence_has_no_residues(tmp_path: Path) -> None:
     path = written(tmp_path, "in.parquet", as_parquet({"id": ["a", "b"], "sequence": ["MKV", None]}))
     with pytest.raises(InputError, match=r"record 2 \(b\): it has no residues"):
         read(path)
 
 
 @pytest.mark.parametrize("content", [b">a\n\n>b\nMKJ\n", b">a\n*\n"])
-def test_an_input_of_which_nothing_is_left_is_an_error(content: bytes, tmp_path: Path) -> None:
+def test_an_input_whose_records_are_all_skipped_is_an_error(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"in\.fasta: no protein is left: .*record 1 \(a\): it has no residues"):
         scan_input(written(tmp_path, "in.fasta", content), SKIP)
 
 
-# --- files that cannot be read ----------------------------------------------------------------------------------------
+# --- unreadable files -------------------------------------------------------------------------------------------------
 
 WHOLE = gzip.compress(table({f"p{i}": CRAMBIN for i in range(500)}), 1)
 SPOILT = bytearray(as_parquet({"id": ["a"] * 3000, "sequence": [CRAMBIN] * 3000}, compression="none"))
@@ -280,7 +282,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_input_is_refused_with_its_name_and_the_reason(name: str, tmp_path: Path) -> None:
+def test_an_invalid_file_is_refused_with_its_name_and_the_reason(name: str, tmp_path: Path) -> None:
     content, message = BROKEN[name]
     with pytest.raises((InputError, SourceError), match=message) as raised:
         scan_input(written(tmp_path, name, content), USUAL)
@@ -288,7 +290,7 @@ def test_what_is_no_input_is_refused_with_its_name_and_the_reason(name: str, tmp
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_cut_short_ends_in_the_error_and_not_in_a_short_record(tmp_path: Path) -> None:
+def test_a_truncated_file_gives_an_error_and_no_truncated_record(tmp_path: Path) -> None:
     path = written(tmp_path, "cut.csv.gz", WHOLE[:-20])
     found: list[str] = []
     with pytest.raises(InputError, match="damaged"):
@@ -297,7 +299,7 @@ def test_a_file_cut_short_ends_in_the_error_and_not_in_a_short_record(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["none.fasta", "none.csv", "none.parquet", "folder.csv", "folder.parquet"])
-def test_a_file_that_is_not_there_is_said_to_be(name: str, tmp_path: Path) -> None:
+def test_a_missing_file_or_a_folder_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "folder.parquet").mkdir()
     with pytest.raises(UserError, match=rf"{name}: .*([Nn]o such file|folder|directory)"):
@@ -310,7 +312,7 @@ def test_a_file_that_is_not_there_is_said_to_be(name: str, tmp_path: Path) -> No
     (InputPolicy(sequence_column="Sequence"), "sequence_column=Sequence: there is no such column"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
-def test_a_column_that_is_not_there_is_named(policy: InputPolicy, message: str, name: str, tmp_path: Path) -> None:
+def test_a_missing_column_is_named(policy: InputPolicy, message: str, name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         read(written(tmp_path, name, FORMS[name]), policy)
 
@@ -320,12 +322,12 @@ def test_a_column_that_is_not_there_is_named(policy: InputPolicy, message: str, 
     ({"bad_records": "warn"}, "bad_records must be one of error, skip, not 'warn'"),
     ({"unknown_letters": "x"}, "unknown_letters must be one of error, X, not 'x'"),
 ])  # fmt: skip
-def test_a_policy_of_unknown_words_is_refused(settings: dict[str, str], message: str) -> None:
+def test_invalid_values_of_a_policy_are_refused(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         InputPolicy(**settings)
 
 
-def test_a_line_without_end_is_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overlong_line_of_a_table_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bionemo_esm.inference.inputs.MAX_RECORD_BYTES", 2**21)
     with pytest.raises(InputError, match=r"in\.csv, line 2: is too long for a protein"):
         read(written(tmp_path, "in.csv", "id,sequence\na," + "M" * 2**23))
@@ -340,7 +342,7 @@ def test_memory_does_not_grow_with_the_input(form: str, tmp_path: Path) -> None:
     else:
         content = {"fasta": fasta, "csv": table}[form](proteins)
     path = written(tmp_path, f"in.{form}", content)
-    next(read_proteins(path))  # imports
+    next(read_proteins(path))  # warm up imports
     tracemalloc.start()
     residues = sum(protein.residues for protein in read_proteins(path))
     peak = tracemalloc.get_traced_memory()[1]
@@ -349,7 +351,7 @@ def test_memory_does_not_grow_with_the_input(form: str, tmp_path: Path) -> None:
     assert peak < 0.6 * residues
 
 
-# --- from a notebook --------------------------------------------------------------------------------------------------
+# --- Python objects ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("given", "expected"), [
@@ -359,7 +361,7 @@ def test_memory_does_not_grow_with_the_input(form: str, tmp_path: Path) -> None:
     (lambda: [("a", "MKV"), ("b", "ACD*")], {"a": "MKV", "b": "ACD"}),
     (lambda: "MKV", {"1": "MKV"}),
 ])  # fmt: skip
-def test_a_notebook_gives_what_it_has(given: Callable[[], Any], expected: dict[str, str]) -> None:
+def test_python_objects_are_accepted_as_proteins(given: Callable[[], Any], expected: dict[str, str]) -> None:
     assert {protein.id: decode(protein.tokens) for protein in proteins_of(given())} == expected
 
 
@@ -373,13 +375,13 @@ def test_a_notebook_gives_what_it_has(given: Callable[[], Any], expected: dict[s
     ({}, "sequences: no protein is there"),
     ("proteins.fasta", r"proteins\.fasta: no such file"),
 ])  # fmt: skip
-def test_a_notebook_is_told_what_cannot_be_used(given: Any, message: str) -> None:
+def test_unusable_python_objects_are_refused_with_the_reason(given: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         proteins_of(given)
 
 
 @pytest.mark.parametrize("place", ["at hand", "a file"])
-def test_advice_is_in_the_words_of_who_can_follow_it(place: str, tmp_path: Path) -> None:
+def test_advice_uses_python_or_command_line_syntax_of_the_caller(place: str, tmp_path: Path) -> None:
     path = written(tmp_path, "in.fasta", ">a\nMKJ\n")
     given: Any = path if place == "a file" else {"a": "MKJ"}
     with pytest.raises(InputError) as raised:
@@ -397,13 +399,13 @@ def test_advice_is_in_the_words_of_who_can_follow_it(place: str, tmp_path: Path)
         proteins_of(written(tmp_path, "in.csv", "x\nMK\n"), USUAL)
 
 
-def test_a_damaged_fasta_is_told_as_the_data_reader_tells_it(tmp_path: Path) -> None:
+def test_a_damaged_fasta_raises_the_error_of_the_data_reader(tmp_path: Path) -> None:
     with pytest.raises(FastaError, match="gzip stream is damaged"):
         read(written(tmp_path, "cut.fasta.gz", gzip.compress(fasta(TWO))[:-9]))
 
 
 @pytest.mark.parametrize("records", [1, 3, 1500])
-def test_nucleotides_are_refused_as_preprocess_refuses_them(tmp_path: Path, records: int) -> None:
+def test_nucleotides_are_refused_like_in_preprocess(tmp_path: Path, records: int) -> None:
     path = tmp_path / "genes.fasta"
     path.write_text("".join(f">gene{number}\nATGGTGCATCTGACTCCTGAGGAG\n" for number in range(records)))
     with refused("fasta.nucleotides", f"{path}: looks like DNA or RNA"):
@@ -413,18 +415,18 @@ def test_nucleotides_are_refused_as_preprocess_refuses_them(tmp_path: Path, reco
 
 
 @pytest.mark.parametrize("sequence", ["GATTACA", "GAGAGAGAGAGAGAGAGAGAGAGA"])
-def test_a_peptide_of_the_letters_of_bases_is_a_protein(sequence: str) -> None:
+def test_a_peptide_spelled_in_base_letters_is_accepted(sequence: str) -> None:
     assert [protein.residues for protein in proteins_of([sequence])] == [len(sequence)]
 
 
-def test_a_file_of_another_format_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_refused_with_its_name(tmp_path: Path) -> None:
     path = tmp_path / "crystallin.fasta"
     path.write_text(">P1;CRAB_ANAPL\nALPHA CRYSTALLIN B CHAIN.\n MDITIHNPLI*\n")
     with refused("fasta.format", f"{path}: is a PIR file"):
         scan_input(path)
 
 
-def test_the_index_that_pandas_wrote_is_the_ids(tmp_path: Path) -> None:
+def test_a_named_index_written_by_pandas_gives_the_ids(tmp_path: Path) -> None:
     indexed = pd.DataFrame({"sequence": ["MKV", "MLA"]}, index=["u", "c"])
     named = indexed.rename_axis("accession")
     plain = indexed.reset_index(drop=True)

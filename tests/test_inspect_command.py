@@ -1,4 +1,4 @@
-"""`bionemo-esm inspect`: what a file or a folder is; models and stores have their own tests."""
+"""`bionemo-esm inspect` on files and folders; models and stores have separate tests."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def finetuning(path: Path) -> None:
         (finetuning, "tuned", ["the folder of a fine-tuning", "model.nemo"]),
     ],
 )
-def test_what_a_command_wrote_is_described(
+def test_outputs_of_commands_are_described(
     make: Callable[[Path], None], name: str, mentions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / name
@@ -84,13 +84,15 @@ def test_what_a_command_wrote_is_described(
         ("my x.pt", b"PK\x03\x04", "target=my x.nemo'"),
     ],
 )
-def test_a_file_of_another_kind_is_named(name: str, content: str | bytes, mentions: str, tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_refused_with_its_format(
+    name: str, content: str | bytes, mentions: str, tmp_path: Path
+) -> None:
     text(tmp_path / name, content)
     with refused("inspect.foreign", tmp_path / name, mentions):
         main([str(tmp_path / name)])
 
 
-def test_a_folder_of_another_kind_is_refused_by_its_contents(tmp_path: Path) -> None:
+def test_a_folder_of_another_kind_is_refused_with_its_contents(tmp_path: Path) -> None:
     text(tmp_path / "notes.txt", "")
     with refused("inspect.foreign", tmp_path, "it holds notes.txt"):
         main([str(tmp_path)])

@@ -1,4 +1,4 @@
-"""The compiled parser against the reference reader, record by record, on real files and on mangled ones."""
+"""The compiled parser against the reference reader, on real and on corrupted files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PIECES += [b"MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQF
 
 
 def parsed(text: bytes, max_residues: int = 1024) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, fields and digests of whole records."""
+    """Return the tokens, fields and digests of all records in a text."""
     tokens = np.full(len(text), 99, dtype=np.uint8)
     fields = np.full((len(text) // 2 + 1, kernels.FIELDS), -7, dtype=np.int32)
     digests = np.zeros((len(text) // 2 + 1, 2), dtype=np.uint64)
@@ -46,7 +46,7 @@ def parsed(text: bytes, max_residues: int = 1024) -> tuple[np.ndarray, np.ndarra
 
 
 def by_reference(sequence: bytes) -> tuple[bytes, dict[int, int]]:
-    """Token ids and fields of one sequence, from the definition: byte by byte."""
+    """Return the token ids and fields of one sequence, computed byte by byte."""
     residues, fields = bytearray(), dict.fromkeys((kernels.UNKNOWN_LETTERS, kernels.GAPS), 0)
     body = sequence.translate(None, b".-")
     fields[kernels.GAPS] = len(sequence) - len(body)
@@ -62,7 +62,7 @@ def by_reference(sequence: bytes) -> tuple[bytes, dict[int, int]]:
 
 
 def check_against_reference(text: bytes, max_residues: int = 1024) -> int:
-    """Compare every record that the reference reader accepts; how many those were."""
+    """Compare every record that the reference reader accepts; return the number of those records."""
     tokens, fields, _ = parsed(text, max_residues)
     pieces = text[1:].split(b"\n>")
     assert len(pieces) == len(fields)
@@ -87,7 +87,7 @@ def check_against_reference(text: bytes, max_residues: int = 1024) -> int:
 
 @pytest.mark.parametrize("width", [0, 1, 31, 32, 33, 60, 61, 80])
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
-def test_real_proteins_are_parsed_alike_at_any_line_width(width: int, newline: bytes) -> None:
+def test_real_proteins_match_the_reference_at_any_line_width(width: int, newline: bytes) -> None:
     text = gzip.decompress((SAMPLE / "validation.fasta.gz").read_bytes())
     if width:
         lines = (
@@ -99,8 +99,8 @@ def test_real_proteins_are_parsed_alike_at_any_line_width(width: int, newline: b
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_mangled_proteins_are_parsed_alike_or_left_to_the_reference(seed: int) -> None:
-    """Bytes of real records replaced, removed and repeated at random."""
+def test_corrupted_proteins_match_the_reference_or_are_marked_suspect(seed: int) -> None:
+    """Replace, remove and insert random bytes in real records."""
     rng = random.Random(seed)
     text = bytearray(gzip.decompress((SAMPLE / "test.fasta.gz").read_bytes())[:20_000])
     for _ in range(rng.randrange(1, 200)):
@@ -111,11 +111,11 @@ def test_mangled_proteins_are_parsed_alike_or_left_to_the_reference(seed: int) -
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=40))
-def test_any_text_is_parsed_alike_or_left_to_the_reference(pieces: list[bytes]) -> None:
+def test_any_text_matches_the_reference_or_is_marked_suspect(pieces: list[bytes]) -> None:
     check_against_reference(b">" + b"".join(pieces), max_residues=100)
 
 
-def test_digests_are_those_of_the_cut_sequence_and_of_the_identifier() -> None:
+def test_digests_depend_on_the_truncated_sequence_and_the_identifier() -> None:
     protein = b"MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVG"
     text = b">a x\n%s\n>a y\n%s\n>b\n%sW\n> \n%s\n" % (protein, protein.lower(), protein, protein[:-1])
     digests = parsed(text)[2]
@@ -126,14 +126,14 @@ def test_digests_are_those_of_the_cut_sequence_and_of_the_identifier() -> None:
     assert len(set(parsed(text, max_residues=40)[2][:, 0].tolist())) == 1
 
 
-def test_digests_of_real_proteins_and_of_their_point_mutants_are_distinct_and_uniform() -> None:
+def test_digests_of_real_proteins_and_point_mutants_are_distinct_and_uniform() -> None:
     records = gzip.decompress((SAMPLE / "train.fasta.gz").read_bytes()).split(b"\n>")
     protein = records[0].partition(b"\n")[2]
     mutants = [protein[:at] + letter + protein[at + 1 :] for at in range(len(protein)) for letter in (b"A", b"W")]
     texts = [record.partition(b"\n")[2] for record in records] + mutants + [b"A" * n for n in range(1, 200)]
     digests = parsed(b"".join(b">\n%s\n" % text for text in texts))[2][:, 0]
     assert len(set(digests.tolist())) == len(set(texts))
-    for shift in range(64):  # each bit is set in half of them
+    for shift in range(64):  # each bit is set in half of the digests
         assert abs(np.mean((digests >> np.uint64(shift)) & np.uint64(1)) - 0.5) < 0.06
 
 
@@ -155,7 +155,7 @@ def test_another_key_gives_other_digests() -> None:
     assert (digests[0, 0] != digests[1, 0]).all()
 
 
-def test_counts_of_tokens_are_those_of_bincount() -> None:
+def test_token_counts_match_bincount() -> None:
     rng = np.random.default_rng(0)
     for size in (0, 1, 2, 1001, 65_536):
         tokens = rng.integers(0, VOCABULARY_SIZE, size, dtype=np.uint8)
@@ -165,7 +165,7 @@ def test_counts_of_tokens_are_those_of_bincount() -> None:
 
 
 @pytest.mark.parametrize("expected", [0, 50, 100_000])
-def test_a_digest_set_agrees_with_a_python_set(expected: int) -> None:
+def test_a_digest_set_matches_a_python_set(expected: int) -> None:
     rng = np.random.default_rng(1)
     ours, theirs = DigestSet(), set[int]()
     ours.reserve(expected)
@@ -185,8 +185,8 @@ def test_a_digest_set_agrees_with_a_python_set(expected: int) -> None:
     assert len(other) == len(ours)
 
 
-def test_kernels_compile_where_nothing_can_be_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container whose package and home are read-only, numba finds no place for its cache."""
+def test_kernels_compile_without_a_writable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container with a read-only package and home, numba finds no location for its cache."""
     calls = []
 
     def njit(**options: bool):  # type: ignore[no-untyped-def]
@@ -200,8 +200,8 @@ def test_kernels_compile_where_nothing_can_be_cached(tmp_path: Path, monkeypatch
     assert [options.get("cache") for options in calls] == [True, None]
 
 
-def test_code_made_of_other_sources_is_not_taken_from_the_disk(tmp_path: Path) -> None:
-    """Numba looks at the file of a function only, and ours are made of constants and functions of other files."""
+def test_cached_code_of_other_sources_is_not_reused(tmp_path: Path) -> None:
+    """Numba's cache checks only a function's own file; our kernels also depend on other files."""
     program = tmp_path / "program.py"
     program.write_text(
         "import sys\n"

@@ -1,4 +1,4 @@
-"""Near-duplicates between splits: real proteins planted in changed form are found, and how the search can fail."""
+"""Near-duplicates between splits: planted modified copies are found, and failures of the search are reported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def store_of(folder: Path, sequences: Mapping[str, Iterable[Tokens]]) -> Protein
 
 
 def changed(protein: Tokens, every: int) -> Tokens:
-    """The protein with each `every`-th residue exchanged for the next of the alphabet, the ends left as they are."""
+    """Return the protein with every `every`-th residue replaced by the next standard one, except at the ends."""
     copy = protein.copy()
     places = np.arange(every // 2, protein.size - 2, every)
     copy[places] = FIRST + (copy[places] - FIRST + 1) % (LAST - FIRST + 1)
@@ -44,18 +44,19 @@ def changed(protein: Tokens, every: int) -> Tokens:
 
 @pytest.fixture(scope="module")
 def proteins(sample_store: ProteinStore) -> list[Tokens]:
-    """300 real proteins, no two of which are similar."""
+    """Return 300 real proteins, no two of which are similar."""
     train = sample_store.split("train")
     return [train[int(i)] for i in np.flatnonzero((train.lengths >= 200) & (train.lengths < 300))[:300]]
 
 
 @pytest.fixture(scope="module")
 def planted(proteins: list[Tokens], tmp_path_factory: pytest.TempPathFactory) -> ProteinStore:
-    """Train has proteins 0 to 199; test and validation have others, and copies at known identities."""
+    """Return a store: train has proteins 0 to 199; test and validation have others and copies at known identities."""
     extended = np.concatenate([proteins[200][:20], proteins[3]])
     half = np.concatenate([proteins[4][: proteins[4].size // 2], proteins[201][: proteins[201].size // 2]])
     tenth, quarter = changed(proteins[1], 10), changed(proteins[2], 4)
-    fragment, fusion = proteins[5][:90], np.concatenate([proteins[202], proteins[6]])  # under half of one of the two
+    # each covers under half of one of the two sequences
+    fragment, fusion = proteins[5][:90], np.concatenate([proteins[202], proteins[6]])
     sequences = {
         "train": proteins[:200],
         "validation": [proteins[210], proteins[0], proteins[211]],
@@ -75,12 +76,12 @@ def found(report: LeakageReport) -> dict[tuple[str, str], Pair]:
     return {(pair.query, pair.target): pair for pair in report.pairs()}
 
 
-def test_planted_copies_are_found_and_nothing_else(report: LeakageReport) -> None:
+def test_only_planted_copies_are_found(report: LeakageReport) -> None:
     train = {("validation:1", "train:0"), ("test:1", "train:1"), ("test:2", "train:2"), ("test:3", "train:3")}
     assert found(report).keys() == train | {("test:5", "validation:2")}
 
 
-def test_identity_and_coverage_are_those_of_the_planted_changes(
+def test_identity_and_coverage_match_the_planted_changes(
     report: LeakageReport, planted: ProteinStore, proteins: list[Tokens]
 ) -> None:
     pairs = found(report)
@@ -108,7 +109,7 @@ def test_each_threshold_counts_the_sequences_at_or_above_it(report: LeakageRepor
 
 
 @needs_mmseqs
-def test_four_tenths_changed_falls_below_seventy_percent(proteins: list[Tokens], tmp_path: Path) -> None:
+def test_a_copy_with_40_percent_changes_is_below_70_percent_identity(proteins: list[Tokens], tmp_path: Path) -> None:
     copy = proteins[0].copy()
     places = np.concatenate([np.arange(1, copy.size - 2, 5), np.arange(3, copy.size - 2, 5)])
     copy[places] = FIRST + (copy[places] - FIRST + 1) % (LAST - FIRST + 1)
@@ -119,27 +120,27 @@ def test_four_tenths_changed_falls_below_seventy_percent(proteins: list[Tokens],
 
 
 @needs_mmseqs
-def test_sequence_with_several_hits_is_counted_once_and_by_its_best(proteins: list[Tokens], tmp_path: Path) -> None:
+def test_a_sequence_with_several_hits_is_counted_once_by_its_best_hit(proteins: list[Tokens], tmp_path: Path) -> None:
     train = [*proteins[:50], changed(proteins[60], 4), proteins[60]]
     report = check_leakage(store_of(tmp_path / "store", {"train": train, "test": [proteins[60]]}), threads=1)
     assert len(report) == 2
     assert list(report.comparisons[0].found.values()) == [1, 1, 1, 1]
-    assert [pair.target for pair in report.pairs()] == ["train:51", "train:50"]  # the most similar first
+    assert [pair.target for pair in report.pairs()] == ["train:51", "train:50"]  # most similar first
 
 
 @pytest.mark.slow
 @needs_mmseqs
-def test_identity_and_coverage_bounds_decide_what_counts(planted: ProteinStore, proteins: list[Tokens]) -> None:
+def test_identity_and_coverage_bounds_select_the_pairs(planted: ProteinStore, proteins: list[Tokens]) -> None:
     strict = check_leakage(planted, identity=0.95, coverage=0.96, threads=1)
     assert found(strict).keys() == {("validation:1", "train:0"), ("test:5", "validation:2")}
     assert [*strict.comparisons[0].found] == [1.0, 0.95]
     loose = check_leakage(planted, coverage=0.4, threads=1)
-    assert ("test:4", "train:4") in found(loose)  # a half of it
+    assert ("test:4", "train:4") in found(loose)  # half of the sequence
 
 
 @needs_mmseqs
 def test_copies_of_repeats_and_of_very_long_proteins_are_found(proteins: list[Tokens], tmp_path: Path) -> None:
-    repeat, long_one = np.full(200, 16, np.uint8), np.concatenate(proteins[:40])  # poly-Q; near 10,000 residues
+    repeat, long_one = np.full(200, 16, np.uint8), np.concatenate(proteins[:40])  # poly-Q; about 10,000 residues
     held_out = [repeat[:180], long_one]
     report = check_leakage(
         store_of(tmp_path / "store", {"train": [*proteins[100:], repeat, long_one], "test": held_out})
@@ -152,7 +153,7 @@ def test_copies_of_repeats_and_of_very_long_proteins_are_found(proteins: list[To
 
 @pytest.mark.slow
 @needs_mmseqs
-def test_max_queries_searches_the_same_sample_for_a_seed_and_says_so(proteins: list[Tokens], tmp_path: Path) -> None:
+def test_max_queries_searches_a_seeded_sample_and_reports_it(proteins: list[Tokens], tmp_path: Path) -> None:
     store = store_of(tmp_path / "store", {"train": proteins[:40], "test": proteins[:40]})
     first, again, other = (check_leakage(store, max_queries=7, seed=seed, threads=1) for seed in (1, 1, 2))
     assert [p.query for p in first.pairs()] == [p.query for p in again.pairs()] != [p.query for p in other.pairs()]
@@ -162,7 +163,7 @@ def test_max_queries_searches_the_same_sample_for_a_seed_and_says_so(proteins: l
     assert "random sample by seed 1" in first.text()
 
 
-def test_report_reads_as_text_dictionary_and_tsv(report: LeakageReport, tmp_path: Path) -> None:
+def test_a_report_converts_to_text_dictionary_and_tsv(report: LeakageReport, tmp_path: Path) -> None:
     text = report.text()
     assert "test in train" in text
     assert "3 (37.50%)" in text  # of eight
@@ -179,11 +180,11 @@ def test_report_reads_as_text_dictionary_and_tsv(report: LeakageReport, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.tsv"]
 
 
-# without MMseqs2, or with one that fails
+# missing or failing MMseqs2
 
 
 def fake_mmseqs(folder: Path, monkeypatch: pytest.MonkeyPatch, search: str) -> None:
-    """Puts a program on PATH, before all others, that answers `mmseqs version` and otherwise runs `search`."""
+    """Put a program first on PATH that answers `mmseqs version` and otherwise runs `search`."""
     folder.mkdir()
     script = folder / "mmseqs"
     script.write_text(f'#!/bin/sh\n[ "$1" = version ] && echo fake && exit 0\nshift\n{search}\n')
@@ -197,7 +198,7 @@ def small(proteins: list[Tokens], tmp_path: Path) -> ProteinStore:
     return store_of(tmp_path / "data" / "store", sequences)
 
 
-def test_absent_mmseqs_says_what_to_install(
+def test_the_error_for_missing_mmseqs_names_the_package_to_install(
     small: ProteinStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -206,7 +207,7 @@ def test_absent_mmseqs_says_what_to_install(
         check_leakage(small)
 
 
-def test_failing_mmseqs_is_quoted_in_one_line_and_leaves_nothing(
+def test_a_failing_mmseqs_is_quoted_in_one_line_and_leaves_no_files(
     small: ProteinStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fake_mmseqs(tmp_path / "bin", monkeypatch, 'echo "Time for merging"; echo "Cannot allocate memory" >&2; exit 3')
@@ -231,12 +232,12 @@ def test_interruption_kills_the_search_and_removes_the_temporary_folder(
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process runs; a dead one that nobody has fetched does not."""
+    """Return whether a process runs; a zombie does not count."""
     status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_sequences_are_written_by_split_and_index_in_the_letters_of_the_store(
+def test_sequences_are_written_for_mmseqs_by_split_and_index(
     small: ProteinStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     kept, scratch = tmp_path / "kept", tmp_path / "scratch"
@@ -268,7 +269,7 @@ def test_splits_without_sequences_are_not_searched(
     assert "nothing to compare" in report.text()
 
 
-def test_too_small_a_disk_is_refused_before_anything_is_written(
+def test_too_small_a_disk_is_refused_before_any_file_is_written(
     small: ProteinStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fake_mmseqs(tmp_path / "bin", monkeypatch, "exit 1")
@@ -278,7 +279,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(
         check_leakage(small)
 
 
-def test_scratch_folder_that_does_not_exist_is_named(
+def test_a_missing_scratch_folder_is_named(
     small: ProteinStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fake_mmseqs(tmp_path / "bin", monkeypatch, "exit 1")
@@ -290,12 +291,12 @@ def test_scratch_folder_that_does_not_exist_is_named(
     ("key", "value"),
     [("identity", 0.0), ("identity", 50), ("coverage", 1.1), ("sensitivity", 8), ("threads", 0), ("max_queries", 0)],
 )
-def test_parameter_out_of_range_is_named(small: ProteinStore, key: str, value: float) -> None:
+def test_a_parameter_out_of_range_is_named(small: ProteinStore, key: str, value: float) -> None:
     with pytest.raises(LeakageError, match=f"{key} is {value}"):
         check_leakage(small, **{key: value})  # type: ignore[arg-type]
 
 
-def test_rows_are_ordered_the_same_whatever_order_mmseqs_gives(small: ProteinStore) -> None:
+def test_the_order_of_rows_does_not_depend_on_mmseqs(small: ProteinStore) -> None:
     pairs = [(2, i % 3, 0, i % 4, 0.5 + (i % 5) / 10, 0.9, 0.8 + i / 100, 0.0) for i in range(12)]
     rows = np.array(pairs, dtype=leakage._PAIR)
     shuffled = np.random.default_rng(0).permutation(rows)

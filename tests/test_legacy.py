@@ -1,4 +1,4 @@
-"""Legacy archives: the same function of a protein after conversion, and nothing of a hostile one is run or written."""
+"""Legacy archives: equal logits after conversion, and safe refusal of hostile files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from models import TINY, tiny_model
 State = dict[str, Any]
 
 VOCABULARY = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", *"ACDEFGHIKLMNPQRSTVWYXUBZO", "\u2581"]
-"""The order of BioNeMo's sentencepiece model as far as its tests tell it: unknown, begin, end, pad; then by letter."""
+"""The order of BioNeMo's sentencepiece model as far as its tests show it: unknown, begin, end, pad; then letters."""
 LEGACY_NAMES = {"<s>": "<cls>", "</s>": "<eos>"}
 VOCAB_NAME = "0f3b_protein_sequence_sentencepiece.vocab"
 CONFIG: dict[str, Any] = {
@@ -55,7 +55,7 @@ NEMO_1 = {
 
 
 def legacy_state(model: ESM1nvModel, vocabulary: list[str] = VOCABULARY) -> dict[str, Tensor]:
-    """The model's weights under NeMo 1's names, its vocabulary in another order, padded to 128 with noise."""
+    """Return the weights under NeMo 1's names, with the vocabulary reordered and padded to 128 rows of 77."""
     ours = {name.removeprefix("encoder."): tensor.detach().clone() for name, tensor in model.named_parameters()}
     rows = [TOKENS.index(LEGACY_NAMES.get(token, token)) for token in vocabulary if token != "\u2581"]
     state = {}
@@ -77,7 +77,7 @@ def legacy_state(model: ESM1nvModel, vocabulary: list[str] = VOCABULARY) -> dict
 
 
 def nemo_1_logits(state: Mapping[str, Tensor], tokens: list[int], heads: int, thirds_first: bool = False) -> Tensor:
-    """[T, V]: NeMo 1's BERT written down again from its definition, for one sequence and without dropout."""
+    """Return NeMo 1's BERT logits [T, V] of one sequence without dropout, computed from its definition."""
 
     def part(name: str) -> tuple[Tensor, Tensor]:
         return state[f"{name}.weight"], state[f"{name}.bias"]
@@ -115,7 +115,7 @@ def vocab_file(tokens: list[str] = VOCABULARY) -> bytes:
 
 
 def members(state: Any = None, config: Mapping[str, Any] | None = None) -> dict[str, bytes]:
-    """The files of a legacy archive, with names as NeMo 1 writes them."""
+    """Return the files of a legacy archive under NeMo 1's names."""
     return {
         f"./{VOCAB_NAME}": vocab_file(),
         "./0f3b_protein_sequence_sentencepiece.model": b"\x0a\x0e",
@@ -148,7 +148,7 @@ def state(original: ESM1nvModel) -> dict[str, Tensor]:
 
 @pytest.fixture
 def convert_state(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ConversionReport]:
-    """Convert a state dict without a pickle, for what comes after it."""
+    """Return a function that converts a state dict without reading a pickle."""
 
     def convert(
         folder: Path, state: State, config: Mapping[str, Any] | None = None, **files: bytes
@@ -168,15 +168,15 @@ def logits_of(archive: Path, protein: np.ndarray[Any, Any]) -> Tensor:
 
 
 def translated(protein: np.ndarray[Any, Any]) -> list[int]:
-    """A protein in the legacy vocabulary, framed as BioNeMo frames it."""
+    """Return a protein in the legacy vocabulary with BioNeMo's begin and end tokens."""
     return [1, *(VOCABULARY.index(TOKENS[index]) for index in protein), 2]
 
 
-# --- the same function -----------------------------------------------------------------------------------------------
+# --- equal logits -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("mode", "half"), [("w", False), ("w:gz", True)], ids=["plain", "gzipped-half"])
-def test_the_converted_model_gives_the_logits_of_the_legacy_one(
+def test_the_converted_model_gives_the_logits_of_the_legacy_model(
     mode: str, half: bool, original: ESM1nvModel, state: State, tiny_split: SequenceSplit, tmp_path: Path
 ) -> None:
     weights: State = {name: tensor.half() if half else tensor for name, tensor in state.items()}
@@ -204,7 +204,7 @@ def test_the_converted_model_gives_the_logits_of_the_legacy_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted.nemo", "esm1nv.nemo"]
 
 
-def test_query_key_value_of_the_first_megatron_is_put_in_our_order(
+def test_query_key_value_weights_of_early_megatron_are_reordered(
     state: State, convert_state: Callable[..., ConversionReport], tiny_split: SequenceSplit, tmp_path: Path
 ) -> None:
     convert_state(tmp_path, state, {"megatron_legacy": True})
@@ -213,7 +213,7 @@ def test_query_key_value_of_the_first_megatron_is_put_in_our_order(
     torch.testing.assert_close(converted[:, 4], expected[:, VOCABULARY.index("L")], rtol=1e-4, atol=1e-4)
 
 
-def test_names_of_megatron_core_are_known_under_any_prefix(
+def test_megatron_core_names_are_accepted_under_any_prefix(
     original: ESM1nvModel, state: State, convert_state: Callable[..., ConversionReport], tmp_path: Path
 ) -> None:
     renamed: State = {"model.module.encoder.layers.0.self_attention.core_attention._extra_state": None}
@@ -233,7 +233,7 @@ def test_names_of_megatron_core_are_known_under_any_prefix(
     assert report.dropped == ["model.module.encoder.layers.0.self_attention.core_attention._extra_state"]
 
 
-def test_tokens_that_the_legacy_vocabulary_lacks_get_the_row_of_unk_and_the_report_says_so(
+def test_tokens_missing_from_the_legacy_vocabulary_get_the_unk_row_with_a_note(
     state: State, convert_state: Callable[..., ConversionReport], tmp_path: Path
 ) -> None:
     report = convert_state(tmp_path, state)
@@ -243,14 +243,14 @@ def test_tokens_that_the_legacy_vocabulary_lacks_get_the_row_of_unk_and_the_repo
     for token in (".", "-", "<null_1>", "<unk>"):
         assert torch.equal(words[TOKENS.index(token)], legacy_words[0])
         assert bias[TOKENS.index(token)] == state["model.lm_head.bias"][0]
-    assert not words[33:].any() and not bias[33:].any()  # the legacy padding, 77 in all places, stays behind
+    assert not words[33:].any() and not bias[33:].any()  # the legacy padding rows (all 77) are dropped
     assert any("row of its <unk>: . - <null_1>" in note for note in report.notes)
     assert any("'\\u2581'" in note for note in report.notes)
     assert archive.config["encoder"]["layernorm_epsilon"] == 1e-5
     assert archive.config["encoder"]["attention_dropout"] == 0.1  # NeMo 1's default
 
 
-def test_token_types_are_added_to_positions_and_a_tanh_gelu_is_told(
+def test_token_types_are_added_to_positions_and_a_tanh_gelu_is_noted(
     state: State, convert_state: Callable[..., ConversionReport], tmp_path: Path
 ) -> None:
     types = {"model.language_model.embedding.tokentype_embeddings.weight": torch.tensor([[1.0], [9.0]]).expand(2, 32)}
@@ -261,7 +261,7 @@ def test_token_types_are_added_to_positions_and_a_tanh_gelu_is_told(
     assert any("tanh approximation" in note for note in report.notes)
 
 
-def test_vocab_txt_of_bert_and_a_shorter_position_table_are_understood(
+def test_a_bert_vocab_txt_and_a_shorter_position_table_are_accepted(
     state: State, convert_state: Callable[..., ConversionReport], tmp_path: Path
 ) -> None:
     spelled = {"<unk>": "[UNK]", "<s>": "[CLS]", "</s>": "[SEP]", "<pad>": "[PAD]", "<mask>": "[MASK]"}
@@ -277,7 +277,7 @@ def test_vocab_txt_of_bert_and_a_shorter_position_table_are_understood(
     assert torch.equal(words[[0, 2, 32]], legacy_words[[1, 2, 4]])
 
 
-def test_expected_shapes_are_those_of_the_model(original: ESM1nvModel) -> None:
+def test_expected_shapes_match_the_model(original: ESM1nvModel) -> None:
     shapes = legacy.expected_shapes(original.encoder_config, 128)
     assert shapes == {name: tuple(parameter.shape) for name, parameter in original.named_parameters()}
     others = legacy.expected_shapes(original.encoder_config, 64)
@@ -285,11 +285,11 @@ def test_expected_shapes_are_those_of_the_model(original: ESM1nvModel) -> None:
     assert differing == dict.fromkeys((legacy._WORDS, legacy._OUTPUT_BIAS), 64)
 
 
-# --- what cannot be converted ----------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def refused(path: Path, match: str) -> None:
-    """Converting fails with one error that names the file, and leaves nothing behind."""
+    """Check that the conversion fails with an error that names the file, and leaves no files."""
     before = sorted(path.parent.iterdir())
     with pytest.raises(LegacyArchiveError, match=match) as caught:
         convert_legacy(path, path.parent / "converted.nemo")
@@ -317,7 +317,7 @@ def refused(path: Path, match: str) -> None:
         ({"hidden_dropout": "${trainer.dropout}"}, "hidden_dropout is '.*'; write the value"),
     ],
 )
-def test_another_architecture_is_refused_by_its_key(config: dict[str, Any], match: str, tmp_path: Path) -> None:
+def test_another_architecture_is_refused_with_its_key(config: dict[str, Any], match: str, tmp_path: Path) -> None:
     refused(packed(tmp_path / "model.nemo", members(config=config)), rf"model_config\.yaml: {match}")
 
 
@@ -337,12 +337,12 @@ def test_another_architecture_is_refused_by_its_key(config: dict[str, Any], matc
         ({f"./{VOCAB_NAME}": None, "./a.vocab": b"", "./b.vocab": b""}, "several vocabularies"),
     ],
 )
-def test_files_that_are_missing_or_wrong_are_named(files: dict[str, bytes | None], match: str, tmp_path: Path) -> None:
+def test_missing_or_invalid_files_are_named(files: dict[str, bytes | None], match: str, tmp_path: Path) -> None:
     merged = {name: content for name, content in (members() | files).items() if content is not None}
     refused(packed(tmp_path / "files.nemo", merged), match)
 
 
-def test_tensors_that_are_missing_left_over_or_wrong_are_named(
+def test_missing_unexpected_or_invalid_tensors_are_named(
     state: State, convert_state: Callable[..., ConversionReport], tmp_path: Path
 ) -> None:
     layer = "model.language_model.encoder.layers"
@@ -372,7 +372,7 @@ def test_tensors_that_are_missing_left_over_or_wrong_are_named(
     assert [path.name for path in tmp_path.iterdir()] == ["legacy.nemo"]
 
 
-# --- hostile files ---------------------------------------------------------------------------------------------------
+# --- hostile files ----------------------------------------------------------------------------------------------------
 
 
 def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
@@ -396,7 +396,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     ],
     ids=lambda value: value.name if isinstance(value, tarfile.TarInfo) else value,
 )
-def test_tar_tricks_are_refused_by_name(extra: tarfile.TarInfo, match: str, tmp_path: Path) -> None:
+def test_hostile_tar_members_are_refused_with_their_name(extra: tarfile.TarInfo, match: str, tmp_path: Path) -> None:
     path = packed(tmp_path / "tricks.nemo", members())
     with tarfile.open(path, "a") as tar:
         tar.addfile(extra, io.BytesIO())
@@ -415,7 +415,7 @@ def test_sparse_and_oversized_members_and_headers_are_refused(tmp_path: Path) ->
     huge.size = 1 << 40
     refused(edited("huge.nemo", huge), "claims 1099511627776 bytes")
     header = special("pax", tarfile.XHDTYPE)
-    header.size = 1 << 33  # tarfile would read all of it into memory
+    header.size = 1 << 33  # tarfile would read all of this into memory
     refused(edited("header.nemo", header), "a header asks for")
 
 
@@ -435,7 +435,7 @@ class Payload:
         return os.mkdir, (str(self.target),)
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(state: State, tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_code_is_refused_without_running_it(state: State, tmp_path: Path) -> None:
     (tmp_path / "archive").mkdir()
     path = packed(tmp_path / "archive" / "evil.nemo", members(state | {"evil": Payload(tmp_path / "owned")}))
     refused(
@@ -444,23 +444,23 @@ def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(state: State, 
     assert not (tmp_path / "owned").exists()
     function, arguments = Payload(tmp_path / "owned").__reduce__()
     function(*arguments)
-    assert (tmp_path / "owned").exists()  # the payload is a real one
+    assert (tmp_path / "owned").exists()  # the payload works if it runs
 
 
-def test_weights_that_are_no_state_dict_or_need_too_much_memory_are_refused(tmp_path: Path) -> None:
+def test_weights_that_are_not_a_state_dict_or_expand_too_much_are_refused(tmp_path: Path) -> None:
     refused(packed(tmp_path / "list.nemo", members([1, 2])), r"model_weights\.ckpt: it is no pickle of tensors")
-    expanded = {"a": torch.zeros(1).expand(1 << 40)}  # a few bytes that claim 4 TiB
+    expanded = {"a": torch.zeros(1).expand(1 << 40)}  # a few bytes that expand to 4 TiB
     refused(packed(tmp_path / "large.nemo", members(expanded)), "it unfolds to more than four times its size")
 
 
-def test_a_source_that_is_not_there_or_would_be_overwritten_is_refused(tmp_path: Path) -> None:
+def test_a_missing_source_or_an_overwritten_source_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "absent.nemo", "no such file")
     path = packed(tmp_path / "same.nemo", members())
     with pytest.raises(LegacyArchiveError, match="give the output another name"):
         convert_legacy(path, path)
 
 
-def test_nothing_else_in_the_package_imports_the_converter() -> None:
+def test_only_the_checkpoint_commands_import_the_converter() -> None:
     package = Path(legacy.__file__).parents[1]
     importers = {path.name for path in package.rglob("*.py") if "model.legacy import" in path.read_text()}
-    assert importers == {"checkpoint_commands.py"}  # the command
+    assert importers == {"checkpoint_commands.py"}  # the file of the command
