@@ -136,7 +136,7 @@ def test_ids_of_python_objects_are_kept(form: str) -> None:
     assert [(protein.id, decode(protein.tokens)) for protein in proteins] == [("u", UBIQUITIN), ("c", CRAMBIN)]
 
 
-def test_the_default_index_of_pandas_gives_no_ids() -> None:
+def test_the_default_index_of_pandas_gives_record_numbers_as_ids() -> None:
     series = pandas.Series(TWO)
     assert [protein.id for protein in proteins_of(series)] == ["1", "2"]
     assert [protein.id for protein in proteins_of(series.to_frame("sequence"))] == ["1", "2"]

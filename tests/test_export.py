@@ -42,7 +42,7 @@ HOSTILE = "x|y`z <script>alert(1)</script> [a](https://evil.example) **b**\n---\
 def archived(
     path: Path, family: str, precision: str = "32", provenance: Mapping[str, Any] | None = None
 ) -> ArchiveFile:
-    """Save a small random model of a family, with rotary frequencies rounded to float16 as some training code does."""
+    """Save a small random model of a family, with rotary frequencies rounded as in float16 training."""
     model = tiny_model(precision, **FAMILIES[family])
     generator = torch.Generator().manual_seed(7)
     for name, buffer in model.named_buffers():

@@ -116,7 +116,9 @@ def test_unmerged_adapters_give_the_states_of_merged_weights(precision: str, wit
 
 @pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["whole", "lora"])
 @pytest.mark.parametrize("task", [LETTERS, NUMBER], ids=lambda task: task.name)
-def test_the_restored_nemo_model_predicts_the_same(task: Task, adapters: AdapterConfig | None, tmp_path: Path) -> None:
+def test_the_model_restored_by_nemo_gives_equal_predictions(
+    task: Task, adapters: AdapterConfig | None, tmp_path: Path
+) -> None:
     path = fine_tuned(tmp_path / "a.nemo", task, CONV, adapters=adapters)
     model: Any = ModelPT.restore_from(str(path), map_location="cpu")
     some = proteins()

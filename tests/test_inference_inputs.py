@@ -426,7 +426,7 @@ def test_a_file_of_another_format_is_refused_with_its_name(tmp_path: Path) -> No
         scan_input(path)
 
 
-def test_a_named_index_written_by_pandas_gives_the_ids(tmp_path: Path) -> None:
+def test_a_labelled_pandas_index_gives_the_ids(tmp_path: Path) -> None:
     indexed = pd.DataFrame({"sequence": ["MKV", "MLA"]}, index=["u", "c"])
     named = indexed.rename_axis("accession")
     plain = indexed.reset_index(drop=True)

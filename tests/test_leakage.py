@@ -217,7 +217,7 @@ def test_a_failing_mmseqs_is_quoted_in_one_line_and_leaves_no_files(
     assert [path.name for path in small.folder.parent.iterdir()] == ["store"]
 
 
-def test_interruption_kills_the_search_and_removes_the_temporary_folder(
+def test_an_interruption_kills_the_search_and_removes_the_temporary_folder(
     small: ProteinStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pid = tmp_path / "pid"
