@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
@@ -24,8 +23,8 @@ from bionemo_esm.errors import ConfigError, UserError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 """A rate in [0, 1), such as dropout."""
 
@@ -124,6 +123,8 @@ def _worded(key: str, settings: type[Settings], details: ErrorDetails) -> tuple[
         return (f"unknown key {key}; known are: {', '.join(known)}",)
     if kind == "missing":
         return (f"{key} must be given: {key}=...",)
+    if kind == "finite_number":
+        return (f"{key} must be a finite number, not {value}",)
     if kind == "greater_than_equal" and limits["ge"] == 0:
         return (f"{key} must not be negative, but is {value}",)
     if kind == "greater_than" and limits["gt"] == 0:
@@ -157,44 +158,6 @@ def plain_values(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"configuration: {error}") from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
-
-
-def known(section: str, values: Any, names: set[str]) -> dict[str, Any]:
-    """The values of a section ('' for the top); raises `ConfigError` for one that is no mapping or has another key."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{section} must be a mapping, not {values!r}", code="config.type")
-    for key in values:
-        if key not in names:
-            name = f"{section}.{key}" if section else str(key)
-            raise ConfigError(f"unknown key {name}; known are: {', '.join(sorted(names))}")
-    return values
-
-
-def typed(section: str, values: Any, kind: Any) -> dict[str, Any]:
-    """The values of a section, each turned into the type that the dataclass `kind` declares for it."""
-    declared = {item.name: str(item.type) for item in fields(kind)}
-    checked = {}
-    for name, value in known(section, values, set(declared)).items():
-        checked[name] = _convert(f"{section}.{name}", value, declared[name])
-    return checked
-
-
-def _convert(key: str, value: Any, declared: str) -> Any:
-    if value is None and declared.endswith("| None"):
-        return None
-    kind = declared.removesuffix(" | None")
-    converters: dict[str, Any] = {
-        "int": integer,
-        "float": number,
-        "bool": boolean,
-        "Path": path,
-        "str": lambda _, text: str(text),
-    }
-    if kind == "tuple[float, float]":
-        if not isinstance(value, list) or len(value) != 2:
-            raise ConfigError(f"{key} must be two numbers, not {value!r}")
-        return tuple(number(key, item) for item in value)
-    return converters[kind](key, value) if kind in converters else value
 
 
 def expand_home(text: str | Path) -> Path:
@@ -240,33 +203,3 @@ def _text(value: Any) -> str:
 
 
 _CONVERTERS: dict[Any, Any] = {int: _integer, float: _number, bool: _boolean, Path: _path, str: _text}
-
-
-def integer(key: str, value: Any) -> int:
-    """A whole number; raises `ConfigError` naming the key."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-        raise ConfigError(f"{key} must be an integer, not {value!r}")
-    return int(value)
-
-
-def number(key: str, value: Any) -> float:
-    """A number; raises `ConfigError` naming the key."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key} must be a number, not {value!r}")
-    return float(value)
-
-
-def boolean(key: str, value: Any) -> bool:
-    """True or false; raises `ConfigError` naming the key."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{key} must be true or false, not {value!r}")
-    return value
-
-
-def path(key: str, value: Any) -> Path | None:
-    """A path, or None; raises `ConfigError` naming the key."""
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{key} must be a path, not {value!r}")
-    return expand_home(value)

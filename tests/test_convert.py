@@ -245,7 +245,7 @@ def test_incomplete_model_leaves_no_output(sources: Path, tmp_path: Path) -> Non
 
 
 def test_import_and_export_refuse_the_other_direction(sources: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="export_model takes it home"):
+    with pytest.raises(ConfigError, match="export_model exports it"):
         import_model(sources / "ours.nemo", tmp_path / "model")
     with pytest.raises(ConfigError, match="import_model takes it in"):
         export_model(sources / "ESM-2", tmp_path / "model.nemo")

@@ -199,7 +199,7 @@ def test_checkpoint_is_exported_to_hugging_face(sources: Path, tmp_path: Path, j
         ("ESM-2", "new.nemo", ("precision=16",), "precision must be 32 or bf16"),
         ("ESM-2", "new.nemo", ("shard_gigabytes=1",), "a .nemo is one file"),
         ("ours.nemo", "folder", ("shard_gigabytes=0",), "must be over 0"),
-        ("ours.nemo", "folder", ("seq_length=32",), "are for models that are brought in"),
+        ("ours.nemo", "folder", ("seq_length=32",), "are for imports"),
         ("ESM-1b", "new.nemo", ("stretch_positions=true",), "say by seq_length"),
         ("ESM-1b", "new.nemo", ("seq_length=many",), "seq_length must be an integer"),
         ("ESM-1b", "new.nemo", ("stretch_positions=1",), "stretch_positions must be true or false"),

@@ -59,7 +59,7 @@ def import_model(
     """
     conversion = Conversion.of(str(source), expand_home(output), revision, precision)
     if conversion.is_export:
-        raise ConfigError(f"source: {source} is an archive of ours already; export_model takes it home")
+        raise ConfigError(f"source: {source} is an archive of this package already; export_model exports it")
     done = 0
 
     def count(size: int) -> None:

@@ -14,6 +14,7 @@ from pydantic import model_validator
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.files import hold_output
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.interchange import PRECISIONS
 from bionemo_esm.model.interchange.formats import Conversion
@@ -53,9 +54,9 @@ class ConvertConfig(Settings):
         if not 0 < self.shard_gigabytes < 1e6:
             raise ConfigError(f"shard_gigabytes must be over 0, not {self.shard_gigabytes:g}")
         if is_export and (self.seq_length is not None or self.stretch_positions):
-            raise ConfigError("seq_length and stretch_positions are for models that are brought in")
+            raise ConfigError("seq_length and stretch_positions are for imports")
         if not is_export and self.shard_gigabytes != _DEFAULT_SHARD:
-            raise ConfigError("shard_gigabytes is for models that are taken to Hugging Face; a .nemo is one file")
+            raise ConfigError("shard_gigabytes is for exports to Hugging Face; a .nemo is one file")
         if self.stretch_positions and self.seq_length is None:
             raise ConfigError("stretch_positions: say by seq_length how many tokens the position table is to reach")
         return self
@@ -76,7 +77,8 @@ def _convert(config: ConvertConfig) -> int:
     console = Console(sys.stdout)
     conversion = config.conversion
     console.print_line(f"Reading {conversion.source}, {conversion.source_format.description}")
-    (_export if conversion.is_export else _import)(config, conversion, console)
+    with hold_output("target", conversion.target):
+        (_export if conversion.is_export else _import)(config, conversion, console)
     return 0
 
 
