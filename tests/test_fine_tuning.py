@@ -348,7 +348,7 @@ def test_cached_states_are_stored_by_their_resolved_precision(
 ) -> None:
     cache = f"cache={tmp_path / 'cache'}"
     for multiplies, files in ((True, 1), (False, 2)):  # "auto" means bf16 with CPU support, else 32
-        monkeypatch.setattr("bionemo_esm.model.backends._multiplies_bf16", lambda device, answer=multiplies: answer)
+        monkeypatch.setattr("bionemo_esm.model.backends._multiplies_bfloat16", lambda device, answer=multiplies: answer)
         auto = ("trainer.precision=auto", "tuning.max_epochs=1")
         run_here(tmp_path / str(files), base, *residues, *CONVNET, cache, *auto)
         assert len(list((tmp_path / "cache").iterdir())) == files
