@@ -42,7 +42,7 @@ def held_once(held: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]
     return held
 
 
-HELD_ONCE = Fault("bionemo_esm.model.optimizer._held", spoil=held_once, repeated=True)
+HELD_ONCE = Fault("bionemo_esm.model.optimizer._local_state", spoil=held_once, repeated=True)
 AGREED = Fault("bionemo_esm.model.esm1nv.ESM1nvModel.archive_weights", spoil=agreed, repeated=True)
 
 
