@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def test_the_parameter_count_of_esm1b_matches_the_public_model() -> None:
     contact_head = 33 * 20 + 1  # a regression on attention maps; pretraining does not touch it
     assert theirs_counted == 652_359_094
     assert ours.parameters == theirs_counted + vocabulary_padding - contact_head == 652_480_128
-    assert replace(ours, position_offset=0).parameters == ours.parameters - 2 * 1280, "rows before the first position"
+    assert ours.replace(position_offset=0).parameters == ours.parameters - 2 * 1280, "rows before the first position"
 
 
 def test_the_esm1b_flags_add_one_layer_norm_and_keep_the_other_initial_weights() -> None:
@@ -347,8 +346,8 @@ def test_an_invalid_schedule_is_refused_with_its_keys(overrides: str, message: s
 
 def test_the_esm1b_configuration_matches_the_paper() -> None:
     recipe = load_recipe(composed("model=esm1b", "optim=esm1b"))
-    assert recipe.optim == replace(
-        INVERSE, betas=(0.9, 0.999), weight_decay=0.0, max_steps=recipe.optim.max_steps, gradient_clip_val=1.0
+    assert recipe.optim == INVERSE.replace(
+        betas=(0.9, 0.999), weight_decay=0.0, max_steps=recipe.optim.max_steps, gradient_clip_val=1.0
     )
     sizes = {"num_layers": 33, "num_attention_heads": 20, "hidden_size": 1280, "ffn_hidden_size": 5120}
     expected = EncoderConfig(**sizes, seq_length=1024, **ESM1B, position_offset=2)  # dropout 0.1, as in ESM-1nv

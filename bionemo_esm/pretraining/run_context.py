@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +281,7 @@ def _check_source(recipe: Recipe, store: ProteinStore, folder: Path) -> None:
         return
     wanted = [(path.name, path.stat().st_size) for path in _sources(recipe)]
     found = [(source["file"], source["bytes"]) for source in store.manifest["source"]]
-    if found != wanted or store.manifest["policy"] != asdict(_policy(recipe)):
+    if found != wanted or store.manifest["policy"] != _policy(recipe).model_dump():
         names = ", ".join(name for name, _ in found)
         raise StoreError(
             f"{folder} was built from other files ({names}), another version of them, or with other data.* settings; "
