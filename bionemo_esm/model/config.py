@@ -7,7 +7,7 @@ FLOPs and memory (`model/costs.py`) are computed from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, model_validator
@@ -176,7 +176,7 @@ class EncoderConfig(Settings, section="model"):
         yield from self.embedding_parts()
         for layer in range(self.num_layers):
             for part in self.block_parts():
-                yield part._replace(name=f"encoder.layers.{layer}.{part.name}")
+                yield part._replace(name=f"{_BLOCKS}{layer}.{part.name}")
         if self.embedding_layernorm:
             yield _norm("embedding_layernorm", self.hidden_size)
         yield _norm("encoder.final_layernorm", self.hidden_size)
@@ -191,7 +191,9 @@ class EncoderConfig(Settings, section="model"):
     @property
     def parameters(self) -> int:
         """Trainable parameters, the tied output embedding counted once (43.6M for ESM-1nv, 652.5M for ESM-1b)."""
-        return sum(math.prod(shape) for _, shape in self.tensors())
+        block = _elements(self.block_parts())  # counted once: a file may ask for any number of blocks
+        outside = (part for part in self.replace(num_layers=1).parts() if not part.name.startswith(_BLOCKS))
+        return _elements(outside) + self.num_layers * block
 
     def fixed_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of the tensors that pretraining does not change: float32 buffers of `ESMEncoder`."""
@@ -204,6 +206,13 @@ class EncoderConfig(Settings, section="model"):
 
 TRAINING_ONLY = ("hidden_dropout", "attention_dropout", "init_method_std")
 """Keys of an encoder that affect training and none of its answers."""
+
+
+_BLOCKS = "encoder.layers."
+
+
+def _elements(parts: Iterable[Part]) -> int:
+    return sum(math.prod(shape) for part in parts for _, shape, _ in part.tensors())
 
 
 def _linear(name: str, inputs: int, outputs: int, split: int | None = None) -> Part:
