@@ -360,7 +360,7 @@ def test_inspect_verify_checks_every_byte(shell: Shell, finished: Path) -> None:
     ("arguments", "names"),
     [
         (["absent"], "absent: no such folder"),
-        (["."], "manifest.json: no manifest, so this is no finished store"),
+        (["."], ".: is not a store (no manifest.json)"),
         (["STORE", "--picture", "/proc/card.png"], "/proc/card.png: cannot be written (No such file or directory)"),
     ],
 )
