@@ -135,12 +135,12 @@ def test_text_keys_are_keys_of_the_configuration(name: str) -> None:
 
 
 HELP = {  # of each command: its configuration, a key of its own with its comment, and a key shared by all such commands
-    "embed": ("extract_embeddings", "layers: [-1]  # whose hidden states", "device: auto  # auto (a GPU"),
-    "score": ("score_variants", "offset: 1  # the number", "device: auto  # auto (a GPU"),
+    "embed": ("extract_embeddings", "layers: [-1]  # hidden states of these layers", "device: auto  # auto (a GPU"),
+    "score": ("score_variants", "offset: 1  # position number", "device: auto  # auto (a GPU"),
     "contacts": ("predict_contacts", "threshold: 0.3  # contacts.csv", "device: auto  # auto (a GPU"),
     "fit-contacts": ("fit_contacts", "train: 20  # structures", "device: auto  # auto (a GPU"),
     "finetune": ("finetune", "seeds: [1, 2, 3]  # a fit", "  level: ???  # residue"),
-    "predict": ("predict", "residues: null  # of a task", "device: auto  # auto (a GPU"),
+    "predict": ("predict", "residues: null  # tasks per residue", "device: auto  # auto (a GPU"),
     "preprocess": ("preprocess_uniref50", "release: null  # to download", "  gaps: remove  # - and .: remove"),
     "average": ("average_checkpoints", "checkpoints: ???  # .ckpt or .nemo", "output: "),
     "convert": ("convert_checkpoint", "source: ???  # ", "target: ???  # "),
