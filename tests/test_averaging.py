@@ -190,14 +190,14 @@ def test_averaged_archive_names_its_sources_and_has_the_perplexity_of_the_summar
 def test_run_stopped_at_an_odd_step_ends_with_the_same_average(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seed_dropout = ESM1nvModel._seed_dropout
+    accumulate_gradients = ESM1nvModel.accumulate_gradients
 
-    def interrupt_the_fifth(model: ESM1nvModel) -> None:
+    def interrupt_the_fifth(model: ESM1nvModel, *arguments: Any) -> Any:
         if model.steps == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        seed_dropout(model)
+        return accumulate_gradients(model, *arguments)
 
-    monkeypatch.setattr(ESM1nvModel, "_seed_dropout", interrupt_the_fifth)
+    monkeypatch.setattr(ESM1nvModel, "accumulate_gradients", interrupt_the_fifth)
     folder = tmp_path / "stopped"
     with pytest.raises(SystemExit):
         run_here(folder, *RUN)

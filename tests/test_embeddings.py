@@ -237,7 +237,7 @@ def test_only_requested_layers_are_computed(
     ({"layers": (3,)}, "layer 3: the model has 0 .* to 2"),
     ({"layers": (-4,)}, "layer -4"),
     ({"layers": ("last",)}, "layers must be an integer, not 'last'"),
-    ({"layers": (True,)}, "layers: True"),
+    ({"layers": (True,)}, "layers must be an integer, not True"),
     ({"layers": ()}, "layers: name one"),
     ({"mean": False}, "nothing is asked for"),
     ({"dtype": "bfloat16"}, "dtype must be one of float32, float16, not 'bfloat16'"),
