@@ -127,6 +127,8 @@ def _worded(key: str, settings: type[Settings], details: ErrorDetails) -> tuple[
         return (f"{key} must be a finite number, not {value}",)
     if kind == "greater_than_equal" and limits["ge"] == 0:
         return (f"{key} must not be negative, but is {value}",)
+    if kind == "less_than" and limits["lt"] == 1:  # a Fraction
+        return (f"{key} must lie in [0, 1), not {value}",)
     if kind == "greater_than" and limits["gt"] == 0:
         return (f"{key} must be positive, not {value}",)
     if kind in ("model_type", "dict_type", "mapping_type", "tuple_type"):

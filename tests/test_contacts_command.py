@@ -416,5 +416,5 @@ def test_contact_settings_are_parsed() -> None:
     fit = load_fit_config(configured("fit_contacts", "model=m", "structures=[a.cif,b.cif]", "output=x.nemo", "chain=1"))
     assert (fit.structures, fit.chain, fit.train, fit.C) == (("a.cif", "b.cif"), "1", 20, 0.15)
     contacts = load_contacts_config(configured("contacts", "model=m", "input=-", "output=x"))
-    assert (contacts.input, contacts.window, contacts.policy.bad_records) == (("-",), None, "error")
+    assert (contacts.input, contacts.window, contacts.bad_records) == (("-",), None, "error")
     assert contacts_job.Subject("a", np.zeros(3, dtype=np.uint8), None).residues == 3

@@ -32,7 +32,10 @@ SQUARES = sum((length + 2) ** 2 for length in LENGTHS)
 
 def model_of(config: EncoderConfig, precision: str = "32") -> ESM1nvModel:
     settings = {"encoder": config.to_dict(), "precision": precision, "seed": 1}
-    return ESM1nvModel(OmegaConf.create(settings)).train()
+    model = ESM1nvModel(OmegaConf.create(settings)).train()
+    assert model.encoder is not None
+    model.encoder.pads_rows = False  # the counts are of the tokens that there are
+    return model
 
 
 def row() -> PackedBatch:

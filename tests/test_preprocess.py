@@ -147,7 +147,7 @@ def test_splits_of_a_small_file_keep_its_order(tmp_path: Path) -> None:
 def test_block_sizes_do_not_change_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = list(PROTEINS.values())
     whole = build(tmp_path / "whole", sequences)
-    monkeypatch.setattr(uniref50, "_DEAL_SEQUENCES", 3)
+    monkeypatch.setattr(uniref50, "_SPLIT_SEQUENCES", 3)
     monkeypatch.setattr(fasta, "_BLOCK_BYTES", 300)
     monkeypatch.setattr(sources, "_UNPACKED_BYTES", 100)
     blocks = build(tmp_path / "blocks", sequences)

@@ -296,9 +296,9 @@ def test_default_window_is_510_residues_and_limited_by_the_model(files: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"methods": ()}, "method: one or several"),
-        ({"methods": ("wt-marginals",)}, "method: one or several of masked-marginals.*not wt-marginals"),
-        ({"methods": (MASKED, MASKED)}, "method"),
+        ({"method": ()}, "method: one or several"),
+        ({"method": ("wt-marginals",)}, "method: one or several of masked-marginals.*not wt-marginals"),
+        ({"method": (MASKED, MASKED)}, "method"),
         ({"masks": "all"}, "masks"),
         ({"window": 0}, "window"),
     ],
