@@ -169,7 +169,7 @@ def test_model_replaced_during_a_fit_is_refused(
         shutil.copy(there / "fitted.nemo", tmp_path / "m.nemo")
         return fit(*arguments)
 
-    monkeypatch.setattr(contact_fit, "fit_head", replacing)
+    monkeypatch.setattr("bionemo_esm.inference.contacts.fit_command.fit_head", replacing)
     usual = (f"model={tmp_path}/m.nemo", f"structures={there}/s.parquet", f"output={tmp_path}/out.nemo")
     code, _, error = job("fit_contacts", *usual, "train=[s1,s2]", "baseline=false")
     assert code == 2 and "was replaced while the head was fitted" in error and not (tmp_path / "out.nemo").exists()

@@ -148,9 +148,9 @@ def test_position_table_with_offset_starts_with_unused_rows(tiny_split: Sequence
     [
         ({"position_embedding": "relative_key"}, "position_embedding must be learned or rotary"),
         ({"position_offset": 1}, "position_offset must be 0 or 2"),
-        ({"position_offset": 2, "position_embedding": "rotary"}, "0 where position_embedding is rotary"),
+        ({"position_offset": 2, "position_embedding": "rotary"}, "0 with position_embedding=rotary"),
         ({"position_embedding": "rotary", "hidden_size": 36}, "make it even"),
-        ({"position_embedding": 1}, "position_embedding must be a word"),
+        ({"position_embedding": 1}, "position_embedding must be learned or rotary"),
         ({"contact_head": "yes"}, "contact_head must be true or false"),
     ],
 )

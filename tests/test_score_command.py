@@ -390,7 +390,7 @@ def test_interrupted_command_leaves_no_final_output(
 ) -> None:
     command = [sys.executable, "-m", "bionemo_esm", "score", f"model={given}/m.nemo", "device=cpu", "scan=true"]
     command += [f"sequence={UBIQUITIN * 6}", "method=pseudo-log-likelihood", "output=out.csv"]
-    environment = os.environ | {"PYTHONPATH": str(Path(score_job.__file__).parents[2]), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(score_job.__file__).parents[3]), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
