@@ -295,6 +295,9 @@ def test_memory_for_a_long_protein_stays_within_the_estimate(there: Path, job: J
     residues = 3000
     (tmp_path / "long.fasta").write_text(f">long\n{'MKTAYIAKQR' * (residues // 10)}\n")
     usual = (f"model={there}/fitted.nemo", f"input={tmp_path}/long.fasta", "threshold=1", "batch_tokens=200")
+    (tmp_path / "short.fasta").write_text(">short\nMKTAYIAKQR\n")
+    short = (usual[0], f"input={tmp_path}/short.fasta", f"output={tmp_path}/first")
+    assert job("contacts", *short)[0] == 0  # imports are no memory of a protein
     tracemalloc.start()
     try:
         assert job("contacts", *usual, f"output={tmp_path}/out")[0] == 0

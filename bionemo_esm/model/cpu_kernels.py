@@ -131,15 +131,16 @@ class _Attention(torch.autograd.Function):
         scores = torch.bmm(_at_least_float32(query) * ctx.scale, _at_least_float32(key).transpose(1, 2))
         scores[:, :, ctx.keys :] = -torch.inf
         weights = scores.softmax(dim=-1).to(query.dtype)
-        kept = dropout_scale(weights.shape, dropout, weights.dtype) if dropout else None
-        ctx.save_for_backward(query, key, value, weights, kept)
+        kept = dropout_scale(weights.shape, dropout, ctx.dtype) if dropout else None
+        ctx.save_for_backward(*(part.to(ctx.dtype) for part in (query, key, value, weights)), kept)
         context = torch.bmm(weights if kept is None else weights * kept, value)
         return context[:, : ctx.queries].to(ctx.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, weights, kept = ctx.saved_tensors
-        gradient = gradient.to(query.dtype)
+        if ctx.dtype == torch.bfloat16 and ctx.queries != ctx.keys:
+            query, key, value, weights, gradient = (part.float() for part in (query, key, value, weights, gradient))
         if query.shape[1] > ctx.queries:
             gradient = _pad_length(gradient)
         of_value = torch.bmm((weights if kept is None else weights * kept).transpose(1, 2), gradient)
