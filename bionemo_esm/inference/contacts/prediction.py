@@ -73,8 +73,8 @@ def predict_contacts(
 
 
 def map_bytes(residues: int) -> int:
-    """Return the bytes that a long protein's map takes at its peak: four arrays float32 [R, R], measured by a test."""
-    return 4 * 4 * residues**2
+    """Return the bytes that a long protein's map takes in memory at its peak: sums and weights, float32 [R, R] each."""
+    return 2 * 4 * residues**2
 
 
 def contacts_of(engine: Engine, tokens: Residues, spec: WindowSpec) -> Map:
