@@ -155,10 +155,11 @@ def draw_contacts(
     """Write a PNG with the predicted contacts above the diagonal and the true ones, or the predicted again, below it.
 
     Pairs under `separation` apart are blank, unknown ones grey. The darkest shade is the highest probability of the
-    map. Over 1,000 residues a pixel shows the highest probability of a block of pairs. Memory: about 20 MB, whatever
+    map. Over 1,000 residues a pixel shows the highest probability of a block of pairs. Memory: up to 75 MB, whatever
     the length.
     """
-    from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba_array
     from matplotlib.figure import Figure
 
     block = -(-len(found_RR) // _MOST_PIXELS)
@@ -168,15 +169,16 @@ def draw_contacts(
         figure = Figure(figsize=(_INCHES, _INCHES * 0.92), layout="constrained")
         axes = figure.add_subplot()
         blues = LinearSegmentedColormap.from_list("contacts", ["white", FAINT, LINE, INK])
-        how: dict[str, Any] = {"extent": ends, "interpolation": "nearest"}
         known = ~np.isnan(pixels.probabilities)
         highest = max(float(np.max(pixels.probabilities, where=known, initial=0.0)), 1e-6)
-        image = axes.imshow(pixels.probabilities, cmap=blues, vmin=0, vmax=highest, **how)
-        if structure is not None:
-            axes.imshow(_only(pixels.touching), cmap=ListedColormap([MARK]), **how)
-        axes.imshow(_only(pixels.unseen | pixels.unresolved), cmap=ListedColormap([GRID]), **how)
+        shades = ScalarMappable(Normalize(0, highest), blues)
+        colours = shades.to_rgba(pixels.probabilities, bytes=True)  # one image of bytes: matplotlib copies floats
+        colours[~known] = (255, 255, 255, 255)
+        colours[pixels.touching] = to_rgba_array(MARK)[0] * 255
+        colours[pixels.unseen | pixels.unresolved] = to_rgba_array(GRID)[0] * 255
+        axes.imshow(colours, extent=ends, interpolation="nearest")
         label = f"predicted probability of contact, {highest:.2g} at most"
-        figure.colorbar(image, ax=axes, label=label, shrink=0.8)
+        figure.colorbar(shades, ax=axes, label=label, shrink=0.8)
         axes.set(xlabel="residue", ylabel="residue")
         axes.set_title(_shortened(name), loc="left")
         grey = ["never seen together in a window"] * bool(pixels.unseen.any())
@@ -217,8 +219,3 @@ def _in_blocks(
             unresolved = any_lower & ~np.logical_or.reduceat((resolved & lower).any(axis=0), starts)
         rows.append((highest, any_shown & np.isnan(highest), unresolved, touching))
     return _Pixels(*(np.array(column) for column in zip(*rows, strict=True)))
-
-
-def _only(chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return 1 where chosen, NaN elsewhere."""
-    return np.where(chosen, 1.0, np.nan)
