@@ -21,8 +21,9 @@ FLOAT32 = 4
 class Memory:
     """Bytes on one device at the end of a micro batch's forward pass.
 
-    Not counted: the CUDA context and the kernels' workspaces (about 1 GB together), fragmentation of the allocator, and
-    the gradients of one layer's activations during the backward pass. Leave room for them.
+    Not counted: the CUDA context and the kernels' workspaces (about 1 GB together), fragmentation of the allocator, the
+    padding of rows and lengths on a CPU, and the gradients of one layer's activations during the backward pass. Leave
+    room for them.
     """
 
     parameters: int  # in the dtype of the parameters

@@ -125,22 +125,26 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         ctx.scale, ctx.dtype = query.shape[-1] ** -0.5, query.dtype
         ctx.queries, ctx.keys = query.shape[1], key.shape[1]
-        if query.dtype == torch.bfloat16:
-            convert = _pad_length if ctx.queries == ctx.keys else Tensor.float
-            query, key, value = convert(query), convert(key), convert(value)
+        if query.dtype == torch.bfloat16 and ctx.queries == ctx.keys:
+            query, key, value = _pad_length(query), _pad_length(key), _pad_length(value)
+        inputs = query, key, value
+        if ctx.queries != ctx.keys:
+            query, key, value = (_at_least_float32(part) for part in inputs)
         scores = torch.bmm(_at_least_float32(query) * ctx.scale, _at_least_float32(key).transpose(1, 2))
         scores[:, :, ctx.keys :] = -torch.inf
         weights = scores.softmax(dim=-1).to(query.dtype)
         kept = dropout_scale(weights.shape, dropout, ctx.dtype) if dropout else None
-        ctx.save_for_backward(*(part.to(ctx.dtype) for part in (query, key, value, weights)), kept)
+        ctx.save_for_backward(*inputs, weights.to(ctx.dtype), kept)
         context = torch.bmm(weights if kept is None else weights * kept, value)
         return context[:, : ctx.queries].to(ctx.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, weights, kept = ctx.saved_tensors
-        if ctx.dtype == torch.bfloat16 and ctx.queries != ctx.keys:
-            query, key, value, weights, gradient = (part.float() for part in (query, key, value, weights, gradient))
+        if ctx.queries != ctx.keys:
+            query, key, value, weights, gradient = (
+                _at_least_float32(part) for part in (query, key, value, weights, gradient)
+            )
         if query.shape[1] > ctx.queries:
             gradient = _pad_length(gradient)
         of_value = torch.bmm((weights if kept is None else weights * kept).transpose(1, 2), gradient)
@@ -160,7 +164,8 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 def _pad_length(rows: Tensor) -> Tensor:
     """Pad [B, L, D] with zeros to the next multiple of `_LENGTH_BUCKET` in L."""
-    return pad(rows, (0, 0, 0, -rows.shape[1] % _LENGTH_BUCKET))
+    missing = -rows.shape[1] % _LENGTH_BUCKET
+    return pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
