@@ -201,7 +201,7 @@ def test_other_architectures_are_refused_with_their_name(arch: str | None, match
         ("ESM-1b", {"encoder_layers": "two"}, "args: in our terms, model.num_layers must be an integer, not 'two'"),
         ("ESM-1b", {"encoder_attention_heads": 5}, r"args: .*hidden_size \(32\) is not divisible"),
         ("ESM-1b", {"encoder_ffn_embed_dim": 64}, r"fc1\.bias' has shape \[48\]; .* should be \[64\]"),
-        ("ESM-1b", {"dropout": 2.0}, r"model\.hidden_dropout must be under 1\.0, not 2\.0"),
+        ("ESM-1b", {"dropout": 2.0}, r"model\.hidden_dropout must lie in \[0, 1\), not 2\.0"),
         ("ESM-1b", {"token_dropout": torch.float16}, "token_dropout must be true or false, not '<dtype>'"),
         ("ESM-2", {"token_dropout": None}, r"cfg\['model'\] has no 'token_dropout'"),
         ("ESM-2", {"encoder_embed_dim": 64}, r"has shape \[33, 32\]|should be \[64\]|should be \[33, 64\]"),

@@ -219,7 +219,7 @@ def test_precision_names_map_to_parameter_dtypes() -> None:
         ({"num_layers": 0}, r"model\.num_layers must be at least 1"),
         ({"num_layers": 2.5}, r"model\.num_layers must be an integer, not 2\.5"),
         ({"hidden_size": "wide"}, r"model\.hidden_size must be an integer, not 'wide'"),
-        ({"hidden_dropout": 1.0}, r"model\.hidden_dropout must be under 1"),
+        ({"hidden_dropout": 1.0}, r"model\.hidden_dropout must lie in \[0, 1\)"),
         ({"layers": 6}, r"unknown key model\.layers; known are: attention_dropout"),
     ],
 )
