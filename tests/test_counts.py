@@ -117,7 +117,11 @@ def test_200_steps_of_the_laptop_recipe_use_few_product_shapes(sample_store: Pro
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Upper bounds for a step over six proteins with two layers of width 32, and for what a third layer adds."""
+    """Upper bounds for a step over six proteins with two layers of width 32, and for what a third layer adds.
+
+    Padding rows and lengths to sizes that recur costs 17 to 80 small operators, and spares the compilation of kernels,
+    which takes longer than the step (`test_200_steps_of_the_laptop_recipe_present_few_shapes_to_products`).
+    """
 
     calls: int
     calls_a_layer: int
@@ -128,9 +132,9 @@ class Ceiling:
 @pytest.mark.parametrize(
     ("precision", "dropout", "ceiling"),
     [
-        ("32", 0.0, Ceiling(calls=208, calls_a_layer=60, copied=1670, allocated=9381)),
-        ("32", 0.1, Ceiling(calls=409, calls_a_layer=144, copied=2686, allocated=28463)),
-        pytest.param("bf16", 0.1, Ceiling(calls=494, calls_a_layer=170, copied=3151, allocated=19982), marks=BF16),
+        ("32", 0.0, Ceiling(calls=206, calls_a_layer=58, copied=1670, allocated=9120)),
+        ("32", 0.1, Ceiling(calls=396, calls_a_layer=138, copied=2686, allocated=28202)),
+        pytest.param("bf16", 0.1, Ceiling(calls=462, calls_a_layer=160, copied=3160, allocated=19787), marks=BF16),
     ],
 )
 def test_step_stays_within_the_bounds_of_operators_copies_and_memory(

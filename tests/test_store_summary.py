@@ -204,7 +204,7 @@ def test_failed_picture_keeps_the_old_one(sample_card: StoreSummary, tmp_path: P
     assert (tmp_path / "card.png").read_bytes() == old
 
 
-@pytest.mark.parametrize("module", ["card", "leakage"])
+@pytest.mark.parametrize("module", ["store_summary", "leakage"])
 def test_module_imports_neither_torch_nor_matplotlib(module: str) -> None:
     program = f"import sys, bionemo_esm.data.{module}; print(*{{'torch', 'nemo', 'matplotlib'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

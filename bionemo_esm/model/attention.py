@@ -200,6 +200,12 @@ def attention_maps(query_TND: Tensor, key_TND: Tensor, layout: PackedSeqParams) 
     return [score_NLL.softmax(dim=-1) for score_NLL in scores]
 
 
+def pad_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Return the tensor with zeros after its rows, [rows, ...]; itself, not a copy, if it has as many."""
+    missing = rows - len(tensor)
+    return pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, missing)) if missing > 0 else tensor
+
+
 class PackedAttention(MegatronModule):
     """The `core_attention` of a Megatron layer spec, over packed rows. Megatron's own calls CUDA even on a CPU."""
 
@@ -231,4 +237,4 @@ class PackedAttention(MegatronModule):
         else:
             with tensor_parallel_rng(query.device):  # tensor-parallel ranks have different heads
                 context = self.attend(query, key, value, packed_seq_params, dropout)
-        return pad(context, (0, 0, 0, 0, 0, max(packed_seq_params.context_rows - len(context), 0)))
+        return pad_rows(context, packed_seq_params.context_rows)

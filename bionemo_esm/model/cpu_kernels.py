@@ -117,34 +117,26 @@ _LENGTH_BUCKET = 32  # tokens
 
 
 class _Attention(torch.autograd.Function):
-    """oneDNN compiles a kernel for each new shape of a bfloat16 product. Lengths are therefore padded to multiples of
-    `_LENGTH_BUCKET`. In the last block the number of queries varies freely; its few products are computed in float32.
+    """oneDNN compiles a kernel for each new shape of a bfloat16 product. Numbers of queries and keys are therefore
+    padded to multiples of `_LENGTH_BUCKET`.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        ctx.scale, ctx.dtype = query.shape[-1] ** -0.5, query.dtype
-        ctx.queries, ctx.keys = query.shape[1], key.shape[1]
-        if query.dtype == torch.bfloat16 and ctx.queries == ctx.keys:
+        ctx.scale, ctx.queries, ctx.keys = query.shape[-1] ** -0.5, query.shape[1], key.shape[1]
+        if query.dtype == torch.bfloat16:
             query, key, value = _pad_length(query), _pad_length(key), _pad_length(value)
-        inputs = query, key, value
-        if ctx.queries != ctx.keys:
-            query, key, value = (_at_least_float32(part) for part in inputs)
         scores = torch.bmm(_at_least_float32(query) * ctx.scale, _at_least_float32(key).transpose(1, 2))
-        scores[:, :, ctx.keys :] = -torch.inf
+        if key.shape[1] > ctx.keys:
+            scores[:, :, ctx.keys :] = -torch.inf
         weights = scores.softmax(dim=-1).to(query.dtype)
-        kept = dropout_scale(weights.shape, dropout, ctx.dtype) if dropout else None
-        ctx.save_for_backward(*inputs, weights.to(ctx.dtype), kept)
-        context = torch.bmm(weights if kept is None else weights * kept, value)
-        return context[:, : ctx.queries].to(ctx.dtype)
+        kept = dropout_scale(weights.shape, dropout, weights.dtype) if dropout else None
+        ctx.save_for_backward(query, key, value, weights, kept)
+        return torch.bmm(weights if kept is None else weights * kept, value)[:, : ctx.queries]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, weights, kept = ctx.saved_tensors
-        if ctx.queries != ctx.keys:
-            query, key, value, weights, gradient = (
-                _at_least_float32(part) for part in (query, key, value, weights, gradient)
-            )
         if query.shape[1] > ctx.queries:
             gradient = _pad_length(gradient)
         of_value = torch.bmm((weights if kept is None else weights * kept).transpose(1, 2), gradient)
@@ -154,8 +146,7 @@ class _Attention(torch.autograd.Function):
         of_scores = softmax_backward(of_weights, weights)
         of_query = torch.bmm(of_scores, key).mul_(ctx.scale)
         of_key = torch.bmm(of_scores.transpose(1, 2), query).mul_(ctx.scale)
-        of_query, of_key, of_value = of_query[:, : ctx.queries], of_key[:, : ctx.keys], of_value[:, : ctx.keys]
-        return of_query.to(ctx.dtype), of_key.to(ctx.dtype), of_value.to(ctx.dtype), None
+        return of_query[:, : ctx.queries], of_key[:, : ctx.keys], of_value[:, : ctx.keys], None
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

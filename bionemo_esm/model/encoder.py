@@ -36,7 +36,7 @@ from torch.nn.functional import embedding, gelu, pad
 from bionemo_esm.alphabet import MASK_ID, PAD_ID, VOCABULARY_SIZE, padded_vocabulary_size
 from bionemo_esm.compat import initialize_language_module
 from bionemo_esm.model import cpu_kernels
-from bionemo_esm.model.attention import MapObserver, PackedAttention, PackedRow, RotaryEmbedding
+from bionemo_esm.model.attention import MapObserver, PackedAttention, PackedRow, RotaryEmbedding, pad_rows
 from bionemo_esm.model.backends import MEGATRON, ONEDNN, FusedBackends, default_torch_state
 from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
 from bionemo_esm.model.contact_head import ContactHead
@@ -353,7 +353,7 @@ class ESMEncoder(BertModel):
             last.input_layernorm(hidden_T1H), attention_mask=None, packed_seq_params=layout.query_index(places_M, rows)
         )
         add = last.self_attn_bda(self.training, False)
-        residual_M1H = pad(hidden_T1H[places_M], (0, 0, 0, 0, 0, rows - len(places_M)))
+        residual_M1H = pad_rows(hidden_T1H[places_M], rows)
         hidden_M1H = add(attended, residual_M1H, last.hidden_dropout)
         hidden_M1H = add(last.mlp(last.pre_mlp_layernorm(hidden_M1H)), hidden_M1H, last.hidden_dropout)
         final_MH: Tensor = self.encoder.final_layernorm(hidden_M1H).squeeze(1)
@@ -387,7 +387,7 @@ class ESMEncoder(BertModel):
     def logits(self, hidden_MH: Tensor) -> Tensor:
         """Return logits of the 33 tokens for hidden states, float32 [M, V]; the table's padding rows are left out."""
         size = len(hidden_MH)
-        hidden_MH = pad(hidden_MH, (0, 0, 0, self._bucket(size) - size))
+        hidden_MH = pad_rows(hidden_MH, self._bucket(size))
         transformed_M1H = self.lm_head(hidden_MH.unsqueeze(1))
         part_M1V, _ = self.output_layer(transformed_M1H, weight=self.shared_embedding_or_output_weight())
         rows_MV: Tensor = GatherLastDimension.apply(part_M1V.squeeze(1))  # type: ignore[no-untyped-call]
