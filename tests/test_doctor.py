@@ -49,7 +49,7 @@ def test_attention_across_sequences_is_detected(
         query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
         return torch.nn.functional.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1)
 
-    monkeypatch.setitem(attention.ATTENTION, "sdpa-by-sequence", one_for_all)
+    monkeypatch.setitem(attention.ATTENTION._parts, "sdpa-by-sequence", one_for_all)
     code, found = report(capfd, "--precision", "32")
     assert code == 1
     assert not found["ready"]
@@ -71,7 +71,7 @@ def test_kernel_error_is_reported_without_a_traceback(
     def broken(*_: Any) -> Any:
         raise RuntimeError("CUDA error: no kernel image is available")
 
-    monkeypatch.setitem(attention.ATTENTION, "sdpa-by-sequence", broken)
+    monkeypatch.setitem(attention.ATTENTION._parts, "sdpa-by-sequence", broken)
     assert doctor.main([]) == 1
     output = capfd.readouterr()
     assert "not ready: a training step on cpu fails: RuntimeError: CUDA error: no kernel image" in output.out

@@ -73,7 +73,7 @@ def test_esm2_configurations_match_their_description(name: str) -> None:
     assert (config.hidden_dropout, config.attention_dropout, config.embedding_layernorm) == (0.0, 0.0, False)
     assert (config.seq_length, config.ffn_hidden_size) == (1024, 4 * config.hidden_size)
     header = (Path(__file__).parent.parent / "conf" / "model" / f"{name}.yaml").read_text().splitlines()[0]
-    assert f"ESM-2, {config.parameters:,} parameters, {95 * (config.hidden_size + 1):,} of which" in header
+    assert f"ESM-2, {config.parameters:,} parameters, {95 * (config.hidden_size + 1):,} of them" in header
 
 
 @pytest.mark.parametrize(

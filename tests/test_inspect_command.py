@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bionemo_esm.inference.embedding.formats import write_part
+from bionemo_esm.inference.embedding.formats import format_named
 from bionemo_esm.inference.embedding.options import Embedding
 from bionemo_esm.inspect_command import main
 from errors import refused
@@ -25,7 +25,7 @@ def text(path: Path, content: str | bytes) -> None:
 
 def embeddings(path: Path, kind: str) -> None:
     with path.open("wb") as stream:
-        write_part(kind, stream, ABOUT, [EMBEDDING])
+        format_named(kind).write(stream, ABOUT, [[EMBEDDING]])
 
 
 def contacts(path: Path) -> None:

@@ -86,7 +86,8 @@ def newest_archive(path: Path) -> ArchiveFile:
     Raises `ConfigError` if none can be read. Hashes are checked later, by the run.
     """
     files = [path] if path.is_file() else sorted(path.glob("checkpoints/step-*.ckpt"))
-    found, problem = [], f"{path} holds no checkpoint; name a run's folder, or a .ckpt"
+    what = f"{path} holds no checkpoint" if path.exists() else f"there is no {path}"
+    found, problem = [], f"{what}; name a run's folder, or a .ckpt"
     for candidate in files:
         try:
             file = ArchiveFile.open(candidate)
