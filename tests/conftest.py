@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,14 @@ def tiny_split(tmp_path_factory: pytest.TempPathFactory, sample_store: ProteinSt
             writer.add("train", train[int(protein)])
         writer.finish({"source": "tests/conftest.py"})
     return ProteinStore.open(folder).split("train")
+
+
+@pytest.fixture(autouse=True)
+def sigint() -> Iterator[None]:
+    """Restore the handler of SIGINT. A command that ends by Ctrl-C ignores further ones, as its process exits."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

@@ -268,7 +268,7 @@ def test_of_archive_group_lists_every_model_key_and_sets_none() -> None:
         (("restore_from_path={esm2}", "model.hidden_dropout=2"), r"model.hidden_dropout must lie in \[0, 1\)"),
         (("restore_from_path={readme}",), "README.md: "),
         (("restore_from_path={esm2}", "model=esm2_8m"), "set model.num_layers=2, or choose model=of_archive"),
-        (("continue_from_path=/nowhere",), "continue_from_path: /nowhere holds no checkpoint"),
+        (("continue_from_path=/nowhere",), "continue_from_path: there is no /nowhere"),
     ],
 )
 def test_invalid_model_settings_are_refused_in_one_line(

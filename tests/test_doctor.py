@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def test_self_test_trains_a_step(precision: str) -> None:
     assert result.packing_difference < selftest.TOLERANCE[torch.float32 if precision == "32" else torch.bfloat16]
 
 
+def replace_attention(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
+    """Use `function` as the attention of a CPU in float32 and in bfloat16 with dropout."""
+    backend = replace(attention.ATTENTION.get("sdpa-by-sequence"), attend=function)
+    monkeypatch.setitem(attention.ATTENTION._parts, "sdpa-by-sequence", backend)
+
+
 def test_attention_across_sequences_is_detected(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,7 +56,7 @@ def test_attention_across_sequences_is_detected(
         query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
         return torch.nn.functional.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1)
 
-    monkeypatch.setitem(attention.ATTENTION._parts, "sdpa-by-sequence", one_for_all)
+    replace_attention(monkeypatch, one_for_all)
     code, found = report(capfd, "--precision", "32")
     assert code == 1
     assert not found["ready"]
@@ -71,7 +78,7 @@ def test_kernel_error_is_reported_without_a_traceback(
     def broken(*_: Any) -> Any:
         raise RuntimeError("CUDA error: no kernel image is available")
 
-    monkeypatch.setitem(attention.ATTENTION._parts, "sdpa-by-sequence", broken)
+    replace_attention(monkeypatch, broken)
     assert doctor.main([]) == 1
     output = capfd.readouterr()
     assert "not ready: a training step on cpu fails: RuntimeError: CUDA error: no kernel image" in output.out

@@ -13,7 +13,7 @@ from bionemo_esm.data.collate import PackedBatch, pack
 from bionemo_esm.data.store import SequenceSplit
 from bionemo_esm.errors import UserError
 from bionemo_esm.model import feature_extraction as reading
-from bionemo_esm.model.attention import ATTENTION, PackedRow, attention_maps
+from bionemo_esm.model.attention import PackedRow, attention_by_sequence, attention_maps
 from bionemo_esm.model.contact_head import ContactHead, average_product_correction
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.feature_extraction import contacts, observe_attention_maps, representations
@@ -69,7 +69,7 @@ def test_attention_maps_reproduce_the_kernels_output(tiny_split: SequenceSplit) 
     maps = attention_maps(query, key, layout)
     pieces = value.split(bounds.diff().tolist())
     expected = torch.cat([torch.einsum("nqk,knd->qnd", m, piece) for m, piece in zip(maps, pieces, strict=True)])
-    assert torch.allclose(ATTENTION.get("sdpa-by-sequence")(query, key, value, layout, 0.0), expected, atol=1e-6)
+    assert torch.allclose(attention_by_sequence(query, key, value, layout, 0.0), expected, atol=1e-6)
 
 
 def test_attention_maps_are_observed_layer_by_layer_for_each_protein(
