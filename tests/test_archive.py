@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from nemo.core.classes import ModelPT
 from safetensors.torch import load, save
 
@@ -90,6 +91,36 @@ def repacked(members: Members, path: Path, honest: bool = True) -> Path:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def test_manifest_has_sha256_and_blake3_of_each_member(archive: Path) -> None:
+    members = unpacked(archive)
+    files = json.loads(members[MANIFEST])["files"]
+    for name in (CONFIG, WEIGHTS):
+        sha256, fast = hashlib.sha256(members[name]).hexdigest(), blake3(members[name]).hexdigest()
+        assert files[name] == {"size": len(members[name]), "sha256": sha256, "blake3": fast}
+
+
+def test_archive_of_an_earlier_version_with_sha256_alone_is_read_and_verified(archive: Path, tmp_path: Path) -> None:
+    old = repacked(unpacked(archive), tmp_path / "old.nemo")
+    assert "blake3" not in json.loads(unpacked(old)[MANIFEST])["files"][WEIGHTS]
+    found, expected = ArchiveFile.open(old), ArchiveFile.open(archive)
+    assert found.weights_sha256 == expected.weights_sha256
+    assert all(torch.equal(tensor, found.load_weights()[name]) for name, tensor in expected.load_weights().items())
+    members = unpacked(old)
+    damaged = members | {WEIGHTS: members[WEIGHTS][:-1] + bytes([members[WEIGHTS][-1] ^ 1])}
+    with pytest.raises(ArchiveError, match="does not match its SHA-256"):
+        ArchiveFile.open(repacked(damaged, tmp_path / "bad.nemo", honest=False)).load_weights()
+
+
+@pytest.mark.parametrize(("hash_name", "label"), [("blake3", "BLAKE3"), ("sha256", "SHA-256")])
+def test_verify_compares_both_hashes(hash_name: str, label: str, archive: Path, tmp_path: Path) -> None:
+    members = unpacked(archive)
+    manifest = json.loads(members[MANIFEST])
+    manifest["files"][WEIGHTS][hash_name] = "0" * 64
+    file = ArchiveFile.open(repacked(members | {MANIFEST: signed(manifest)}, tmp_path / "bad.nemo", honest=False))
+    with pytest.raises(ArchiveError, match=f"does not match its {label}"):
+        file.verify()
 
 
 @pytest.mark.parametrize("restore", [ESM1nvModel.restore_from, ModelPT.restore_from])
@@ -188,7 +219,7 @@ def test_flipped_bit_is_detected(archive: Path, tmp_path: Path) -> None:
     weights = bytearray(members[WEIGHTS])
     weights[-5] ^= 1
     path = repacked(members | {WEIGHTS: bytes(weights)}, tmp_path / "bad.nemo", honest=False)
-    with pytest.raises(ArchiveError, match=r"bad\.nemo: model_weights\.safetensors does not match its SHA-256"):
+    with pytest.raises(ArchiveError, match=r"bad\.nemo: model_weights\.safetensors does not match its BLAKE3"):
         ESM1nvModel.restore_from(str(path))
 
 

@@ -293,7 +293,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], int | None, list[str]
     "no match": (lambda f: None, [ALL, "none-*.ckpt"], None, ["none-*.ckpt: no such file"]),
     "cut in half": (lambda f: cut(f / "4.nemo", 9_000), [ALL], None, ["4.nemo: cut short"]),
     "cut at the end": (lambda f: cut(f / "4.nemo", -1024), [ALL], None, ["4.nemo: cut short"]),
-    "weights": (lambda f: flip(f / "4.nemo", "model_weights.safetensors"), [ALL], None, ["4.nemo", "SHA-256"]),
+    "weights": (lambda f: flip(f / "4.nemo", "model_weights.safetensors"), [ALL], None, ["4.nemo", "BLAKE3"]),
     "manifest": (lambda f: flip(f / "4.nemo", "manifest.json"), [ALL], None, ["4.nemo: manifest.json"]),
     "config": (lambda f: flip(f / "4.nemo", "model_config.yaml"), [ALL], None, ["4.nemo: model_config.yaml"]),
     "NaN": (lambda f: put(f / "4.nemo", 4, ending_in(math.nan)), [ALL], None, ["4.nemo: tensor 'norm.weight'", "NaN"]),

@@ -338,7 +338,7 @@ def test_a_flipped_bit_is_found_before_any_file_is_written(tmp_path: Path) -> No
         byte = stream.read(1)
         stream.seek(-1, 1)
         stream.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(UserError, match="does not match its SHA-256"):
+    with pytest.raises(UserError, match="does not match its BLAKE3"):
         export_hugging_face(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model.nemo"]
 

@@ -252,7 +252,7 @@ def test_a_flipped_bit_of_the_head_is_found(tmp_path: Path) -> None:
     bias = read_archive(path).weights["head.output.bias"].numpy().tobytes()
     content[content.index(bias)] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ArchiveError, match="does not match its SHA-256"):
+    with pytest.raises(ArchiveError, match="does not match its BLAKE3"):
         FineTunedPredictor.load(path, "cpu")
 
 

@@ -324,9 +324,12 @@ def says(**changes: Any) -> Callable[[Members], Members]:
 
 
 def says_of_weights(**changes: Any) -> Callable[[Members], Members]:
+    """Return a function that changes the entry of the weights; the value `...` removes a key."""
+
     def build(m: Members) -> Members:
         files = json.loads(m[MANIFEST])["files"]
-        return sealed(m, files=files | {WEIGHTS: files[WEIGHTS] | changes})
+        entry = {key: value for key, value in (files[WEIGHTS] | changes).items() if value is not ...}
+        return sealed(m, files=files | {WEIGHTS: entry})
 
     return build
 
@@ -354,6 +357,8 @@ MANIFESTS: dict[str, Callable[[Members], Members]] = {
     "many-other-members": lambda m: sealed(m, files={str(number): {} for number in range(10**5)}),
     "wrong-size": says_of_weights(size=1),
     "no-hash": says_of_weights(sha256=None),
+    "no-fast-hash": says_of_weights(blake3=[]),
+    "unknown-hash": says_of_weights(sha256=..., blake3=..., md5="0" * 32),
     "files-is-a-list": says(files=[]),
     "wrong-hash-of-itself": reads(b'"steps": 7', b'"steps": 8'),
     "another-spelling-of-itself": reads(b"1e-05", b"1E-05"),

@@ -315,7 +315,7 @@ def test_verify_finds_a_flipped_bit(member: str, checkpoint: Path, inspect: Insp
         said = inspect(checkpoint, "--verify", *arguments)
         assert said.code == 2
         assert said.err == (
-            f"error: {checkpoint}: {member} does not match its SHA-256 in manifest.json; the file is damaged\n"
+            f"error: {checkpoint}: {member} does not match its BLAKE3 in manifest.json; the file is damaged\n"
         )
         assert "Every member" not in said.out
 
@@ -324,7 +324,7 @@ def test_damaged_state_is_found_without_verify(checkpoint: Path, inspect: Inspec
     flipped(checkpoint, archive_module.STATE)
     said = inspect(checkpoint)
     assert (said.code, said.out) == (2, "")
-    assert "state.json does not match its SHA-256" in said.err
+    assert "state.json does not match its BLAKE3" in said.err
 
 
 HOSTILE = "red\x1b[31m\x9b2J\r\n\x07\x7f\u202egnp\u2028\ud800 end"

@@ -2,7 +2,7 @@
 
 A file is a plain tar of `model_config.yaml`, `manifest.json` and `model_weights.safetensors`; a checkpoint has
 `state.json` and `state.safetensors` as well. It contains no pickle. No import path in it is followed: the class comes
-from our own registry of names. No member is extracted to disk. Every byte is covered by a SHA-256 or checked to be
+from our own registry of names. No member is extracted to disk. Every byte is covered by a hash or checked to be
 zero. Equal content gives equal bytes. Reading the small members needs neither torch nor NeMo.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from bionemo_esm.alphabet import TOKENS
 from bionemo_esm.model.config import TRAINING_ONLY, EncoderConfig
 from bionemo_esm.model.safe_serialization import check_plain, parse_json, parse_yaml, put_tensors_back, take_out_tensors
 from bionemo_esm.model.tar_format import (
+    HASHES,
     ArchiveError,
     Member,
     Section,
@@ -47,6 +49,7 @@ _MODEL, _TRAINING = (CONFIG, MANIFEST, WEIGHTS), (STATE, STATE_TENSORS)
 _SIZE_LIMITS = {CONFIG: 1 << 16, MANIFEST: 1 << 20, WEIGHTS: 1 << 38, STATE: 1 << 20, STATE_TENSORS: 1 << 40}
 """Bytes; far above any valid member, and low enough that a hostile one cannot keep a parser busy."""
 _WEIGHT_DTYPES = ("F32", "BF16")
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,12 @@ def write_archive(path: Path, archive: Archive) -> Path:
         members |= {STATE: Member.of(_json(state)), STATE_TENSORS: tensor_member(tensors)}
     sizes = {name: member.size for name, member in members.items()}
 
-    def manifest(digests: Mapping[str, str]) -> bytes:
-        return _manifest_of(archive, {name: {"size": size, "sha256": digests[name]} for name, size in sizes.items()})
+    def manifest(digests: Mapping[str, Mapping[str, str]]) -> bytes:
+        return _manifest_of(archive, {name: {"size": size, **digests[name]} for name, size in sizes.items()})
 
-    length = len(manifest(dict.fromkeys(members, "0" * 64)))  # it precedes the members whose hashes it lists
+    length = len(
+        manifest(dict.fromkeys(members, dict.fromkeys(HASHES, "0" * 64)))
+    )  # it precedes the members whose hashes it lists
     first = {CONFIG: members.pop(CONFIG), MANIFEST: Summary(length, manifest)}  # the small members first
     members = first | members
     for name, member in members.items():
@@ -102,7 +107,7 @@ def read_archive(path: Path, with_weights: bool = True) -> Archive:
     """Read and check an archive; with `with_weights=False` the small members only.
 
     Raises `ArchiveError`, naming the file and the member, unless the members are exactly ours, are regular files of
-    the sizes and SHA-256 in the manifest, and have finite weights and a plain configuration.
+    the sizes and hashes in the manifest, and have finite weights and a plain configuration.
     """
     file = ArchiveFile.open(path)
     weights = file.load_weights() if with_weights else {}
@@ -142,7 +147,10 @@ class ArchiveFile:
                 raise ArchiveError(f"{path}: member {name} is missing; copy or download the file again")
         manifest = _manifest(path, read_section(path, sections[MANIFEST]), sections)
         config = read_section(path, sections[CONFIG])
-        _compare(path, CONFIG, hashlib.sha256(config).hexdigest(), manifest)
+        for algorithm in hashes_of(path, CONFIG, manifest):
+            digest = HASHES[algorithm]()
+            digest.update(memoryview(config))
+            _compare(path, CONFIG, algorithm, digest.hexdigest(), manifest)
         try:
             values = parse_yaml(config)
             check_plain(values)
@@ -166,12 +174,15 @@ class ArchiveFile:
 
     @property
     def weights_sha256(self) -> str:
-        """SHA-256, in hex, of the member with the weights; equal weights have equal hashes."""
+        """SHA-256, in hex, of the member with the weights by the manifest; equal weights have equal hashes.
+
+        Loading the weights compares the faster BLAKE3; `verify` compares both.
+        """
         return str(self.manifest["files"][WEIGHTS]["sha256"])
 
     @property
     def model_identity(self) -> str:
-        """SHA-256, in hex, of the weights and of all configuration that changes an answer.
+        """SHA-256, in hex, of the weights' hash and of all configuration that changes an answer.
 
         Resume folders and caches compare it. Equal weights with another epsilon or token dropout are another model.
         Seed, initialization and dropout rates are left out: they change training only. Raises `ConfigError` for a
@@ -180,11 +191,12 @@ class ArchiveFile:
         encoder = EncoderConfig.from_config(self.config["encoder"]).to_dict()
         config = {key: value for key, value in self.config.items() if key != "seed"}
         config["encoder"] = {key: value for key, value in encoder.items() if key not in TRAINING_ONLY}
-        parts = (self.model_class, self.manifest["alphabet"], self.weights_sha256, config)
+        name = hashes_of(self.path, WEIGHTS, self.manifest)[0]  # the one that loading compares
+        parts = (self.model_class, self.manifest["alphabet"], self.manifest["files"][WEIGHTS][name], config)
         return hashlib.sha256(_json(parts)).hexdigest()
 
     def verify(self, *names: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compare members (all, if none is named) with their SHA-256. Raises `ArchiveError` for one that differs.
+        """Compare members (all, if none is named) with all their hashes. Raises `ArchiveError` for one that differs.
 
         `progress` is called with the bytes read and the bytes to read.
         """
@@ -197,7 +209,10 @@ class ArchiveFile:
             progress(done, total)
 
         for name in names:
-            _compare(self.path, name, hash_section(self.path, self.sections[name], advance), self.manifest)
+            algorithms = hashes_of(self.path, name, self.manifest)
+            digests = hash_section(self.path, self.sections[name], advance, algorithms)
+            for algorithm in algorithms:
+                _compare(self.path, name, algorithm, digests[algorithm], self.manifest)
 
     def read_weights_once(self) -> TensorReader:
         """Return a reader that verifies the weights as it reads them."""
@@ -268,7 +283,8 @@ class TensorReader:
         """hasher: see `SectionReader`."""
         self._file, self._table = file, table
         section = file.sections[table.member]
-        self._reader = SectionReader(file.path, section, hasher)
+        self._algorithm = hashes_of(file.path, table.member, file.manifest)[0]
+        self._reader = SectionReader(file.path, section, self._algorithm, hasher)
         self._reader.read_into(memoryview(bytearray(table.data.start - section.start)))  # the header of the member
 
     def read_into(self, tensor: Tensor) -> Tensor:
@@ -280,8 +296,8 @@ class TensorReader:
         return tensor
 
     def finish(self) -> None:
-        """Raises `ArchiveError` if the bytes read do not match their SHA-256."""
-        _compare(self._file.path, self._table.member, self._reader.hexdigest(), self._file.manifest)
+        """Raises `ArchiveError` if the bytes read do not match their hash, the fastest in the manifest."""
+        _compare(self._file.path, self._table.member, self._algorithm, self._reader.hexdigest(), self._file.manifest)
 
 
 def _manifest(path: Path, content: bytes, sections: Mapping[str, Section]) -> dict[str, Any]:
@@ -313,6 +329,24 @@ def _check_files(path: Path, files: Mapping[str, Any], sections: Mapping[str, Se
     for name, entry in files.items():
         if not isinstance(entry, dict) or entry.get("size") != sections[name].size:
             raise ArchiveError(f"{path}: {name} does not have the size that {MANIFEST} gives; the file is damaged")
+        hashes_of(path, name, {"files": files})
+
+
+def hashes_of(path: Path, name: str, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the names of a member's hashes, the fastest first. Raises `ArchiveError` if none is known.
+
+    Archives of version 0.1.0 and before have SHA-256 alone.
+    """
+    entry = manifest["files"][name]
+    if not (found := [algorithm for algorithm in HASHES if algorithm in entry]):
+        raise ArchiveError(
+            f"{path}: {name} has no hash that is known here ({', '.join(HASHES)}) in {MANIFEST}, but "
+            f"{quoted(sorted(entry.keys() - {'size'}))}; install a newer bionemo_esm"
+        )
+    for algorithm in found:
+        if not isinstance(entry[algorithm], str) or not _DIGEST.fullmatch(entry[algorithm]):
+            raise ArchiveError(f"{path}: the {algorithm} of {name} in {MANIFEST} is no hash; the file is damaged")
+    return found
 
 
 def _weights(path: Path, section: Section) -> TensorTable:
@@ -325,9 +359,10 @@ def _weights(path: Path, section: Section) -> TensorTable:
     return table
 
 
-def _compare(path: Path, name: str, sha256: str, manifest: Mapping[str, Any]) -> None:
-    if manifest["files"][name].get("sha256") != sha256:
-        raise ArchiveError(f"{path}: {name} does not match its SHA-256 in {MANIFEST}; the file is damaged")
+def _compare(path: Path, name: str, algorithm: str, digest: str, manifest: Mapping[str, Any]) -> None:
+    if manifest["files"][name][algorithm] != digest:
+        label = {"blake3": "BLAKE3", "sha256": "SHA-256"}[algorithm]
+        raise ArchiveError(f"{path}: {name} does not match its {label} in {MANIFEST}; the file is damaged")
 
 
 def _json(value: Any) -> bytes:

@@ -305,7 +305,7 @@ def convert_legacy(source: Path, output: Path) -> ConversionReport:
         raise LegacyArchiveError(f"{output}: is the legacy archive itself; give the output another name")
     report = ConversionReport()
     with source.open("rb") as stream, tempfile.TemporaryDirectory(prefix="legacy-nemo-") as folder:
-        digest = hash_section(source, Section(0, source.stat().st_size))
+        digest = hash_section(source, Section(0, source.stat().st_size))["sha256"]
         tar = _LegacyTar(source, stream)
         config = _read_config(tar)
         encoder = _encoder_config(config, f"{source}: {CONFIG}", report)

@@ -12,12 +12,14 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Protocol, cast
+
+from blake3 import blake3
 
 from bionemo_esm import files as outputs
 from bionemo_esm.errors import UserError
@@ -41,6 +43,15 @@ _KINDS = {
 }
 
 
+class _Hash(Protocol):
+    def update(self, content: memoryview, /) -> object: ...
+    def hexdigest(self) -> str: ...
+
+
+HASHES: Mapping[str, Callable[[], _Hash]] = {"blake3": blake3, "sha256": hashlib.sha256}
+"""The hashes of a member, the fastest first: BLAKE3 keeps up with memory; SHA-256 is the one that people compare."""
+
+
 class ArchiveError(UserError):
     """A file that is not one of our archives, or is damaged; the message names the file and the member."""
 
@@ -59,10 +70,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Summary:
-    """Content that is made from the SHA-256, in hex, of all other members, by name, once they are written."""
+    """Content that is made from the hashes of all other members, once they are written.
+
+    make: gets {member: {name of the hash in `HASHES`: hexadecimal digits}}.
+    """
 
     size: int
-    make: Callable[[Mapping[str, str]], bytes]
+    make: Callable[[Mapping[str, Mapping[str, str]]], bytes]
 
 
 @dataclass(frozen=True)
@@ -77,13 +91,17 @@ class _HashingStream(io.RawIOBase):
     """Writes to another stream, and hashes the content on a second thread at the same time."""
 
     def __init__(self, stream: IO[bytes], hasher: Executor) -> None:
-        self._stream, self._hasher, self.sha256 = stream, hasher, hashlib.sha256()
+        self._stream, self._hasher, self._hashes = stream, hasher, {name: make() for name, make in HASHES.items()}
 
     def write(self, content: object) -> int:
-        hashed = self._hasher.submit(self.sha256.update, content)  # type: ignore[arg-type]
+        pending = [self._hasher.submit(hash_.update, content) for hash_ in self._hashes.values()]  # type: ignore[arg-type]
         count = self._stream.write(content)  # type: ignore[call-overload]
-        hashed.result()  # the caller may change the memory after the return
+        for hashed in pending:
+            hashed.result()  # the caller may change the memory after the return
         return int(count)
+
+    def hexdigests(self) -> dict[str, str]:
+        return {name: hash_.hexdigest() for name, hash_ in self._hashes.items()}
 
 
 def write_container(path: Path, members: Mapping[str, Member | Summary]) -> None:
@@ -92,7 +110,7 @@ def write_container(path: Path, members: Mapping[str, Member | Summary]) -> None
     The final name never holds an incomplete file; a file that was there stays until the new one is complete. Raises
     `ArchiveError`, with the reason, if it cannot be written.
     """
-    digests: dict[str, str] = {}
+    digests: dict[str, dict[str, str]] = {}
     summaries: dict[int, Summary] = {}  # by their places in the file
     with atomic_write(path) as stream, ThreadPoolExecutor(1) as hasher:
         for name, member in members.items():
@@ -106,7 +124,7 @@ def write_container(path: Path, members: Mapping[str, Member | Summary]) -> None
             else:
                 hashing = _HashingStream(stream, hasher)
                 member.write(cast(IO[bytes], hashing))
-                digests[name] = hashing.sha256.hexdigest()
+                digests[name] = hashing.hexdigests()
             assert stream.tell() - before == member.size, name
             stream.write(bytes(-member.size % _BLOCK))
         stream.write(bytes(2 * _BLOCK))
@@ -247,15 +265,21 @@ def read_section(path: Path, section: Section) -> bytes:
         return stream.read(section.size)
 
 
-def hash_section(path: Path, section: Section, advance: Callable[[int], None] = lambda count: None) -> str:
-    """Return the SHA-256 of the content of a member, in hex; `advance` is called with the bytes of each piece."""
-    sha256 = hashlib.sha256()
+def hash_section(
+    path: Path,
+    section: Section,
+    advance: Callable[[int], None] = lambda count: None,
+    algorithms: Sequence[str] = ("sha256",),
+) -> dict[str, str]:
+    """Return hashes of the content of a member, in hex, by name; `advance` is called with the bytes of each piece."""
+    hashes = {name: HASHES[name]() for name in algorithms}
     with readable(path), path.open("rb") as stream:
         stream.seek(section.start)
         for chunk in _chunks(stream, section.size):
-            sha256.update(chunk)
+            for hash_ in hashes.values():
+                hash_.update(chunk)
             advance(len(chunk))
-    return sha256.hexdigest()
+    return {name: hash_.hexdigest() for name, hash_ in hashes.items()}
 
 
 class SectionReader:
@@ -264,11 +288,12 @@ class SectionReader:
     The file is open only during a read, so that any number of members can be read in turn.
     """
 
-    def __init__(self, path: Path, section: Section, hasher: Executor | None = None) -> None:
-        """hasher: one thread, which hashes in parallel; buffers must not change before `hexdigest`."""
+    def __init__(self, path: Path, section: Section, algorithm: str, hasher: Executor | None = None) -> None:
+        """algorithm: a name in `HASHES`. hasher: one thread, which hashes in parallel; buffers must not change
+        before `hexdigest`."""
         self.path, self._position, self._end = path, section.start, section.start + section.size
-        self._sha256, self._hasher = hashlib.sha256(), hasher
-        self._hashing: Future[None] | None = None
+        self._hash, self._hasher = HASHES[algorithm](), hasher
+        self._hashing: Future[object] | None = None
 
     def read_into(self, buffer: memoryview) -> None:
         """Fill the buffer with the next bytes. Raises `ArchiveError` if the file ends early."""
@@ -277,16 +302,16 @@ class SectionReader:
             raise _cut_short(self.path, "its end is missing")
         self._position += buffer.nbytes
         if self._hasher is None:
-            self._sha256.update(buffer)
+            self._hash.update(buffer)
         else:
-            self._hashing = self._hasher.submit(self._sha256.update, buffer)
+            self._hashing = self._hasher.submit(self._hash.update, buffer)
 
     def hexdigest(self) -> str:
-        """Return the SHA-256 of the content, in hex, after all of it has been read."""
+        """Return the hash of the content, in hex, after all of it has been read."""
         assert self._position == self._end, "not yet read to its end"
         if self._hashing is not None:
             self._hashing.result()  # the last of a queue
-        return self._sha256.hexdigest()
+        return self._hash.hexdigest()
 
 
 def _chunks(stream: IO[bytes], size: int) -> Iterator[memoryview]:

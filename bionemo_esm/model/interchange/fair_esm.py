@@ -95,8 +95,8 @@ def read_fair_esm(path: Path, *, advance: Callable[[int], None] = lambda count: 
         notes.append("left out: activation_dropout, dropout within the feed-forward layers, which our encoder has not")
     files = [path, regression] if len(tables) == 2 else [path]
     origin = {"format": "fair-esm", "source": path.name, "revision": None}
-    hashes = {"sha256": {file.name: hash_section(file, Section(0, file.stat().st_size), advance) for file in files}}
-    return SourceModel(FAIR_ESM, config, tensors, {"imported_from": origin | hashes}, tuple(notes))
+    sha256 = {file.name: hash_section(file, Section(0, file.stat().st_size), advance)["sha256"] for file in files}
+    return SourceModel(FAIR_ESM, config, tensors, {"imported_from": origin | {"sha256": sha256}}, tuple(notes))
 
 
 def _opened(path: Path, allowed: tuple[str, ...] = ()) -> tuple[dict[str, Any], PickledTensors]:

@@ -570,7 +570,7 @@ def _provenance(
         "source": source,
         "revision": revision,
         "transformers_version": config.transformers_version,
-        "sha256": {file.name: hash_section(file, Section(0, _size(file)), advance) for file in files},
+        "sha256": {file.name: hash_section(file, Section(0, _size(file)), advance)["sha256"] for file in files},
     }
 
 
