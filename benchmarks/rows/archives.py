@@ -167,7 +167,7 @@ def _restoring(setting: Setting) -> Row:
         (
             "ours (.nemo)",
             lambda: ArchiveFile.open(ours).load_weights(),
-            "verified by SHA-256, checked to be finite",
+            "verified by BLAKE3, checked to be finite",
             (),
         ),
         ("torch.load", lambda: _torch_load(plain), "weights_only=True; not verified", ("torch",)),

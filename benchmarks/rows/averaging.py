@@ -50,7 +50,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     yield Row(
         "averaging", f"Average of {copies} checkpoints of {megabytes:,.0f} MB", "checkpoint", "float32", sides,
         "largest difference from the mean in float64, over the largest weight", 1e-5, seconds_matter=True, turns=3,
-        note="Ours is the mean in float64, rounded once, to the last bit; the time includes SHA-256 of every byte.",
+        note="Ours is the mean in float64, rounded once, to the last bit; the time includes BLAKE3 of every byte.",
     )  # fmt: skip
 
 

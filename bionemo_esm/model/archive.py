@@ -220,26 +220,33 @@ class ArchiveFile:
 
     def load_weights(self) -> dict[str, Tensor]:
         """Return the verified weights. Raises `ArchiveError` for damage, and for NaN or infinity."""
-        return self._load_once(self.weights, self._check_finite)
+        return self._load_once(self.weights, must_be_finite=True)
 
     def load_finite(self, name: str) -> Tensor:
         """Return one tensor of the weights, not verified. Raises `ArchiveError` for NaN or infinity."""
         tensor = self.weights.load(name)
-        self._check_finite(name, tensor)
+        if not _is_finite(tensor):
+            raise self._not_finite(name)
         return tensor
 
-    def _check_finite(self, name: str, tensor: Tensor) -> None:
-        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):  # a NaN anywhere makes both NaN
-            raise ArchiveError(f"{self.path}: tensor {quoted(name)} holds NaN or infinity; the model is of no use")
+    def _not_finite(self, name: str) -> ArchiveError:
+        return ArchiveError(f"{self.path}: tensor {quoted(name)} holds NaN or infinity; the model is of no use")
 
-    def _load_once(self, table: TensorTable, check: Callable[[str, Tensor], None]) -> dict[str, Tensor]:
-        """Read all tensors of a member once, verify them, then check each. Raises `ArchiveError` for damage."""
+    def _load_once(self, table: TensorTable, must_be_finite: bool) -> dict[str, Tensor]:
+        """Read all tensors of a member once, and hash them on a second thread.
+
+        Raises `ArchiveError` for damage, which comes first, and for NaN or infinity.
+        """
+        tensors, not_finite = {}, None
         with ThreadPoolExecutor(1) as hasher:
             reader = TensorReader(self, table, hasher)
-            tensors = {name: reader.read_into(table.empty(name)) for name in table.infos}
+            for name in table.infos:
+                tensors[name] = reader.read_into(table.empty(name))
+                if must_be_finite and not_finite is None and not _is_finite(tensors[name]):
+                    not_finite = name
             reader.finish()
-        for name, tensor in tensors.items():
-            check(name, tensor)
+        if not_finite is not None:
+            raise self._not_finite(not_finite)
         return tensors
 
     def load_outline(self) -> dict[str, Any]:
@@ -263,7 +270,7 @@ class ArchiveFile:
         except ArchiveError:
             self.verify(STATE_TENSORS)  # a damaged file is reported as damaged
             raise
-        tensors = self._load_once(table, check=lambda name, tensor: None)
+        tensors = self._load_once(table, must_be_finite=False)
         try:
             state = put_tensors_back(outline, tensors)
         except (ValueError, TypeError) as error:
@@ -357,6 +364,10 @@ def _weights(path: Path, section: Section) -> TensorTable:
                 f"{path}: tensor {quoted(name)} has dtype {info.dtype}; weights are {' or '.join(_WEIGHT_DTYPES)}"
             )
     return table
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())  # NaN anywhere makes both NaN
 
 
 def _compare(path: Path, name: str, algorithm: str, digest: str, manifest: Mapping[str, Any]) -> None:
