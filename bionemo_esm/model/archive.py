@@ -195,9 +195,15 @@ class ArchiveFile:
         parts = (self.model_class, self.manifest["alphabet"], self.manifest["files"][WEIGHTS][name], config)
         return hashlib.sha256(_json(parts)).hexdigest()
 
-    def verify(self, *names: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compare members (all, if none is named) with all their hashes. Raises `ArchiveError` for one that differs.
+    def verify(
+        self,
+        *names: str,
+        every_hash: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Compare members (all, if none is named) with their hash. Raises `ArchiveError` for one that differs.
 
+        `every_hash`: with BLAKE3 and SHA-256, where there are both; otherwise with the faster.
         `progress` is called with the bytes read and the bytes to read.
         """
         names = names or tuple(name for name in self.sections if name != MANIFEST)
@@ -209,7 +215,7 @@ class ArchiveFile:
             progress(done, total)
 
         for name in names:
-            algorithms = hashes_of(self.path, name, self.manifest)
+            algorithms = hashes_of(self.path, name, self.manifest)[: None if every_hash else 1]
             digests = hash_section(self.path, self.sections[name], advance, algorithms)
             for algorithm in algorithms:
                 _compare(self.path, name, algorithm, digests[algorithm], self.manifest)

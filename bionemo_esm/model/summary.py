@@ -371,7 +371,7 @@ def _inspect(options: argparse.Namespace) -> int:
     card = ArchiveSummary.of(file)
     console.print_line(json.dumps(card.to_dict(), indent=2) if options.json else card.text())
     if options.verify:
-        file.verify(progress=ProgressBar(Console(sys.stdout, silent=options.json), "read"))
+        file.verify(every_hash=True, progress=ProgressBar(Console(sys.stdout, silent=options.json), "read"))
         if not options.json:
             console.print_line("\nEvery member matches its hash in the manifest.")
     return 0
