@@ -1,8 +1,9 @@
 """Definition of a row of the table, and its measurement: all sides take turns at the same work.
 
 A row compares our side with other sides at one benchmark. It states the error of their results relative to ours, and
-the target ratios. Sides alternate, so that other load on the machine affects all sides equally. The report gives
-medians of the turns and of their ratios, with the range.
+the target ratios. Sides alternate, so that other load on the machine affects all sides equally. Where shapes of inputs
+matter, each turn has fresh inputs, as in a real run. The report gives medians of the turns and of their ratios, with
+the range.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -35,15 +38,24 @@ class Spent:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """Inputs of one turn, drawn before its clock starts."""
+
+    value: Any
+    amount: float  # units of work in it
+
+
+@dataclass(frozen=True)
 class Side:
     """One implementation of the work."""
 
     name: str  # "Hugging Face, sorted by length"
-    work: Callable[[], object]  # one turn; returns after all work is done (GPU synchronized), optionally a `Spent`
-    amount: float  # units of work in a turn; slow sides may do less
+    work: Callable[..., object]  # one turn; returns after all work is done (GPU synchronized), optionally a `Spent`
+    amount: float = 0.0  # units of work in a turn without `draw`; slow sides may do less
     settings: str = ""  # "bf16 autocast, SDPA, 8 at a time, its best of 1 to 32"
     error: float | None = None  # error of its result relative to ours, as the row's `parity` defines it; None for ours
     libraries: tuple[str, ...] = ()  # distributions whose versions the report shows: "transformers"
+    draw: Callable[[int], Inputs] | None = None  # fresh inputs of each turn, which `work` receives; 0 is the warm-up
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,8 @@ class Row:
     def __post_init__(self) -> None:
         names = [side.name for side in self.sides]
         assert len(set(names)) == len(names), f"{self.key}: two sides of one name"
-        assert all(side.amount > 0 for side in self.sides), f"{self.key}: a side without work"
+        idle = [side.name for side in self.sides if (side.amount > 0) == (side.draw is not None)]
+        assert not idle, f"{self.key}: sides that need either an amount or inputs: {idle}"
         assert self.clock in CLOCKS and self.turns > 0, f"{self.key}: clock {self.clock!r}, {self.turns} turns"
         others = {target.side for target in self.targets if target.side is not None}
         if names:  # empty for a row read from a file, whose measurements are in its `Result`
@@ -99,6 +112,9 @@ class Measured:
     counts: bool  # whether its result agrees with ours
     seconds: tuple[float, float, float]  # median, minimum, maximum
     ratio: tuple[float, float, float] | None  # median, minimum, maximum over turns; None for ours
+    first: float | None = None  # seconds of the warm-up turn; this and the next two for sides with fresh inputs only
+    compiling: float | None = None  # of these, seconds that the same inputs do not take again
+    memory: int | None = None  # bytes that the turns added to the resident memory of the process, at most
 
     @property
     def per_second(self) -> float:
@@ -125,27 +141,92 @@ class Result:
 
 
 def measure(row: Row, told: Callable[[str], None] = lambda what: None) -> Result:
-    """Run the sides in turns; the first turn of each is a warm-up. `told` receives progress messages."""
-    clock = CLOCKS[row.clock]
-    seconds: dict[str, list[float]] = {side.name: [] for side in row.sides}
+    """Run the sides in turns; the first turn of each is a warm-up. `told` receives progress messages.
+
+    A side with fresh inputs repeats its warm-up once, on the same inputs, to measure what they take again.
+    """
+    watches = [_Watch(side, CLOCKS[row.clock]) for side in row.sides]
     for turn in range(row.turns + 1):
-        for side in row.sides:
-            told(f"{row.key}: turn {turn} of {row.turns}, {side.name}")
-            started = clock()
-            done = side.work()
-            spent = done.seconds if isinstance(done, Spent) else clock() - started
-            if turn:
-                seconds[side.name].append(spent / side.amount)
-    ours = seconds[row.sides[0].name]
-    return Result(row, tuple(_measured(row, side, seconds[side.name], ours) for side in row.sides))
+        for watch in watches:
+            told(f"{row.key}: turn {turn} of {row.turns}, {watch.side.name}")
+            watch.turn(turn)
+    return Result(row, tuple(watch.measured(row, watches[0].seconds) for watch in watches))
 
 
-def _measured(row: Row, side: Side, seconds: Sequence[float], ours: Sequence[float]) -> Measured:
-    first = side is row.sides[0]
-    ratios = [theirs / mine for theirs, mine in zip(seconds, ours, strict=True)]
-    agrees = first or (side.error is not None and math.isfinite(side.error) and side.error <= row.tolerance)
-    ratio = None if first else _spread(ratios)
-    return Measured(side.name, side.settings, side.libraries, side.error, agrees, _spread(seconds), ratio)
+class _Watch:
+    """Measure one side, turn by turn."""
+
+    def __init__(self, side: Side, clock: Callable[[], float]) -> None:
+        self.side = side
+        self.seconds: list[float] = []  # per unit, of each turn but the warm-up
+        self._clock = clock
+        self._first: float | None = None
+        self._compiling: float | None = None
+        self._memory = MemoryWatch()
+
+    def turn(self, turn: int) -> None:
+        inputs = self.side.draw(turn) if self.side.draw is not None else None
+        spent = self._spent(inputs)
+        if turn > 0:
+            self.seconds.append(spent / (self.side.amount if inputs is None else inputs.amount))
+        elif inputs is not None:
+            self._first, self._compiling = spent, max(spent - self._spent(inputs), 0.0)
+
+    def _spent(self, inputs: Inputs | None) -> float:
+        """Return the seconds of one turn of the work."""
+        with self._memory if inputs is not None else nullcontext():
+            started = self._clock()
+            done = self.side.work() if inputs is None else self.side.work(inputs.value)
+            return done.seconds if isinstance(done, Spent) else self._clock() - started
+
+    def measured(self, row: Row, ours: Sequence[float]) -> Measured:
+        side, first = self.side, self.side is row.sides[0]
+        ratios = [theirs / mine for theirs, mine in zip(self.seconds, ours, strict=True)]
+        agrees = first or (side.error is not None and math.isfinite(side.error) and side.error <= row.tolerance)
+        return Measured(
+            name=side.name,
+            settings=side.settings,
+            libraries=side.libraries,
+            error=side.error,
+            counts=agrees,
+            seconds=_spread(self.seconds),
+            ratio=None if first else _spread(ratios),
+            first=self._first,
+            compiling=self._compiling,
+            memory=self._memory.most,
+        )
+
+
+class MemoryWatch:
+    """Bytes of resident memory that the watched blocks add to this process, at most; None where Linux does not say.
+
+    Blocks may alternate with other work: what that work keeps or frees does not count.
+    """
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+        self._kept = 0  # by all blocks so far
+
+    def __enter__(self) -> None:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+        self._before = _resident()
+
+    def __exit__(self, *_: object) -> None:
+        before, after = self._before, _resident()
+        if before is not None and after is not None:
+            self.most = max(self.most or 0, self._kept + after["VmHWM"] - before["VmRSS"])
+            self._kept += after["VmRSS"] - before["VmRSS"]
+
+
+def _resident() -> dict[str, int] | None:
+    """Return resident memory in bytes: VmRSS now, VmHWM the peak."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = dict(line.split(":", 1) for line in lines if line.startswith(("VmRSS", "VmHWM")))
+    return {name: int(value.split()[0]) * 1024 for name, value in found.items()} if len(found) == 2 else None
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float]:

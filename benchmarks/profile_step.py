@@ -20,6 +20,7 @@ import torch
 from omegaconf import OmegaConf
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.proteins import TUNING, sources
 from benchmarks.rows.training import ESM1NV, SCALES, TINY
 from benchmarks.steps import WIDTH, Ours, masked_proteins, tokens_of
 from bionemo_esm.model.esm1nv import ESM1nvModel
@@ -77,7 +78,7 @@ def profiled(precision: str, device: str, quick: bool, shapes: bool) -> tuple[st
         path = Path(folder) / "esm1nv.nemo"
         ESM1nvModel(OmegaConf.create({"encoder": encoder})).save_to(str(path))
         ours = Ours(path, precision, device)
-    proteins = masked_proteins(None, scale.proteins)
+    proteins = masked_proteins(sources(None)[0].draw(TUNING, scale.proteins))
     batches = ours.batches(proteins, scale.at_once)
     kept = f"{len(proteins)} proteins of {tokens_of(proteins):,} tokens, {scale.at_once} in a row"
     words = (

@@ -16,9 +16,14 @@ _COLUMNS = (
     "precision",
     "rate",
     "times as fast",
+    "first turn",
+    "of it compiling",
+    "memory",
     "error",
     "target",
 )
+
+_NUMBERS = ("rate", "first turn", "of it compiling", "memory", "error")  # aligned to the right
 
 
 def render(table: Table) -> str:
@@ -29,7 +34,11 @@ def render(table: Table) -> str:
     lines += [
         "Rates are medians of alternated turns at the same work. Ours, in bold, is so many times as fast as others:",
         "the median of the turns' ratios, and their range. A side whose results differ from ours by more than the row",
-        "tolerates does not count.",
+        "tolerates does not count. Rows that step or embed have other proteins in each turn; the seconds of the first",
+        "turn, the part of them that the same proteins do not take again, and the largest memory that the turns added",
+        "have their own columns.",
+        "",
+        _faster(table),
         "",
     ]
     used = list(dict.fromkeys(entry.machine for entry in table.entries.values()))
@@ -41,13 +50,25 @@ def render(table: Table) -> str:
     return "\n".join(lines)
 
 
+def _faster(table: Table) -> str:
+    """Return a sentence that names the sides that are faster than ours."""
+    results = [entry.result for entry in table.entries.values()]
+    found = [
+        f"{_text(side.name)} ({_text(titled(result.row))}, {figure(side.ratio[0])}x)"
+        for result in results
+        for side in result.sides
+        if side.counts and side.ratio is not None and side.ratio[0] < 1
+    ]
+    return f"**Faster than ours:** {'; '.join(found) if found else 'no side that counts'}."
+
+
 def _part(machine: Mapping[str, Any], entries: Sequence[Entry], number: int | None) -> Iterator[str]:
     if number is not None:
         yield from (f"## Machine {number}", "")
     yield from (f"- made by: `{_command(entries)}`", *_circumstances(machine, entries), "")
     columns = list(_COLUMNS)
     yield f"| {' | '.join(columns)} |"
-    yield f"|{'|'.join('---:' if name in ('rate', 'error') else '---' for name in columns)}|"
+    yield f"|{'|'.join('---:' if name in _NUMBERS else '---' for name in columns)}|"
     for entry in entries:
         for place, side in enumerate(entry.result.sides):
             yield f"| {' | '.join(_cells(entry, side, place == 0, machine['versions']))} |"
@@ -99,6 +120,7 @@ def _cells(entry: Entry, side: Measured, first: bool, versions: Mapping[str, str
     rate = _rate(result, side)
     yield f"**{rate}**" if first else rate
     yield _ratio(side)
+    yield from _warm_up(side)
     yield "" if first else _error(side)
     mine = [target for target in row.targets if target.side == (None if first else side.name)]
     yield "; ".join(f"{_wanted(result, target)}: {'met' if result.met(target) else '**missed**'}" for target in mine)
@@ -122,6 +144,12 @@ def _ratio(side: Measured) -> str:
     median, least, most = map(figure, side.ratio)
     text = f"{median} ({least}-{most})"
     return text if side.counts else f"does not count: {'no error given' if side.error is None else 'error too large'}"
+
+
+def _warm_up(side: Measured) -> Iterator[str]:
+    yield "" if side.first is None else f"{figure(side.first)} s"
+    yield "" if side.compiling is None else f"{figure(side.compiling)} s"
+    yield "" if side.memory is None else f"{side.memory / 2**20:,.0f} MiB"
 
 
 def _error(side: Measured) -> str:

@@ -5,7 +5,6 @@ Shape suffixes: B proteins, T tokens of the row or of the longest protein, V tok
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,14 +28,13 @@ from bionemo_esm.data.dataloader import RankBatch
 from bionemo_esm.data.hashing import derive_key
 from bionemo_esm.data.masking import MaskedResidues, MaskingPolicy, mask_sequences
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.inference.inputs import read_proteins
+from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.config import OptimConfig
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.nemo_connector import load_weights
 from theirs import Shape, hugging_face_model  # type: ignore[import-not-found]
 
-SAMPLE = Path(__file__).parents[1] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
 WIDTH = 512  # tokens to which ESM-1nv's original training padded every protein; longer proteins are cropped
 DROPOUT = 0.1  # of the recipes
 FLOAT32, AUTOCAST, BF16 = "float32", "bf16 autocast over float32 weights", "pure bf16, no float32 masters"
@@ -71,21 +69,16 @@ class PaddedBatch(NamedTuple):
         return PaddedBatch(*(tensor.to(device) for tensor in self))
 
 
-def masked_proteins(path: Path | None, count: int) -> list[MaskedProtein]:
-    """Return the first `count` proteins of a FASTA file (None: the sample), masked by the recipes' policy.
-
-    Raises `ConfigError` for a file with fewer proteins.
-    """
-    found = []
-    for place, protein in enumerate(itertools.islice(read_proteins(path or SAMPLE), count)):
+def masked_proteins(proteins: Sequence[Protein]) -> list[MaskedProtein]:
+    """Return proteins cropped to `WIDTH` and masked by the recipes' policy, each by its place in the file."""
+    masked = []
+    for protein in proteins:
         residues = np.asarray(protein.tokens[: WIDTH - SPECIAL_TOKENS_PER_SEQUENCE], dtype=np.uint8)
-        keys = derive_key(0, 0, place)
-        found.append(
+        keys = derive_key(0, 0, protein.number)
+        masked.append(
             MaskedProtein(residues, *mask_sequences(residues, np.array([len(residues)]), keys, MaskingPolicy()))
         )
-    if len(found) < count:
-        raise ConfigError(f"{path or SAMPLE}: holds {len(found)} proteins, and {count} are needed; give a larger file")
-    return found
+    return masked
 
 
 def alike(proteins: Sequence[MaskedProtein], count: int) -> list[MaskedProtein]:

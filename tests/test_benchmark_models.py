@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers.models.esm import modeling_esm
 
 from benchmarks import profile_step, steps
-from benchmarks.comparison import Result, Row, Setting, measure
+from benchmarks.comparison import Inputs, Result, Row, Setting, Side, measure
+from benchmarks.proteins import TUNING, sources
 from benchmarks.rows import embeddings, training
 from benchmarks.rows.training import ESM1B, ESM1NV, TINY
 from benchmarks.steps import (
@@ -21,6 +23,7 @@ from benchmarks.steps import (
     BF16,
     FLOAT32,
     IGNORED,
+    MaskedProtein,
     Ours,
     PaddedBatch,
     Theirs,
@@ -63,14 +66,30 @@ def lengths_of_the_sample(count: int) -> list[int]:
     return [len(record.sequence) for record, _ in zip(read_fasta(SAMPLE), range(count), strict=False)]
 
 
+def some_proteins(count: int) -> list[MaskedProtein]:
+    return masked_proteins(sources(None)[0].draw(TUNING, count))
+
+
+def drawn(side: Side, turn: int) -> Inputs:
+    assert side.draw is not None
+    return side.draw(turn)
+
+
+def text_of(inputs: Any) -> str:
+    """Return the tokens of batches, of proteins or of one protein as text."""
+    return str(inputs.tolist() if isinstance(inputs, np.ndarray) else [one.tokens.tolist() for one in inputs])
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def test_every_row_runs_and_all_other_sides_agree_with_ours(results: dict[str, Result]) -> None:
-    assert list(results) == [
+    works = [
         *("train-esm1nv-float32", "train-esm1nv-bf16", "train-esm1b-float32", "train-esm1b-bf16"),
         *("embed-esm2-8m-float32", "embed-esm2-8m-bf16", "embed-esm1nv-float32", "embed-esm1nv-bf16"),
-        "marginals-esm2-8m",
+    ]
+    assert list(results) == [f"{work}{source}" for work in works for source in ("", "-uniref50")] + [
+        "marginals-esm2-8m"
     ]
     for result in results.values():
         ours, *theirs = result.sides
@@ -109,12 +128,40 @@ def test_targets_refer_to_existing_sides(results: dict[str, Result]) -> None:
 
 
 def test_step_counts_real_tokens_and_no_padding(results: dict[str, Result]) -> None:
-    cropped = [min(residues, 510) + 2 for residues in lengths_of_the_sample(3)]
+    lengths = [min(residues, 510) + 2 for residues in lengths_of_the_sample(9)]
     for key in ("train-esm1nv-float32", "train-esm1b-bf16"):
-        ours, fixed, *others = results[key].row.sides
-        assert ours.amount == sum(cropped)
-        assert fixed.amount in [sum(cropped) - one for one in cropped]  # the fixed-length side takes two of them
-        assert all(side.amount == sum(cropped) for side in others if "512" not in side.name)
+        for turn, cropped in ((TUNING, lengths[:3]), (0, lengths[3:6]), (1, lengths[6:])):
+            ours, *others = (drawn(side, turn).amount for side in results[key].row.sides)
+            fixed, *whole = others if key.endswith("float32") else (others[0], others[-1])
+            assert ours == sum(cropped)
+            assert fixed in [sum(cropped) - one for one in cropped]  # the fixed-length side takes two of them
+            assert set(whole) == {sum(cropped)}
+
+
+def test_each_turn_has_other_proteins_on_all_sides_alike(results: dict[str, Result]) -> None:
+    for result in results.values():
+        for side in result.row.sides:
+            turns = [text_of(drawn(side, turn).value) for turn in (TUNING, 0, 1)]
+            assert len(set(turns)) == 3, f"{result.row.key}, {side.name}"
+            assert text_of(drawn(side, 0).value) == turns[1], "the same turn has the same proteins"
+
+
+def test_uniref50_rows_have_its_lengths() -> None:
+    sample, uniref50 = sources(None)
+    lengths = [protein.residues for protein in uniref50.draw(0, 500)]
+    assert abs(np.median(lengths) - 205) < 25
+    assert abs(np.mean(np.minimum(lengths, 510)) + 2 - 248) < 12
+    whole = b"".join(bytes(protein.tokens) for protein in sample.draw(TUNING, 1000))
+    assert bytes(uniref50.draw(TUNING, 1)[0].tokens) in whole, "real residues, cut anew"
+
+
+def test_warm_up_and_memory_are_measured(results: dict[str, Result]) -> None:
+    for result in results.values():
+        for side in result.sides:
+            assert side.first is not None
+            assert side.compiling is not None
+            assert 0 <= side.compiling <= side.first
+            assert side.memory is None or side.memory >= 0  # only Linux says
 
 
 def test_padded_steps_have_the_stated_padding(results: dict[str, Result], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,10 +169,11 @@ def test_padded_steps_have_the_stated_padding(results: dict[str, Result], monkey
     monkeypatch.setattr(Theirs, "step", lambda theirs, batches: seen.extend(batches))
     for side in results["train-esm1nv-bf16"].row.sides[1:]:
         seen.clear()
-        side.work()
+        inputs = drawn(side, 1)
+        side.work(inputs.value)
         longest = [int(batch.real.sum(1).max()) for batch in seen]
         assert [batch.tokens.shape[1] for batch in seen] == ([512] * len(seen) if "512" in side.name else longest)
-        assert sum(int(batch.real.sum()) for batch in seen) == side.amount
+        assert sum(int(batch.real.sum()) for batch in seen) == inputs.amount
         if "sorted" in side.name:
             assert longest == sorted(longest, reverse=True)
 
@@ -133,14 +181,14 @@ def test_padded_steps_have_the_stated_padding(results: dict[str, Result], monkey
 def test_embeddings_are_requested_in_the_stated_order(
     results: dict[str, Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = embeddings.proteins_that_fit(None, 1024, 5)
+    first = sources(None)[0].draw(1, 5, 1022)
     by_length = sorted(first, key=lambda protein: protein.residues, reverse=True)
     for side in results["embed-esm2-8m-float32"].row.sides[1:]:
         asked: list[str] = []
         monkeypatch.setattr(
             embeddings, "padded", lambda some, asked=asked: asked.extend(map(bytes, some)) or _padded(some)
         )
-        side.work()
+        side.work(drawn(side, 1).value)
         expected = by_length if "sorted" in side.name else first[:4]
         assert asked == [bytes(protein.tokens) for protein in expected]
 
@@ -149,8 +197,8 @@ _padded = embeddings.padded
 
 
 def test_embeddings_count_only_residues(results: dict[str, Result]) -> None:
-    residues = [length for length in lengths_of_the_sample(20) if length + 2 <= 1024][:5]
-    amounts = {side.name: side.amount for side in results["embed-esm2-8m-float32"].row.sides}
+    residues = [length for length in lengths_of_the_sample(30) if length <= 1022][5:10]  # of turn 0
+    amounts = {side.name: drawn(side, 0).amount for side in results["embed-esm2-8m-float32"].row.sides}
     whole = {amount for name, amount in amounts.items() if "arrival" not in name}
     assert whole == {sum(residues)}
     assert {amount for name, amount in amounts.items() if "arrival" in name} == {sum(residues[:4])}
@@ -160,7 +208,7 @@ def test_embeddings_count_only_residues(results: dict[str, Result]) -> None:
 
 
 def test_micro_batches_of_any_size_and_padding_contain_the_same_proteins() -> None:
-    proteins = masked_proteins(None, 3)
+    proteins = some_proteins(3)
     row = steps.packed(proteins)
     for width in (None, 512):
         batch = padded(proteins, width)
@@ -171,7 +219,7 @@ def test_micro_batches_of_any_size_and_padding_contain_the_same_proteins() -> No
 
 
 def test_our_batches_contain_every_token_once_and_no_padding(archive: Path) -> None:
-    proteins = masked_proteins(None, 5)
+    proteins = some_proteins(5)
     batches = Ours(archive, "32", "cpu").batches(proteins, 2)
     assert [batch.sequences for batch in batches] == [2, 2, 1]
     assert sum(len(batch.tokens) for batch in batches) == tokens_of(proteins)
@@ -179,7 +227,7 @@ def test_our_batches_contain_every_token_once_and_no_padding(archive: Path) -> N
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_dropout_is_active_in_timed_steps_and_inactive_in_comparisons(archive: Path, precision: str) -> None:
-    proteins = masked_proteins(None, 2)
+    proteins = some_proteins(2)
     ours, theirs = Ours(archive, PRECISIONS[precision], "cpu"), Theirs("ESM-1nv", TINY, precision, "cpu")
     batches = {ours: ours.batches(proteins, 2), theirs: theirs.batches(proteins, 2, None)}
     assert ours.model.training
@@ -194,7 +242,7 @@ def test_dropout_is_active_in_timed_steps_and_inactive_in_comparisons(archive: P
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_timed_step_changes_the_weights(archive: Path, precision: str) -> None:
-    proteins = masked_proteins(None, 2)
+    proteins = some_proteins(2)
     ours, theirs = Ours(archive, PRECISIONS[precision], "cpu"), Theirs("ESM-1nv", TINY, precision, "cpu")
     for side, batches in ((ours, ours.batches(proteins, 2)), (theirs, theirs.batches(proteins, 2, None))):
         before = in_evaluation(side, batches).loss
@@ -208,7 +256,7 @@ def test_requested_attention_of_hugging_face_is_used_and_agrees(monkeypatch: pyt
     eager = modeling_esm.eager_attention_forward
     monkeypatch.setattr(modeling_esm, "eager_attention_forward", lambda *a, **b: calls.append(1) or eager(*a, **b))
     theirs = Theirs("ESM-1nv", TINY, FLOAT32, "cpu")
-    batches = theirs.batches(masked_proteins(None, 3), 2, 512)
+    batches = theirs.batches(some_proteins(3), 2, 512)
     fused = in_evaluation(theirs, batches)
     assert not calls
     theirs.use("eager")
@@ -221,7 +269,7 @@ def test_requested_attention_of_hugging_face_is_used_and_agrees(monkeypatch: pyt
 
 def test_gradients_do_not_depend_on_the_micro_batch_size() -> None:
     """The sum of losses is divided by the number of masked positions of all micro batches."""
-    proteins = masked_proteins(None, 5)
+    proteins = some_proteins(5)
     theirs = Theirs("ESM-1nv", TINY, FLOAT32, "cpu")
     whole = in_evaluation(theirs, theirs.batches(proteins, 5, 512))
     for size, width in ((1, None), (2, 512), (3, None)):
@@ -229,7 +277,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_size() -> None:
 
 
 def test_subset_of_proteins_keeps_the_mean_length_and_the_order() -> None:
-    proteins = masked_proteins(None, 64)
+    proteins = some_proteins(64)
     mean = tokens_of(proteins) / 64
     for count in (2, 4, 8, 32):
         few = alike(proteins, count)
@@ -308,8 +356,7 @@ def test_peer_that_uses_another_mask_token_does_not_count(tmp_path: Path, monkey
 
 
 def test_results_of_different_work_are_not_compared(archive: Path) -> None:
-    proteins = embeddings.proteins_that_fit(None, 512, 3)
-    ours = embeddings.our_embeddings(Engine.load(archive, "cpu"), proteins)
+    ours = embeddings.our_embeddings(Engine.load(archive, "cpu"), sources(None)[0].draw(TUNING, 3, 510))
     with pytest.raises(ValueError, match="are of different work"):
         embeddings.farthest(ours[:2], ours)
 
@@ -323,7 +370,7 @@ def test_file_with_too_few_proteins_is_named_in_the_error(tmp_path: Path) -> Non
     setting = Setting(tmp_path, quick=True, fasta=path)
     with pytest.raises(ConfigError, match=r"few\.fasta: holds 2 proteins, and 3 are needed"):
         next(training.rows(setting))
-    with pytest.raises(ConfigError, match=r"few\.fasta: holds 2 proteins .* and 5 are needed"):
+    with pytest.raises(ConfigError, match=r"few\.fasta: holds 2 proteins of up to 1022 residues, and 5 are needed"):
         next(embeddings.rows(setting))
 
 

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import comparison
 from benchmarks import machine as machines
 from benchmarks.chart import draw, shown
-from benchmarks.comparison import Result, Row, Side, Target, measure
+from benchmarks.comparison import Inputs, MemoryWatch, Result, Row, Side, Target, measure
 from benchmarks.report import figure, render
 from benchmarks.table import Entry, Table, TableError
 
@@ -95,6 +96,55 @@ def test_side_that_disagrees_does_not_count_and_meets_no_target(works: Callable[
     assert not shown(next(iter(table.entries.values())))
 
 
+def test_each_turn_draws_its_inputs_before_the_clock_starts(works: Callable[..., Row]) -> None:
+    row = works([9, 5, 1, 8], [7, 7, 2, 4])  # the warm-up twice, then two turns; amounts 10 and 20
+    drawn: list[tuple[str, int]] = []
+    received: list[tuple[str, int]] = []
+
+    def fresh(side: Side) -> Side:
+        def draw(turn: int) -> Inputs:
+            drawn.append((side.name, turn))
+            return Inputs(turn, 10.0 * max(turn, 1))
+
+        def work(turn: int) -> None:
+            received.append((side.name, turn))
+            side.work()
+
+        return replace(side, work=work, amount=0.0, draw=draw)
+
+    result = measure(replace(row, sides=[fresh(side) for side in row.sides], turns=2))
+    assert drawn == [(name, turn) for turn in range(3) for name in ("ours", "theirs")]
+    assert received == [("ours", 0)] * 2 + [("theirs", 0)] * 2 + drawn[2:]
+    ours, theirs = result.sides
+    assert (ours.first, ours.compiling) == (9, 4)
+    assert (theirs.first, theirs.compiling) == (7, 0)
+    assert ours.seconds == (0.25, 0.1, 0.4)  # 1 / 10 and 8 / 20
+    assert theirs.ratio == (1.25, 0.5, 2)
+    table = a_table(result)
+    assert "| 9.00 s | 4.00 s |" in render(table)
+
+
+def test_memory_that_other_work_keeps_or_frees_is_not_counted() -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux tells the resident memory")
+    size, watch = 2**26, MemoryWatch()
+    with watch:
+        kept = np.ones(size, np.uint8)
+    other = np.ones(4 * size, np.uint8)
+    with watch:
+        np.ones(2 * size, np.uint8)  # freed again
+    assert watch.most is not None
+    assert 2.9 * size < watch.most < 3.3 * size
+    assert len(kept) * 4 == len(other)
+
+
+def test_table_names_what_is_faster_first(works: Callable[..., Row]) -> None:
+    faster, slower = measure(works([1, 2], [1, 1])), measure(works([1, 1], [1, 2]))
+    table = a_table(faster, replace(slower, row=replace(slower.row, key="slower", title="Other work")))
+    (line,) = (line for line in render(table).splitlines() if line.startswith("**Faster"))
+    assert line == "**Faster than ours:** theirs (Some work, float32, 0.500x)."
+
+
 def test_targets_are_met_by_medians(works: Callable[..., Row]) -> None:
     result = measure(works([1, 1, 2, 3], [1, 9, 10, 11]))
     for target, met in (
@@ -142,10 +192,8 @@ def test_table_states_sides_machine_settings_and_error(works: Callable[..., Row]
     side = replace(row.sides[1], settings="SDPA, 8 at a time", error=2.5e-4, libraries=("transformers",))
     text = render(a_table(measure(replace(row, sides=[row.sides[0], side], targets=[Target("theirs", ratio=4)]))))
     assert "| Some work | **ours** |  | float32 | **1,000 tokens/s** |" in text
-    line = (
-        "|  | theirs | SDPA, 8 at a time; transformers 5.23.0 | float32 | 222 tokens/s | 4.50 (3.00-6.00) | 2.5e-04 |"
-    )
-    assert f"{line} at least 4x: met |" in text
+    line = "|  | theirs | SDPA, 8 at a time; transformers 5.23.0 | float32 | 222 tokens/s | 4.50 (3.00-6.00) |"
+    assert f"{line}  |  |  | 2.5e-04 | at least 4x: met |" in text
     for part in ("CPU, 2 cores", "torch 2.13.0", "2026-11-22", "our commit abcdef0123", "Error: the loss; tolerated"):
         assert part in text
 

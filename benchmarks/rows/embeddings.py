@@ -26,25 +26,25 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-from benchmarks.comparison import Row, Setting, Side, Target, best_of
-from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID, PAD_ID
-from bionemo_esm.errors import ConfigError
+from benchmarks.comparison import Inputs, Row, Setting, Side, Target, best_of
+from benchmarks.proteins import TUNING, Source, sources
+from bionemo_esm.alphabet import CLS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS_PER_SEQUENCE
 from bionemo_esm.inference.batching import each_masked
 from bionemo_esm.inference.embedding.embeddings import embed_proteins
 from bionemo_esm.inference.embedding.options import EmbeddingOptions
 from bionemo_esm.inference.engine import Engine
-from bionemo_esm.inference.inputs import Protein, read_proteins
+from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.archive import read_archive
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.interchange.convert import import_model
 from bionemo_esm.model.interchange.state_dict_adapter import FAIR_ESM, from_native
 from theirs import Shape, fair_esm_model, hugging_face_model, saved  # type: ignore[import-not-found]
 
-SAMPLE = Path(__file__).parents[2] / "bionemo_esm" / "data" / "sample" / "train.fasta.gz"
 HUGGING_FACE, FAIR = "Hugging Face", "fair-esm"
 LIBRARIES = {HUGGING_FACE: ("torch", "transformers"), FAIR: ("torch", "fair-esm")}
 TYPICAL = 8  # proteins of a padded batch in file order
 TOLERANCE = {"32": 1e-5, "bf16": 5e-2}
+TURNS = 3
 NAMES = {"32": "float32", "bf16": "bf16"}
 
 
@@ -220,8 +220,8 @@ def farthest(theirs: NDArray[Any], ours: NDArray[Any]) -> float:
 def rows(setting: Setting) -> Iterator[Row]:
     """Yield the rows: embeddings of ESM-2 8M and of ESM-1nv in float32 and bf16; masked marginals of ESM-2 8M."""
     for form in (ESM2, ESM1NV):
-        for precision in ("32", "bf16"):
-            yield _embeddings(setting, form, precision)
+        for precision, source in itertools.product(("32", "bf16"), sources(setting.fasta)):
+            yield _embeddings(setting, form, precision, source)
             gc.collect()
     yield _marginals(setting, ESM2, "bf16" if setting.device == "cuda" else "32")
 
@@ -236,79 +236,109 @@ def _built(setting: Setting, form: Form, precision: str) -> tuple[Engine, list[P
     return Engine.load(archive, setting.device, precision), peers
 
 
-def proteins_that_fit(path: Path | None, tokens: int, count: int) -> list[Protein]:
-    """Return the first `count` proteins of a FASTA file (None: the sample) with at most `tokens` tokens.
-
-    <cls> and <eos> count. Raises `ConfigError` for a file with fewer such proteins.
-    """
-    fitting = (protein for protein in read_proteins(path or SAMPLE) if protein.residues + 2 <= tokens)
-    chosen = list(itertools.islice(fitting, count))
-    if len(chosen) < count:
-        raise ConfigError(
-            f"{path or SAMPLE}: holds {len(chosen)} proteins of up to {tokens} tokens, and {count} are needed; "
-            "give a larger file"
-        )
-    return chosen
-
-
-def _embeddings(setting: Setting, form: Form, precision: str) -> Row:
+def _embeddings(setting: Setting, form: Form, precision: str, source: Source) -> Row:
     scale = SCALES[_size(setting)][form]
-    proteins = proteins_that_fit(setting.fasta, form.tokens, scale.proteins)
-    engine, peers = _built(setting, form, precision)
-    work = _call(our_embeddings, engine, proteins)
-    sides = [Side("ours, packed", work, _residues(proteins), _told(engine, precision), libraries=("torch",))]
 
-    first = proteins[: scale.arrival]
-    by_length = sorted(proteins, key=lambda protein: protein.residues, reverse=True)
-    few = by_length[:: max(len(by_length) // scale.tuning, 1)]
+    def drawn(turn: int) -> list[Protein]:
+        return source.draw(turn, scale.proteins, form.tokens - SPECIAL_TOKENS_PER_SEQUENCE)
+
+    def first(proteins: Sequence[Protein]) -> Sequence[Protein]:
+        return proteins[: scale.arrival]
+
+    tuned = drawn(TUNING)
+    drawn(TURNS)  # refuses a file that is too small before any work
+    engine, peers = _built(setting, form, precision)
+    sides = [
+        Side(
+            "ours, packed",
+            lambda proteins: our_embeddings(engine, proteins),
+            settings=_told(engine, precision),
+            libraries=("torch",),
+            draw=lambda turn: _inputs(drawn(turn)),
+        )
+    ]
+    few = _by_length(tuned)[:: max(len(tuned) // scale.tuning, 1)]
     sizes = [size for size in scale.sizes if size <= len(few)]
     for peer in peers:
         best = best_of(sizes, _call(peer.embed, few))
         for name, order, size, how in (
-            ("arrival order", first, min(TYPICAL, len(first)), f", the first {len(first)}"),
-            ("sorted by length", by_length, best, _best(sizes)),
+            ("arrival order", first, min(TYPICAL, scale.arrival), f", the first {scale.arrival}"),
+            ("sorted by length", _by_length, best, _best(sizes)),
         ):
-            off = farthest(peer.embed(order, size), our_embeddings(engine, order))
-            settings, work = f"{peer.settings}, {size} at a time{how}", _call(peer.embed, order, size)
-            libraries = LIBRARIES[peer.library]
-            sides.append(Side(f"{peer.library}, {name}", work, _residues(order), settings, off, libraries))
-    targets = [Target("Hugging Face, sorted by length", ratio=2)]
+            off = farthest(peer.embed(order(tuned), size), our_embeddings(engine, order(tuned)))
+            sides.append(
+                Side(
+                    f"{peer.library}, {name}",
+                    lambda proteins, peer=peer, size=size: peer.embed(proteins, size),  # type: ignore[misc]
+                    settings=f"{peer.settings}, {size} at a time{how}",
+                    error=off,
+                    libraries=LIBRARIES[peer.library],
+                    draw=lambda turn, order=order: _inputs(order(drawn(turn))),  # type: ignore[misc]
+                )
+            )
+    targets = [Target("Hugging Face, sorted by length", ratio=1.5)]
     if setting.device == "cuda" and precision == "bf16":
         targets.append(Target(least_per_second=5e6))
     return Row(
-        key=f"embed-{form.key}-{NAMES[precision]}",
-        title=f"Embeddings, {form.title}",
+        key=f"embed-{form.key}-{NAMES[precision]}{source.key}",
+        title=f"Embeddings, {form.title}, {source.name}",
         unit="residue",
         precision=NAMES[precision],
         sides=sides,
         parity="mean embeddings, against ours: the largest difference of a protein's, relative, in the norm",
         tolerance=TOLERANCE[precision],
         targets=targets,
-        turns=3,
-        note=f"{len(proteins)} proteins, {_residues(proteins):,} residues, at most {form.tokens - 2} in one. "
-        f"In arrival order the first {len(first)}, of {_residues(first) / len(first):.0f} residues on average, "
-        f"where all have {_residues(proteins) / len(proteins):.0f}.",
+        turns=TURNS,
+        note=f"Fresh proteins in each turn: {len(tuned)}, of up to {form.tokens - SPECIAL_TOKENS_PER_SEQUENCE} "
+        f"residues, {_residues(tuned) / len(tuned):.0f} on average where sizes are tuned and results compared; in "
+        f"arrival order the first {scale.arrival}.",
     )
+
+
+def _by_length(proteins: Sequence[Protein]) -> list[Protein]:
+    return sorted(proteins, key=lambda protein: protein.residues, reverse=True)
+
+
+def _inputs(proteins: Sequence[Protein]) -> Inputs:
+    return Inputs(proteins, _residues(proteins))
 
 
 def _marginals(setting: Setting, form: Form, precision: str) -> Row:
     size_of, scan = _size(setting), SCANS[_size(setting)]
-    proteins = proteins_that_fit(setting.fasta, form.tokens, SCALES[size_of][form].proteins)
-    tokens = next((protein.tokens for protein in proteins if protein.residues >= scan.residues), None)
-    if tokens is None:
-        raise ConfigError(f"{setting.fasta or SAMPLE}: no protein has {scan.residues} residues; give a larger file")
-    tokens, places = tokens[: scan.residues], scan.places
+    source, places = sources(setting.fasta)[0], scan.places
+
+    def draw(turn: int) -> Inputs:
+        return Inputs(source.at_least(turn, scan.residues).tokens[: scan.residues], places)
+
+    tokens = draw(TUNING).value
+    draw(TURNS)  # refuses a file that is too small before any work
     engine, peers = _built(setting, form, precision)
     settings = f"{_told(engine, precision)}, the last block at the places alone"
-    sides = [Side("ours, packed", _call(our_marginals, engine, tokens, places), places, settings, libraries=("torch",))]
+    sides = [
+        Side(
+            "ours, packed",
+            lambda tokens: our_marginals(engine, tokens, places),
+            settings=settings,
+            libraries=("torch",),
+            draw=draw,
+        )
+    ]
     expected = our_marginals(engine, tokens, places)
     sizes = [size for size in SCALES[size_of][form].sizes if size <= scan.tuning]
     for peer in peers:
         best = best_of(sizes, _call(peer.marginals, tokens, scan.tuning))
         for name, size, how in (("single masks in a loop", 1, ""), ("several masks at a time", best, _best(sizes))):
             off = farthest(peer.marginals(tokens, places, size), expected)
-            settings, work = f"{peer.settings}, {size} at a time{how}", _call(peer.marginals, tokens, places, size)
-            sides.append(Side(f"{peer.library}, {name}", work, places, settings, off, LIBRARIES[peer.library]))
+            sides.append(
+                Side(
+                    f"{peer.library}, {name}",
+                    lambda tokens, peer=peer, size=size: peer.marginals(tokens, places, size),  # type: ignore[misc]
+                    settings=f"{peer.settings}, {size} at a time{how}",
+                    error=off,
+                    libraries=LIBRARIES[peer.library],
+                    draw=draw,
+                )
+            )
     return Row(
         key=f"marginals-{form.key}",
         title=f"Masked marginals, {form.title}",
@@ -318,8 +348,8 @@ def _marginals(setting: Setting, form: Form, precision: str) -> Row:
         parity="log-probabilities, against ours: the largest difference of a place's, relative, in the norm",
         tolerance=TOLERANCE[precision],
         targets=[Target("Hugging Face, single masks in a loop", ratio=3)],
-        turns=3,
-        note=f"{places} places of a protein of {len(tokens)} residues.",
+        turns=TURNS,
+        note=f"{places} places of a protein of {len(tokens)} residues, another in each turn.",
     )
 
 
