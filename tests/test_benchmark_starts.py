@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("accelerate")  # Hugging Face's Trainer needs it
 
-from benchmarks.comparison import Result, Row, Setting, measure
-from benchmarks.rows import archives, averaging, resuming, starting
+from benchmarks.comparison import Result, Row, Setting, Spent, measure
+from benchmarks.rows import archives, averaging, resuming, starting, whole_runs
 from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model import tensor_io as tensors
@@ -210,3 +210,19 @@ def test_hash_of_a_section_read_in_parts_equals_the_hash_of_the_whole(snapshots:
     for size in (1, 100, section.size - 101):
         reader.read_into(memoryview(bytearray(size)))
     assert reader.hexdigest() == hash_section(snapshots[0], section)["sha256"]
+
+
+@pytest.mark.slow
+def test_whole_runs_end_with_perplexities_on_the_same_proteins(setting: Setting) -> None:
+    (row,) = whole_runs.rows(setting)
+    assert row.key == "run-laptop"
+    ours, theirs = row.sides
+    assert theirs.error is not None
+    assert theirs.error < 1, "three steps of a tiny model: both perplexities are near 30"
+    seconds = [side.work() for side in (ours, theirs)]  # the first runs, which are not run again
+    assert all(isinstance(one, Spent) and one.seconds > 1 for one in seconds)
+
+
+def test_run_that_fails_shows_its_last_output(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no such proteins"):
+        whole_runs.run_to_end([sys.executable, "-c", "exit('no such proteins')"], tmp_path / "log")

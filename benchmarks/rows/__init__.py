@@ -27,5 +27,6 @@ MODULES: Mapping[str, Module] = {
     "averaging": _of("averaging", "the average of 47 checkpoints"),
     "archives": _of("archives", "archives saved and restored", "safetensors"),
     "starting": _of("starting", "from the command to the first step, new and resumed", "transformers", "accelerate"),
+    "whole_runs": _of("whole_runs", "from the command to the result", "transformers", "accelerate"),
 }
 """Modules by their name on the command line, in the order of the table."""

@@ -126,6 +126,11 @@ def _ours(setting: Setting, store: ProteinStore, size: Size) -> tuple[list[str],
 
 def _huggingface(setting: Setting, size: Size) -> tuple[list[str], Path, Path]:
     """Return the same for Hugging Face."""
+    return huggingface_run(setting, size, {"arguments": {"max_steps": 1000}})
+
+
+def huggingface_run(setting: Setting, size: Size, options: dict[str, Any]) -> tuple[list[str], Path, Path]:
+    """Return command line, record and log of a run of `huggingface_trainer.py` with these further settings."""
     place = setting.folder / f"huggingface-{next(_numbers)}"
     place.mkdir()
     vocabulary = place / "vocab.txt"
@@ -139,11 +144,11 @@ def _huggingface(setting: Setting, size: Size) -> tuple[list[str], Path, Path]:
     settings = {
         "fasta": str(SAMPLE_FOLDER / "train.fasta.gz"), "vocabulary": str(vocabulary), "max_tokens": MAX_TOKENS,
         "model": model, "batch": BATCH, "device": setting.device, "output": str(place / "output"),
-        "record": str(place / "first-step.json"),
+        "record": str(place / "record.json"),
     }  # fmt: skip
-    (place / "settings.json").write_text(json.dumps(settings))
-    program = Path(__file__).with_name("huggingface_start.py")
-    return [sys.executable, str(program), str(place / "settings.json")], Path(str(settings["record"])), place / "log"
+    (place / "settings.json").write_text(json.dumps(settings | options))
+    program = Path(__file__).with_name("huggingface_trainer.py")
+    return [sys.executable, str(program), str(place / "settings.json")], place / "record.json", place / "log"
 
 
 def wait_for_first_step(command: list[str], record: Path, log: Path) -> dict[str, Any]:

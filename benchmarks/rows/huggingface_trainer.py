@@ -1,13 +1,15 @@
-"""A minimal training with Hugging Face's `Trainer`: the program that `starting.py` times.
+"""A training with Hugging Face's `Trainer`: the program that `starting.py` and `whole_runs.py` time.
 
-    python benchmarks/rows/huggingface_start.py SETTINGS
+    python benchmarks/rows/huggingface_trainer.py SETTINGS
 
-SETTINGS is a JSON file with the paths of proteins and vocabulary, the sizes of the model, and the path of the record.
-After the first step the program writes the numbers of proteins and residues to the record. It imports none of our code.
+SETTINGS is a JSON file with the paths of proteins and vocabulary, the sizes of the model, the arguments of the
+`Trainer`, and the path of the record. Without `validation` the program records the numbers of proteins and residues
+after the first step; with it, also the perplexity of these proteins after the last one. It imports none of our code.
 """
 
 import gzip
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -44,18 +46,22 @@ class FirstStep(TrainerCallback):
     """Write the record after the first step."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        found = {"sequences": len(proteins), "residues": sum(map(len, proteins.sequences))}
-        partial = Path(settings["record"] + ".partial")
-        partial.write_text(json.dumps(found) + "\n")
-        partial.replace(settings["record"])
+        write_record()
+
+
+def write_record(**results):
+    found = {"sequences": len(proteins), "residues": sum(map(len, proteins.sequences)), **results}
+    partial = Path(settings["record"] + ".partial")
+    partial.write_text(json.dumps(found) + "\n")
+    partial.replace(settings["record"])
 
 
 tokenizer = EsmTokenizer(settings["vocabulary"])
 proteins = Proteins(settings["fasta"], tokenizer, settings["max_tokens"])
+whole = settings.get("validation") is not None
 model = EsmForMaskedLM(EsmConfig(**settings["model"], vocab_size=len(tokenizer), pad_token_id=1, mask_token_id=32))
 arguments = TrainingArguments(
     output_dir=settings["output"],
-    max_steps=1000,
     per_device_train_batch_size=settings["batch"],
     use_cpu=settings["device"] == "cpu",
     save_strategy="no",
@@ -63,12 +69,20 @@ arguments = TrainingArguments(
     report_to=[],
     remove_unused_columns=False,
     disable_tqdm=True,
+    **settings["arguments"],
 )
 trainer = Trainer(
     model=model,
     args=arguments,
     data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15),
     train_dataset=proteins,
-    callbacks=[FirstStep()],
+    eval_dataset=Proteins(settings["validation"], tokenizer, settings["max_tokens"]) if whole else None,
+    callbacks=[] if whole else [FirstStep()],
 )
 trainer.train()
+if whole:
+    # as in our validation every chosen residue shows <mask>: an unchanged one would give its answer away
+    trainer.data_collator = DataCollatorForLanguageModeling(
+        tokenizer, mlm_probability=0.15, mask_replace_prob=1.0, random_replace_prob=0.0
+    )
+    write_record(perplexity=math.exp(trainer.evaluate()["eval_loss"]))
