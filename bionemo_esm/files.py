@@ -17,7 +17,6 @@ from typing import IO
 from bionemo_esm.errors import ConfigError
 
 _BUFFER_BYTES = 2**22
-_LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # of file systems
 
 
@@ -181,58 +180,65 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False, reopen: b
 
 @contextmanager
 def hold_output(key: str, target: Path) -> Iterator[None]:
-    """Hold the name of an output for the length of a block, which is the whole work of a command.
+    """Hold the name of a new output, as `hold_name` does, for the whole work of a command.
 
     Raises `ConfigError`, naming the key, for a target that exists, that cannot be written, or that another process
-    holds. The lock is the file `.NAME.lock` beside the target, and is removed at the end. On a file system without
-    locks nothing is held.
+    holds.
     """
     check_absent(key, target)
     check_writable(key, target)
+    with hold_name(key, target):
+        check_absent(key, target)  # again: the process that held the name may have finished
+        yield
+
+
+@contextmanager
+def hold_name(
+    key: str, target: Path, *, otherwise: str = "choose another name", shared: bool = False
+) -> Iterator[None]:
+    """Hold the name of an output, which may exist, for the length of a block. Every command that writes does so.
+
+    The lock is the file `.NAME.lock` beside the target. It names the holder, and is removed at the end. `shared`: the
+    processes of one launcher hold a name together. On a file system without locks nothing is held. Raises
+    `ConfigError`, naming the key and the holder, where another process holds the name: wait, or do `otherwise`; and
+    where the lock cannot be written.
+    """
     place = target.absolute()
     created = [parent for parent in place.parents if not parent.exists()]
     lock = place.with_name(f".{place.name}.lock")
     with ExitStack() as stack:
         try:
-            stack.enter_context(lock_file(lock))
+            stream = stack.enter_context(lock_file(lock, shared=shared))
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            stream.flush()
         except LockedError:
             raise ConfigError(
-                f"{key}: another process is writing {target}; wait for it to end, or choose another name",
+                f"{key}: another process is writing {target} ({_holder(lock)}); wait for it to end, or {otherwise}",
                 code="files.held",
             ) from None
         except OSError as error:
             raise ConfigError(f"{key}: {target} cannot be made ({error.strerror}); choose another place") from error
         try:
-            check_absent(key, target)  # again: the process that held the lock may have finished
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            if not shared or _is_last(stream.fileno()):
+                lock.unlink(missing_ok=True)
             with suppress(OSError):
                 for folder in created:  # empty if nothing was written
                     folder.rmdir()
 
 
-@contextmanager
-def exclusive_lock(folder: Path, key: str, otherwise: str) -> Iterator[None]:
-    """Hold a folder for the length of a block, by the file `.lock` in it, which names the holder.
+def _holder(lock: Path) -> str:
+    try:
+        return lock.read_text(encoding="utf-8", errors="replace").strip() or "unnamed"
+    except OSError:  # it has just ended
+        return "unnamed"
 
-    Raises `ConfigError`, naming the key, where the folder cannot be written to, and naming the holder, where another
-    process holds it: wait, or do `otherwise`. On a file system without locks nothing is held.
-    """
-    path = folder / _LOCK
-    with ExitStack() as stack:
-        try:
-            stream = stack.enter_context(lock_file(path))
-        except LockedError:
-            holder = path.read_text(encoding="utf-8", errors="replace").strip() or "unnamed"
-            raise ConfigError(
-                f"{folder}: another process is at work on this run ({holder}); wait for it to end, or {otherwise}",
-                code="files.locked",
-            ) from None
-        except OSError as error:
-            reason = f"{folder} cannot be written to ({error.strerror})"
-            raise ConfigError(f"{key}: {reason}; choose another place") from error
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        stream.flush()
-        yield
+
+def _is_last(descriptor: int) -> bool:
+    """Return whether no other process holds a shared lock."""
+    try:
+        return lock_descriptor(descriptor)
+    except LockedError:
+        return False

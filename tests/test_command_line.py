@@ -119,7 +119,7 @@ def test_input_that_names_an_existing_file_is_not_expanded_as_a_pattern(
     Path("[1].fasta").write_text(">a\nMKT\n")
     with pytest.raises(SystemExit):
         preprocess.job(composed(preprocess.for_hydra("input=[1].fasta"), "output=.", config="preprocess_uniref50"))
-    assert capsys.readouterr().err == "error: output: . exists already; name another folder, or remove it\n"
+    assert capsys.readouterr().err == "error: output: . exists already; remove it or choose another name\n"
 
 
 @pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.configured])

@@ -279,7 +279,7 @@ def test_a_second_job_on_the_same_output_is_refused(job: Job, tmp_path: Path, in
     with embed_job.WorkFolder(Path("out.npz"), "npz", False).held():
         code, _, err = job()
     assert code == 2
-    assert "another process is at work on this output" in err
+    assert "output: another process is writing out.npz (process " in err
 
 
 def test_an_input_that_changes_during_the_job_is_an_error(

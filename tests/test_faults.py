@@ -328,7 +328,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_and_it_can_resume(tmp_path
 
 
 def test_a_second_process_on_a_run_is_refused_and_foreign_files_are_kept(tmp_path: Path, unbroken: Path) -> None:
-    lock = (unbroken / ".lock").open("a")
+    lock = unbroken.with_name(f".{unbroken.name}.lock").open("a")
     fcntl.flock(lock, fcntl.LOCK_EX)
     again = tmp_path / "run"
     shutil.copytree(unbroken, again)
@@ -338,7 +338,8 @@ def test_a_second_process_on_a_run_is_refused_and_foreign_files_are_kept(tmp_pat
     finally:
         (tmp_path / "summary.json").rename(unbroken / "summary.json")
     assert outcome.codes == [2]
-    assert "another process is at work on this run (process " in outcome.errors
+    assert "exp_manager.exp_dir: another process is writing" in outcome.errors
+    assert "give this run another exp_manager.name" in outcome.errors
     stranger = again / "checkpoints" / "notes.ckpt"
     stranger.write_text("mine")
     (again / "summary.json").unlink()

@@ -22,7 +22,6 @@ from bionemo_esm.files import (
     LockedError,
     atomic_folder,
     atomic_write,
-    exclusive_lock,
     lock_file,
     remove_unfinished,
     write_atomically,
@@ -32,7 +31,6 @@ from bionemo_esm.inference.embedding.options import Embedding
 from bionemo_esm.inference.embedding.work_folder import WorkFolder as EmbeddingsFolder
 from bionemo_esm.model.archive import ArchiveFile
 from bionemo_esm.model.interchange.export import export_hugging_face
-from errors import refused
 from models import tiny_model
 
 
@@ -159,11 +157,3 @@ def test_waiting_for_a_lock_does_not_create_a_removed_folder(tmp_path: Path) -> 
     with pytest.raises(FileNotFoundError), lock_file(tmp_path / "gone" / "lock", wait=True):
         pass
     assert not (tmp_path / "gone").exists()
-
-
-def test_the_error_for_a_locked_folder_names_the_holding_process(tmp_path: Path) -> None:
-    held, again = (exclusive_lock(tmp_path, "output", "choose another output") for _ in range(2))
-    with held, refused("files.locked", tmp_path, f"process {os.getpid()} on ", "choose another output"), again:
-        pass
-    with exclusive_lock(tmp_path, "output", "choose another output"):
-        pass

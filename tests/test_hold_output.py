@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.files import hold_output
+from bionemo_esm.files import hold_name, hold_output
 from errors import refused
 
 
@@ -29,9 +29,36 @@ def test_a_held_output_is_refused_to_others_and_released_afterwards(tmp_path: Pa
         pass
 
 
+def test_a_refusal_names_the_key_the_holder_and_what_to_do(tmp_path: Path) -> None:
+    with hold_output("output", tmp_path / "scores.csv"):
+        refusal = refused("files.held", "key:", f"process {os.getpid()} on ", "or give another key")
+        with refusal, hold_name("key", tmp_path / "scores.csv", otherwise="give another key"):
+            pass
+
+
+def test_the_name_of_an_output_that_exists_can_be_held(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with hold_name("output", tmp_path / "run"), refused("files.held"), hold_name("output", tmp_path / "run"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_processes_that_share_a_name_exclude_others_until_the_last_one_ends(tmp_path: Path) -> None:
+    target = tmp_path / "e.h5"
+    one, two = (hold_name("output", target, shared=True) for _ in range(2))
+    with one:
+        with two:
+            pass
+        with refused("files.held"), hold_output("output", target):
+            pass
+    with hold_output("output", target), refused("files.held"), hold_name("output", target, shared=True):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_killed_process_releases_its_output(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from bionemo_esm.files import hold_output\n"
+        "import os, sys; from pathlib import Path; from bionemo_esm.files import hold_name, hold_output\n"
         "with hold_output('output', Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
     target = tmp_path / "scores.csv"

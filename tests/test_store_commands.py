@@ -284,7 +284,7 @@ def test_existing_store_is_left_unchanged(shell: Shell, finished: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
     said = shell.preprocess(TEST, f"output={finished}", *IN_TWENTY)
     assert (said.code, said.out) == (2, "")
-    assert said.err == f"error: output: {finished} exists already; name another folder, or remove it\n"
+    assert said.err == f"error: output: {finished} exists already; remove it or choose another name\n"
     assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
 
 
@@ -455,7 +455,7 @@ def test_installed_command_runs_the_same_job(tmp_path: Path) -> None:
     assert len(ProteinStore.open(tmp_path / "store").split("train")) == 180
     again = subprocess.run([*command, TEST, "output=store"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 2
-    assert again.stderr == "error: output: store exists already; name another folder, or remove it\n"
+    assert again.stderr == "error: output: store exists already; remove it or choose another name\n"
 
 
 # Training on the built store

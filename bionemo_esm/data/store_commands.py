@@ -28,6 +28,7 @@ from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.data.store_summary import StoreSummary, draw_summary
 from bionemo_esm.data.uniprot_release import fetch_release
 from bionemo_esm.errors import ConfigError
+from bionemo_esm.files import hold_output
 from bionemo_esm.settings import NonNegativeInt, PositiveInt, Settings, expand_home, plain_values
 
 MODEL_CARD_RELEASE = "2022_05"
@@ -132,9 +133,12 @@ def preprocess(cfg: DictConfig) -> None:
 
 
 def _preprocess(job: PreprocessConfig) -> int:
+    with hold_output("output", job.output):
+        return _build(job)
+
+
+def _build(job: PreprocessConfig) -> int:
     started, console = time.monotonic(), Console(sys.stdout)
-    if job.output.exists():
-        raise ConfigError(f"output: {job.output} exists already; name another folder, or remove it")
     inputs, release, licence = job.input, job.release, job.licence
     if not inputs:
         release = release or MODEL_CARD_RELEASE

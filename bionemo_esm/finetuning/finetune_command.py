@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, is_rank_zero, redirect_output, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.files import check_writable, exclusive_lock
+from bionemo_esm.files import check_writable, hold_name
 from bionemo_esm.finetuning.config import ATTENTION, CONVNET, FinetuneConfig
 from bionemo_esm.finetuning.tasks import RESIDUE
 from bionemo_esm.inference.engine_options import ModelSizes, open_model_file
@@ -130,7 +130,7 @@ def _working_folder(folder: Path, cfg: DictConfig) -> Iterator[Console]:
     folder.mkdir(parents=True, exist_ok=True)
     first = is_rank_zero()
     with (
-        exclusive_lock(folder, "output", "choose another output") if first else nullcontext(),
+        hold_name("output", folder, otherwise="choose another output") if first else nullcontext(),
         redirect_output(folder / _LOG, silent=not first) as console,
     ):
         if first and not (folder / _CONFIG).exists():

@@ -42,7 +42,8 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 
     Raises `ConfigError`, naming the other process, if the directory is locked.
     """
-    with outputs.exclusive_lock(folder, "exp_manager.exp_dir", "give this run another exp_manager.name"):
+    otherwise = "give this run another exp_manager.name"
+    with outputs.hold_name("exp_manager.exp_dir", folder, otherwise=otherwise):
         outputs.remove_unfinished(folder, *_UNFINISHED)
         yield
 

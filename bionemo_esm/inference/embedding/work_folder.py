@@ -3,7 +3,6 @@
 The cuts between parts depend on the input and the settings only, not on the process. Finished parts are in the work
 folder `.NAME.partial` beside the output, each complete, with a record of its content:
 
-    lock          held by the running command
     job.json      what determines the result: another job does not resume here
     input         standard input, if that is the input
     parts/        part-00000.parquet, ...
@@ -26,14 +25,23 @@ from typing import IO, Any
 
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
-from bionemo_esm.files import LockedError, atomic_write, check_absent, fsync_directory, lock_file, remove_unfinished
+from bionemo_esm.files import (
+    atomic_write,
+    check_absent,
+    fsync_directory,
+    hold_name,
+    hold_output,
+    lock_file,
+    remove_unfinished,
+)
 from bionemo_esm.inference.embedding.formats import ABOUT, MANIFEST, PART_FORMAT, format_named
 from bionemo_esm.inference.embedding.options import Embedding
 from bionemo_esm.inference.inputs import Protein
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _COPIED_BYTES = 2**20
-_JOB, _LOCK, _INPUT, _PARTS, _RECORDS, _JOINED = "job.json", "lock", "input", "parts", "records", "joined"
+_JOB, _INPUT, _PARTS, _RECORDS, _JOINED = "job.json", "input", "parts", "records", "joined"
+_OLD_LOCK = "lock"  # of earlier versions
 _FINISHING = "finishing"
 
 
@@ -82,14 +90,12 @@ class WorkFolder:
         """Create the work folder, or take over an existing one, and exclude other runs for the length of a block.
 
         Incomplete files of a killed process are removed; a folder without a finished part is removed after the block.
-        Raises `WorkError` if another run holds the folder, `ConfigError` if it is not a work folder, or the output
-        exists.
+        Raises `ConfigError` if the output exists or another process holds its name, or the folder is not a work folder.
         """
-        with ExitStack() as stack:
+        with hold_output("output", self.output):
             with _explained(self.folder):
-                stack.enter_context(_locked(self.folder / _LOCK))
+                self.folder.mkdir(parents=True, exist_ok=True)
                 self._check_ours()
-                check_absent("output", self.output)  # again: the process that held the lock may have finished
                 self._remove_incomplete()
             try:
                 yield
@@ -99,10 +105,10 @@ class WorkFolder:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Like `held`, for one of several processes of a launcher; they exclude runs that `held` the folder."""
-        with ExitStack() as stack:
+        """Like `held`, for one of several processes of a launcher; they exclude runs that `held` the output."""
+        with hold_name("output", self.output, shared=True):
             with _explained(self.folder):
-                stack.enter_context(_locked(self.folder / _LOCK, shared=True))
+                self.folder.mkdir(parents=True, exist_ok=True)
                 self._check_ours()
             try:
                 yield
@@ -179,7 +185,7 @@ class WorkFolder:
         """
         with ExitStack() as stack, _explained(self.output):
             try:
-                stack.enter_context(_locked(self.folder / _FINISHING, wait=True))
+                stack.enter_context(lock_file(self.folder / _FINISHING, wait=True))
             except FileNotFoundError:  # another process has finished, and removed the folder
                 return self.output.exists()
             records = self.records()
@@ -210,7 +216,7 @@ class WorkFolder:
         fsync_directory(self.output.parent)
 
     def _check_ours(self) -> None:
-        known = {_JOB, _LOCK, _FINISHING, _INPUT, _PARTS, _RECORDS, _JOINED}
+        known = {_JOB, _OLD_LOCK, _FINISHING, _INPUT, _PARTS, _RECORDS, _JOINED}
         strange = [path.name for path in self.folder.iterdir() if path.name not in known and path.suffix != ".partial"]
         if strange:
             raise ConfigError(f"{self.folder}: is in the way, and not ours: it holds {strange[0]}; move it elsewhere")
@@ -220,19 +226,6 @@ class WorkFolder:
         for path in (self.folder / _PARTS).glob("*"):
             if not (self.folder / _RECORDS / f"{path.stem}.json").exists():
                 path.unlink()  # the run was killed between a part and its record, or the manifest and the renaming
-
-
-@contextmanager
-def _locked(lock: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Hold a lock file for the length of a block. Raises `WorkError` where another process holds it."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(lock_file(lock, shared=shared, wait=wait))
-        except LockedError:
-            raise WorkError(
-                f"{lock.parent}: another process is at work on this output; wait for it to end, or choose another"
-            ) from None
-        yield
 
 
 @contextmanager
