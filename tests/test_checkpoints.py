@@ -22,7 +22,7 @@ from bionemo_esm.pretraining import checkpoints as module
 from bionemo_esm.pretraining.checkpoints import AsyncWriter, SafeCheckpointIO, StopSignals
 from bionemo_esm.pretraining.recipe import load_recipe
 from bionemo_esm.pretraining.resume import CheckpointError, list_checkpoints, newest_checkpoint
-from bionemo_esm.pretraining.run_context import exclusive_lock
+from bionemo_esm.pretraining.run_context import run_directory
 from models import tiny_model
 from runs import composed, run_here
 
@@ -225,5 +225,5 @@ def test_partial_files_of_a_killed_writer_are_removed(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"half")
     (tmp_path / "checkpoints" / "notes.partial").write_bytes(b"mine")
-    with exclusive_lock(tmp_path):
+    with run_directory(tmp_path):
         assert [path.name for path in tmp_path.rglob("*.partial")] == ["notes.partial"]

@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +28,7 @@ from bionemo_esm.data.store import ProteinStore
 from bionemo_esm.data.store_summary import StoreSummary, draw_summary
 from bionemo_esm.data.uniprot_release import fetch_release
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.files import hold_output
+from bionemo_esm.files import hold_name, hold_output
 from bionemo_esm.settings import NonNegativeInt, PositiveInt, Settings, expand_home, plain_values
 
 MODEL_CARD_RELEASE = "2022_05"
@@ -211,19 +211,20 @@ def leakage(arguments: Sequence[str]) -> None:
 
 
 def _leakage(options: argparse.Namespace) -> int:
-    console, store = Console(sys.stdout), ProteinStore.open(options.store)
-    report = check_leakage(
-        store,
-        identity=options.identity,
-        coverage=options.coverage,
-        max_queries=options.max_queries,
-        threads=options.threads,
-    )
-    console.print_line(report.text())
-    if options.output:
-        with _written(options.output) as table:
-            report.write(table)
-        console.print_line(f"\nAll pairs: {options.output}")
+    console = Console(sys.stdout)
+    with hold_name("--output", options.output) if options.output else nullcontext():
+        report = check_leakage(
+            ProteinStore.open(options.store),
+            identity=options.identity,
+            coverage=options.coverage,
+            max_queries=options.max_queries,
+            threads=options.threads,
+        )
+        console.print_line(report.text())
+        if options.output:
+            with _written(options.output) as table:
+                report.write(table)
+            console.print_line(f"\nAll pairs: {options.output}")
     return 0
 
 

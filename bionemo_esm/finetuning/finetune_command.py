@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,13 +126,13 @@ def _first_difference(key: str, earlier: object, now: object) -> str:
 
 @contextmanager
 def _working_folder(folder: Path, cfg: DictConfig) -> Iterator[Console]:
-    """Lock the folder on rank 0, and redirect the messages of other libraries to its log."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold the folder on rank 0, and redirect the messages of other libraries to its log."""
     first = is_rank_zero()
-    with (
-        hold_name("output", folder, otherwise="choose another output") if first else nullcontext(),
-        redirect_output(folder / _LOG, silent=not first) as console,
-    ):
+    with ExitStack() as stack:
+        if first:
+            stack.enter_context(hold_name("output", folder, otherwise="choose another output"))
+        folder.mkdir(parents=True, exist_ok=True)
+        console = stack.enter_context(redirect_output(folder / _LOG, silent=not first))
         if first and not (folder / _CONFIG).exists():
             OmegaConf.save(cfg, folder / _CONFIG, resolve=True)
         yield console

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,9 @@ from bionemo_esm.pretraining.run_context import (
     build_run_store,
     describe_model,
     describe_source,
-    exclusive_lock,
     make_folder,
     open_run_store,
+    run_directory,
     short,
 )
 
@@ -59,7 +59,7 @@ def _pretrain(cfg: DictConfig) -> int:
         folder = recipe.run_folder.absolute()
         if ranks.on_every_rank(lambda: _already_finished(recipe, folder), lambda finished: {"finished": finished}):
             return 0
-        console = ranks.on_every_rank(lambda: stack.enter_context(_run_directory(folder, cfg)))
+        console = ranks.on_every_rank(lambda: stack.enter_context(_recorded_run(folder, cfg)))
         ranks.on_rank_zero(lambda: build_run_store(recipe, folder, console))
         run = ranks.on_every_rank(
             lambda: RunContext.of(recipe, folder, open_run_store(recipe, folder)), lambda run: run.identity
@@ -88,13 +88,14 @@ def _show_plan(cfg: DictConfig) -> None:
 
 
 @contextmanager
-def _run_directory(folder: Path, cfg: DictConfig) -> Iterator[Console]:
-    """Create and lock the run directory, and send the messages of other libraries to its log."""
-    make_folder(folder)
-    with (
-        exclusive_lock(folder) if is_rank_zero() else nullcontext(),
-        redirect_output(folder / OUTPUT_LOG, silent=not is_rank_zero()) as console,
-    ):
+def _recorded_run(folder: Path, cfg: DictConfig) -> Iterator[Console]:
+    """Hold the run directory, and send the messages of other libraries to its log."""
+    with ExitStack() as stack:
+        if is_rank_zero():
+            stack.enter_context(run_directory(folder))
+        else:
+            make_folder(folder)
+        console = stack.enter_context(redirect_output(folder / OUTPUT_LOG, silent=not is_rank_zero()))
         if is_rank_zero() and not (folder / "config.yaml").exists():  # a refused run must not replace it
             OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         yield console

@@ -26,6 +26,19 @@ SAMPLE_FOLDER = Path(__file__).resolve().parents[1] / "data" / "sample"
 _UNFINISHED = (".*.partial", "*/.step-*.partial")
 
 
+@contextmanager
+def run_directory(folder: Path) -> Iterator[None]:
+    """Hold the name of the run directory during the block, make it, and remove what a killed process left unfinished.
+
+    Raises `ConfigError` if another process holds it, naming that process, or if it cannot be made.
+    """
+    otherwise = "give this run another exp_manager.name"
+    with outputs.hold_name("exp_manager.exp_dir", folder, otherwise=otherwise):
+        make_folder(folder)
+        outputs.remove_unfinished(folder, *_UNFINISHED)
+        yield
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder. Raises `ConfigError` if that fails."""
     try:
@@ -34,18 +47,6 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(
             f"exp_manager.exp_dir: {folder} cannot be made ({error.strerror}); choose another place"
         ) from error
-
-
-@contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Lock the run directory during the block, and remove partial files that a killed process left.
-
-    Raises `ConfigError`, naming the other process, if the directory is locked.
-    """
-    otherwise = "give this run another exp_manager.name"
-    with outputs.hold_name("exp_manager.exp_dir", folder, otherwise=otherwise):
-        outputs.remove_unfinished(folder, *_UNFINISHED)
-        yield
 
 
 @dataclass(frozen=True)

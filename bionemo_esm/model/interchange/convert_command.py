@@ -76,8 +76,8 @@ def convert(cfg: DictConfig) -> None:
 def _convert(config: ConvertConfig) -> int:
     console = Console(sys.stdout)
     conversion = config.conversion
-    console.print_line(f"Reading {conversion.source}, {conversion.source_format.description}")
     with hold_output("target", conversion.target):
+        console.print_line(f"Reading {conversion.source}, {conversion.source_format.description}")
         (_export if conversion.is_export else _import)(config, conversion, console)
     return 0
 
