@@ -222,7 +222,8 @@ def _misspelt(config_name: str, folder: Path, arguments: list[str], text: str) -
         whole = list(_keys("", OmegaConf.to_container(compose(config_name, overrides=choices))))
         if key in whole:
             return f"{key} is a key already; set it without the sign before it: {argument.lstrip('+')}"
-        close = difflib.get_close_matches(key, whole, 1, 0.7)
+        in_a_section = [name for name in whole if name.endswith(f".{key}")]
+        close = in_a_section[:1] or difflib.get_close_matches(key, whole, 1, 0.7)
         return f"{key} is not a key; " + (f"did you mean {close[0]}?" if close else "--help lists every key")
     return None
 

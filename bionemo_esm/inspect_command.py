@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import re
 import shlex
@@ -16,6 +17,7 @@ from bionemo_esm.errors import UserError
 
 _LARGEST_JSON = 2**26  # bytes
 _MOST_FILES = 12  # maximum number of files of a folder in a message
+_START = 512  # bytes that tell a format
 _EMBEDDINGS = (b"\x89HDF", b"PAR1", b"PK\x03\x04")
 _OTHERS = {
     b">": "a FASTA file",
@@ -98,10 +100,10 @@ def _file(path: Path) -> Facts | None:
     """Return the facts about a file; None for an archive. Raises `UserError` for any other, naming its format."""
     try:
         with path.open("rb") as stream:
-            start = stream.read(4)
+            start = stream.read(_START)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})", code="inspect.unreadable") from error
-    if start in _EMBEDDINGS:
+    if start[:4] in _EMBEDDINGS:
         from bionemo_esm.inference.embedding.formats import EmbeddingFileError
 
         try:
@@ -116,7 +118,17 @@ def _file(path: Path) -> Facts | None:
     for magic, what in _OTHERS.items():
         if start.startswith(magic):
             raise UserError(f"{path}: is {what}, not a model or embeddings of ours; {_WANTED}", code="inspect.foreign")
+    if start and b"\0" not in start and _is_text(start):
+        raise UserError(f"{path}: is a text file, not a model or embeddings of ours; {_WANTED}", code="inspect.foreign")
     return None
+
+
+def _is_text(start: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)  # the last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _what_is_wrong(path: Path) -> str:

@@ -25,6 +25,7 @@ from runs import ROOT, composed
     ("arguments", "message"),
     [
         (["trainer.max_step=40"], "error: trainer.max_step is not a key; did you mean trainer.max_steps?\n"),
+        (["precision=32"], "error: precision is not a key; did you mean trainer.precision?\n"),
         (["zebra=1"], "error: zebra is not a key; --help lists every key\n"),
         (
             ["recipe=esm1nv_phase3"],

@@ -45,7 +45,7 @@ def test_changed_settings_of_an_unfinished_job_are_named(tmp_path: Path) -> None
 def test_notebook_input_must_be_one_protein() -> None:
     assert decode(residues_at_hand(" mkv laG*\n")) == "MKVLAG"
     for wrong, said in (({"a": "MKV"}, "not a dict"), ("", "no residue"), ("MK-V", "residue 3 is '-'"),
-                        ("a.fasta", "not a file's name")):  # fmt: skip
+                        ("a.fasta", "not a file's name"), ("ATGGTGCATCTGACTCCTGAGGAG", "looks like DNA")):  # fmt: skip
         with pytest.raises(UserError, match=said) as caught:
             residues_at_hand(wrong)
         assert "=" not in str(caught.value)

@@ -79,6 +79,7 @@ def test_outputs_of_commands_are_described(
     ("name", "content", "mentions"),
     [
         ("x.fasta", ">a\nMKT\n", "is a FASTA file"),
+        ("scores.csv", "mutant,score\nA1C,0\nü", "is a text file"),
         ("x.xlsx", b"PK\x03\x04", "is a zip archive"),
         ("x.csv.gz", b"\x1f\x8b\x08", "is a gzip file"),
         ("my x.pt", b"PK\x03\x04", "target=my x.nemo'"),

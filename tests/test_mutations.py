@@ -226,7 +226,8 @@ def test_wild_type_is_a_sequence_or_a_fasta_record(tmp_path: Path) -> None:
         ((str(two), "c"), "no record has the id c"),
         ((UBIQUITIN, "c"), "sequence_id=c"),
         (("MKJV",), "residue 3 is 'J'"),
-        ((str(tmp_path / "none.fasta"),), "no such file"),
+        ((str(tmp_path / "none.fasta"),), "none.fasta: no such file, and not residues"),
+        (("ATGGTGCATCTGACTCCTGAGGAG",), "sequence: looks like DNA"),
     ):
         with pytest.raises(UserError, match=said):
             read_wild_type(*arguments)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bionemo_esm.alphabet import encode
+from bionemo_esm.alphabet import VOCABULARY_SIZE, encode
+from bionemo_esm.data.fasta import refuse_nucleotides
 from bionemo_esm.errors import UserError
 from bionemo_esm.inference.batching import Residues, WindowSpec, batches_by_length, blending_weights
 from bionemo_esm.inference.contacts.structures import GAPS
@@ -37,6 +38,7 @@ def residues_at_hand(sequence: object) -> Residues:
         hint = "; give residues, not a file's name" if set(letters) & set("./") else "; put X there"
         place = unknown[0]
         raise UserError(f"sequence: residue {place + 1} is {letters[place]!r}, no letter of a protein{hint}")
+    refuse_nucleotides("sequence", np.bincount(tokens, minlength=VOCABULARY_SIZE))
     return tokens
 
 

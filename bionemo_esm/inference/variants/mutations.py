@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,10 +23,12 @@ from bionemo_esm.alphabet import (
     TOKEN_IDS,
     TOKENS,
     UNK_ID,
+    VOCABULARY_SIZE,
     encode,
 )
+from bionemo_esm.data.fasta import refuse_nucleotides
 from bionemo_esm.errors import UserError
-from bionemo_esm.inference.inputs import read_proteins
+from bionemo_esm.inference.inputs import Protein, read_proteins
 
 REPLACEMENTS = STANDARD_RESIDUES + "UO"
 """Amino acids that can replace a residue. B, Z and X stand for several, and cannot."""
@@ -195,22 +198,37 @@ def read_wild_type(sequence: str, identifier: str | None = None, offset: int = 1
     if bare.isalpha():
         if identifier is not None:
             raise VariantError(f"sequence_id={identifier}: is for a file, and {_shortened(sequence)} is none")
-        tokens = encode(bare.encode("ascii", "replace"))
-        if (tokens == UNK_ID).any():
-            site = int(np.flatnonzero(tokens == UNK_ID)[0])
-            raise VariantError(f"sequence: residue {site + 1} is {bare[site]!r}, no letter of a protein; put X there")
-        return WildType("the sequence", tokens, offset)
-    proteins = read_proteins(sequence)
+        return WildType("the sequence", _typed_residues(bare), offset)
+    if not Path(sequence).exists():
+        raise VariantError(
+            f"{sequence}: no such file, and not residues, which are letters alone; check the path (the working folder "
+            f"is {Path.cwd()})"
+        )
+    protein = _one_record(sequence, identifier)
+    return WildType(protein.id, protein.tokens, offset)
+
+
+def _typed_residues(letters: str) -> NDArray[np.uint8]:
+    tokens = encode(letters.encode("ascii", "replace"))
+    if (tokens == UNK_ID).any():
+        site = int(np.flatnonzero(tokens == UNK_ID)[0])
+        raise VariantError(f"sequence: residue {site + 1} is {letters[site]!r}, no letter of a protein; put X there")
+    refuse_nucleotides("sequence", np.bincount(tokens, minlength=VOCABULARY_SIZE))
+    return tokens
+
+
+def _one_record(file: str, identifier: str | None) -> Protein:
+    proteins = read_proteins(file)
     if identifier is not None:
-        found = [protein for protein in proteins if protein.id == identifier]
-        if not found:
-            raise VariantError(f"{sequence}: no record has the id {identifier}, as sequence_id says")
-    else:
-        found = list(islice(proteins, 2))
-        if len(found) != 1:
-            what = "it has several records; say by sequence_id=... which one is" if found else "no record in it is"
-            raise VariantError(f"{sequence}: {what} the wild type")
-    return WildType(found[0].id, found[0].tokens, offset)
+        for protein in proteins:
+            if protein.id == identifier:
+                return protein
+        raise VariantError(f"{file}: no record has the id {identifier}, as sequence_id says")
+    found = list(islice(proteins, 2))
+    if len(found) != 1:
+        what = "it has several records; say by sequence_id=... which one is" if found else "no record in it is"
+        raise VariantError(f"{file}: {what} the wild type")
+    return found[0]
 
 
 def all_single(wild_type: WildType, region: tuple[int, int] | None = None) -> list[Variant]:
