@@ -99,6 +99,12 @@ def split_dimension(parameter: Tensor) -> int | None:
     return int(parameter.partition_dim)  # type: ignore[attr-defined]
 
 
+def mark_split(parameter: Tensor, dimension: int | None) -> None:
+    """Set the attributes that `split_dimension` reads."""
+    if dimension is not None:
+        parameter.tensor_model_parallel, parameter.partition_dim = True, dimension  # type: ignore[attr-defined]
+
+
 # --- NeMo 3.0.0: the connector of ModelPT -----------------------------------------------------------------------------
 
 

@@ -61,7 +61,7 @@ def test_default_recipe_reports_all_missing_requirements_and_names_the_laptop_re
         ("optim.lr=fast", "optim.lr must be a number, not 'fast'"),
         ("optim.lr=1e-6", "optim.sched.min_lr (0.0001) must lie in [0, optim.lr = 1e-06)"),
         ("optim.sched.constant_steps=100", "leave no step for the cosine in max_steps (6)"),
-        ("optim.sched.name=Noam", "optim.sched.name must be CosineAnnealing"),
+        ("optim.sched.name=Noam", "optim.sched.name must be one of CosineAnnealing"),
         ("+trainer.max_step=5", "unknown key trainer.max_step; known are: accelerator"),
         ("+speed=5", "unknown key speed"),
         ("seed=-1", "seed must lie in 0..2**63 - 1, not -1"),

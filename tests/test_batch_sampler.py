@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bionemo_esm.data.collate import SampleReader
-from bionemo_esm.data.dataloader import BatchPlan, TrainingBatches, assign_micro_batches, divisors
+from bionemo_esm.data.dataloader import BatchPlan, BatchWarmup, TrainingBatches, assign_micro_batches, divisors
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.store import ProteinStore
 
@@ -151,3 +151,60 @@ def test_exactly_one_of_sequences_and_tokens_must_be_given() -> None:
 @pytest.mark.parametrize(("number", "expected"), [(1, [1]), (12, [1, 2, 3, 4, 6, 12]), (49, [1, 7, 49])])
 def test_divisors_are_listed_in_order(number: int, expected: list[int]) -> None:
     assert divisors(number) == expected
+
+
+# --- global batches that grow -----------------------------------------------------------------------------------------
+
+
+def test_batch_warmup_changes_the_sizes_and_keeps_the_order_of_samples(sample_store: ProteinStore) -> None:
+    reader = SampleReader(sample_store.split("train"), 128, MaskingPolicy(), 0)
+    growing = TrainingBatches(reader, BatchPlan(32, 4, world_size=2, warmup=BatchWarmup(8, 8, 90)))
+    whole = TrainingBatches(reader, BatchPlan(32, 4, world_size=2))
+    consumed, sizes, seen = 0, [], []
+    while consumed < 200:
+        shares = [growing.rank_batches(consumed, rank) for rank in range(2)]
+        sizes.append(shares[0][1])
+        assert growing.samples_after(consumed) == sizes[-1]
+        assert [len(share[0]) for share in shares] == [sizes[-1] // 8] * 2, "micro batches of four"
+        seen.append({int(n) for share, _ in shares for _, samples in share for n in samples})
+        consumed += sizes[-1]
+    assert sizes == [8, 8, 8, 8, 16, 16, 24, 24, 32, 32, 32]
+    straight = whole.permutation.samples(np.arange(consumed))[1]
+    at = 0
+    for size, samples in zip(sizes, seen, strict=True):
+        assert samples == set(straight[at : at + size].tolist())
+        at += size
+
+
+def test_batch_warmup_in_tokens_keeps_within_each_stage(sample_store: ProteinStore) -> None:
+    reader = SampleReader(sample_store.split("train"), 128, MaskingPolicy(), 0)
+    plan = BatchPlan(global_batch_tokens=2000, micro_batch_tokens=500, warmup=BatchWarmup(500, 500, 40))
+    batches = TrainingBatches(reader, plan)
+    for consumed, most in ((0, 500), (14, 1000), (27, 1500), (40, 2000), (1000, 2000)):
+        (epochs, samples, tokens) = batches._global_batch(consumed)
+        assert most - 128 < tokens.sum() <= most
+        assert len(epochs) == len(samples) == batches.samples_after(consumed)
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 500), st.integers(0, 60), st.integers(0, 300))
+@settings(max_examples=100, deadline=None)
+def test_planned_samples_of_a_warmup_equal_those_of_its_steps(
+    start: int, increment: int, samples: int, steps: int, first: int
+) -> None:
+    warmup, consumed = BatchWarmup(start, increment, samples), first
+    for _ in range(steps):
+        consumed += warmup.size(50, consumed)
+    planned = warmup.samples_of(steps, 50, 50.0, first)
+    assert planned == pytest.approx(consumed - first, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "message"),
+    [
+        (BatchWarmup(32, 8, 10), "must be under the 32"),
+        (BatchWarmup(8, 4, 10), "12 sequences cannot be dealt evenly"),
+    ],
+)
+def test_impossible_batch_warmup_is_refused(warmup: BatchWarmup, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BatchPlan(32, 4, world_size=2, warmup=warmup)

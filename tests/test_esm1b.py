@@ -336,8 +336,11 @@ def test_the_inverse_square_root_resumes_from_the_step_of_another_schedule() -> 
         ("optim.sched.constant_steps=5", r"has no end.*set constant_steps \(5\) and min_lr \(0\.0\) to 0"),
         ("optim.sched.min_lr=1e-5", r"has no end.*min_lr \(1e-05\) to 0"),
         ("optim.sched.warmup_steps=0", r"optim\.sched\.warmup_steps must be at least 1 with InverseSquareRoot"),
-        ("optim.sched.name=InverseSquareRootAnnealing", f"must be {COSINE} or {INVERSE_SQUARE_ROOT}, not 'Inv"),
-        ("optim.sched.name=null", f"must be {COSINE} or {INVERSE_SQUARE_ROOT}, not 'None'"),
+        (
+            "optim.sched.name=InverseSquareRootAnnealing",
+            f"must be one of {COSINE}, {INVERSE_SQUARE_ROOT}, WarmupStableDecay, not 'Inv",
+        ),
+        ("optim.sched.name=null", f"must be one of {COSINE}, {INVERSE_SQUARE_ROOT}, WarmupStableDecay, not 'None'"),
     ],
 )
 def test_an_invalid_schedule_is_refused_with_its_keys(overrides: str, message: str) -> None:

@@ -82,8 +82,8 @@ def test_an_optimizer_from_another_package_trains_and_continues_from_its_state(s
     assert "Done in" in text
     (command,) = commands("An optimizer")
     longer = [word.replace("max_steps=20", "max_steps=22") for word in command[1:]]
-    longer = [word.replace("name=muon", "name=longer") if "exp_manager" in word else word for word in longer]
-    arguments = [sys.executable, "-m", "bionemo_esm", *longer, "continue_from_path=runs/muon"]
+    longer = [word.replace("name=lion", "name=longer") if "exp_manager" in word else word for word in longer]
+    arguments = [sys.executable, "-m", "bionemo_esm", *longer, "continue_from_path=runs/lion"]
     assert "after the 20 of" in run(arguments, tmp_path, site)
 
 

@@ -21,10 +21,11 @@ from torch.nn.functional import cross_entropy
 
 import bionemo_esm.model.optimizer as reduction
 from bionemo_esm.alphabet import MASK_ID
+from bionemo_esm.compat import mark_split
 from bionemo_esm.data.collate import PackedBatch, pack
 from bionemo_esm.model.attention import PackedAttention, PackedRow
 from bionemo_esm.model.backends import choose_backends
-from bionemo_esm.model.config import OptimConfig
+from bionemo_esm.model.config import FUSED_ADAM, MUON, OptimConfig
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.model.nemo_connector import load_weights
 from bionemo_esm.model.optimizer import (
@@ -35,12 +36,15 @@ from bionemo_esm.model.optimizer import (
     full_state,
     load_full_state,
 )
+from bionemo_esm.model.optimizer_registry import OPTIMIZERS
 from bionemo_esm.model.parallel import (
+    copy_split,
     data_parallel_rank,
     data_parallel_sum,
     ensure_groups,
     gather_shards,
     is_split,
+    local_shard,
     tensor_parallel_rank,
     tensor_parallel_rng,
 )
@@ -260,8 +264,9 @@ Run = tuple[MasterWeights, Any]
 def begin(build: Callable[..., Any], named: Mapping[str, Tensor], adam: str) -> Run:
     """Return new master weights with these values, and their optimizer."""
     backends = dataclasses.replace(BACKENDS, adam=CountsByGroup) if adam == "by group" else BACKENDS
+    config = SETTINGS.replace(name=MUON) if adam == MUON else SETTINGS
     masters = MasterWeights((name, Parameter(tensor.detach().clone())) for name, tensor in named.items())
-    return masters, build(masters, SETTINGS, backends)
+    return masters, build(masters, config, backends)
 
 
 def train(runs: list[Run], steps: range) -> None:
@@ -291,11 +296,12 @@ def split_and_whole(adam: str, tensors: int | None) -> Tensors:
     """Train with sharded and whole moments, switch half-way in both directions, and count the elements held."""
     ensure_groups()
     named = dict(list(tiny_model(seq_length=64).named_parameters())[:tensors])
+    family = OPTIMIZERS.get(MUON if adam == MUON else FUSED_ADAM)
     split, whole = begin(build_sharded_optimizer, named, adam), begin(build_optimizer, named, adam)
-    assert_is_state_of(full_state(split[1], split[0]), whole)  # no state before the first step
+    assert_is_state_of(full_state(split[1], split[0], family), whole)  # no state before the first step
     train([split, whole], range(3))
-    assert_is_state_of(full_state(split[1], split[0]), whole)
-    assert_is_state_of(full_state(whole[1], whole[0]), whole)
+    assert_is_state_of(full_state(split[1], split[0], family), whole)
+    assert_is_state_of(full_state(whole[1], whole[0], family), whole)
 
     saved = copy.deepcopy(whole[1].state_dict())  # a real run loads rank 0's state from a file on all ranks
     joined = begin(build_optimizer, split[0].masters, adam)
@@ -305,26 +311,88 @@ def split_and_whole(adam: str, tensors: int | None) -> Tensors:
     train([split, whole, joined, parted], range(3, 5))
     for masters, _ in (split, joined, parted):
         assert_same(masters.masters, whole[0].masters)
-    assert_is_state_of(full_state(parted[1], parted[0]), whole)
+    assert_is_state_of(full_state(parted[1], parted[0], family), whole)
 
     held = sum(t.numel() for state in split[1].optim.state.values() for t in state.values() if t.ndim)
-    counts = {"held": torch.tensor(held), "all": torch.tensor(2 * len(whole[0].gradients))}
+    kept = sum(t.numel() for state in whole[1].state.values() for t in state.values() if t.ndim)
+    counts = {"held": torch.tensor(held), "all": torch.tensor(kept)}
     return counts | {name: master.detach() for name, master in split[0].masters.items()}
 
 
-@pytest.mark.parametrize("adam", ["PyTorch", "by group"])
-@pytest.mark.parametrize("tensors", [None, 3], ids=["a model", "fewer tensors than ranks"])
+def all_split_and_whole(adams: list[str], tensors: int | None) -> Tensors:
+    """Return the results of `split_and_whole` for each optimizer, in one process group."""
+    results = {adam: split_and_whole(adam, tensors) for adam in adams}
+    return {f"{adam}/{name}": tensor for adam, result in results.items() for name, tensor in result.items()}
+
+
+@pytest.mark.parametrize(
+    ("adams", "tensors"),
+    [(["PyTorch", "by group", MUON], None), (["PyTorch", "by group"], 3)],
+    ids=["a model", "fewer tensors than ranks"],
+)
 def test_sharded_moments_equal_whole_moments_and_each_rank_holds_its_shard(
-    tmp_path: Path, adam: str, tensors: int | None
+    tmp_path: Path, adams: list[str], tensors: int | None
 ) -> None:
     ranks = 4 if tensors else 3
-    results = on_ranks(ranks, tmp_path / "ranks", split_and_whole, adam, tensors)
-    held = [int(result.pop("held")) for result in results]
-    everything = int(results[0]["all"])
-    assert sum(held) == everything
+    results = on_ranks(ranks, tmp_path / "ranks", all_split_and_whole, adams, tensors)
+    for adam in adams:
+        held = [int(result.pop(f"{adam}/held")) for result in results]
+        everything = int(results[0][f"{adam}/all"])
+        assert sum(held) == everything
+        if tensors is not None:
+            assert held[-1] == 0
+        elif adam == MUON:  # ranks share parameters evenly, and an embedding has twice the state of a matrix
+            assert max(held) < 0.6 * everything
+        else:
+            assert max(held) < 1.05 * everything / ranks
     for result in results[1:]:
         assert_same(result, results[0])
-    if tensors is None:
-        assert max(held) < 1.05 * everything / ranks
-    else:
-        assert held[-1] == 0
+
+
+# --- Muon on matrices that tensor parallelism splits ------------------------------------------------------------------
+
+
+def part_of_whole(whole: Tensor, dimension: int | None) -> Parameter:
+    """Return this rank's part of a tensor, marked as Megatron marks it."""
+    marked = Parameter(whole)
+    mark_split(marked, dimension)
+    return copy_split(marked, Parameter(local_shard(whole, marked).clone()))
+
+
+SPLIT = {"encoder.a.weight": ((12, 8), 0), "encoder.b.weight": ((8, 12), 1), "encoder.c.weight": ((6, 6), None)}
+SPLIT |= {"encoder.embedding.weight": ((16, 4), 0), "encoder.a.bias": ((12,), 0)}
+
+
+def steps_of_muon(precision: torch.dtype) -> Tensors:
+    """Train split masters with known whole gradients; return the whole masters and the whole momentum."""
+    if distributed.is_initialized():
+        ensure_groups(tensor_model_parallel_size=2)
+    generator = torch.Generator().manual_seed(3)
+    masters = MasterWeights(
+        (name, part_of_whole(torch.randn(shape, generator=generator).to(precision), dimension))
+        for name, (shape, dimension) in SPLIT.items()
+    )
+    optimizer = build_optimizer(masters, SETTINGS.replace(name=MUON), BACKENDS)
+    for _ in range(3):
+        for name, (shape, _dimension) in SPLIT.items():
+            whole = torch.randn(shape, generator=generator)
+            masters._views[name].copy_(local_shard(whole, masters.parameters[name]))
+        optimizer.step()
+    state = full_state(optimizer, masters, OPTIMIZERS.get(MUON)).get("state", {})
+    momentum = {f"momentum {i}": v["momentum_buffer"] for i, v in state.items() if "momentum_buffer" in v}
+    return masters.state_dict() | momentum
+
+
+def steps_in_both_precisions() -> Tensors:
+    results = {str(dtype): steps_of_muon(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return {f"{dtype}/{name}": tensor for dtype, result in results.items() for name, tensor in result.items()}
+
+
+def test_muon_orthogonalizes_the_whole_of_a_split_matrix(tmp_path: Path) -> None:
+    alone = steps_in_both_precisions()
+    first, second = on_ranks(2, tmp_path / "split", steps_in_both_precisions)
+    assert len(alone) == len(first) == 2 * (len(SPLIT) + 3)
+    for name, tensor in alone.items():
+        torch.testing.assert_close(first[name], tensor, atol=1e-6, rtol=1e-6, msg=name)
+    for name in second:
+        assert torch.equal(first[name], second[name]), name

@@ -101,6 +101,49 @@ def _permute(places: Any, epochs: Any, root: Any, size: Any, bits: Any) -> None:
 
 
 @dataclass(frozen=True)
+class BatchWarmup:
+    """Global batches that begin small and grow in equal stages; the order of samples is unchanged.
+
+    The size depends on the consumed samples alone, so a resumed run continues with the batch that was next.
+    """
+
+    start: int  # of the first global batches, in the unit of the whole one: sequences or tokens
+    increment: int  # from stage to stage, in the same unit
+    samples: int  # consumed samples from which on the global batch is whole
+
+    def __post_init__(self) -> None:
+        for name, value in (("start", self.start), ("increment", self.increment), ("samples", self.samples)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+
+    def sizes(self, whole: int) -> range:
+        """Return the sizes of the stages before the whole batch."""
+        return range(self.start, whole, self.increment)
+
+    def stage(self, whole: int, consumed: int) -> int:
+        """Return the number of the stage, from 0, of the global batch that begins after `consumed` samples."""
+        stages = len(self.sizes(whole))
+        return min(consumed * stages // self.samples, stages)
+
+    def size(self, whole: int, consumed: int) -> int:
+        """Return the size of the global batch that begins after `consumed` samples, at most `whole`."""
+        return min(whole, self.start + self.increment * self.stage(whole, consumed))
+
+    def samples_of(self, steps: int, whole: int, mean_size: float, consumed: float = 0) -> float:
+        """Return the samples of `steps` global batches after `consumed` samples.
+
+        mean_size: sequences of a whole batch; below 1 stages have their part of it.
+        """
+        total, stages = 0.0, len(self.sizes(whole))
+        for number, size in enumerate(self.sizes(whole), start=1):
+            of_step = mean_size * size / whole
+            left = math.ceil(max(self.samples * number / stages - consumed - total, 0) / of_step)
+            taken = min(left, steps)
+            total, steps = total + taken * of_step, steps - taken
+        return total + steps * mean_size
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """The size of a global batch, and how ranks and micro batches share it.
 
@@ -115,9 +158,10 @@ class BatchPlan:
     world_size: int = 1
     global_batch_tokens: int | None = None
     micro_batch_tokens: int | None = None
+    warmup: BatchWarmup | None = None
 
     def __post_init__(self) -> None:
-        for name in (item.name for item in fields(self) if item.name != "rank"):
+        for name in (item.name for item in fields(self) if item.name not in ("rank", "warmup")):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -127,6 +171,33 @@ class BatchPlan:
             if (getattr(self, f"{whole}_size") is None) == (getattr(self, f"{whole}_tokens") is None):
                 raise ValueError(f"{whole}_size (sequences) or {whole}_tokens must be given, and not both")
         self._check_divisible()
+        self._check_warmup()
+
+    def _check_warmup(self) -> None:
+        if self.warmup is None:
+            return
+        whole = self.global_batch
+        if self.warmup.start >= whole:
+            raise ValueError(f"the warm-up starts at {self.warmup.start}, which must be under the {whole} of a batch")
+        for size in self.warmup.sizes(whole):
+            self._of_size(size)  # raises if it cannot be dealt evenly
+
+    @property
+    def global_batch(self) -> int:
+        """The size of the whole global batch: sequences, or tokens."""
+        size = self.global_batch_size or self.global_batch_tokens
+        assert size is not None
+        return size
+
+    def _of_size(self, size: int) -> BatchPlan:
+        unit = "global_batch_size" if self.global_batch_size is not None else "global_batch_tokens"
+        return replace(self, warmup=None, **{unit: size})
+
+    def after(self, consumed: int) -> BatchPlan:
+        """Return the plan of the global batch that begins after `consumed` samples, its warm-up resolved."""
+        if self.warmup is None:
+            return self
+        return self._of_size(self.warmup.size(self.global_batch, consumed))
 
     def _check_divisible(self) -> None:
         size, micro = self.global_batch_size, self.micro_batch_size
@@ -262,18 +333,19 @@ class TrainingBatches(Dataset[RankBatch]):
         Each micro batch is (epochs, samples), int64 [k]. The number beside them is the samples of the global batch.
         """
         epochs, samples, tokens = self._global_batch(consumed)
-        batches = self.plan.micro_batches(tokens, rank)
+        batches = self.plan.after(consumed).micro_batches(tokens, rank)
         return [(epochs[batch], samples[batch]) for batch in batches], len(samples)
 
     def samples_after(self, consumed: int) -> int:
         """Return the number of samples of the global batch that begins after `consumed`."""
-        return self.plan.global_batch_size or len(self._global_batch(consumed)[1])
+        return self.plan.after(consumed).global_batch_size or len(self._global_batch(consumed)[1])
 
     def _global_batch(self, consumed: int) -> tuple[IntArray, IntArray, IntArray]:
         """Epochs, samples and their lengths in tokens, int64 [samples of the global batch] each."""
-        if self.plan.global_batch_size is not None:
-            return self._look_up(consumed, self.plan.global_batch_size)
-        most = self.plan.global_batch_tokens
+        plan = self.plan.after(consumed)
+        if plan.global_batch_size is not None:
+            return self._look_up(consumed, plan.global_batch_size)
+        most = plan.global_batch_tokens
         assert most is not None
         count = 2 * max(most // self.reader.max_tokens, 1)
         while True:

@@ -20,14 +20,15 @@ from bionemo_esm.settings import Fraction, NonNegativeFloat, PositiveFloat, Posi
 SHORTEST_SEQ_LENGTH = 8
 """Tokens: <cls>, <eos> and a few residues."""
 COSINE, INVERSE_SQUARE_ROOT = "CosineAnnealing", "InverseSquareRoot"
-SCHEDULES = (COSINE, INVERSE_SQUARE_ROOT)
+WARMUP_STABLE_DECAY = "WarmupStableDecay"
+SCHEDULES = (COSINE, INVERSE_SQUARE_ROOT, WARMUP_STABLE_DECAY)
 """Names of learning-rate schedules; `model/schedule.py` has their formulas."""
 LEARNED, ROTARY = "learned", "rotary"
 PRECISIONS = ("auto", "32", "bf16")
 """Dtypes of the parameters; `model.backends.parameter_dtype` resolves "auto"."""
 POSITION_OFFSETS = (0, PAD_ID + 1)
 """Unused rows at the top of a position table. Tables of fairseq, and so of ESM-1b, have two."""
-FUSED_ADAM = "fused_adam"
+FUSED_ADAM, MUON = "fused_adam", "muon"
 
 COLUMN, ROW = 0, 1
 """Dimension of a weight [outputs, inputs] that tensor parallelism splits."""
@@ -236,7 +237,9 @@ class OptimConfig(Settings, section="optim"):
 
     The rate rises linearly over `warmup_steps`. With `CosineAnnealing` it then follows a cosine down to `min_lr` and
     stays there for the last `constant_steps` of `max_steps`. With `InverseSquareRoot` it falls as 1 / sqrt(step), for
-    ever. `model.schedule.learning_rate` is the formula. Raises `ConfigError` for an impossible schedule.
+    ever. With `WarmupStableDecay` it is constant until the last `decay_steps` of `max_steps`, over which it falls
+    linearly to `min_lr`. `model.schedule.learning_rate` is the formula. Raises `ConfigError` for an impossible
+    schedule.
     """
 
     lr: PositiveFloat = 2e-4
@@ -246,6 +249,7 @@ class OptimConfig(Settings, section="optim"):
     weight_decay: NonNegativeFloat = 0.01
     warmup_steps: int = 500
     constant_steps: int = 50_000
+    decay_steps: int = 0  # of WarmupStableDecay alone
     max_steps: int = 957_610
     gradient_clip_val: float = 1.0
     max_skipped_steps: PositiveInt = 10  # in a row, for a loss or gradient that is not finite; then training stops
@@ -264,6 +268,7 @@ class OptimConfig(Settings, section="optim"):
             ("trainer.gradient_clip_val", self.gradient_clip_val),
             ("optim.sched.warmup_steps", self.warmup_steps),
             ("optim.sched.constant_steps", self.constant_steps),
+            ("optim.sched.decay_steps", self.decay_steps),
         ):
             if not value >= 0:
                 raise ConfigError(f"{key} must not be negative, but is {value}")
@@ -272,8 +277,15 @@ class OptimConfig(Settings, section="optim"):
 
     def _check_schedule(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise ConfigError(f"optim.sched.name must be {' or '.join(SCHEDULES)}, not {self.schedule!r}")
-        if self.schedule == INVERSE_SQUARE_ROOT:
+            raise ConfigError(f"optim.sched.name must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
+        if self.schedule == WARMUP_STABLE_DECAY:
+            self._check_decay()
+        elif self.decay_steps:
+            raise ConfigError(
+                f"optim.sched.decay_steps ({self.decay_steps}) belongs to {WARMUP_STABLE_DECAY}; set name to it, or "
+                "decay_steps and decay_ratio to null"
+            )
+        elif self.schedule == INVERSE_SQUARE_ROOT:
             if self.constant_steps or self.min_lr:
                 raise ConfigError(
                     f"optim.sched: {INVERSE_SQUARE_ROOT} has no end and no minimum; set constant_steps "
@@ -290,9 +302,27 @@ class OptimConfig(Settings, section="optim"):
                 f"step for the cosine in max_steps ({self.max_steps}); shorten them or raise optim.sched.max_steps"
             )
 
+    def _check_decay(self) -> None:
+        if self.constant_steps:
+            raise ConfigError(
+                f"optim.sched: {WARMUP_STABLE_DECAY} is constant between warm-up and decay; set constant_steps "
+                f"({self.constant_steps}) to 0"
+            )
+        if self.decay_steps < 1 or self.warmup_steps + self.decay_steps > self.max_steps:
+            raise ConfigError(
+                f"optim.sched: {WARMUP_STABLE_DECAY} needs decay_steps of at least 1 ({self.decay_steps}) that fit "
+                f"with warmup_steps ({self.warmup_steps}) into max_steps ({self.max_steps}); set decay_steps or "
+                "decay_ratio"
+            )
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the values that a run's identity records; `name` and `options` only if they are not the defaults."""
+        """Return the values that a run's identity records.
+
+        `name`, `options` and `decay_steps` only if they are not the defaults.
+        """
         values = self.model_dump()
+        if not self.decay_steps:
+            del values["decay_steps"]
         if self.name == FUSED_ADAM:
             del values["name"]
         if not self.options:

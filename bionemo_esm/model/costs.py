@@ -61,6 +61,12 @@ def training_flops(config: EncoderConfig, tokens: float, squared_lengths: float,
     return float(3 * (linear + attention + head))
 
 
+def newton_schulz_flops(rows: int, columns: int) -> float:
+    """Return the operations of one Newton-Schulz iteration on a matrix: three products, of the smaller side."""
+    short, long = sorted((rows, columns))
+    return float(2 * short * short * long * 2 + 2 * short**3)
+
+
 def memory_per_device(
     config: EncoderConfig,
     tokens_of_micro_batch: float,

@@ -24,9 +24,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bionemo_esm.model.backends import FusedBackends
-from bionemo_esm.model.config import INVERSE_SQUARE_ROOT, OptimConfig
+from bionemo_esm.model.config import COSINE, OptimConfig
 from bionemo_esm.model.optimizer_registry import FUSED_ADAM_FAMILY, OPTIMIZERS, STEP, OptimizerFamily
 from bionemo_esm.model.parallel import (
+    copy_split,
     data_parallel_group,
     data_parallel_rank,
     data_parallel_size,
@@ -113,12 +114,12 @@ class OverlappedReduction:
 
 
 def build_schedule(optimizer: Optimizer, config: OptimConfig) -> LRScheduler:
-    """Return NeMo's cosine schedule, or the inverse square root; `learning_rate` is the formula of both.
+    """Return NeMo's cosine schedule, or that of another formula; `learning_rate` is the formula of all.
 
     NeMo's `InverseSquareRootAnnealing` differs from fairseq's: it is one step ahead of a warm-up that is one step
     longer, and it drops to `min_lr` after `max_steps`.
     """
-    if config.schedule == INVERSE_SQUARE_ROOT:
+    if config.schedule != COSINE:
         return _FormulaSchedule(optimizer, config)
     schedule: LRScheduler = CosineAnnealing(
         optimizer,
@@ -167,7 +168,9 @@ class MasterWeights:
         self.masters: dict[str, Parameter] = {}
         for name, parameter in self.parameters.items():
             is_master = parameter.dtype == torch.float32
-            self.masters[name] = parameter if is_master else Parameter(parameter.detach().float())
+            self.masters[name] = (
+                parameter if is_master else copy_split(parameter, Parameter(parameter.detach().float()))
+            )
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._collect(self._views[name], index))
             for index, (name, parameter) in enumerate(backwards)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from torch import distributed
+from torch.nn import Parameter
 
-from bionemo_esm.compat import single_rank_groups, split_dimension
+from bionemo_esm.compat import mark_split, single_rank_groups, split_dimension
 
 
 def ensure_groups(tensor_model_parallel_size: int = 1, timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -96,6 +97,12 @@ def is_first_rank() -> bool:
 def is_split(parameter: torch.Tensor) -> bool:
     """Whether every tensor-parallel rank holds a different part of this parameter."""
     return tensor_parallel_size() > 1 and split_dimension(parameter) is not None
+
+
+def copy_split(source: Parameter, target: Parameter) -> Parameter:
+    """Mark `target` as split over tensor-parallel ranks like `source`; return it."""
+    mark_split(target, split_dimension(source))
+    return target
 
 
 def gather_shards(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.config import EncoderConfig, OptimConfig
+from bionemo_esm.model.config import FUSED_ADAM, EncoderConfig, OptimConfig
 from bionemo_esm.model.optimizer_registry import OPTIMIZERS
 from bionemo_esm.model.schedule import learning_rate
 
@@ -52,11 +52,23 @@ def check_compatible(
             raise ConfigError(f"the checkpoint was written with {key} = {theirs}, this run has {value}; {advice}")
 
 
+def check_optimizer(checkpoint: Mapping[str, Any], name: str) -> None:
+    """Raise `ConfigError` if a run cannot continue a checkpoint's optimizer state with the optimizer `name`."""
+    theirs = checkpoint["identity"].get("optim.name", FUSED_ADAM)
+    if theirs != name:
+        raise ConfigError(
+            f"the checkpoint has the state of optim.name = {theirs}, this run has {name}; set optim.name={theirs}, or "
+            "begin with the weights alone: restore_from_path=<the run's .nemo>",
+            code="config.another-optimizer",
+        )
+
+
 def adopt_checkpoint(checkpoint: dict[str, Any], config: OptimConfig) -> dict[str, Any]:
     """Change another run's checkpoint (from `load_checkpoint`) into the start of a run with this configuration.
 
     Returns the origin of the run, for its provenance. The other run's best checkpoint is not this run's.
     """
+    check_optimizer(checkpoint, config.name)
     steps, family = int(checkpoint["steps"]), OPTIMIZERS.get(config.name)
     for state in checkpoint["optimizer_states"]:
         for group, settings in zip(state["param_groups"], family.groups(config), strict=True):

@@ -27,8 +27,16 @@ from bionemo_esm.data.fasta import read_fasta
 from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.backends import parameter_dtype
-from bionemo_esm.model.config import COSINE
-from bionemo_esm.model.costs import FLOAT32, Memory, memory_per_device, optimizer_state_bytes, training_flops
+from bionemo_esm.model.config import INVERSE_SQUARE_ROOT
+from bionemo_esm.model.costs import (
+    FLOAT32,
+    Memory,
+    memory_per_device,
+    newton_schulz_flops,
+    optimizer_state_bytes,
+    training_flops,
+)
+from bionemo_esm.model.optimizer_registry import OPTIMIZERS
 from bionemo_esm.model.schedule import learning_rate
 from bionemo_esm.pretraining.hardware import memory_bytes, peak_flops
 from bionemo_esm.pretraining.recipe import Recipe
@@ -326,7 +334,7 @@ class Plan:
 
     @property
     def epochs(self) -> float:
-        return self.steps / self.steps_per_epoch
+        return self.samples / self.facts.data.train_sequences
 
     @property
     def device_seconds(self) -> float | None:
@@ -353,7 +361,7 @@ def plan_of(recipe: Recipe, facts: Facts) -> Plan:
             f"({recipe.trainer.max_steps:,}) counts those steps, too; raise it"
         )
     batch = Batch.of(recipe, data.mean_tokens)
-    samples = steps * batch.sequences
+    samples = recipe.mean_samples(steps, data.mean_tokens, start.samples or 0)
     residues = samples * (data.mean_tokens - SPECIAL_TOKENS_PER_SEQUENCE)
     wanted = recipe.trainer.precision
     precision = facts.device.auto_precision if wanted == "auto" else wanted
@@ -389,6 +397,26 @@ def memory_of(recipe: Recipe, precision: str, micro_tokens: float) -> Memory:
         device_type="cuda" if trainer.accelerator == "gpu" else "cpu",
         optimizer=recipe.optim.name,
     )
+
+
+@dataclass(frozen=True)
+class Orthogonalization:
+    """Work of one optimizer step besides forward and backward, for an optimizer that orthogonalizes matrices."""
+
+    flops: float  # of all matrices, once
+    gathered_bytes: float  # received by a rank from the others that share its replica
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Orthogonalization:
+        """Compute it; both are 0 for other optimizers."""
+        family, ranks = OPTIMIZERS.get(recipe.optim.name), recipe.trainer.tensor_model_parallel_size
+        flops = gathered = 0.0
+        for part in recipe.model.parts():
+            for name, shape, split in part.tensors():
+                if iterations := family.orthogonalizing_iterations(recipe.optim, name, shape):
+                    flops += iterations * newton_schulz_flops(*shape)
+                    gathered += FLOAT32 * math.prod(shape) * (ranks - 1) / ranks if split else 0
+        return cls(flops, gathered)
 
 
 def scientific(value: float) -> str:
@@ -491,7 +519,7 @@ def _warm_up(plan: Plan) -> str | None:
 
 def _horizon(plan: Plan) -> str | None:
     last, optim = plan.recipe.trainer.max_steps, plan.recipe.optim
-    if optim.schedule != COSINE:
+    if optim.schedule == INVERSE_SQUARE_ROOT:
         return None
     if optim.max_steps < last:
         return (

@@ -6,9 +6,9 @@ import sys
 import textwrap
 
 from bionemo_esm.console import Console, duration
-from bionemo_esm.model.config import COSINE
+from bionemo_esm.model.config import COSINE, WARMUP_STABLE_DECAY
 from bionemo_esm.model.schedule import learning_rate
-from bionemo_esm.pretraining.plan import PFLOP_DAY, Plan, findings, gather_facts, plan_of, scientific
+from bionemo_esm.pretraining.plan import PFLOP_DAY, Orthogonalization, Plan, findings, gather_facts, plan_of, scientific
 from bionemo_esm.pretraining.recipe import Recipe
 from bionemo_esm.pretraining.run_context import describe_model
 
@@ -32,11 +32,12 @@ def describe_plan(plan: Plan) -> str:
         "steps": _steps(plan),
         "memory": _memory(plan),
         "work": _work(plan),
+        "optimizer": _optimizer(plan),
         "time": _time(plan),
         "disk": _disk(plan),
         "rate": _rate(plan),
     }
-    lines = [line for label, text in rows.items() for line in _row(label, text)]
+    lines = [line for label, text in rows.items() if text for line in _row(label, text)]
     return "\n".join([f"\n{plan.recipe.name}: a plan; nothing is started", *lines])
 
 
@@ -99,6 +100,8 @@ def _batch(plan: Plan) -> str:
     accumulated = "1 micro batch" if batch.accumulation == 1 else f"{batch.accumulation:,.0f} micro batches"
     ranks = f"{recipe.trainer.data_parallel_size:,} ranks x " if recipe.trainer.data_parallel_size > 1 else ""
     same = "" if recipe.published is None or recipe.batch_departure() else "; the published batch"
+    if (warmup := recipe.batch_warmup) is not None:
+        same += f"; from {warmup.start:,} on, {warmup.increment:,} more at a time, for {warmup.samples:,} sequences"
     return f"{whole} = {ranks}{accumulated} of {micro} (about {batch.micro_tokens:,.0f} tokens){same}"
 
 
@@ -130,6 +133,22 @@ def _memory(plan: Plan) -> str:
 def _work(plan: Plan) -> str:
     days = plan.flops / PFLOP_DAY
     return f"{scientific(plan.flops)} FLOPs" + (f", {_number(days)} PFLOP-days" if days >= 0.01 else "")
+
+
+def _optimizer(plan: Plan) -> str:
+    """Return what an optimizer that orthogonalizes matrices costs; nothing for others."""
+    cost, trainer = Orthogonalization.of(plan.recipe), plan.recipe.trainer
+    if not cost.flops:
+        return ""
+    sharded = trainer.shard_optimizer and trainer.data_parallel_size > 1
+    sharing = trainer.data_parallel_size if sharded else 1
+    share = cost.flops * plan.steps * trainer.world_size / sharing / plan.flops
+    text = f"{plan.recipe.optim.name} orthogonalizes matrices: {scientific(cost.flops)} FLOPs a step, "
+    text += f"dealt to {sharing} data-parallel ranks" if sharded else "on every rank"
+    text += f", {share:.1%} as much as a rank's forward and backward passes"
+    if cost.gathered_bytes:
+        text += f"; gathers {_size(cost.gathered_bytes)} a step on a rank"
+    return text
 
 
 def _time(plan: Plan) -> str:
@@ -170,7 +189,10 @@ def key_rates(plan: Plan) -> list[tuple[int, float, str]]:
     """Return (step, learning rate, words) for the key points of the schedule from this run's first step on."""
     optim, first, last = plan.recipe.optim, plan.facts.start.step, plan.recipe.trainer.max_steps
     points = {first: "at first", optim.warmup_steps: f"at its peak (step {optim.warmup_steps:,})"}
-    if optim.schedule == COSINE:
+    if optim.schedule == WARMUP_STABLE_DECAY:
+        points[optim.max_steps - optim.decay_steps] = f"until step {optim.max_steps - optim.decay_steps:,}"
+        points[optim.max_steps] = f"from step {optim.max_steps:,} on"
+    elif optim.schedule == COSINE:
         lowest = optim.max_steps - optim.constant_steps
         points[lowest] = f"from step {lowest:,} on"
     points |= {step: f"{words}, after this run" for step, words in points.items() if step > last}

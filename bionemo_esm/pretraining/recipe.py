@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from bionemo_esm.data.dataloader import BatchPlan
+from bionemo_esm.data.dataloader import BatchPlan, BatchWarmup
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.store import MANIFEST_NAME, sha256_of_file
 from bionemo_esm.errors import ConfigError
@@ -25,6 +25,14 @@ from bionemo_esm.model.optimizer_registry import OPTIMIZERS
 from bionemo_esm.pretraining.probe_config import ProbeConfig, load_probe_config
 from bionemo_esm.pretraining.resolve_model import resolve_model
 from bionemo_esm.settings import NonNegativeInt, PositiveFloat, PositiveInt, Settings, plain_values
+
+
+class BatchWarmupConfig(Settings, section="data.batch_warmup"):
+    """Small global batches at the start of training, which grow in stages; see `dataloader.BatchWarmup`."""
+
+    start: PositiveInt  # sequences, or tokens with global_batch_tokens
+    increment: PositiveInt
+    samples: PositiveInt  # sequences consumed until the global batch is whole
 
 
 class DataConfig(Settings, section="data"):
@@ -40,6 +48,7 @@ class DataConfig(Settings, section="data"):
     micro_batch_tokens: PositiveInt | None = None  # maximum tokens of a micro batch, instead of micro_batch_size
     global_batch_size: PositiveInt | None = None  # sequences per step; null: micro batch x ranks x accumulation
     global_batch_tokens: PositiveInt | None = None  # maximum tokens per step, instead of global_batch_size
+    batch_warmup: BatchWarmupConfig | None = None  # null: every global batch is whole
     num_workers: NonNegativeInt = 1  # loader processes per rank
     masking: MaskingPolicy = Field(default_factory=MaskingPolicy)
 
@@ -57,8 +66,8 @@ class DataConfig(Settings, section="data"):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values under the keys of the configuration."""
-        return self.model_dump(by_alias=True)
+        """Return the values under the keys of the configuration; `batch_warmup` only if it is set."""
+        return self.model_dump(by_alias=True, exclude=None if self.batch_warmup else {"batch_warmup"})
 
 
 class TrainerConfig(Settings, section="trainer"):
@@ -164,25 +173,34 @@ class ScheduleConfig(Settings, section="optim.sched"):
     warmup_steps: int | None = OptimConfig().warmup_steps
     warmup_ratio: float | None = None  # of max_steps, instead of warmup_steps
     constant_steps: int = OptimConfig().constant_steps
+    decay_steps: int | None = None  # of WarmupStableDecay
+    decay_ratio: float | None = None  # of max_steps, instead of decay_steps
     min_lr: float = OptimConfig().min_lr
     max_steps: int | None = None  # null: trainer.max_steps
 
     def resolve(self, trainer: TrainerConfig) -> dict[str, Any]:
-        """Return the schedule's fields of `OptimConfig`. Raises `ConfigError` for a warm-up that is given twice."""
-        last, warmup = self.max_steps or trainer.max_steps, self.warmup_steps
-        if self.warmup_ratio is not None:
-            if warmup is not None:
-                raise ConfigError("optim.sched.warmup_steps and warmup_ratio are both set; set one of them to null")
-            warmup = int(self.warmup_ratio * last)
+        """Return the schedule's fields of `OptimConfig`. Raises `ConfigError` for a phase that is given twice."""
+        last = self.max_steps or trainer.max_steps
+        warmup = _phase("warmup", self.warmup_steps, self.warmup_ratio, last)
         if warmup is None:
             raise ConfigError("optim.sched.warmup_steps and warmup_ratio are both null; set one of them")
         return {
             "schedule": self.name,
             "warmup_steps": warmup,
             "constant_steps": self.constant_steps,
+            "decay_steps": _phase("decay", self.decay_steps, self.decay_ratio, last) or 0,
             "min_lr": self.min_lr,
             "max_steps": last,
         }
+
+
+def _phase(name: str, steps: int | None, ratio: float | None, last: int) -> int | None:
+    """Return the steps of a phase that is given in steps or as a fraction of all; None if it is not given."""
+    if ratio is None:
+        return steps
+    if steps is not None:
+        raise ConfigError(f"optim.sched.{name}_steps and {name}_ratio are both set; set one of them to null")
+    return int(ratio * last)
 
 
 class Sections(Settings):
@@ -285,9 +303,23 @@ class Recipe(Settings):
                 world_size=self.trainer.data_parallel_size,
                 global_batch_tokens=self.data.global_batch_tokens,
                 micro_batch_tokens=self.data.micro_batch_tokens,
+                warmup=self.batch_warmup,
             )
         except ValueError as error:
-            raise ConfigError(f"data.global_batch_size: {error}") from error
+            key = "batch_warmup" if self.data.batch_warmup else "global_batch_size"
+            raise ConfigError(f"data.{key}: {error}") from error
+
+    @property
+    def batch_warmup(self) -> BatchWarmup | None:
+        """The warm-up of the global batch; None without one."""
+        return None if self.data.batch_warmup is None else BatchWarmup(**self.data.batch_warmup.model_dump())
+
+    def mean_samples(self, steps: int, mean_tokens: float, consumed: float = 0) -> float:
+        """Return the samples of `steps` global batches after `consumed` samples. mean_tokens: per sequence."""
+        whole = self.mean_batch_sequences(mean_tokens)
+        if self.batch_warmup is None:
+            return steps * whole
+        return self.batch_warmup.samples_of(steps, self.batch_plan().global_batch, whole, consumed)
 
     def mean_batch_sequences(self, mean_tokens: float) -> float:
         """Return the sequences of a global batch: a mean if it is counted in tokens. mean_tokens: per sequence."""
@@ -376,13 +408,15 @@ def load_recipe(cfg: DictConfig) -> Recipe:
 
 def _optim(values: Mapping[str, Any], trainer: TrainerConfig) -> OptimConfig:
     own = {key: value for key, value in values.items() if key != "sched"}
-    schedule_keys = ("schedule", "min_lr", "warmup_steps", "constant_steps", "max_steps", "gradient_clip_val")
-    known = sorted({*OptimConfig.model_fields, "sched"} - {*schedule_keys})
+    schedule_keys = ("schedule", "min_lr", "warmup_steps", "constant_steps", "decay_steps", "max_steps")
+    known = sorted({*OptimConfig.model_fields, "sched"} - {*schedule_keys, "gradient_clip_val"})
     if unknown := sorted(own.keys() - set(known)):
         raise ConfigError(f"unknown key optim.{unknown[0]}; known are: {', '.join(known)}", code="config.unknown-key")
-    OPTIMIZERS.get(str(own.get("name", FUSED_ADAM)))  # raises for an unknown name
+    family = OPTIMIZERS.get(str(own.get("name", FUSED_ADAM)))  # raises for an unknown name
     schedule = ScheduleConfig.from_config(values.get("sched", {})).resolve(trainer)
-    return OptimConfig(**own, **schedule, gradient_clip_val=trainer.gradient_clip_val)
+    config = OptimConfig(**own, **schedule, gradient_clip_val=trainer.gradient_clip_val)
+    family.groups(config)  # raises for unknown options
+    return config
 
 
 def _flattened(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

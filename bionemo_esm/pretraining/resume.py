@@ -13,7 +13,7 @@ from bionemo_esm.console import Console, is_rank_zero
 from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.model.archive import ArchiveError, ArchiveFile
-from bionemo_esm.model.resume import check_compatible
+from bionemo_esm.model.resume import check_compatible, check_optimizer
 from bionemo_esm.pretraining.recipe import Recipe
 from bionemo_esm.pretraining.resolve_model import newest_archive
 
@@ -55,6 +55,7 @@ def find_parent_run(recipe: Recipe) -> ParentRun | None:
     if not isinstance(file.config.get("encoder"), dict) or not isinstance(checkpoint["identity"], dict):
         raise ConfigError(f"continue_from_path: {file.path} is not the checkpoint of a pretraining run")
     check_compatible(checkpoint, recipe.model, _stream(recipe), continues=True)
+    check_optimizer(checkpoint, recipe.optim.name)
     return ParentRun(file, steps, samples if type(samples) is int else None, _rate(outline))
 
 

@@ -108,23 +108,27 @@ class RunContext:
             "data.masking": self.recipe.data.masking.record,
             "data.global_batch_size": self.recipe.global_batch_size or "none",
             "data.global_batch_tokens": self.recipe.data.global_batch_tokens or "none",
+            **({"data.batch_warmup": str(warmup)} if (warmup := self.recipe.batch_warmup) else {}),
             "restore_from_path": f"weights of SHA-256 {sha}" if (sha := self.recipe.restored_sha256) else "none",
             **{f"optim.{key}": str(value) for key, value in optim.items()},
         }
 
     def run_description(self, backends: str, precision: str, resumed_from_step: int, first_step: int = 0) -> str:
         """Return the lines printed at the start: model, data, batch, steps, device, fused kernels, results."""
-        recipe, trainer = self.recipe, self.recipe.trainer
+        recipe, trainer, warmup = self.recipe, self.recipe.trainer, self.recipe.batch_warmup
         batch = recipe.mean_batch_sequences(self._mean_tokens())
         tokens = batch * self._mean_tokens()
         steps = trainer.max_steps - first_step
+        samples = recipe.mean_samples(trainer.max_steps, self._mean_tokens()) * steps / trainer.max_steps
         lines = {
             "model": f"{describe_model(recipe)}, {recipe.model.parameters:,} parameters, up to "
             f"{recipe.model.seq_length} tokens",
             "data": f"{describe_source(recipe)}: {describe_sequences(self.train)} to train on, {self.train.residues:,} "
             f"residues; {len(self.validation.reader.split):,} to validate on",
-            "batch": f"{self._batch(batch, tokens)}, packed without padding{self._accumulation_text()}",
-            "steps": f"{steps:,}, {steps * batch / self.train.num_clusters:,.1f} epochs, {steps * tokens:,.0f} tokens"
+            "batch": f"{self._batch(batch, tokens)}, packed without padding{self._accumulation_text()}"
+            + (f"; from {warmup.start:,} on, for {warmup.samples:,} sequences" if warmup else ""),
+            "steps": f"{steps:,}, {samples / self.train.num_clusters:,.1f} epochs, "
+            f"{samples * self._mean_tokens():,.0f} tokens"
             + (f"; after the {first_step:,} of {recipe.continue_from_path}" if first_step else "")
             + (f"; resuming from step {resumed_from_step:,}" if resumed_from_step > first_step else ""),
             "device": f"{trainer.world_size} x {trainer.accelerator}, {precision}{self._parallelism_text()}",
