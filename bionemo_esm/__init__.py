@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bionemo_esm import nemo_plugin
+from bionemo_esm.registry import MODEL_MODULES, ModelModules
 
 __version__ = "0.1.0"
 __all__ = ["ESM1nvModel", "FineTunedPredictor", "ProteinModel", "__version__", "config_directory"]
@@ -46,4 +47,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'bionemo_esm' has no attribute {name!r}")
 
 
+MODEL_MODULES["ESM1nvModel"] = ModelModules("bionemo_esm.model.esm1nv")
+MODEL_MODULES["ESMFineTunedModel"] = ModelModules(
+    "bionemo_esm.finetuning.model", extension="bionemo_esm.finetuning.archive"
+)
 nemo_plugin.announce()

@@ -73,13 +73,13 @@ def _summary_of(path: Path) -> Callable[[Sequence[str]], None]:
 
 def _folder(path: Path) -> Facts | None:
     """Return the facts about a folder; None for a store. Raises `UserError` for an unknown one, naming its content."""
-    manifest, config, told = (_json(path / name) for name in ("manifest.json", "config.json", "summary.json"))
+    manifest, config, summary = (_json(path / name) for name in ("manifest.json", "config.json", "summary.json"))
     if "about" in manifest and "parts" in manifest:
         return _embeddings(path)
     if (path / "manifest.json").exists():
         return None
     if (path / "maps").is_dir() and (path / "contacts.csv").is_file():
-        return {"kind": "contacts", **_plain(told), "maps": len(list((path / "maps").glob("*.npz")))}
+        return {"kind": "contacts", **_plain(summary), "maps": len(list((path / "maps").glob("*.npz")))}
     if "model_type" in config:
         target = f"{path.absolute().name}.nemo"
         command = shlex.join(["bionemo-esm", "convert", f"source={path}", f"target={target}"])
@@ -87,7 +87,7 @@ def _folder(path: Path) -> Facts | None:
     if (path / "config.yaml").is_file():
         if re.search(r"^task:", (path / "config.yaml").read_text(errors="replace"), re.MULTILINE):
             return {"kind": "the folder of a fine-tuning", "files": _names(path, "*.nemo", "report.*")}
-        return {"kind": "the folder of a run", **_plain(told), "files": _names(path, "*.nemo", "checkpoints/*.ckpt")}
+        return {"kind": "the folder of a run", **_plain(summary), "files": _names(path, "*.nemo", "checkpoints/*.ckpt")}
     names = sorted(entry.name for entry in path.iterdir())
     held = f"it holds {', '.join(names[:_MOST_FILES])}" if names else "it is empty"
     raise UserError(

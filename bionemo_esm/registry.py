@@ -16,12 +16,25 @@ Names never come from an archive or a checkpoint: a file can select a part that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from bionemo_esm.errors import ConfigError
 
 Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class ModelModules:
+    """Modules of a class of models that archives may name. They are imported when an archive names the class."""
+
+    model: str  # the class, registered by `bionemo_esm.model.nemo_connector.register_model`
+    extension: str | None = None  # its parts beside the encoder, a `bionemo_esm.model.validate.Extension`
+
+
+MODEL_MODULES: dict[str, ModelModules] = {}
+"""By the name of the class. `bionemo_esm/__init__.py` fills it, so that no layer names a module of a higher layer."""
 
 
 class Registry(Generic[Part]):

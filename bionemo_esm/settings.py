@@ -27,6 +27,11 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 """A rate in [0, 1), such as dropout."""
+STANDARD_INPUT = "-"
+
+
+class InputPath(str):
+    """A path to read, a leading `~` expanded, or `STANDARD_INPUT`."""
 
 
 class Settings(BaseModel):
@@ -198,10 +203,23 @@ def _path(value: Any) -> Path:
     return expand_home(value)
 
 
+def _input_path(value: Any) -> InputPath:
+    if not isinstance(value, str) or not value:
+        raise _wrong_type("a path, or - for standard input", value)
+    return InputPath(value if value == STANDARD_INPUT else expand_home(value))
+
+
 def _text(value: Any) -> str:
     if isinstance(value, Mapping | list | tuple):
         raise _wrong_type("text", value)
     return str(value)
 
 
-_CONVERTERS: dict[Any, Any] = {int: _integer, float: _number, bool: _boolean, Path: _path, str: _text}
+_CONVERTERS: dict[Any, Any] = {
+    int: _integer,
+    float: _number,
+    bool: _boolean,
+    Path: _path,
+    InputPath: _input_path,
+    str: _text,
+}

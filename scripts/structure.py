@@ -38,6 +38,10 @@ PATH = (
     ("bionemo_esm/model/packed_model.py", "gradients of the micro batches, clipping, the optimizer step"),
 )
 """The files from the FASTA record to the optimizer step, in order, and what happens in each."""
+MAX_EXTENSION_FILES = {
+    "An optimizer": 3, "A head": 2, "An embedding writer": 1, "A model family": 1, "A block": 5, "A masking rule": 1,
+}  # fmt: skip
+"""How many files an extension may touch, by heading of `docs/extending.md`."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES, SMALL_FILE_LINES, MAX_PATH_FILES = 800, 60, 80, 8
 EXTENDING = Path("docs/extending.md")
 
@@ -150,11 +154,16 @@ class Structure:
 
 
 def files_per_example(markdown: str) -> dict[str, list[str]]:
-    """Return the distinct titles of code blocks by second-level heading, omitting sections without code blocks."""
+    """Return the files that each example writes or changes, by heading, omitting sections that write no file.
+
+    They are the titles of code blocks and the paths of numbered lists. The entry point in pyproject.toml, which names
+    an installed part, does not count.
+    """
     examples = {}
-    for section in re.split(r"^## ", markdown, flags=re.M)[1:]:
-        if titles := re.findall(r'^```\w+ title="([^"]+)"', section, re.M):
-            examples[section.splitlines()[0]] = list(dict.fromkeys(titles))
+    for section in re.split(r"^##+ ", markdown, flags=re.M)[1:]:
+        files = re.findall(r'^```\w+ title="([^"]+)"|^\d\. `([^`]+)`:', section, re.M)
+        if names := [name for pair in files for name in pair if name and name != "pyproject.toml"]:
+            examples[section.splitlines()[0]] = list(dict.fromkeys(names))
     return examples
 
 
@@ -276,7 +285,8 @@ def report(structure: Structure) -> str:
     lines += ["", f"{len(PATH)} files from the FASTA record to the optimizer step"]
     lines += [f"  {number}. {path}: {what}" for number, (path, what) in enumerate(PATH, start=1)]
     lines += ["", f"Files per extension example of {EXTENDING}"]
-    lines += [f"  {len(files)}  {name}: {', '.join(files)}" for name, files in structure.extension_files().items()]
+    for name, files in structure.extension_files().items():
+        lines.append(f"  {len(files)} of at most {MAX_EXTENSION_FILES[name]}  {name}: {', '.join(files)}")
     return "\n".join(lines)
 
 

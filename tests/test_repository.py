@@ -23,6 +23,11 @@ def test_imports_follow_the_layers_and_have_no_cycles() -> None:
     assert structure.upward_imports() == []
     assert structure.circles(top_level_only=True) == []
     assert structure.circles(top_level_only=False) == []
+    assert structure.upward_strings() == []
+
+
+def test_functions_fit_on_a_screen() -> None:
+    assert Structure().long_functions() == []
 
 
 def test_structure_script_finds_cycles_upward_imports_and_module_names_in_strings(tmp_path: Path) -> None:

@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import TOKEN_IDS
 from bionemo_esm.errors import UserError
-
-STANDARD_INPUT = "-"
+from bionemo_esm.settings import STANDARD_INPUT
 
 _READ_BYTES = 2**18  # of compressed bytes decompressed at once
 _UNPACKED_BYTES = 2**20  # maximum bytes decompressed at once

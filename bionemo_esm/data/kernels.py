@@ -136,17 +136,47 @@ def _encode_run(text: Any, at: Any, count: Any, classes: Any, tokens: Any, end: 
 
 
 @compiled
+def _encode_line(text: Any, at: Any, classes: Any, tokens: Any, end: Any, stops: Any, row: Any) -> Any:
+    """Encode a line that has other bytes than residues; count them in `row`.
+
+    at: index of the line in `text`; end: count of tokens; stops: stops before the line that may be internal. Returns
+    the three after the line.
+    """
+    while at < _U(text.size):
+        byte = text[at]
+        code = classes[byte]
+        at += _U(1)
+        if byte == _NEWLINE:
+            break
+        if code == BLANK:
+            continue
+        if code == STOP:
+            stops += 1
+            continue
+        if code == GAP:
+            row[GAPS] += 1
+            continue
+        if code == FORBIDDEN:
+            row[SUSPECT] = 1
+            continue
+        if code == UNKNOWN:
+            row[UNKNOWN_LETTERS] += 1
+            code = np.uint8(_X)
+        row[INTERNAL_STOPS] += stops
+        while stops > 0:
+            tokens[end] = _X
+            end += _U(1)
+            stops -= 1
+        tokens[end] = code
+        end += _U(1)
+    return at, end, stops
+
+
+@compiled
 def parse(  # noqa: C901
-    text: Any,
-    words: Any,
-    classes: Any,
-    max_residues: Any,
-    key: Any,
-    tokens: Any,
-    token_words: Any,
-    fields: Any,
-    digests: Any,
-) -> Any:
+    text: Any, words: Any, classes: Any, max_residues: Any, key: Any,
+    tokens: Any, token_words: Any, fields: Any, digests: Any,
+) -> Any:  # fmt: skip
     """Clean and encode whole FASTA records.
 
     text uint8 [bytes], beginning with '>' and ending where a record ends; words, token_words: `words_of` text
@@ -194,33 +224,7 @@ def parse(  # noqa: C901
                 end += count
                 at = line_end + _U(1)
                 continue
-            while at < size:
-                byte = text[at]
-                code = classes[byte]
-                at += _U(1)
-                if byte == _NEWLINE:
-                    break
-                if code == BLANK:
-                    continue
-                if code == STOP:
-                    stops += 1
-                    continue
-                if code == GAP:
-                    row[GAPS] += 1
-                    continue
-                if code == FORBIDDEN:
-                    row[SUSPECT] = 1
-                    continue
-                if code == UNKNOWN:
-                    row[UNKNOWN_LETTERS] += 1
-                    code = np.uint8(_X)
-                row[INTERNAL_STOPS] += stops
-                while stops > 0:
-                    tokens[end] = _X
-                    end += _U(1)
-                    stops -= 1
-                tokens[end] = code
-                end += _U(1)
+            at, end, stops = _encode_line(text, at, classes, tokens, end, stops, row)
         row[ENDS_IN_STOP] = stops > 0
         row[GIVEN_LENGTH] = end - first
         end = min(end, first + _U(max_residues))

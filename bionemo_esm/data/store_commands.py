@@ -21,7 +21,6 @@ from pydantic import Field, field_validator, model_validator
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, duration, run_to_exit_code
 from bionemo_esm.data.clusters import build_clustered_store
-from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.data.leakage import check_leakage
 from bionemo_esm.data.preprocess import BuildPolicy, CleaningPolicy, build_store
 from bionemo_esm.data.store import ProteinStore
@@ -29,7 +28,7 @@ from bionemo_esm.data.store_summary import StoreSummary, draw_summary
 from bionemo_esm.data.uniprot_release import fetch_release
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import hold_name, hold_output
-from bionemo_esm.settings import NonNegativeInt, PositiveInt, Settings, expand_home, plain_values
+from bionemo_esm.settings import STANDARD_INPUT, NonNegativeInt, PositiveInt, Settings, expand_home, plain_values
 
 MODEL_CARD_RELEASE = "2022_05"
 PICTURE_NAME = "card.png"

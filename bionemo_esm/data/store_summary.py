@@ -252,10 +252,10 @@ def _listed(values: Any) -> str:
     """Return `name 12, other name 3`, omitting zeros except for a seed, and including null."""
     if not isinstance(values, dict) or not values:
         return _plain(values)
-    told = {key: item for key, item in values.items() if item or item is None or key == "seed"}
+    shown = {key: item for key, item in values.items() if item or item is None or key == "seed"}
     words = [
         f"{key.replace('_', ' ')} {'null' if item is None else item if key == 'seed' else _plain(item)}"
-        for key, item in told.items()
+        for key, item in shown.items()
     ]
     return ", ".join(words) or "nothing"
 
@@ -339,8 +339,8 @@ def _length_panel(axes: Any, parts: list[_Part]) -> None:
         if place == 0:
             axes.stairs(height, edges, fill=True, color=fill)
         axes.stairs(height, edges, color=colour, linewidth=1.6)
-        told = f"{name}: median {split.percentile(50):,}, mean {split.mean:,.0f}, longest {split.percentile(100):,}"
-        axes.annotate(told, (1, 1), (0, 27 - 16 * place), "axes fraction", "offset points", color=colour, ha="right")
+        label = f"{name}: median {split.percentile(50):,}, mean {split.mean:,.0f}, longest {split.percentile(100):,}"
+        axes.annotate(label, (1, 1), (0, 27 - 16 * place), "axes fraction", "offset points", color=colour, ha="right")
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4) if shortest <= t <= longest]
     axes.set(xscale="log", xlim=(edges[0], edges[-1]), ylim=(0, 1.22 * highest), xlabel="residues")
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])

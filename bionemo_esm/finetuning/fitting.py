@@ -219,8 +219,8 @@ class _EpochRecorder(Callback):
 
     def _state(self, test: Sequence[Prediction]) -> dict[str, Any]:
         validation = torch.from_numpy(np.concatenate(self._predictions))
-        told = {"history": self.history, "validation": validation}
-        return told | ({"test": torch.from_numpy(np.concatenate(test))} if test else {})
+        figures = {"history": self.history, "validation": validation}
+        return figures | ({"test": torch.from_numpy(np.concatenate(test))} if test else {})
 
     def result(self, model: ESMFineTunedModel, device: torch.device) -> Fitted:
         """Return the result at the best epoch, with predictions for the test set, whose labels are not used."""

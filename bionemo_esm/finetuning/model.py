@@ -44,6 +44,7 @@ from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.feature_extraction import representations
 from bionemo_esm.model.nemo_connector import load_weights, register_model
+from bionemo_esm.model.optimizer_registry import FUSED_ADAM_FAMILY
 from bionemo_esm.model.packed_model import PackedModel
 from bionemo_esm.model.parallel import data_parallel_rank, data_parallel_size, data_parallel_sum
 from bionemo_esm.model.tensor_io import LazyTensors
@@ -258,7 +259,8 @@ class ESMFineTunedModel(PackedModel):
             self.masters.masters.items(), self.parts.reading.layer, config.encoder_lr, config.lr, config.layer_decay,
             config.weight_decay,
         )  # fmt: skip
-        optimizer = self.backends.adam(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
+        build = FUSED_ADAM_FAMILY.build(self.backends)
+        optimizer = build(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
         if self.resumed_optimizer is not None:
             optimizer.load_state_dict(dict(self.resumed_optimizer))
         warmup = max(round(config.warmup_epochs * self._steps.steps_per_epoch), 1)

@@ -278,10 +278,10 @@ def strange_label(labels: Labels, numbers: dict[str | None, float]) -> tuple[int
 def counts_in_words(counts: Counter[str], most: int = 12, shown: int = 3) -> str:
     """Return the counts of classes as text; of more than `most`, the `shown` most and least frequent."""
     ordered = counts.most_common()
-    told = [f"{label} {count:,}" for label, count in ordered]
-    if len(told) > most:
-        told = [*told[:shown], f"... {len(told) - 2 * shown:,} others ...", *told[-shown:]]
-    return ", ".join(told)
+    texts = [f"{label} {count:,}" for label, count in ordered]
+    if len(texts) > most:
+        texts = [*texts[:shown], f"... {len(texts) - 2 * shown:,} others ...", *texts[-shown:]]
+    return ", ".join(texts)
 
 
 def _items(record: Record, residues: int, task: TaskConfig) -> Sequence[Any]:
@@ -489,7 +489,7 @@ def read_sets(reader: Reader, data: DataConfig, notes: Notes) -> dict[str, list[
 
 
 def _of_file(entries: list[Entry], path: str, name: str, is_shared: bool) -> list[Entry]:
-    """Return a set's entries from its file: the marked ones, or all if none is marked and no set shares it."""
+    """Return a set's entries from its file: the marked ones, or all if none is marked and no set texts it."""
     if all(entry.set is None for entry in entries):
         if is_shared:
             raise LabelError(

@@ -5,14 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
-from pydantic import field_validator
 
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
-from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import atomic_write, hold_output
 from bionemo_esm.finetuning.archive import FineTunedFile
@@ -20,23 +17,16 @@ from bionemo_esm.finetuning.predictor import FineTunedPredictor, Layout, check_e
 from bionemo_esm.inference.embedding.options import plural
 from bionemo_esm.inference.engine_options import EngineConfig, describe, run
 from bionemo_esm.inference.inputs import InputPolicy, Protein, read_proteins, scan_input
-from bionemo_esm.settings import expand_home, plain_values
+from bionemo_esm.settings import STANDARD_INPUT, InputPath, plain_values
 
 
 class PredictConfig(EngineConfig, InputPolicy):
     """The keys of `conf/finetuning/predict.yaml`."""
 
-    input: str  # a path, or `STANDARD_INPUT`
+    input: InputPath
     output: Path
     residues: bool | None = None
     probabilities: bool = True
-
-    @field_validator("input", mode="before")
-    @classmethod
-    def _is_path(cls, value: Any) -> str:
-        if not isinstance(value, str) or not value:
-            raise ConfigError(f"input must be a path, or - for standard input, not {value!r}")
-        return value if value == STANDARD_INPUT else str(expand_home(value))
 
 
 def load_predict_config(cfg: DictConfig) -> PredictConfig:

@@ -319,10 +319,10 @@ def _note_repeats(sets: Mapping[str, Sequence[Entry]], notes: Notes) -> None:
     for one, other in ((TRAIN, VALIDATION), (TRAIN, TEST), (VALIDATION, TEST)):
         common = set(sequences[one])
         if repeated := sum(sequence in common for sequence in sequences[other]):
-            told = (
+            note = (
                 f"{repeated:,} of {len(sequences[other]):,} {_NAMES[other]} proteins are in the {_NAMES[one]} set too"
             )
-            notes.lines.append(told + (": its scores are not those of new proteins" if one == TRAIN else ""))
+            notes.lines.append(note + (": its scores are not those of new proteins" if one == TRAIN else ""))
     known: dict[bytes, Targets] = {}
     contradicting: set[bytes] = set()
     for entry in sets[TRAIN]:

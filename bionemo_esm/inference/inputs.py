@@ -24,14 +24,13 @@ from bionemo_esm.alphabet import TOKEN_IDS, UNK_ID, VOCABULARY_SIZE, encode
 from bionemo_esm.data.fasta import (
     MAX_RECORD_BYTES,
     NUCLEOTIDE_RECORDS,
-    STANDARD_INPUT,
     Source,
     read_fasta,
     refuse_nucleotides,
 )
 from bionemo_esm.data.kernels import DigestSet
 from bionemo_esm.errors import UserError
-from bionemo_esm.settings import Settings
+from bionemo_esm.settings import STANDARD_INPUT, Settings
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile

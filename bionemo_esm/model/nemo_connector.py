@@ -23,25 +23,24 @@ from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, is_our
 from bionemo_esm.model.parallel import local_shard
 from bionemo_esm.model.tar_format import quoted
 from bionemo_esm.model.validate import check_sizes, package_versions
+from bionemo_esm.registry import MODEL_MODULES
 
 MODEL_CLASSES: dict[str, Any] = {}
-"""Our registry: the names that an archive may give, and the classes they stand for."""
-_MODULES = {"ESM1nvModel": "bionemo_esm.model.esm1nv", "ESMFineTunedModel": "bionemo_esm.finetuning.model"}
-"""By name: the module that, once imported, has put the class into the registry."""
+"""Imported classes of models, by the name that an archive gives. `MODEL_MODULES` names the modules of all."""
 
 _UNSAFE_TORCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def register_model(cls: Any) -> Any:
-    """Class decorator: make a model restorable by its name."""
+    """Class decorator: let archives name this class."""
     MODEL_CLASSES[cls.__name__] = cls
     return cls
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Copy tensors into the parameters and buffers of the same names, every one accounted for on both sides.
+    """Copy tensors into the parameters and buffers of the same names.
 
-    Raises `ArchiveError` naming the first tensor that is missing, left over, or of another shape.
+    Raises `ArchiveError`, naming the first tensor that is missing, unknown, or of another shape.
     """
     parameters: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
     for name in sorted(parameters.keys() ^ weights.keys()):
@@ -60,7 +59,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
 
 
 def describe(model: Any) -> Archive:
-    """What a model writes of itself, its float32 masters where there are; collective where weights are sharded."""
+    """Return the archive of a model, of its float32 masters if it has any. Collective if weights are sharded."""
     provenance = {"package_versions": package_versions(), **model.archive_provenance()}
     weights = model.archive_weights()
     return Archive(type(model).__name__, model.archive_config(weights), weights, provenance)
@@ -88,9 +87,9 @@ class ESMSaveRestoreConnector(SaveRestoreConnector):
         trainer: Any = None,
         validate_access_integrity: bool = True,
     ) -> Any:
-        """The restored model, in evaluation mode, or its config with `return_config`.
+        """Return the restored model, in evaluation mode, or its configuration with `return_config`.
 
-        Overriding the configuration or loading weights in part is refused: an archive is restored as it is.
+        Raises `ArchiveError` if the configuration is overridden or `strict` is False.
         """
         path = Path(restore_path)
         if not (is_our_archive(path) or calling_cls.__name__ in MODEL_CLASSES):
@@ -106,8 +105,8 @@ class ESMSaveRestoreConnector(SaveRestoreConnector):
         check_sizes(file)
         if return_config:
             return config
-        if file.model_class in _MODULES:
-            import_module(_MODULES[file.model_class])
+        if file.model_class in MODEL_MODULES:
+            import_module(MODEL_MODULES[file.model_class].model)  # registers the class
         model_class = MODEL_CLASSES.get(file.model_class)
         if model_class is None or not issubclass(model_class, calling_cls):
             raise ArchiveError(

@@ -16,6 +16,7 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveError, ArchiveFile
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.tar_format import quoted
+from bionemo_esm.registry import MODEL_MODULES
 
 if TYPE_CHECKING:
     from bionemo_esm.model.encoder import ESMEncoder
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 _RECORDED_PACKAGES = ("bionemo_esm", "torch", "megatron-core", "nemo_toolkit")
 _CONFIG_KEYS = {"encoder", "precision", "seed"}
 _WEIGHT_DTYPES = {"32": {"F32"}, "bf16": {"BF16"}}  # by the precision in the configuration
-_EXTENSIONS = {"ESMFineTunedModel": "bionemo_esm.finetuning.archive"}  # by class: the implementing module
 
 
 class Extension(Protocol):
@@ -44,8 +44,8 @@ class Extension(Protocol):
 
 def extension_of(file: ArchiveFile) -> Extension | None:
     """Return the extension of an archive's class; None if it has an encoder only."""
-    module = _EXTENSIONS.get(file.model_class)
-    return None if module is None else cast(Extension, import_module(module))
+    modules = MODEL_MODULES.get(file.model_class)
+    return cast(Extension, import_module(modules.extension)) if modules and modules.extension else None
 
 
 def package_versions() -> dict[str, str]:

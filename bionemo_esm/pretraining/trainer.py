@@ -84,13 +84,9 @@ def fit(run: RunContext, console: Console, ranks: RankAgreement) -> FitResult:
         averaging = CheckpointAveraging(folder / "averaging", saving.average_last, saving.every_n_train_steps, writer)
     progress = Progress(console, history, run.unigram_perplexity)
     probe = None if run.probe is None else _probe(run, run.probe, signals, watch, history, console)
-    callbacks: list[Callback] = [
-        watch,
-        history,
-        progress,
-        *([probe] if probe else []),
-    ]  # metrics are recorded before a checkpoint is saved
-    callbacks += [*([averaging] if averaging else []), checkpoints]
+    # Metrics are recorded before a checkpoint is saved.
+    optional = [callback for callback in (probe, averaging) if callback is not None]
+    callbacks: list[Callback] = [watch, history, progress, *optional, checkpoints]
     if recipe.restore_from_path is not None and start.checkpoint is None:
         limit = recipe.trainer.limit_val_batches
         initial = InitialValidation(limit, checkpoints.should_stop_now, watch, history, progress)
@@ -102,10 +98,7 @@ def fit(run: RunContext, console: Console, ranks: RankAgreement) -> FitResult:
     theirs = resiliency_callbacks(trainer.strategy.root_device.type, folder)
     trainer.callbacks.extend(theirs)  # type: ignore[attr-defined]
 
-    model = _model(recipe, trainer)
-    model.provenance, model.continues = run.provenance, start.of_another_run
-    model.setup_training_data(run.stream, recipe.data.num_workers)
-    model.setup_validation_data(run.validation)
+    model = _model(run, trainer, start)
     dtype = parameter_dtype(recipe.trainer.precision, trainer.strategy.root_device.type)
     model.identity = {**run.identity, "precision": PRECISION_NAMES[dtype]}
     backends = choose_backends(trainer.strategy.root_device.type, dtype, recipe.model.attention_dropout).describe()
@@ -148,12 +141,16 @@ def _broadcast_start(run: RunContext, console: Console) -> dict[str, Any]:
     return {**asdict(start), "checkpoint": start.checkpoint and str(start.checkpoint)}
 
 
-def _model(recipe: Recipe, trainer: Trainer) -> ESM1nvModel:
+def _model(run: RunContext, trainer: Trainer, start: StartingPoint) -> ESM1nvModel:
+    recipe = run.recipe
     settings = {"encoder": recipe.model.to_dict(), "precision": recipe.trainer.precision, "seed": recipe.seed}
     model = ESM1nvModel(OmegaConf.create(settings), trainer)
     model.optim_config = recipe.optim
     model.initial_weights = recipe.restore_from_path
     model.shard_optimizer = recipe.trainer.shard_optimizer
+    model.provenance, model.continues = run.provenance, start.of_another_run
+    model.setup_training_data(run.stream, recipe.data.num_workers)
+    model.setup_validation_data(run.validation)
     return model
 
 

@@ -114,9 +114,9 @@ def _report_division(console: Console, division: Division, pairs: Sequence[Pairs
         f"{division.repeated} with the sequence of another" if division.repeated else "",
         f"{division.without_pairs} without pairs to ask about" if division.without_pairs else "",
     ]
-    told = ", ".join(filter(None, left_out))
+    excluded = ", ".join(filter(None, left_out))
     others = f"{len(division.held_out)} other{'s' * (len(division.held_out) != 1)}"
-    console.print_line(f"  test on  {others}{f'; left out: {told}' if told else ''}")
+    console.print_line(f"  test on  {others}{f'; left out: {excluded}' if excluded else ''}")
     console.print_line(
         f"  features {heads:,} attention heads; fitting takes up to {bytes_to_fit(count, heads) / 1e9:.2f} GB"
     )

@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import EXIT_INTERRUPTED, RESIDUES, Console, ProgressBar, run_to_exit_code, sigterm_as_exit
-from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.files import check_absent, check_writable
@@ -28,7 +27,7 @@ from bionemo_esm.inference.embedding.worker import (
     launched,
 )
 from bionemo_esm.inference.inputs import scan_input
-from bionemo_esm.settings import plain_values
+from bionemo_esm.settings import STANDARD_INPUT, plain_values
 
 _STOPPED = "Stopped."
 _SIGNALLED = (EXIT_INTERRUPTED, 128 + signal.SIGTERM)

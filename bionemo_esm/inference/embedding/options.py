@@ -53,7 +53,7 @@ class EmbeddingOptions(Settings):
         return tuple(map(int, layers))
 
     @model_validator(mode="after")
-    def _asks_for_something(self) -> Self:
+    def _check_together(self) -> Self:
         if self.reads_layers and not self.layers:
             raise ConfigError("layers: name one at least, of which to give mean, cls or residues; -1 is the last")
         if not (self.reads_layers or self.logits or self.pseudo_perplexity):

@@ -21,10 +21,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 from typing_extensions import Self
 
-from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.embedding.formats import format_of, read_about
 from bionemo_esm.inference.embedding.options import EmbeddingOptions, plural
@@ -32,7 +31,7 @@ from bionemo_esm.inference.embedding.work_folder import WorkFolder, cut
 from bionemo_esm.inference.engine_options import EngineConfig, describe
 from bionemo_esm.inference.inputs import InputInventory, InputPolicy, Protein, read_proteins
 from bionemo_esm.inference.protein_model import load_engine
-from bionemo_esm.settings import PositiveInt, expand_home
+from bionemo_esm.settings import InputPath, PositiveInt
 
 if TYPE_CHECKING:  # it imports torch
     from bionemo_esm.inference.engine import Engine
@@ -44,19 +43,12 @@ _MEGABYTE = 10**6
 class EmbedConfig(EngineConfig, InputPolicy, EmbeddingOptions):
     """The keys of `conf/inference/embed.yaml`."""
 
-    input: str  # a path, or `STANDARD_INPUT`
+    input: InputPath
     output: Path
     format: str | None = None
     devices: PositiveInt = 1
     part_proteins: PositiveInt = 4096
     part_megabytes: PositiveInt = 128
-
-    @field_validator("input", mode="before")
-    @classmethod
-    def _is_path(cls, value: Any) -> str:
-        if not isinstance(value, str) or not value:
-            raise ConfigError(f"input must be a path, or - for standard input, not {value!r}")
-        return value if value == STANDARD_INPUT else str(expand_home(value))
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

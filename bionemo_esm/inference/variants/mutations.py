@@ -326,8 +326,10 @@ def _table_misfit(texts: Sequence[str], wild_type: WildType, skips: bool) -> str
     if 2 * fitting >= total:
         return ""
     best, most = most_fitting_offset(texts, wild_type.tokens)
-    told = f"; {total - fitting:,} of {total:,} substitutions do not fit the wild type, too many to skip: "
-    return told + (f"offset={best} would fit {most:,}" if most > fitting else "is it the protein that the table is of?")
+    fault = f"; {total - fitting:,} of {total:,} substitutions do not fit the wild type, too many to skip: "
+    return fault + (
+        f"offset={best} would fit {most:,}" if most > fitting else "is it the protein that the table is of?"
+    )
 
 
 def _fits(pair: tuple[int, str], wild_type: WildType) -> bool:

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bionemo_esm.alphabet import TOKENS
-from bionemo_esm.data.fasta import MAX_RECORD_BYTES, STANDARD_INPUT, Source
+from bionemo_esm.data.fasta import MAX_RECORD_BYTES, Source
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.inference.inputs import check_no_workbook, separator_advice, suffix_of, text_lines
 from bionemo_esm.inference.variants.mutations import Variant
+from bionemo_esm.settings import STANDARD_INPUT
 from bionemo_esm.statistics import (
     FEWEST_FOR_CORRELATION,
     percentile_interval,
@@ -321,9 +322,9 @@ def agreements(
     groups = {"all": places >= 0}
     if (places == 1).any() and (places > 1).any():
         groups |= {"single": places == 1, "multiple": places > 1}
-    told = [group for group, rows in groups.items() if group == "all" or _varies(measured[rows])]
+    usable = [group for group, rows in groups.items() if group == "all" or _varies(measured[rows])]
     return {
-        method: {group: count(values[groups[group]], measured[groups[group]]) for group in told}
+        method: {group: count(values[groups[group]], measured[groups[group]]) for group in usable}
         for method, values in scores.items()
     }
 
@@ -332,18 +333,18 @@ def lines_of(found: Mapping[str, Mapping[str, Agreement]]) -> Iterable[str]:
     """Yield the agreements as a table of text."""
     yield f"  {'':<22} {'':<9} Spearman  95% interval       variants"
     for method, groups in found.items():
-        for group, told in groups.items():
-            interval = "" if np.isnan(told.low) else f"{told.low:.3f} to {told.high:.3f}"
-            shown = "-" if np.isnan(told.spearman) else f"{told.spearman:.3f}"
-            yield f"  {method:<22} {group:<9} {shown:>8}  {interval:<16} {told.variants:>9,}"
+        for group, agreement in groups.items():
+            interval = "" if np.isnan(agreement.low) else f"{agreement.low:.3f} to {agreement.high:.3f}"
+            shown = "-" if np.isnan(agreement.spearman) else f"{agreement.spearman:.3f}"
+            yield f"  {method:<22} {group:<9} {shown:>8}  {interval:<16} {agreement.variants:>9,}"
 
 
 def verdict_of(found: Mapping[str, Mapping[str, Agreement]], baselines: Collection[str]) -> str:
     """Return a sentence if no method beats the best baseline over all variants; otherwise ""."""
     over_all = {name: groups["all"].spearman for name, groups in found.items()}
-    told = {name: value for name, value in over_all.items() if not np.isnan(value)}
-    best = max((name for name in told if name in baselines), key=lambda name: told[name], default=None)
-    if best is None or any(value > told[best] for name, value in told.items() if name not in baselines):
+    known = {name: value for name, value in over_all.items() if not np.isnan(value)}
+    best = max((name for name in known if name in baselines), key=lambda name: known[name], default=None)
+    if best is None or any(value > known[best] for name, value in known.items() if name not in baselines):
         return ""
     return f"No method does better than {best.strip('()')} here, which needs no model"
 

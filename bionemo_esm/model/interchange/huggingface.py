@@ -363,10 +363,6 @@ class _Weights:
     index: Path | None = None
     names: Mapping[str, frozenset[str]] | None = None  # by file name
 
-    @property
-    def is_pickle(self) -> bool:
-        return self.files[0].suffix == ".bin"
-
 
 def read_hugging_face(
     folder: Path,
@@ -542,11 +538,11 @@ def _check_plausible(folder: Path, tensors: SourceTensors, config: HuggingFaceCo
             f"{folder}: the weights have no output head (lm_head), so they are of an EsmModel, or of a model for "
             "another task; take the EsmForMaskedLM that it was made from"
         )
-    told, there = config.encoder.num_layers, tensors.layers(HUGGING_FACE)
-    if told != there:
+    declared, found = config.encoder.num_layers, tensors.layers(HUGGING_FACE)
+    if declared != found:
         raise InterchangeError(
-            f"{folder / CONFIG}: num_hidden_layers is {told:,}, but the weights are of {there:,} layers; they do not "
-            "belong together, copy or download both again"
+            f"{folder / CONFIG}: num_hidden_layers is {declared:,}, but the weights are of {found:,} layers; they do "
+            "not belong together, copy or download both again"
         )
 
 

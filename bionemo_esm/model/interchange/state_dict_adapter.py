@@ -207,12 +207,12 @@ def to_native(tensors: SourceTensors, config: EncoderConfig, key_mapping: KeyMap
     the embedding, and if layers differ in their rotary frequencies.
     """
     notes: list[str] = []
-    learned, says_unused = config.position_embedding == LEARNED, config.position_offset == UNUSED_POSITIONS
+    learned, declares_unused = config.position_embedding == LEARNED, config.position_offset == UNUSED_POSITIONS
     config = config.replace(contact_head=_has_contact_head(tensors, key_mapping, notes))
     config = config.replace(position_offset=UNUSED_POSITIONS if learned else 0)
     frequencies = _frequencies_there(tensors, config, key_mapping, notes)
     _account(tensors, list(rules(config, key_mapping, frequencies)), config, key_mapping, notes)
-    if learned and not says_unused:
+    if learned and not declares_unused:
         table = tensors.load(f"{key_mapping.position_embeddings}.weight")
         if not table[:UNUSED_POSITIONS].any():
             config = config.replace(position_offset=0)
