@@ -118,14 +118,11 @@ def _progress(console: Console, what: str, residues: int) -> Callable[[int], Non
 
 def _task(config: EmbedConfig, console: Console, work: WorkFolder) -> EmbedTask:
     """Read and check the input. Raises `InputError`, `SourceError`."""
-    place = Path(config.input)
-    name = config.input
-    if config.input == STANDARD_INPUT:
-        name, place = "standard input", work.input
-        console.print_line(f"Reading {name}")
+    is_stdin = config.input == STANDARD_INPUT
+    name, place = ("standard input", work.input) if is_stdin else (config.input, Path(config.input))
+    console.print_line(f"Reading {name}")
+    if is_stdin:
         copied(sys.stdin.buffer, place)
-    else:
-        console.print_line(f"Reading {name}")
     try:
         inventory = scan_input(place, config)
     except UserError as error:
