@@ -198,12 +198,6 @@ def test_cpu_backends_are_pytorch_and_are_described() -> None:
     assert backends.describe() == ours
 
 
-def test_gpu_attention_backend_depends_on_dtype_and_dropout() -> None:
-    assert choose_backends("cuda", torch.bfloat16, 0.0).attention == "varlen-flash"
-    assert choose_backends("cuda", torch.bfloat16, 0.1).attention == "nested"
-    assert choose_backends("cuda", torch.float32, 0.0).attention == "nested"
-
-
 def test_precision_names_map_to_parameter_dtypes() -> None:
     assert parameter_dtype("32", "cpu") == torch.float32
     assert parameter_dtype("bf16", "cpu") == torch.bfloat16

@@ -51,9 +51,10 @@ class EncoderRow:
     places: Tensor  # int64 [W], the residue of the batch for each
     weights: Tensor | None  # float32 [W], blending weights; None if no protein is read in windows
 
-    def to(self, device: torch.device) -> EncoderRow:
-        weights = None if self.weights is None else self.weights.to(device)
-        return EncoderRow(self.row.to(device), self.sources.to(device), self.places.to(device), weights)
+    def to(self, device: torch.device, non_blocking: bool = False) -> EncoderRow:
+        weights = None if self.weights is None else self.weights.to(device, non_blocking=non_blocking)
+        sources, places = (each.to(device, non_blocking=non_blocking) for each in (self.sources, self.places))
+        return EncoderRow(self.row.to(device, non_blocking), sources, places, weights)
 
     def blended(self, hidden_TH: Tensor, residues: int) -> Tensor:
         """Return the states of the batch's residues, float32 [residues, H], from those of the row's tokens."""
@@ -74,10 +75,11 @@ class LabelledBatch:
     features: Tensor | None = None  # float32 [R, F]
     row: EncoderRow | None = None
 
-    def to(self, device: torch.device) -> LabelledBatch:
-        features = None if self.features is None else self.features.to(device)
-        row = None if self.row is None else self.row.to(device)
-        return LabelledBatch(self.numbers, self.bounds.to(device), self.targets.to(device), features, row)
+    def to(self, device: torch.device, non_blocking: bool = False) -> LabelledBatch:
+        features = None if self.features is None else self.features.to(device, non_blocking=non_blocking)
+        row = None if self.row is None else self.row.to(device, non_blocking)
+        bounds, targets = (each.to(device, non_blocking=non_blocking) for each in (self.bounds, self.targets))
+        return LabelledBatch(self.numbers, bounds, targets, features, row)
 
     @property
     def rows(self) -> int:
@@ -93,6 +95,9 @@ class RankBatch:
     weight: float  # of all known targets of the global batch, over all ranks; their number without class weights
     residues: int  # of the global batch
     epoch: int
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> RankBatch:
+        return replace(self, batches=[batch.to(device, non_blocking) for batch in self.batches])
 
 
 class Collator:

@@ -226,7 +226,7 @@ class Comparison:
         quiet = self.encoder.replace(hidden_dropout=0.0, attention_dropout=0.0, contact_head=False)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.config.seeds[0])
-            encoder = ESMEncoder(quiet, dtype, choose_backends(place, dtype, 0.0))
+            encoder = ESMEncoder(quiet, dtype, choose_backends("cpu", dtype, 0.0, quiet.head_size))
         return Engine(encoder.to(place), quiet)
 
 

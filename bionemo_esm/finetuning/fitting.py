@@ -31,6 +31,7 @@ from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.archive import Archive, ArchiveFile, write_archive
 from bionemo_esm.model.lightning import MegatronStrategy, build_trainer
 from bionemo_esm.model.lightning import fit as fit_model
+from bionemo_esm.model.optimizer import local_state
 from bionemo_esm.model.parallel import data_parallel_rank, data_parallel_size, is_first_rank
 
 _SECONDS_BETWEEN_SAVES = 20.0
@@ -209,10 +210,11 @@ class _EpochRecorder(Callback):
 
     def _save(self, model: ESMFineTunedModel) -> None:
         optimizer: Any = model.optimizers()
+        assert model.masters is not None
         progress = {
             "steps": model.steps,
             "weights": {name: tensor.cpu() for name, tensor in model.trained().items()},
-            "optimizer": optimizer.optimizer.state_dict(),
+            "optimizer": local_state(optimizer.optimizer, model.masters),
         }
         _write(self.plan, self.best, {**self._state([]), "progress": progress})
         self._saved_at = time.monotonic()

@@ -40,10 +40,12 @@ from bionemo_esm.finetuning.metrics import scores
 from bionemo_esm.finetuning.predictor import in_own_unit
 from bionemo_esm.finetuning.tasks import Prediction, Targets, Task
 from bionemo_esm.model.archive import WEIGHTS, Archive, ArchiveFile, write_archive
+from bionemo_esm.model.backends import default_torch_state
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.feature_extraction import representations
 from bionemo_esm.model.nemo_connector import load_weights, register_model
+from bionemo_esm.model.optimizer import load_full_state
 from bionemo_esm.model.optimizer_registry import FUSED_ADAM_FAMILY
 from bionemo_esm.model.packed_model import PackedModel
 from bionemo_esm.model.parallel import data_parallel_rank, data_parallel_size, data_parallel_sum
@@ -161,7 +163,7 @@ class ESMFineTunedModel(PackedModel):
             return
         dtype = self.choose_kernels()
         assert self.backends is not None
-        with torch.random.fork_rng(devices=[]):
+        with default_torch_state(), torch.random.fork_rng(devices=[]):  # Lightning's default device may be a GPU
             if self.head_inputs is None:
                 torch.default_generator.manual_seed(self.seed)
                 self.encoder = ESMEncoder(self.encoder_config, dtype, self.backends)
@@ -171,8 +173,8 @@ class ESMFineTunedModel(PackedModel):
                     add_adapters(self.encoder, self.parts.adapters)
             torch.default_generator.manual_seed(_seed_of(self.seed, _HEAD_STREAM))
             self.head = build_head(self.parts.head, self.task, self.head_inputs or self.encoder_config.hidden_size)
-        if self.standard is not None:
-            self.head.standardise(*map(torch.from_numpy, self.standard))
+            if self.standard is not None:
+                self.head.standardise(*map(torch.from_numpy, self.standard))
         if self.encoder is not None:
             set_trainable(self.encoder, self.tuning.mode, self.parts.reading.layer)
 
@@ -220,6 +222,8 @@ class ESMFineTunedModel(PackedModel):
         if not self.task.is_classification:
             squares: Tensor = (outputs.squeeze(-1) - targets).square().sum()
             return squares
+        if self.class_weights is not None and self.class_weights.device != outputs.device:
+            self.class_weights = self.class_weights.to(outputs.device)
         return cross_entropy(outputs, targets.long(), weight=self.class_weights, reduction="sum")
 
     # --- training ---------------------------------------------------------------------------------------------------
@@ -241,11 +245,6 @@ class ESMFineTunedModel(PackedModel):
         total = sum(losses.unbind(), torch.zeros((), device=self.device))
         self.last_loss = float(data_parallel_sum(total))
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if isinstance(batch, RankBatch):
-            return RankBatch([part.to(device) for part in batch.batches], batch.weight, batch.residues, batch.epoch)
-        return batch.to(device)
-
     def configure_optimizers(self) -> Any:
         """Return fused Adam over the trained parameters; rates rise over the first steps and then stay constant."""
         assert self.head is not None and self.backends is not None
@@ -262,7 +261,7 @@ class ESMFineTunedModel(PackedModel):
         build = FUSED_ADAM_FAMILY.build(self.backends)
         optimizer = build(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
         if self.resumed_optimizer is not None:
-            optimizer.load_state_dict(dict(self.resumed_optimizer))
+            load_full_state(optimizer, self.masters, self.resumed_optimizer, self.backends.adam_counts_by_group)
         warmup = max(round(config.warmup_epochs * self._steps.steps_per_epoch), 1)
         first = self.steps  # the schedule counts the steps of this session only
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((first + step + 1) / warmup, 1.0))

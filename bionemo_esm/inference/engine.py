@@ -68,7 +68,7 @@ class Engine(ModelSizes):
         place, sizes = _device(device), check_sizes(file)
         dtype = parameter_dtype(precision, place.type)
         quiet = sizes.replace(hidden_dropout=0.0, attention_dropout=0.0)  # so that any attention kernel will do
-        encoder = ESMEncoder(quiet, dtype, choose_backends(place.type, dtype, 0.0), initialize=False)
+        encoder = ESMEncoder(quiet, dtype, choose_backends("cpu", dtype, 0.0, quiet.head_size), initialize=False)
         if (extension := extension_of(file)) is None:
             _fill(encoder, file)
         else:

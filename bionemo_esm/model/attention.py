@@ -26,6 +26,7 @@ from bionemo_esm.model.parallel import tensor_parallel_rng
 from bionemo_esm.registry import Registry
 
 _BASE = 10_000.0
+_LONGEST_HEAD, _FLASH_CAPABILITY = 256, (8, 0)  # of the flash kernels
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of each token's angles, float32 [T, 1, D]."""
 
@@ -115,16 +116,16 @@ class AttentionBackend:
     """An implementation of core attention. The supported one with the highest priority is used."""
 
     attend: AttentionFunction
-    supports: Callable[[str, torch.dtype, float], bool]  # device type, dtype, dropout
+    supports: Callable[[str, torch.dtype, float, int], bool]  # device type, dtype, dropout, head size
     priority: int = 0
 
 
 ATTENTION: Registry[AttentionBackend] = Registry("attention backend", "attention backend", "attention")
 
 
-def choose_attention(device_type: str, dtype: torch.dtype, dropout: float) -> str:
+def choose_attention(device_type: str, dtype: torch.dtype, dropout: float, head_size: int) -> str:
     """Return the name of the best backend in `ATTENTION` for a device ("cpu" or "cuda")."""
-    supported = [name for name in ATTENTION if ATTENTION.get(name).supports(device_type, dtype, dropout)]
+    supported = [name for name in ATTENTION if ATTENTION.get(name).supports(device_type, dtype, dropout, head_size)]
     return max(supported, key=lambda name: ATTENTION.get(name).priority)
 
 
@@ -140,7 +141,9 @@ def attention_by_sequence(
     outputs = []
     for count, piece in zip(counts.tolist(), pieces, strict=True):
         query, key, value = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in piece)
-        if dropout or (torch.is_grad_enabled() and query.dtype == torch.bfloat16):
+        if query.device.type != "cpu":
+            attended = scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        elif dropout or (torch.is_grad_enabled() and query.dtype == torch.bfloat16):
             flat = [part.flatten(0, 1) for part in (query, key, value)]
             attended = cpu_kernels.attention(flat[0], flat[1], flat[2], dropout).unflatten(0, query.shape[:2])
         else:
@@ -178,17 +181,31 @@ def nested_attention(
     return context_QND
 
 
+def _has_flash(device: str, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether PyTorch's flash kernels run here: sm80 and later, heads of a multiple of 8 up to 256, 16-bit numbers
+    (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, torch 2.13.0).
+    """
+    fits = dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= _LONGEST_HEAD
+    return fits and device == "cuda" and torch.cuda.get_device_capability() >= _FLASH_CAPABILITY
+
+
 ATTENTION.register("varlen-flash")(
     AttentionBackend(
         varlen_flash_attention,
-        lambda device, dtype, dropout: device == "cuda" and dtype == torch.bfloat16 and dropout == 0,
+        lambda device, dtype, dropout, head_size: dropout == 0 and _has_flash(device, dtype, head_size),
         priority=2,
     )
 )
 ATTENTION.register("nested")(
-    AttentionBackend(nested_attention, lambda device, dtype, dropout: device == "cuda", priority=1)
+    AttentionBackend(
+        nested_attention,
+        lambda device, dtype, dropout, head_size: device == "cuda" and head_size % 8 == 0,
+        priority=1,
+    )
 )
-ATTENTION.register("sdpa-by-sequence")(AttentionBackend(attention_by_sequence, lambda device, dtype, dropout: True))
+ATTENTION.register("sdpa-by-sequence")(
+    AttentionBackend(attention_by_sequence, lambda device, dtype, dropout, head_size: True)
+)
 
 
 def attention_maps(query_TND: Tensor, key_TND: Tensor, layout: PackedSeqParams) -> list[Tensor]:
@@ -213,6 +230,9 @@ class PackedAttention(MegatronModule):
         """`backend` is a name in `ATTENTION`. Megatron passes further arguments, which packing does not need."""
         super().__init__(config=config)
         self.layer_number = layer_number
+        self.use(backend)
+
+    def use(self, backend: str) -> None:
         self.attend = ATTENTION.get(backend).attend
 
     def forward(

@@ -32,6 +32,7 @@ class Kernel:
     load: Callable[[], Any | None]
     device_types: tuple[str, ...] = ("cuda",)
     priority: int = 0  # the highest that is installed is used
+    group_steps: bool = False  # of an Adam: it counts steps in its parameter groups, not for each parameter
 
 
 NORMS: Registry[Kernel] = Registry("layer norm", "layer norm", "norms")
@@ -51,17 +52,23 @@ class FusedBackends:
     attention: str
     linear: str = MEGATRON  # GEMM backend of the linear layers: MEGATRON or ONEDNN
 
+    @property
+    def adam_counts_by_group(self) -> bool:
+        return ADAMS.get(self.adam_name).group_steps
+
     def describe(self) -> str:
         norm_and_adam = f"layer norm: {self.layer_norm_name}; Adam: {self.adam_name}"
         return f"{norm_and_adam}; attention: {self.attention}; linear: {self.linear}"
 
 
-def choose_backends(device_type: str, dtype: torch.dtype, attention_dropout: float) -> FusedBackends:
+def choose_backends(
+    device_type: str, dtype: torch.dtype, attention_dropout: float, head_size: int = 64
+) -> FusedBackends:
     """Return the best installed kernels for `device_type` ("cpu" or "cuda") and the parameters' dtype."""
     from bionemo_esm.model.attention import choose_attention  # imports Megatron, which takes seconds
 
     linear = ONEDNN if device_type == "cpu" and onednn_is_available(dtype) else MEGATRON
-    attention = choose_attention(device_type, dtype, attention_dropout)
+    attention = choose_attention(device_type, dtype, attention_dropout, head_size)
     return FusedBackends(*_best(NORMS, device_type), *_best(ADAMS, device_type), attention, linear)
 
 
@@ -132,18 +139,22 @@ def import_problem(module: str) -> str | None:
     return None
 
 
-def _megatron_wrapper(requires: str, module: str, name: str) -> Callable[[], Any | None]:
-    """Return a loader of Megatron's class around another library's kernel."""
+def _megatron_wrapper(module: str, name: str, *requires: str) -> Callable[[], Any | None]:
+    """Return a loader of Megatron's class around another library's kernel, where all `requires` can be imported."""
 
     def load() -> Any | None:
-        return getattr(importlib.import_module(f"megatron.core.{module}"), name) if importable(requires) else None
+        installed = all(importable(each) for each in requires)
+        return getattr(importlib.import_module(f"megatron.core.{module}"), name) if installed else None
 
     return load
 
 
-def _fused_adam_of(module: str) -> Callable[[], Any | None]:
-    """Return a loader of a library's `FusedAdam`; the package named apex on PyPI is another project without one."""
-    return lambda: getattr(importable(module), "FusedAdam", None)
+def _fused_adam_of(module: str, *requires: str) -> Callable[[], Any | None]:
+    """Return a loader of a library's `FusedAdam`, where all `requires` can be imported.
+
+    Apex installs without its kernels, too; the package named apex on PyPI is another project.
+    """
+    return lambda: getattr(importable(module), "FusedAdam", None) if all(map(importable, requires)) else None
 
 
 def _pytorch_adam() -> Any:
@@ -159,17 +170,13 @@ def _pytorch_norm() -> Any:
 
 _EVERYWHERE = ("cpu", "cuda")
 NORMS.register("Transformer Engine")(
-    Kernel(_megatron_wrapper("transformer_engine.pytorch", "extensions.transformer_engine", "TENorm"), priority=2)
+    Kernel(_megatron_wrapper("extensions.transformer_engine", "TENorm", "transformer_engine.pytorch"), priority=2)
 )
-NORMS.register("Apex")(
-    Kernel(
-        _megatron_wrapper("apex.normalization.fused_layer_norm", "fusions.fused_layer_norm", "FusedLayerNorm"),
-        priority=1,
-    )
-)
+_APEX_NORM = ("apex.normalization.fused_layer_norm", "fused_layer_norm_cuda")
+NORMS.register("Apex")(Kernel(_megatron_wrapper("fusions.fused_layer_norm", "FusedLayerNorm", *_APEX_NORM), priority=1))
 NORMS.register("PyTorch fused")(Kernel(_pytorch_norm, _EVERYWHERE))
 ADAMS.register("Transformer Engine FusedAdam")(
-    Kernel(_fused_adam_of("transformer_engine.pytorch.optimizers"), priority=2)
+    Kernel(_fused_adam_of("transformer_engine.pytorch.optimizers"), priority=2, group_steps=True)
 )
-ADAMS.register("Apex FusedAdam")(Kernel(_fused_adam_of("apex.optimizers"), priority=1))
+ADAMS.register("Apex FusedAdam")(Kernel(_fused_adam_of("apex.optimizers", "amp_C"), priority=1, group_steps=True))
 ADAMS.register("PyTorch AdamW(fused)")(Kernel(_pytorch_adam, _EVERYWHERE))

@@ -37,11 +37,13 @@ from bionemo_esm.alphabet import MASK_ID, PAD_ID, VOCABULARY_SIZE, padded_vocabu
 from bionemo_esm.compat import initialize_language_module
 from bionemo_esm.model import cpu_kernels
 from bionemo_esm.model.attention import MapObserver, PackedAttention, PackedRow, RotaryEmbedding, pad_rows
-from bionemo_esm.model.backends import MEGATRON, ONEDNN, FusedBackends, default_torch_state
+from bionemo_esm.model.backends import MEGATRON, ONEDNN, FusedBackends, choose_backends, default_torch_state
 from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
 from bionemo_esm.model.contact_head import ContactHead
 from bionemo_esm.model.parallel import GatherLastDimension, model_groups, tensor_parallel_rank, tensor_parallel_size
 
+NORM_NAMES = ("input_layernorm", "pre_mlp_layernorm", "final_layernorm", "layer_norm", "embedding_layernorm")
+"""Attributes of the encoder's modules that are layer norms."""
 EXPECTED_MASKED = 0.15 * 0.8
 """Share of <mask> that ESM's token dropout expects in a sequence: 80% of the chosen 15%."""
 
@@ -176,13 +178,19 @@ def megatron_config(config: EncoderConfig, dtype: torch.dtype, initialize: bool)
     )
 
 
+def dropout_add_of(backends: FusedBackends) -> Callable[[bool, bool], Any]:
+    """Return what Megatron's blocks call, with (training, fused), for the function that adds to the residual."""
+
+    def add(training: bool, fused: bool) -> Any:  # Megatron asks for a function, not a partial
+        return get_dropout_add(training, fused, backends.linear)
+
+    return add
+
+
 def layer_spec(backends: FusedBackends) -> ModuleSpec:
     """Return one pre-norm block: layer norm, self-attention, layer norm, MLP, each with its residual."""
     column, row = (ModuleSpec(layer, params={"backend": backends.linear}) for layer in (ColumnLinear, RowLinear))
-
-    def add(training: bool, fused: bool) -> Any:
-        return get_dropout_add(training, fused, backends.linear)
-
+    add = dropout_add_of(backends)
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.no_mask},
@@ -243,6 +251,7 @@ class ESMEncoder(BertModel):
         with default_torch_state(), nullcontext() if initialize else torch.random.fork_rng(devices=[]):
             megatron, groups = megatron_config(config, dtype, initialize), model_groups()
             initialize_language_module(self, megatron, groups)
+            self.backends, self.head_size = backends, config.head_size
             self._build(config, megatron, backends, groups)
             self.to(dtype)  # norms and the head's first layer are built in float32
 
@@ -283,6 +292,48 @@ class ESMEncoder(BertModel):
         self.contact_head = ContactHead(heads) if config.contact_head else None
         self.embedding_layernorm: Any = norm() if config.embedding_layernorm else None
         self._clear_unused_rows()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or cast the module, as `to` and `cuda` do. Kernels follow to another kind of device."""
+        before = self.device_type
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.device_type not in (before, "meta"):
+            self._use(choose_backends(self.device_type, self.dtype, self.config.attention_dropout, self.head_size))
+        return self
+
+    @property
+    def device_type(self) -> str:
+        return str(next(self.parameters()).device.type)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        parameter: nn.Parameter = next(self.parameters())
+        return parameter.dtype
+
+    def _use(self, backends: FusedBackends) -> None:
+        """Compute by other kernels from now on. Parameters stay the same objects."""
+        self.backends, self.pads_rows = backends, backends.linear == ONEDNN
+        for module in list(self.modules()):
+            if isinstance(module, PackedAttention):
+                module.use(backends.attention)
+            elif isinstance(module, ColumnLinear | RowLinear | Dropout) and module is not self.output_layer:
+                module.backend = backends.linear
+            elif isinstance(module, TransformerLayer):
+                module.self_attn_bda = module.mlp_bda = dropout_add_of(backends)
+            for name, norm in list(module.named_children()):
+                if name in NORM_NAMES and norm is not None:
+                    setattr(module, name, self._norm_like(norm, backends))
+
+    def _norm_like(self, norm: nn.Module, backends: FusedBackends) -> nn.Module:
+        """Return a layer norm of these backends with the parameters of another."""
+        made: nn.Module = backends.layer_norm(
+            config=self.config, hidden_size=self.config.hidden_size, eps=self.config.layernorm_epsilon
+        )
+        if type(made) is type(norm):
+            return norm
+        for name, parameter in norm.named_parameters():
+            setattr(made, name, parameter)
+        return made.train(norm.training)
 
     @torch.no_grad()
     def _clear_unused_rows(self) -> None:

@@ -27,6 +27,7 @@ from bionemo_esm.data.dataloader import (
 )
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import Archive, read_archive
+from bionemo_esm.model.backends import default_torch_state
 from bionemo_esm.model.config import OptimConfig
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.nemo_connector import describe, load_weights, register_model
@@ -100,11 +101,11 @@ class ESM1nvModel(PackedModel):
             return
         dtype = self.choose_kernels()
         assert self.backends is not None
-        with torch.random.fork_rng(devices=[]):
+        with default_torch_state(), torch.random.fork_rng(devices=[]):  # Lightning's default device may be a GPU
             torch.default_generator.manual_seed(self.seed)
             self.encoder = ESMEncoder(self.encoder_config, dtype, self.backends)
-        if self.initial_weights is not None:
-            load_weights(self, dict(read_archive(self.initial_weights).weights), str(self.initial_weights))
+            if self.initial_weights is not None:
+                load_weights(self, dict(read_archive(self.initial_weights).weights), str(self.initial_weights))
 
     # --- forward and loss -------------------------------------------------------------------------------------------
 

@@ -80,6 +80,12 @@ class MegatronStrategy(DDPStrategy):
         config = getattr(self.lightning_module, "optim_config", None)
         return FUSED_ADAM_FAMILY if config is None else OPTIMIZERS.get(config.name)
 
+    @property
+    def _group_steps(self) -> bool:
+        """Whether the optimizer counts steps in its groups."""
+        model: Any = self.lightning_module
+        return self._family.group_steps(model.backends)
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the full state on rank 0, for a checkpoint, and {} on other ranks. Collective."""
         return full_state(optimizer, self._masters, self._family)
@@ -87,7 +93,7 @@ class MegatronStrategy(DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load this rank's part of the state from a checkpoint that any number of ranks has written."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            load_full_state(optimizer, self._masters, state)
+            load_full_state(optimizer, self._masters, state, self._group_steps)
 
     def on_train_end(self) -> None:
         """Gather split weights while every rank still takes part."""

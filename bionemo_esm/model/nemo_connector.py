@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bionemo_esm.compat import replace_nemo_connector
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, is_our_archive, write_archive
+from bionemo_esm.model.backends import default_torch_state
 from bionemo_esm.model.parallel import local_shard
 from bionemo_esm.model.tar_format import quoted
 from bionemo_esm.model.validate import check_sizes, package_versions
@@ -112,10 +113,11 @@ class ESMSaveRestoreConnector(SaveRestoreConnector):
             raise ArchiveError(
                 f"{path}: holds a model of class {quoted(file.model_class)}, not a {calling_cls.__name__}"
             )
-        weights = file.load_weights()
-        model = model_class(config)
-        model.provenance = {key: value for key, value in file.provenance.items() if key != "package_versions"}
-        load_weights(model, weights, str(path))
+        with default_torch_state():
+            weights = file.load_weights()
+            model = model_class(config)
+            model.provenance = {key: value for key, value in file.provenance.items() if key != "package_versions"}
+            load_weights(model, weights, str(path))
         device = map_location or ("cuda" if torch.cuda.is_available() else "cpu")
         return model.to(device).eval()
 

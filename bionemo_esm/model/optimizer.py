@@ -308,6 +308,9 @@ State = dict[str, Any]
 def full_state(optimizer: Optimizer, masters: MasterWeights, family: OptimizerFamily = FUSED_ADAM_FAMILY) -> State:
     """Return the state of the whole optimizer on rank 0, and {} on other ranks. Collective.
 
+    One form for every implementation of an optimizer: each parameter's state has the number of its steps, also where
+    the optimizer counts them in its groups, as Transformer Engine's and Apex's Adam do.
+
     Tensors are sent one at a time. Those from other ranks are on the CPU; the others are the optimizer's own, not
     copies.
     """
@@ -326,19 +329,50 @@ def full_state(optimizer: Optimizer, masters: MasterWeights, family: OptimizerFa
     return {"state": state, "param_groups": _group_settings(optimizer)} if is_first_rank() else {}
 
 
-def load_full_state(optimizer: Optimizer, masters: MasterWeights, full: Mapping[str, Any]) -> None:
-    """Load this rank's part of a `full_state`, which every rank has been given, from any number of ranks."""
+def local_state(optimizer: Optimizer, masters: MasterWeights, family: OptimizerFamily = FUSED_ADAM_FAMILY) -> State:
+    """Return `full_state` of an optimizer that is not sharded, on any rank, without communication."""
+    state = _local_state(optimizer, _parameters(optimizer, masters), family)
+    return {"state": state, "param_groups": _group_settings(optimizer)}
+
+
+def load_full_state(
+    optimizer: Optimizer, masters: MasterWeights, full: Mapping[str, Any], group_steps: bool = False
+) -> None:
+    """Load this rank's part of a `full_state`, which every rank has been given, from any number of ranks.
+
+    `group_steps`: this implementation counts steps in its groups; the one that saved may have counted either way.
+    Settings that only the other implementation has are left out.
+    """
     local, indices, parameters = _unsharded(optimizer), _indices(optimizer), _parameters(optimizer, masters)
-    state = {
-        number: {key: _local_part(key, value, parameters[index][2]) for key, value in full["state"][index].items()}
-        for number, index in enumerate(indices[master] for master in _masters(local))
-        if index in full["state"]
-    }
+    steps = _steps_by_index(full)
+    state = {}
+    for number, index in enumerate(indices[master] for master in _masters(local)):
+        if index in full["state"]:
+            values = {key: value for key, value in full["state"][index].items() if key != STEP}
+            state[number] = {key: _local_part(value, parameters[index][2]) for key, value in values.items()}
+            if index in steps and not group_steps:
+                state[number][STEP] = torch.tensor(float(steps[index]), dtype=torch.float32)
     groups = []
-    for saved, ours, exposed in zip(full["param_groups"], _group_settings(local), optimizer.param_groups, strict=True):
-        groups.append(dict(saved) | {"params": ours["params"]})
-        exposed.update({name: value for name, value in saved.items() if name != "params"})
-    local.load_state_dict({"state": state, "param_groups": groups})
+    for saved, ours, exposed in zip(full["param_groups"], local.param_groups, optimizer.param_groups, strict=True):
+        settings = {name: value for name, value in saved.items() if name in ours and name not in ("params", STEP)}
+        if group_steps and (counted := [steps[index] for index in saved["params"] if index in steps]):
+            settings[STEP] = max(counted)
+        exposed.update(settings)
+        groups.append({**ours, **settings})
+    local.load_state_dict({"state": state, "param_groups": _numbered(groups)})
+
+
+def _steps_by_index(full: Mapping[str, Any]) -> dict[int, int]:
+    """Return the steps of each parameter, which stand beside its state or, in older checkpoints, in its group."""
+    steps = {index: group[STEP] for group in full["param_groups"] if STEP in group for index in group["params"]}
+    steps |= {index: values[STEP] for index, values in full["state"].items() if STEP in values}
+    return {index: int(count) for index, count in steps.items()}
+
+
+def _numbered(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return groups with the numbers of their parameters in place of these, as `Optimizer.state_dict` has them."""
+    numbers = iter(range(sum(len(group["params"]) for group in groups)))
+    return [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
 
 
 def _unsharded(optimizer: Optimizer) -> Optimizer:
@@ -367,7 +401,11 @@ def _local_state(
     """Return by index the state of the masters that this rank has updated at least once."""
     local, indices = _unsharded(optimizer), _indices(optimizer)
     state = local.state_dict()["state"]
-    found = {indices[master]: state[number] for number, master in enumerate(_masters(local)) if number in state}
+    found = {indices[master]: dict(state[number]) for number, master in enumerate(_masters(local)) if number in state}
+    for group in local.param_groups:
+        for index in (indices[master] for master in group["params"] if STEP in group):
+            if index in found:
+                found[index][STEP] = torch.tensor(float(group[STEP]))
     for index, values in found.items():
         name, master, _ = parameters[index]
         known = {STEP, *family.state(name, tuple(master.shape))}
@@ -391,14 +429,12 @@ def _owners(optimizer: Optimizer, local: Mapping[int, Mapping[str, Tensor]], dev
 
 def _group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Return the settings of each group, and the indices of its masters."""
-    indices, first = _indices(optimizer), _unsharded(optimizer).param_groups[0]
-    groups = []
-    for group, local in zip(optimizer.param_groups, _unsharded(optimizer).param_groups, strict=True):
-        settings = {name: value for name, value in group.items() if name != "params"}
-        if STEP in first and not local["params"]:  # an optimizer does not count the steps of an empty group
-            settings[STEP] = first[STEP]
-        groups.append(settings | {"params": [indices[master] for master in group["params"]]})
-    return groups
+    indices = _indices(optimizer)
+    return [
+        {name: value for name, value in group.items() if name != STEP}
+        | {"params": [indices[master] for master in group["params"]]}
+        for group in optimizer.param_groups
+    ]
 
 
 def _gather(value: Tensor | None, owner: int, master: Tensor, parameter: Parameter) -> Tensor:
@@ -413,8 +449,8 @@ def _gather(value: Tensor | None, owner: int, master: Tensor, parameter: Paramet
     return full if full is value or not is_first_rank() else full.cpu()
 
 
-def _local_part(key: str, value: Tensor, parameter: Parameter) -> Tensor:
+def _local_part(value: Tensor, parameter: Parameter) -> Tensor:
     """Return this rank's part of a state tensor, contiguous, without the memory of the whole."""
-    if key == STEP or (part := local_shard(value, parameter)) is value:
+    if (part := local_shard(value, parameter)) is value:
         return value
     return part.clone(memory_format=torch.contiguous_format)

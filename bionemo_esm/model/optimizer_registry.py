@@ -46,6 +46,7 @@ class OptimizerFamily:
     settings: of all groups. groups: settings of each group, in order; `group_of` assigns a parameter to one of them.
     orthogonalizing_iterations: Newton-Schulz iterations a step on a parameter; plans count their FLOPs and, where
     tensor parallelism splits the parameter, the bytes that are gathered.
+    group_steps: whether it counts steps in its parameter groups, not beside each parameter's state.
     """
 
     build: Callable[[FusedBackends], Callable[..., Any]]
@@ -54,6 +55,7 @@ class OptimizerFamily:
     groups: Callable[[OptimConfig], tuple[Mapping[str, Any], ...]] = _decay_settings
     group_of: Callable[[str, Shape], int] = _decay_group
     orthogonalizing_iterations: Callable[[OptimConfig, str, Shape], int] = lambda config, name, shape: 0
+    group_steps: Callable[[FusedBackends], bool] = lambda backends: False
 
 
 OPTIMIZERS: Registry[OptimizerFamily] = Registry("optimizer", "optim.name", "optimizers")
@@ -62,6 +64,7 @@ FUSED_ADAM_FAMILY = OPTIMIZERS.register(FUSED_ADAM)(
     OptimizerFamily(
         build=lambda backends: backends.adam,
         state=lambda name, shape: ("exp_avg", "exp_avg_sq"),  # names in PyTorch, Apex and Transformer Engine
+        group_steps=lambda backends: backends.adam_counts_by_group,
     )
 )
 

@@ -55,14 +55,38 @@ class PackedModel(ModelPT):
         self.stopwatch = Stopwatch()  # of forward and backward passes
 
     def choose_kernels(self) -> torch.dtype:
-        """Set `backends` for the device of the trainer, or a GPU if there is one; return the parameters' dtype."""
+        """Set `backends` for a CPU, on which a model is built; return the dtype for the device on which it will run.
+
+        That is the trainer's device, or a GPU if there is one. Kernels follow when the model is moved there.
+        """
         if self._trainer is not None:
             device_type = self._trainer.strategy.root_device.type
         else:
             device_type = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = parameter_dtype(str(self.cfg.get("precision", "32")), device_type)
-        self.backends = choose_backends(device_type, dtype, self.encoder_config.attention_dropout)
+        self._choose_backends("cpu", dtype)
         return dtype
+
+    def _choose_backends(self, device_type: str, dtype: torch.dtype) -> None:
+        config = self.encoder_config
+        self.backends = choose_backends(device_type, dtype, config.attention_dropout, config.head_size)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or cast the model, as `to` and `cuda` do. `backends` follow to another kind of device."""
+        before = self._where()
+        super()._apply(fn, recurse)
+        if (now := self._where()) is not None and before is not None and now[0] not in (before[0], "meta"):
+            self._choose_backends(*now)
+        return self
+
+    def _where(self) -> tuple[str, torch.dtype] | None:
+        """Return the kind of device and the dtype of the parameters; None while there are none."""
+        parameter = next(self.parameters(), None)
+        return None if parameter is None else (parameter.device.type, parameter.dtype)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copy a batch without waiting, if it is pinned; Lightning would wait for anything but a tensor."""
+        return batch.to(device, non_blocking=True)
 
     def make_masters(self, named_parameters: Iterable[tuple[str, Parameter]]) -> MasterWeights:
         """Return new masters of these parameters, in place of earlier ones."""

@@ -87,7 +87,7 @@ class TensorTable:
         """Return uninitialised memory for a tensor."""
         import torch
 
-        return torch.empty(self.infos[name].shape, dtype=self.dtype(name))
+        return torch.empty(self.infos[name].shape, dtype=self.dtype(name), device="cpu")
 
     @property
     def elements(self) -> int:

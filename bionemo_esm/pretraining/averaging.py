@@ -150,10 +150,10 @@ def average_checkpoints(
 def _means(files: Sequence[ArchiveFile], progress: Progress) -> dict[str, Tensor]:
     """Return the means of all tensors, float32, from one parallel pass over the files."""
     last, readers = files[-1].weights, [file.read_weights_once() for file in files]
-    means = {name: torch.empty(info.shape, dtype=torch.float32) for name, info in last.infos.items()}
+    means = {name: torch.empty(info.shape, dtype=torch.float32, device="cpu") for name, info in last.infos.items()}
     done, total = 0, sum(file.weights.data.size for file in files)
     with ThreadPoolExecutor(threads := min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
-        ahead = _Prefetcher(pool, readers, torch.empty(threads + 1, _BLOCK, dtype=torch.float32))
+        ahead = _Prefetcher(pool, readers, torch.empty(threads + 1, _BLOCK, dtype=torch.float32, device="cpu"))
         for name, mean in means.items():
             dtypes = [file.weights.dtype(name) for file in files]
             for piece in mean.view(-1).split(_BLOCK):

@@ -83,7 +83,7 @@ class Probe(Callback):
         with self.watch.long_operation():
             if data_parallel_rank() == 0:
                 found = self._measure_head(trainer, pl_module)
-            world_sum(torch.zeros(1, device=pl_module.device))  # the others wait here
+            world_sum(torch.zeros(1, device=pl_module.device)).item()  # the others wait here; NCCL alone would not wait
         self.history.on_probe_end(trainer, found)
         if found is not None:
             self._report(trainer, found)

@@ -263,7 +263,7 @@ def untrained(engine: Engine, seed: int) -> Engine:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron's, where neither Apex nor Transformer Engine is installed
         torch.default_generator.manual_seed(seed)
-        backends = choose_backends(engine.device.type, engine.dtype, 0.0)
+        backends = choose_backends("cpu", engine.dtype, 0.0, engine.config.head_size)
         encoder = ESMEncoder(engine.config, engine.dtype, backends).to(engine.device)
     return Engine(encoder, engine.config, engine.batch_tokens)
 
