@@ -34,5 +34,6 @@ WORKDIR /workspace
 
 # Versions, GPUs and fused kernels; without a training step, because a run uses the GPU.
 HEALTHCHECK --interval=10m --timeout=2m --start-period=2m --retries=3 CMD ["bionemo-esm", "doctor", "--quick"]
-ENTRYPOINT ["bionemo-esm"]
+# NVIDIA's own entry point checks the driver, and sets up compatibility libraries.
+ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "bionemo-esm"]
 CMD ["--help"]

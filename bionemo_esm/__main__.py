@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import NamedTuple
@@ -72,6 +73,11 @@ COMMANDS = {
 }
 
 
+ALLOCATOR = "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+"""Setting of PyTorch's CUDA allocator: the sizes of rows change at every step, and would fragment its memory."""
+_OLD_ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
+
+
 def main() -> None:
     """Run the command that the first argument names, with the arguments that follow it."""
     run_program(_main)
@@ -96,6 +102,8 @@ def _main() -> None:
 
 
 def _run(name: str) -> None:
+    if _OLD_ALLOCATOR_VARIABLE not in os.environ:
+        os.environ.setdefault(*ALLOCATOR)
     command = COMMANDS[name]
     function = getattr(import_module(command.module), command.function)
     if code := function() if command.configured else function(sys.argv[1:]):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
+from bionemo_esm import __main__ as program
 from bionemo_esm.__main__ import COMMANDS
 from bionemo_esm.command_line import ConfiguredCommand, check_command_line
 from bionemo_esm.data.store_commands import main as preprocess
@@ -192,3 +195,23 @@ def test_every_example_checks_its_arguments_first(example: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: zebra is not a key; --help lists every key\n"
+
+
+def test_commands_ask_for_an_allocator_that_does_not_fragment_unless_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name, value = program.ALLOCATOR
+    monkeypatch.setitem(program.COMMANDS, "toy", program.Command("toy", configured=False))
+    monkeypatch.setattr(program, "import_module", lambda _: SimpleNamespace(main=lambda _: 0))
+    for variable, chosen, expected in (
+        ("", "", value),
+        (name, "mine", "mine"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "old", None),
+    ):
+        for each in (name, "PYTORCH_CUDA_ALLOC_CONF"):
+            monkeypatch.setenv(each, "")
+            monkeypatch.delenv(each)
+        if variable:
+            monkeypatch.setenv(variable, chosen)
+        program._run("toy")
+        assert os.environ.get(name) == expected

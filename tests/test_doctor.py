@@ -49,6 +49,26 @@ def replace_attention(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
     monkeypatch.setitem(attention.ATTENTION._parts, "sdpa-by-sequence", backend)
 
 
+def test_every_path_that_recipes_take_is_tested(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, found = report(capfd, "--precision", "bf16")
+    assert code == 0
+    paths = [found["self_test"], *found["other_paths"]]
+    assert [path["precision"] for path in paths] == ["bfloat16", "bfloat16", "float32", "float32"]
+    kernel = attention.ATTENTION.get("sdpa-by-sequence").attend
+
+    def broken_with_dropout(query: Any, key: Any, value: Any, layout: Any, dropout: float) -> Any:
+        if dropout:
+            raise RuntimeError("CUDA error: dropout is not supported")
+        return kernel(query, key, value, layout, dropout)
+
+    replace_attention(monkeypatch, broken_with_dropout)
+    code, found = report(capfd, "--precision", "32")
+    assert code == 1
+    assert "dropout is not supported" in found["problems"][0]
+
+
 def test_attention_across_sequences_is_detected(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,7 +47,9 @@ from bionemo_esm.model.parallel import (
     local_shard,
     tensor_parallel_rank,
     tensor_parallel_rng,
+    unequal_over_data_parallel,
 )
+from errors import refused
 from models import tiny_model
 
 FORK_SERVER = multiprocessing.get_context("forkserver")  # faults.py makes the fork server preload slow imports
@@ -149,6 +151,30 @@ def test_overlapped_reduction_equals_reduction_after_backward_bit_for_bit(tmp_pa
     assert (first["buckets"][:-1] >= 1024).all()
     assert complete.unique(return_counts=True)[1].max() < len(places) / 2, "sent one by one as backward goes"
     assert complete[0] < complete.max() / 4
+
+
+def weights_of_two_ranks() -> Tensors:
+    ensure_groups()
+    weights = {"rounded": torch.arange(10.0).bfloat16(), "exact": torch.ones(5)}
+    before = unequal_over_data_parallel(weights)
+    if data_parallel_rank() == 1:
+        weights["exact"][3] += 1e-7
+    after = unequal_over_data_parallel(weights)
+    return {"before": torch.tensor(len(before)), "after": torch.tensor(after == ["exact"])}
+
+
+def test_weights_that_differ_in_one_bit_are_named_on_every_rank(tmp_path: Path) -> None:
+    for found in on_ranks(2, tmp_path / "ranks", weights_of_two_ranks):
+        assert int(found["before"]) == 0
+        assert bool(found["after"])
+
+
+def test_ranks_that_begin_with_unequal_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    model.on_train_start()
+    monkeypatch.setattr("bionemo_esm.model.packed_model.unequal_over_data_parallel", lambda tensors: list(tensors)[3:5])
+    with refused("ranks.unequal-weights", list(dict(model.named_parameters()))[3]):
+        model.on_train_start()
 
 
 def reduced_in_opposite_orders() -> Tensors:

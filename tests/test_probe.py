@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import signal
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bionemo_esm.finetuning.batches import Collator, EvaluationBatches
+from bionemo_esm.pretraining import probe as probe_module
 from bionemo_esm.pretraining.callbacks import last_probe
+from bionemo_esm.pretraining.probe import Probe
 from bionemo_esm.pretraining.recipe import load_recipe
 from bionemo_esm.pretraining.report import write_report
 from faults import Fault, history, run, send
+from models import tiny_model
 from probed import SLOW, asking, probed, recipe_of, write_labels
 from runs import composed, run_here
 
@@ -210,3 +215,14 @@ def test_tensor_parallel_ranks_run_the_probe_together_and_stop_together(
     found = probes(tmp_path / "run")
     assert [line["step"] for line in found] == [0, 2, 4, 6]
     assert found[0]["score"] == pytest.approx(probes(watched)[0]["score"], abs=0.01)
+
+
+def test_the_host_waits_until_the_probe_of_another_rank_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective of NCCL returns before it is done; without a read the others would go on, and be ended as hung."""
+    probe: Any = Probe.__new__(Probe)
+    probe.watch, probe.history, waited = Mock(), Mock(), Mock()
+    probe.watch.long_operation = nullcontext
+    monkeypatch.setattr(Probe, "_measure_head", lambda *_: None)
+    monkeypatch.setattr(probe_module, "world_sum", lambda tensor: waited)
+    probe.measure(Mock(), tiny_model())
+    waited.item.assert_called_once()

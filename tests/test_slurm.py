@@ -211,7 +211,7 @@ def test_ranks_get_the_users_settings_after_the_scripts(tmp_path: Path) -> None:
         "recipe=esm1b seed=7"
     ]
     (srun,) = done.called("srun")
-    assert {"--kill-on-bad-exit=1", "--wait=0", "--open-mode=append"} <= set(srun.split())
+    assert {"--mpi=none", "--kill-on-bad-exit=1", "--wait=0", "--open-mode=append"} <= set(srun.split())
     assert "rank 0 at gpu-a1-7:19567" in done.console  # 15000 plus the last four digits of the job id, as in Lightning
 
 
@@ -224,6 +224,16 @@ def test_container_mounts_every_folder_of_the_job(tmp_path: Path) -> None:
     (srun,) = done.called("srun")
     assert "--container-image=/images/esm.sqsh" in srun
     assert f"--container-mounts={runs}:{runs},{logs}:{logs},{data}:{data},/etc/a:/b " in f"{srun} "
+
+
+def test_relative_folders_are_made_absolute_for_the_container(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").write_text("{}")
+    done = run_script(tmp_path, "pretrain.sbatch", CONTAINER="esm.sqsh", RUNS="r", DATA="store", LOGS="l")
+    (srun,) = done.called("srun")
+    mounts = ",".join(f"{tmp_path / name}:{tmp_path / name}" for name in ("r", "l", "store"))
+    assert f"--container-mounts={mounts} " in f"{srun} "
+    assert f"data.store={tmp_path / 'store'}" in done.called("bionemo-esm")[0]
 
 
 def test_data_are_copied_to_the_node_once_and_only_a_verified_copy_is_used(

@@ -52,7 +52,7 @@ def test_container_does_not_run_as_root_and_its_run_folder_is_writable() -> None
 def test_health_check_runs_doctor() -> None:
     (check,) = arguments_of("HEALTHCHECK")
     assert check.endswith('CMD ["bionemo-esm", "doctor", "--quick"]')
-    assert arguments_of("ENTRYPOINT") == ['["bionemo-esm"]']
+    assert arguments_of("ENTRYPOINT") == ['["/opt/nvidia/nvidia_entrypoint.sh", "bionemo-esm"]']
 
 
 def test_every_copied_file_exists_and_is_in_the_build_context() -> None:

@@ -20,12 +20,13 @@ from torch.nn import Parameter
 
 from bionemo_esm.compat import count_skipped_step
 from bionemo_esm.data.hashing import derive_key
+from bionemo_esm.errors import UserError
 from bionemo_esm.model.backends import FusedBackends, choose_backends, parameter_dtype
 from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.nemo_connector import ESMSaveRestoreConnector
 from bionemo_esm.model.optimizer import MasterWeights
-from bionemo_esm.model.parallel import data_parallel_rank
+from bionemo_esm.model.parallel import data_parallel_rank, unequal_over_data_parallel
 from bionemo_esm.model.step_stats import Stopwatch
 
 Batch = TypeVar("Batch")
@@ -87,6 +88,15 @@ class PackedModel(ModelPT):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Copy a batch without waiting, if it is pinned; Lightning would wait for anything but a tensor."""
         return batch.to(device, non_blocking=True)
+
+    def on_train_start(self) -> None:
+        """Check that data-parallel ranks begin with equal weights. Raises `UserError` on all of them. Collective."""
+        if names := unequal_over_data_parallel(dict(self.named_parameters())):
+            raise UserError(
+                f"ranks begin with different weights ({len(names)} tensors, {names[0]} first): they must run the same "
+                "versions and read the same files; `bionemo-esm doctor` on each node shows them",
+                code="ranks.unequal-weights",
+            )
 
     def make_masters(self, named_parameters: Iterable[tuple[str, Parameter]]) -> MasterWeights:
         """Return new masters of these parameters, in place of earlier ones."""

@@ -9,7 +9,7 @@ alone needs no process group: every function here then answers for one rank, als
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -172,6 +172,25 @@ def data_parallel_sum(tensor: torch.Tensor) -> torch.Tensor:
     if data_parallel_size() > 1:
         distributed.all_reduce(tensor, group=data_parallel_group())
     return tensor
+
+
+def unequal_over_data_parallel(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of tensors that differ between data-parallel ranks; the same on each of them. Collective.
+
+    Compares two sums over the bits of each tensor, so that nothing large is sent.
+    """
+    if data_parallel_size() == 1:
+        return []
+    sums = []
+    for tensor in tensors.values():
+        kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        bits = tensor.detach().contiguous().view(kind).long()
+        sums += [bits.sum(), bits.square().sum()]
+    least, most = torch.stack(sums), torch.stack(sums)
+    distributed.all_reduce(least, distributed.ReduceOp.MIN, group=data_parallel_group())
+    distributed.all_reduce(most, distributed.ReduceOp.MAX, group=data_parallel_group())
+    differs = (least != most).view(-1, 2).any(dim=1).tolist()
+    return [name for name, unequal in zip(tensors, differs, strict=True) if unequal]
 
 
 def tensor_parallel_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,7 @@ def _self_test(facts: _Facts, precision: str) -> None:
     device = _device()
     try:
         facts["self_test"] = to_dict(self_test(device, precision))
+        facts["other_paths"] = [to_dict(self_test(device, each, rate)) for each, rate in _other_paths(precision)]
     except (RuntimeError, OSError, ImportError) as error:
         raise NotReadyError(f"a training step on {device} fails: {type(error).__name__}: {error}") from error
     if device.type == "cuda":
@@ -103,6 +104,12 @@ def _self_test(facts: _Facts, precision: str) -> None:
     if len(facts["gpus"]) > 1 and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
         count = len(facts["gpus"])
         facts["notes"].append(f"all {count} GPUs together: torchrun --nproc-per-node {count} -m bionemo_esm doctor")
+
+
+def _other_paths(precision: str) -> list[tuple[str, float]]:
+    """Return precision and dropout of the other steps that recipes may take: each can have kernels of its own."""
+    precisions = dict.fromkeys((precision, "32"))
+    return [(each, rate) for each in precisions for rate in (0.0, 0.1) if (each, rate) != (precision, 0.0)]
 
 
 def _device() -> Any:
@@ -212,6 +219,11 @@ def _inspect_gpus(facts: _Facts) -> None:
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
+def _paths_told(paths: Sequence[_Facts]) -> list[str]:
+    """Return one text for each distinct set of kernels."""
+    return list(dict.fromkeys(f"{path['precision']}, {path['backends']}" for path in paths))
+
+
 def _page(facts: _Facts) -> str:
     versions = [f"{name} {number}" for name, number in facts["versions"].items() if number]
     missing = [name for name, number in facts["versions"].items() if number is None]
@@ -228,6 +240,7 @@ def _page(facts: _Facts) -> str:
         lines.append(("fused", test["backends"]))
         text = f"a training step on {test['device']} in {test['precision']}: loss {test['loss']:.2f}, packed rows right"
         lines.append(("self-test", f"{text} (to {test['packing_difference']:.0e}), {test['seconds']:.1f} s"))
+        lines += [("", f"right, too: {other}") for other in _paths_told(facts.get("other_paths", []))]
     if network := facts.get("all_reduce"):
         text = f"{network['ranks']} ranks, {network['megabytes']:.0f} MB in {network['milliseconds']:,.1f} ms"
         lines.append(("all-reduce", f"{text}: {network['bus_gb_per_second']:,.1f} GB/s (bus bandwidth)"))

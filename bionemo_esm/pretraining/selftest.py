@@ -49,21 +49,24 @@ class SelfTest:
     seconds: float
 
 
-def self_test(device: torch.device, precision: str = "auto") -> SelfTest:
-    """Run forward, backward and the optimizer on the device, in the precision of a run.
+def self_test(device: torch.device, precision: str = "auto", dropout: float = 0.0) -> SelfTest:
+    """Run forward, backward and the optimizer on the device, in the precision and with the dropout of a run.
 
-    Raises `SelfTestError` if the loss is not finite, no weight changes, or packed sequences attend to each other.
+    Both select the attention kernel. Raises `SelfTestError` if the loss is not finite, no weight changes, or packed
+    sequences attend to each other.
     """
     started = time.perf_counter()
     dtype = parameter_dtype(precision, device.type)
-    backends = choose_backends(device.type, dtype, TINY.attention_dropout)
+    config = TINY.replace(hidden_dropout=dropout, attention_dropout=dropout)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        encoder = ESMEncoder(TINY, dtype, backends).to(device)
+        encoder = ESMEncoder(config, dtype, choose_backends("cpu", dtype, dropout, config.head_size)).to(device)
+    backends = encoder.backends
     masters = MasterWeights(encoder.named_parameters())
     optimizer = build_optimizer(masters, OptimConfig(lr=1e-3, min_lr=1e-4), backends)
     batch = _batch().to(device)
-    difference = _difference_by_packing(encoder, batch)
+    difference = _difference_by_packing(encoder.eval(), batch)
+    encoder.train()
     if not difference < TOLERANCE[dtype]:
         raise SelfTestError(
             f"a packed row gives other logits than its sequences one by one, by {difference:.2g}: attention "
@@ -71,7 +74,9 @@ def self_test(device: torch.device, precision: str = "auto") -> SelfTest:
         )
     before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
     masters.zero_gradients()
-    loss = cross_entropy(_logits(encoder, batch), batch.targets)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        loss = cross_entropy(_logits(encoder, batch), batch.targets)
     loss.backward()  # type: ignore[no-untyped-call]
     norm = float(masters.clip_gradients(1.0))
     optimizer.step()
