@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bionemo_esm.finetuning import comparison
+from bionemo_esm.__main__ import main
+from bionemo_esm.finetuning import comparison, fitting
+from bionemo_esm.finetuning.model import ESMFineTunedModel
 from fine_tuned import WORDS, fine_tuned
 from finetuning_runs import QUICK, per_protein, per_residue, pretrained, run_here
-from runs import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -183,25 +184,60 @@ def test_a_finished_output_is_unchanged_and_other_settings_are_refused(
     assert "is of another fine-tuning, whose head.hidden was 32, not 9" in error
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def unfinished(folder: Path, base: Path) -> list[str]:
+    """Return the arguments of a job that takes hours."""
+    place = (f"restore_from_path={base}", f"output={folder / 'out'}")
+    return [*QUICK, *per_residue(folder), *place, "tuning.max_epochs=100000", "tuning.patience=100000", "seeds=[1,2]"]
+
+
+def has_checkpoint(output: Path) -> bool:
+    return any(output.glob("fits/*.ckpt"))
+
+
+def has_results(output: Path) -> bool:
+    return (output / "model.nemo").exists() or (output / "report.json").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_checkpoints_and_no_results(
-    number: signal.Signals, code: int, base: Path, tmp_path: Path
+    number: signal.Signals,
+    code: int,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = (*QUICK, *per_residue(tmp_path), "tuning.max_epochs=100000", "tuning.patience=100000", "seeds=[1,2]")
-    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *given]
-    command += [f"restore_from_path={base}", f"output={tmp_path / 'out'}"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
+    step, output = ESMFineTunedModel.training_step, tmp_path / "out"
+
+    def signalled(self: ESMFineTunedModel, *arguments: Any) -> None:
+        if has_checkpoint(output):
+            signal.raise_signal(number)
+        assert self.steps < 100, "no checkpoint was saved"
+        step(self, *arguments)
+
+    monkeypatch.setattr(ESMFineTunedModel, "training_step", signalled)
+    monkeypatch.setattr(fitting, "_SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(sys, "argv", ["bionemo-esm", "finetune", *unfinished(tmp_path, base)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == code
+    error = capsys.readouterr().err
+    assert "the same command goes on" in error
+    assert "Traceback" not in error
+    assert has_checkpoint(output)
+    assert not has_results(output)
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_checkpoints_and_no_results(base: Path, tmp_path: Path) -> None:
+    code = "from bionemo_esm.__main__ import main\nfrom bionemo_esm.finetuning import fitting\n"
+    code += "fitting._SECONDS_BETWEEN_SAVES = 0.0\nmain()\n"
+    command = [sys.executable, "-c", code, "finetune", *unfinished(tmp_path, base)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as job:
         deadline = time.monotonic() + 120
-        while not list((tmp_path / "out").glob("fits/*.ckpt")) and time.monotonic() < deadline:
-            time.sleep(0.2)  # wait until the first epoch is saved
-        os.kill(job.pid, number)
-        assert job.stderr is not None
-        told = job.stderr.read()
-        assert job.wait(60) == code
-    if code > 0:
-        assert "the same command goes on" in told
-        assert "Traceback" not in told
-    assert not (tmp_path / "out" / "model.nemo").exists()
-    assert not (tmp_path / "out" / "report.json").exists()
-    assert list((tmp_path / "out").glob("fits/*.ckpt"))
+        while not has_checkpoint(tmp_path / "out") and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)  # wait until the first epoch is saved
+        job.kill()
+        assert job.wait(60) == -signal.SIGKILL
+    assert has_checkpoint(tmp_path / "out")
+    assert not has_results(tmp_path / "out")
