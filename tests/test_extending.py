@@ -10,13 +10,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from bionemo_esm.__main__ import main
 from bionemo_esm.data.fasta import read_fasta
+from bionemo_esm.finetuning.heads import HEADS
+from bionemo_esm.inference.embedding.formats import FORMATS, read_embeddings
+from bionemo_esm.model.optimizer_registry import OPTIMIZERS
 from models import tiny_model
-from runs import ROOT, composed
+from runs import ROOT, SMALL, composed
 from scripts.structure import MAX_EXTENSION_FILES, Structure
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -40,14 +45,6 @@ def run(arguments: list[str], folder: Path, site: Path) -> str:
     return done.stdout
 
 
-def run_commands(section: str, folder: Path, site: Path) -> str:
-    outputs = []
-    for program, *arguments in commands(section):
-        assert program == "bionemo-esm"
-        outputs.append(run([sys.executable, "-m", "bionemo_esm", *arguments], folder, site))
-    return "".join(outputs)
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Install the page's package with pip into a separate folder."""
@@ -64,6 +61,29 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def run_here(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Return a function that runs a command in this process, which finds the installed parts of the page's package.
+
+    The function takes the words of a command and returns its standard output.
+    """
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.chdir(tmp_path)
+    for registry in (OPTIMIZERS, HEADS, FORMATS):
+        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
+        monkeypatch.setattr(registry, "_plugins_loaded", False)
+
+    def command(program: str, *words: str) -> str:
+        assert program == "bionemo-esm"
+        monkeypatch.setattr(sys, "argv", [program, *words])
+        main()
+        return capfd.readouterr().out
+
+    return command
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with a model, proteins and labels for the commands."""
     tiny_model().save_to(str(tmp_path / "model.nemo"))
@@ -76,35 +96,33 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
-def test_an_optimizer_from_another_package_trains_and_continues_from_its_state(site: Path, tmp_path: Path) -> None:
-    text = run_commands("An optimizer", tmp_path, site)
-    assert "Done in" in text
+def test_an_optimizer_from_another_package_trains_and_continues_from_its_state(run_here: Callable[..., str]) -> None:
     (command,) = commands("An optimizer")
-    longer = [word.replace("max_steps=20", "max_steps=22") for word in command[1:]]
+    small = [word for word in SMALL if word.startswith(("model.", "data.", "trainer.limit_val_batches"))]
+    assert "Done in" in run_here(*command, *small)
+    longer = [word.replace("max_steps=20", "max_steps=22") for word in command]
     longer = [word.replace("name=lion", "name=longer") if "exp_manager" in word else word for word in longer]
-    arguments = [sys.executable, "-m", "bionemo_esm", *longer, "continue_from_path=runs/lion"]
-    assert "after the 20 of" in run(arguments, tmp_path, site)
+    assert "after the 20 of" in run_here(*longer, *small, "continue_from_path=runs/lion")
 
 
-@pytest.mark.slow
-def test_a_head_from_another_package_is_trained_and_predicts(site: Path, folder: Path) -> None:
-    run_commands("A head", folder, site)
+def test_a_head_from_another_package_is_trained_and_predicts(run_here: Callable[..., str], folder: Path) -> None:
+    for command in commands("A head"):
+        run_here(*command)
     with (folder / "predictions.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 12
 
 
-@pytest.mark.slow
-def test_an_embedding_writer_from_another_package_round_trips(site: Path, folder: Path) -> None:
-    run_commands("An embedding writer", folder, site)
-    arguments = [word.replace(".jsonl", ".npz") for word in commands("An embedding writer")[0][1:]]
-    run([sys.executable, "-m", "bionemo_esm", *arguments], folder, site)
-    code = (
-        "from bionemo_esm.inference.embedding.formats import read_embeddings\n"
-        "pairs = zip(read_embeddings('embeddings.jsonl'), read_embeddings('embeddings.npz'), strict=True)\n"
-        "print(sum(a.id == b.id and a.arrays['mean_2'].tobytes() == b.arrays['mean_2'].tobytes() for a, b in pairs))"
-    )
-    assert run([sys.executable, "-c", code], folder, site) == "12\n"
+def test_an_embedding_writer_from_another_package_round_trips(
+    site: Path, run_here: Callable[..., str], folder: Path
+) -> None:
+    (command,) = commands("An embedding writer")
+    run([sys.executable, "-m", "bionemo_esm", *command[1:]], folder, site)
+    run_here(*(word.replace(".jsonl", ".npz") for word in command))
+    pairs = list(zip(read_embeddings("embeddings.jsonl"), read_embeddings("embeddings.npz"), strict=True))
+    assert len(pairs) == 12
+    for one, other in pairs:
+        assert one.id == other.id
+        assert one.arrays["mean_2"].tobytes() == other.arrays["mean_2"].tobytes()
 
 
 def test_a_model_family_is_one_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
