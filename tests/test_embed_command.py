@@ -102,6 +102,9 @@ def test_standard_input_gives_the_output_of_a_file(job: Job, inputs: Inputs, mon
     ("overrides", "message"),
     [
         (["output=there.h5"], "output: there.h5 exists already"),
+        (["output=out.csv"], "output: out.csv ends in .csv, which is no format of embeddings"),
+        (["output=out.tsv.gz"], "output: out.tsv.gz ends in .gz, which is no format"),
+        (["output=out.h5ad"], "output: out.h5ad ends in .h5ad, which is no format"),
         (["format=csv"], "format must be one of"),
         (["layers=[3]"], "layer 3: the model has 0 (the embeddings) to 2"),
         (["layers=[]"], "layers: name one at least"),

@@ -133,7 +133,7 @@ class Head(nn.Module):
         raise NotImplementedError
 
 
-HEADS: Registry[type[Head]] = Registry("head", "head.kind", "heads")
+HEADS: Registry[type[Head]] = Registry("head", "head.kind", "heads", Head)
 
 
 def head_config(values: Mapping[str, Any]) -> HeadConfig:

@@ -120,7 +120,9 @@ class AttentionBackend:
     priority: int = 0
 
 
-ATTENTION: Registry[AttentionBackend] = Registry("attention backend", "attention backend", "attention")
+ATTENTION: Registry[AttentionBackend] = Registry(
+    "attention backend", "attention backend", "attention", AttentionBackend
+)
 
 
 def choose_attention(device_type: str, dtype: torch.dtype, dropout: float, head_size: int) -> str:

@@ -35,9 +35,9 @@ class Kernel:
     group_steps: bool = False  # of an Adam: it counts steps in its parameter groups, not for each parameter
 
 
-NORMS: Registry[Kernel] = Registry("layer norm", "layer norm", "norms")
+NORMS: Registry[Kernel] = Registry("layer norm", "layer norm", "norms", Kernel)
 """Classes that Megatron builds as norm(config=, hidden_size=, eps=)."""
-ADAMS: Registry[Kernel] = Registry("Adam", "Adam", "adams")
+ADAMS: Registry[Kernel] = Registry("Adam", "Adam", "adams", Kernel)
 """Classes that are built as adam(parameter_groups, lr=, betas=, eps=)."""
 
 

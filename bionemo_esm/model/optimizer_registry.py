@@ -58,7 +58,7 @@ class OptimizerFamily:
     group_steps: Callable[[FusedBackends], bool] = lambda backends: False
 
 
-OPTIMIZERS: Registry[OptimizerFamily] = Registry("optimizer", "optim.name", "optimizers")
+OPTIMIZERS: Registry[OptimizerFamily] = Registry("optimizer", "optim.name", "optimizers", OptimizerFamily)
 
 FUSED_ADAM_FAMILY = OPTIMIZERS.register(FUSED_ADAM)(
     OptimizerFamily(

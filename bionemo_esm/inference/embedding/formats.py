@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -40,6 +41,7 @@ _DATE = (1980, 1, 1, 0, 0, 0)  # of zip members: the earliest possible
 _HDF5_VERSIONS = ("v108", "v110")  # readable by HDF5 1.10 of 2016 and later
 _ROWS_AT_ONCE = 64  # of Parquet
 _SIGNATURE_BYTES = 16
+_FILE_SUFFIX = re.compile(r"\.(?:[a-z]{2,8}|h5ad)")  # of a file that somebody expects; `.v2` can end a folder's name
 
 
 class EmbeddingFileError(UserError):
@@ -78,7 +80,7 @@ class EmbeddingFormat(ABC):
         self.write(stream, about, (list(read_embeddings(part)) for part in parts))
 
 
-FORMATS: Registry[type[EmbeddingFormat]] = Registry("embedding format", "output", "embedding_writers")
+FORMATS: Registry[type[EmbeddingFormat]] = Registry("embedding format", "output", "embedding_writers", EmbeddingFormat)
 """Formats by the suffix of a file."""
 
 
@@ -100,6 +102,13 @@ def format_of(output: Path, wanted: str | None) -> tuple[str, bool]:
     name = None if wanted is None else format_named(wanted).name
     suffix = output.suffix.lower()
     if suffix not in FORMATS:
+        if name is None and _FILE_SUFFIX.fullmatch(suffix):
+            raise ConfigError(
+                f"output: {output} ends in {suffix}, which is no format of embeddings; files end in "
+                f"{', '.join(FORMATS)} (others come with packages that add to {FORMATS.group}); for a folder of parts "
+                "choose a name without an ending, or give format=...",
+                code="embeddings.unknown-suffix",
+            )
         return name or "parquet", True
     found = FORMATS.get(suffix).name
     if name not in (None, found):

@@ -73,7 +73,7 @@ class ModelFormat:
         raise ConfigError(f"target: {target}: a model cannot be exported to this format")
 
 
-FORMATS: Registry[ModelFormat] = Registry("model format", "source", "formats")
+FORMATS: Registry[ModelFormat] = Registry("model format", "source", "formats", ModelFormat)
 
 
 class ArchiveFormat(ModelFormat):
