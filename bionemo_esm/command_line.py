@@ -57,6 +57,7 @@ class ConfiguredCommand:
     part: str = ""
     text_keys: tuple[str, ...] = ()
     list_keys: tuple[str, ...] = ()
+    open_sections: tuple[str, ...] = ()  # with a dot at the end: parts from other packages may have keys there
     rank_file: str = ""  # the file by which Lightning starts other ranks, of a command that may have any
 
     def __call__(self) -> None:
@@ -80,6 +81,8 @@ class ConfiguredCommand:
         """The argument such that Hydra takes the value of a text key literally."""
         key, _, value = argument.partition("=")
         name = key.lstrip("+")
+        if key.startswith(self.open_sections or ("=",)):
+            return f"++{argument}"  # sets the key, or adds it
         is_list = name in self.list_keys and re.fullmatch(r"\[.*\]", value, re.DOTALL)
         if not (name in self.text_keys or name in self.list_keys) or is_list or value in ("", "null"):
             return argument

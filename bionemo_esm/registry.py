@@ -126,7 +126,8 @@ class Registry(Generic[Part]):
                 f"{self.kind} {name!r} of the installed package {owner} lacks {', '.join(sorted(abstract))}; add them",
                 code="registry.wrong-type",
             )
-        self._parts[name], self._owners[name] = part, owner
+        self._parts[name] = part  # type: ignore[assignment]
+        self._owners[name] = owner
 
 
 def _line_of(error: Exception) -> str:

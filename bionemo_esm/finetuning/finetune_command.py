@@ -160,6 +160,7 @@ main = ConfiguredCommand(
         "task.header_pattern",
     ),
     list_keys=("data.train", "data.validation", "data.test"),
+    open_sections=("head.",),
     rank_file=str(Path(__file__).with_name("__main__.py")),
 )
 """`bionemo-esm finetune`."""

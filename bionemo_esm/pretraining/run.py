@@ -269,6 +269,7 @@ main = ConfiguredCommand(
         *("probe.data.sequences", "probe.data.mask"),
     ),
     list_keys=("probe.data.train", "probe.data.validation", "probe.data.test"),
+    open_sections=("optim.options.",),
     rank_file=str(Path(__file__).with_name("__main__.py")),
 )
 """`bionemo-esm pretrain`."""
