@@ -132,6 +132,13 @@ def test_an_apex_without_its_kernels_is_not_used(monkeypatch: pytest.MonkeyPatch
     assert ADAMS.get("Apex FusedAdam").load() is Apex.FusedAdam
 
 
+def test_another_optimizer_than_fused_adam_is_named() -> None:
+    chosen = choose_backends("cpu", torch.float32, 0.0)
+    assert "Adam: PyTorch AdamW(fused)" in chosen.describe("fused_adam")
+    assert "; optimizer: lion; " in chosen.describe("lion")
+    assert "Adam" not in chosen.describe("lion")
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 

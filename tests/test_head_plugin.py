@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from nemo.core.classes import ModelPT
+from torch import Tensor
 
 from bionemo_esm import FineTunedPredictor
 from bionemo_esm.finetuning import heads
 from bionemo_esm.finetuning.archive import FineTunedFile
+from bionemo_esm.finetuning.finetune_command import main as finetune
 from bionemo_esm.model.archive import ArchiveError
+from bionemo_esm.pretraining.run import main as pretrain
 from errors import refused
 from finetuning_runs import per_residue, pretrained, run_here
 from finetuning_runs import proteins as some_sequences
@@ -89,3 +93,18 @@ def test_unknown_or_invalid_settings_of_a_head_are_refused() -> None:
         heads.head_config({"kind": "linear", "gates": 2})
     with refused("config.type", "head.gates"):
         heads.head_config({"kind": "gated", "gates": "many"})
+
+
+def test_a_head_that_returns_another_shape_is_refused_by_name() -> None:
+    class FlatHead(heads.Head):
+        def predict(self, features_RF: Tensor, segments: heads.Segments) -> Tensor:
+            return features_RF.sum(dim=1)
+
+    with refused("head.shape", "head FlatHead returns [5]", "[5, outputs] for a task per residue, [2, outputs]"):
+        FlatHead(3)(torch.ones(5, 3), torch.tensor([0, 2, 5]))
+
+
+def test_a_key_of_a_plugin_needs_no_plus_on_the_command_line() -> None:
+    assert finetune.for_hydra("head.gates=2") == "++head.gates=2"
+    assert finetune.for_hydra("seeds=[1]") == "seeds=[1]"
+    assert pretrain.for_hydra("optim.options.momentum=0.9") == "++optim.options.momentum=0.9"

@@ -126,7 +126,14 @@ class Head(nn.Module):
         begin and end; on the same device. The result for a protein does not depend on its neighbours, but for rounding.
         """
         standard_RF = (features_RF.float() - self.shift) * self.scale
-        return self.predict(standard_RF, Segments.of(bounds_S1, len(features_RF)))
+        outputs: Tensor = self.predict(standard_RF, Segments.of(bounds_S1, len(features_RF)))
+        if outputs.dim() != 2 or len(outputs) not in (len(features_RF), len(bounds_S1) - 1):
+            raise ConfigError(
+                f"head {type(self).__name__} returns {list(outputs.shape)}: it must return [{len(features_RF)}, outputs] "
+                f"for a task per residue, [{len(bounds_S1) - 1}, outputs] for one per protein",
+                code="head.shape",
+            )
+        return outputs
 
     def predict(self, features_RF: Tensor, segments: Segments) -> Tensor:
         """Return what `forward` returns, from standardised float32 features."""

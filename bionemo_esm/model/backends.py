@@ -19,7 +19,7 @@ import torch
 
 from bionemo_esm.compat import cpu_multiplies_bfloat16, onednn_is_available
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.config import PRECISIONS
+from bionemo_esm.model.config import FUSED_ADAM, PRECISIONS
 from bionemo_esm.registry import Registry
 
 ONEDNN, MEGATRON = "oneDNN", "Megatron"
@@ -56,8 +56,10 @@ class FusedBackends:
     def adam_counts_by_group(self) -> bool:
         return ADAMS.get(self.adam_name).group_steps
 
-    def describe(self) -> str:
-        norm_and_adam = f"layer norm: {self.layer_norm_name}; Adam: {self.adam_name}"
+    def describe(self, optimizer: str = FUSED_ADAM) -> str:
+        """Return the names of the kernels. `optimizer`: the value of `optim.name`; others than fused Adam are named."""
+        update = f"Adam: {self.adam_name}" if optimizer == FUSED_ADAM else f"optimizer: {optimizer}"
+        norm_and_adam = f"layer norm: {self.layer_norm_name}; {update}"
         return f"{norm_and_adam}; attention: {self.attention}; linear: {self.linear}"
 
 

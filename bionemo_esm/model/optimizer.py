@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.backends import FusedBackends
 from bionemo_esm.model.config import COSINE, OptimConfig
 from bionemo_esm.model.optimizer_registry import FUSED_ADAM_FAMILY, OPTIMIZERS, STEP, OptimizerFamily
@@ -409,7 +410,12 @@ def _local_state(
     for index, values in found.items():
         name, master, _ = parameters[index]
         known = {STEP, *family.state(name, tuple(master.shape))}
-        assert values.keys() <= known, f"the optimizer keeps {sorted(values.keys() - known)}, which its family omits"
+        if unknown := sorted(values.keys() - known):
+            raise ConfigError(
+                f"the optimizer keeps {', '.join(unknown)} of {name}, which `state` of its OptimizerFamily does not name; "
+                "name every tensor there, or checkpoints would lose it",
+                code="optimizer.unknown-state",
+            )
     return found
 
 

@@ -102,7 +102,8 @@ def fit(run: RunContext, console: Console, ranks: RankAgreement) -> FitResult:
     dtype = parameter_dtype(recipe.trainer.precision, trainer.strategy.root_device.type)
     model.identity = {**run.identity, "precision": PRECISION_NAMES[dtype]}
     device_type, encoder = trainer.strategy.root_device.type, recipe.model
-    backends = choose_backends(device_type, dtype, encoder.attention_dropout, encoder.head_size).describe()
+    kernels = choose_backends(device_type, dtype, encoder.attention_dropout, encoder.head_size)
+    backends = kernels.describe(recipe.optim.name)
     console.print_line(run.run_description(backends, PRECISION_NAMES[dtype], start.steps, start.first_step))
 
     with signals.handling(), watch.watching():
