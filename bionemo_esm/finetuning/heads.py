@@ -127,10 +127,11 @@ class Head(nn.Module):
         """
         standard_RF = (features_RF.float() - self.shift) * self.scale
         outputs: Tensor = self.predict(standard_RF, Segments.of(bounds_S1, len(features_RF)))
-        if outputs.dim() != 2 or len(outputs) not in (len(features_RF), len(bounds_S1) - 1):
+        residues, proteins = len(features_RF), len(bounds_S1) - 1
+        if outputs.dim() != 2 or len(outputs) not in (residues, proteins):
             raise ConfigError(
-                f"head {type(self).__name__} returns {list(outputs.shape)}: it must return [{len(features_RF)}, outputs] "
-                f"for a task per residue, [{len(bounds_S1) - 1}, outputs] for one per protein",
+                f"head {type(self).__name__} returns {list(outputs.shape)}: it must return "
+                f"[{residues}, outputs] for a task per residue, [{proteins}, outputs] for one per protein",
                 code="head.shape",
             )
         return outputs

@@ -412,8 +412,8 @@ def _local_state(
         known = {STEP, *family.state(name, tuple(master.shape))}
         if unknown := sorted(values.keys() - known):
             raise ConfigError(
-                f"the optimizer keeps {', '.join(unknown)} of {name}, which `state` of its OptimizerFamily does not name; "
-                "name every tensor there, or checkpoints would lose it",
+                f"the optimizer keeps {', '.join(unknown)} of {name}, which `state` of its OptimizerFamily does not "
+                "name; name every tensor there, or checkpoints would lose it",
                 code="optimizer.unknown-state",
             )
     return found
