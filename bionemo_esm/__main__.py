@@ -48,7 +48,7 @@ inspect, doctor, check-leakage and convert-legacy take options; all others take 
 
 
 class Command(NamedTuple):
-    """Where the function of a command is; its module is imported when the command is run."""
+    """The module and the function of a command. The module is imported when the command runs."""
 
     module: str
     function: str = "main"

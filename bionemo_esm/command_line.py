@@ -40,7 +40,7 @@ _HELP = ("--help", "-h")
 _SYNTAX = "command-line.syntax"
 _MUST_BE_CHOSEN = "???"
 _PROGRAM = "bionemo-esm "
-"""What the name of this program begins with where it was not started by a file."""
+"""The prefix of the program's name if no file started it."""
 
 
 @dataclass(frozen=True)

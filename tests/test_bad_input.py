@@ -50,7 +50,10 @@ def test_default_recipe_reports_all_missing_requirements_and_names_the_laptop_re
         ("model.hidden_size=33", "model.hidden_size (33) is not divisible by model.num_attention_heads (4)"),
         ("model.seq_length=5", "model.seq_length is 5 tokens"),
         ("model.num_layers=two", "model.num_layers must be an integer, not 'two'"),
-        ("data.global_batch_size=12", "data.global_batch_size: a global batch of 12 sequences cannot be dealt evenly"),
+        (
+            "data.global_batch_size=12",
+            "data.global_batch_size: a global batch of 12 sequences cannot be divided evenly",
+        ),
         ("data.masking.masked=0.95", "data.masking.masked (0.95)"),
         ("data.fasta=/nowhere/x.fasta", "data.fasta: /nowhere/x.fasta is not a file"),
         ("restore_from_path=/nowhere/x.nemo", "restore_from_path: /nowhere/x.nemo is not a file"),
@@ -162,7 +165,7 @@ def test_finished_run_of_another_configuration_is_refused(small: list[str], capf
 def test_empty_validation_set_is_refused_before_training(small: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     fasta = ROOT / "bionemo_esm" / "data" / "sample" / "test.fasta.gz"
     error = complaint(capfd, *small, f"data.fasta={fasta}", "data.validation_sequences=0")
-    assert "data.validation_sequences: 0 validation sequences cannot be dealt to 1 ranks" in error
+    assert "data.validation_sequences: 0 validation sequences cannot be divided among 1 ranks" in error
 
 
 @pytest.mark.parametrize("recipe", [("recipe=adapt", "data=sample"), SMALL], ids=["adapt", "laptop"])

@@ -132,7 +132,7 @@ def test_global_batch_in_tokens_is_the_same_at_any_world_size(sample_store: Prot
 
 
 def test_indivisible_global_batch_is_refused_with_valid_alternatives() -> None:
-    with pytest.raises(ValueError, match="cannot be dealt evenly to 24 ranks") as error:
+    with pytest.raises(ValueError, match="cannot be divided evenly among 24 ranks") as error:
         BatchPlan(65_120, 370, world_size=24)
     assert "ranks one of 1, 2, 4, 8, 11, 16, 22, 44, 88, 176" in str(error.value)
     assert "multiple of 8880" in str(error.value)
@@ -202,7 +202,7 @@ def test_planned_samples_of_a_warmup_equal_those_of_its_steps(
     ("warmup", "message"),
     [
         (BatchWarmup(32, 8, 10), "must be under the 32"),
-        (BatchWarmup(8, 4, 10), "12 sequences cannot be dealt evenly"),
+        (BatchWarmup(8, 4, 10), "12 sequences cannot be divided evenly"),
     ],
 )
 def test_impossible_batch_warmup_is_refused(warmup: BatchWarmup, message: str) -> None:

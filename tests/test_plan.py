@@ -420,7 +420,12 @@ def cases() -> Iterator[tuple[str, tuple[str, ...], Facts, str]]:
     yield "memory for weights", ("data.micro_batch_size=1",), tiny, "trainer.shard_optimizer take some of it off each"
     volta = replace(plain, device=V100)
     yield "bf16", (), volta, "trainer.precision=bf16: V100-SXM2-32GB has no units for it"
-    yield "validation", (), of_data(validation_sequences=175), "175 validation sequences cannot be dealt to 176 ranks"
+    yield (
+        "validation",
+        (),
+        of_data(validation_sequences=175),
+        "175 validation sequences cannot be divided among 176 ranks",
+    )
     yield "validating late", ("trainer.val_check_interval=400000",), plain, "only its end is validated"
     every = "exp_manager.checkpoints.every_n_train_steps=400000"
     yield "checkpoints", (every,), plain, "no checkpoint to resume from before its end"
@@ -475,7 +480,7 @@ def refusal(capfd: pytest.CaptureFixture[str], *overrides: str) -> str:
 
 
 def test_plan_of_an_impossible_run_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
-    assert "65121 sequences cannot be dealt evenly to 176 ranks" in refusal(capfd, "data.global_batch_size=65121")
+    assert "65121 sequences cannot be divided evenly among 176 ranks" in refusal(capfd, "data.global_batch_size=65121")
     short_budget = ("recipe=esm1b", "data.micro_batch_tokens=1000")
     assert "(1000) must hold a sequence of model.seq_length (1024)" in refusal(capfd, *short_budget)
     assert "leave no step for the cosine" in refusal(capfd, "optim.sched.max_steps=50500")

@@ -46,7 +46,7 @@ def test_every_one_of_176_ranks_gets_validation_batches(sequences: int) -> None:
     card = recipe()
     batches = -(-sequences // validation_batch_size(card, sequences))
     assert batches >= 176
-    with pytest.raises(ConfigError, match="175 validation sequences cannot be dealt to 176 ranks"):
+    with pytest.raises(ConfigError, match="175 validation sequences cannot be divided among 176 ranks"):
         validation_batch_size(card, 175)
 
 

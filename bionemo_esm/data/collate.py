@@ -158,7 +158,7 @@ class SampleReader:
         size = int(cu_seqlens[-1])
         room = self.policy.capacity(size, longest)
         while True:
-            # One allocation for all arrays, which a loader worker hands over as one.
+            # One allocation for all arrays: a loader worker transfers one block.
             row = np.empty(2 * (size + room), dtype=np.int64)
             parts = row[:size], row[size : 2 * size], row[2 * size : 2 * size + room], row[2 * size + room :]
             count = fill(self.split.tokens, begins, keys, cu_seqlens, self._thresholds, *parts)

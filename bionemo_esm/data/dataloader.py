@@ -180,7 +180,7 @@ class BatchPlan:
         if self.warmup.start >= whole:
             raise ValueError(f"the warm-up starts at {self.warmup.start}, which must be under the {whole} of a batch")
         for size in self.warmup.sizes(whole):
-            self._of_size(size)  # raises if it cannot be dealt evenly
+            self._of_size(size)  # raises if it cannot be divided evenly
 
     @property
     def global_batch(self) -> int:
@@ -210,9 +210,9 @@ class BatchPlan:
         if size % (micro * self.world_size) == 0:
             return
         raise ValueError(
-            f"a global batch of {size} sequences cannot be dealt evenly to {self.world_size} ranks in micro batches of "
-            f"{micro}; {_divisible_choices(size, micro, self.world_size)}. Or set micro_batch_tokens in place of "
-            "micro_batch_size: then any number of ranks will do"
+            f"a global batch of {size} sequences cannot be divided evenly among {self.world_size} ranks in "
+            f"micro batches of {micro}; {_divisible_choices(size, micro, self.world_size)}. Or set micro_batch_tokens "
+            "in place of micro_batch_size: then any number of ranks will do"
         )
 
     @property

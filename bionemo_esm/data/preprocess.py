@@ -60,7 +60,7 @@ _SPLIT_SEQUENCES = 2**14  # split at once at the end: about 5 MB of tokens
 
 
 class CleaningPolicy(Settings, section="policy"):
-    """What to do about each irregularity of a record. `error` stops at the first one and names its record.
+    """The treatment of each irregularity of a record. `error` stops at the first one and names its record.
 
     unknown_letters: letters outside the alphabet (J) and other symbols, digits among them: read as X, or the record is
     dropped. internal_stops: a `*` inside the residues. gaps: `-` and `.`. long_sequences: over `max_residues`;
@@ -78,7 +78,7 @@ class CleaningPolicy(Settings, section="policy"):
 
 
 class BuildPolicy(CleaningPolicy):
-    """How a store is built: how records are cleaned, the seed of the split, and how many sequences are held out.
+    """The policy of a store: cleaning of records, seed of the split, numbers of held-out sequences.
 
     `validation_sequences` and `test_sequences` are counts; None takes one in twenty, at least one. They belong to
     `build_store`: where the splits are given they must be None. Raises `ConfigError` for a value out of range.

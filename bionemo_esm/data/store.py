@@ -195,7 +195,7 @@ class SequenceSplit:
         return tokens
 
     def residue_counts(self) -> NDArray[np.int64]:
-        """How often each token id occurs in the split, int64 [33], from the manifest."""
+        """The count of each token id in the split, int64 [33], from the manifest."""
         return np.array(self.summary.residue_counts, dtype=np.int64)
 
 

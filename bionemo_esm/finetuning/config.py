@@ -97,7 +97,7 @@ class ReadingConfig(Settings, section="reading"):
 
 @dataclass(frozen=True)
 class Parts:
-    """What an archive's configuration holds of a fine-tuned model beside encoder, precision, seed and task."""
+    """The configuration of a fine-tuned model in an archive, without encoder, precision, seed and task."""
 
     head: HeadConfig
     reading: ReadingConfig
@@ -110,7 +110,7 @@ class Parts:
 
 
 class TuningConfig(Settings, section="tuning"):
-    """What is trained, and how.
+    """The trained parameters and their optimization.
 
     mode: frozen (the head alone), full (the encoder, too), or lora (low-rank adapters of the encoder, and the head).
     lr, encoder_lr: of the head, and of the encoder; with layer_decay below 1 each block has that times the rate of the

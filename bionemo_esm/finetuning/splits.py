@@ -130,10 +130,10 @@ def read_splits(task: TaskConfig, data: DataConfig, seed: int, progress: Progres
     sets = _without_long(sets, data, notes)
     sets = _with_random_splits(sets, data, seed, notes)
     classes = _classes(sets[TRAIN], task, data)
-    strange: Counter[str] = Counter()  # labels that are no class, of each set
+    unknown: Counter[str] = Counter()  # labels that are no class, of each set
     if task.is_classification:
-        sets = {name: _numbered(name, entries, classes, task, data, strange) for name, entries in sets.items()}
-    sets = {name: _labelled(name, entries, task, data, strange[name], notes) for name, entries in sets.items()}
+        sets = {name: _numbered(name, entries, classes, task, data, unknown) for name, entries in sets.items()}
+    sets = {name: _labelled(name, entries, task, data, unknown[name], notes) for name, entries in sets.items()}
     _check_sets(sets, task, data)
     _note_repeats(sets, notes)
     _note_classes(sets[TRAIN], classes, notes)
@@ -237,9 +237,9 @@ def _numbered(
     classes: Sequence[str],
     task: TaskConfig,
     data: DataConfig,
-    strange: Counter[str],
+    unknown: Counter[str],
 ) -> list[Entry]:
-    """Return the entries with class numbers for labels; unknown classes are counted in `strange`.
+    """Return the entries with class numbers for labels; unknown classes are counted in `unknown`.
 
     Raises `LabelError` for an unknown class, unless `data.unseen_classes` is skip.
     """
@@ -250,7 +250,7 @@ def _numbered(
         if found := strange_label(entry.known, numbers):
             if name == TRAIN or data.unseen_classes != SKIP:
                 raise LabelError(_strange(name, entry, found, classes, task))
-            strange[name] += sum(label not in numbers for label in entry.known)
+            unknown[name] += sum(label not in numbers for label in entry.known)
         numbered.append(with_targets(entry, class_numbers(entry.known, numbers)))
     return numbered
 
@@ -267,17 +267,17 @@ def _strange(name: str, entry: Entry, found: tuple[int, str], classes: Sequence[
 
 
 def _labelled(
-    name: str, entries: Sequence[Entry], task: TaskConfig, data: DataConfig, strange: int, notes: Notes
+    name: str, entries: Sequence[Entry], task: TaskConfig, data: DataConfig, unknown: int, notes: Notes
 ) -> list[Entry]:
-    """Return the entries with a known target. `strange`: their labels of unknown classes. Raises `LabelError`."""
+    """Return the entries with a known target. `unknown`: their labels of unknown classes. Raises `LabelError`."""
     kept = [entry for entry in entries if len(known_of(entry))]
     if entries and not kept:
         raise LabelError(f"{_files(name, data)}: no target of the {_NAMES[name]} set is known; check the labels")
     left = len(entries) - len(kept)
-    if not task.is_per_residue and strange == left:  # the same proteins: one note
+    if not task.is_per_residue and unknown == left:  # the same proteins: one note
         notes.count(f"{_NAMES[name]}: proteins left out, as their classes are none of the task's", left)
     else:
-        notes.count(f"{_NAMES[name]}: labels of classes that are none of the task's, treated as not known", strange)
+        notes.count(f"{_NAMES[name]}: labels of classes that are none of the task's, treated as not known", unknown)
         notes.count(f"{_NAMES[name]}: proteins left out, of which no target is known", left)
     targets, known = sum(len(entry.known) for entry in kept), sum(len(known_of(entry)) for entry in kept)
     if known < targets:

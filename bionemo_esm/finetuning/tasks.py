@@ -1,4 +1,4 @@
-"""What a fine-tuned model learns, and from which files: the configuration groups `task` and `data`. No torch."""
+"""The task of a fine-tuned model and its files: the configuration groups `task` and `data`. No torch."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Task(Settings, section="task"):
 
     @property
     def unit(self) -> str:
-        """What each target belongs to, in a sentence: a residue or a protein."""
+        """The unit that has a target, for messages: a residue or a protein."""
         return "residue" if self.is_per_residue else "protein"
 
     def is_better(self, one: float, other: float) -> bool:

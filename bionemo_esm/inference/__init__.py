@@ -1,1 +1,1 @@
-"""What the model is for: embeddings, effects of variants, contacts."""
+"""Uses of a model: embeddings, effects of variants, contacts."""

@@ -1,4 +1,4 @@
-"""What the commands over a model share: which model, on which device, in which precision, and how a command ends.
+"""Options of all commands that use a model: the model, the device, the precision, and the exit codes.
 
 All of it is known and checked before torch is imported.
 """

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 Sequences: TypeAlias = str | os.PathLike[str] | Mapping[str, str] | Iterable[str | tuple[str, str]]
-"""What `proteins_of` takes; also Biopython's `SeqRecord`s, a pandas Series, and tables (pandas, Polars, Arrow)."""
+"""Inputs of `proteins_of`; also Biopython's `SeqRecord`s, a pandas Series, and tables (pandas, Polars, Arrow)."""
 COMPRESSED = (".gz", ".zst", ".zstd", ".bgz")
 """Endings of compressed files, which `Source` decompresses."""
 SEPARATORS = {"csv": ",", "tsv": "\t"}
@@ -63,7 +63,7 @@ _OTHER_CONTENT = (  # first bytes, and what the file is
 
 
 class InputPolicy(Settings):
-    """How proteins are read.
+    """The policy for reading proteins.
 
     input_format: None tells it by the file's name; standard input is FASTA by default.
     id_column, sequence_column: of a table. None: `id` (without such a column the ids are the numbers of the rows), and
@@ -79,7 +79,7 @@ class InputPolicy(Settings):
     bad_records: Literal["error", "skip"] = "error"
     unknown_letters: Literal["error", "X"] = "error"
     advice_form: ClassVar[str] = "{key}={value}"
-    """How a message says which setting to change; empty if the user cannot change it."""
+    """The setting to change, for messages; empty if the user cannot change it."""
 
     def format_of(self, path: str) -> str:
         """Return the format of a file, by `input_format` or its name."""

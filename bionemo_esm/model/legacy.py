@@ -199,7 +199,7 @@ def _read_vocabulary(tar: _LegacyTar, config: Mapping[str, Any]) -> tuple[str, l
         if len(candidates) != 1:
             raise LegacyArchiveError(
                 f"{tar.path}: {'several vocabularies' if candidates else 'no vocabulary'} in it; the rows of the "
-                "embedding cannot be told apart without the tokenizer's .vocab file or vocab.txt (one token a line). "
+                "embedding have no known order without the tokenizer's .vocab file or vocab.txt (one token a line). "
                 f"Add the one that belongs to it to the tar, and name it in tokenizer.vocab_file of {CONFIG}"
             )
         member = candidates[0]

@@ -1,4 +1,4 @@
-"""How NeMo saves and restores our models: its `SaveRestoreConnector`, over our archive.
+"""Saving and restoring models through NeMo: its `SaveRestoreConnector`, over our archive.
 
 NeMo's own connector unpickles weights, changes the working directory while it restores, and refuses classes from
 outside NeMo. Ours takes its place inside `nemo.core.classes.ModelPT`, handles our archives, and leaves all others to

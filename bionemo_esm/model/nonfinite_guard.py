@@ -73,7 +73,7 @@ class NonFiniteGuard:
         return {"in_a_row": self.in_a_row, "mean_loss": self._mean_loss, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state. A run that had given up starts with a count of zero."""
+        """Load the state. A run that had stopped for its skipped steps starts with a count of zero."""
         self.in_a_row, self._mean_loss, self._steps = state["in_a_row"], state["mean_loss"], state["steps"]
         if self.gave_up:
             self.in_a_row = 0

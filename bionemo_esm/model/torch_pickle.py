@@ -50,7 +50,7 @@ _NOT_UNDERSTOOD = (
     LookupError, EOFError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError, struct.error,
     zipfile.BadZipFile,
 )  # fmt: skip
-"""What the readers of pickles and zips raise for bytes that make no sense to them."""
+"""Exceptions that readers of pickles and zips raise for malformed bytes."""
 
 
 class PickleError(UserError):

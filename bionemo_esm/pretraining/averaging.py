@@ -238,29 +238,19 @@ def _check_same_model(sources: Sequence[Source]) -> None:
     for file in (source.file for source in sources):
         if file.model_class != last.model_class:
             raise AveragingError(f"{file.path}: is a {file.model_class}, but {last.path} a {last.model_class}")
-        ours, theirs = _shapes(file), _shapes(last)
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
+        ours, theirs = _architecture(file), _architecture(last)
+        for key in sorted(ours.keys() | theirs.keys()):
+            if (here := ours.get(key)) != (there := theirs.get(key)):
                 raise AveragingError(
-                    f"{file.path}: is another architecture than {last.path}: tensor {name!r} has shape "
-                    f"{ours.get(name, 'none')} there, and {theirs.get(name, 'none')} here"
+                    f"{file.path}: is another architecture than {last.path}: {key} is {here}, there {there}"
                 )
-        if list(ours) != list(theirs):
+        if list(file.weights.infos) != list(last.weights.infos):
             raise AveragingError(f"{file.path}: its tensors lie in another order than in {last.path}; write it anew")
-        here, there = _sizes(file), _sizes(last)
-        for key in sorted(here.keys() | there.keys()):
-            if here.get(key) != there.get(key):
-                raise AveragingError(
-                    f"{file.path}: is another architecture than {last.path}: {key} is {here.get(key)}, there "
-                    f"{there.get(key)}"
-                )
 
 
-def _shapes(file: ArchiveFile) -> dict[str, list[int]]:
-    return {name: list(info.shape) for name, info in file.weights.infos.items()}
-
-
-def _sizes(file: ArchiveFile) -> dict[str, Any]:
-    """Return the architecture, without dropout rates, which may differ."""
+def _architecture(file: ArchiveFile) -> dict[str, Any]:
+    """Return the shapes of tensors and the encoder's configuration without dropout rates, which may differ."""
+    shapes = {f"the shape of tensor {name!r}": list(info.shape) for name, info in file.weights.infos.items()}
     encoder = file.config.get("encoder")
-    return {key: value for key, value in encoder.items() if "dropout" not in key} if isinstance(encoder, dict) else {}
+    sizes = encoder.items() if isinstance(encoder, dict) else ()
+    return shapes | {key: value for key, value in sizes if "dropout" not in key}

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: checkpoints, and snapshots of the weights for the average.
+"""Files that a run writes while it trains: checkpoints, and snapshots of the weights for the average.
 
 Files are written atomically, in the background; an old one is deleted when a newer one is on disk. This replaces NeMo's
 checkpoint callback, which keeps state in file names, unpickles what it reads, and handles preemption on GPUs only.

@@ -149,7 +149,7 @@ class StartFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan is computed from, besides the recipe."""
+    """The inputs of a plan besides the recipe."""
 
     data: DataFacts
     device: DeviceFacts
@@ -584,7 +584,7 @@ def _memory(plan: Plan) -> str | None:
     else:
         said = (
             f"data.{name} takes {plan.memory.total / 1e9:,.1f}, but would take {plan.most_memory.total / 1e9:,.1f} "
-            f"{of} if all its sequences were {plan.recipe.model.seq_length:,} tokens long; lengths are dealt evenly, "
+            f"{of} if all its sequences were {plan.recipe.model.seq_length:,} tokens long; lengths are balanced, "
             "so that is unlikely"
         )
     return f"{said}; {_smaller(plan, USABLE * capacity)}"

@@ -144,7 +144,7 @@ def _optimizer(plan: Plan) -> str:
     sharing = trainer.data_parallel_size if sharded else 1
     share = cost.flops * plan.steps * trainer.world_size / sharing / plan.flops
     text = f"{plan.recipe.optim.name} orthogonalizes matrices: {scientific(cost.flops)} FLOPs a step, "
-    text += f"dealt to {sharing} data-parallel ranks" if sharded else "on every rank"
+    text += f"sharded over {sharing} data-parallel ranks" if sharded else "on every rank"
     text += f", {share:.1%} as much as a rank's forward and backward passes"
     if cost.gathered_bytes:
         text += f"; gathers {_size(cost.gathered_bytes)} a step on a rank"

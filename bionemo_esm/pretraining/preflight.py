@@ -81,7 +81,7 @@ def _missing_processes(trainer: TrainerConfig, launched: int | None) -> list[str
             "machine alone: trainer.num_nodes=1, and trainer.devices as it has"
         ]
     if launched is not None and launched != trainer.world_size:
-        return [f"{product}, but {launched} processes were launched: set both to what the launcher was told"]
+        return [f"{product}, but {launched} processes were launched: set both to the numbers of the launcher"]
     return []
 
 

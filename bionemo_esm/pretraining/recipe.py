@@ -111,7 +111,7 @@ class TrainerConfig(Settings, section="trainer"):
 
 
 class CheckpointConfig(Settings, section="exp_manager.checkpoints"):
-    """How often checkpoints are written, which of them stay, and how many are averaged at the end."""
+    """The interval of checkpoints, the number that are kept, and the number that are averaged at the end."""
 
     every_n_train_steps: PositiveInt = 1_000
     keep_last: PositiveInt = 3
@@ -152,7 +152,7 @@ class ExperimentConfig(Settings, section="exp_manager"):
 
 
 class Published(Settings, section="published"):
-    """What the source of a recipe states. The plan compares a run with it, and uses it if there is no store yet."""
+    """Figures from the source of a recipe. A plan compares a run with them, and uses them if there is no store."""
 
     gpu: str  # a name of `pretraining/hardware.py`
     gpus: PositiveInt
@@ -246,7 +246,7 @@ class Recipe(Settings):
         self._check_accumulation()
         self._check_parallelism()
         self._check_tokens()
-        self.batch_plan()  # raises if batches cannot be dealt evenly
+        self.batch_plan()  # raises if batches cannot be divided evenly
         return self
 
     def _check_accumulation(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a run starts: from nothing, its own newest checkpoint, or the checkpoint of a parent run.
+"""The starting point of a run: new weights, its own newest checkpoint, or the checkpoint of a parent run.
 
 The preflight check and the plan use this file, too. It imports neither NeMo nor Lightning.
 """

@@ -97,7 +97,7 @@ class RunContext:
 
     @property
     def identity(self) -> dict[str, str | int]:
-        """What a resumed run must have unchanged: the stream of samples and the optimisation."""
+        """The settings that a resumed run must not change: the stream of samples and the optimization."""
         train, optim = self.store.manifest["splits"]["train"], self.recipe.optim.to_dict()
         if self.recipe.optim.schedule == INVERSE_SQUARE_ROOT:  # has no end: a run may be extended
             del optim["max_steps"]
@@ -181,7 +181,7 @@ def validation_batch_size(recipe: Recipe, sequences: int) -> int:
     ranks = recipe.trainer.data_parallel_size
     if sequences < ranks:
         raise ConfigError(
-            f"data.validation_sequences: {sequences} validation sequences cannot be dealt to {ranks} ranks; "
+            f"data.validation_sequences: {sequences} validation sequences cannot be divided among {ranks} ranks; "
             "give at least one for each"
         )
     micro = recipe.data.micro_batch_size

@@ -1,1 +1,1 @@
-"""Which residues touch, read from attention maps."""
+"""Contacts between residues, predicted from attention maps."""

@@ -34,7 +34,7 @@ _BYTES_OF_A_FEATURE = 40
 
 
 class FitOptions(Settings):
-    """What is fitted, on which structures and pairs."""
+    """The settings of a fit: structures, pairs of residues, regularization."""
 
     train: int | tuple[str, ...] = 20  # the number of structures, drawn by the seed, or their ids
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -52,7 +52,7 @@ class Structure:
 
     @property
     def resolved(self) -> NDArray[np.bool_]:
-        """Which residues [R] have coordinates."""
+        """Residues that have coordinates, bool [R]."""
         return np.asarray(np.isfinite(self.coordinates).all(axis=1))
 
     def distances_from(self, rows: slice = slice(None)) -> NDArray[np.float32]:
@@ -79,7 +79,7 @@ class Structure:
 
 
 class StructureOptions(Settings):
-    """How mmCIF and PDB files are read."""
+    """The policy for reading mmCIF and PDB files."""
 
     atom: Literal["CA", "CB"] = "CA"  # whose position stands for a residue; CA in glycine
     chain: str | None = None  # by the author's name, of each file; None: all protein chains

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class EmbeddingOptions(Settings):
-    """What is computed for each protein. `resolved` adapts the options to a model; do that before using them.
+    """The arrays to compute for each protein. `resolved` adapts the options to a model; do that before using them.
 
     layers: 0 is the embedding layer, 1 the first block, -1 the last. mean: the mean over residues, of each layer. cls:
     the state of <cls>. residues: the state of each residue. logits: of each residue, over the 33 tokens.

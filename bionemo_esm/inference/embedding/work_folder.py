@@ -217,9 +217,9 @@ class WorkFolder:
 
     def _check_ours(self) -> None:
         known = {_JOB, _OLD_LOCK, _FINISHING, _INPUT, _PARTS, _RECORDS, _JOINED}
-        strange = [path.name for path in self.folder.iterdir() if path.name not in known and path.suffix != ".partial"]
-        if strange:
-            raise ConfigError(f"{self.folder}: is in the way, and not ours: it holds {strange[0]}; move it elsewhere")
+        foreign = [path.name for path in self.folder.iterdir() if path.name not in known and path.suffix != ".partial"]
+        if foreign:
+            raise ConfigError(f"{self.folder}: is in the way, and not ours: it holds {foreign[0]}; move it elsewhere")
 
     def _remove_incomplete(self) -> None:
         remove_unfinished(self.folder)

@@ -86,7 +86,7 @@ class WorkerRank(NamedTuple):
 
 
 class ProgressCallbacks(NamedTuple):
-    """How a process reports: lines for the screen, and the residues that are done of its rank's share."""
+    """Progress of a process: lines for the screen, and the number of residues that its rank has done."""
 
     print_line: Callable[[str], None]
     progress: Callable[[int], None]

@@ -54,7 +54,7 @@ EACH: Literal["each"] = "each"
 
 
 class ScoringOptions(Settings):
-    """Which scores are computed, and how.
+    """The scores to compute.
 
     method: one or several of `METHODS`. masks: for masked-marginals, all sites of a variant masked in one pass
     ("together", the paper's formula), or each alone in the wild type ("each": the sum of the single mutants' scores, in
