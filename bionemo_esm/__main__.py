@@ -73,9 +73,14 @@ COMMANDS = {
 }
 
 
-ALLOCATOR = "PYTORCH_ALLOC_CONF", "expandable_segments:True"
-"""Setting of PyTorch's CUDA allocator: the sizes of rows change at every step, and would fragment its memory."""
-_OLD_ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
+DEFAULTS = (
+    # The sizes of rows change at every step, and would fragment the memory of PyTorch's CUDA allocator.
+    ("PYTORCH_ALLOC_CONF", "expandable_segments:True", ("PYTORCH_CUDA_ALLOC_CONF",)),
+    # How often a waiting OpenMP thread looks before it sleeps: 30 times less than GNU's default. A thread that waits
+    # for one whose core another program uses would keep the other core busy (benchmarks/busy_machine.py).
+    ("GOMP_SPINCOUNT", "10000", ("OMP_WAIT_POLICY",)),
+)
+"""Environment variables set before PyTorch is loaded: name, value, and other variables by which a user may choose."""
 
 
 def main() -> None:
@@ -102,8 +107,9 @@ def _main() -> None:
 
 
 def _run(name: str) -> None:
-    if _OLD_ALLOCATOR_VARIABLE not in os.environ:
-        os.environ.setdefault(*ALLOCATOR)
+    for variable, value, instead in DEFAULTS:
+        if not any(other in os.environ for other in instead):
+            os.environ.setdefault(variable, value)
     command = COMMANDS[name]
     function = getattr(import_module(command.module), command.function)
     if code := function() if command.configured else function(sys.argv[1:]):

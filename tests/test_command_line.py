@@ -197,21 +197,32 @@ def test_every_example_checks_its_arguments_first(example: str) -> None:
     assert done.stderr == "error: zebra is not a key; --help lists every key\n"
 
 
-def test_commands_ask_for_an_allocator_that_does_not_fragment_unless_the_user_has_chosen(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "GOMP_SPINCOUNT": "10000"}),
+        ({"PYTORCH_ALLOC_CONF": "mine"}, {"PYTORCH_ALLOC_CONF": "mine", "GOMP_SPINCOUNT": "10000"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "old"}, {"PYTORCH_ALLOC_CONF": None, "GOMP_SPINCOUNT": "10000"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "GOMP_SPINCOUNT": None}),
+        ({"GOMP_SPINCOUNT": "5"}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "GOMP_SPINCOUNT": "5"}),
+    ],
+)
+def test_commands_set_allocator_and_waiting_threads_unless_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str], expected: dict[str, str | None]
 ) -> None:
-    name, value = program.ALLOCATOR
     monkeypatch.setitem(program.COMMANDS, "toy", program.Command("toy", configured=False))
     monkeypatch.setattr(program, "import_module", lambda _: SimpleNamespace(main=lambda _: 0))
-    for variable, chosen, expected in (
-        ("", "", value),
-        (name, "mine", "mine"),
-        ("PYTORCH_CUDA_ALLOC_CONF", "old", None),
-    ):
-        for each in (name, "PYTORCH_CUDA_ALLOC_CONF"):
-            monkeypatch.setenv(each, "")
-            monkeypatch.delenv(each)
-        if variable:
-            monkeypatch.setenv(variable, chosen)
-        program._run("toy")
-        assert os.environ.get(name) == expected
+    for name in (*expected, "PYTORCH_CUDA_ALLOC_CONF", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    program._run("toy")
+    assert {name: os.environ.get(name) for name in expected} == expected
+
+
+def test_openmp_is_not_loaded_before_its_settings_are_made() -> None:
+    """GNU's OpenMP reads its variables once, when it is loaded; PyTorch loads it."""
+    code = "import bionemo_esm.__main__, sys; print(sorted({'torch', 'numpy', 'hydra'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
