@@ -51,7 +51,7 @@ def tokens_per_second(steps: int, settings: dict[str, str], loops: int) -> float
         subprocess.run(command, env=os.environ | settings, check=True, stdout=subprocess.DEVNULL)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     rates = [line["tokens_per_second"] for line in map(json.loads, lines) if line["kind"] == "train"]
-    return statistics.median(rates[len(rates) // 2 :])
+    return float(statistics.median(rates[len(rates) // 2 :]))
 
 
 def main() -> None:
