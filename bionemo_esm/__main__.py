@@ -30,6 +30,7 @@ USAGE = f"""bionemo-esm {__version__}: protein language models
                                                                      export a model to Transformers
   bionemo-esm embed model=x.nemo input=proteins.fasta output=embeddings.h5
                                                                      compute embeddings
+  bionemo-esm evaluate model=x.nemo input=data/store                 masked-residue loss on its test split
   bionemo-esm score model=x.nemo sequence=wildtype.fasta input=mutants.csv output=scores.csv
                                                                      score variants; scan=true for every single one
   bionemo-esm fit-contacts model=x.nemo structures=structures.parquet output=x_contacts.nemo
@@ -64,6 +65,7 @@ COMMANDS = {
     "convert": Command("bionemo_esm.model.interchange.convert_command"),
     "convert-legacy": Command("bionemo_esm.pretraining.checkpoint_commands", "convert", configured=False),
     "embed": Command("bionemo_esm.inference.embedding.embed_command"),
+    "evaluate": Command("bionemo_esm.inference.evaluation.evaluate_command"),
     "score": Command("bionemo_esm.inference.variants.score_command"),
     "contacts": Command("bionemo_esm.inference.contacts.contacts_command"),
     "fit-contacts": Command("bionemo_esm.inference.contacts.fit_command"),

@@ -1,0 +1,1 @@
+"""Masked-residue prediction on held-out proteins, beside baselines and another model."""
