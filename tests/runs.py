@@ -34,6 +34,7 @@ SMALL = (
     "trainer.log_every_n_steps=1",
     "exp_manager.checkpoints.every_n_train_steps=2",
     "exp_manager.create_tensorboard_logger=false",
+    "evaluate.test_sequences=0",
 )
 """Overrides for a model that trains in a second. Every test starts from these."""
 

@@ -21,6 +21,7 @@ from bionemo_esm.finetuning.predict_command import load_predict_config
 from bionemo_esm.inference.contacts.contacts_command import load_contacts_config
 from bionemo_esm.inference.contacts.fit_command import load_fit_config
 from bionemo_esm.inference.embedding.embed_command import load_embed_config
+from bionemo_esm.inference.evaluation.evaluate_command import load_evaluate_config
 from bionemo_esm.inference.variants.score_command import load_score_config
 from bionemo_esm.model.interchange.convert_command import load_convert_config
 from bionemo_esm.pretraining.checkpoint_commands import load_average_config
@@ -35,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {  # configuration,
     "average": ("average_checkpoints", "", load_average_config),
     "convert": ("convert_checkpoint", "", load_convert_config),
     "embed": ("embed", "inference", load_embed_config),
+    "evaluate": ("evaluate", "inference", load_evaluate_config),
     "score": ("score", "inference", load_score_config),
     "contacts": ("contacts", "inference", load_contacts_config),
     "fit-contacts": ("fit_contacts", "inference", load_fit_config),
@@ -47,6 +49,7 @@ SCRIPTS = {
     "average_checkpoints.py": "average",
     "convert_checkpoint.py": "convert",
     "extract_embeddings.py": "embed",
+    "evaluate.py": "evaluate",
     "score_variants.py": "score",
     "predict_contacts.py": "contacts",
     "fit_contacts.py": "fit-contacts",

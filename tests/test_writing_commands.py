@@ -61,6 +61,7 @@ WRITING = {
     "convert-legacy": Writing("convert-legacy old.nemo new/converted.nemo", "new/converted.nemo", "NEW.nemo"),
     "embed": Writing("embed model=x.nemo input=p.fasta output=new/e.h5", "new/e.h5"),
     "embed, folder": Writing("embed model=x.nemo input=p.fasta output=new/e", "new/e"),
+    "evaluate": Writing("evaluate model=x.nemo input=p.fasta store=store output=new/e.json", "new/e.json"),
     "score": Writing("score model=x.nemo sequence=wt.fasta scan=true output=new/scores.csv", "new/scores.csv"),
     "fit-contacts": Writing(
         "fit-contacts model=x.nemo structures=structures.parquet train=3 most_pairs=500 output=new/fitted.nemo",

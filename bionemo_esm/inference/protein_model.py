@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from bionemo_esm.inference.engine_options import EngineConfig, describe, engine_config
+from bionemo_esm.inference.engine_options import describe, engine_config
+from bionemo_esm.inference.load import load_engine
 
 if TYPE_CHECKING:  # torch and Megatron take seconds to import
     import numpy as np
@@ -101,6 +102,46 @@ class ProteinModel:
         return Embeddings(embed_proteins(self.engine, proteins_of(sequences, policy or InputPolicy()), options))
 
     @isolated
+    def evaluate(
+        self,
+        sequences: Sequences,
+        store: str | os.PathLike[str] | None = None,
+        masked: float = 0.15,
+        window: int | None = None,
+        pseudo_perplexity: bool = False,
+        seed: int = 42,
+        resamples: int = 1000,
+        policy: InputPolicy | None = None,
+    ) -> dict[str, Any]:
+        """Return how well the model predicts masked residues: the figures of `bionemo-esm evaluate`, as plain values.
+
+        `sequences`: as in `embed`. `store`: a store over whose training split the baselines are counted; None: no
+        baselines. `masked`: fraction of the residues that are masked at once. `seed`: of the masks. `resamples`: of
+        the bootstrap over proteins. Raises `InputError`, `ConfigError`, `StoreError`.
+        """
+        from bionemo_esm.data.store import ProteinStore
+        from bionemo_esm.inference.evaluation.baselines import NeighbourCounts
+        from bionemo_esm.inference.evaluation.evaluation import (
+            EvaluationOptions,
+            Predictors,
+            evaluate_parts,
+            one_by_one,
+            parts_of,
+        )
+        from bionemo_esm.inference.evaluation.figures import MODEL, figures_of
+        from bionemo_esm.inference.inputs import InputPolicy, proteins_of
+
+        options = EvaluationOptions(masked=masked, window=window, pseudo_perplexity=pseudo_perplexity, seed=seed)
+        counts = None
+        if store is not None:
+            opened = ProteinStore.open(store)
+            counts = NeighbourCounts.of(opened.split("train"), opened.split("validation"))
+        proteins = [protein.tokens for protein in proteins_of(sequences, policy or InputPolicy())]
+        predictors = Predictors({MODEL: self.engine}, counts, options)
+        result = evaluate_parts(parts_of(enumerate(proteins)), partial(one_by_one, predictors))
+        return figures_of(result, resamples)
+
+    @isolated
     def score_variants(
         self,
         sequence: str,
@@ -158,12 +199,3 @@ class ProteinModel:
         from bionemo_esm.inference.contacts.prediction import contacts_of, residues_at_hand
 
         return contacts_of(self.engine, residues_at_hand(sequence), WindowSpec.of(self.engine, window, overlap))
-
-
-def load_engine(config: EngineConfig) -> Engine:
-    """Return `Engine.load` of a configuration, without Megatron's warnings about a missing Apex."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from bionemo_esm.inference.engine import Engine
-
-        return Engine.load(config.model, config.device, config.precision, config.batch_tokens)

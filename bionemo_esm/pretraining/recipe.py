@@ -203,6 +203,12 @@ def _phase(name: str, steps: int | None, ratio: float | None, last: int) -> int 
     return int(ratio * last)
 
 
+class EvaluateConfig(Settings, section="evaluate"):
+    """The evaluation at the end of a run: `pretraining/held_out.py`."""
+
+    test_sequences: NonNegativeInt | None = 1000  # of the test split, chosen at random; null: all; 0: none
+
+
 class Sections(Settings):
     """The configuration as it is written: the sections `model` and `optim` are not resolved yet."""
 
@@ -218,6 +224,7 @@ class Sections(Settings):
     trainer: TrainerConfig
     exp_manager: ExperimentConfig
     probe: dict[str, Any] | None = None
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
 
 
 class Recipe(Settings):
@@ -235,6 +242,7 @@ class Recipe(Settings):
     trainer: TrainerConfig
     exp_manager: ExperimentConfig
     probe: ProbeConfig | None = None
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     restored_sha256: str | None = None  # of the weights in restore_from_path; None: not set, or there is no such file
 
     @model_validator(mode="after")

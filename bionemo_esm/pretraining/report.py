@@ -40,6 +40,9 @@ Validation perplexity | validation_perplexity | {:.3f};     Validation loss | va
 Perplexity of residue frequencies | unigram_perplexity | {:.3f};  Masked residues named right | masked_accuracy | {:.2%}
 Perplexity before training | initial_validation_perplexity | {:.3f}
 Perplexity of the average | averaged_validation_perplexity | {:.3f};  Checkpoints averaged | averaged_checkpoints | {:,}
+Test perplexity | test_perplexity | {:.3f};    Test perplexity of the average | averaged_test_perplexity | {:.3f}
+Test, residue frequencies | test_unigram_perplexity | {:.3f};  Test, four neighbours | test_ngram_perplexity | {:.3f}
+Test sequences | test_sequences | {:,}
 Masked residues asked | masked_residues | {:,};             Model | model | {}
 Parameters | parameters | {:,};                             Precision | precision | {}
 Training sequences | train_sequences | {:,};                Validation sequences | validation_sequences | {:,}

@@ -110,6 +110,7 @@ def _finish(run: RunContext, result: FitResult, console: Console, started: float
     result.model.save_to(str(archive))
     restored = ESM1nvModel.restore_from(str(archive))
     summary = _summary(run, result, restored, archive) | _averaged(run, result, console)
+    summary |= _tested(run, summary, console)
     summary |= {"wall_seconds": round(time.monotonic() - started, 1)}
     _write_json(run.folder / "summary.json", summary)
     report = write_report(run.folder)
@@ -144,6 +145,15 @@ def _averaged(run: RunContext, result: FitResult, console: Console) -> dict[str,
         "averaged_validation_perplexity": score.perplexity,
         "averaged_masked_accuracy": score.accuracy,
     }
+
+
+def _tested(run: RunContext, summary: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Return what the test split says about the model and its average."""
+    from bionemo_esm.inference.evaluation.figures import MODEL
+    from bionemo_esm.pretraining.held_out import AVERAGED, evaluate_test_split
+
+    archives = {MODEL: summary["nemo"], AVERAGED: summary.get("averaged_nemo")}
+    return evaluate_test_split(run, {name: Path(path) for name, path in archives.items() if path}, console)
 
 
 def _gave_up_message(recipe: Recipe, folder: Path, steps: int) -> str:
@@ -208,7 +218,7 @@ def _steps(summary: dict[str, Any]) -> str:
 
 def _closing(summary: dict[str, Any], report: Path) -> str:
     folder = report.parent
-    before = averaged = files = ""
+    before = averaged = files = tested = ""
     if summary["initial_masked_residues"] == summary["masked_residues"]:  # scored on the same batches
         before = f"{summary['initial_validation_perplexity']:.2f} before training and "
     if "averaged_nemo" in summary:
@@ -218,12 +228,22 @@ def _closing(summary: dict[str, Any], report: Path) -> str:
             f"{summary['averaged_masked_accuracy']:.1%} right\n"
         )
         files = f"  averaged {short(Path(summary['averaged_nemo']))}\n"
+    if "test" in summary:
+        figures = summary["test"]["predictors"]
+        low, high = figures["model"]["perplexity_interval"]
+        also = f", averaged {summary['averaged_test_perplexity']:.2f}" if "averaged" in figures else ""
+        tested = (
+            f"  test perplexity {summary['test_perplexity']:.2f} ({low:.2f} to {high:.2f}){also}, against "
+            f"{summary['test_unigram_perplexity']:.2f} for residue frequencies and "
+            f"{summary['test_ngram_perplexity']:.2f} for an n-gram of four neighbours\n"
+        )
     return (
         f"\nDone in {duration(summary['wall_seconds'])}: {_steps(summary)}, {summary['epochs']:.1f} epochs.\n"
         f"  validation perplexity {summary['validation_perplexity']:.2f}, against {before}"
         f"{summary['unigram_perplexity']:.2f} for residue frequencies alone; {summary['masked_accuracy']:.1%} of "
         "masked residues right\n"
         f"{averaged}"
+        f"{tested}"
         f"  model    {short(Path(summary['nemo']))}\n"
         f"{files}"
         f"  report   {short(report)}\n"

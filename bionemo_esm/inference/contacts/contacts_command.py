@@ -36,7 +36,7 @@ from bionemo_esm.inference.contacts.structures import (
 from bionemo_esm.inference.engine_options import EngineConfig, describe, run
 from bionemo_esm.inference.figures import draw_contacts
 from bionemo_esm.inference.inputs import InputError, InputPolicy, read_proteins
-from bionemo_esm.inference.protein_model import load_engine
+from bionemo_esm.inference.load import load_engine
 from bionemo_esm.settings import NonNegativeInt, PositiveFloat, PositiveInt, plain_values
 
 if TYPE_CHECKING:  # they import torch

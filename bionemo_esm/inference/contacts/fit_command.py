@@ -36,7 +36,7 @@ from bionemo_esm.inference.contacts.head_fitting import (
 from bionemo_esm.inference.contacts.metrics import TIES, Row, as_dicts, intervals, summary, table, verdict
 from bionemo_esm.inference.contacts.structures import StructureOptions, files_of, read_structures, source_paths
 from bionemo_esm.inference.engine_options import EngineConfig, describe, run
-from bionemo_esm.inference.protein_model import load_engine
+from bionemo_esm.inference.load import load_engine
 from bionemo_esm.settings import plain_values
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from bionemo_esm.inference.embedding.options import EmbeddingOptions, plural
 from bionemo_esm.inference.embedding.work_folder import WorkFolder, cut
 from bionemo_esm.inference.engine_options import EngineConfig, describe
 from bionemo_esm.inference.inputs import InputInventory, InputPolicy, Protein, read_proteins
-from bionemo_esm.inference.protein_model import load_engine
+from bionemo_esm.inference.load import load_engine
 from bionemo_esm.settings import InputPath, PositiveInt
 
 if TYPE_CHECKING:  # it imports torch

@@ -126,13 +126,13 @@ def counted(split: SequenceSplit, most_residues: int = MOST_RESIDUES) -> NDArray
     return counts
 
 
-def _mixed(counts: NDArray[Any], smaller: Floats, prior: float) -> Floats:
+def _mixed(counts: NDArray[Any], smaller: NDArray[Any], prior: float) -> NDArray[Any]:
     """Return probabilities of counts [..., targets], mixed with those of the smaller context."""
-    mixed: Floats = (counts + prior * smaller) / (counts.sum(axis=-1, keepdims=True) + prior)
+    mixed: NDArray[Any] = (counts + prior * smaller) / (counts.sum(axis=-1, keepdims=True) + prior)
     return mixed
 
 
-def _best_prior(counts: NDArray[np.int64], smaller: Floats, held_out: NDArray[np.int64] | None) -> float:
+def _best_prior(counts: NDArray[np.int64], smaller: NDArray[Any], held_out: NDArray[np.int64] | None) -> float:
     """Return the weight under which the held-out residues are likeliest; without them, each residue given all others.
 
     Proteins without relatives in training need more weight than the leave-one-out choice, which sees paralogs.

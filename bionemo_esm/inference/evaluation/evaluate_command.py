@@ -162,6 +162,7 @@ def _computed(config: EvaluateConfig, proteins: ProteinInput, counts: Any, conso
         Predictors,
         evaluate_parts,
         load_engines,
+        one_by_one,
         parts_of,
         worker_pool,
     )
@@ -183,12 +184,8 @@ def _computed(config: EvaluateConfig, proteins: ProteinInput, counts: Any, conso
             predictors = Predictors(load_engines(config.models), counts, options)
             for name, engine in predictors.engines.items():
                 console.print_line(f"  {name:<10}{describe(engine)}")
-            compute = partial(_one_by_one, predictors)
+            compute = partial(one_by_one, predictors)
         return evaluate_parts(parts_of(proteins.read()), compute, work, finished)
-
-
-def _one_by_one(predictors: Any, parts: Iterable[Part]) -> Iterator[tuple[Part, PartResult]]:
-    return ((part, predictors.evaluate(part)) for part in parts)
 
 
 # --- input ------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from bionemo_esm.inference.engine_options import EngineConfig
 from bionemo_esm.inference.evaluation.baselines import BASELINES, NeighbourCounts
 from bionemo_esm.inference.evaluation.masked import log_probabilities, masked_protein
 from bionemo_esm.inference.evaluation.tally import Tally
-from bionemo_esm.inference.protein_model import load_engine
+from bionemo_esm.inference.load import load_engine
 from bionemo_esm.settings import Settings
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -48,7 +48,7 @@ class EvaluationOptions(Settings):
 class Part(NamedTuple):
     """Some proteins of an input: their numbers and token ids."""
 
-    index: int
+    place: int  # of the part in the input, from 0
     numbers: list[int]
     tokens: list[Residues]
 
@@ -83,7 +83,7 @@ class PartResult:
 
     @classmethod
     def load(cls, path: Path) -> PartResult:
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(path) as stored:
             arrays: dict[str, Any] = dict(stored)
         lengths, counts = arrays.pop("lengths"), arrays.pop("counts")
         of: dict[str, dict[str, Any]] = {}
@@ -139,12 +139,17 @@ def _pseudo_losses(
     return np.array([-sum(float(next(answers)[0, token]) for token in tokens.tolist()) for tokens in proteins])
 
 
-def parts_of(proteins: Iterable[tuple[int, Residues]], size: int = PART_PROTEINS) -> Iterator[Part]:
+def parts_of(proteins: Iterable[tuple[int, Residues]]) -> Iterator[Part]:
     """Yield numbered proteins in parts, read as needed."""
-    iterator, index = iter(proteins), 0
-    while chunk := list(islice(iterator, size)):
-        yield Part(index, [number for number, _ in chunk], [np.array(tokens) for _, tokens in chunk])
-        index += 1
+    iterator, place = iter(proteins), 0
+    while chunk := list(islice(iterator, PART_PROTEINS)):
+        yield Part(place, [number for number, _ in chunk], [np.array(tokens) for _, tokens in chunk])
+        place += 1
+
+
+def one_by_one(predictors: Predictors, parts: Iterable[Part]) -> Iterator[tuple[Part, PartResult]]:
+    """Evaluate parts in this process: a `compute` of `evaluate_parts`."""
+    return ((part, predictors.evaluate(part)) for part in parts)
 
 
 def evaluate_parts(
@@ -161,23 +166,23 @@ def evaluate_parts(
 
     def missing() -> Iterator[Part]:
         for part in parts:
-            path = None if folder is None else _file_of(folder, part.index)
+            path = None if folder is None else _file_of(folder, part.place)
             if path is not None and path.is_file():
-                results[part.index] = PartResult.load(path)
+                results[part.place] = PartResult.load(path)
                 finished(part.residues)
             else:
                 yield part
 
     for part, result in compute(missing()):
         if folder is not None:
-            result.save(_file_of(folder, part.index))
-        results[part.index] = result
+            result.save(_file_of(folder, part.place))
+        results[part.place] = result
         finished(part.residues)
-    return reduce(add, (results[index] for index in sorted(results)))
+    return reduce(add, (results[place] for place in sorted(results)))
 
 
-def _file_of(folder: Path, index: int) -> Path:
-    return folder / f"part-{index:06d}.npz"
+def _file_of(folder: Path, place: int) -> Path:
+    return folder / f"part-{place:06d}.npz"
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from bionemo_esm.statistics import percentile_interval, resampled_counts
 
 MODEL, REFERENCE = "model", "reference"
 _NAME_WIDTH = 22
+_FEWEST_IN_A_BIN = 50  # masked residues, of a bin of confidence that is drawn
 
 
 def figures_of(result: PartResult, resamples: int = 1000, seed: int = 1) -> dict[str, Any]:
@@ -35,6 +36,15 @@ def figures_of(result: PartResult, resamples: int = 1000, seed: int = 1) -> dict
         "predictors": {name: _predictor(name, result, estimates) for name in result.tallies},
         "differences": {name: _difference(estimates, name) for name in others},
     }
+
+
+def without_tables(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of all residues together."""
+    predictors = {
+        name: {key: value for key, value in one.items() if key not in SIZES}
+        for name, one in figures["predictors"].items()
+    }
+    return {**figures, "predictors": predictors}
 
 
 def _predictor(name: str, result: PartResult, estimates: Estimates) -> dict[str, Any]:
@@ -143,7 +153,7 @@ def _draw_losses(axes: Any, predictors: Mapping[str, Any], names: Mapping[str, s
 def _draw_calibration(axes: Any, predictors: Mapping[str, Any]) -> None:
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8)
     for name in (name for name in (MODEL, REFERENCE) if name in predictors):
-        rows = predictors[name]["by_confidence"]
+        rows = [row for row in predictors[name]["by_confidence"] if row["masked_residues"] >= _FEWEST_IN_A_BIN]
         axes.plot([r["confidence"] for r in rows], [r["accuracy"] for r in rows], "o-", ms=4, color=_COLOURS[name])
     axes.set_title("accuracy over confidence", loc="left", fontsize=10)
     axes.grid()

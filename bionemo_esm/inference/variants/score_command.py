@@ -25,7 +25,7 @@ from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import atomic_write, hold_output
 from bionemo_esm.inference import figures
 from bionemo_esm.inference.engine_options import EngineConfig, describe, run
-from bionemo_esm.inference.protein_model import load_engine
+from bionemo_esm.inference.load import load_engine
 from bionemo_esm.inference.variants.mutations import (
     Variant,
     WildType,
