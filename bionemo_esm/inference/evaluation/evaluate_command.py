@@ -21,14 +21,13 @@ from bionemo_esm import __version__
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.data.dataloader import EpochPermutation
-from bionemo_esm.data.fasta import STANDARD_INPUT
 from bionemo_esm.data.store import MANIFEST_NAME, SPLITS, ProteinStore, SequenceSplit, sha256_of_file
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import atomic_write, hold_output
 from bionemo_esm.inference.batching import Residues
 from bionemo_esm.inference.engine_options import EngineConfig, describe, run
 from bionemo_esm.inference.inputs import InputPolicy, read_proteins, scan_input
-from bionemo_esm.settings import NonNegativeInt, PositiveInt, expand_home, plain_values
+from bionemo_esm.settings import STANDARD_INPUT, InputPath, NonNegativeInt, PositiveInt, plain_values
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from bionemo_esm.inference.evaluation.evaluation import Part, PartResult
@@ -41,7 +40,7 @@ class EvaluateConfig(EngineConfig, InputPolicy):
     """The keys of `conf/inference/evaluate.yaml`."""
 
     reference: Path | None = None
-    input: str
+    input: InputPath
     split: str = "test"
     sequences: PositiveInt | None = None
     store: Path | None = None
@@ -193,7 +192,7 @@ def _computed(config: EvaluateConfig, proteins: ProteinInput, counts: Any, conso
 
 def open_input(config: EvaluateConfig) -> ProteinInput:
     """Read and check the input: a split of a store, or a file. Raises `ConfigError`, `StoreError`, `InputError`."""
-    folder = expand_home(config.input)
+    folder = Path(config.input)
     if folder.is_dir():
         split = ProteinStore.open(folder).split(config.split)
         if not len(split):
@@ -236,7 +235,7 @@ def choose(there: int, wanted: int | None, seed: int) -> Any:
 
 def _training_split(config: EvaluateConfig) -> tuple[SequenceSplit, SequenceSplit] | None:
     """Return the training and the validation split of the baselines; None if no store is known."""
-    folder = config.store or expand_home(config.input)
+    folder = config.store or Path(config.input)
     if config.store is None and not (folder / MANIFEST_NAME).is_file():
         return None
     store = ProteinStore.open(folder)
