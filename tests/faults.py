@@ -20,8 +20,8 @@ from typing import Any
 
 from runs import SMALL, composed
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(  # one list for all tests: a process has one fork server
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(  # one list for all tests: a process has one fork server
     [
         "faults",
         "bionemo_esm.pretraining.trainer",
@@ -140,7 +140,7 @@ def run(
     folder.parent.mkdir(parents=True, exist_ok=True)
     names = [folder.parent / f".{folder.name}-rank{rank}" for rank in range(ranks)]
     processes = [
-        _SERVER.Process(target=_child, args=(folder, overrides, rank, ranks, port, names[rank], tuple(faults)))
+        FORK_SERVER.Process(target=_child, args=(folder, overrides, rank, ranks, port, names[rank], tuple(faults)))
         for rank in range(ranks)
     ]
     for process in processes:

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from bionemo_esm import config_directory
+from bionemo_esm.__main__ import main
 from bionemo_esm.pretraining.run import pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +49,13 @@ def tool(name: str) -> str | None:
 def composed(*overrides: str, config: str = "pretrain_esm1nv", part: str = "") -> DictConfig:
     with initialize_config_dir(str(config_directory(part)), version_base="1.3"):
         return compose(config, overrides=list(overrides))
+
+
+def command_here(*words: str) -> None:
+    """Run `bionemo-esm` with these words in this process. A stop raises `SystemExit`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bionemo-esm", *words])
+        main()
 
 
 def run_here(folder: Path, *overrides: str) -> dict[str, Any]:

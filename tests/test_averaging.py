@@ -40,6 +40,7 @@ from bionemo_esm.pretraining.averaging import AveragingError, average_checkpoint
 from bionemo_esm.pretraining.checkpoint_commands import average
 from bionemo_esm.pretraining.checkpoints import AsyncWriter, CheckpointAveraging
 from bionemo_esm.pretraining.resume import list_checkpoints
+from faults import FORK_SERVER
 from models import TINY, tiny_model
 from runs import ROOT, run_here
 
@@ -409,7 +410,13 @@ def test_sharded_weights_are_gathered_averaged_and_sharded_again(tmp_path: Path)
     wholes = {step: describe(tiny_model(seed=step)) for step in (2, 4, 6)}
     for step, archive in wholes.items():
         write_archive(tmp_path / "whole" / f"step-{step:09d}.nemo", replace(archive, provenance={"steps": step}))
-    torch.multiprocessing.spawn(shard, (tmp_path,), nprocs=2)
+    ranks = [FORK_SERVER.Process(target=shard, args=(rank, tmp_path)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
 
     alone = describe(ESM1nvModel(tiny_model().cfg)).weights
     for rank in (0, 1):  # both ranks see the whole weights

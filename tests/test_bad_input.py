@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from bionemo_esm.pretraining.recipe import load_recipe
 from bionemo_esm.pretraining.run import pretrain
 from imported import ESM1B, ESM2, brought_here, source_model
 from models import tiny_model
-from runs import ROOT, SMALL, composed
+from runs import ROOT, SMALL, command_here, composed
 
 
 def complaint(capfd: pytest.CaptureFixture[str], *overrides: str) -> str:
@@ -214,7 +212,7 @@ def test_conversion_command_in_the_error_gives_the_requested_length(
     assert error.endswith(f"bionemo-esm convert source=… target=….nemo seq_length={length}{stretch}\n")
     words = error.split("again: bionemo-esm ")[1].replace("source=…", f"source={tmp_path}/a_small_one").split()
     command = [word.replace("target=….nemo", f"target={new}") for word in words]
-    subprocess.run([sys.executable, "-m", "bionemo_esm", *command], capture_output=True, check=True)
+    command_here(*command)
     assert load_recipe(composed(*adapting[:2], f"restore_from_path={new}")).model.seq_length == length
 
 

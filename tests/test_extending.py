@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from bionemo_esm.__main__ import main
 from bionemo_esm.data.fasta import read_fasta
 from bionemo_esm.finetuning.heads import HEADS
 from bionemo_esm.inference.embedding.formats import FORMATS, read_embeddings
 from bionemo_esm.model.optimizer_registry import OPTIMIZERS
 from models import tiny_model
-from runs import ROOT, SMALL, composed
+from runs import ROOT, SMALL, command_here, composed
 from scripts.structure import MAX_EXTENSION_FILES, Structure
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -76,8 +75,7 @@ def run_here(
 
     def command(program: str, *words: str) -> str:
         assert program == "bionemo-esm"
-        monkeypatch.setattr(sys, "argv", [program, *words])
-        main()
+        command_here(*words)
         return capfd.readouterr().out
 
     return command

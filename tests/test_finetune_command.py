@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from bionemo_esm.__main__ import main
 from bionemo_esm.finetuning import comparison, fitting
 from bionemo_esm.finetuning.model import ESMFineTunedModel
 from fine_tuned import WORDS, fine_tuned
 from finetuning_runs import QUICK, per_protein, per_residue, pretrained, run_here
+from runs import command_here
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +217,8 @@ def test_a_signal_leaves_checkpoints_and_no_results(
 
     monkeypatch.setattr(ESMFineTunedModel, "training_step", signalled)
     monkeypatch.setattr(fitting, "_SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(sys, "argv", ["bionemo-esm", "finetune", *unfinished(tmp_path, base)])
     with pytest.raises(SystemExit) as stopped:
-        main()
+        command_here("finetune", *unfinished(tmp_path, base))
     assert stopped.value.code == code
     error = capsys.readouterr().err
     assert "the same command goes on" in error

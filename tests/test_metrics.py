@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import traceback
 import warnings
@@ -24,8 +23,8 @@ from bionemo_esm.finetuning.splits import LabelledDataset, Splits
 from bionemo_esm.finetuning.tasks import Prediction, Task
 from bionemo_esm.inference.inputs import Protein
 from bionemo_esm.model.parallel import ensure_groups
+from faults import FORK_SERVER
 
-FORK_SERVER = multiprocessing.get_context("forkserver")  # faults.py makes the fork server preload slow imports
 LETTERS = Task(name="letters", level="residue", kind="classification", metric="accuracy", classes=tuple("HECXY"))
 NUMBERS = Task(name="numbers", level="residue", kind="regression", metric="spearman")
 EACH = Task(name="each", level="sequence", kind="classification", metric="f1", classes=("a", "b", "c"))

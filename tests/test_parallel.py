@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Mapping
@@ -50,9 +49,9 @@ from bionemo_esm.model.parallel import (
     unequal_over_data_parallel,
 )
 from errors import refused
+from faults import FORK_SERVER
 from models import tiny_model
 
-FORK_SERVER = multiprocessing.get_context("forkserver")  # faults.py makes the fork server preload slow imports
 SETTINGS = OptimConfig(lr=1e-2, min_lr=0.0, weight_decay=0.1, warmup_steps=2, constant_steps=0, max_steps=10)
 BACKENDS = choose_backends("cpu", torch.float32, 0.0)
 Tensors = dict[str, Tensor]

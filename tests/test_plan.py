@@ -39,7 +39,7 @@ from bionemo_esm.pretraining.plan_report import describe_plan, key_rates
 from bionemo_esm.pretraining.preflight import _missing_space
 from bionemo_esm.pretraining.recipe import Recipe, load_recipe
 from bionemo_esm.pretraining.run import pretrain
-from runs import ROOT, composed
+from runs import ROOT, command_here, composed
 
 CARD = DataFacts("published", 51_000_000, 248.0, SPREAD * 248.0**2)
 SAMPLE = DataFacts("the shipped sample", 2_600, 309.1, 309.1**2 * 1.25, 200, 1_024)
@@ -244,7 +244,7 @@ def test_fasta_file_can_be_planned_after_the_command_in_the_error(
     with pytest.raises(ConfigError) as refused:
         gathered("recipe=laptop", "data.fasta='three of mine.fasta'")
     command, _, keys = str(refused.value).partition("bionemo-esm ")[2].partition(", then plan with ")
-    subprocess.run([sys.executable, "-m", "bionemo_esm", *shlex.split(command)], capture_output=True, check=True)
+    command_here(*shlex.split(command))
     data = gathered("recipe=laptop", *keys.split()).facts.data
     assert (data.source, data.train_sequences, data.validation_sequences) == ("store data/mine", 1, 1)
 

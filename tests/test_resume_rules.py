@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from bionemo_esm.model.schedule import learning_rate
 from bionemo_esm.pretraining.preflight import check_requirements
 from bionemo_esm.pretraining.recipe import load_recipe
 from faults import Outcome, history, run
-from runs import SMALL, composed
+from runs import SMALL, command_here, composed
 
 PHASE_1 = ("optim.sched.max_steps=40", "trainer.max_steps=4")
 PHASE_2 = ("optim.sched.max_steps=40", "trainer.max_steps=8", "data.global_batch_size=32")
@@ -39,7 +37,9 @@ def train_lines(folder: Path) -> list[dict[str, object]]:
     return [line for line in history(folder) if line["kind"] == "train"]
 
 
-def test_continued_run_equals_one_long_run_bit_for_bit(first: Path, tmp_path: Path) -> None:
+def test_continued_run_equals_one_long_run_bit_for_bit(
+    first: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Compare four steps plus four in another folder with eight steps in one run."""
     whole, second = tmp_path / "whole", tmp_path / "second"
     assert run(whole, "optim.sched.max_steps=40", "trainer.max_steps=8").codes == [0]
@@ -50,10 +50,8 @@ def test_continued_run_equals_one_long_run_bit_for_bit(first: Path, tmp_path: Pa
     expected, found = read_archive(nemo(whole)), read_archive(nemo(second))
     assert all(found.weights[name].equal(tensor) for name, tensor in expected.weights.items())
     assert train_lines(second) == train_lines(whole)[4:]
-    shown = subprocess.run(
-        [sys.executable, "-m", "bionemo_esm", "inspect", nemo(second)], capture_output=True, text=True, check=True
-    )
-    assert "step 4 of a run of laptop, after 64 samples" in shown.stdout
+    command_here("inspect", str(nemo(second)))
+    assert "step 4 of a run of laptop, after 64 samples" in capfd.readouterr().out
     assert found.provenance["continued_from"] == {"recipe": "laptop", "steps": 4, "consumed_samples": 64}
 
 
