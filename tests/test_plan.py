@@ -163,6 +163,18 @@ def test_memory_is_estimated_for_the_mean_and_the_largest_micro_batch() -> None:
     assert sharded.memory.moments == 8 * 3072 * 768, "tensors are not cut: the largest is the least"
 
 
+def test_recomputation_saves_memory_and_costs_time_but_no_flops_of_the_model() -> None:
+    plan, selective, full = (planned(f"trainer.recompute={kind}") for kind in ("none", "selective", "full"))
+    saved = [kind.memory.activations + kind.memory.recomputed for kind in (plan, selective, full)]
+    assert saved[0] > saved[1] > saved[2]
+    assert plan.flops == selective.flops == full.flops
+    assert plan.wall_seconds and full.wall_seconds
+    assert full.wall_seconds / plan.wall_seconds == pytest.approx(4 / 3, rel=0.02)  # the head is not computed again
+    assert "recomputed" in text_of(full)
+    assert "33% more are computed again" in text_of(full)
+    assert "again" not in text_of(plan)
+
+
 def test_disk_space_is_the_sum_of_file_sizes() -> None:
     storage, weights = planned().storage, 4 * 43_612_544
     assert storage.checkpoints == 350  # one every 1,000 steps (349), and one at the end

@@ -29,6 +29,8 @@ PRECISIONS = ("auto", "32", "bf16")
 POSITION_OFFSETS = (0, PAD_ID + 1)
 """Unused rows at the top of a position table. Tables of fairseq, and so of ESM-1b, have two."""
 FUSED_ADAM, MUON = "fused_adam", "muon"
+NO_RECOMPUTE, SELECTIVE_RECOMPUTE, FULL_RECOMPUTE = RECOMPUTE = ("none", "selective", "full")
+"""What a block's backward pass computes again; see `model/recompute.py`."""
 
 COLUMN, ROW = 0, 1
 """Dimension of a weight [outputs, inputs] that tensor parallelism splits."""

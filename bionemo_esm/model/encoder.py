@@ -38,9 +38,10 @@ from bionemo_esm.compat import initialize_language_module
 from bionemo_esm.model import cpu_kernels
 from bionemo_esm.model.attention import MapObserver, PackedAttention, PackedRow, RotaryEmbedding, pad_rows
 from bionemo_esm.model.backends import MEGATRON, ONEDNN, FusedBackends, choose_backends, default_torch_state
-from bionemo_esm.model.config import LEARNED, ROTARY, EncoderConfig
+from bionemo_esm.model.config import LEARNED, NO_RECOMPUTE, ROTARY, EncoderConfig
 from bionemo_esm.model.contact_head import ContactHead
 from bionemo_esm.model.parallel import GatherLastDimension, model_groups, tensor_parallel_rank, tensor_parallel_size
+from bionemo_esm.model.recompute import recomputed
 
 NORM_NAMES = ("input_layernorm", "pre_mlp_layernorm", "final_layernorm", "layer_norm", "embedding_layernorm")
 """Attributes of the encoder's modules that are layer norms."""
@@ -147,6 +148,33 @@ def get_dropout_add(
     return add
 
 
+class Block(TransformerLayer):
+    """One pre-norm block: `input_layernorm`, `self_attention`, `pre_mlp_layernorm`, `mlp`, each pair with its residual.
+
+    `recompute`: what its backward pass computes again, a name in `RECOMPUTE`.
+    """
+
+    recompute = NO_RECOMPUTE
+
+    def forward(self, hidden_states: Tensor, packed_seq_params: PackedRow, **_: Any) -> tuple[Tensor, None]:
+        """[T, 1, H] -> [T, 1, H], or at the queries of the row only, [queries or `context_rows`, 1, H]."""
+        compute = self._all_places if packed_seq_params.queries is None else self._at_queries
+        return recomputed(partial(compute, packed_seq_params), hidden_states, self.recompute), None
+
+    def _all_places(self, row: PackedRow, hidden_T1H: Tensor) -> Tensor:
+        output_T1H, _ = super().forward(hidden_states=hidden_T1H, attention_mask=None, packed_seq_params=row)
+        assert isinstance(output_T1H, Tensor)
+        return output_T1H
+
+    def _at_queries(self, row: PackedRow, hidden_T1H: Tensor) -> Tensor:
+        """Compute keys and values of all tokens, and everything else for the queries only."""
+        attended = self.self_attention(self.input_layernorm(hidden_T1H), attention_mask=None, packed_seq_params=row)
+        add = self.self_attn_bda(self.training, False)
+        hidden_M1H = add(attended, pad_rows(hidden_T1H[row.queries], row.context_rows), self.hidden_dropout)
+        output_M1H: Tensor = add(self.mlp(self.pre_mlp_layernorm(hidden_M1H)), hidden_M1H, self.hidden_dropout)
+        return output_M1H
+
+
 # --- the architecture in Megatron's terms -----------------------------------------------------------------------------
 
 
@@ -203,7 +231,7 @@ def layer_spec(backends: FusedBackends) -> ModuleSpec:
         ),
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Block,
         submodules=TransformerLayerSubmodules(
             input_layernorm=backends.layer_norm,
             self_attention=attention,
@@ -335,6 +363,11 @@ class ESMEncoder(BertModel):
             setattr(made, name, parameter)
         return made.train(norm.training)
 
+    def set_recompute(self, recompute: str) -> None:
+        """Choose what the backward pass of every block computes again, a name in `RECOMPUTE`."""
+        for block in self.encoder.layers:
+            block.recompute = recompute
+
     @torch.no_grad()
     def _clear_unused_rows(self) -> None:
         """Set the rows that no token reads to zero. They get no gradient and stay zero."""
@@ -399,14 +432,8 @@ class ESMEncoder(BertModel):
         hidden_T1H = self.embedded(tokens_T, positions_T, cu_seqlens).unsqueeze(1)
         *blocks, last = self.encoder.layers
         for block in blocks:
-            hidden_T1H, _ = block(hidden_states=hidden_T1H, attention_mask=None, packed_seq_params=layout)
-        attended = last.self_attention(
-            last.input_layernorm(hidden_T1H), attention_mask=None, packed_seq_params=layout.query_index(places_M, rows)
-        )
-        add = last.self_attn_bda(self.training, False)
-        residual_M1H = pad_rows(hidden_T1H[places_M], rows)
-        hidden_M1H = add(attended, residual_M1H, last.hidden_dropout)
-        hidden_M1H = add(last.mlp(last.pre_mlp_layernorm(hidden_M1H)), hidden_M1H, last.hidden_dropout)
+            hidden_T1H, _ = block(hidden_T1H, packed_seq_params=layout)
+        hidden_M1H, _ = last(hidden_T1H, packed_seq_params=layout.query_index(places_M, rows))
         final_MH: Tensor = self.encoder.final_layernorm(hidden_M1H).squeeze(1)
         return final_MH[:selected]
 

@@ -28,7 +28,7 @@ from bionemo_esm.data.dataloader import (
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import Archive, read_archive
 from bionemo_esm.model.backends import default_torch_state
-from bionemo_esm.model.config import OptimConfig
+from bionemo_esm.model.config import NO_RECOMPUTE, OptimConfig
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.nemo_connector import describe, load_weights, register_model
 from bionemo_esm.model.nonfinite_guard import NonFiniteGuard, SkippedStep, SuspectSamples
@@ -84,6 +84,7 @@ class ESM1nvModel(PackedModel):
         self.strict_loading = False  # on_load_checkpoint loads, and accounts for every tensor
         self.guard = NonFiniteGuard(OptimConfig())
         self.shard_optimizer = False
+        self.recompute = NO_RECOMPUTE
         self.continues = False  # the checkpoint to start from is another run's; its configuration may differ
         self.identity: dict[str, Any] = {}  # values that a checkpoint must share with the run that resumes from it
         self.consumed_samples = 0  # over all sessions, those of skipped steps included
@@ -106,6 +107,7 @@ class ESM1nvModel(PackedModel):
             self.encoder = ESMEncoder(self.encoder_config, dtype, self.backends)
             if self.initial_weights is not None:
                 load_weights(self, dict(read_archive(self.initial_weights).weights), str(self.initial_weights))
+        self.encoder.set_recompute(self.recompute)
 
     # --- forward and loss -------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from bionemo_esm.model.costs import (
     memory_per_device,
     newton_schulz_flops,
     optimizer_state_bytes,
+    recomputed_flops,
     training_flops,
 )
 from bionemo_esm.model.optimizer_registry import OPTIMIZERS
@@ -318,7 +319,8 @@ class Plan:
     batch: Batch
     samples: float
     tokens: float
-    flops: float
+    flops: float  # of the model, as MFU counts them
+    recomputed_flops: float  # in addition, by the backward pass
     memory: Memory  # per device, with a micro batch of mean size
     most_memory: Memory  # with the largest possible micro batch
     storage: Storage
@@ -338,9 +340,12 @@ class Plan:
 
     @property
     def device_seconds(self) -> float | None:
-        """Seconds of all devices together, at the assumed MFU; None if that or the peak is unknown."""
+        """Seconds of all devices together; None if the assumed MFU or the peak is unknown.
+
+        The MFU is that of a run without recomputation, which takes time, too.
+        """
         peak, published = self.facts.device.peak(self.precision), self.recipe.published
-        return self.flops / (peak * published.mfu) if peak and published else None
+        return (self.flops + self.recomputed_flops) / (peak * published.mfu) if peak and published else None
 
     @property
     def wall_seconds(self) -> float | None:
@@ -378,6 +383,12 @@ def plan_of(recipe: Recipe, facts: Facts) -> Plan:
             samples * data.mean_squared_tokens,
             residues * recipe.data.masking.mlm_probability,
         ),
+        recomputed_flops=recomputed_flops(
+            recipe.model,
+            samples * data.mean_tokens,
+            samples * data.mean_squared_tokens,
+            recipe.trainer.recompute,
+        ),
         memory=memory_of(recipe, precision, batch.micro_tokens),
         most_memory=memory_of(recipe, precision, batch.most_micro_tokens),
         storage=Storage.of(recipe, start.step),
@@ -396,6 +407,7 @@ def memory_of(recipe: Recipe, precision: str, micro_tokens: float) -> Memory:
         shard_optimizer=trainer.shard_optimizer,
         device_type="cuda" if trainer.accelerator == "gpu" else "cpu",
         optimizer=recipe.optim.name,
+        recompute=trainer.recompute,
     )
 
 

@@ -122,7 +122,8 @@ def _steps(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     memory, most, capacity = plan.memory, plan.most_memory.total, plan.facts.device.memory_bytes
     owner = "process" if plan.recipe.trainer.accelerator == "cpu" else "GPU"
-    parts = [(name, getattr(memory, name)) for name in ("parameters", "masters", "gradients", "moments", "activations")]
+    names = ("parameters", "masters", "gradients", "moments", "activations", "recomputed")
+    parts = [(name, getattr(memory, name)) for name in names]
     text = _size(memory.total) + (f" of {_size(capacity)}" if capacity is not None else "") + f" a {owner}"
     text += ": " + ", ".join(f"{name} {_size(value)}" for name, value in parts if value)
     if most > 1.05 * memory.total:
@@ -132,7 +133,8 @@ def _memory(plan: Plan) -> str:
 
 def _work(plan: Plan) -> str:
     days = plan.flops / PFLOP_DAY
-    return f"{scientific(plan.flops)} FLOPs" + (f", {_number(days)} PFLOP-days" if days >= 0.01 else "")
+    again = f"; {plan.recomputed_flops / plan.flops:.0%} more are computed again" if plan.recomputed_flops else ""
+    return f"{scientific(plan.flops)} FLOPs" + (f", {_number(days)} PFLOP-days" if days >= 0.01 else "") + again
 
 
 def _optimizer(plan: Plan) -> str:
@@ -160,7 +162,7 @@ def _time(plan: Plan) -> str:
         return f"not known: no peak is on record for {device.name} in {_PRECISIONS[plan.precision].split()[0]}"
     tera = f"{peak / 1e12:,.4g} TFLOP/s"
     if seconds is None or plan.wall_seconds is None or plan.recipe.published is None:
-        least = plan.flops / peak
+        least = (plan.flops + plan.recomputed_flops) / peak
         return f"at least {_number(least / 3600)} GPU hours, at the peak of {tera}; a third of that is common"
     return (
         f"{_number(seconds / 3600)} GPU hours, {duration(plan.wall_seconds)} in all, if "

@@ -20,7 +20,7 @@ from bionemo_esm.data.dataloader import BatchPlan, BatchWarmup
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.store import MANIFEST_NAME, sha256_of_file
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.config import FUSED_ADAM, SCHEDULES, EncoderConfig, OptimConfig
+from bionemo_esm.model.config import FUSED_ADAM, SCHEDULES, SELECTIVE_RECOMPUTE, EncoderConfig, OptimConfig
 from bionemo_esm.model.optimizer_registry import OPTIMIZERS
 from bionemo_esm.pretraining.probe_config import ProbeConfig, load_probe_config
 from bionemo_esm.pretraining.resolve_model import resolve_model
@@ -85,6 +85,7 @@ class TrainerConfig(Settings, section="trainer"):
     log_every_n_steps: PositiveInt = 10
     tensor_model_parallel_size: PositiveInt = 1  # ranks that share one copy of the model
     shard_optimizer: bool = False  # split Adam's moments over the data-parallel ranks
+    recompute: Literal["none", "selective", "full"] = "none"  # activations that backward computes again
     hang_timeout_seconds: float | None = 1800.0  # without a step; then the job ends with all stacks; null: never
 
     @model_validator(mode="after")
@@ -97,6 +98,12 @@ class TrainerConfig(Settings, section="trainer"):
             raise ConfigError(
                 f"trainer.tensor_model_parallel_size ({self.tensor_model_parallel_size}) must divide the "
                 f"{self.world_size} devices of trainer.num_nodes x trainer.devices"
+            )
+        if self.recompute == SELECTIVE_RECOMPUTE and self.tensor_model_parallel_size > 1:
+            raise ConfigError(
+                "trainer.recompute=selective does not work with trainer.tensor_model_parallel_size="
+                f"{self.tensor_model_parallel_size}, which sums saved products in place; set trainer.recompute=full",
+                code="config.recompute",
             )
         return self
 

@@ -150,6 +150,7 @@ def _model(run: RunContext, trainer: Trainer, start: StartingPoint) -> ESM1nvMod
     model.optim_config = recipe.optim
     model.initial_weights = recipe.restore_from_path
     model.shard_optimizer = recipe.trainer.shard_optimizer
+    model.recompute = recipe.trainer.recompute
     model.provenance, model.continues = run.provenance, start.of_another_run
     model.setup_training_data(run.stream, recipe.data.num_workers)
     model.setup_validation_data(run.validation)
