@@ -169,10 +169,10 @@ def _activations(
         share = CHOSEN_SHARE if config.num_layers == 1 else 1.0
         again = whole.tokens - kept.tokens + share * (whole.queries - kept.queries)
     norm, is_rotary = _norm_bytes(config, width), config.position_embedding == ROTARY
-    ends = _mask_bytes(config, width, device_type) + 2 * 8  # embedding dropout, and int64 ids
+    ends: float = _mask_bytes(config, width, device_type) + 2 * 8  # embedding dropout, and int64 ids
     ends += norm - hidden if config.embedding_layernorm else 0
     ends += 2 * config.head_size * FLOAT32 if is_rotary else 0  # cosine and sine
-    head = norm + 4 * hidden + VOCABULARY_SIZE * FLOAT32  # final norm's input; 5 H
+    head: float = norm + 4 * hidden + VOCABULARY_SIZE * FLOAT32  # final norm's input; 5 H
     if recompute == NO_RECOMPUTE:  # last block: the chosen queries, and of the rotated tensors the keys only
         head += hidden / tensor_parallel
         ends -= hidden / tensor_parallel if is_rotary else 0
