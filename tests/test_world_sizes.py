@@ -28,13 +28,19 @@ STOP = Fault(
 )
 
 
-@pytest.fixture(scope="module", params=list(BATCHES))
-def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A run of six steps on one rank, and its overrides."""
-    overrides = list(BATCHES[request.param])
-    folder = tmp_path_factory.mktemp(request.param) / "alone"
-    assert run(folder, *overrides).codes == [0]
-    return folder, overrides
+@pytest.fixture(scope="module")
+def runs_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of six steps on one rank, by the name of their batches."""
+    folders = {name: tmp_path_factory.mktemp(name) / "alone" for name in BATCHES}
+    for name, folder in folders.items():
+        assert run(folder, *BATCHES[name]).codes == [0]
+    return folders
+
+
+@pytest.fixture(params=list(BATCHES))
+def alone(request: pytest.FixtureRequest, runs_alone: dict[str, Path]) -> tuple[Path, list[str]]:
+    """A run on one rank, and its overrides."""
+    return runs_alone[request.param], list(BATCHES[request.param])
 
 
 def consumed(folder: Path) -> list[int]:
@@ -75,7 +81,7 @@ def test_token_batches_vary_in_sequences_and_stay_within_the_budget(alone: tuple
         assert all(1_800 < line["residues"] < 2_048 for line in lines)
 
 
-def test_run_started_by_torchrun_equals_a_run_on_one_process(tmp_path: Path) -> None:
+def test_run_started_by_torchrun_equals_a_run_on_one_process(tmp_path: Path, runs_alone: dict[str, Path]) -> None:
     """Uses the real launcher, as in docs/slurm.md."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     place = (f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run", "trainer.devices=2")
@@ -88,5 +94,4 @@ def test_run_started_by_torchrun_equals_a_run_on_one_process(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     assert "(2 ranks x 2 sequences x 6 accumulated)" in done.stdout
-    assert run(tmp_path / "alone", *SEQUENCES).codes == [0]
-    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    assert_same_run(tmp_path / "run", runs_alone["sequences"])
