@@ -17,14 +17,16 @@ import pytest
 from bionemo_esm.inference.embedding import worker
 from bionemo_esm.inference.embedding.formats import read_about, read_embeddings
 from embed_runs import PROTEINS, Inputs, Job, content, ended, names, overrides_of, run_apart, settings_of, started
+from faults import FORK_SERVER
 from runs import ROOT
 
 pytest_plugins = ("embed_runs",)  # fixtures: inputs, job
 LONG = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ" * 30  # 990 residues
 
 
-@pytest.mark.slow
-def test_two_processes_write_the_bytes_of_one_process(job: Job) -> None:
+def test_two_processes_write_the_bytes_of_one_process(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers are forked with the imports done; `test_stopping_the_command…` starts them as the command does."""
+    monkeypatch.setattr(worker.multiprocessing, "get_context", lambda how: FORK_SERVER)
     for output in ("one", "two"):
         assert job(f"output={output}", f"devices={1 + (output == 'two')}")[0] == 0
     assert content(Path("one")) == content(Path("two"))

@@ -32,7 +32,7 @@ from bionemo_esm.model.safe_serialization import put_tensors_back, take_out_tens
 from bionemo_esm.model.schedule import learning_rate
 from bionemo_esm.model.summary import ArchiveSummary
 from bionemo_esm.pretraining.recipe import load_recipe
-from faults import _SERVER, Fault, history, run
+from faults import FORK_SERVER, Fault, history, run
 from models import padded_twin, tiny_model, translated
 from reference_masking import sample_keys
 from runs import composed
@@ -190,7 +190,7 @@ def half(rank: int, folder: Path, proteins: Proteins) -> None:
 def test_two_tensor_parallel_ranks_agree_on_layer_norm_and_loss(proteins: Proteins, tmp_path: Path) -> None:
     model = tiny_model(**ESM1B)
     write_archive(tmp_path / "whole.nemo", describe(model))
-    ranks = [_SERVER.Process(target=half, args=(rank, tmp_path, proteins)) for rank in (0, 1)]
+    ranks = [FORK_SERVER.Process(target=half, args=(rank, tmp_path, proteins)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
