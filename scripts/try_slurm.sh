@@ -263,7 +263,7 @@ try_cancel() {
 
 try_mistake() {
     say "--- a mistake of the user's (exit code 2) is not queued again"
-    submit --job-name=mistake -- data.global_batch_size=15 exp_manager.name=mistake
+    submit --job-name=mistake -- data.global_batch_size=1 exp_manager.name=mistake
     finish "$job" FAILED
     check "exit code 2, no restart" test "$(field "$job" ExitCode),$(field "$job" Restarts)" = 2:0,0
     tail -n 3 "$(log_of "$job")" | sed 's/^/        | /' | clean

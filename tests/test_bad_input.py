@@ -49,8 +49,8 @@ def test_default_recipe_reports_all_missing_requirements_and_names_the_laptop_re
         ("model.seq_length=5", "model.seq_length is 5 tokens"),
         ("model.num_layers=two", "model.num_layers must be an integer, not 'two'"),
         (
-            "data.global_batch_size=12",
-            "data.global_batch_size: a global batch of 12 sequences cannot be divided evenly",
+            "data.global_batch_size=0",
+            "data.global_batch_size must be",
         ),
         ("data.masking.masked=0.95", "data.masking.masked (0.95)"),
         ("data.fasta=/nowhere/x.fasta", "data.fasta: /nowhere/x.fasta is not a file"),

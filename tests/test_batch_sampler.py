@@ -131,13 +131,24 @@ def test_global_batch_in_tokens_is_the_same_at_any_world_size(sample_store: Prot
         consumed += shares[0].samples
 
 
-def test_indivisible_global_batch_is_refused_with_valid_alternatives() -> None:
-    with pytest.raises(ValueError, match="cannot be divided evenly among 24 ranks") as error:
-        BatchPlan(65_120, 370, world_size=24)
-    assert "ranks one of 1, 2, 4, 8, 11, 16, 22, 44, 88, 176" in str(error.value)
-    assert "multiple of 8880" in str(error.value)
-    with pytest.raises(ValueError, match=r"the micro batch one of 1, 2, 5, 10\. Or set micro_batch_tokens"):
-        BatchPlan(20, 3, world_size=2)
+@pytest.mark.parametrize(
+    ("size", "micro", "ranks"), [(8, 8, 2), (8, 8, 3), (20, 3, 2), (7, 1, 3), (4, 1, 3), (65_121, 370, 176)]
+)
+def test_a_micro_batch_is_a_ceiling_and_any_number_of_ranks_divides_a_batch(size: int, micro: int, ranks: int) -> None:
+    lengths = np.random.default_rng(0).integers(20, 512, size)
+    plans = [BatchPlan(size, micro, rank=rank, world_size=ranks) for rank in range(ranks)]
+    batches = [plan.micro_batches(lengths) for plan in plans]
+    assert all(1 <= len(batch) <= micro for of_rank in batches for batch in of_rank)
+    assert sorted(np.concatenate([index for of_rank in batches for index in of_rank]).tolist()) == list(range(size))
+    shares = [sum(map(len, of_rank)) for of_rank in batches]
+    assert max(shares) - min(shares) <= 1
+    fewest = -(-max(shares) // micro)
+    assert {len(of_rank) for of_rank in batches} <= {fewest, fewest - 1}
+
+
+def test_a_batch_with_a_sequence_for_each_rank_is_needed() -> None:
+    with pytest.raises(ValueError, match="leaves some of 5 ranks idle; make it at least 5, or use fewer ranks"):
+        BatchPlan(4, 1, world_size=5)
 
 
 def test_exactly_one_of_sequences_and_tokens_must_be_given() -> None:
@@ -202,7 +213,7 @@ def test_planned_samples_of_a_warmup_equal_those_of_its_steps(
     ("warmup", "message"),
     [
         (BatchWarmup(32, 8, 10), "must be under the 32"),
-        (BatchWarmup(8, 4, 10), "12 sequences cannot be divided evenly"),
+        (BatchWarmup(1, 4, 10), "1 sequences leaves some of 2 ranks idle"),
     ],
 )
 def test_impossible_batch_warmup_is_refused(warmup: BatchWarmup, message: str) -> None:

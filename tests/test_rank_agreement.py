@@ -87,9 +87,9 @@ def test_problem_or_difference_on_one_rank_stops_all_with_one_message(
     assert_one_message(outcome, tmp_path / "run", *parts)
 
 
-def test_indivisible_batch_error_lists_the_possible_world_sizes(tmp_path: Path) -> None:
-    outcome = run(tmp_path / "run", "data.micro_batch_size=4", ranks=3)
-    assert_one_message(outcome, tmp_path / "run", "sequences cannot be divided evenly among 3 ranks", "one of 1, 2, 4.")
+def test_a_batch_that_leaves_a_rank_idle_is_refused_with_one_message(tmp_path: Path) -> None:
+    outcome = run(tmp_path / "run", "data.micro_batch_size=1", "data.global_batch_size=2", ranks=3)
+    assert_one_message(outcome, tmp_path / "run", "a global batch of 2 sequences leaves some of 3 ranks idle")
 
 
 def test_world_size_other_than_the_recipe_is_rejected(tmp_path: Path) -> None:

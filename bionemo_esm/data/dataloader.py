@@ -148,8 +148,8 @@ class BatchPlan:
     """The size of a global batch, and how ranks and micro batches share it.
 
     The global batch is `global_batch_size` sequences, or as many as hold at most `global_batch_tokens` tokens. A micro
-    batch is `micro_batch_size` sequences, or any number of at most `micro_batch_tokens` tokens. Raises `ValueError`
-    when a number of sequences does not divide evenly; tokens need not.
+    batch is at most `micro_batch_size` sequences, or any number of at most `micro_batch_tokens` tokens. Nothing needs
+    to divide evenly. Raises `ValueError` where a rank would have no sequence.
     """
 
     global_batch_size: int | None = None
@@ -170,7 +170,7 @@ class BatchPlan:
         for whole in ("global_batch", "micro_batch"):
             if (getattr(self, f"{whole}_size") is None) == (getattr(self, f"{whole}_tokens") is None):
                 raise ValueError(f"{whole}_size (sequences) or {whole}_tokens must be given, and not both")
-        self._check_divisible()
+        self._check_no_rank_is_idle()
         self._check_warmup()
 
     def _check_warmup(self) -> None:
@@ -180,7 +180,7 @@ class BatchPlan:
         if self.warmup.start >= whole:
             raise ValueError(f"the warm-up starts at {self.warmup.start}, which must be under the {whole} of a batch")
         for size in self.warmup.sizes(whole):
-            self._of_size(size)  # raises if it cannot be divided evenly
+            self._of_size(size)  # raises if it leaves a rank idle
 
     @property
     def global_batch(self) -> int:
@@ -199,28 +199,21 @@ class BatchPlan:
             return self
         return self._of_size(self.warmup.size(self.global_batch, consumed))
 
-    def _check_divisible(self) -> None:
-        size, micro = self.global_batch_size, self.micro_batch_size
-        if size is None:
-            return
-        if micro is None:
-            if size < self.world_size:
-                raise ValueError(f"a global batch of {size} sequences leaves some of {self.world_size} ranks idle")
-            return
-        if size % (micro * self.world_size) == 0:
-            return
-        raise ValueError(
-            f"a global batch of {size} sequences cannot be divided evenly among {self.world_size} ranks in "
-            f"micro batches of {micro}; {_divisible_choices(size, micro, self.world_size)}. Or set micro_batch_tokens "
-            "in place of micro_batch_size: then any number of ranks will do"
-        )
+    def _check_no_rank_is_idle(self) -> None:
+        size = self.global_batch_size
+        if size is not None and size < self.world_size:
+            raise ValueError(
+                f"a global batch of {size} sequences leaves some of {self.world_size} ranks idle; make it at least "
+                f"{self.world_size}, or use fewer ranks"
+            )
 
     @property
     def accumulation(self) -> int | None:
-        """Micro batches of a rank per step; None where their number follows from the sequences' lengths."""
+        """Micro batches of a rank per step, all of `micro_batch_size`; None where ranks or micro batches differ."""
         if self.global_batch_size is None or self.micro_batch_size is None:
             return None
-        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+        number, left = divmod(self.global_batch_size, self.micro_batch_size * self.world_size)
+        return number if left == 0 else None
 
     def micro_batches(self, tokens: IntArray, rank: int | None = None) -> list[IntArray]:
         """Return the micro batches of a rank (None: of this plan's rank) of a global batch of these sequences.
@@ -268,21 +261,6 @@ def _descending_key(tokens: IntArray) -> NDArray[np.uint16] | IntArray:
     """A key that sorts long sequences first; of 16 bits where it fits, which sorts ten times as fast."""
     longest = int(tokens.max(initial=0))
     return (longest - tokens).astype(np.uint16) if longest < 2**16 else longest - tokens
-
-
-def _divisible_choices(size: int, micro: int, world_size: int) -> str:
-    """Values that divide evenly, with one of the three numbers changed."""
-    choices = [f"make it a multiple of {micro * world_size}"]
-    if size % micro == 0:
-        choices.append(f"or the ranks one of {_some(divisors(size // micro))}")
-    if size % world_size == 0:
-        choices.append(f"or the micro batch one of {_some(divisors(size // world_size))}")
-    return ", ".join(choices)
-
-
-def _some(numbers: list[int], most: int = 24) -> str:
-    names = [str(number) for number in numbers]
-    return ", ".join(names) if len(names) <= most else ", ".join([*names[: most // 2], "...", *names[-most // 2 :]])
 
 
 def divisors(number: int) -> list[int]:

@@ -261,7 +261,7 @@ class Recipe(Settings):
         self._check_accumulation()
         self._check_parallelism()
         self._check_tokens()
-        self.batch_plan()  # raises if batches cannot be divided evenly
+        self.batch_plan()  # raises if a rank would have no sequence
         return self
 
     def _check_accumulation(self) -> None:
@@ -309,7 +309,7 @@ class Recipe(Settings):
     def batch_plan(self) -> BatchPlan:
         """Return how global batches are split into micro batches and over ranks, for rank 0.
 
-        Raises `ConfigError` if they cannot be split evenly.
+        Raises `ConfigError` if a rank would have no sequence.
         """
         try:
             return BatchPlan(
