@@ -167,7 +167,7 @@ def test_release_name_is_kept_even_if_yaml_parses_it_as_a_number(shell: Shell, g
 
 def test_defaults_match_the_model_card() -> None:
     values = yaml.safe_load((config_directory() / "preprocess_uniref50.yaml").read_text())
-    assert values["split"] == {"validation": 5_000, "test": 1_000_000}
+    assert values["split"] == {"by": "random", "identity": 0.3, "validation": 5_000, "test": 1_000_000}
     assert (values["policy"]["max_residues"], values["policy"]["long_sequences"]) == (1024, "truncate")
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
         job = jobs.PreprocessConfig.load(compose("preprocess_uniref50"))
@@ -227,7 +227,7 @@ TEST = f"input={FILES['test']}"
     [
         ([TEST, "+foo=1"], "unknown key foo; known are: clusters, "),
         ([TEST, "+policy.gap=drop"], "unknown key policy.gap; known are: "),
-        ([TEST, "+split.dev=1"], "unknown key split.dev; known are: test, validation"),
+        ([TEST, "+split.dev=1"], "unknown key split.dev; known are: by, identity, test, validation"),
         ([TEST, "split=5"], "split must be a mapping"),
         ([TEST, "policy=null"], "policy must be a mapping, not None"),
         ([TEST, "+policy.seed=1"], "unknown key policy.seed; known are: "),

@@ -217,7 +217,7 @@ def check_leakage(
     """
     _check_parameters(identity, coverage, sensitivity, threads, max_queries)
     tell = progress or (lambda line: None)
-    version = _version()
+    version = mmseqs_version()
     queries = {name: _sample(store.split(name), name, max_queries, seed) for name in SPLITS[1:]}
     options = ["--min-seq-id", f"{identity:g}", "-c", f"{coverage:g}", "-s", f"{sensitivity:g}"]
     options += ["--threads", str(threads)] if threads else []
@@ -242,6 +242,31 @@ def check_leakage(
     return LeakageReport(store, identity, coverage, sensitivity, seed, version, tuple(comparisons), rows)
 
 
+def similar_pairs(
+    store: ProteinStore,
+    split: str,
+    scratch: Path,
+    *,
+    identity: float,
+    coverage: float,
+    sensitivity: float,
+    threads: int | None = None,
+) -> Iterator[NDArray[np.int64]]:
+    """Yield blocks int64 [n, 2] of the numbers of two sequences of a split that are at least so similar.
+
+    Each sequence is searched in all others, as `check_leakage` does. Raises `LeakageError`.
+    """
+    options = ["--min-seq-id", f"{identity:g}", "-c", f"{coverage:g}", "-s", f"{sensitivity:g}"]
+    options += ["--threads", str(threads)] if threads else []
+    chosen: _Chosen = {split: range(len(store.split(split)))}
+    with _scratch_folder(scratch, 2 * _bytes_needed(store, chosen)) as folder:
+        for name in ("query.fasta", "target.fasta"):
+            _write_fasta(folder / name, store, chosen)
+        _search(folder, options)
+        for rows in _read_hits(folder / "hits.tsv"):
+            yield np.stack([rows["query"], rows["target"]], axis=1)
+
+
 def _check_parameters(
     identity: float, coverage: float, sensitivity: float, threads: int | None, max_queries: int | None
 ) -> None:
@@ -264,7 +289,7 @@ def find_mmseqs() -> str | None:
     return str(packaged) if packaged is not None and packaged.is_file() else None
 
 
-def _version() -> str:
+def mmseqs_version() -> str:
     """Return the version of MMseqs2. Raises `LeakageError` if it is missing or does not run."""
     if (program := find_mmseqs()) is None:
         raise LeakageError(

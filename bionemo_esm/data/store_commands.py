@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig
 from pydantic import Field, field_validator, model_validator
@@ -21,6 +21,7 @@ from pydantic import Field, field_validator, model_validator
 from bionemo_esm.command_line import ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, duration, run_to_exit_code
 from bionemo_esm.data.clusters import build_clustered_store
+from bionemo_esm.data.identity_split import build_identity_store
 from bionemo_esm.data.leakage import check_leakage
 from bionemo_esm.data.preprocess import BuildPolicy, CleaningPolicy, build_store
 from bionemo_esm.data.store import ProteinStore
@@ -35,8 +36,10 @@ PICTURE_NAME = "card.png"
 
 
 class SplitCounts(Settings, section="split"):
-    """Sequences, or clusters, that are held out; None: one in twenty."""
+    """Sequences, or clusters, that are held out (None: one in twenty), and what keeps them apart from train."""
 
+    by: Literal["random", "identity"] = "random"
+    identity: Annotated[float, Field(gt=0, le=1)] = 0.3  # of `by=identity`: held-out sequences have no such relative
     validation: NonNegativeInt | None = None
     test: NonNegativeInt | None = None
 
@@ -88,6 +91,13 @@ class PreprocessConfig(Settings):
     def _check_clusters(self) -> PreprocessConfig:
         if self.clusters.map is not None and len(self.input) != 1:
             raise ConfigError("clusters.map needs one `input`, the FASTA file of the clusters' members")
+        if self.split.by == "identity":
+            if self.clusters.map is not None:
+                raise ConfigError("split.by=identity is for a store without clusters.map; set one of the two to null")
+            if not self.input:
+                raise ConfigError(
+                    "split.by=identity compares all sequences with all, too long for all of UniRef50; name an `input`"
+                )
         return self
 
     @property
@@ -155,6 +165,10 @@ def _build(job: PreprocessConfig) -> int:
     given: dict[str, Any] = {"release": release, "licence": licence, "threads": job.threads, "progress": progress}
     if job.clusters.map is not None:
         store = build_clustered_store(inputs[0], job.clusters.map, job.output, job.build_policy, **given)
+    elif job.split.by == "identity":
+        store = build_identity_store(
+            inputs, job.output, job.build_policy, job.split.identity, tell=console.print_line, **given
+        )
     else:
         store = build_store(inputs, job.output, job.build_policy, **given)
     with _written(job.output / PICTURE_NAME) as picture:
