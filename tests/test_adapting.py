@@ -34,7 +34,7 @@ from faults import Fault, history, run, send
 from imported import ADAPTED, ESM1B, ESM2, adapt, brought_here, loss_of, source_model
 from imported import TOKENS as LONGEST
 from models import tiny_model
-from runs import ROOT, composed, losses
+from runs import ROOT, command_here, composed, losses
 
 FIXED = "encoder.contact_head.weight", "encoder.contact_head.bias"
 AS_IN_ARCHIVE = tuple(  # `faults.run` sets these sizes
@@ -371,17 +371,17 @@ def test_import_provenance_is_shown_verbatim_and_truncated_when_long(tmp_path: P
 
 
 @pytest.mark.slow
-def test_one_command_continues_pretraining_on_a_custom_fasta(archives: dict[str, Path], tmp_path: Path) -> None:
+def test_one_command_continues_pretraining_on_a_custom_fasta(
+    archives: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """200 proteins give 180 for training and 10 for validation. `inspect` prints the source of the model."""
     fasta = ROOT / "bionemo_esm" / "data" / "sample" / "validation.fasta.gz"
-    command = [sys.executable, str(ROOT / "examples" / "pretrain_esm1nv.py"), "recipe=adapt", f"data.fasta={fasta}"]
-    command += [f"restore_from_path={archives[ESM2]}", "trainer.max_steps=2", f"exp_manager.exp_dir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "180 sequences to train on" in done.stdout
-    assert "10 to validate on" in done.stdout
-    assert "before any training" in done.stdout
+    place = (f"restore_from_path={archives[ESM2]}", f"exp_manager.exp_dir={tmp_path}")
+    command_here("pretrain", "recipe=adapt", f"data.fasta={fasta}", *place, "trainer.max_steps=2")
+    output = capfd.readouterr().out
+    assert "180 sequences to train on" in output
+    assert "10 to validate on" in output
+    assert "before any training" in output
     (folder,) = tmp_path.glob("adapt-*")
-    inspect = [sys.executable, "-m", "bionemo_esm", "inspect", str(folder / "adapt.nemo")]
-    shown = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
-    assert "a_small_one, Hugging Face" in shown
+    command_here("inspect", str(folder / "adapt.nemo"))
+    assert "a_small_one, Hugging Face" in capfd.readouterr().out
