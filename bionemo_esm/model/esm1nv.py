@@ -139,14 +139,20 @@ class ESM1nvModel(PackedModel):
         """
         assert self.masters is not None
         batches = rank_batch.micro_batches
-        work = measure_step(batches, self.device)
+        counts = measure_step(batches, self.device)
+        targets = counts[0].clamp(min=1)
 
         def loss(batch: PackedBatch) -> Tensor:
-            return cross_entropy(self(batch), batch.targets, reduction="sum") / max(work.targets, 1)
+            return cross_entropy(self(batch), batch.targets, reduction="sum") / targets
 
         losses = self.accumulate_gradients(batches, loss, _DROPOUT_STREAM, self.consumed_samples)
-        norm = float(self.masters.clip_gradients(self.optim_config.gradient_clip_val))
-        total, skipped = float(data_parallel_sum(losses.sum())), None
+        results = [
+            data_parallel_sum(losses.sum()),
+            self.masters.clip_gradients(self.optim_config.gradient_clip_val),
+        ]
+        # the only value of a step that the host waits for; numbers up to 2^53 are exact in float64
+        total, norm, *whole = torch.cat([torch.stack(results).double(), counts.double()]).tolist()
+        work, skipped = StepStats(*map(int, whole)), None
         if (reason := self.guard.skip_reason(total, norm)) is not None:
             skipped = SkippedStep(reason, self.guard.in_a_row, self._suspects(losses))
         rate = self.finish_step(skip=skipped is not None)
