@@ -173,8 +173,20 @@ def test_float32_training_has_no_master_weights() -> None:
 
 def test_optimizer_sharding_splits_the_moments_over_data_parallel_ranks() -> None:
     whole = memory_per_device(SMALL, 100, precision="bf16", data_parallel=4)
-    sharded = memory_per_device(SMALL, 100, precision="bf16", data_parallel=4, shard_optimizer=True)
+    sharded = memory_per_device(SMALL, 100, precision="bf16", data_parallel=4, sharding="optimizer")
     assert sharded == replace(whole, moments=whole.moments // 4)
+
+
+def test_full_sharding_splits_masters_gradients_and_moments_and_gathers_two_blocks_at_a_time() -> None:
+    config = SMALL.replace(num_layers=20)
+    whole, half, eighth = (
+        memory_per_device(config, 100, precision="bf16", data_parallel=ranks, sharding="full") for ranks in (1, 2, 8)
+    )
+    assert half.masters == 4 * half.moments // 8 == whole.masters // 2
+    assert eighth.masters + eighth.moments == (half.masters + half.moments) // 4
+    assert half.parameters == eighth.parameters < 0.3 * whole.parameters, "gathered block by block"
+    assert half.gradients - eighth.gradients == (4 * config.parameters) * 3 // 8
+    assert eighth.activations == whole.activations
 
 
 def test_tensor_parallel_memory_splits_the_tensors_that_megatron_splits() -> None:

@@ -429,7 +429,7 @@ def cases() -> Iterator[tuple[str, tuple[str, ...], Facts, str]]:
         "micro_batch_size=370 and global_batch_size=65120 always fits",
     )
     tiny = replace(plain, device=replace(A100, memory_bytes=6 * 10**8))
-    yield "memory for weights", ("data.micro_batch_size=1",), tiny, "trainer.shard_optimizer take some of it off each"
+    yield "memory for weights", ("data.micro_batch_size=1",), tiny, "trainer.sharding=full, trainer.recompute or"
     volta = replace(plain, device=V100)
     yield "bf16", (), volta, "trainer.precision=bf16: V100-SXM2-32GB has no units for it"
     yield (

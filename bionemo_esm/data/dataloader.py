@@ -399,7 +399,7 @@ def training_loader(
     )
 
 
-def validation_loader(batches: ValidationBatches, num_workers: int, pin_memory: bool) -> DataLoader[PackedBatch]:
+def validation_loader(batches: Dataset[PackedBatch], num_workers: int, pin_memory: bool) -> DataLoader[PackedBatch]:
     """Load the validation batches of this rank once."""
     return DataLoader(batches, batch_size=None, shuffle=False, num_workers=num_workers, pin_memory=pin_memory)
 

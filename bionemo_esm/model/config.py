@@ -31,6 +31,8 @@ POSITION_OFFSETS = (0, PAD_ID + 1)
 FUSED_ADAM, MUON = "fused_adam", "muon"
 NO_RECOMPUTE, SELECTIVE_RECOMPUTE, FULL_RECOMPUTE = RECOMPUTE = ("none", "selective", "full")
 """What a block's backward pass computes again; see `model/recompute.py`."""
+NO_SHARDING, SHARDED_OPTIMIZER, FULL_SHARDING = SHARDINGS = ("none", "optimizer", "full")
+"""What data-parallel ranks split: nothing, the optimizer's state, or parameters, gradients and state."""
 
 COLUMN, ROW = 0, 1
 """Dimension of a weight [outputs, inputs] that tensor parallelism splits."""

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from bionemo_esm.alphabet import VOCABULARY_SIZE
 from bionemo_esm.model.config import (
     FULL_RECOMPUTE,
+    FULL_SHARDING,
     FUSED_ADAM,
     NO_RECOMPUTE,
+    NO_SHARDING,
     ROTARY,
     SELECTIVE_RECOMPUTE,
+    SHARDED_OPTIMIZER,
     EncoderConfig,
 )
 from bionemo_esm.model.optimizer_registry import OPTIMIZERS
@@ -96,7 +99,7 @@ def memory_per_device(
     precision: str,
     data_parallel: int = 1,
     tensor_parallel: int = 1,
-    shard_optimizer: bool = False,
+    sharding: str = NO_SHARDING,
     device_type: str = "cuda",
     optimizer: str = FUSED_ADAM,
     recompute: str = NO_RECOMPUTE,
@@ -104,7 +107,7 @@ def memory_per_device(
     """Return the bytes that training takes on one device.
 
     tokens_of_micro_batch: of one packed row, specials included; precision: "32" or "bf16"; data_parallel: replicas of
-    the model, over which `shard_optimizer` splits the optimizer state; tensor_parallel: devices that share one replica;
+    the model, over which `sharding` (a name in `SHARDINGS`) splits its state; tensor_parallel: devices that share one;
     device_type: "cuda", or "cpu", where dropout masks have full width and attention copies its output; optimizer: a
     name in `OPTIMIZERS`; recompute: a name in `RECOMPUTE`.
 
@@ -116,13 +119,35 @@ def memory_per_device(
     moments = sum(state.values()) * parameters // config.parameters
     largest = max(state.values()) / tensor_parallel  # sharding does not split a tensor
     saved, again = _activations(config, width, tensor_parallel, device_type, recompute)
+    activations = {
+        "activations": math.ceil(tokens_of_micro_batch * saved),
+        "recomputed": math.ceil(tokens_of_micro_batch * again),
+    }
+    if sharding == FULL_SHARDING and data_parallel > 1:
+        return _fully_sharded(config, width, data_parallel, moments, activations)
     return Memory(
         parameters=width * parameters,
         masters=0 if precision == "32" else FLOAT32 * parameters,
         gradients=FLOAT32 * parameters,
-        moments=math.ceil(max(moments / data_parallel, largest)) if shard_optimizer else moments,
-        activations=math.ceil(tokens_of_micro_batch * saved),
-        recomputed=math.ceil(tokens_of_micro_batch * again),
+        moments=math.ceil(max(moments / data_parallel, largest)) if sharding == SHARDED_OPTIMIZER else moments,
+        **activations,
+    )
+
+
+def _fully_sharded(config: EncoderConfig, width: int, ranks: int, moments: int, activations: dict[str, int]) -> Memory:
+    """Return the memory where `ranks` split masters, gradients and moments and gather one block at a time.
+
+    Gathered at a time: two blocks, of which one is prefetched, and embedding and head. Gradients of one block are whole
+    in the dtype of the parameters, and in float32 while they are summed over ranks.
+    """
+    block = sum(math.prod(shape) for part in config.block_parts() for _, shape, _ in part.tensors())
+    ends = config.parameters - config.num_layers * block
+    return Memory(
+        parameters=width * (min(config.num_layers, 2) * block + ends),
+        masters=math.ceil(FLOAT32 * config.parameters / ranks),
+        gradients=math.ceil(FLOAT32 * config.parameters / ranks) + (width + FLOAT32) * max(block, ends),
+        moments=math.ceil(moments / ranks),
+        **activations,
     )
 
 

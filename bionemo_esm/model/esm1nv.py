@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from bionemo_esm.compat import fit_loop_state
 from bionemo_esm.data.collate import PackedBatch
@@ -28,7 +28,7 @@ from bionemo_esm.data.dataloader import (
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import Archive, read_archive
 from bionemo_esm.model.backends import default_torch_state
-from bionemo_esm.model.config import NO_RECOMPUTE, OptimConfig
+from bionemo_esm.model.config import FULL_SHARDING, NO_RECOMPUTE, NO_SHARDING, SHARDED_OPTIMIZER, OptimConfig
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.nemo_connector import describe, load_weights, register_model
 from bionemo_esm.model.nonfinite_guard import NonFiniteGuard, SkippedStep, SuspectSamples
@@ -41,6 +41,7 @@ from bionemo_esm.model.parallel import (
     gather_shards,
 )
 from bionemo_esm.model.resume import adopt_checkpoint, check_compatible
+from bionemo_esm.model.sharding import IGNORED_TARGET, IdleBatches, shard_encoder, with_idle_batches
 from bionemo_esm.model.step_stats import StepStats, measure_step
 
 _DROPOUT_STREAM = 6  # keeps dropout's seeds apart from the keys of order and corruption
@@ -83,7 +84,7 @@ class ESM1nvModel(PackedModel):
         super().__init__(values, trainer)
         self.strict_loading = False  # on_load_checkpoint loads, and accounts for every tensor
         self.guard = NonFiniteGuard(OptimConfig())
-        self.shard_optimizer = False
+        self.sharding = NO_SHARDING
         self.recompute = NO_RECOMPUTE
         self.continues = False  # the checkpoint to start from is another run's; its configuration may differ
         self.identity: dict[str, Any] = {}  # values that a checkpoint must share with the run that resumes from it
@@ -108,6 +109,11 @@ class ESM1nvModel(PackedModel):
             if self.initial_weights is not None:
                 load_weights(self, dict(read_archive(self.initial_weights).weights), str(self.initial_weights))
         self.encoder.set_recompute(self.recompute)
+        if self.sharding == FULL_SHARDING and data_parallel_size() > 1:
+            assert self._trainer is not None
+            self.check_equal_weights()
+            self.encoder.to(self._trainer.strategy.root_device)
+            shard_encoder(self.encoder, dtype)
 
     # --- forward and loss -------------------------------------------------------------------------------------------
 
@@ -141,11 +147,12 @@ class ESM1nvModel(PackedModel):
         batches = rank_batch.micro_batches
         counts = measure_step(batches, self.device)
         targets = counts[0].clamp(min=1)
+        steps = with_idle_batches(batches, self.device) if self.is_fully_sharded else batches
 
         def loss(batch: PackedBatch) -> Tensor:
             return cross_entropy(self(batch), batch.targets, reduction="sum") / targets
 
-        losses = self.accumulate_gradients(batches, loss, _DROPOUT_STREAM, self.consumed_samples)
+        losses = self.accumulate_gradients(steps, loss, _DROPOUT_STREAM, self.consumed_samples)
         results = [
             data_parallel_sum(losses.sum()),
             self.masters.clip_gradients(self.optim_config.gradient_clip_val),
@@ -154,7 +161,7 @@ class ESM1nvModel(PackedModel):
         total, norm, *whole = torch.cat([torch.stack(results).double(), counts.double()]).tolist()
         work, skipped = StepStats(*map(int, whole)), None
         if (reason := self.guard.skip_reason(total, norm)) is not None:
-            skipped = SkippedStep(reason, self.guard.in_a_row, self._suspects(losses))
+            skipped = SkippedStep(reason, self.guard.in_a_row, self._suspects(losses[: len(batches)]))
         rate = self.finish_step(skip=skipped is not None)
         self.consumed_samples += rank_batch.samples
         self.last_step = StepReport(total, norm, rate, work, skipped)
@@ -244,7 +251,7 @@ class ESM1nvModel(PackedModel):
         logits_MV = self(batch)
         loss = cross_entropy(logits_MV, batch.targets, reduction="none").double().sum()
         right = (logits_MV.argmax(dim=-1) == batch.targets).sum()
-        return torch.stack([loss, right.double(), torch.tensor(len(batch.targets), device=loss.device).double()])
+        return torch.stack([loss, right.double(), (batch.targets != IGNORED_TARGET).sum().double()])
 
     def evaluate(self, batches: ValidationBatches) -> Evaluation:
         """Evaluate validation batches outside a trainer, on the model's device."""
@@ -268,7 +275,7 @@ class ESM1nvModel(PackedModel):
         if self._resumed_masters is not None:
             masters.load_state_dict(self._resumed_masters)
             self._resumed_masters = None
-        build = build_sharded_optimizer if self.shard_optimizer else build_optimizer
+        build = build_sharded_optimizer if self.sharding == SHARDED_OPTIMIZER else build_optimizer
         optimizer = build(masters, self.optim_config, self.backends)
         return [optimizer], [{"scheduler": build_schedule(optimizer, self.optim_config), "interval": "step"}]
 
@@ -285,7 +292,11 @@ class ESM1nvModel(PackedModel):
         return training_loader(stream, self.consumed_samples, self._num_workers, self._pinned)
 
     def val_dataloader(self) -> DataLoader[PackedBatch]:
-        batches = self._validation.on_rank(data_parallel_rank(), data_parallel_size())
+        ranks = data_parallel_size()
+        own = self._validation.on_rank(data_parallel_rank(), ranks)
+        batches: Dataset[PackedBatch] = own
+        if self.is_fully_sharded and len(own) < len(self._validation.on_rank(0, ranks)):
+            batches = ConcatDataset([own, IdleBatches()])  # every rank has as many as rank 0
         return validation_loader(batches, 0, self._pinned)
 
     @property

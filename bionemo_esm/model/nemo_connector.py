@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bionemo_esm.compat import replace_nemo_connector
 from bionemo_esm.model.archive import Archive, ArchiveError, ArchiveFile, is_our_archive, write_archive
 from bionemo_esm.model.backends import default_torch_state
-from bionemo_esm.model.parallel import local_shard
+from bionemo_esm.model.parallel import held_part, is_fully_sharded, local_shard
 from bionemo_esm.model.tar_format import quoted
 from bionemo_esm.model.validate import check_sizes, package_versions
 from bionemo_esm.registry import MODEL_MODULES
@@ -49,14 +49,15 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
         raise ArchiveError(f"{source}: tensor {name!r} is {fault}")
     shards = {name: local_shard(weights[name], parameter) for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
-        if parameter.shape != shards[name].shape:
+        found = weights[name].shape if is_fully_sharded(parameter) else shards[name].shape
+        if parameter.shape != found:
             raise ArchiveError(
-                f"{source}: tensor {name!r} has shape {list(shards[name].shape)}, the model {list(parameter.shape)}; "
+                f"{source}: tensor {name!r} has shape {list(found)}, the model {list(parameter.shape)}; "
                 "it was saved from a model of another size"
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(shards[name])
+            held_part(parameter).copy_(shards[name])
 
 
 def describe(model: Any) -> Archive:

@@ -4,7 +4,7 @@ Gradients of all micro batches add up in one float32 buffer. It is summed over d
 last backward pass of a step runs (Li et al. 2020, "PyTorch Distributed", section 3.2). PyTorch's own
 DistributedDataParallel would reduce in the parameters' dtype.
 
-`shard_optimizer` splits the optimizer's state over data-parallel ranks, as the first stage of ZeRO does (Rajbhandari et
+`sharding=optimizer` splits the optimizer's state over data-parallel ranks, as the first stage of ZeRO does (Rajbhandari et
 al. 2020). `ZeroRedundancyOptimizer` collects a full state by pickling; `full_state` gathers tensors instead, into the
 format of an optimizer that is not sharded. So a checkpoint does not depend on the number of ranks that wrote it.
 """
@@ -35,6 +35,7 @@ from bionemo_esm.model.parallel import (
     data_parallel_sum,
     gather_shards,
     is_first_rank,
+    is_fully_sharded,
     is_split,
     local_shard,
     tensor_parallel_rank,
@@ -228,7 +229,7 @@ class MasterWeights:
             counted = [
                 view.flatten() for name, view in self._views.items() if is_first or is_split(self.parameters[name])
             ]
-        return tensor_parallel_sum(torch.stack([_sum_of_squares(part) for part in counted]).sum()).sqrt().float()
+        return tensor_parallel_sum(torch.stack([sum_of_squares(part) for part in counted]).sum()).sqrt().float()
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -259,7 +260,7 @@ class MasterWeights:
         self.write_back()
 
 
-def _sum_of_squares(gradients: Tensor) -> Tensor:
+def sum_of_squares(gradients: Tensor) -> Tensor:
     """Return the sum over float32 [n] as float64; float32 is used within chunks only."""
     whole = len(gradients) // _NORM_CHUNK * _NORM_CHUNK
     chunks = torch.linalg.vector_norm(gradients[:whole].view(-1, _NORM_CHUNK), dim=1)
@@ -446,6 +447,9 @@ def _group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
 def _gather(value: Tensor | None, owner: int, master: Tensor, parameter: Parameter) -> Tensor:
     """Return a state tensor, whole on rank 0. `owner` is the data-parallel rank that holds this rank's part."""
     part = torch.empty_like(master) if value is None else value
+    if is_fully_sharded(parameter):
+        whole = gather_shards(part, parameter)
+        return whole.cpu() if is_first_rank() else part
     if owner != 0:
         source = distributed.get_global_rank(data_parallel_group(), owner)
         distributed.broadcast(part, source, group=data_parallel_group())

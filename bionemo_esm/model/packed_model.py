@@ -26,7 +26,8 @@ from bionemo_esm.model.config import EncoderConfig
 from bionemo_esm.model.encoder import ESMEncoder
 from bionemo_esm.model.nemo_connector import ESMSaveRestoreConnector
 from bionemo_esm.model.optimizer import MasterWeights
-from bionemo_esm.model.parallel import data_parallel_rank, unequal_over_data_parallel
+from bionemo_esm.model.parallel import data_parallel_rank, is_fully_sharded, unequal_over_data_parallel
+from bionemo_esm.model.sharding import ShardedMasters
 from bionemo_esm.model.step_stats import Stopwatch
 
 Batch = TypeVar("Batch")
@@ -89,8 +90,19 @@ class PackedModel(ModelPT):
         """Copy a batch without waiting, if it is pinned; Lightning would wait for anything but a tensor."""
         return batch.to(device, non_blocking=True)
 
+    @property
+    def is_fully_sharded(self) -> bool:
+        """Whether data-parallel ranks hold rows of the parameters; then every forward pass is collective."""
+        parameter = next(self.parameters(), None)
+        return parameter is not None and is_fully_sharded(parameter)
+
     def on_train_start(self) -> None:
         """Check that data-parallel ranks begin with equal weights. Raises `UserError` on all of them. Collective."""
+        if not self.is_fully_sharded:  # checked before they were split
+            self.check_equal_weights()
+
+    def check_equal_weights(self) -> None:
+        """Raise `UserError` on all data-parallel ranks if their weights differ. Collective."""
         if names := unequal_over_data_parallel(dict(self.named_parameters())):
             raise UserError(
                 f"ranks begin with different weights ({len(names)} tensors, {names[0]} first): they must run the same "
@@ -102,7 +114,7 @@ class PackedModel(ModelPT):
         """Return new masters of these parameters, in place of earlier ones."""
         if self.masters is not None:
             self.masters.release()
-        self.masters = MasterWeights(named_parameters)
+        self.masters = (ShardedMasters if self.is_fully_sharded else MasterWeights)(named_parameters)
         return self.masters
 
     def accumulate_gradients(

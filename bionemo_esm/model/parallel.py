@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from torch import distributed
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from bionemo_esm.compat import mark_split, single_rank_groups, split_dimension
@@ -99,6 +100,16 @@ def is_split(parameter: torch.Tensor) -> bool:
     return tensor_parallel_size() > 1 and split_dimension(parameter) is not None
 
 
+def is_fully_sharded(tensor: torch.Tensor) -> bool:
+    """Whether data-parallel ranks hold rows of this tensor (`model/sharding.py`)."""
+    return isinstance(tensor, DTensor)
+
+
+def held_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the memory that this rank holds of a tensor: some rows if it is fully sharded, else all."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def copy_split(source: Parameter, target: Parameter) -> Parameter:
     """Mark `target` as split over tensor-parallel ranks like `source`; return it."""
     mark_split(target, split_dimension(source))
@@ -111,6 +122,11 @@ def gather_shards(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor
     Parts are contiguous and in the order of the ranks, also those of the fused query-key-value matrix: Megatron keeps
     the rows of one head together. A tensor that is not split is returned as it is.
     """
+    if isinstance(parameter, DTensor):
+        form = parameter.device_mesh, parameter.placements
+        rows = held_part(tensor)
+        shards = DTensor.from_local(rows, *form, run_check=False, shape=parameter.shape, stride=parameter.stride())
+        return shards.full_tensor()
     if not is_split(parameter):
         return tensor
     dimension = split_dimension(parameter)
@@ -120,6 +136,9 @@ def gather_shards(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor
 
 def local_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a whole tensor that is split like `parameter`: the inverse of `gather_shards`."""
+    if isinstance(parameter, DTensor):
+        rows = whole.chunk(data_parallel_size())  # fewer than ranks, if there are fewer rows
+        return rows[data_parallel_rank()] if data_parallel_rank() < len(rows) else whole[:0]
     if not is_split(parameter):
         return whole
     dimension = split_dimension(parameter)

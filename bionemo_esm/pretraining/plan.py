@@ -404,7 +404,7 @@ def memory_of(recipe: Recipe, precision: str, micro_tokens: float) -> Memory:
         precision=precision,
         data_parallel=trainer.data_parallel_size,
         tensor_parallel=trainer.tensor_model_parallel_size,
-        shard_optimizer=trainer.shard_optimizer,
+        sharding=trainer.sharding,
         device_type="cuda" if trainer.accelerator == "gpu" else "cpu",
         optimizer=recipe.optim.name,
         recompute=trainer.recompute,
@@ -617,7 +617,9 @@ def _smaller(plan: Plan, room: float) -> str:
         kept = "" if recipe.data.global_batch_size else f" and global_batch_size={recipe.global_batch_size}"
         if sizes:
             return f"micro_batch_size={sizes[-1]}{kept} always fits, with the same optimisation"
-    return "trainer.tensor_model_parallel_size or trainer.shard_optimizer take some of it off each device"
+    return (
+        "trainer.sharding=full, trainer.recompute or trainer.tensor_model_parallel_size take some of it off each device"
+    )
 
 
 def _precision(plan: Plan) -> str | None:

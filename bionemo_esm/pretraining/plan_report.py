@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 from bionemo_esm.console import Console, duration
-from bionemo_esm.model.config import COSINE, WARMUP_STABLE_DECAY
+from bionemo_esm.model.config import COSINE, SHARDED_OPTIMIZER, WARMUP_STABLE_DECAY
 from bionemo_esm.model.schedule import learning_rate
 from bionemo_esm.pretraining.plan import PFLOP_DAY, Orthogonalization, Plan, findings, gather_facts, plan_of, scientific
 from bionemo_esm.pretraining.recipe import Recipe
@@ -142,7 +142,7 @@ def _optimizer(plan: Plan) -> str:
     cost, trainer = Orthogonalization.of(plan.recipe), plan.recipe.trainer
     if not cost.flops:
         return ""
-    sharded = trainer.shard_optimizer and trainer.data_parallel_size > 1
+    sharded = trainer.sharding == SHARDED_OPTIMIZER and trainer.data_parallel_size > 1
     sharing = trainer.data_parallel_size if sharded else 1
     share = cost.flops * plan.steps * trainer.world_size / sharing / plan.flops
     text = f"{plan.recipe.optim.name} orthogonalizes matrices: {scientific(cost.flops)} FLOPs a step, "

@@ -20,7 +20,16 @@ from bionemo_esm.data.dataloader import BatchPlan, BatchWarmup
 from bionemo_esm.data.masking import MaskingPolicy
 from bionemo_esm.data.store import MANIFEST_NAME, sha256_of_file
 from bionemo_esm.errors import ConfigError
-from bionemo_esm.model.config import FUSED_ADAM, SCHEDULES, SELECTIVE_RECOMPUTE, EncoderConfig, OptimConfig
+from bionemo_esm.model.config import (
+    FULL_SHARDING,
+    FUSED_ADAM,
+    NO_SHARDING,
+    SCHEDULES,
+    SELECTIVE_RECOMPUTE,
+    SHARDED_OPTIMIZER,
+    EncoderConfig,
+    OptimConfig,
+)
 from bionemo_esm.model.optimizer_registry import OPTIMIZERS
 from bionemo_esm.pretraining.probe_config import ProbeConfig, load_probe_config
 from bionemo_esm.pretraining.resolve_model import resolve_model
@@ -84,9 +93,23 @@ class TrainerConfig(Settings, section="trainer"):
     limit_val_batches: PositiveInt | None = None  # per rank; null: all
     log_every_n_steps: PositiveInt = 10
     tensor_model_parallel_size: PositiveInt = 1  # ranks that share one copy of the model
-    shard_optimizer: bool = False  # split Adam's moments over the data-parallel ranks
+    sharding: Literal["none", "optimizer", "full"] = "none"  # what data-parallel ranks split
+    shard_optimizer: bool = False  # the old key of sharding=optimizer
     recompute: Literal["none", "selective", "full"] = "none"  # activations that backward computes again
     hang_timeout_seconds: float | None = 1800.0  # without a step; then the job ends with all stacks; null: never
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translate_old_key(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("shard_optimizer") is not True:
+            return values
+        if values.get("sharding", NO_SHARDING) not in (NO_SHARDING, SHARDED_OPTIMIZER):
+            raise ConfigError(
+                f"trainer.shard_optimizer=true is the old key of sharding=optimizer, and trainer.sharding is "
+                f"{values['sharding']!r}; leave shard_optimizer away",
+                code="config.sharding",
+            )
+        return {**values, "sharding": SHARDED_OPTIMIZER}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -98,6 +121,12 @@ class TrainerConfig(Settings, section="trainer"):
             raise ConfigError(
                 f"trainer.tensor_model_parallel_size ({self.tensor_model_parallel_size}) must divide the "
                 f"{self.world_size} devices of trainer.num_nodes x trainer.devices"
+            )
+        if self.sharding == FULL_SHARDING and self.tensor_model_parallel_size > 1:
+            raise ConfigError(
+                "trainer.sharding=full does not work with trainer.tensor_model_parallel_size="
+                f"{self.tensor_model_parallel_size}; set that to 1, or trainer.sharding=optimizer",
+                code="config.sharding",
             )
         if self.recompute == SELECTIVE_RECOMPUTE and self.tensor_model_parallel_size > 1:
             raise ConfigError(
@@ -279,6 +308,24 @@ class Recipe(Settings):
                 raise ConfigError(
                     f"trainer.tensor_model_parallel_size ({ranks}) must divide model.{key} ({getattr(self.model, key)})"
                 )
+        if self.trainer.sharding == FULL_SHARDING:
+            self._check_full_sharding()
+
+    def _check_full_sharding(self) -> None:
+        """Refuse what needs whole matrices, or a forward pass of one rank alone."""
+        iterations = OPTIMIZERS.get(self.optim.name).orthogonalizing_iterations
+        if any(iterations(self.optim, name, shape) for name, shape in self.model.tensors()):
+            raise ConfigError(
+                f"trainer.sharding=full does not work with optim.name={self.optim.name}, which needs whole matrices; "
+                "set trainer.sharding=optimizer",
+                code="config.sharding",
+            )
+        if self.probe is not None:
+            raise ConfigError(
+                "trainer.sharding=full does not work with a probe, which rank 0 computes alone; set probe.task=null, or "
+                "trainer.sharding=optimizer",
+                code="config.sharding",
+            )
 
     def _check_tokens(self) -> None:
         longest = self.model.seq_length

@@ -17,7 +17,7 @@ from bionemo_esm.data.preprocess import BuildPolicy, build_store, build_store_fr
 from bionemo_esm.data.store import MANIFEST_NAME, SPLITS, ProteinStore, SequenceSplit, StoreError, sha256_of_file
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.archive import ArchiveFile
-from bionemo_esm.model.config import INVERSE_SQUARE_ROOT
+from bionemo_esm.model.config import FULL_SHARDING, INVERSE_SQUARE_ROOT, NO_SHARDING, SHARDED_OPTIMIZER
 from bionemo_esm.pretraining.probe_config import ProbeSet, read_probe
 from bionemo_esm.pretraining.recipe import Recipe
 
@@ -141,6 +141,8 @@ class RunContext:
             lines["start"] = f"from the weights of {recipe.restore_from_path}"
         if (batch_departure := recipe.batch_departure()) is not None:
             lines["note"] = batch_departure
+        if recipe.trainer.shard_optimizer:
+            lines["old key"] = "trainer.shard_optimizer=true is now trainer.sharding=optimizer"
         if batch > self.train.num_clusters:
             lines["warning"] = (
                 f"a batch is more than the {self.train.num_clusters:,} samples there are; make it smaller"
@@ -149,8 +151,9 @@ class RunContext:
 
     def _parallelism_text(self) -> str:
         trainer = self.recipe.trainer
-        ranks, moments = trainer.tensor_model_parallel_size, trainer.shard_optimizer
-        return (f", {ranks} share a copy of the model" if ranks > 1 else "") + (", moments sharded" if moments else "")
+        ranks = trainer.tensor_model_parallel_size
+        sharded = {NO_SHARDING: "", SHARDED_OPTIMIZER: ", moments sharded", FULL_SHARDING: ", all state sharded"}
+        return (f", {ranks} share a copy of the model" if ranks > 1 else "") + sharded[trainer.sharding]
 
     def _accumulation_text(self) -> str:
         plan = self.stream.plan

@@ -149,7 +149,7 @@ def _model(run: RunContext, trainer: Trainer, start: StartingPoint) -> ESM1nvMod
     model = ESM1nvModel(OmegaConf.create(settings), trainer)
     model.optim_config = recipe.optim
     model.initial_weights = recipe.restore_from_path
-    model.shard_optimizer = recipe.trainer.shard_optimizer
+    model.sharding = recipe.trainer.sharding
     model.recompute = recipe.trainer.recompute
     model.provenance, model.continues = run.provenance, start.of_another_run
     model.setup_training_data(run.stream, recipe.data.num_workers)
