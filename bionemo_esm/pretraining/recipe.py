@@ -100,8 +100,8 @@ class TrainerConfig(Settings, section="trainer"):
 
     @model_validator(mode="before")
     @classmethod
-    def _translate_old_key(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("shard_optimizer") is not True:
+    def _translate_old_key(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("shard_optimizer") is not True:
             return values
         if values.get("sharding", NO_SHARDING) not in (NO_SHARDING, SHARDED_OPTIMIZER):
             raise ConfigError(
@@ -322,8 +322,8 @@ class Recipe(Settings):
             )
         if self.probe is not None:
             raise ConfigError(
-                "trainer.sharding=full does not work with a probe, which rank 0 computes alone; set probe.task=null, or "
-                "trainer.sharding=optimizer",
+                "trainer.sharding=full does not work with a probe, which rank 0 computes alone; set probe.task=null, "
+                "or trainer.sharding=optimizer",
                 code="config.sharding",
             )
 
