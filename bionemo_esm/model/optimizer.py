@@ -5,8 +5,8 @@ last backward pass of a step runs (Li et al. 2020, "PyTorch Distributed", sectio
 DistributedDataParallel would reduce in the parameters' dtype.
 
 `sharding=optimizer` splits the optimizer's state over data-parallel ranks, as the first stage of ZeRO does (Rajbhandari
-et al. 2020). `ZeroRedundancyOptimizer` collects a full state by pickling; `full_state` gathers tensors instead, into the
-format of an optimizer that is not sharded. So a checkpoint does not depend on the number of ranks that wrote it.
+et al. 2020). `ZeroRedundancyOptimizer` collects a full state by pickling; `full_state` gathers tensors instead, into
+the format of an optimizer that is not sharded. So a checkpoint does not depend on the number of ranks that wrote it.
 """
 
 from __future__ import annotations
