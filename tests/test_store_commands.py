@@ -113,6 +113,7 @@ def test_preprocess_builds_a_store_and_prints_its_summary(shell: Shell) -> None:
     for row in ("sequences 150 20 30", "length in residues", "store data/store", "picture data/store/card.png"):
         assert any(line.split()[: len(row.split())] == row.split() for line in lines), row
     assert re.search(r"Done in \d+:\d\d", said.out)
+    assert "split.by=identity keeps them apart" in said.out
     assert lines[-1].split() == ["train", "bionemo-esm", "pretrain", "recipe=laptop", "data.store=data/store"]
     assert shell.files() == ["data"]
     assert [path.name for path in Path("data").iterdir()] == ["store"]

