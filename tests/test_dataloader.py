@@ -171,14 +171,6 @@ def test_consumed_samples_continue_past_the_end_of_an_epoch(tiny_split: Sequence
     assert list(itertools.islice(ConsumedSamples(source, 65_120 * 3), 3)) == [195_360, 248_640, 301_920]
 
 
-@pytest.mark.parametrize(("global_batch", "micro_batch", "world_size"), [(65_120, 370, 144), (10, 4, 1), (10, 5, 4)])
-def test_indivisible_global_batch_is_refused(global_batch: int, micro_batch: int, world_size: int) -> None:
-    with pytest.raises(ValueError, match="evenly") as error:
-        BatchPlan(global_batch, micro_batch, 0, world_size)
-    for number in (global_batch, micro_batch, world_size, micro_batch * world_size):
-        assert f" {number}" in str(error.value)
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_shows_every_protein_once_over_all_ranks(tiny_split: SequenceSplit, world_size: int) -> None:
     """37 proteins in batches of 5 leave a short last batch. Batches are the same at any world size."""
