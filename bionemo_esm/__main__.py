@@ -37,7 +37,7 @@ USAGE = f"""bionemo-esm {__version__}: protein language models
                                                                      fit a contact head on a few structures
   bionemo-esm contacts model=x_contacts.nemo input=proteins.fasta output=contacts
                                                                      predict contacts, with pictures
-  bionemo-esm finetune task=secondary_structure restore_from_path=x.nemo data.download=flip output=structure
+  bionemo-esm finetune task=secondary_structure model=x.nemo data.download=flip output=structure
                                                                      fine-tune on a task of FLIP, TAPE or your own
   bionemo-esm predict model=finetuned.nemo input=proteins.fasta output=predictions.csv
                                                                      predict with a fine-tuned model

@@ -11,8 +11,8 @@ import difflib
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ _SWEEPS = r"(-m|--multirun)$|\+{0,2}hydra\.mode=(?i:multirun)"
 _HELP = ("--help", "-h")
 _SYNTAX = "command-line.syntax"
 _MUST_BE_CHOSEN = "???"
+_ARCHIVES = (".nemo", ".ckpt")
+TRAINER_SPELLINGS = {key: f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "precision")}
+"""For commands that train: keys that other commands have without a section."""
+INFERENCE_SPELLINGS = {"restore_from_path": "model", "trainer.precision": "precision"}
+"""For commands that use a model: keys of the commands that train."""
 _PROGRAM = "bionemo-esm "
 """The prefix of the program's name if no file started it."""
 
@@ -50,6 +55,9 @@ class ConfiguredCommand:
     The values of `text_keys` and `list_keys` (paths, ids, sequences, names of columns, patterns) are text: neither
     Hydra's grammar nor interpolation applies to them. `null` is none, quotes around the whole value are removed, and a
     leading `~/` is the home directory. For a key of `list_keys`, `[a,b]` is a list, read by Hydra's grammar.
+
+    `other_spellings` maps keys that other commands use, or that this one used before, to its own: they are accepted,
+    with one line of notice. `archive_keys`: the settings that `model=x.nemo` stands for, where `model` is a group.
     """
 
     job: Callable[[DictConfig], None]
@@ -57,6 +65,8 @@ class ConfiguredCommand:
     part: str = ""
     text_keys: tuple[str, ...] = ()
     list_keys: tuple[str, ...] = ()
+    other_spellings: Mapping[str, str] = field(default_factory=dict)
+    archive_keys: tuple[str, ...] = ()  # {} is the archive's path
     open_sections: tuple[str, ...] = ()  # with a dot at the end: parts from other packages may have keys there
     rank_file: str = ""  # the file by which Lightning starts other ranks, of a command that may have any
 
@@ -73,9 +83,26 @@ class ConfiguredCommand:
             sys.argv[1:] = arguments  # as they were given: a run records them, and Lightning starts other ranks by them
             self.job(cfg)
 
-        sys.argv[1:] = [f"hydra.job.name={self.config_name}", *map(self.for_hydra, arguments)]
+        sys.argv[1:] = [f"hydra.job.name={self.config_name}", *self.overrides(arguments)]
         folder = str(config_directory(self.part))
         hydra.main(version_base="1.3", config_path=folder, config_name=self.config_name)(job)()
+
+    def overrides(self, arguments: Sequence[str]) -> list[str]:
+        """The arguments as Hydra reads them, each key by its own spelling, and values of text keys literally."""
+        return [self.for_hydra(each) for argument in arguments for each in self._respelt(argument)]
+
+    def notices(self, arguments: Sequence[str]) -> list[str]:
+        """A line for each argument by another spelling."""
+        keys = [argument.partition("=")[0] for argument in arguments]
+        return [
+            f"note: {key} is called {self.other_spellings[key]} here" for key in keys if key in self.other_spellings
+        ]
+
+    def _respelt(self, argument: str) -> list[str]:
+        key, equals, value = argument.partition("=")
+        if self.archive_keys and key == "model" and _without_quotes(value).endswith(_ARCHIVES):
+            return [setting.replace("{}", value) for setting in self.archive_keys]
+        return [f"{self.other_spellings.get(key, key)}{equals}{value}"]
 
     def for_hydra(self, argument: str) -> str:
         """The argument such that Hydra takes the value of a text key literally."""
@@ -95,10 +122,11 @@ class ConfiguredCommand:
 def check_command_line(command: ConfiguredCommand, arguments: list[str]) -> None:
     """Exit with 2, after one message, for arguments that the configuration cannot be composed with, or a sweep.
 
-    `--help` of a configuration without groups prints its keys with their comments, and exits with 0. Hydra's own flags
-    (`--cfg`, `--help` of one with groups, ...) and what follows them are left to Hydra.
+    `--help` prints all keys with their comments, and exits with 0. Hydra's own flags (`--cfg`, ...) and what follows
+    them are left to Hydra.
     """
-    if any(argument in _HELP for argument in arguments) and (text := help_text(command.config_name, command.part)):
+    if any(argument in _HELP for argument in arguments):
+        text = help_text(command.config_name, command.part)
         Console(sys.stdout, silent=not is_rank_zero()).print_line(_as_called(text).rstrip("\n"))
         raise SystemExit(0)
     run_to_exit_code(lambda: _check_no_sweep(arguments), "Interrupted.", silent=not is_rank_zero())
@@ -109,46 +137,61 @@ def check_command_line(command: ConfiguredCommand, arguments: list[str]) -> None
 
 def _without_quotes(value: str) -> str:
     """The text of a value that is quoted as a whole, by Hydra's rules for backslashes; any other value as it is."""
-    quote = value[0]
-    if quote not in "'\"" or not re.fullmatch(rf"{quote}(?:[^{quote}\\]|\\.)*{quote}", value, re.DOTALL):
+    quote = value[:1]
+    if not quote or quote not in "'\"" or not re.fullmatch(rf"{quote}(?:[^{quote}\\]|\\.)*{quote}", value, re.DOTALL):
         return value
     return re.sub(rf"(\\+)({quote}|$)", lambda found: "\\" * (len(found[1]) // 2) + found[2], value[1:-1])
 
 
 def help_text(config_name: str, part: str = "") -> str:
-    """The header of a configuration, and all keys with their comments; "" for one with groups that have a default.
+    """The header of a configuration, and all keys with their comments.
 
-    A group that must be chosen is shown by its members and the keys of `custom`.
+    A group is shown by its members and the keys of its default; one that must be chosen, by those of `custom`; one
+    whose members set keys of other groups, as recipes do, by the first sentences of its members.
     """
     folder = config_directory(part)
     parts = [config_name]
     blocks: list[str] = []
     while parts:
-        name = parts.pop(0)
-        text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
-        defaults = [each for each in yaml.safe_load(text)["defaults"] if each != "_self_"]
-        groups = [next(iter(each.items())) for each in defaults if not isinstance(each, str)]
-        groups = [(group, chosen) for group, chosen in groups if not group.startswith("override hydra/")]
-        if any(chosen != _MUST_BE_CHOSEN for _, chosen in groups):
-            return ""
+        header, defaults, keys = _parsed(folder / f"{parts.pop(0)}.yaml")
         parts += [each for each in defaults if isinstance(each, str)]
-        chosen_ones = [_group_help(folder / group) for group, _ in groups]
-        text = re.sub(r"^(defaults|hydra):\n(?:[ -].*\n)+", "", text, flags=re.MULTILINE)  # settings of Hydra itself
-        header = re.match(r"(?:#.*\n)*", text)
-        assert header is not None
+        groups = [next(iter(each.items())) for each in defaults if not isinstance(each, str)]
         if not blocks:
-            blocks.append(re.sub(r"^# ?", "", header[0], flags=re.MULTILINE))
+            blocks.append(re.sub(r"^# ?", "", header, flags=re.MULTILINE))
             blocks.append("Keys and their defaults; ??? must be given:\n")
-        blocks += [*chosen_ones, text[header.end() :]]
+        blocks += [
+            _group_help(folder / group, chosen) for group, chosen in groups if not group.startswith("override hydra/")
+        ]
+        blocks.append(keys)
     return re.sub(r"\n{3,}", "\n\n", "\n".join(block.strip("\n") + "\n" for block in blocks))
 
 
-def _group_help(folder: Path) -> str:
-    """The members of a group, and the keys of its `custom`."""
+def _parsed(file: Path) -> tuple[str, list[Any], str]:
+    """Return the comments at the head of a configuration, its defaults list, and its keys with their comments."""
+    text = file.read_text(encoding="utf-8")
+    defaults = (yaml.safe_load(text) or {}).get("defaults", [])
+    text = re.sub(r"^(defaults|hydra):\n(?:[ -].*\n)+", "", text, flags=re.MULTILINE)  # settings of Hydra itself
+    header = re.match(r"(?:#.*\n)*", text)
+    assert header is not None
+    return header[0], [each for each in defaults if each != "_self_"], text[header.end() :].lstrip("\n")
+
+
+def _group_help(folder: Path, chosen: str) -> str:
+    """The members of a group, and the keys of the chosen one; of `custom`, where one must be chosen."""
     names = ", ".join(_members(folder))
-    text = (folder / "custom.yaml").read_text(encoding="utf-8")
-    keys = re.sub(r"^(?:#.*\n|\n)*", "", text)
-    return f"{folder.name}: ???  # {names}; of custom:\n" + re.sub(r"^(?=.)", "  ", keys, flags=re.MULTILINE)
+    header, _, keys = _parsed(folder / f"{'custom' if chosen == _MUST_BE_CHOSEN else chosen}.yaml")
+    if header.startswith("# @package _global_"):
+        lines = "".join(f"  # {_first_sentence(folder / f'{name}.yaml')}\n" for name in _members(folder))
+        return f"{folder.name}: {chosen}  # sets keys of all sections; there are:\n{lines}"
+    shown = "custom" if chosen == _MUST_BE_CHOSEN else chosen
+    return f"{folder.name}: {chosen}  # {names}; of {shown}:\n" + re.sub(r"^(?=.)", "  ", keys, flags=re.MULTILINE)
+
+
+def _first_sentence(file: Path) -> str:
+    """The name of a recipe, and the first sentence of its header."""
+    lines = [line.strip("# ") for line in _parsed(file)[0].splitlines()[1:]]
+    paragraph = " ".join(lines[: lines.index("")] if "" in lines else lines)
+    return f"{file.stem}: {paragraph.split('. ')[0].rstrip('.')}"
 
 
 def _members(folder: Path) -> list[str]:
@@ -181,13 +224,15 @@ def _check(command: ConfiguredCommand, arguments: list[str]) -> int:
         if "=" not in argument:
             raise ConfigError(f"{argument!r} is not key=value; --help lists every key", code=_SYNTAX)
     GlobalHydra.instance().clear()
-    folder, overrides = config_directory(command.part), [command.for_hydra(argument) for argument in arguments]
+    folder, overrides = config_directory(command.part), command.overrides(arguments)
     with initialize_config_dir(str(folder), version_base="1.3"):
         try:
             compose(command.config_name, overrides=overrides)
         except (HydraException, OmegaConfBaseException) as error:
             message = _explained(command.config_name, folder, overrides, error)
             raise ConfigError(message, code="command-line.override") from error
+    for notice in command.notices(arguments):
+        Console(sys.stderr, silent=not is_rank_zero()).print_line(notice)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Fine-tune a pretrained model on a task of FLIP or TAPE, or your own.
 
-python examples/finetune.py task=secondary_structure restore_from_path=x.nemo data.train=sampled.fasta \
+python examples/finetune.py task=secondary_structure model=x.nemo data.train=sampled.fasta \
   data.sequences=sequences.fasta data.mask=mask.fasta output=structure
 """
 

@@ -76,7 +76,7 @@ def pretrained(folder: Path, **sizes: Any) -> Path:
 
 def run_here(folder: Path, model: Path, *overrides: str) -> dict[str, Any]:
     """Fine-tune in this process into `folder` and return the report. A stop raises `SystemExit`."""
-    places = (f"restore_from_path={model}", f"output={folder}")
+    places = (f"model={model}", f"output={folder}")
     finetune(composed(*QUICK, *places, *overrides, config="finetune", part="finetuning"))
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return report

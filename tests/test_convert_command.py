@@ -99,7 +99,7 @@ def test_hugging_face_folder_becomes_an_archive_of_the_same_model(
     assert lines[0] == f"Reading {sources / family}, a Hugging Face folder"
     assert any(line.startswith(f"  model    {family}, 2 layers, hidden 32, 4 heads") for line in lines)
     assert f"  {file.weights_sha256}" in lines
-    assert lines[-1].endswith(f"pretrain recipe=adapt restore_from_path={target} data.fasta=mine.fasta")
+    assert lines[-1].endswith(f"pretrain recipe=adapt model={target} data.fasta=mine.fasta")
     assert [path.name for path in target.parent.iterdir()] == ["model.nemo"]
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
 

@@ -102,8 +102,10 @@ def test_every_command_of_a_page_is_accepted(page: str, tmp_path: Path, monkeypa
         config, folder, load = COMMANDS[name]
         program = COMMAND_LINE[name]
         main = getattr(import_module(program.module), program.function)
-        composed_config = composed(*map(main.for_hydra, settings), config=config, part=folder)
-        paths = dict(word.split("=", 1) for word in settings if word.startswith(("source=", "restore_from_path=")))
+        composed_config = composed(*main.overrides(settings), config=config, part=folder)
+        paths = dict(
+            word.split("=", 1) for word in settings if word.startswith(("source=", "restore_from_path=", "model="))
+        )
         for path in map(Path, paths.values()):
             if path.suffix == ".nemo":
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -367,7 +367,7 @@ def test_two_ranks_train_like_one_rank(program: list[str], base: Path, residues:
     alone = run_here(tmp_path / "alone", base, *arguments)
     command = [sys.executable, *program, *QUICK, *arguments, "trainer.devices=2"]
     done = subprocess.run(
-        [*command, f"restore_from_path={base}", f"output={tmp_path / 'both'}"],
+        [*command, f"model={base}", f"output={tmp_path / 'both'}"],
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

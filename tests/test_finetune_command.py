@@ -186,7 +186,7 @@ def test_a_finished_output_is_unchanged_and_other_settings_are_refused(
 
 def unfinished(folder: Path, base: Path) -> list[str]:
     """Return the arguments of a job that takes hours."""
-    place = (f"restore_from_path={base}", f"output={folder / 'out'}")
+    place = (f"model={base}", f"output={folder / 'out'}")
     return [*QUICK, *per_residue(folder), *place, "tuning.max_epochs=100000", "tuning.patience=100000", "seeds=[1,2]"]
 
 

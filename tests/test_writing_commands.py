@@ -69,7 +69,7 @@ WRITING = {
     ),
     "contacts": Writing("contacts model=head.nemo input=p.fasta output=new/maps", "new/maps"),
     "finetune": Writing(
-        " ".join(["finetune", *QUICK, LABELS, "restore_from_path=x.nemo", "cache=cache", "output=new/tuned"]),
+        " ".join(["finetune", *QUICK, LABELS, "model=x.nemo", "cache=cache", "output=new/tuned"]),
         "new/tuned",
     ),
     "predict": Writing("predict model=tuned.nemo input=p.fasta output=new/predicted.csv", "new/predicted.csv"),

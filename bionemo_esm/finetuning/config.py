@@ -179,7 +179,7 @@ class ReadingOptions(Settings, section="reading"):
 class FinetuneConfig(Settings):
     """The settings of `bionemo-esm finetune`; conf/finetuning/finetune.yaml explains each key."""
 
-    restore_from_path: Path
+    model: Path
     output: Path
     task: TaskConfig
     data: DataConfig

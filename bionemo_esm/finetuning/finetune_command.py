@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from bionemo_esm.command_line import ConfiguredCommand
+from bionemo_esm.command_line import TRAINER_SPELLINGS, ConfiguredCommand
 from bionemo_esm.console import Console, is_rank_zero, redirect_output, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import check_writable, hold_name
@@ -47,7 +47,7 @@ def _finetune(cfg: DictConfig) -> int:
         if is_rank_zero():
             print(f"Finished already: {folder / 'report.md'}, {folder / 'model.nemo'}")  # noqa: T201
         return 0
-    base, sizes = _pretrained(config.restore_from_path)
+    base, sizes = _pretrained(config.model)
     config.parts(sizes)
     from bionemo_esm.finetuning.splits import read_splits
 
@@ -84,7 +84,7 @@ def _pretrained(path: Path) -> tuple[ArchiveFile, ModelSizes]:
     file = open_model_file(path)
     if file.model_class != _PRETRAINED:
         raise ArchiveError(
-            f"restore_from_path: {path}: holds a model of class {file.model_class}, which has learned a task already; "
+            f"model: {path}: holds a model of class {file.model_class}, which has learned a task already; "
             "give the pretrained archive that it came from"
         )
     return file, ModelSizes(check_sizes(file))
@@ -155,11 +155,12 @@ main = ConfiguredCommand(
     "finetune",
     part="finetuning",
     text_keys=(
-        *("restore_from_path", "output", "cache", "data.sequences", "data.mask", "data.download", "task.name"),
+        *("model", "output", "cache", "data.sequences", "data.mask", "data.download", "task.name"),
         *("task.target_column", "task.sequence_column", "task.id_column", "task.set_column", "task.validation_column"),
         "task.header_pattern",
     ),
     list_keys=("data.train", "data.validation", "data.test"),
+    other_spellings={"restore_from_path": "model"} | TRAINER_SPELLINGS,
     open_sections=("head.",),
     rank_file=str(Path(__file__).with_name("__main__.py")),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from bionemo_esm.command_line import ConfiguredCommand
+from bionemo_esm.command_line import INFERENCE_SPELLINGS, ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import atomic_write, hold_output
@@ -114,5 +114,6 @@ main = ConfiguredCommand(
     "predict",
     part="finetuning",
     text_keys=("model", "input", "output", "id_column", "sequence_column"),
+    other_spellings=INFERENCE_SPELLINGS,
 )
 """`bionemo-esm predict`."""

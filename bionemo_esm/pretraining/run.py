@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bionemo_esm.command_line import ConfiguredCommand
+from bionemo_esm.command_line import TRAINER_SPELLINGS, ConfiguredCommand
 from bionemo_esm.console import Console, ProgressBar, duration, is_rank_zero, redirect_output, run_to_exit_code
 from bionemo_esm.errors import ConfigError, UserError
 from bionemo_esm.files import write_atomically
@@ -289,6 +289,8 @@ main = ConfiguredCommand(
         *("probe.data.sequences", "probe.data.mask"),
     ),
     list_keys=("probe.data.train", "probe.data.validation", "probe.data.test"),
+    other_spellings=TRAINER_SPELLINGS,
+    archive_keys=("restore_from_path={}", "model=of_archive"),
     open_sections=("optim.options.",),
     rank_file=str(Path(__file__).with_name("__main__.py")),
 )

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from pydantic import Field, field_validator
 
 from bionemo_esm.alphabet import TOKENS
-from bionemo_esm.command_line import ConfiguredCommand
+from bionemo_esm.command_line import INFERENCE_SPELLINGS, ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.files import atomic_write, hold_output
 from bionemo_esm.inference.batching import WindowSpec
@@ -370,5 +370,6 @@ main = ConfiguredCommand(
     part="inference",
     text_keys=("model", "output", "chain", "id_column", "sequence_column"),
     list_keys=("input",),
+    other_spellings=INFERENCE_SPELLINGS,
 )
 """`bionemo-esm contacts`."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 from pydantic import field_validator
 
-from bionemo_esm.command_line import ConfiguredCommand
+from bionemo_esm.command_line import INFERENCE_SPELLINGS, ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
@@ -233,5 +233,6 @@ main = ConfiguredCommand(
     part="inference",
     text_keys=("model", "output", "chain"),
     list_keys=("structures",),
+    other_spellings=INFERENCE_SPELLINGS,
 )
 """`bionemo-esm fit-contacts`."""

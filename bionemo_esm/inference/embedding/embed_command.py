@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from bionemo_esm.command_line import ConfiguredCommand
+from bionemo_esm.command_line import INFERENCE_SPELLINGS, ConfiguredCommand
 from bionemo_esm.console import EXIT_INTERRUPTED, RESIDUES, Console, ProgressBar, run_to_exit_code, sigterm_as_exit
 from bionemo_esm.data.store import sha256_of_file
 from bionemo_esm.errors import ConfigError, UserError
@@ -168,5 +168,6 @@ main = ConfiguredCommand(
     "embed",
     part="inference",
     text_keys=("model", "input", "output", "id_column", "sequence_column"),
+    other_spellings=INFERENCE_SPELLINGS | {"trainer.devices": "devices"},
 )
 """`bionemo-esm embed`."""

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from bionemo_esm import __version__
-from bionemo_esm.command_line import ConfiguredCommand
+from bionemo_esm.command_line import INFERENCE_SPELLINGS, ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.data.dataloader import EpochPermutation
 from bionemo_esm.data.store import MANIFEST_NAME, SPLITS, ProteinStore, SequenceSplit, sha256_of_file
@@ -299,5 +299,6 @@ main = ConfiguredCommand(
     "evaluate",
     part="inference",
     text_keys=("model", "reference", "input", "store", "output", "id_column", "sequence_column"),
+    other_spellings=INFERENCE_SPELLINGS | {"trainer.devices": "devices"},
 )
 """`bionemo-esm evaluate`."""

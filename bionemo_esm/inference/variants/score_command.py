@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from bionemo_esm import __version__
 from bionemo_esm.alphabet import decode
-from bionemo_esm.command_line import ConfiguredCommand
+from bionemo_esm.command_line import INFERENCE_SPELLINGS, ConfiguredCommand
 from bionemo_esm.console import RESIDUES, Console, ProgressBar
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.files import atomic_write, hold_output
@@ -309,5 +309,6 @@ main = ConfiguredCommand(
     "score",
     part="inference",
     text_keys=("model", "sequence", "sequence_id", "input", "mutation_column", "measurement_column", "output"),
+    other_spellings=INFERENCE_SPELLINGS,
 )
 """`bionemo-esm score`."""

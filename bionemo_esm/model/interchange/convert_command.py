@@ -107,9 +107,7 @@ def _import(config: ConvertConfig, conversion: Conversion, console: Console) -> 
     console.print_line(f"  {report.weights_sha256}")
     path = shlex.quote(str(report.output))
     console.print_line(f"Look at it:        bionemo-esm inspect {path}")
-    console.print_line(
-        f"Train it further:  bionemo-esm pretrain recipe=adapt restore_from_path={path} data.fasta=mine.fasta"
-    )
+    console.print_line(f"Train it further:  bionemo-esm pretrain recipe=adapt model={path} data.fasta=mine.fasta")
 
 
 def _export(config: ConvertConfig, conversion: Conversion, console: Console) -> None:
