@@ -237,3 +237,10 @@ def test_structure_files_are_distinguished_from_protein_files(tmp_path: Path) ->
     assert (
         holds_structures(table(tmp_path, ROW)) and holds_structures("1ubq.cif.gz") and holds_structures(str(tmp_path))
     )
+
+
+def test_a_device_and_a_link_to_nothing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "lost.pdb").symlink_to(tmp_path / "gone")
+    for source in ("/dev/null", str(tmp_path / "lost.pdb"), str(tmp_path / "l*.pdb")):
+        with pytest.raises(StructureError, match="is neither a file nor a folder"):
+            files_of(source)

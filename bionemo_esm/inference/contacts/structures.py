@@ -144,6 +144,8 @@ def _files(sources: Sequence[str]) -> list[str]:
             files.append(source)
         elif not (matching := sorted(glob.glob(source))):  # noqa: PTH207
             raise StructureError(f"{source}: no such file")
+        elif source in matching:  # a device, a pipe, or a link to nothing
+            raise StructureError(f"{source}: is neither a file nor a folder; give a file or a folder of structures")
         else:
             files += _files(matching)
     return files
