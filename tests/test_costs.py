@@ -17,10 +17,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from bionemo_esm.data.collate import PackedBatch, pack
-from bionemo_esm.model.config import EncoderConfig
+from bionemo_esm.model.config import RECOMPUTE, EncoderConfig
 from bionemo_esm.model.costs import CHOSEN_SHARE, memory_per_device, parameters_per_device, training_flops
 from bionemo_esm.model.esm1nv import ESM1nvModel
 from bionemo_esm.pretraining.hardware import DEVICES, find_device, memory_bytes, peak_flops
+from runs import ROOT, composed
 
 SMALL = EncoderConfig(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=256, attention_dropout=0.0)
 WIDER = SMALL.replace(num_layers=3, hidden_size=96, num_attention_heads=6, ffn_hidden_size=288, hidden_dropout=0.0)
@@ -187,6 +188,20 @@ def test_full_sharding_splits_masters_gradients_and_moments_and_gathers_two_bloc
     assert half.parameters == eighth.parameters < 0.3 * whole.parameters, "gathered block by block"
     assert half.gradients - eighth.gradients == (4 * config.parameters) * 3 // 8
     assert eighth.activations == whole.activations
+
+
+@pytest.mark.parametrize("name", ["esm2_3b", "esm2_15b"])
+def test_table_of_what_runs_where_has_the_numbers_of_the_formulas(name: str) -> None:
+    config = EncoderConfig.from_config(OmegaConf.to_container(composed(f"model={name}").model))
+    layouts = [("none", 8), ("optimizer", 8), ("full", 8), ("full", 64)]
+    state = [
+        memory_per_device(config, 0, precision="bf16", data_parallel=ranks, sharding=sharding).total
+        for sharding, ranks in layouts
+    ]
+    kinds = (memory_per_device(config, 16_384, precision="bf16", recompute=kind) for kind in RECOMPUTE)
+    numbers = [*state, *(memory.activations + memory.recomputed for memory in kinds)]
+    row = f"| `{name}` | " + " | ".join(f"{number / 1e9:.1f}" for number in numbers) + " |"
+    assert row in (ROOT / "docs" / "scaling.md").read_text()
 
 
 def test_tensor_parallel_memory_splits_the_tensors_that_megatron_splits() -> None:

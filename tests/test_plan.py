@@ -34,6 +34,7 @@ from bionemo_esm.pretraining.plan import (
     gather_facts,
     plan_of,
     scientific,
+    sharding_choices,
 )
 from bionemo_esm.pretraining.plan_report import describe_plan, key_rates
 from bionemo_esm.pretraining.preflight import _missing_space
@@ -173,6 +174,19 @@ def test_recomputation_saves_memory_and_costs_time_but_no_flops_of_the_model() -
     assert "recomputed" in text_of(full)
     assert "33% more are computed again" in text_of(full)
     assert "again" not in text_of(plan)
+
+
+def test_sharding_choices_are_those_that_work_with_the_least_work_first() -> None:
+    found = sharding_choices(planned())
+    assert [(choice.sharding, choice.recompute) for choice in found] == [
+        *((sharding, recompute) for sharding in ("none", "optimizer", "full") for recompute in ("none", "selective")),
+        *((sharding, "full") for sharding in ("none", "optimizer", "full")),
+    ]
+    assert found[0].memory_bytes == planned().most_memory.total
+    assert min(found, key=lambda choice: choice.memory_bytes) == found[-1]
+    split = sharding_choices(planned("trainer.tensor_model_parallel_size=2"))
+    assert {choice.recompute for choice in split} == {"none", "full"}
+    assert {choice.sharding for choice in split} == {"none", "optimizer"}
 
 
 def test_disk_space_is_the_sum_of_file_sizes() -> None:
@@ -428,8 +442,11 @@ def cases() -> Iterator[tuple[str, tuple[str, ...], Facts, str]]:
         plain,
         "micro_batch_size=370 and global_batch_size=65120 always fits",
     )
-    tiny = replace(plain, device=replace(A100, memory_bytes=6 * 10**8))
-    yield "memory for weights", ("data.micro_batch_size=1",), tiny, "trainer.sharding=full, trainer.recompute or"
+    tiny = replace(plain, device=replace(A100, memory_bytes=3 * 10**8))
+    weights = ("data.micro_batch_size=1",)
+    yield "memory for weights", weights, tiny, "trainer.sharding=full trainer.recompute=none fits: 0.2 GB"
+    less = replace(plain, device=replace(A100, memory_bytes=10**8))
+    yield "memory for less", weights, less, "more devices with trainer.sharding=full"
     volta = replace(plain, device=V100)
     yield "bf16", (), volta, "trainer.precision=bf16: V100-SXM2-32GB has no units for it"
     yield (

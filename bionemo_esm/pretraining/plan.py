@@ -27,7 +27,7 @@ from bionemo_esm.data.fasta import read_fasta
 from bionemo_esm.data.store import MANIFEST_NAME, ProteinStore
 from bionemo_esm.errors import ConfigError
 from bionemo_esm.model.backends import parameter_dtype
-from bionemo_esm.model.config import INVERSE_SQUARE_ROOT
+from bionemo_esm.model.config import INVERSE_SQUARE_ROOT, RECOMPUTE, SHARDINGS
 from bionemo_esm.model.costs import (
     FLOAT32,
     Memory,
@@ -617,9 +617,43 @@ def _smaller(plan: Plan, room: float) -> str:
         kept = "" if recipe.data.global_batch_size else f" and global_batch_size={recipe.global_batch_size}"
         if sizes:
             return f"micro_batch_size={sizes[-1]}{kept} always fits, with the same optimisation"
-    return (
-        "trainer.sharding=full, trainer.recompute or trainer.tensor_model_parallel_size take some of it off each device"
-    )
+    for choice in sharding_choices(plan):
+        if choice.memory_bytes <= room:
+            more = f", {choice.more_operations:.0%} more operations" if choice.more_operations else ""
+            return (
+                f"trainer.sharding={choice.sharding} trainer.recompute={choice.recompute} fits: "
+                f"{choice.memory_bytes / 1e9:,.1f} GB{more}"
+            )
+    return "more devices with trainer.sharding=full, or trainer.tensor_model_parallel_size, take some off each device"
+
+
+@dataclass(frozen=True)
+class ShardingChoice:
+    """A combination of trainer.sharding and trainer.recompute that works for a recipe."""
+
+    sharding: str
+    recompute: str
+    memory_bytes: int  # of a device, with the largest micro batch
+    more_operations: float  # computed again, as a fraction of the model's
+
+
+def sharding_choices(plan: Plan) -> list[ShardingChoice]:
+    """Return the combinations that work, those with the least work and the least traffic first."""
+    found = []
+    for sharding in SHARDINGS:
+        for recompute in RECOMPUTE:
+            settings = {"sharding": sharding, "recompute": recompute, "shard_optimizer": False}
+            try:
+                recipe = plan.recipe.replace(trainer=plan.recipe.trainer.replace(**settings))
+            except ConfigError:  # they do not work together
+                continue
+            data, model = plan.facts.data, recipe.model
+            again = recomputed_flops(
+                model, plan.samples * data.mean_tokens, plan.samples * data.mean_squared_tokens, recompute
+            )
+            memory = memory_of(recipe, plan.precision, plan.batch.most_micro_tokens).total
+            found.append(ShardingChoice(sharding, recompute, memory, again / plan.flops))
+    return sorted(found, key=lambda choice: choice.more_operations)
 
 
 def _precision(plan: Plan) -> str | None:
