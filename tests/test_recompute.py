@@ -109,11 +109,19 @@ def test_recomputed_flops_equal_the_count_of_pytorch(recompute: str) -> None:
     assert again == expected + (4 * SQUARES * ESM2.num_layers * ESM2.hidden_size if recompute == "selective" else 0)
 
 
-def test_runs_that_recompute_train_bit_for_bit_as_one_that_does_not(tmp_path: Path) -> None:
+def test_runs_that_recompute_train_bit_for_bit_as_one_that_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights = []
     for recompute in RECOMPUTE:
-        wet = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "trainer.max_steps=3")
+        wet = (
+            "model.hidden_dropout=0.1",
+            "model.attention_dropout=0.1",
+            "trainer.max_steps=3",
+            "trainer.shard_optimizer=true",
+        )
         summary = run_here(tmp_path / recompute, f"trainer.recompute={recompute}", *wet)
+        assert "trainer.shard_optimizer=true is now trainer.sharding=optimizer" in capsys.readouterr().out
         weights.append(ArchiveFile.open(Path(summary["nemo"])).load_weights())
     for found in weights[1:]:
         assert all(torch.equal(found[name], weights[0][name]) for name in weights[0])
