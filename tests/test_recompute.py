@@ -110,7 +110,7 @@ def test_recomputed_flops_equal_the_count_of_pytorch(recompute: str) -> None:
 
 
 def test_runs_that_recompute_train_bit_for_bit_as_one_that_does_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     weights = []
     for recompute in RECOMPUTE:
@@ -121,7 +121,7 @@ def test_runs_that_recompute_train_bit_for_bit_as_one_that_does_not(
             "trainer.shard_optimizer=true",
         )
         summary = run_here(tmp_path / recompute, f"trainer.recompute={recompute}", *wet)
-        assert "trainer.shard_optimizer=true is now trainer.sharding=optimizer" in capsys.readouterr().out
+        assert "trainer.shard_optimizer=true is now trainer.sharding=optimizer" in capfd.readouterr().out
         weights.append(ArchiveFile.open(Path(summary["nemo"])).load_weights())
     for found in weights[1:]:
         assert all(torch.equal(found[name], weights[0][name]) for name in weights[0])
