@@ -233,6 +233,16 @@ def test_wild_type_is_a_sequence_or_a_fasta_record(tmp_path: Path) -> None:
             read_wild_type(*arguments)
 
 
+def test_residues_that_are_also_the_name_of_a_folder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "MKV").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="MKV can be residues and is the name of a file or folder here"):
+        read_wild_type("MKV")
+    assert decode(read_wild_type("MKV*").tokens) == "MKV"
+
+
 def test_baselines_equal_blosum62_and_mutation_counts() -> None:
     read = [wild_type().variant(text) for text in ("M1L", "M1W", "M1L,K6R", "")]
     found = baselines([*read, None, (Substitution(0, 24, 4),)])

@@ -36,6 +36,7 @@ _WILD_TYPE_WORDS = ("", "wt", "_wt", "wildtype", "wild-type", "wild type")
 _SEPARATORS = re.compile(r"[,:;/+\s]+")
 _SUBSTITUTION = re.compile(r"([A-Z])(-?[0-9]{1,9})([A-Z=])")
 _NO_SUBSTITUTION = re.compile(r"del|ins|dup|fs|ter|stop|[*-]$|^[*-]", re.IGNORECASE)
+_LONGEST_NAME = 255  # bytes, of a file
 _OFFSETS_TOLD = 3  # with more offsets that fit, none is suggested
 _PAIRS_AGAINST_CHANCE = 5  # fewer distinct (position, residue) pairs may fit at another offset by chance
 _THREE_LETTERS = re.compile(r"(?:[pP]\.)?\(?([A-Za-z]{1,3})(-?[0-9]{1,9})([A-Za-z]{1,3}|=)\)?")
@@ -198,6 +199,11 @@ def read_wild_type(sequence: str, identifier: str | None = None, offset: int = 1
     if bare.isalpha():
         if identifier is not None:
             raise VariantError(f"sequence_id={identifier}: is for a file, and {_shortened(sequence)} is none")
+        if len(sequence) <= _LONGEST_NAME and Path(sequence).exists():
+            raise VariantError(
+                f"sequence: {sequence} can be residues and is the name of a file or folder here; write ./{sequence} for "
+                "the file, or residues with a * at the end"
+            )
         return WildType("the sequence", _typed_residues(bare), offset)
     if not Path(sequence).exists():
         raise VariantError(
