@@ -201,8 +201,8 @@ def read_wild_type(sequence: str, identifier: str | None = None, offset: int = 1
             raise VariantError(f"sequence_id={identifier}: is for a file, and {_shortened(sequence)} is none")
         if len(sequence) <= _LONGEST_NAME and Path(sequence).exists():
             raise VariantError(
-                f"sequence: {sequence} can be residues and is the name of a file or folder here; write ./{sequence} for "
-                "the file, or residues with a * at the end"
+                f"sequence: {sequence} can be residues and is the name of a file or folder here; write ./{sequence} "
+                "for the file, or residues with a * at the end"
             )
         return WildType("the sequence", _typed_residues(bare), offset)
     if not Path(sequence).exists():
