@@ -193,3 +193,5 @@ def test_nvidia_callbacks_are_created_only_if_they_can_work(tmp_path: Path, monk
     assert resiliency.resiliency_callbacks("cuda", tmp_path) == [names[0]]
     monkeypatch.setenv(resiliency._SOCKET, "/tmp/monitor.socket")
     assert resiliency.resiliency_callbacks("cuda", tmp_path) == list(names)
+    monkeypatch.setattr(package, names[0], lambda **settings: settings)
+    assert resiliency.resiliency_callbacks("cuda", tmp_path)[0]["profiling_interval"] > 1, "not every step is profiled"

@@ -2,7 +2,8 @@
 
 Each kind has a table. The installed entry with the highest priority that supports the device is used, and reported at
 start. Another package adds an entry by an entry point in the groups `bionemo_esm.norms`, `bionemo_esm.adams` and
-`bionemo_esm.attention`. No other module checks what is installed.
+`bionemo_esm.attention`. No other module checks what is installed. The environment variable `BIONEMO_ESM_WITHOUT` leaves
+kernels out by name.
 
 Transformer Engine and NVIDIA Apex come with the NGC PyTorch container and are optional.
 """
@@ -10,6 +11,7 @@ Transformer Engine and NVIDIA Apex come with the NGC PyTorch container and are o
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,9 @@ from bionemo_esm.model.config import FUSED_ADAM, PRECISIONS
 from bionemo_esm.registry import Registry
 
 ONEDNN, MEGATRON = "oneDNN", "Megatron"
+WITHOUT = "BIONEMO_ESM_WITHOUT"
+"""Environment variable with the names of kernels not to use, separated by commas: "varlen-flash, Apex FusedAdam"."""
+_ALWAYS = ("PyTorch fused", "PyTorch AdamW(fused)", "sdpa-by-sequence")  # something must remain
 
 
 @dataclass(frozen=True)
@@ -66,21 +71,40 @@ class FusedBackends:
 def choose_backends(
     device_type: str, dtype: torch.dtype, attention_dropout: float, head_size: int = 64
 ) -> FusedBackends:
-    """Return the best installed kernels for `device_type` ("cpu" or "cuda") and the parameters' dtype."""
+    """Return the best installed kernels for `device_type` ("cpu" or "cuda") and the parameters' dtype.
+
+    Raises `ConfigError` if `BIONEMO_ESM_WITHOUT` names a kernel that cannot be left out.
+    """
     from bionemo_esm.model.attention import choose_attention  # imports Megatron, which takes seconds
 
-    linear = ONEDNN if device_type == "cpu" and onednn_is_available(dtype) else MEGATRON
+    uses_onednn = device_type == "cpu" and onednn_is_available(dtype) and ONEDNN not in excluded_kernels()
+    linear = ONEDNN if uses_onednn else MEGATRON
     attention = choose_attention(device_type, dtype, attention_dropout, head_size)
     return FusedBackends(*_best(NORMS, device_type), *_best(ADAMS, device_type), attention, linear)
 
 
 def _best(kernels: Registry[Kernel], device_type: str) -> tuple[str, Any]:
     """Return name and class of the installed kernel with the highest priority."""
-    for name in sorted(kernels, key=lambda name: -kernels.get(name).priority):
+    allowed = set(kernels) - excluded_kernels()
+    for name in sorted(allowed, key=lambda name: -kernels.get(name).priority):
         kernel = kernels.get(name)
         if device_type in kernel.device_types and (found := kernel.load()) is not None:
             return name, found
     raise AssertionError(f"PyTorch's own {kernels.kind} is always installed")
+
+
+def excluded_kernels() -> frozenset[str]:
+    """Return the names in `BIONEMO_ESM_WITHOUT`. Raises `ConfigError` for an unknown name, and for PyTorch's own."""
+    from bionemo_esm.model.attention import ATTENTION
+
+    excluded = frozenset(name for part in os.environ.get(WITHOUT, "").split(",") if (name := part.strip()))
+    known = sorted({ONEDNN, *NORMS, *ADAMS, *ATTENTION} - set(_ALWAYS)) if excluded else []
+    if unknown := sorted(excluded.difference(known)):
+        raise ConfigError(
+            f"{WITHOUT} names {', '.join(unknown)}; kernels that can be left out: {', '.join(known)}",
+            code="backends.unknown-name",
+        )
+    return excluded
 
 
 def parameter_dtype(precision: str, device_type: str) -> torch.dtype:

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bionemo_esm.console import redirect_output
+from bionemo_esm.console import Console, redirect_output
 from bionemo_esm.errors import UserError
 from bionemo_esm.pretraining.hardware import cpu_name, peak_flops
 
@@ -46,18 +46,39 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("bionemo-esm doctor", description="Check that this machine can train.")
     parser.add_argument("--quick", action="store_true", help="no training step, no NeMo: a few seconds")
     parser.add_argument("--json", action="store_true", help="print all as JSON")
+    parser.add_argument("--gpu", action="store_true", help="compare every kernel on a GPU; print Markdown; minutes")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "32"), help="of the training step")
     options = parser.parse_args(arguments)
     facts: _Facts = {"host": socket.gethostname(), "versions": _versions(), "machine": _machine()}
     facts |= {"environment": _environment(), "gpus": [], "notes": []}
     prints, problems = True, _missing_packages(facts)
     with redirect_output(Path(os.devnull)) as console:  # hide the warnings of NeMo
+        if options.gpu and not problems:
+            return _check_gpu(facts, console)
         if not problems:
             prints, problems = _examine(facts, options.quick, options.precision)
         if prints:
             facts |= {"ready": not problems, "problems": problems}
             console.print_line(json.dumps(facts, indent=2) if options.json else _page(facts))
     return 1 if problems else 0
+
+
+def _check_gpu(facts: _Facts, console: Console) -> int:
+    """Print the report of all checks on a GPU, and return 1 if there is none or a check fails."""
+    import torch
+
+    try:
+        _inspect_gpus(facts)
+        if not facts["gpus"]:
+            raise NotReadyError("--gpu needs a GPU, and torch sees none; `bionemo-esm doctor` checks a CPU")
+        from bionemo_esm.pretraining.gpu_check import markdown, run_checks
+
+        outcomes = run_checks(_device())
+    except UserError as error:
+        console.print_line(f"not ready: {error}")
+        return 1
+    console.print_line(markdown(outcomes, torch.cuda.get_device_name(), facts["versions"]))
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 
 def _examine(facts: _Facts, quick: bool, precision: str) -> tuple[bool, list[str]]:

@@ -32,6 +32,7 @@ _CALLBACKS = "nvidia_resiliency_ext.ptl_resiliency"
 _DETECTOR = "nvrx_cupti_module"  # needs CUPTI, a part of CUDA
 _SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # set by ft_launcher
 _REPORT_SECONDS = 300.0
+_PROFILED_EVERY = 50  # steps; profiling each, the default, costs up to 1% of a step
 _LOGGER = "lightning.pytorch.resiliency"  # its messages reach output.log; NeMo's do not
 _SLOW = 0.7  # fraction of the performance of other GPUs, or of this one before
 _WRITING_SECONDS = 20.0  # for writing the stacks; the file system may hang, too
@@ -210,6 +211,7 @@ def resiliency_callbacks(device_type: str, folder: Path) -> list[Callback]:
         callbacks.append(
             package.StragglerDetectionCallback(
                 report_time_interval=_REPORT_SECONDS,
+                profiling_interval=_PROFILED_EVERY,
                 calc_relative_gpu_perf=True,
                 calc_individual_gpu_perf=True,
                 num_gpu_perf_scores_to_print=5,

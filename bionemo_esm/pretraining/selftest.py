@@ -64,7 +64,7 @@ def self_test(device: torch.device, precision: str = "auto", dropout: float = 0.
     backends = encoder.backends
     masters = MasterWeights(encoder.named_parameters())
     optimizer = build_optimizer(masters, OptimConfig(lr=1e-3, min_lr=1e-4), backends)
-    batch = _batch().to(device)
+    batch = random_row().to(device)
     difference = _difference_by_packing(encoder.eval(), batch)
     encoder.train()
     if not difference < TOLERANCE[dtype]:
@@ -108,21 +108,22 @@ def all_reduce(device: torch.device) -> AllReduce:
     distributed.all_reduce(buffer)  # sets up the connections, too
     if not bool((buffer == ranks * (ranks + 1) / 2).all()):
         raise SelfTestError(f"an all-reduce over {ranks} ranks gives a wrong sum: the network between them fails")
-    _wait_for(device)
+    wait_for(device)
     started = time.perf_counter()
     for _ in range(_REPEATS):
         distributed.all_reduce(buffer)
-    _wait_for(device)
+    wait_for(device)
     seconds = (time.perf_counter() - started) / _REPEATS
     return AllReduce(ranks, size / 1e6, seconds * 1e3, 2 * (ranks - 1) / ranks * size / seconds / 1e9)
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _batch() -> PackedBatch:
+def random_row() -> PackedBatch:
     """Return four sequences of random residues; every seventh token is a target."""
     generator = np.random.default_rng(0)
     last = FIRST_RESIDUE_ID + NUM_STANDARD_RESIDUES
