@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from bionemo_esm.model import cpu_kernels
-from bionemo_esm.model.backends import excluded_kernels
 from bionemo_esm.model.parallel import tensor_parallel_rng
 from bionemo_esm.registry import Registry
 
@@ -126,9 +125,11 @@ ATTENTION: Registry[AttentionBackend] = Registry(
 )
 
 
-def choose_attention(device_type: str, dtype: torch.dtype, dropout: float, head_size: int) -> str:
-    """Return the name of the best backend in `ATTENTION` for a device ("cpu" or "cuda")."""
-    allowed = set(ATTENTION) - excluded_kernels()
+def choose_attention(
+    device_type: str, dtype: torch.dtype, dropout: float, head_size: int, without: frozenset[str] = frozenset()
+) -> str:
+    """Return the name of the best backend in `ATTENTION` for a device ("cpu" or "cuda"), `without` some names."""
+    allowed = set(ATTENTION) - without
     supported = [name for name in allowed if ATTENTION.get(name).supports(device_type, dtype, dropout, head_size)]
     return max(supported, key=lambda name: ATTENTION.get(name).priority)
 

@@ -77,9 +77,10 @@ def choose_backends(
     """
     from bionemo_esm.model.attention import choose_attention  # imports Megatron, which takes seconds
 
-    uses_onednn = device_type == "cpu" and onednn_is_available(dtype) and ONEDNN not in excluded_kernels()
+    without = excluded_kernels()
+    uses_onednn = device_type == "cpu" and onednn_is_available(dtype) and ONEDNN not in without
     linear = ONEDNN if uses_onednn else MEGATRON
-    attention = choose_attention(device_type, dtype, attention_dropout, head_size)
+    attention = choose_attention(device_type, dtype, attention_dropout, head_size, without)
     return FusedBackends(*_best(NORMS, device_type), *_best(ADAMS, device_type), attention, linear)
 
 
