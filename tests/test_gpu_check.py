@@ -109,6 +109,13 @@ def test_kernels_are_left_out_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "linear: Megatron" in chosen("cpu")
 
 
+def test_of_kernels_with_one_priority_all_ranks_choose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"norm {number}" for number in range(8)]
+    for name in reversed(names):
+        monkeypatch.setitem(NORMS._parts, name, Kernel(lambda: WrongNorm, ("cpu",), priority=9))
+    assert choose_backends("cpu", torch.float32, 0.0).layer_norm_name == names[0]
+
+
 @pytest.mark.parametrize("name", ["flash", "sdpa-by-sequence", "PyTorch fused", "PyTorch AdamW(fused)"])
 def test_a_kernel_that_cannot_be_left_out_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(WITHOUT, f"nested,{name}")

@@ -129,7 +129,7 @@ def choose_attention(
     device_type: str, dtype: torch.dtype, dropout: float, head_size: int, without: frozenset[str] = frozenset()
 ) -> str:
     """Return the name of the best backend in `ATTENTION` for a device ("cpu" or "cuda"), `without` some names."""
-    allowed = set(ATTENTION) - without
+    allowed = [name for name in ATTENTION if name not in without]  # in one order on all ranks
     supported = [name for name in allowed if ATTENTION.get(name).supports(device_type, dtype, dropout, head_size)]
     return max(supported, key=lambda name: ATTENTION.get(name).priority)
 

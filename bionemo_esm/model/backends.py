@@ -86,7 +86,8 @@ def choose_backends(
 
 def _best(kernels: Registry[Kernel], device_type: str) -> tuple[str, Any]:
     """Return name and class of the installed kernel with the highest priority."""
-    allowed = set(kernels) - excluded_kernels()
+    excluded = excluded_kernels()
+    allowed = [name for name in kernels if name not in excluded]  # in one order on all ranks
     for name in sorted(allowed, key=lambda name: -kernels.get(name).priority):
         kernel = kernels.get(name)
         if device_type in kernel.device_types and (found := kernel.load()) is not None:
