@@ -216,7 +216,8 @@ def _encoder(config: EncoderConfig, dtype: torch.dtype, device: torch.device) ->
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         kernels = choose_backends("cpu", dtype, config.attention_dropout, config.head_size)
-        return ESMEncoder(config, dtype, kernels).to(device)
+        encoder: ESMEncoder = ESMEncoder(config, dtype, kernels).to(device)
+    return encoder
 
 
 def _forward_backward(encoder: ESMEncoder, batch: PackedBatch) -> Tensor:
