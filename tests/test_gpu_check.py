@@ -5,6 +5,7 @@ The checks run on the CPU, whose kernels stand in the same tables as a GPU's.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -121,3 +122,17 @@ def test_a_kernel_that_cannot_be_left_out_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(WITHOUT, f"nested,{name}")
     with refused("backends.unknown-name", WITHOUT, name, "varlen-flash"):
         choose_backends("cpu", torch.float32, 0.0)
+
+
+def test_speed_and_memory_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU with a small model; what a GPU would report is replaced."""
+    monkeypatch.setattr(gpu_check, "ESM1NV", gpu_check.TINY.replace(seq_length=512))
+    monkeypatch.setattr(gpu_check, "_PROTEINS", 3)
+    for name, answer in (
+        ("reset_peak_memory_stats", None),
+        ("get_device_name", "NVIDIA H200"),
+        ("max_memory_allocated", 3.2e9),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    told = gpu_check._speed(torch.device("cpu"))
+    assert re.fullmatch(r"[\d,]+ tokens in [\d.]+ ms: [\d,]+ tokens/s, MFU 0%; peak 3.2 GB, planned 0.0 GB", told), told

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy, layer_norm
 
+from bionemo_esm.alphabet import FIRST_RESIDUE_ID
 from bionemo_esm.data.collate import PackedBatch, pack
 from bionemo_esm.model.attention import ATTENTION, PackedRow
 from bionemo_esm.model.backends import (
@@ -41,7 +42,7 @@ from bionemo_esm.registry import Registry
 KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Largest error of a kernel or of a step's gradients, relative to the largest value or to the norm."""
 ESM1NV = EncoderConfig(num_layers=6, hidden_size=768, num_attention_heads=12, ffn_hidden_size=3072, seq_length=512)
-_PROTEINS, _WARMUP, _STEPS = 370, 3, 10
+_PROTEINS, _MASKED, _WARMUP, _STEPS = 370, 0.15, 3, 10
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,8 @@ def _speed(device: torch.device) -> str:
     lengths = np.clip(np.random.default_rng(0).gamma(2.2, 117, _PROTEINS).astype(int) + 20, 20, 510)
     generator = np.random.default_rng(1)
     row = pack(generator.integers(4, 24, lengths.sum()).astype(np.uint8), lengths)
-    asked = torch.from_numpy(np.flatnonzero(generator.random(len(row.tokens)) < 0.15))
+    chosen = generator.random(len(row.tokens)) < _MASKED
+    asked = torch.from_numpy(np.flatnonzero(chosen & (row.tokens.numpy() >= FIRST_RESIDUE_ID)))
     batch = replace(row, target_index=asked, targets=row.tokens[asked]).to(device)
     encoder = _encoder(ESM1NV, torch.bfloat16, device).train()
     masters = MasterWeights(encoder.named_parameters())
