@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from runs import ROOT
 from scripts.structure import MAX_PATH_FILES, Structure
@@ -115,3 +117,18 @@ def test_wheel_contains_configurations_and_sample_and_runs_anywhere(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert "name: laptop" in done.stdout
     assert (site / "bionemo_esm" / "data" / "sample" / "train.fasta.gz").stat().st_size > 500_000
+
+
+def test_every_pinned_version_can_be_installed_on_the_first_release_of_python_3_11() -> None:
+    """Debian 12 has Python 3.11.2. A pin that needs a later one ends `make` there with a conflict."""
+    later = []
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        name, _, pinned = line.partition("==")
+        try:
+            metadata = distribution(name).metadata
+        except PackageNotFoundError:
+            continue
+        needs = metadata["Requires-Python"]
+        if metadata["Version"] == pinned and needs and not SpecifierSet(needs).contains("3.11.0"):
+            later.append(f"{name}=={pinned} needs {needs}")
+    assert not later
