@@ -195,7 +195,7 @@ def ranks() -> dict[str, Any]:
     """Return the collectives of a step on rank 0 of two, its waits, and where everything is."""
     ensure_groups(2 if WHAT == "tensor" else 1)
     model = built(FORMS["bf16"])
-    model.shard_optimizer = WHAT == "data"
+    model.sharding = "optimizer" if WHAT == "data" else "none"
     with fake_tensors() as mode:
         on_cuda(model).train()
         model.prepare()
